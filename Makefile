@@ -1,0 +1,81 @@
+# mlem-diffusion: every target sets up .venv by itself, once. `make help` lists them.
+EXPERIMENT ?= demo
+SEEDS ?= 0-63
+PYTHON ?= python3
+NPROC ?= 1
+VENV ?= .venv
+BIN := $(VENV)/bin
+DRY := $(if $(DRY_RUN),dry_run=true)
+RUN = $(BIN)/python scripts/$(1).py experiment=$(EXPERIMENT) $(DRY) $(2) $(ARGS)
+TRAIN = $(if $(filter-out 1,$(NPROC)),$(BIN)/torchrun --standalone --nproc-per-node $(NPROC),$(BIN)/python) scripts/train_levels.py experiment=$(EXPERIMENT) $(DRY) $(ARGS)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help setup demo data train-levels measure-gamma sample-compare report sample test lint format clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets and their variables
+	@echo "Targets:"
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18 | sed 's/^/  /'
+	@echo "Variables:"
+	@echo "  EXPERIMENT=name   an experiment of configs/experiment: $(basename $(notdir $(wildcard configs/experiment/*.yaml))) (default: demo; make data: celeba64)"
+	@echo "  ARGS=\"k=v ...\"    Hydra overrides for any target; ARGS=\"-m k=a,b\" runs a sweep, each job in folders of its own"
+	@echo "  DRY_RUN=1         print the resolved configuration and the estimated cost, then stop"
+	@echo "  SOURCE=path       make data: zip, tar or folder of images, or download (torchvision's CelebA)"
+	@echo "  SEEDS=0-63        make sample: which sample seeds"
+	@echo "  NPROC=n           make train-levels: processes of torchrun"
+	@echo "  PYTHON=python3    the interpreter that makes .venv; VENV=dir another environment"
+
+setup: $(VENV)/.installed  ## make .venv and install the package (other targets do it by themselves)
+
+$(VENV)/.installed: pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not there; install Python 3.10 or later, or say PYTHON=path."; exit 2; }
+	@echo "Setting up $(VENV) (torch and friends: minutes, several GB)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade pip
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@$(PIP) -e ".[test]"
+	@touch $@
+
+demo: setup  ## the whole experiment on procedural portraits; at most 10 minutes on two CPU cores
+	@$(call RUN,prepare_data)
+	@$(TRAIN)
+	@$(call RUN,measure_gamma)
+	@$(call RUN,sample_compare)
+	@$(call RUN,report)
+
+data: EXPERIMENT := $(if $(filter file default,$(origin EXPERIMENT)),celeba64,$(EXPERIMENT))
+data: setup  ## images -> packed array: make data SOURCE=path/to/img_align_celeba.zip (or a folder, or download)
+	@$(call RUN,prepare_data,$(if $(SOURCE),data.source='$(SOURCE)'))
+
+train-levels: setup  ## train every level of the family
+	@$(TRAIN)
+
+measure-gamma: setup  ## error against FLOPs -> gamma.json, gamma.png
+	@$(call RUN,measure_gamma)
+
+sample-compare: setup  ## EM, ML-EM and baselines -> compare.csv, compare.png, speedup.json
+	@$(call RUN,sample_compare)
+
+report: setup  ## results/EXPERIMENT/report.html
+	@$(call RUN,report)
+
+sample: setup  ## PNGs and a grid with the best known sampler: make sample SEEDS=0-63
+	@$(call RUN,sample,seeds='$(SEEDS)')
+
+test: $(VENV)/.installed-test  ## the tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-test  ## ruff (lint, format) and pyright
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.installed-test  ## let ruff rewrite the files
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:  ## remove caches, never results, checkpoints or data
+	@rm -rf .pytest_cache .ruff_cache results/*/cache results/*/wandb

@@ -1,0 +1,301 @@
+"""What the scripts share: configuration at the edge, one-sentence errors, dry runs, stage records and provenance."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from mlem_diffusion import data as datasets
+from mlem_diffusion.checkpoint import atomic_write, write_json
+from mlem_diffusion.errors import UserError
+from mlem_diffusion.family import describe
+from mlem_diffusion.process import Process
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = str(ROOT / "configs")
+PACKAGES = (
+    "mlem-diffusion",
+    "torch",
+    "torchvision",
+    "torch-fidelity",
+    "hydra-core",
+    "numpy",
+    "scipy",
+    "diffusers",
+)
+
+
+class Stage:
+    """One script's run: its configuration, folders, and the record of what has been done."""
+
+    def __init__(self, name: str, cfg: DictConfig):
+        if HydraConfig.get().mode == RunMode.MULTIRUN:  # each job of a sweep gets folders of its own
+            cfg.name = f"{cfg.name}/{HydraConfig.get().job.override_dirname}"
+        self.name, self.cfg, self.started = name, cfg, time.monotonic()
+        self.data_dir, self.checkpoints, self.results = (
+            ROOT / cfg.paths[k] for k in ("data", "checkpoints", "results")
+        )
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(wanted if cfg.device == "auto" else cfg.device)
+        if cfg.threads:
+            torch.set_num_threads(cfg.threads)
+        torch.set_float32_matmul_precision("high")
+        self._interrupted = False
+
+    # ---- configuration -----------------------------------------------------------------------------------
+
+    def plain(self, *keys: str) -> dict[str, Any]:
+        """The resolved configuration (of these groups), without absolute or parent paths."""
+        if not keys:
+            keys = tuple(str(k) for k in self.cfg)
+        out = {}
+        for key in keys:
+            node = self.cfg[key]
+            out[key] = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+        if "data" in out and isinstance(out["data"], dict):
+            source = None if OmegaConf.is_missing(self.cfg.data, "source") else str(self.cfg.data.source)
+            out["data"]["source"] = None if source is None else Path(source).name
+        return out
+
+    def process(self) -> Process:
+        return instantiate(self.cfg.process)
+
+    def data(self) -> datasets.ImageData:
+        """The packed array; the procedural default is made on first use."""
+        if self.cfg.data.get("source", None) == "portraits" if not self._source_missing() else False:
+            self.prepare_data()
+        return datasets.load(self.data_dir)
+
+    def _source_missing(self) -> bool:
+        return OmegaConf.is_missing(self.cfg.data, "source")
+
+    def prepare_data(self) -> dict[str, Any]:
+        if self._source_missing():
+            raise UserError(
+                "Say where the images are: make data SOURCE=path/to/archive-or-folder (or SOURCE=download)."
+            )
+        options = {
+            k: self.cfg.data[k] for k in ("name", "size", "crop", "holdout", "seed", "count", "skip_broken")
+        }
+        with bar("images", None) as progress:
+            return datasets.prepare(str(self.cfg.data.source), self.data_dir, progress=progress, **options)
+
+    def describe_levels(self, data_rms: float = 0.5) -> list[dict[str, Any]]:
+        unet = OmegaConf.to_container(self.cfg.unet, resolve=True)
+        assert isinstance(unet, dict)
+        widths, size, target = self.cfg.family.widths, self.cfg.data.size, self.cfg.family.target
+        return [describe(w, size, data_rms, {str(k): v for k, v in unet.items()}, target) for w in widths]
+
+    # ---- what is done ------------------------------------------------------------------------------------
+
+    def fingerprint(self, groups: tuple[str, ...], **inputs: Any) -> str:
+        """Hash of the configuration groups and input artefacts that a stage depends on."""
+        text = json.dumps([self.plain(*groups), inputs], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def finished(self, fingerprint: str, outputs: list[str]) -> bool:
+        """Whether this stage was completed before from the same inputs; says so."""
+        record = self.read_provenance().get("stages", {}).get(self.name, {})
+        done = record.get("fingerprint") == fingerprint and all(
+            (self.results / name).is_file() for name in outputs
+        )
+        if done and not self.cfg.force:
+            print(f"{self.name}: already done, nothing has changed (ARGS=force=true does it again).")
+        return done and not self.cfg.force
+
+    def read_provenance(self) -> dict[str, Any]:
+        path = self.results / "provenance.json"
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError):
+            return {}
+
+    def record(self, fingerprint: str, manifest: dict[str, Any] | None = None, **facts: Any) -> None:
+        """Write provenance.json (one entry per stage) and config-<stage>.yaml."""
+        stages = self.read_provenance().get("stages", {})
+        seconds = round(time.monotonic() - self.started, 1)
+        stages[self.name] = {
+            "seconds": seconds,
+            "finished": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+            "commit": commit(),
+            "device": device_model(self.device),
+            "fingerprint": fingerprint,
+            **facts,
+        }
+        provenance = {
+            "experiment": self.cfg.name,
+            "data": manifest if manifest is not None else self.read_provenance().get("data", {}),
+            "commit": commit(),
+            "device": device_model(self.device),
+            "cpu": cpu_model(),
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "packages": {name: installed for name in PACKAGES if (installed := package_version(name))},
+            "stages": stages,
+            "config": self.plain(),
+        }
+        write_json(self.results / "provenance.json", provenance)
+        text = OmegaConf.to_yaml(OmegaConf.create(self.plain()))
+        atomic_write(self.results / f"config-{self.name}.yaml", lambda p: p.write_text(text))
+        print(f"{self.name}: done in {seconds:.0f} s; see {self.results.relative_to(ROOT)}/")
+
+    # ---- stopping ----------------------------------------------------------------------------------------
+
+    def should_stop(self) -> bool:
+        """True after SIGINT or SIGTERM, or once max_minutes have passed: the work saves its state and stops."""
+        limit = self.cfg.max_minutes
+        return self._interrupted or (limit is not None and time.monotonic() - self.started > 60 * limit)
+
+    def catch_signals(self) -> None:
+        def handle(number: int, frame: Any) -> None:
+            if self._interrupted:  # the second time means now
+                raise KeyboardInterrupt
+            self._interrupted = True
+
+        signal.signal(signal.SIGINT, handle)
+        signal.signal(signal.SIGTERM, handle)
+
+
+def run(
+    name: str,
+    cfg: DictConfig,
+    work: Callable[[Stage], None],
+    estimate: Callable[[Stage], list[tuple[str, float, float]]] | None = None,
+) -> None:
+    """Do a stage, or print what it would do. Errors meant for people become one line and exit status 2.
+
+    estimate: rows (what, FLOPs, seconds on this device).
+    """
+    try:
+        stage = Stage(name, cfg)
+        if cfg.dry_run:
+            print(OmegaConf.to_yaml(OmegaConf.create(stage.plain()), resolve=True))
+            rows = estimate(stage) if estimate else []
+            for what, flops, seconds in rows:
+                print(f"{what:<44} {flops / 1e12:12.3f} TFLOP  about {duration(seconds)} here")
+            total = sum(flops for _, flops, _ in rows) / 1e12, sum(seconds for _, _, seconds in rows)
+            print(
+                f"{'estimated cost of ' + name:<44} {total[0]:12.3f} TFLOP  about {duration(total[1])} on {device_model(stage.device)}"
+            )
+            return
+        work(stage)
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{name}: stopped; run the same command again to go on.", file=sys.stderr)
+        sys.exit(130)
+
+
+class bar:
+    """A progress bar that is also a callback (done, total); with rate and time left."""
+
+    def __init__(self, label: str, total: int | None, unit: str = "img"):
+        self.tqdm = tqdm(
+            total=total,
+            desc=label,
+            unit=unit,
+            unit_scale=True,
+            dynamic_ncols=True,
+            mininterval=1.0,
+            leave=False,
+        )
+
+    def __enter__(self) -> bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.tqdm.close()
+
+    def __call__(self, done: int, total: int) -> None:
+        self.tqdm.total = total
+        self.tqdm.update(done - self.tqdm.n)
+
+
+def seconds_per_evaluation(stage: Stage, batch: int) -> list[float]:
+    """Measured seconds per image of one evaluation of each level, with fresh weights, smallest of two runs."""
+    from mlem_diffusion.family import build_denoiser
+
+    unet: Any = OmegaConf.to_container(stage.cfg.unet, resolve=True)
+    out = []
+    for width in stage.cfg.family.widths:
+        net = (
+            build_denoiser(width, stage.cfg.data.size, 0.5, unet, stage.cfg.family.target)
+            .to(stage.device)
+            .eval()
+        )
+        x = torch.zeros(batch, 3, stage.cfg.data.size, stage.cfg.data.size, device=stage.device)
+        times = []
+        with torch.no_grad():
+            for _ in range(3):
+                start = time.perf_counter()
+                net(x, torch.zeros(batch, device=stage.device)).sum().item()
+                times.append(time.perf_counter() - start)
+        out.append(min(times[1:]) / batch)
+    return out
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def commit() -> str:
+    try:
+        git = ["git", "-C", str(ROOT)]
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        # results and checkpoints are what a run writes: they do not make the code another one
+        paths = ["src", "scripts", "configs"]
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain", "--", *paths], capture_output=True, text=True, check=True
+        ).stdout
+        return head + (" with uncommitted changes" if dirty.strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown (not a git checkout)"
+
+
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def device_model(device: torch.device) -> str:
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{cpu_model()} ({torch.get_num_threads()} threads)"
+    )
+
+
+def package_version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def is_main_process() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0

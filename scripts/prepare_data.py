@@ -1,0 +1,26 @@
+"""Images -> data/<name>/: packed array, split and manifest."""
+
+import common
+import hydra
+from omegaconf import DictConfig
+
+
+def work(stage: common.Stage) -> None:
+    manifest = stage.prepare_data()
+    split, size = manifest["split"], manifest["size"]
+    print(
+        f"data: {manifest['count']} images of {size[0]}x{size[1]} from {manifest['source']['name']} in {stage.cfg.paths.data} "
+        f"({split['train']} to train, {split['valid'] + split['test']} held out, {split['method']} split)."
+    )
+    print(f"data: {manifest['treatment']}")
+    if manifest.get("skipped"):
+        print(f"data: {len(manifest['skipped'])} broken image(s) skipped, listed in manifest.json.")
+
+
+@hydra.main(version_base=None, config_path=common.CONFIGS, config_name="prepare_data")
+def main(cfg: DictConfig) -> None:
+    common.run("prepare_data", cfg, work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Levels -> PNGs and a grid, one image per sample seed, with the best known sampler or one that you name."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import common
+import hydra
+import torch
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+
+from mlem_diffusion.checkpoint import write_json
+from mlem_diffusion.compare import Setting, setting_from
+from mlem_diffusion.cost import Ledger
+from mlem_diffusion.errors import UserError
+from mlem_diffusion.family import level_name, load_family
+from mlem_diffusion.grids import save_grid
+from mlem_diffusion.metrics import to_uint8
+from mlem_diffusion.samplers import sample
+from mlem_diffusion.tables import describe
+
+
+def parse_seeds(text: str) -> list[int]:
+    """ "0-63" or "3,7,100-120" -> sample seeds; UserError for anything else."""
+    seeds: list[int] = []
+    try:
+        for part in str(text).split(","):
+            first, _, last = part.strip().partition("-")
+            seeds += range(int(first), int(last or first) + 1)
+    except ValueError as error:
+        raise UserError(f"SEEDS={text} is not understood; write 0-63 or 3,7,100-120.") from error
+    if not seeds:
+        raise UserError(f"SEEDS={text} names no seed; write 0-63 or 3,7,100-120.")
+    return list(dict.fromkeys(seeds))
+
+
+def choose(stage: common.Stage) -> tuple[Setting, float]:
+    """The setting to sample with, and gamma of its probabilities."""
+    given = stage.cfg.sampler
+    if given != "best":
+        if not OmegaConf.is_dict(given):
+            raise UserError(
+                "sampler must be best, or the keys of a setting, such as sampler='{dynamics: ode, ...}'."
+            )
+        values: Any = OmegaConf.to_container(given, resolve=True)
+        try:
+            return setting_from(values), float(values.get("gamma", 2.5))
+        except KeyError as error:
+            raise UserError(f"sampler lacks the key {error}; it takes the columns of compare.csv.") from error
+    path = stage.results / "best.json"
+    if path.is_file():
+        best = json.loads(path.read_text())
+        return setting_from(best), best["gamma"]
+    print("sample: no comparison has been run, so the sampler is DPM-Solver++(2M), 20 steps, largest level.")
+    return Setting("ode", "dpmpp_2m", "single", (level_name(stage.cfg.family.widths[-1]),), 20), 2.5
+
+
+def work(stage: common.Stage) -> None:
+    cfg, seeds = stage.cfg, parse_seeds(stage.cfg.seeds)
+    setting, gamma = choose(stage)
+    levels = load_family(stage.checkpoints, cfg.family.widths, stage.device, cfg.precision)
+    drift, grid = setting.build({v.name: v for v in levels}, gamma), stage.process().grid(setting.steps)
+    folder, total, parts = stage.results / "samples", Ledger([v.flops for v in drift.levels]), []
+    folder.mkdir(parents=True, exist_ok=True)
+    with common.bar("sample", len(seeds)) as progress:
+        for start in range(0, len(seeds), cfg.compare.batch):
+            batch = seeds[start : start + cfg.compare.batch]
+            shape = (3, cfg.data.size, cfg.data.size)
+            images, ledger = sample(
+                drift, grid, setting.dynamics, setting.step_rule, batch, shape, stage.device
+            )
+            pixels = to_uint8(images.cpu())
+            for seed, image in zip(batch, pixels, strict=True):
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{seed:06d}.png")
+            total.add(ledger)
+            parts.append(pixels)
+            progress(start + len(batch), len(seeds))
+    save_grid(torch.cat(parts)[:1024], folder / "grid.png", scale=None)
+    facts = {
+        "gflops": total.flops_per_image / 1e9,
+        "seconds": total.seconds_per_image,
+        "calls": total.calls_per_image,
+    }
+    row = {**setting.__dict__, "levels": "+".join(setting.levels)}
+    write_json(folder / "samples.json", {"setting": row, "gamma": gamma, "seeds": seeds, "per_image": facts})
+    where = folder.relative_to(common.ROOT)
+    print(f"sample: {len(seeds)} images in {where}/ with {describe(row)}: ", end="")
+    print(f"{facts['gflops']:.3g} GFLOP and {facts['seconds']:.3g} s per image; grid.png shows them.")
+
+
+@hydra.main(version_base=None, config_path=common.CONFIGS, config_name="sample")
+def main(cfg: DictConfig) -> None:
+    common.run("sample", cfg, work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""Levels and gamma -> compare.csv, compare.png, speedup.json, best.json and grids: EM, ML-EM and baselines on the same seeds."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import common
+import hydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from mlem_diffusion import speedup
+from mlem_diffusion.checkpoint import read_json, write_json
+from mlem_diffusion.compare import NoiseCache, Runner, Setting, best_setting, row_of, settings_of
+from mlem_diffusion.errors import UserError
+from mlem_diffusion.extractors import Extractor
+from mlem_diffusion.family import level_name, load_family, read_metadata
+from mlem_diffusion.grids import comparison_grid
+from mlem_diffusion.metrics import (
+    distance_floor,
+    extract_features,
+    feature_statistics,
+    frechet_distance,
+    to_uint8,
+)
+from mlem_diffusion.plot_compare import plot_compare
+from mlem_diffusion.samplers import STEP_RULES
+from mlem_diffusion.tables import describe, frontier, write_rows
+from mlem_diffusion.tracking import Tracker
+
+OUTPUTS = ["compare.csv", "compare.png", "speedup.json", "best.json"]
+
+
+def used_gamma(stage: common.Stage) -> float:
+    """gamma of the constant probabilities: the number in the configuration, or as measured."""
+    if stage.cfg.compare.gamma != "auto":
+        return float(stage.cfg.compare.gamma)
+    hint = "run make measure-gamma with the same EXPERIMENT first, or set compare.gamma"
+    estimates = read_json(stage.results / "gamma.json", hint)["estimates"]
+    for name in ("differences", "to_largest", "loss_fit"):
+        if estimates[name]["gamma"] is not None:
+            return float(estimates[name]["gamma"])
+    raise UserError("No estimate in gamma.json is finite; set compare.gamma to a number.")
+
+
+def make_extractor(stage: common.Stage) -> Extractor:
+    """The feature extractor of the configuration, on this device where it takes one."""
+    config: Any = OmegaConf.to_container(stage.cfg.metrics, resolve=True)
+    if config["_target_"].split(".")[-1] in ("light", "inception"):
+        config["device"] = str(stage.device)
+    return instantiate(config)
+
+
+def work(stage: common.Stage) -> None:
+    cfg, images = stage.cfg, stage.data()
+    metadata = read_metadata(stage.checkpoints, cfg.family.widths)
+    gamma, extractor = used_gamma(stage), make_extractor(stage)
+    inputs: dict[str, Any] = {
+        "levels": [m["fingerprint"] for m in metadata],
+        "data": images.manifest["sha256"],
+    }
+    inputs |= {"gamma": gamma, "extractor": extractor.key}
+    fingerprint = stage.fingerprint(("process", "compare", "precision"), **inputs)
+    if stage.finished(fingerprint, OUTPUTS):
+        return
+    stage.catch_signals()
+    config: Any = OmegaConf.to_container(cfg.compare, resolve=True)
+    names, process = [level_name(w) for w in cfg.family.widths], stage.process()
+    settings = settings_of(config, names, process.base_steps)
+    # settings that share noise increments run next to each other
+    settings.sort(key=lambda s: (s.dynamics, STEP_RULES[s.dynamics, s.step_rule][1] or "", s.steps))
+
+    # ---- real images: statistics of all training images, and the real-against-real floor -------------------
+    real = extract_features(images.images[images.train()], extractor)
+    statistics, floor = feature_statistics(real), distance_floor(real, config["n"], config["seed"])
+
+    runner = Runner(
+        levels={level.name: level for level in load_family(stage.checkpoints, cfg.family.widths, stage.device, cfg.precision)},
+        process=process, gamma=gamma, shape=(3, cfg.data.size, cfg.data.size),
+        seeds=list(range(config["seed"], config["seed"] + config["n"])),
+        n_reference=min(config["n_reference"], config["n"]), batch=config["batch"], device=stage.device,
+        extractor=extractor, cache=stage.results / "cache", grid_images=config["grid_images"],
+        key=stage.fingerprint(("process", "precision"), **inputs, device=stage.device.type),
+    )  # fmt: skip
+    runner.warm_up()
+    rows, measured, pictures = run_all(stage, runner, settings, statistics, floor)
+
+    # ---- artefacts ---------------------------------------------------------------------------------------
+    write_rows(rows, stage.results / "compare.csv")
+    plot_compare(rows, stage.results / "compare.png", title=cfg.title)
+    result = speedup.speedups(
+        measured, reference=statistics, seed=config["seed"],
+        replicates=config["bootstrap"], distance_replicates=config["distance_bootstrap"],
+    )  # fmt: skip
+    write_json(stage.results / "speedup.json", result)
+    write_json(
+        stage.results / "best.json",
+        {k: v for k, v in best_setting(rows).items() if k != "seed"} | {"gamma": gamma},
+    )
+    for dynamics in result:
+        grid_rows = pick_for_grid(rows, pictures, dynamics)
+        comparison_grid(grid_rows, stage.results / "grids" / f"{dynamics}.png")
+    with Tracker(stage.results, stage.name, stage.plain(), **cfg.tracking) as tracker:
+        for row in rows:
+            tracker.log(row)
+        for path in [stage.results / "compare.png", *sorted((stage.results / "grids").glob("*.png"))]:
+            tracker.image(path.stem, path)
+    tell(result)
+    stage.record(fingerprint, images.manifest, gamma_used=gamma, settings=len(rows))
+
+
+def run_all(
+    stage: common.Stage, runner: Runner, settings: list[Setting], statistics: Any, floor: float
+) -> tuple:
+    """Every setting, with progress and time left by expected FLOPs; stops between settings when asked."""
+    largest = list(runner.levels.values())[-1]
+    costs = {
+        s: s.build(runner.levels, runner.gamma).expected_flops(runner.process.grid(s.steps)) for s in settings
+    }
+    dynamics = sorted({s.dynamics for s in settings})
+    reference_cost = runner.process.base_steps * largest.flops * runner.n_reference / len(runner.seeds)
+    total = (sum(costs.values()) + reference_cost * len(dynamics)) * len(runner.seeds) / 1e9
+    rows, measured, pictures, references, noise, done = [], [], {}, {}, NoiseCache(), 0.0
+    with common.bar("compare", int(total), unit="GFLOP") as progress:
+        for d in dynamics:
+            progress.tqdm.set_postfix_str(f"reference {d}")
+            part = total * reference_cost / (total / len(runner.seeds) * 1e9)
+            references[d] = runner.reference(
+                d, lambda n, p=part: progress.tqdm.update(int(p * n / runner.n_reference))
+            )
+            pictures[d, "reference"] = to_uint8(references[d][: runner.grid_images]).numpy()
+            done += part
+        for setting in settings:
+            if stage.should_stop():
+                raise UserError(
+                    "stopped as asked; finished settings are kept, run the same command again to go on."
+                )
+            progress.tqdm.set_postfix_str(
+                f"{setting.dynamics} {setting.drift} {setting.step_rule} {setting.steps}"
+            )
+            found = runner.run(setting, references[setting.dynamics], noise)
+            done += costs[setting] * len(runner.seeds) / 1e9
+            progress(int(done), int(total))
+            row = row_of(
+                setting, found["costs"], seed=runner.seeds[0], n=len(runner.seeds), distance=frechet_distance(found["features"], statistics),
+                distance_name=runner.extractor.name, distance_floor=floor,
+            )  # fmt: skip
+            rows.append(row)
+            measured.append(speedup.Setting(row, found["errors"], found["clusters"], found["features"]))
+            pictures[json.dumps(row, sort_keys=True)] = found["images"]
+    return rows, measured, pictures
+
+
+def pick_for_grid(rows: list[dict], pictures: dict, dynamics: str) -> list[tuple[str, Any]]:
+    """The reference, then for three points of the baselines' frontier the baseline and the best ML-EM of no higher cost."""
+    mine = [r for r in rows if r["dynamics"] == dynamics]
+    base = frontier([r for r in mine if r["drift"] != "ml_em"], "gflops_realised", "error")
+    chosen = [("reference: largest level, finest grid", pictures[dynamics, "reference"])]
+    for i in sorted({len(base) // 4, len(base) // 2, (3 * len(base)) // 4}):
+        baseline = base[min(i, len(base) - 1)]
+        for row in (baseline, best_within(mine, baseline["gflops_realised"])):
+            if row is not None:
+                label = f"{describe(row)}\n{row['gflops_realised']:.3g} GFLOP, error {row['error']:.2g}"
+                chosen.append((label, pictures[json.dumps(row, sort_keys=True)]))
+    return chosen
+
+
+def best_within(rows: list[dict], cost: float) -> dict | None:
+    ours = [r for r in rows if r["drift"] == "ml_em" and r["gflops_realised"] <= 1.02 * cost]
+    return min(ours, key=lambda r: r["error"]) if ours else None
+
+
+def tell(result: dict[str, Any]) -> None:
+    """The speed-ups in words, one line each."""
+    for dynamics, kinds in result.items():
+        for kind in ("plain", "best"):
+            for measure in ("error", "distance"):
+                entry = (kinds.get(kind) or {}).get(measure) or {}
+                found = (entry.get("flops") or {}).get("max")
+                low = (entry.get("flops") or {}).get("lower95")
+                text = (
+                    "never reaches a baseline"
+                    if found is None
+                    else f"{found:.2f}x (95% lower bound {low:.2f}x)"
+                )
+                print(f"{dynamics}, {kind} ML-EM, FLOPs at equal {measure}: {text}")
+
+
+def cost(stage: common.Stage) -> list[tuple[str, float, float]]:
+    described, seconds = stage.describe_levels(), common.seconds_per_evaluation(stage, 16)
+    from mlem_diffusion.levels import Level
+
+    per_flop = seconds[-1] / described[-1]["flops"]
+    levels = {v["name"]: Level(v["name"], lambda x, logsnr: x, v["flops"]) for v in described}
+    config: Any = OmegaConf.to_container(stage.cfg.compare, resolve=True)
+    process, out = stage.process(), {}
+    for s in settings_of(config, list(levels), process.base_steps):
+        gamma = 2.5 if config["gamma"] == "auto" else float(config["gamma"])
+        flops = s.build(levels, gamma).expected_flops(process.grid(s.steps)) * config["n"]
+        out[f"{s.dynamics} {s.drift} {s.step_rule}"] = (
+            out.get(f"{s.dynamics} {s.drift} {s.step_rule}", 0.0) + flops
+        )
+    for d in sorted({key.split()[0] for key in out}):
+        out[f"{d} reference"] = (
+            process.base_steps * described[-1]["flops"] * min(config["n_reference"], config["n"])
+        )
+    return [(what, flops, flops * per_flop) for what, flops in out.items()]
+
+
+@hydra.main(version_base=None, config_path=common.CONFIGS, config_name="sample_compare")
+def main(cfg: DictConfig) -> None:
+    common.run("sample_compare", cfg, work, cost)
+
+
+if __name__ == "__main__":
+    main()

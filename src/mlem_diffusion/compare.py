@@ -1,0 +1,296 @@
+"""The comparison: every setting of the configuration against one fine reference on the same seeds and Brownian paths.
+
+A setting is one row of compare.csv. Finished settings are kept on disk under the hash of all they depend on, so a
+stopped comparison goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .checkpoint import atomic_write
+from .cost import Ledger
+from .drift import Drift, Multilevel, SingleLevel, Stitched
+from .errors import UserError
+from .extractors import Extractor
+from .levels import Level
+from .metrics import squared_errors, standard_error, to_uint8
+from .noise import path_increments
+from .probabilities import constant_probabilities
+from .process import Process
+from .samplers import REFERENCE_RULE, STEP_RULES, sample
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One sampler setting, by the names that compare.csv uses."""
+
+    dynamics: str
+    step_rule: str
+    drift: str  # "single", "stitched" or "ml_em"
+    levels: tuple[str, ...]
+    steps: int
+    probabilities: str = ""  # "constant" for ml_em
+    coins: str = ""  # "independent" or "systematic", "-shared" appended for one set of coins per batch
+    cost_knob: float | None = (
+        None  # C of the constant probabilities; the switch fraction of a stitched schedule
+    )
+
+    def build(self, levels: Mapping[str, Level], gamma: float) -> Drift:
+        """The drift of this setting; UserError for unknown levels or kinds."""
+        missing = [name for name in self.levels if name not in levels]
+        if missing:
+            raise UserError(f"There is no level {missing[0]}; the family has {', '.join(levels)}.")
+        family = tuple(levels[name] for name in self.levels)
+        if self.drift == "single":
+            return SingleLevel(family[0])
+        if self.drift == "stitched" and self.cost_knob is not None:
+            return Stitched(family[0], family[-1], self.cost_knob)
+        if self.drift == "ml_em" and self.cost_knob is not None:
+            p = constant_probabilities([level.flops for level in family], gamma, self.cost_knob)
+            return Multilevel(family, p, self.coins.removesuffix("-shared"), self.coins.endswith("-shared"))
+        raise UserError(f"The drift {self.drift!r} with cost_knob {self.cost_knob} is not known.")
+
+
+def setting_from(values: Mapping[str, Any]) -> Setting:
+    """A setting from a row or a configuration: levels as a list or joined by "+", blank fields as None or ""."""
+    names = values["levels"]
+    knob = values.get("cost_knob")
+    return Setting(
+        dynamics=values["dynamics"],
+        step_rule=values["step_rule"],
+        drift=values["drift"],
+        levels=tuple(names.split("+") if isinstance(names, str) else names),
+        steps=int(values["steps"]),
+        probabilities=values.get("probabilities") or "",
+        coins=values.get("coins") or "",
+        cost_knob=None if knob in (None, "") else float(knob),
+    )
+
+
+def _choose(names: Sequence[str], which: Any) -> list[str]:
+    """Level names from "all", "largest" or a list of indices."""
+    if which == "all":
+        return list(names)
+    indices = [-1] if which == "largest" else list(which)
+    try:
+        return [names[int(i)] for i in indices]
+    except (IndexError, ValueError) as error:
+        raise UserError(f"levels = {which!r} does not fit a family of {len(names)} levels.") from error
+
+
+def settings_of(config: Mapping[str, Any], names: Sequence[str], base_steps: int) -> list[Setting]:
+    """All settings of a `compare` configuration for a family with these level names, cheap to expensive."""
+    out: dict[Setting, None] = {}
+    for sweep in config["baselines"]:
+        for name in _choose(names, sweep["levels"]):
+            for steps in sweep["steps"]:
+                out[Setting(sweep["dynamics"], sweep["step_rule"], "single", (name,), steps)] = None
+    for sweep in config["stitched"]:
+        for pair in sweep["pairs"]:
+            for steps in sweep["steps"]:
+                for switch in sweep["switch"]:
+                    pair_names = tuple(_choose(names, pair))
+                    s = Setting(
+                        sweep["dynamics"],
+                        sweep["step_rule"],
+                        "stitched",
+                        pair_names,
+                        steps,
+                        cost_knob=float(switch),
+                    )
+                    out[s] = None
+    for sweep in config["ml_em"]:
+        for family in sweep["families"]:
+            for steps in sweep["steps"]:
+                for coins in sweep["coins"]:
+                    for knob in sweep["knobs"]:
+                        chosen = tuple(_choose(names, family))
+                        s = Setting(
+                            sweep["dynamics"],
+                            sweep["step_rule"],
+                            "ml_em",
+                            chosen,
+                            steps,
+                            "constant",
+                            coins,
+                            float(knob),
+                        )
+                        out[s] = None
+    for setting in out:
+        if (setting.dynamics, setting.step_rule) not in STEP_RULES:
+            raise UserError(f"compare: there is no step rule {setting.step_rule} for {setting.dynamics}.")
+        if not 2 <= setting.steps <= base_steps:
+            raise UserError(
+                f"compare: {setting.steps} steps are outside 2..{base_steps} (process.base_steps)."
+            )
+    return list(out)
+
+
+@dataclass(frozen=True)
+class Runner:
+    """What all settings of one comparison share."""
+
+    levels: dict[str, Level]
+    process: Process
+    gamma: float
+    shape: tuple[int, ...]
+    seeds: list[int]
+    n_reference: int
+    batch: int
+    device: torch.device
+    extractor: Extractor
+    cache: Path
+    key: str  # hash of the weights, process and extractor
+    grid_images: int = 12
+
+    def _path(self, kind: str, what: dict[str, Any]) -> Path:
+        asked = json.dumps(
+            [
+                kind,
+                what,
+                self.key,
+                self.seeds[0],
+                len(self.seeds),
+                self.n_reference,
+                self.gamma,
+                self.grid_images,
+                self.batch,
+            ],
+            sort_keys=True,
+        )
+        return self.cache / f"{kind}-{hashlib.sha256(asked.encode()).hexdigest()[:20]}.npz"
+
+    def warm_up(self) -> None:
+        """One evaluation of every level, so that no setting pays for first-call overheads in its seconds."""
+        x = torch.zeros(min(self.batch, len(self.seeds)), *self.shape, device=self.device)
+        for level in self.levels.values():
+            level.denoise(x, torch.zeros(len(x), device=self.device))
+
+    def reference(self, dynamics: str, progress: Callable[[int], None] | None = None) -> Tensor:
+        """Samples [n_reference, *shape] of the largest level on the base grid, in float32 on the CPU."""
+        path = self._path("reference", {"dynamics": dynamics})
+        if not path.is_file():
+            grid, drift = self.process.grid(), SingleLevel(list(self.levels.values())[-1])
+            parts = []
+            for start in range(0, self.n_reference, self.batch):
+                seeds = self.seeds[start : min(start + self.batch, self.n_reference)]
+                parts.append(
+                    sample(drift, grid, dynamics, REFERENCE_RULE[dynamics], seeds, self.shape, self.device)[
+                        0
+                    ].cpu()
+                )
+                if progress is not None:
+                    progress(len(seeds))
+            images = torch.cat(parts).numpy()
+            atomic_write(path, lambda p: _savez(p, images=images))
+        return torch.from_numpy(np.load(path)["images"])
+
+    def is_done(self, setting: Setting) -> bool:
+        return self._path("setting", asdict(setting)).is_file()
+
+    def run(self, setting: Setting, reference: Tensor, noise: NoiseCache) -> dict[str, Any]:
+        """Row values, errors [n_reference], clusters, features [n, D] and the first images of one setting."""
+        path = self._path("setting", asdict(setting))
+        if not path.is_file():
+            drift, grid = setting.build(self.levels, self.gamma), self.process.grid(setting.steps)
+            clock = STEP_RULES[setting.dynamics, setting.step_rule][1]
+            total = Ledger([level.flops for level in drift.levels])
+            errors, features, kept, clusters = [], [], [], []
+            for start in range(0, len(self.seeds), self.batch):
+                seeds = self.seeds[start : start + self.batch]
+                increments = noise.get(self, setting.steps, clock, seeds)
+                images, ledger = sample(
+                    drift,
+                    grid,
+                    setting.dynamics,
+                    setting.step_rule,
+                    seeds,
+                    self.shape,
+                    self.device,
+                    increments,
+                )
+                total.add(ledger)
+                images = images.cpu()
+                compared = reference[start : start + len(seeds)]
+                if len(compared):
+                    errors.append(squared_errors(images[: len(compared)], compared))
+                clusters += drift.clusters(seeds)
+                pixels = to_uint8(images)
+                features.append(self.extractor.features(pixels).numpy())
+                kept.append(pixels[: max(0, self.grid_images - start)])
+            error = np.concatenate(errors)
+            cluster = np.array(clusters)
+            costs = {
+                "error": float(error.mean()),
+                "error_se": standard_error(error, cluster[: len(error)]),
+                "network_calls": total.calls_per_image,
+                "gflops_expected": drift.expected_flops(grid) / 1e9,
+                "gflops_realised": total.flops_per_image / 1e9,
+                "seconds": total.seconds_per_image,
+                "n_fires_top": total.evaluations[-1],
+            }
+            atomic_write(
+                path,
+                lambda p: _savez(
+                    p,
+                    costs=json.dumps(costs),
+                    errors=error,
+                    clusters=cluster,
+                    features=np.concatenate(features),
+                    images=torch.cat(kept).numpy(),
+                ),
+            )
+        stored = np.load(path)
+        return {
+            name: json.loads(str(stored[name])) if name == "costs" else stored[name] for name in stored.files
+        }
+
+
+class NoiseCache:
+    """Keeps the increments of the last few (steps, clock, seeds): neighbouring settings share them."""
+
+    def __init__(self, entries: int = 2):
+        self.entries, self.kept = entries, {}
+
+    def get(self, runner: Runner, steps: int, clock: str | None, seeds: Sequence[int]) -> Tensor | None:
+        if clock is None:
+            return None
+        key = (steps, clock, seeds[0], len(seeds))
+        if key not in self.kept:
+            while len(self.kept) >= self.entries:
+                self.kept.pop(next(iter(self.kept)))
+            self.kept[key] = path_increments(
+                seeds, runner.shape, runner.process.grid(steps), clock, runner.device
+            )
+        return self.kept[key]
+
+
+def row_of(setting: Setting, costs: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """A compare.csv row from a setting, its measured values and the columns that all rows share."""
+    row = asdict(setting) | dict(costs) | more
+    row["levels"] = "+".join(setting.levels)
+    return row
+
+
+def best_setting(rows: Sequence[Mapping[str, Any]], tolerance: float = 0.05) -> dict[str, Any]:
+    """The cheapest row (FLOPs) whose distance is within `tolerance` of the best distance of all."""
+    measured = [row for row in rows if row.get("distance") is not None]
+    if not measured:
+        raise UserError("No setting has a distance, so none can be called best.")
+    limit = (1 + tolerance) * min(row["distance"] for row in measured)
+    return dict(min((r for r in measured if r["distance"] <= limit), key=lambda r: r["gflops_realised"]))
+
+
+def _savez(path: Path, **arrays: Any) -> None:
+    with path.open("wb") as file:  # an open file: savez would append .npz to the temporary name
+        np.savez(file, **arrays)

@@ -1,0 +1,111 @@
+"""Minimum and 95% interval of a residual sum of squares (RSS) in one exponent s, as gamma = 2 / s."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+S_MIN, S_MAX = 0.02, 8.0  # gamma above 2 / S_MIN = 100 counts as unbounded, below 2 / S_MAX = 0.25 as zero
+S_EDGE = 0.999 * S_MAX  # from here on, an s counts as at the end of the search
+CONFIDENCE = 0.95
+
+Interval = tuple[float, float | None]
+
+
+def _minimise(rss: Callable[[np.ndarray], np.ndarray], grid: np.ndarray) -> tuple[float, float]:
+    """Smallest RSS over s: the best grid point, refined between its neighbours."""
+    from scipy.optimize import minimize_scalar
+
+    values = rss(grid)
+    i = int(np.argmin(values))
+    bounds = (grid[max(i - 1, 0)], grid[min(i + 1, len(grid) - 1)])
+    found: Any = minimize_scalar(
+        lambda s: float(rss(np.array([s]))[0]), bounds=bounds, method="bounded", options={"xatol": 1e-10}
+    )
+    return (float(found.x), float(found.fun)) if found.fun < values[i] else (float(grid[i]), float(values[i]))
+
+
+def _grid_minimum(values: np.ndarray, grid: np.ndarray) -> float:
+    """Position of the minimum of values [G], by a parabola through the best grid point and its neighbours."""
+    i = int(np.argmin(values))
+    if i in (0, len(grid) - 1):
+        return float(grid[i])
+    x, y = grid[i - 1 : i + 2] - grid[i], values[i - 1 : i + 2] - values[i]
+    curvature = (y[0] / x[0] - y[2] / x[2]) / (x[0] - x[2])
+    slope = y[0] / x[0] - curvature * x[0]
+    if curvature <= 0:
+        return float(grid[i])
+    return float(grid[i]) + float(np.clip(-slope / (2 * curvature), x[0], x[2]))
+
+
+def _profile_interval(
+    rss: Callable[[np.ndarray], np.ndarray], grid: np.ndarray, best: float, rss_min: float, dof: int
+) -> Interval:
+    """All s with RSS(s) <= RSS_min (1 + t^2 / dof), turned into gamma."""
+    if dof < 1:
+        return (0.0, None)
+    from scipy.optimize import brentq
+    from scipy.stats import t as t_distribution
+
+    limit = rss_min * (1 + float(t_distribution.ppf((1 + CONFIDENCE) / 2, dof)) ** 2 / dof)
+    inside = np.append(grid[rss(grid) <= limit], best)
+
+    def excess(s: float) -> float:
+        return float(rss(np.array([s]))[0]) - limit
+
+    def end(inner: float, beyond: np.ndarray) -> float:
+        """The crossing between the last point inside and the first one beyond it, if there is one."""
+        if len(beyond) == 0 or not excess(inner) < 0 < excess(float(beyond[0])):
+            return inner
+        found: Any = brentq(excess, inner, float(beyond[0]))
+        return float(found)
+
+    low, high = float(inside.min()), float(inside.max())
+    return _to_gamma(end(low, grid[grid < low][::-1]), end(high, grid[grid > high]))
+
+
+def _to_gamma(s_low: float, s_high: float) -> Interval:
+    low = 0.0 if s_high >= S_MAX * 0.999 else 2 / max(s_high, S_MIN)
+    return (low, None if s_low <= S_MIN else 2 / s_low)
+
+
+def _bootstrap_interval(
+    refit: Callable[[np.ndarray], np.ndarray],
+    observed: np.ndarray,
+    fitted: np.ndarray,
+    rss: float,
+    dof: int,
+    covariance: np.ndarray | None,
+    repeats: int,
+    seed: int,
+) -> Interval | None:
+    """Percentile interval of refits to fitted values with fresh scatter, drawn as relative normal errors.
+
+    The scatter's variance is itself drawn (RSS / chi^2(dof)), since a few residuals say little about it; the
+    measurement covariance comes on top, which counts its uncorrelated part twice and so errs on the wide
+    side.
+    """
+    if repeats < 1 or dof < 1:
+        return None
+    rng = np.random.default_rng(seed)
+    n = len(observed)
+    scatter = np.minimum(np.sqrt(rss / rng.chisquare(dof, repeats)), 2.0)
+    noise = scatter[:, None] * rng.standard_normal((repeats, n))
+    if covariance is not None:
+        relative = np.asarray(covariance, dtype=np.float64) / np.outer(observed, observed)
+        noise += rng.multivariate_normal(np.zeros(n), relative, repeats, method="eigh", check_valid="ignore")
+    found = refit(fitted * np.exp(noise))
+    # NaN: the resampled values are flat, so any exponent goes; such a draw counts at both ends.
+    tail = (1 - CONFIDENCE) / 2
+    s_low = float(np.quantile(np.where(np.isnan(found), 0.0, found), tail))
+    s_high = float(np.quantile(np.where(np.isnan(found), S_MAX, found), 1 - tail))
+    return _to_gamma(s_low, s_high)
+
+
+def _hull(first: Interval, second: Interval | None) -> Interval:
+    if second is None:
+        return first
+    high = None if first[1] is None or second[1] is None else max(first[1], second[1])
+    return (min(first[0], second[0]), high)

@@ -1,0 +1,269 @@
+"""Error to the reference, and Frechet distance through torch-fidelity's arithmetic.
+
+Errors are mean squared differences (over channels and pixels, images in [-1, 1], before clipping).
+The Frechet distance between Gaussians fitted to features is |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))
+(Dowson & Landau 1982; Heusel et al. 2017). Its value depends on n: report n and `distance_floor` beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import UserError
+from .extractors import Extractor
+
+Images = np.ndarray | Tensor
+Features = np.ndarray | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Mean [D] and unbiased covariance [D, D] of the features of n images, float64."""
+
+    mean: np.ndarray
+    cov: np.ndarray
+    n: int
+
+    @cached_property
+    def root(self) -> np.ndarray:
+        """The symmetric square root of the covariance, [D, D]."""
+        values, vectors = np.linalg.eigh(self.cov)
+        return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+
+
+# ------------------------------------------------------------------------------------- error to a reference
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Images in [-1, 1], any shape, to uint8 by rounding; values outside are clipped. UserError on NaN."""
+    if bool(torch.isnan(x).any()):
+        raise UserError("Images with NaN pixels cannot be turned into 8-bit images.")
+    return ((x.float() + 1) * 127.5).round().clip(0, 255).to(torch.uint8)
+
+
+def squared_errors(samples: Tensor, reference: Tensor) -> np.ndarray:
+    """Mean squared difference of each image, float64 [N], for two float stacks [N, 3, H, W] (unclipped)."""
+    if samples.shape != reference.shape or samples.ndim != 4:
+        raise UserError(
+            f"Samples {tuple(samples.shape)} and reference {tuple(reference.shape)} "
+            "must be stacks of the same shape."
+        )
+    if not (samples.is_floating_point() and reference.is_floating_point()):
+        raise UserError("Squared errors are taken of unclipped float images, not of 8-bit ones.")
+    difference = samples.detach().cpu().double() - reference.detach().cpu().double()
+    return difference.square().flatten(1).mean(1).numpy()
+
+
+def standard_error(values: np.ndarray, clusters: np.ndarray | None = None) -> float:
+    """Standard error of the mean of values [N]; NaN if fewer than two values or clusters.
+
+    `clusters` [N] holds an id per value (one per shared coin draw): values of one cluster count as
+    dependent (the usual cluster-robust formula with the factor G / (G - 1)).
+    """
+    values = np.asarray(values, dtype=np.float64)
+    residual = values - values.mean() if values.size else values
+    if clusters is None:
+        sums = residual
+    else:
+        if len(clusters) != len(values):
+            raise UserError(f"{len(values)} values came with {len(clusters)} cluster ids.")
+        _, index = np.unique(np.asarray(clusters), return_inverse=True)
+        sums = np.bincount(index.ravel(), weights=residual)
+    groups = len(sums)
+    if groups < 2:
+        return float("nan")
+    return float(np.sqrt(groups / (groups - 1) * np.sum(sums**2)) / len(values))
+
+
+# -------------------------------------------------------------------------------------------- features
+
+
+def extract_features(images: Images, extractor: Extractor, chunk: int = 1024) -> np.ndarray:
+    """Float32 features [N, D] of uint8 images [N, 3, H, W]; a memory map is read `chunk` images at a time."""
+    _check_count(len(images))
+    return np.concatenate([extractor.features(part).numpy() for part in _chunks(images, chunk)])
+
+
+def _chunks(images: Images | Iterable[Images], size: int) -> Iterator[Images]:
+    if isinstance(images, np.ndarray | Tensor):
+        for start in range(0, len(images), size):
+            yield images[start : start + size]
+    else:
+        yield from images
+
+
+def _check_count(n: int) -> None:
+    if n < 2:
+        raise UserError(f"A Frechet distance needs at least 2 images on each side, but there are {n}.")
+
+
+def _as_float64(features: Features) -> np.ndarray:
+    array = features.detach().cpu().numpy() if isinstance(features, Tensor) else np.asarray(features)
+    if array.ndim != 2:
+        raise UserError(f"Features must have shape [N, D], but have {array.shape}.")
+    _check_count(len(array))
+    array = array.astype(np.float64)
+    if not np.isfinite(array).all():
+        raise UserError("The features contain NaN or infinite values, so no distance can be given.")
+    return array
+
+
+def feature_statistics(features: Features) -> Statistics:
+    """Mean and covariance of features [N, D], by torch-fidelity in float64."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics  # slow import
+
+    array = _as_float64(features)
+    out = fid_features_to_statistics(torch.from_numpy(array))
+    return Statistics(out["mu"], np.atleast_2d(out["sigma"]), len(array))
+
+
+def reference_statistics(
+    data: Images | Iterable[Images],
+    extractor: Extractor,
+    cache_dir: Path | None,
+    data_sha256: str,
+    n: int | None = None,
+    chunk: int = 1024,
+) -> Statistics:
+    """Statistics of all reference images (uint8 [N, 3, H, W], or an iterable of such chunks), by float64
+    running sums.
+
+    With `cache_dir` the result is kept in an .npz named by data hash, extractor key and number of images;
+    for an iterable the number must be given as `n`, or nothing is cached. `data_sha256` must identify the
+    very images passed (crop, size and split included). A damaged cache file is computed anew.
+    """
+    if isinstance(data, np.ndarray | Tensor):
+        n = len(data)
+    path = None
+    if cache_dir is not None and n is not None:
+        key = hashlib.sha256(f"1/{data_sha256}/{extractor.name}/{extractor.key}/{n}".encode()).hexdigest()[
+            :24
+        ]
+        path = Path(cache_dir) / f"feature-statistics-{key}.npz"
+        found = _read_statistics(path, n)
+        if found is not None:
+            return found
+
+    count, shift, total, outer = 0, np.zeros(0), np.zeros(0), np.zeros(0)
+    for part in _chunks(data, chunk):
+        x = extractor.features(part).numpy().astype(np.float64)
+        if (
+            count == 0
+        ):  # sums are taken around the first chunk's mean, so that the subtraction below loses no digits
+            shift = x.mean(0)
+            total, outer = np.zeros(x.shape[1]), np.zeros((x.shape[1], x.shape[1]))
+        x -= shift
+        total += x.sum(0)
+        outer += x.T @ x
+        count += len(x)
+    _check_count(count)
+    if n is not None and count != n:
+        raise UserError(f"The reference was announced as {n} images but holds {count}.")
+    mean = total / count
+    cov = (outer - count * np.outer(mean, mean)) / (count - 1)
+    statistics = Statistics(mean + shift, (cov + cov.T) / 2, count)
+    if path is not None:
+        _write_statistics(path, statistics)
+    return statistics
+
+
+def _read_statistics(path: Path, n: int) -> Statistics | None:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            found = Statistics(archive["mean"], archive["cov"], int(archive["n"]))
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile, EOFError):
+        return None
+    dim = found.mean.shape[0] if found.mean.ndim == 1 else -1
+    sound = found.n == n and found.cov.shape == (dim, dim) and bool(np.isfinite(found.cov).all())
+    return found if sound else None
+
+
+def _write_statistics(path: Path, statistics: Statistics) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, mean=statistics.mean, cov=statistics.cov, n=np.int64(statistics.n))
+        os.replace(name, path)  # readers see the whole file or none
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+# -------------------------------------------------------------------------------------------- distances
+
+
+def frechet_distance(x: Features | Statistics, y: Features | Statistics) -> float:
+    """Frechet distance of two sets of features [N, D] (or their Statistics), by torch-fidelity in float64.
+
+    Raises UserError for fewer than 2 images on a side, NaN features, or different feature sizes.
+    """
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric  # slow import
+
+    a, b = (s if isinstance(s, Statistics) else feature_statistics(s) for s in (x, y))
+    if a.mean.shape != b.mean.shape:
+        raise UserError(f"Features of {len(a.mean)} and of {len(b.mean)} numbers cannot be compared.")
+    stats = [{"mu": s.mean.astype(np.float64), "sigma": s.cov.astype(np.float64)} for s in (a, b)]
+    return float(fid_statistics_to_metric(*stats, verbose=False)[KEY_METRIC_FID])
+
+
+def fast_frechet(
+    x: np.ndarray,
+    reference: Statistics,
+    counts: np.ndarray | None = None,
+    projected: np.ndarray | None = None,
+) -> float:
+    """The same distance for many bootstrap replicates: features [n, D], each taken counts[i] times.
+
+    With S2 the reference covariance, tr (S1 S2)^(1/2) is the sum of the singular values of the centred
+    features times S2^(1/2), divided by sqrt(n - 1): an n x n or D x D symmetric problem, whichever is
+    smaller. Pass `projected` = x @ reference.root [n, D] to share that product between replicates.
+    """
+    x = _as_float64(x)
+    if x.shape[1] != len(reference.mean):
+        raise UserError(f"Features of {x.shape[1]} and of {len(reference.mean)} numbers cannot be compared.")
+    y = x @ reference.root if projected is None else projected
+    weights = np.ones(len(x)) if counts is None else np.asarray(counts, dtype=np.float64)
+    drawn = weights > 0
+    x, y, weights = x[drawn], y[drawn], weights[drawn]
+    n = weights.sum()
+    _check_count(int(n))
+    mean = weights @ x / n
+    square = np.sqrt(weights / (n - 1))[:, None]
+    trace = float(((x - mean) ** 2 * square**2).sum())
+    y = (y - weights @ y / n) * square
+    gram = y.T @ y if len(y) > y.shape[1] else y @ y.T
+    singular = np.sqrt(np.clip(np.linalg.eigvalsh(gram), 0, None)).sum()
+    shift = mean - reference.mean
+    return float(shift @ shift + trace + np.trace(reference.cov) - 2 * singular)
+
+
+def distance_floor(features_of_real: Features, n: int, seed: int, repeats: int = 3) -> float:
+    """Real against real: the distance of n random real images to the statistics of all *other* real ones.
+
+    `features_of_real` is [N, D] with N >= n + 2; the mean over `repeats` draws is returned. No sampler is
+    expected to go below it with n images. Raises UserError for too few images or NaN features.
+    """
+    _check_count(n)
+    features = _as_float64(features_of_real)
+    if len(features) < n + 2 or repeats < 1:
+        raise UserError(
+            f"The floor at n = {n} needs at least {n + 2} real images, but there are {len(features)}."
+        )
+    rng = np.random.default_rng(seed)
+    distances = []
+    for _ in range(repeats):
+        order = rng.permutation(len(features))
+        distances.append(frechet_distance(features[order[:n]], features[order[n:]]))
+    return float(np.mean(distances))

@@ -1,0 +1,76 @@
+"""Inclusion probabilities, coins, and the weights they give the networks of a family.
+
+The estimator is F = sum_k (B_k / p_k) (f^k - f^{k-1}) with f^0 = 0, which is sum_k w_k f^k with
+w_k = B_k / p_k - B_{k+1} / p_{k+1}: only networks with w_k != 0 are evaluated (arXiv:2603.24594).
+Level 1 always fires (p_1 = 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .errors import UserError
+from .noise import coin_uniforms
+
+COINS = ("independent", "systematic")
+
+
+def constant_probabilities(flops: Sequence[float], gamma: float, knob: float) -> np.ndarray:
+    """p_k = min(1, C (T_k / T_1)^-(1/2 + 1/gamma)) [K] with p_1 = 1: the square-root law when level k's error is
+    proportional to T_k^(-1/gamma). `knob` is C, the one number that trades cost against error; T in FLOPs per image.
+
+    Raises UserError unless gamma and the knob are positive and the costs increase.
+    """
+    costs = np.asarray(flops, dtype=np.float64)
+    if not (gamma > 0 and knob > 0):
+        raise UserError(
+            f"Constant probabilities need positive gamma and knob, not gamma = {gamma}, C = {knob}."
+        )
+    if len(costs) == 0 or np.any(costs <= 0) or np.any(np.diff(costs) <= 0):
+        raise UserError(
+            "The levels of a family must be ordered by cost, from cheap to expensive, all above zero."
+        )
+    p = np.minimum(1.0, knob * (costs / costs[0]) ** -(0.5 + 1.0 / gamma))
+    p[0] = 1.0
+    return p
+
+
+def draw_coins(p: np.ndarray, seeds: Sequence[int], coins: str) -> np.ndarray:
+    """Coins B [n, B, K] in {0, 1} for probabilities p [n, K], one set per seed; P(B = 1) is p at every step.
+
+    "independent": over steps and levels. "systematic": over the steps of a level, fire when the running sum of p crosses
+    an integer, counted from one random offset (Madow 1949), so the fires are evenly spread; levels stay independent.
+    """
+    if coins not in COINS:
+        raise UserError(f"coins = {coins!r} is unknown; expected one of {', '.join(COINS)}.")
+    n, levels = p.shape
+    out = np.empty((n, len(seeds), levels), dtype=bool)
+    for k in range(levels):
+        if np.all(p[:, k] == 1):
+            out[:, :, k] = True
+        elif coins == "independent":
+            out[:, :, k] = p[:, k, None] > coin_uniforms(seeds, k, n).T
+        else:
+            running = np.cumsum(np.concatenate([[0.0], p[:, k]]))
+            crossed = np.floor(running[:, None] + coin_uniforms(seeds, k, 1).T)
+            # a rounding error in the running sum must not skip a coin that is certain
+            out[:, :, k] = (np.diff(crossed, axis=0) > 0) | (p[:, k, None] == 1)
+    return out
+
+
+def telescope_weights(p: np.ndarray, coins: np.ndarray) -> np.ndarray:
+    """Weights w [n, B, K] of the networks for probabilities p [n, K] and coins [n, B, K]; E[w] = (0, ..., 0, 1)."""
+    ratio = np.where(coins, 1.0 / p[:, None, :], 0.0)
+    return ratio - np.concatenate([ratio[..., 1:], np.zeros_like(ratio[..., :1])], axis=-1)
+
+
+def evaluation_probabilities(p: np.ndarray) -> np.ndarray:
+    """P(w_k != 0) [n, K]: the chance that network k is evaluated at a step, for coins independent between levels.
+
+    Network k runs if coin k or coin k+1 fires, except where both do with equal probabilities and the weights cancel.
+    """
+    following = np.concatenate([p[:, 1:], np.zeros_like(p[:, :1])], axis=1)
+    both = p * following
+    return p + following - both - np.where(p == following, both, 0.0)

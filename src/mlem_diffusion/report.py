@@ -1,0 +1,465 @@
+"""One self-contained HTML page per experiment, made from whatever artefacts its results folder holds."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .tables import (
+    COLUMNS,
+    DYNAMICS_NAMES,
+    STEP_RULE_NAMES,
+    Row,
+    as_table,
+    describe,
+    flat_table,
+    flatten,
+    frontier,
+    interval,
+    method_of,
+    number,
+    pool_seeds,
+    read_rows,
+    records_table,
+    trusted,
+)
+
+# Which stage writes what; a missing artefact is answered with the command that makes it.
+_STAGES = {
+    "provenance.json": "train-levels",
+    "training.png": "train-levels",
+    "gamma.json": "measure-gamma",
+    "gamma.png": "measure-gamma",
+    "compare.csv": "sample-compare",
+    "compare.png": "sample-compare",
+    "speedup.json": "sample-compare",
+}
+_ESTIMATES = {
+    "loss_fit": "fit of the denoising loss",
+    "differences": "differences of neighbouring levels",
+    "to_largest": "differences to the largest level",
+}
+_METHODS = {"plain": "plain ML-EM", "best": "best ML-EM"}
+_MEASURES = {"error": "MSE", "distance": "distance"}
+_UNITS = {"flops": "FLOPs", "seconds": "seconds"}
+_FRONTIER_ROWS = 14
+
+
+def write_report(results_dir: Path, *, title: str) -> Path:
+    """Write results_dir/report.html: every image and style inline, no network, no script.
+
+    Reads gamma.json, speedup.json, best.json, provenance.json, compare.csv, config-*.yaml, the figures
+    gamma.png, compare.png and training.png, and the pictures in grids/ and training/. What is absent or
+    unreadable is said in words on the page. Raises UserError when the folder holds none of them.
+    """
+    import jinja2
+
+    results_dir = Path(results_dir)
+    notices: list[str] = []
+    documents = {
+        name: _load_json(results_dir / f"{name}.json", notices)
+        for name in ("gamma", "speedup", "best", "provenance")
+    }
+    gamma, speedup, provenance = (documents[name] or {} for name in ("gamma", "speedup", "provenance"))
+    rows = _load_rows(results_dir / "compare.csv", notices)
+    figures = {
+        name: _load_image(results_dir / f"{name}.png", notices) for name in ("gamma", "compare", "training")
+    }
+    folders = {
+        name: [_load_image(path, notices) for path in _pictures(results_dir / name)]
+        for name in ("grids", "training")
+    }
+    configs = [
+        (path.name, path.read_text("utf-8", "replace")) for path in sorted(results_dir.glob("config-*.yaml"))
+    ]
+    if not (any(documents.values()) or rows or any(figures.values()) or any(folders.values()) or configs):
+        raise UserError(
+            f"{results_dir} holds no results yet: run make train-levels EXPERIMENT={results_dir.name} first."
+        )
+    notices += [
+        f"{name} is not there: run make {stage} EXPERIMENT={results_dir.name}"
+        for name, stage in _STAGES.items()
+        if not (results_dir / name).exists()
+    ]
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = (files("mlem_diffusion") / "templates" / "report.html.jinja").read_text(encoding="utf-8")
+    page = environment.from_string(template).render(
+        title=title,
+        experiment=str(provenance.get("experiment") or results_dir.name),
+        notices=notices,
+        gamma=_gamma_section(gamma),
+        speedup=_speedup_section(speedup, rows),
+        distance_note=_distance_note(rows),
+        frontiers=_frontier_tables(rows),
+        comparison=_comparison_table(rows),
+        best=flat_table(documents["best"]),
+        figures=figures,
+        folders={name: [image for image in images if image] for name, images in folders.items()},
+        provenance=_provenance_tables(provenance),
+        configs=configs,
+    )
+    path = results_dir / "report.html"
+    partial = path.with_name("report.html.partial")
+    partial.write_text(page, encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+# ---- reading ----
+
+
+def _load_json(path: Path, notices: list[str]) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (ValueError, OSError):
+        content = None
+    if not isinstance(content, dict):
+        notices.append(f"{path.name} cannot be read: remove it and run its stage again")
+        return None
+    return content
+
+
+def _load_rows(path: Path, notices: list[str]) -> list[Row]:
+    if not path.is_file():
+        return []
+    try:
+        return read_rows(path)
+    except (UserError, ValueError, OSError) as problem:
+        notices.append(
+            f"compare.csv cannot be read ({str(problem).rstrip('.')}): remove it and run its stage again"
+        )
+        return []
+
+
+def _load_image(path: Path, notices: list[str]) -> dict[str, Any] | None:
+    """A PNG as a data URI with its size in pixels, or None (with a notice when there is a file that is not
+    a PNG)."""
+    if not path.is_file():
+        return None
+    content = path.read_bytes()
+    if content[:8] != b"\x89PNG\r\n\x1a\n" or len(content) < 45:
+        notices.append(f"{path.name} is not a readable PNG")
+        return None
+    return {
+        "name": path.stem,
+        "uri": "data:image/png;base64," + base64.b64encode(content).decode("ascii"),
+        "width": int.from_bytes(content[16:20], "big"),
+        "height": int.from_bytes(content[20:24], "big"),
+    }
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """The PNGs of a folder in natural order: w8 before w16."""
+
+    def natural(path: Path) -> list[Any]:
+        return [
+            (0, int(part), "") if part.isdigit() else (1, 0, part)
+            for part in re.split(r"(\d+)", path.stem)
+            if part
+        ]
+
+    return sorted(folder.glob("*.png"), key=natural)
+
+
+# ---- sections ----
+
+
+def _gamma_section(gamma: dict[str, Any]) -> dict[str, Any] | None:
+    if not gamma:
+        return None
+    estimates = [
+        (name, words, estimate)
+        for name, words in _ESTIMATES.items()
+        if isinstance(estimate := (gamma.get("estimates") or {}).get(name), dict)
+    ]
+    values = [float(e["gamma"]) for _, _, e in estimates if _is_number(e.get("gamma"))]
+    answer = {"yes": "yes", "no": "no"}.get(str(gamma.get("htmc")), "undetermined")
+    default = {
+        "yes": "The interval of gamma lies above 2",
+        "no": "The interval of gamma lies below 2",
+        "undetermined": "The interval of gamma holds 2, or is not bounded well enough",
+    }[answer]
+    return {
+        "answer": answer,
+        "range": f"γ from {number(min(values))} to {number(max(values))} by {len(values)} estimates"
+        if values
+        else "",
+        "reason": str(gamma.get("htmc_reason") or default).strip().rstrip("."),
+        "estimates": [
+            (words, number(e["gamma"]) if e.get("gamma") else "no finite value", interval(e.get("interval")))
+            for _, words, e in estimates
+        ],
+        "estimates_table": as_table(
+            ("estimate", "gamma", "95% interval", "further"),
+            (
+                (words, e.get("gamma"), interval(e.get("interval")), _further(e, ("gamma", "interval")))
+                for _, words, e in estimates
+            ),
+        ),
+        "levels": records_table(
+            gamma.get("levels"), ("name", "width", "params", "parameters", "gflop", "images", "loss")
+        ),
+        "per_noise_level": records_table(gamma.get("per_noise_level"), ("logsnr", "gamma", "interval")),
+        "training_lengths": records_table(gamma.get("training_lengths"), ("images", "gamma", "interval")),
+        "warnings": [str(text) for text in gamma.get("warnings") or []],
+    }
+
+
+def _further(record: dict[str, Any], shown: Sequence[str]) -> str:
+    """The remaining scalars of a record in one line."""
+    rest = [
+        f"{key.replace('_', ' ')} {number(value)}"
+        for key, value in flatten(record).items()
+        if key not in shown and value not in (None, "") and not isinstance(value, (list, tuple))
+    ]
+    return ", ".join(rest) or "–"
+
+
+def _speedup_section(speedup: dict[str, Any], rows: list[Row]) -> dict[str, Any] | None:
+    """Cards, sentences, a table and curves; None without speedup.json."""
+    if not speedup:
+        return None
+    cards, sentences, lines, curves = [], [], [], []
+    for dynamics, words in DYNAMICS_NAMES.items():
+        if not isinstance(speedup.get(dynamics), dict):
+            continue
+        for measure in _MEASURES:
+            clauses = []
+            for method in _METHODS:
+                entries = {unit: _entry(speedup, dynamics, method, measure, unit) for unit in _UNITS}
+                known = _look_up(speedup, dynamics, method, measure) is not None
+                measured = any(entries.values()) or (known and _was_measured(rows, dynamics, method, measure))
+                texts = [_clause(entry, unit, measure, measured) for unit, entry in entries.items()]
+                if not any(entries.values()):  # one sentence for both costs
+                    texts = [texts[0].removeprefix("in FLOPs ")]
+                text = "; ".join(texts)
+                text += _ratio_clause(_look_up(speedup, dynamics, method, measure, "flops"))
+                clauses.append((_METHODS[method], text))
+                if measure == "error":
+                    cards.append(_card(words, method, entries["flops"], measured))
+                for unit, entry in entries.items():
+                    lines.append(_speedup_line(dynamics, method, measure, unit, entry, measured))
+                    curve = records_table((entry or {}).get("curve"))
+                    if curve:
+                        curves.append(
+                            (f"{words}, {_METHODS[method]}, equal {measure}, {_UNITS[unit]}", curve)
+                        )
+            sentences.append((f"{words[0].upper()}{words[1:]}, at equal {measure}", clauses))
+    columns = (
+        "dynamics",
+        "method",
+        "at equal",
+        "counted in",
+        "speed-up",
+        "95% lower bound",
+        "at",
+        "cheapest baseline",
+        "ML-EM",
+    )
+    return {"cards": cards, "sentences": sentences, "table": as_table(columns, lines), "curves": curves}
+
+
+def _look_up(nested: Any, *keys: str) -> Any:
+    for key in keys:
+        nested = nested.get(key) if isinstance(nested, dict) else None
+    return nested
+
+
+def _entry(speedup: dict[str, Any], *keys: str) -> dict[str, Any] | None:
+    """The entry at these keys when it holds a speed-up, else None."""
+    value = _look_up(speedup, *keys)
+    return value if isinstance(value, dict) and _is_number(value.get("max")) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _at_least_one(value: Any) -> bool:
+    return _is_number(value) and value >= 1
+
+
+def _was_measured(rows: list[Row], dynamics: str, method: str, measure: str) -> bool:
+    """Whether compare.csv holds such settings; without the file, benefit of the doubt."""
+    wanted = ("plain",) if method == "plain" else ("plain", "best")
+    of_interest = (row for row in rows if row["dynamics"] == dynamics and method_of(row) in wanted)
+    return not rows or any(row.get(measure) is not None for row in of_interest)
+
+
+def _clause(entry: dict[str, Any] | None, unit: str, measure: str, measured: bool) -> str:
+    """One cost of one method in words; a speed-up below 1 is called slower."""
+    if not measured:
+        return "not measured"
+    counted = f"in {_UNITS[unit]}"
+    if entry is None:
+        noun = "an error" if measure == "error" else "a distance"
+        return f"{counted} no speed-up, since it never reaches {noun} of the baselines' frontier"
+    best, lower = entry["max"], entry.get("lower95")
+    where = f"at {_MEASURES[measure]} {number(entry.get('at'))}"
+    if best < 1:
+        times = f"{number(1 / best)} times" if best > 0 else "infinitely"
+        return (
+            f"{counted} it is slower than the cheapest baseline, at {times} the cost even at its best "
+            f"(speed-up {number(best)}, {where})"
+        )
+    gain = f"{number(best)} times {'cheaper' if unit == 'flops' else 'faster'} than the cheapest baseline"
+    bound = f"95% lower bound {number(lower)}" if _is_number(lower) else "no lower bound"
+    if _at_least_one(lower):
+        return f"{counted} up to {gain} ({bound}, {where})"
+    return f"{counted} at best {gain}, but that is not established ({bound}, {where})"
+
+
+def _ratio_clause(entry: Any) -> str:
+    """The error ratio at equal FLOPs, where it was measured."""
+    ratio, bound, cost = (
+        _look_up(entry, "error_ratio_at_equal_cost", key) for key in ("max", "lower95", "at")
+    )
+    if not _is_number(ratio) or ratio <= 0:
+        return ""
+    known = f", 95% lower bound {number(bound)}" if ratio >= 1 and _is_number(bound) else ""
+    size = (
+        f"up to {number(ratio)} times smaller" if ratio >= 1 else f"at best {number(1 / ratio)} times larger"
+    )
+    return f"; at equal FLOPs its error is {size} (at {number(cost)} GFLOP per image{known})"
+
+
+def _card(words: str, method: str, entry: dict[str, Any] | None, measured: bool) -> dict[str, str]:
+    label = f"{words}: {_METHODS[method]}"
+    if entry is None:
+        return {
+            "label": label,
+            "value": "none",
+            "tone": "bad",
+            "note": "never reaches the baselines" if measured else "not measured",
+        }
+    best, lower = entry["max"], entry.get("lower95")
+    tone = "bad" if best < 1 else "good" if _at_least_one(lower) else "open"
+    note = "slower than the cheapest baseline" if best < 1 else f"95% lower bound {number(lower)}"
+    return {"label": label, "value": f"{number(best)}×", "tone": tone, "note": note}
+
+
+def _speedup_line(
+    dynamics: str, method: str, measure: str, unit: str, entry: dict[str, Any] | None, measured: bool
+) -> tuple[Any, ...]:
+    head = (dynamics.upper(), method, measure, _UNITS[unit])
+    if entry is None:
+        return (*head, None, None, None, "–", "never reaches the baselines" if measured else "not measured")
+    settings = [_setting_words(entry.get(key)) for key in ("baseline", "ours")]
+    return (*head, float(entry["max"]), entry.get("lower95"), entry.get("at"), *settings)
+
+
+def _setting_words(setting: Any) -> str:
+    if not isinstance(setting, dict):
+        return str(setting or "–")
+    if "drift" not in setting and "step_rule" not in setting:
+        return _further(setting, ())
+    costs = [
+        f"{number(setting[key])} {unit}"
+        for key, unit in (("gflops_realised", "GFLOP"), ("seconds", "s"))
+        if _is_number(setting.get(key))
+    ]
+    return describe(setting) + (f" ({', '.join(costs)})" if costs else "")
+
+
+def _distance_note(rows: list[Row]) -> str:
+    for row in rows:
+        if row.get("distance") is not None:
+            floor = row.get("distance_floor")
+            name, n = row["distance_name"] or "configured distance", number(row["n"])
+            text = f"Distances are the {name} of n = {n} images to the training images"
+            return text + (
+                f"; as many real images are {number(floor)} away from them (the floor)." if floor else "."
+            )
+    return "No distance was computed." if rows else ""
+
+
+def _frontier_tables(rows: list[Row]) -> list[tuple[str, dict[str, Any]]]:
+    """Per dynamics and cost: the settings that nothing beats at the same or a smaller cost, baselines and
+    ML-EM together."""
+    tables = []
+    for dynamics, words in DYNAMICS_NAMES.items():
+        own = pool_seeds(row for row in rows if row["dynamics"] == dynamics)
+        for cost, unit in (("gflops_realised", "FLOPs"), ("seconds", "seconds")):
+            best = frontier(own, cost, "error")
+            if len(best) > _FRONTIER_ROWS:  # evenly thinned, both ends kept
+                best = [
+                    best[round(i * (len(best) - 1) / (_FRONTIER_ROWS - 1))] for i in range(_FRONTIER_ROWS)
+                ]
+            table = as_table(
+                ("setting", "GFLOP", "seconds", "network calls", "error (MSE)", "± 2 se", "distance"),
+                (
+                    (
+                        describe(row),
+                        row["gflops_realised"],
+                        row["seconds"],
+                        row["network_calls"],
+                        row["error"],
+                        2 * row["error_se"] if row["error_se"] is not None else None,
+                        row["distance"],
+                    )
+                    for row in best
+                ),
+            )
+            if table:
+                table["marked"] = [row["drift"] == "ml_em" for row in best]
+                tables.append((f"{words}, error against {unit}", table))
+    return tables
+
+
+def _comparison_table(rows: list[Row]) -> dict[str, Any] | None:
+    names = COLUMNS + [name for name in (rows[0] if rows else ()) if name not in COLUMNS]
+    table = as_table(
+        [name.replace("_", " ") for name in names],
+        (
+            [
+                STEP_RULE_NAMES.get(str(row.get(n)), row.get(n)) if n == "step_rule" else row.get(n)
+                for n in names
+            ]
+            for row in rows
+        ),
+    )
+    if table:
+        table["untrusted"] = sum(not trusted(row) for row in rows)
+    return table
+
+
+def _provenance_tables(provenance: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The scalars first, then a table per nested part; stages get their times in words."""
+    scalars = {key: value for key, value in provenance.items() if not isinstance(value, dict)}
+    parts = [("run", flat_table({key.replace("_", " "): value for key, value in scalars.items()}))]
+    for key, value in provenance.items():
+        if not isinstance(value, dict):
+            continue
+        if key == "stages":
+            stages = ((name, stage) for name, stage in value.items() if isinstance(stage, dict))
+            lines = [
+                (name.replace("_", " "), _duration(s.get("seconds")), str(s.get("finished") or "–"))
+                for name, s in stages
+            ]
+            parts.append((key, as_table(("stage", "time", "finished"), lines)))
+        else:
+            parts.append((key, flat_table(value)))
+    return [(name, table) for name, table in parts if table]
+
+
+def _duration(seconds: Any) -> str:
+    if not _is_number(seconds):
+        return "–"
+    if seconds < 60:
+        return f"{number(float(seconds))} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -1,0 +1,310 @@
+from __future__ import annotations
+
+import copy
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlem_diffusion.errors import UserError
+from mlem_diffusion.grids import save_grid
+from mlem_diffusion.report import write_report
+from mlem_diffusion.tables import COLUMNS, write_rows
+
+PIXELS = np.arange(4 * 3 * 8 * 8, dtype=np.uint8).reshape(4, 3, 8, 8)
+EMPTY_ENTRY = {"max": None, "lower95": None, "at": None, "baseline": None, "ours": None, "curve": []}
+
+
+def make_row(**changes: Any) -> dict[str, Any]:
+    row: dict[str, Any] = dict.fromkeys(COLUMNS)
+    row |= {
+        "dynamics": "sde",
+        "step_rule": "em",
+        "drift": "single",
+        "probabilities": "",
+        "coins": "",
+        "levels": "w8",
+    }
+    row |= {
+        "steps": 16,
+        "seed": 0,
+        "error": 0.02,
+        "error_se": 0.001,
+        "distance": 7.5,
+        "distance_name": "Frechet",
+    }
+    row |= {
+        "distance_floor": 1.25,
+        "n": 64,
+        "network_calls": 16.0,
+        "gflops_expected": 3.2,
+        "gflops_realised": 3.2,
+    }
+    return row | {"seconds": 0.05} | changes
+
+
+def make_entry(best: float, lower: float | None) -> dict[str, Any]:
+    settings = {
+        "baseline": make_row(),
+        "ours": make_row(drift="ml_em", coins="independent", cost_knob=0.5, levels="w4+w8"),
+    }
+    curve = [{"at": 0.02, "speedup": best, "lower95": lower}, {"at": 0.01, "speedup": None, "lower95": None}]
+    return {"max": best, "lower95": lower, "at": 0.02, **settings, "curve": curve}
+
+
+GAMMA = {
+    "estimates": {
+        "loss_fit": {"gamma": None, "interval": [0.8, None]},
+        "differences": {"gamma": 2.512, "interval": [2.21, 3.04]},
+        "to_largest": {"gamma": 2.7, "interval": [2.3, 3.3]},
+    },
+    "htmc": "yes",
+    "htmc_reason": "Both lie above 2.",
+    "levels": [{"width": 4, "gflop": 0.0123, "images": 50000, "loss": 0.0812}],
+    "per_noise_level": [
+        {"logsnr": -3.0, "estimates": {"differences": {"gamma": 2.0, "interval": [1.0, None]}}}
+    ],
+    "training_lengths": [
+        {"images": 25000, "estimates": {"differences": {"gamma": 3.1, "interval": [2.0, 4.0]}}}
+    ],
+    "warnings": ["w4 & w8 are <close>."],
+}
+SPEEDUP = {
+    "sde": {
+        "plain": {
+            "error": {"flops": make_entry(1.84, 1.42), "seconds": make_entry(0.5, 0.4)},
+            "distance": {"flops": make_entry(1.2, 0.9), "seconds": EMPTY_ENTRY},
+        },
+        "best": {"error": {"flops": make_entry(3.3, None), "seconds": None}, "distance": None},
+        "left_out": 2,
+    }
+}
+PROVENANCE = {
+    "experiment": "tiny",
+    "data": {"source": "faces.zip", "sha256": "3f" * 32, "count": 24000, "crop": [148, 148]},
+    "commit": "0123abc",
+    "device": "cpu",
+    "threads": 2,
+    "packages": {"torch": "2.5.1"},
+    "stages": {
+        "train_levels": {"seconds": 3723.0, "finished": "2026-01-02"},
+        "measure_gamma": {"seconds": None},
+    },
+    "config": {"train": {"ema": 0.9999, "resume": True, "empty": {}}, "many": list(range(500))},
+}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    folder = tmp_path / "tiny"
+    ml_em = make_row(
+        drift="ml_em",
+        probabilities="constant",
+        coins="independent",
+        cost_knob=0.5,
+        levels="w4+w8",
+        error=0.01,
+    )
+    write_rows(
+        [make_row(), ml_em | {"n_fires_top": 500}, ml_em | {"n_fires_top": 5, "cost_knob": 0.1}],
+        folder / "compare.csv",
+    )
+    for name, content in (
+        ("gamma", GAMMA),
+        ("speedup", SPEEDUP),
+        ("provenance", PROVENANCE),
+        ("best", {"C": 0.5}),
+    ):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    for name in (
+        "gamma",
+        "compare",
+        "training",
+        "grids/ode",
+        "training/w16-ema-1000",
+        "training/w8-ema-1000",
+    ):
+        save_grid(PIXELS, folder / f"{name}.png")
+    (folder / "config-train.yaml").write_text("train:\n  note: </pre><script>alert(1)</script>\n")
+    return folder
+
+
+class Page(HTMLParser):
+    """Text and tags of a page; knows which tags must be closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.text = re.sub(r"\s+", " ", " ".join(self.words))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br", "link"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] != "style":
+            self.words.append(data)
+
+
+def make_page(folder: Path, title: str = "A tiny experiment") -> Page:
+    path = write_report(folder, title=title)
+    assert path == folder / "report.html"
+    page = Page(path.read_text(encoding="utf-8"))
+    assert page.open == []
+    return page
+
+
+def test_page_is_self_contained(results: Path) -> None:
+    page = make_page(results)
+    text = (results / "report.html").read_text(encoding="utf-8")
+    assert "http:" not in text and "https:" not in text and "url(" not in text and "@import" not in text
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(images) == 6
+    for image in images:
+        assert (image["src"] or "").startswith("data:image/png;base64,") and image["alt"]
+        assert (image["width"], image["height"]) == ("19", "19")
+    assert [a["href"] for tag, a in page.tags if tag == "a" and not (a["href"] or "").startswith("#")] == []
+    assert "Not on this page" not in page.text
+    assert sorted(p.name for p in results.iterdir() if "report" in p.name) == ["report.html"]
+
+
+def test_summary_is_in_words(results: Path) -> None:
+    text = make_page(results).text
+    assert "2.51 (2.21 to 3.04) from the differences of neighbouring levels" in text
+    assert "no finite value (0.800 and above)" in text
+    assert "Harder than Monte Carlo: yes . Both lie above 2." in text
+    assert (
+        "in FLOPs up to 1.84 times cheaper than the cheapest baseline (95% lower bound 1.42, at MSE 0.0200)"
+        in text
+    )
+    assert (
+        "in seconds it is slower than the cheapest baseline, at 2.00 times the cost even at its best" in text
+    )
+    assert (
+        "1.20 times cheaper than the cheapest baseline, but that is not established (95% lower bound 0.900"
+        in text
+    )
+    assert "in seconds no speed-up, since it never reaches a distance of the baselines' frontier" in text
+    assert (
+        "3.30 times cheaper than the cheapest baseline, but that is not established (no lower bound" in text
+    )
+    assert "Best ML-EM: not measured." in text  # the absent distance
+    assert "deterministic" not in text.lower()  # there is no ODE in this experiment
+
+
+def test_tables_and_provenance(results: Path) -> None:
+    text = make_page(results).text
+    for words in (
+        "1 h 2 min",
+        "3f" * 32,
+        "[148, 148]",
+        "0.9999",
+        "[500 values]",
+        "ML-EM w4+w8, EM, 16 steps, independent coins, C = 0.5",
+        "All settings (3 rows of compare.csv)",
+        "In 1 of them the top level fired too rarely",
+        "Distances are the Frechet of n = 64 images to the training images; as many real images are 1.25",
+        "w4 & w8 are <close>.",
+    ):
+        assert words in text
+    assert text.index("w8-ema-1000") < text.index("w16-ema-1000")  # natural order
+
+
+def test_names_are_escaped(results: Path) -> None:
+    evil = "<script>alert('x')</script>"
+    for name in ("provenance", "gamma"):
+        content = json.loads((results / f"{name}.json").read_text())
+        content |= {"experiment": evil, "htmc_reason": evil, "warnings": [evil], evil: {evil: evil}}
+        (results / f"{name}.json").write_text(json.dumps(content))
+    write_rows([make_row(levels=evil, distance_name='"><img src=x>')], results / "compare.csv")
+    (results / "grids" / 'a"onload="x.png').write_bytes((results / "gamma.png").read_bytes())
+    page = make_page(results, title=evil)
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert all(
+        (a["src"] or "").startswith("data:") and "onload" not in a for tag, a in page.tags if tag == "img"
+    )
+    assert page.text.count(evil) >= 6
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [
+        ("gamma.json", "measure-gamma"),
+        ("speedup.json", "sample-compare"),
+        ("compare.csv", "sample-compare"),
+        ("compare.png", "sample-compare"),
+        ("training.png", "train-levels"),
+        ("provenance.json", "train-levels"),
+    ],
+)
+def test_missing_artefacts_are_said(results: Path, name: str, stage: str) -> None:
+    (results / name).unlink()
+    assert f"{name} is not there: run make {stage} EXPERIMENT=tiny." in make_page(results).text
+
+
+@pytest.mark.parametrize(
+    "keep",
+    ["gamma.json", "speedup.json", "compare.csv", "provenance.json", "compare.png", "config-train.yaml"],
+)
+def test_one_artefact_is_enough(results: Path, keep: str) -> None:
+    for path in list(results.rglob("*")):
+        if path.is_file() and path.name != keep:
+            path.unlink()
+    assert "is not there" in make_page(results).text
+
+
+def test_nothing_at_all_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no results yet"):
+        write_report(tmp_path, title="x")
+    with pytest.raises(UserError, match="no results yet"):
+        write_report(tmp_path / "absent", title="x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_artefacts_are_said(results: Path) -> None:
+    (results / "gamma.json").write_text('{"estimates": ')
+    (results / "speedup.json").write_text("[1, 2]")
+    (results / "compare.csv").write_text("a,b\n1,2\n")
+    (results / "compare.png").write_bytes(b"")
+    (results / "provenance.json").write_bytes(b"\xff\xfe\x00")
+    text = make_page(results).text
+    for name in ("gamma.json", "speedup.json", "compare.csv", "provenance.json"):
+        assert f"{name} cannot be read" in text
+    assert "compare.png is not a readable PNG" in text
+
+
+@pytest.mark.parametrize("empty", [None, {}, EMPTY_ENTRY])
+def test_null_speed_ups(results: Path, empty: Any) -> None:
+    speedup = copy.deepcopy(SPEEDUP)
+    for method in ("plain", "best"):
+        speedup["sde"][method] = {"error": {"flops": empty, "seconds": empty}}  # type: ignore[index]
+    (results / "speedup.json").write_text(json.dumps(speedup))
+    text = make_page(results).text
+    assert "Plain ML-EM: no speed-up, since it never reaches an error of the baselines' frontier." in text
+    (results / "speedup.json").write_text(json.dumps({"sde": {"plain": None, "best": None}, "ode": None}))
+    assert "Plain ML-EM: not measured." in make_page(results).text
+
+
+def test_odd_but_valid_gamma(results: Path) -> None:
+    odd = {
+        "estimates": {"differences": {"gamma": 1.5, "interval": None}},
+        "htmc": "no",
+        "levels": None,
+        "warnings": None,
+    }
+    (results / "gamma.json").write_text(json.dumps(odd))
+    assert "Harder than Monte Carlo: no" in make_page(results).text
+    (results / "gamma.json").write_text('{"estimates": null, "htmc": null, "loss": NaN}')
+    assert "Harder than Monte Carlo: undetermined" in make_page(results).text
