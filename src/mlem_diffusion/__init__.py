@@ -1,0 +1,25 @@
+"""Multilevel Euler-Maruyama sampling for diffusion models (arXiv:2603.24594).
+
+The pieces needed to sample with networks of your own are importable from here; training, measurement and comparison
+live in the modules of their names.
+"""
+
+from .drift import Multilevel, SingleLevel, Stitched
+from .errors import UserError
+from .levels import Level
+from .probabilities import constant_probabilities
+from .process import CosineSchedule, LinearSchedule, Process
+from .samplers import sample
+
+__all__ = [
+    "CosineSchedule",
+    "Level",
+    "LinearSchedule",
+    "Multilevel",
+    "Process",
+    "SingleLevel",
+    "Stitched",
+    "UserError",
+    "constant_probabilities",
+    "sample",
+]

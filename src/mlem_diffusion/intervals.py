@@ -1,4 +1,8 @@
-"""Minimum and 95% interval of a residual sum of squares (RSS) in one exponent s, as gamma = 2 / s."""
+"""Least squares in one exponent s: the minimum of the residual sum of squares (RSS), and 95% intervals.
+
+An RSS is a function from s [G] to values [G]; a grid is ascending [G]. Intervals are for gamma = 2 / s, (low, high)
+with high None where there is no upper bound. The laws themselves are in `powerlaw`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ CONFIDENCE = 0.95
 Interval = tuple[float, float | None]
 
 
-def _minimise(rss: Callable[[np.ndarray], np.ndarray], grid: np.ndarray) -> tuple[float, float]:
+def minimise(rss: Callable[[np.ndarray], np.ndarray], grid: np.ndarray) -> tuple[float, float]:
     """Smallest RSS over s: the best grid point, refined between its neighbours."""
     from scipy.optimize import minimize_scalar
 
@@ -27,7 +31,7 @@ def _minimise(rss: Callable[[np.ndarray], np.ndarray], grid: np.ndarray) -> tupl
     return (float(found.x), float(found.fun)) if found.fun < values[i] else (float(grid[i]), float(values[i]))
 
 
-def _grid_minimum(values: np.ndarray, grid: np.ndarray) -> float:
+def grid_minimum(values: np.ndarray, grid: np.ndarray) -> float:
     """Position of the minimum of values [G], by a parabola through the best grid point and its neighbours."""
     i = int(np.argmin(values))
     if i in (0, len(grid) - 1):
@@ -40,10 +44,10 @@ def _grid_minimum(values: np.ndarray, grid: np.ndarray) -> float:
     return float(grid[i]) + float(np.clip(-slope / (2 * curvature), x[0], x[2]))
 
 
-def _profile_interval(
+def profile_interval(
     rss: Callable[[np.ndarray], np.ndarray], grid: np.ndarray, best: float, rss_min: float, dof: int
 ) -> Interval:
-    """All s with RSS(s) <= RSS_min (1 + t^2 / dof), turned into gamma."""
+    """All s with RSS(s) <= RSS_min (1 + t^2 / dof), turned into gamma; (0, None) without a degree of freedom."""
     if dof < 1:
         return (0.0, None)
     from scipy.optimize import brentq
@@ -67,12 +71,12 @@ def _profile_interval(
 
 
 def _to_gamma(s_low: float, s_high: float) -> Interval:
-    low = 0.0 if s_high >= S_MAX * 0.999 else 2 / max(s_high, S_MIN)
+    low = 0.0 if s_high >= S_EDGE else 2 / max(s_high, S_MIN)
     return (low, None if s_low <= S_MIN else 2 / s_low)
 
 
-def _bootstrap_interval(
-    refit: Callable[[np.ndarray], np.ndarray],
+def bootstrap_interval(
+    refit: Callable[[np.ndarray], float],
     observed: np.ndarray,
     fitted: np.ndarray,
     rss: float,
@@ -85,7 +89,7 @@ def _bootstrap_interval(
 
     The scatter's variance is itself drawn (RSS / chi^2(dof)), since a few residuals say little about it; the
     measurement covariance comes on top, which counts its uncorrelated part twice and so errs on the wide
-    side.
+    side. `refit` turns values [n] into s, or NaN where any s fits. None without repeats or degrees of freedom.
     """
     if repeats < 1 or dof < 1:
         return None
@@ -96,7 +100,7 @@ def _bootstrap_interval(
     if covariance is not None:
         relative = np.asarray(covariance, dtype=np.float64) / np.outer(observed, observed)
         noise += rng.multivariate_normal(np.zeros(n), relative, repeats, method="eigh", check_valid="ignore")
-    found = refit(fitted * np.exp(noise))
+    found = np.array([refit(values) for values in fitted * np.exp(noise)])
     # NaN: the resampled values are flat, so any exponent goes; such a draw counts at both ends.
     tail = (1 - CONFIDENCE) / 2
     s_low = float(np.quantile(np.where(np.isnan(found), 0.0, found), tail))
@@ -104,7 +108,8 @@ def _bootstrap_interval(
     return _to_gamma(s_low, s_high)
 
 
-def _hull(first: Interval, second: Interval | None) -> Interval:
+def hull(first: Interval, second: Interval | None) -> Interval:
+    """The smallest interval that holds both."""
     if second is None:
         return first
     high = None if first[1] is None or second[1] is None else max(first[1], second[1])

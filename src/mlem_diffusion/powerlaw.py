@@ -26,9 +26,6 @@ yet converged) is not a matter of scatter at all.
 
 from __future__ import annotations
 
-
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +33,16 @@ import numpy as np
 
 from .errors import UserError
 from .intervals import (
+    CONFIDENCE,
+    S_EDGE,
+    S_MAX,
+    S_MIN,
+    Interval,
+    bootstrap_interval,
+    grid_minimum,
+    hull,
+    minimise,
+    profile_interval,
 )
 
 # Dense near s = 0, where gamma is large. Negative s (differences that grow) keeps the t interval honest at
@@ -82,67 +89,71 @@ def fit_loss(
     `_falls`).
     """
     t, y = _checked(flops, loss)
-    log_tau = np.log(t) - np.log(t).mean()
-    rel = 1.0 / y
-
-    def solve(s: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Best (floor, amplitude) >= 0 and its RSS for s [G], values [..., n] -> each [..., G]."""
-        # (tau^-s - 1)/s instead of tau^-s keeps the two columns distinct as s -> 0.
-        basis = np.expm1(-s[:, None] * log_tau) / s[:, None]
-        w = rel**2
-        mean_b, mean_y = (basis * w).sum(-1) / w.sum(), (values * w).sum(-1)[..., None] / w.sum()
-        centred = basis - mean_b[:, None]
-        slope = ((values * w) @ centred.T) / (centred**2 * w).sum(-1)
-        amplitude = slope / s
-        floor = mean_y - slope * mean_b - amplitude
-        power = np.exp(-s[:, None] * log_tau)
-        no_floor = ((values * w) @ power.T) / (power**2 * w).sum(-1)
-        flat = np.broadcast_to(mean_y, slope.shape)
-        zero = np.zeros_like(slope)
-
-        def rss(floor_: np.ndarray, amplitude_: np.ndarray) -> np.ndarray:
-            model = floor_[..., None] + amplitude_[..., None] * power
-            return (((values[..., None, :] - model) * rel) ** 2).sum(-1)
-
-        # Where the free optimum violates a bound the best point lies on one of the two edges.
-        free = (floor >= 0) & (amplitude > 0)
-        rss_edge, rss_flat = rss(zero, no_floor), rss(flat, zero)
-        on_edge = rss_edge < rss_flat
-        return (
-            np.where(free, floor, np.where(on_edge, zero, flat)),
-            np.where(free, amplitude, np.where(on_edge, no_floor, zero)),
-            np.where(free, rss(floor, amplitude), np.minimum(rss_edge, rss_flat)),
-        )
-
-    if len(y) < 3:
-        return _unfitted(len(y) - 3, "Three unknowns need at least three levels.")
-    mean = (y * rel**2).sum() / (rel**2).sum()
-    rss_flat = float((((y - mean) * rel) ** 2).sum())
-    s, rss = _minimise(lambda s: solve(s, y)[2], _POSITIVE_GRID)
-    floor, a = (float(v[0]) for v in solve(np.array([s]), y)[:2])
-    fitted = floor + a * np.exp(-s * log_tau)
     dof = len(y) - 3
-    profile = _profile_interval(lambda s: solve(s, y)[2], _POSITIVE_GRID, s, rss, dof)
+    if dof < 0:
+        return _unfitted(dof, "Three unknowns need at least three levels.")
+    log_tau, rel = np.log(t) - np.log(t).mean(), 1.0 / y
 
-    def refit(values: np.ndarray) -> np.ndarray:
-        best = np.array([_grid_minimum(solve(_POSITIVE_GRID, v)[2], _POSITIVE_GRID) for v in values])
-        flat_values = (values * rel**2).sum(-1, keepdims=True) / (rel**2).sum()
-        flat_rss = (((values - flat_values) * rel) ** 2).sum(-1)
-        best_rss = np.array([solve(best[i : i + 1], v)[2][0] for i, v in enumerate(values)])
-        return np.where(best_rss < flat_rss * (1 - 1e-9), best, np.nan)
+    def rss_of(s: np.ndarray, values: np.ndarray = y) -> np.ndarray:
+        return _floor_and_amplitude(s, log_tau, values, rel)[2]
 
-    booted = _bootstrap_interval(refit, y, fitted, rss, dof, covariance, bootstrap, seed)
-    note, falls = "", bool(a > 0 and rss < rss_flat * (1 - 1e-9)) and _falls(log_tau, y, rss, rss_flat)
+    def rss_of_constant(values: np.ndarray) -> float:
+        mean = (values * rel**2).sum() / (rel**2).sum()
+        return float((((values - mean) * rel) ** 2).sum())
+
+    def refit(values: np.ndarray) -> float:
+        best = grid_minimum(rss_of(_POSITIVE_GRID, values), _POSITIVE_GRID)
+        better = rss_of(np.array([best]), values)[0] < rss_of_constant(values) * (1 - 1e-9)
+        return best if better else float("nan")
+
+    s, rss = minimise(rss_of, _POSITIVE_GRID)
+    floor, a = (float(v[0]) for v in _floor_and_amplitude(np.array([s]), log_tau, y, rel)[:2])
+    fitted = floor + a * np.exp(-s * log_tau)
+    profile = profile_interval(rss_of, _POSITIVE_GRID, s, rss, dof)
+    booted = bootstrap_interval(refit, y, fitted, rss, dof, covariance, bootstrap, seed)
+    rss_flat = rss_of_constant(y)
+    note, falls = "", a > 0 and rss < rss_flat * (1 - 1e-9) and _falls(log_tau, y, rss, rss_flat)
     if not falls:
         note = "The loss does not fall measurably with FLOPs: a constant explains it as well."
         profile = (0.0, None)
-    elif s >= S_MAX * 0.999:
+    elif s >= S_EDGE:
         note = "The loss drops to its floor at once; the exponent is at the lower edge of the search."
     elif s <= S_MIN:
         note = "The loss falls so slowly that gamma is above 100: no finite exponent."
     elif floor == 0:
         note = "L_inf is at its bound of zero: a pure power law fits best."
     return _result(s, a, floor, t, falls, note, profile, booted, dof, rss, fitted)
+
+
+def _floor_and_amplitude(
+    s: np.ndarray, log_tau: np.ndarray, values: np.ndarray, rel: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Best L_inf >= 0 and a >= 0 for each s [G], and their RSS with residuals times rel [K]: three [G]."""
+    w = rel**2
+    # (tau^-s - 1)/s instead of tau^-s keeps the two columns distinct as s -> 0.
+    basis = np.expm1(-s[:, None] * log_tau) / s[:, None]
+    mean_b, mean_y = (basis * w).sum(-1) / w.sum(), (values * w).sum() / w.sum()
+    centred = basis - mean_b[:, None]
+    slope = ((values * w) @ centred.T) / (centred**2 * w).sum(-1)
+    amplitude = slope / s
+    floor = mean_y - slope * mean_b - amplitude
+    power = np.exp(-s[:, None] * log_tau)
+    no_floor = ((values * w) @ power.T) / (power**2 * w).sum(-1)
+    flat, zero = np.full_like(s, mean_y), np.zeros_like(s)
+
+    def rss(floor_: np.ndarray, amplitude_: np.ndarray) -> np.ndarray:
+        model = floor_[:, None] + amplitude_[:, None] * power
+        return (((values - model) * rel) ** 2).sum(-1)
+
+    # Where the free optimum violates a bound the best point lies on one of the two edges.
+    free = (floor >= 0) & (amplitude > 0)
+    rss_edge, rss_flat = rss(zero, no_floor), rss(flat, zero)
+    on_edge = rss_edge < rss_flat
+    return (
+        np.where(free, floor, np.where(on_edge, zero, flat)),
+        np.where(free, amplitude, np.where(on_edge, no_floor, zero)),
+        np.where(free, rss(floor, amplitude), np.minimum(rss_edge, rss_flat)),
+    )
 
 
 def fit_differences(
@@ -159,7 +170,7 @@ def fit_differences(
     images (optional). t(K-3) interval (K-1 points, two unknowns).
     """
     t = np.asarray(flops, dtype=np.float64)
-    return _fit_between(t, t[:-1], t[1:], values, covariance, bootstrap, seed)
+    return _fit_between(t, t[1:], values, covariance, bootstrap, seed)
 
 
 def fit_to_largest(
@@ -176,32 +187,29 @@ def fit_to_largest(
     way that the profile interval does not see; `fit_differences` has less of this.
     """
     t = np.asarray(flops, dtype=np.float64)
-    return _fit_between(t, t[:-1], np.full(len(t) - 1, t[-1]), values, covariance, bootstrap, seed)
+    return _fit_between(t, t[-1:], values, covariance, bootstrap, seed)
 
 
 def _fit_between(
     flops: np.ndarray,
-    lower: np.ndarray,
     upper: np.ndarray,
     values: np.ndarray,
     covariance: np.ndarray | None,
     bootstrap: int,
     seed: int,
 ) -> Fit:
-    """Fit log values = log a + log(lower^-s - upper^-s), profiled over s of either sign."""
+    """Fit log values = log a + log(T_k^-s - upper^-s), k = 1..K-1, with s of either sign; upper [K-1] or [1]."""
     t, y = _checked(flops, values, missing=1)
     dof = len(y) - 2
-    if len(y) < 2:
+    if dof < 0:
         return _unfitted(dof, "Two unknowns need at least three levels.")
     if (y <= 0).any():
-        return _unfitted(
-            dof, "Two levels do not differ at all: the logarithm of their difference does not exist."
-        )
+        return _unfitted(dof, "Two levels do not differ at all: the logarithm of their difference does not exist.")
     log_scale = np.log(t).mean()
-    log_upper, log_ratio = np.log(upper) - log_scale, np.log(upper / lower)
+    log_upper, log_ratio = np.log(upper) - log_scale, np.log(upper / t[:-1])
 
     def log_shape(s: np.ndarray) -> np.ndarray:
-        """log((lower^-s - upper^-s) / s), smooth through s = 0: [G] -> [G, n]."""
+        """log((T_k^-s - upper^-s) / s), smooth through s = 0: [G] -> [G, n]."""
         s = np.where(np.abs(s) < 1e-9, 1e-9, s)[:, None]
         return -s * log_upper + np.log(np.expm1(s * log_ratio) / s)
 
@@ -212,23 +220,22 @@ def _fit_between(
         residual = np.log(y) - log_shape(s)
         return ((residual - residual.mean(-1, keepdims=True)) ** 2).sum(-1)
 
-    def refit(resampled: np.ndarray) -> np.ndarray:
+    def refit(resampled: np.ndarray) -> float:
         z = np.log(resampled)
-        z = z - z.mean(-1, keepdims=True)
-        return np.array([_grid_minimum(((row - centred_grid) ** 2).sum(-1), _GRID) for row in z])
+        return grid_minimum(((z - z.mean() - centred_grid) ** 2).sum(-1), _GRID)
 
-    s, rss = _minimise(rss_of, _GRID)
+    s, rss = minimise(rss_of, _GRID)
     log_model = log_shape(np.array([s]))[0]
     log_b = float((np.log(y) - log_model).mean())  # log of a s, in units of the geometric mean FLOPs
     fitted = np.exp(log_b + log_model)
-    profile = _profile_interval(rss_of, _GRID, s, rss, dof)
-    booted = _bootstrap_interval(refit, y, fitted, rss, dof, covariance, bootstrap, seed)
+    profile = profile_interval(rss_of, _GRID, s, rss, dof)
+    booted = bootstrap_interval(refit, y, fitted, rss, dof, covariance, bootstrap, seed)
     note, falls = "", s > S_MIN
     if not falls:
         note = "The differences between levels do not fall with FLOPs: no finite exponent."
-    elif s >= S_MAX * 0.999:
+    elif s >= S_EDGE:
         note = "The differences vanish at once; the exponent is at the lower edge of the search."
-    a = float(np.exp(log_b) / s) if falls else None
+    a = float(np.exp(log_b)) / max(s, S_MIN)  # dropped by _result where s <= S_MIN
     return _result(s, a, None, t, falls, note, profile, booted, dof, rss, fitted)
 
 
@@ -257,7 +264,7 @@ def _checked(flops: np.ndarray, values: np.ndarray, missing: int = 0) -> tuple[n
 
 def _result(
     s: float,
-    amplitude: float | None,
+    amplitude: float,
     floor: float | None,
     flops: np.ndarray,
     falls: bool,
@@ -268,22 +275,21 @@ def _result(
     rss: float,
     fitted: np.ndarray,
 ) -> Fit:
-    proper = falls and S_MIN < s < S_MAX * 0.999
+    proper = falls and S_MIN < s < S_EDGE
     if not proper and dof > 0:  # a best fit at an edge never excludes that edge
         profile = (profile[0], None) if s <= S_MIN or not falls else (0.0, profile[1])
     if dof < 1:
         note = f"{note} Too few levels for an interval.".strip()
-    interval = _hull(profile, booted)
+    interval = hull(profile, booted)
     if proper and dof > 0 and interval == (0.0, None):
         note = f"{note} The points scatter too much to bound gamma on either side.".strip()
-    if proper and amplitude is not None:  # from units of the geometric mean to GFLOP
-        amplitude = amplitude * float(np.exp(s * (np.log(flops).mean() - np.log(1e9))))
+    to_gflop = float(np.exp(s * (np.log(flops).mean() - np.log(1e9))))  # from units of the geometric mean
     return Fit(
         gamma=2 / s if proper else None,
         interval=interval,
         profile_interval=profile,
         bootstrap_interval=booted,
-        amplitude=amplitude if proper else None,
+        amplitude=amplitude * to_gflop if proper else None,
         floor=floor,
         degrees_of_freedom=dof,
         rms_residual=float(np.sqrt(rss / len(fitted))),

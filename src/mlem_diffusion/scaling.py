@@ -38,9 +38,7 @@ class LevelErrors:
             object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=np.float64))
         levels = len(self.names)
         if levels < 2 or self.loss.ndim != 3:
-            raise UserError(
-                "Level errors need at least two levels and a loss of shape [levels, images, noise levels]."
-            )
+            raise UserError("Level errors need at least two levels and a loss of shape [levels, images, noise levels].")
         _, images, noise_levels = self.loss.shape
         shapes = {
             "flops": (levels,),
@@ -211,9 +209,7 @@ def hierarchy_warnings(errors: LevelErrors) -> list[str]:
                 found.append(f"{low} to {high} is not a smaller step than {names[k - 2]} to {low} {where}.")
         where = _where(errors, errors.to_previous[k - 1] - 2 * drop, positive=True)
         if where:
-            found.append(
-                f"{low} and {high} differ by more than twice the drop in loss {where}: they are not nested."
-            )
+            found.append(f"{low} and {high} differ by more than twice the drop in loss {where}: they are not nested.")
     return found
 
 
