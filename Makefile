@@ -48,7 +48,7 @@ demo: setup  ## the whole experiment on procedural portraits; at most 10 minutes
 
 data: EXPERIMENT := $(if $(filter file default,$(origin EXPERIMENT)),celeba64,$(EXPERIMENT))
 data: setup  ## images -> packed array: make data SOURCE=path/to/img_align_celeba.zip (or a folder, or download)
-	@$(call RUN,prepare_data,$(if $(SOURCE),data.source='$(SOURCE)'))
+	@$(call RUN,prepare_data,$(if $(SOURCE),"data.source='$(SOURCE)'"))
 
 train-levels: setup  ## train every level of the family
 	@$(TRAIN)
@@ -63,7 +63,7 @@ report: setup  ## results/EXPERIMENT/report.html
 	@$(call RUN,report)
 
 sample: setup  ## PNGs and a grid with the best known sampler: make sample SEEDS=0-63
-	@$(call RUN,sample,seeds='$(SEEDS)')
+	@$(call RUN,sample,"seeds='$(SEEDS)'")
 
 test: $(VENV)/.installed-test  ## the tests
 	@$(BIN)/python -m pytest $(ARGS)

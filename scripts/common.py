@@ -17,15 +17,17 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 from mlem_diffusion import data as datasets
 from mlem_diffusion.checkpoint import atomic_write, write_json
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.family import describe
+from mlem_diffusion.family import describe, read_metadata
 from mlem_diffusion.process import Process
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,14 +48,18 @@ class Stage:
     """One script's run: its configuration, folders, and the record of what has been done."""
 
     def __init__(self, name: str, cfg: DictConfig):
-        if HydraConfig.get().mode == RunMode.MULTIRUN:  # each job of a sweep gets folders of its own
-            cfg.name = f"{cfg.name}/{HydraConfig.get().job.override_dirname}"
         self.name, self.cfg, self.started = name, cfg, time.monotonic()
+        unswept = {k: ROOT / cfg.paths[k] for k in ("checkpoints", "results")}
+        if HydraConfig.get().mode == RunMode.MULTIRUN:  # each job of a sweep gets folders of its own
+            job = HydraConfig.get().job.override_dirname.replace("/", "_")
+            cfg.name = f"{cfg.name}/{job}" if job else cfg.name
         self.data_dir, self.checkpoints, self.results = (
             ROOT / cfg.paths[k] for k in ("data", "checkpoints", "results")
         )
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(wanted if cfg.device == "auto" else cfg.device)
+        self._unswept_results = unswept["results"]
+        if name != "train_levels" and not self.checkpoints.is_dir():
+            self.checkpoints = unswept["checkpoints"]  # a sweep over what follows training shares the levels
+        self.device = usable_device(cfg.device)
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
         torch.set_float32_matmul_precision("high")
@@ -75,11 +81,11 @@ class Stage:
         return out
 
     def process(self) -> Process:
-        return instantiate(self.cfg.process)
+        return build(self.cfg.process)
 
     def data(self) -> datasets.ImageData:
         """The packed array; the procedural default is made on first use."""
-        if self.cfg.data.get("source", None) == "portraits" if not self._source_missing() else False:
+        if not self._source_missing() and self.cfg.data.source == "portraits":
             self.prepare_data()
         return datasets.load(self.data_dir)
 
@@ -91,9 +97,7 @@ class Stage:
             raise UserError(
                 "Say where the images are: make data SOURCE=path/to/archive-or-folder (or SOURCE=download)."
             )
-        options = {
-            k: self.cfg.data[k] for k in ("name", "size", "crop", "holdout", "seed", "count", "skip_broken")
-        }
+        options = {k: self.cfg.data[k] for k in ("name", "size", "crop", "holdout", "seed", "count", "skip_broken")}
         with bar("images", None) as progress:
             return datasets.prepare(str(self.cfg.data.source), self.data_dir, progress=progress, **options)
 
@@ -102,6 +106,15 @@ class Stage:
         assert isinstance(unet, dict)
         widths, size, target = self.cfg.family.widths, self.cfg.data.size, self.cfg.family.target
         return [describe(w, size, data_rms, {str(k): v for k, v in unet.items()}, target) for w in widths]
+
+    def levels_of(self, images: datasets.ImageData) -> list[dict[str, Any]]:
+        """metadata.json of every level, all trained on these images."""
+        metadata = read_metadata(self.checkpoints, self.cfg.family.widths)
+        if any(m["data_sha256"] != images.manifest["sha256"] for m in metadata):
+            raise UserError(
+                f"{shown(self.data_dir)} is not the data set that the levels in {shown(self.checkpoints)} were trained on."
+            )
+        return metadata
 
     # ---- what is done ------------------------------------------------------------------------------------
 
@@ -113,9 +126,7 @@ class Stage:
     def finished(self, fingerprint: str, outputs: list[str]) -> bool:
         """Whether this stage was completed before from the same inputs; says so."""
         record = self.read_provenance().get("stages", {}).get(self.name, {})
-        done = record.get("fingerprint") == fingerprint and all(
-            (self.results / name).is_file() for name in outputs
-        )
+        done = record.get("fingerprint") == fingerprint and all((self.results / name).is_file() for name in outputs)
         if done and not self.cfg.force:
             print(f"{self.name}: already done, nothing has changed (ARGS=force=true does it again).")
         return done and not self.cfg.force
@@ -126,6 +137,11 @@ class Stage:
             return json.loads(path.read_text())
         except (OSError, ValueError):
             return {}
+
+    def find(self, name: str) -> Path:
+        """An artefact of an earlier stage: this job's own, or in a sweep the one that all jobs share."""
+        own, shared = self.results / name, self._unswept_results / name
+        return shared if shared.is_file() and not own.is_file() else own
 
     def record(self, fingerprint: str, manifest: dict[str, Any] | None = None, **facts: Any) -> None:
         """Write provenance.json (one entry per stage) and config-<stage>.yaml."""
@@ -154,7 +170,7 @@ class Stage:
         write_json(self.results / "provenance.json", provenance)
         text = OmegaConf.to_yaml(OmegaConf.create(self.plain()))
         atomic_write(self.results / f"config-{self.name}.yaml", lambda p: p.write_text(text))
-        print(f"{self.name}: done in {seconds:.0f} s; see {self.results.relative_to(ROOT)}/")
+        print(f"{self.name}: done in {seconds:.0f} s; see {shown(self.results)}/")
 
     # ---- stopping ----------------------------------------------------------------------------------------
 
@@ -171,6 +187,10 @@ class Stage:
 
         signal.signal(signal.SIGINT, handle)
         signal.signal(signal.SIGTERM, handle)
+
+
+class Stopped(Exception):
+    """The work was asked to stop and has saved what it had; exit status 75 (try again)."""
 
 
 def run(
@@ -199,9 +219,38 @@ def run(
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as error:
+        print(f"{name}: {error}, run the same command again to go on.", file=sys.stderr)
+        sys.exit(75)
     except KeyboardInterrupt:
         print(f"{name}: stopped; run the same command again to go on.", file=sys.stderr)
         sys.exit(130)
+
+
+def build(config: Any, **more: Any) -> Any:
+    """Hydra's instantiate; whatever goes wrong in it becomes one sentence."""
+    try:
+        return instantiate(config, **more)
+    except (InstantiationException, OmegaConfBaseException) as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise UserError(f"{config.get('_target_')} cannot be built from the configuration ({reason}).") from error
+
+
+def usable_device(name: str) -> torch.device:
+    """auto: CUDA where there is one; UserError for a device that does not work here."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={name} cannot be used here; leave it at auto, or say cpu.") from error
+    return device
+
+
+def shown(path: Path) -> Path:
+    """A path as people are told it: from the repository's root where it lies inside."""
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
 class bar:
@@ -216,6 +265,7 @@ class bar:
             dynamic_ncols=True,
             mininterval=1.0,
             leave=False,
+            delay=0.5,
         )
 
     def __enter__(self) -> bar:
@@ -236,11 +286,7 @@ def seconds_per_evaluation(stage: Stage, batch: int) -> list[float]:
     unet: Any = OmegaConf.to_container(stage.cfg.unet, resolve=True)
     out = []
     for width in stage.cfg.family.widths:
-        net = (
-            build_denoiser(width, stage.cfg.data.size, 0.5, unet, stage.cfg.family.target)
-            .to(stage.device)
-            .eval()
-        )
+        net = build_denoiser(width, stage.cfg.data.size, 0.5, unet, stage.cfg.family.target).to(stage.device).eval()
         x = torch.zeros(batch, 3, stage.cfg.data.size, stage.cfg.data.size, device=stage.device)
         times = []
         with torch.no_grad():
@@ -261,9 +307,7 @@ def duration(seconds: float) -> str:
 def commit() -> str:
     try:
         git = ["git", "-C", str(ROOT)]
-        head = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         # results and checkpoints are what a run writes: they do not make the code another one
         paths = ["src", "scripts", "configs"]
         dirty = subprocess.run(

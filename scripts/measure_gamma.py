@@ -26,9 +26,7 @@ def measure(stage: common.Stage, images: Any, snapshot: int | None, label: str) 
     held_out = to_float(images.images[images.held_out()[: cfg.gamma.images]], stage.device)
     logsnr = noise_levels(process, cfg.gamma.noise_levels)
     with common.bar(label, len(logsnr), unit="noise level") as progress:
-        loss, previous, largest = denoising_errors(
-            levels, held_out, logsnr, cfg.gamma.seed, cfg.gamma.batch, progress
-        )
+        loss, previous, largest = denoising_errors(levels, held_out, logsnr, cfg.gamma.seed, cfg.gamma.batch, progress)
     seen = [m["images"] if snapshot is None else m["snapshots"][snapshot]["images"] for m in metadata]
     return LevelErrors(
         widths=[m["width"] for m in metadata],
@@ -45,16 +43,10 @@ def measure(stage: common.Stage, images: Any, snapshot: int | None, label: str) 
 
 def work(stage: common.Stage) -> None:
     cfg, images = stage.cfg, stage.data()
-    metadata = read_metadata(stage.checkpoints, cfg.family.widths)
-    if any(m["data_sha256"] != images.manifest["sha256"] for m in metadata):
-        raise UserError(
-            f"{cfg.paths.data} is not the data set that the levels in {cfg.paths.checkpoints} were trained on."
-        )
+    metadata = stage.levels_of(images)
     if len(metadata) < 3:
         raise UserError("gamma needs at least three levels (family.widths), better seven.")
-    fingerprint = stage.fingerprint(
-        ("process", "gamma", "precision"), levels=[m["fingerprint"] for m in metadata]
-    )
+    fingerprint = stage.fingerprint(("process", "gamma", "precision"), levels=[m["fingerprint"] for m in metadata])
     if stage.finished(fingerprint, ["gamma.json", "gamma.png"]):
         return
     lengths = []
@@ -62,9 +54,7 @@ def work(stage: common.Stage) -> None:
         errors = measure(stage, images, i, f"training length {i + 1}")
         found = estimate(errors, seed=cfg.gamma.seed, bootstrap=cfg.gamma.bootstrap)
         fraction = round(errors.images[0] / metadata[0]["images"], 3)
-        lengths.append(
-            {"fraction": fraction, "images": errors.images, **found, "warnings": hierarchy_warnings(errors)}
-        )
+        lengths.append({"fraction": fraction, "images": errors.images, **found, "warnings": hierarchy_warnings(errors)})
     last = lengths[-1]
     for entry in lengths:  # the last length stands at the top level already
         entry.pop("per_noise_level", None) if entry is not last else None
@@ -93,9 +83,7 @@ def work(stage: common.Stage) -> None:
 def cost(stage: common.Stage) -> list[tuple[str, float, float]]:
     levels, seconds = stage.describe_levels(), common.seconds_per_evaluation(stage, 16)
     count = len(stage.cfg.train.snapshots) * stage.cfg.gamma.images * stage.cfg.gamma.noise_levels
-    return [
-        (f"evaluate {v['name']}", v["flops"] * count, s * count) for v, s in zip(levels, seconds, strict=True)
-    ]
+    return [(f"evaluate {v['name']}", v["flops"] * count, s * count) for v, s in zip(levels, seconds, strict=True)]
 
 
 @hydra.main(version_base=None, config_path=common.CONFIGS, config_name="measure_gamma")

@@ -9,7 +9,7 @@ from mlem_diffusion.report import write_report
 
 def work(stage: common.Stage) -> None:
     path = write_report(stage.results, title=stage.cfg.title or stage.cfg.name)
-    print(f"report: {path.relative_to(common.ROOT)}")
+    print(f"report: {common.shown(path)}")
 
 
 @hydra.main(version_base=None, config_path=common.CONFIGS, config_name="report")

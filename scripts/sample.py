@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import common
@@ -11,7 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from mlem_diffusion.checkpoint import write_json
+from mlem_diffusion.checkpoint import read_json, write_json
 from mlem_diffusion.compare import Setting, setting_from
 from mlem_diffusion.cost import Ledger
 from mlem_diffusion.errors import UserError
@@ -41,17 +40,15 @@ def choose(stage: common.Stage) -> tuple[Setting, float]:
     given = stage.cfg.sampler
     if given != "best":
         if not OmegaConf.is_dict(given):
-            raise UserError(
-                "sampler must be best, or the keys of a setting, such as sampler='{dynamics: ode, ...}'."
-            )
+            raise UserError("sampler must be best, or the keys of a setting, such as sampler='{dynamics: ode, ...}'.")
         values: Any = OmegaConf.to_container(given, resolve=True)
         try:
             return setting_from(values), float(values.get("gamma", 2.5))
         except KeyError as error:
             raise UserError(f"sampler lacks the key {error}; it takes the columns of compare.csv.") from error
-    path = stage.results / "best.json"
+    path = stage.find("best.json")
     if path.is_file():
-        best = json.loads(path.read_text())
+        best = read_json(path, "run make sample-compare again")
         return setting_from(best), best["gamma"]
     print("sample: no comparison has been run, so the sampler is DPM-Solver++(2M), 20 steps, largest level.")
     return Setting("ode", "dpmpp_2m", "single", (level_name(stage.cfg.family.widths[-1]),), 20), 2.5
@@ -68,9 +65,7 @@ def work(stage: common.Stage) -> None:
         for start in range(0, len(seeds), cfg.compare.batch):
             batch = seeds[start : start + cfg.compare.batch]
             shape = (3, cfg.data.size, cfg.data.size)
-            images, ledger = sample(
-                drift, grid, setting.dynamics, setting.step_rule, batch, shape, stage.device
-            )
+            images, ledger = sample(drift, grid, setting.dynamics, setting.step_rule, batch, shape, stage.device)
             pixels = to_uint8(images.cpu())
             for seed, image in zip(batch, pixels, strict=True):
                 Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{seed:06d}.png")
@@ -85,7 +80,7 @@ def work(stage: common.Stage) -> None:
     }
     row = {**setting.__dict__, "levels": "+".join(setting.levels)}
     write_json(folder / "samples.json", {"setting": row, "gamma": gamma, "seeds": seeds, "per_image": facts})
-    where = folder.relative_to(common.ROOT)
+    where = common.shown(folder)
     print(f"sample: {len(seeds)} images in {where}/ with {describe(row)}: ", end="")
     print(f"{facts['gflops']:.3g} GFLOP and {facts['seconds']:.3g} s per image; grid.png shows them.")
 

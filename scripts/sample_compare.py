@@ -7,7 +7,6 @@ from typing import Any
 
 import common
 import hydra
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from mlem_diffusion import speedup
@@ -15,7 +14,7 @@ from mlem_diffusion.checkpoint import read_json, write_json
 from mlem_diffusion.compare import NoiseCache, Runner, Setting, best_setting, row_of, settings_of
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.extractors import Extractor
-from mlem_diffusion.family import level_name, load_family, read_metadata
+from mlem_diffusion.family import level_name, load_family
 from mlem_diffusion.grids import comparison_grid
 from mlem_diffusion.metrics import (
     distance_floor,
@@ -35,9 +34,12 @@ OUTPUTS = ["compare.csv", "compare.png", "speedup.json", "best.json"]
 def used_gamma(stage: common.Stage) -> float:
     """gamma of the constant probabilities: the number in the configuration, or as measured."""
     if stage.cfg.compare.gamma != "auto":
-        return float(stage.cfg.compare.gamma)
+        try:
+            return float(stage.cfg.compare.gamma)
+        except ValueError as error:
+            raise UserError(f"compare.gamma = {stage.cfg.compare.gamma} is neither a number nor auto.") from error
     hint = "run make measure-gamma with the same EXPERIMENT first, or set compare.gamma"
-    estimates = read_json(stage.results / "gamma.json", hint)["estimates"]
+    estimates = read_json(stage.find("gamma.json"), hint)["estimates"]
     for name in ("differences", "to_largest", "loss_fit"):
         if estimates[name]["gamma"] is not None:
             return float(estimates[name]["gamma"])
@@ -49,12 +51,12 @@ def make_extractor(stage: common.Stage) -> Extractor:
     config: Any = OmegaConf.to_container(stage.cfg.metrics, resolve=True)
     if config["_target_"].split(".")[-1] in ("light", "inception"):
         config["device"] = str(stage.device)
-    return instantiate(config)
+    return common.build(config)
 
 
 def work(stage: common.Stage) -> None:
     cfg, images = stage.cfg, stage.data()
-    metadata = read_metadata(stage.checkpoints, cfg.family.widths)
+    metadata = stage.levels_of(images)
     gamma, extractor = used_gamma(stage), make_extractor(stage)
     inputs: dict[str, Any] = {
         "levels": [m["fingerprint"] for m in metadata],
@@ -110,14 +112,10 @@ def work(stage: common.Stage) -> None:
     stage.record(fingerprint, images.manifest, gamma_used=gamma, settings=len(rows))
 
 
-def run_all(
-    stage: common.Stage, runner: Runner, settings: list[Setting], statistics: Any, floor: float
-) -> tuple:
+def run_all(stage: common.Stage, runner: Runner, settings: list[Setting], statistics: Any, floor: float) -> tuple:
     """Every setting, with progress and time left by expected FLOPs; stops between settings when asked."""
     largest = list(runner.levels.values())[-1]
-    costs = {
-        s: s.build(runner.levels, runner.gamma).expected_flops(runner.process.grid(s.steps)) for s in settings
-    }
+    costs = {s: s.build(runner.levels, runner.gamma).expected_flops(runner.process.grid(s.steps)) for s in settings}
     dynamics = sorted({s.dynamics for s in settings})
     reference_cost = runner.process.base_steps * largest.flops * runner.n_reference / len(runner.seeds)
     total = (sum(costs.values()) + reference_cost * len(dynamics)) * len(runner.seeds) / 1e9
@@ -126,19 +124,13 @@ def run_all(
         for d in dynamics:
             progress.tqdm.set_postfix_str(f"reference {d}")
             part = total * reference_cost / (total / len(runner.seeds) * 1e9)
-            references[d] = runner.reference(
-                d, lambda n, p=part: progress.tqdm.update(int(p * n / runner.n_reference))
-            )
+            references[d] = runner.reference(d, lambda n, p=part: progress.tqdm.update(int(p * n / runner.n_reference)))
             pictures[d, "reference"] = to_uint8(references[d][: runner.grid_images]).numpy()
             done += part
         for setting in settings:
             if stage.should_stop():
-                raise UserError(
-                    "stopped as asked; finished settings are kept, run the same command again to go on."
-                )
-            progress.tqdm.set_postfix_str(
-                f"{setting.dynamics} {setting.drift} {setting.step_rule} {setting.steps}"
-            )
+                raise common.Stopped("stopped as asked; finished settings are kept")
+            progress.tqdm.set_postfix_str(f"{setting.dynamics} {setting.drift} {setting.step_rule} {setting.steps}")
             found = runner.run(setting, references[setting.dynamics], noise)
             done += costs[setting] * len(runner.seeds) / 1e9
             progress(int(done), int(total))
@@ -179,11 +171,7 @@ def tell(result: dict[str, Any]) -> None:
                 entry = (kinds.get(kind) or {}).get(measure) or {}
                 found = (entry.get("flops") or {}).get("max")
                 low = (entry.get("flops") or {}).get("lower95")
-                text = (
-                    "never reaches a baseline"
-                    if found is None
-                    else f"{found:.2f}x (95% lower bound {low:.2f}x)"
-                )
+                text = "never reaches a baseline" if found is None else f"{found:.2f}x (95% lower bound {low:.2f}x)"
                 print(f"{dynamics}, {kind} ML-EM, FLOPs at equal {measure}: {text}")
 
 
@@ -198,13 +186,9 @@ def cost(stage: common.Stage) -> list[tuple[str, float, float]]:
     for s in settings_of(config, list(levels), process.base_steps):
         gamma = 2.5 if config["gamma"] == "auto" else float(config["gamma"])
         flops = s.build(levels, gamma).expected_flops(process.grid(s.steps)) * config["n"]
-        out[f"{s.dynamics} {s.drift} {s.step_rule}"] = (
-            out.get(f"{s.dynamics} {s.drift} {s.step_rule}", 0.0) + flops
-        )
+        out[f"{s.dynamics} {s.drift} {s.step_rule}"] = out.get(f"{s.dynamics} {s.drift} {s.step_rule}", 0.0) + flops
     for d in sorted({key.split()[0] for key in out}):
-        out[f"{d} reference"] = (
-            process.base_steps * described[-1]["flops"] * min(config["n_reference"], config["n"])
-        )
+        out[f"{d} reference"] = process.base_steps * described[-1]["flops"] * min(config["n_reference"], config["n"])
     return [(what, flops, flops * per_flop) for what, flops in out.items()]
 
 

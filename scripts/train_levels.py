@@ -6,7 +6,6 @@ Also under torchrun (one process per GPU): torchrun --nproc-per-node 8 scripts/t
 from __future__ import annotations
 
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,10 @@ import hydra
 import numpy as np
 import torch
 import torch.distributed as dist
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from mlem_diffusion.checkpoint import atomic_write, read_json, write_json
+from mlem_diffusion.data import ImageData
 from mlem_diffusion.drift import SingleLevel
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.evaluate import denoising_errors, noise_levels, to_float
@@ -34,38 +33,54 @@ from mlem_diffusion.train import Interrupted, TrainConfig, train_level
 GROUPS = ("process", "unet", "train")
 
 
-def train_one(
-    stage: common.Stage, level: dict[str, Any], images: Any, held_out: torch.Tensor, tracker: Tracker | None
-) -> dict:
-    """Train one level unless that has been done; returns its metadata."""
-    cfg, folder, process = stage.cfg, stage.checkpoints / level["name"], stage.process()
-    config: TrainConfig = instantiate(cfg.train)
-    fingerprint = stage.fingerprint(
-        GROUPS, width=level["width"], target=level["target"], data=images.manifest["sha256"]
-    )
+def level_fingerprint(stage: common.Stage, level: dict[str, Any], images: ImageData) -> str:
+    return stage.fingerprint(GROUPS, width=level["width"], target=level["target"], data=images.manifest["sha256"])
+
+
+def is_trained(folder: Path, fingerprint: str) -> bool:
+    marker = folder / "fingerprint.txt"
+    same = marker.is_file() and marker.read_text() == fingerprint
+    return same and (folder / "metadata.json").is_file()
+
+
+def claim_folder(stage: common.Stage, folder: Path, fingerprint: str) -> None:
+    """Make the level's folder ready for this configuration: to begin, or to go on where it stands."""
     marker = folder / "fingerprint.txt"
     if marker.is_file() and marker.read_text() != fingerprint:
-        if not cfg.overwrite:
+        if not stage.cfg.overwrite:
             raise UserError(
-                f"{folder.relative_to(common.ROOT)} holds a level of another configuration or data set; "
+                f"{common.shown(folder)} holds a level of another configuration or data set; "
                 "give this run another name (name=...), or ARGS=overwrite=true to train it anew."
             )
-        if common.is_main_process():
-            for file in folder.iterdir():
-                file.unlink()
-    if (folder / "metadata.json").is_file():
+        for file in folder.iterdir():
+            file.unlink()
+    atomic_write(marker, lambda p: p.write_text(fingerprint))
+    text = OmegaConf.to_yaml(OmegaConf.create(stage.plain()))
+    atomic_write(folder / "config.yaml", lambda p: p.write_text(text))
+
+
+def train_one(
+    stage: common.Stage,
+    level: dict[str, Any],
+    images: ImageData,
+    held_out: torch.Tensor,
+    tracker: Tracker | None,
+) -> dict[str, Any]:
+    """Train one level unless that has been done; returns its metadata."""
+    cfg, folder, process = stage.cfg, stage.checkpoints / level["name"], stage.process()
+    config: TrainConfig = common.build(cfg.train)
+    fingerprint = level_fingerprint(stage, level, images)
+    trained = is_trained(folder, fingerprint)
+    wait_for_all()  # every process has looked before the main one writes
+    if trained:
         print(f"{level['name']}: already trained.") if common.is_main_process() else None
         return read_json(folder / "metadata.json", "train it again")
     if common.is_main_process():
-        atomic_write(marker, lambda p: p.write_text(fingerprint))
-        atomic_write(
-            folder / "config.yaml", lambda p: p.write_text(OmegaConf.to_yaml(OmegaConf.create(stage.plain())))
-        )
+        claim_folder(stage, folder, fingerprint)
+    wait_for_all()  # and no process reads the folder before that
 
     unet: Any = OmegaConf.to_container(cfg.unet, resolve=True)
-    denoiser = build_denoiser(
-        level["width"], level["size"], level["data_rms"], unet, level["target"], config.seed
-    )
+    denoiser = build_denoiser(level["width"], level["size"], level["data_rms"], unet, level["target"], config.seed)
     snapshots: list[dict[str, Any]] = []
     shape, seeds = (3, level["size"], level["size"]), list(range(16))
 
@@ -117,44 +132,53 @@ def train_one(
     return metadata
 
 
+def wait_for_all() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def work(stage: common.Stage) -> None:
-    images = stage.data()
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         if stage.device.type == "cuda":
             stage.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(stage.device)
         dist.init_process_group("nccl" if stage.device.type == "cuda" else "gloo")
-    stage.catch_signals()
+    try:
+        if world > 1 and common.is_main_process():
+            stage.data()  # draws the procedural images on first use, while the others wait
+        wait_for_all()
+        train_all(stage, stage.data())
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def train_all(stage: common.Stage, images: ImageData) -> None:
     rms = images.manifest["rms"]
     levels = stage.describe_levels(rms)
     held_out = to_float(images.images[images.held_out()[: stage.cfg.gamma.images]], stage.device)
     main_process = common.is_main_process()
+    fingerprint = stage.fingerprint((*GROUPS, "family"), data=images.manifest["sha256"])
+    trained = all(is_trained(stage.checkpoints / v["name"], level_fingerprint(stage, v, images)) for v in levels)
+    if trained and stage.finished(fingerprint, ["training.png"]):
+        return
+    stage.catch_signals()
     tracker = None
     if main_process:
-        tracker = Tracker(stage.results, "train_levels", stage.plain(), **stage.cfg.tracking)
+        tracker = Tracker(stage.results, stage.name, stage.plain(), **stage.cfg.tracking)
     metadata = []
-    try:
-        for level in levels:
+    for level in levels:
+        try:
             metadata.append(train_one(stage, level, images, held_out, tracker))
-            if world > 1:
-                dist.barrier()
-    except Interrupted as error:
-        print(
-            f"train_levels: {level['name']} {error}; its state is saved, run the same command again to go on.",
-            file=sys.stderr,
-        )
-        sys.exit(75)
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
+        except Interrupted as error:
+            if tracker is not None:
+                tracker.finish()
+            raise common.Stopped(f"{level['name']} {error}; its state is saved") from error
+        wait_for_all()
     if main_process and tracker is not None:
-        shown = [
-            {**m, "logsnr": m["held_out"]["logsnr"], "held_out": m["held_out"]["loss"]} for m in metadata
-        ]
-        tracker.image(
-            "training", Path(plot_training(shown, stage.results / "training.png", title=stage.cfg.title))
-        )
+        shown = [{**m, "logsnr": m["held_out"]["logsnr"], "held_out": m["held_out"]["loss"]} for m in metadata]
+        tracker.image("training", Path(plot_training(shown, stage.results / "training.png", title=stage.cfg.title)))
         for m in metadata:
             tracker.log(
                 {
@@ -164,7 +188,6 @@ def work(stage: common.Stage) -> None:
                 }
             )
         tracker.finish()
-        fingerprint = stage.fingerprint((*GROUPS, "family"), data=images.manifest["sha256"])
         stage.record(fingerprint, images.manifest)
 
 

@@ -164,12 +164,8 @@ def test_portraits(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------- crop and resize
 
 
-@pytest.mark.parametrize(
-    ("width", "height", "side"), [(178, 218, 148), (89, 109, 74), (356, 436, 296), (45, 55, 37)]
-)
-def test_celeba_crop_keeps_exactly_the_centred_square(
-    tmp_path: Path, width: int, height: int, side: int
-) -> None:
+@pytest.mark.parametrize(("width", "height", "side"), [(178, 218, 148), (89, 109, 74), (356, 436, 296), (45, 55, 37)])
+def test_celeba_crop_keeps_exactly_the_centred_square(tmp_path: Path, width: int, height: int, side: int) -> None:
     pixels = np.full((height, width, 3), 255, np.uint8)  # white outside the square that has to be kept
     left, top = (width - side) // 2, (height - side) // 2
     inner = noise(1, side, side) // 2
@@ -286,9 +282,7 @@ def test_official_partition(tmp_path: Path, place: str) -> None:
     else:
         source = write_zip(tmp_path / "a.zip", faces())
         suffix, text = (
-            ("csv", b"image_id,partition\n" + PARTITION.replace(b" ", b","))
-            if place == "csv"
-            else ("txt", PARTITION)
+            ("csv", b"image_id,partition\n" + PARTITION.replace(b" ", b",")) if place == "csv" else ("txt", PARTITION)
         )
         (tmp_path / f"list_eval_partition.{suffix}").write_bytes(text)
     manifest = prepare(source, tmp_path / "packed")
@@ -551,9 +545,7 @@ def test_failed_download_says_what_to_fetch(tmp_path: Path, monkeypatch: pytest.
     assert not list((tmp_path / "celeba-download").iterdir())
 
 
-def test_download_is_prepared_with_the_official_partition(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_download_is_prepared_with_the_official_partition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     utils = pytest.importorskip("torchvision.datasets.utils")
 
     def arrive(file_id: str, root: str, filename: str, md5: str) -> None:

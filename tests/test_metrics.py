@@ -109,9 +109,7 @@ def test_standard_error_matches_its_sampling_spread() -> None:
 def test_frechet_distance_agrees_with_matrix_square_root(shift: float, stretch: float) -> None:
     x, y = gaussian_features(300, 24, 1, shift, stretch), gaussian_features(500, 24, 2)
     assert metrics.frechet_distance(x, y) == pytest.approx(by_sqrtm(x, y), rel=1e-6)
-    assert metrics.frechet_distance(torch.from_numpy(x), torch.from_numpy(y)) == metrics.frechet_distance(
-        x, y
-    )
+    assert metrics.frechet_distance(torch.from_numpy(x), torch.from_numpy(y)) == metrics.frechet_distance(x, y)
 
 
 def test_frechet_distance_of_shifted_features_is_the_squared_shift() -> None:
@@ -136,9 +134,7 @@ def test_fast_frechet_with_fewer_images_than_features() -> None:
     reference = metrics.feature_statistics(y)
     # The covariance is singular, where a general eigenvalue solver loses half the digits.
     assert metrics.fast_frechet(x, reference) == pytest.approx(metrics.frechet_distance(x, y), rel=1e-4)
-    assert metrics.fast_frechet(x, reference) > metrics.fast_frechet(
-        gaussian_features(400, 24, 7, 0.1), reference
-    )
+    assert metrics.fast_frechet(x, reference) > metrics.fast_frechet(gaussian_features(400, 24, 7, 0.1), reference)
 
 
 class Uint8Dataset(Dataset):
@@ -176,9 +172,7 @@ def test_distance_floor_is_that_of_other_real_images() -> None:
     # Drawn images are excluded from the statistics: inside, they would pull the distance down.
     order = np.random.default_rng(0).permutation(600)
     one = metrics.distance_floor(features, 300, seed=0, repeats=1)
-    assert one == pytest.approx(
-        metrics.frechet_distance(features[order[:300]], features[order[300:]]), rel=1e-9
-    )
+    assert one == pytest.approx(metrics.frechet_distance(features[order[:300]], features[order[300:]]), rel=1e-9)
     assert one > 1.5 * metrics.frechet_distance(features[order[:300]], features)
     with pytest.raises(UserError, match="at least 602"):
         metrics.distance_floor(features, 600, seed=0)

@@ -73,9 +73,7 @@ def make_rows(dynamics: tuple[str, ...] = ("sde", "ode")) -> list[dict[str, Any]
                             **cost,
                         )
                     )
-        rows.append(
-            make_row(dynamics=name, drift="stitched", levels="w4+w16", cost_knob=0.5, gflops_realised=8.0)
-        )
+        rows.append(make_row(dynamics=name, drift="stitched", levels="w4+w16", cost_knob=0.5, gflops_realised=8.0))
         for coins, fires in (("independent", 500), ("systematic", 500), ("systematic", 20)):
             ml_em = {"drift": "ml_em", "probabilities": "constant", "coins": coins, "n_fires_top": fires}
             rows.append(
@@ -127,16 +125,12 @@ def test_bad_tables_are_refused(tmp_path: Path) -> None:
 
 
 def test_methods_trust_and_words() -> None:
-    plain = make_row(
-        drift="ml_em", probabilities="constant", coins="independent", levels="w4+w8", cost_knob=0.3
-    )
+    plain = make_row(drift="ml_em", probabilities="constant", coins="independent", levels="w4+w8", cost_knob=0.3)
     assert method_of(plain) == "plain"
     assert method_of(plain | {"coins": "systematic"}) == "best"
     assert method_of(plain | {"probabilities": "learned"}) == "best"
     assert [method_of(make_row(drift=d)) for d in ("single", "stitched")] == ["single", "stitched"]
-    assert (
-        trusted(plain) and trusted(plain | {"n_fires_top": 100}) and not trusted(plain | {"n_fires_top": 99})
-    )
+    assert trusted(plain) and trusted(plain | {"n_fires_top": 100}) and not trusted(plain | {"n_fires_top": 99})
     assert describe(make_row()) == "DDIM, w8, 16 steps"
     assert describe(plain) == "ML-EM w4+w8, DDIM, 16 steps, independent coins, C = 0.3"
 
@@ -174,8 +168,7 @@ def test_pooling_over_seeds() -> None:
 
 def test_numbers_for_people() -> None:
     shown = [
-        number(v)
-        for v in (0.123456, 12.3456, 1234.56, 123456.7, 1.234e-7, 0.9996, 0.0, None, float("nan"), 24000)
+        number(v) for v in (0.123456, 12.3456, 1234.56, 123456.7, 1.234e-7, 0.9996, 0.0, None, float("nan"), 24000)
     ]
     assert shown == ["0.123", "12.3", "1235", "123,457", "1.23e-7", "1.00", "0", "–", "–", "24,000"]
     assert interval([2.2, None]) == "2.20 and above" and interval([1.0, 2.5]) == "1.00 to 2.50"
@@ -191,9 +184,7 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def test_plot_compare_full_and_for_one_dynamics(tmp_path: Path) -> None:
-    both = pixels(
-        plot_compare(make_rows(), tmp_path / "new" / "both.png", title="demo", error_floor={"sde": 1e-3})
-    )
+    both = pixels(plot_compare(make_rows(), tmp_path / "new" / "both.png", title="demo", error_floor={"sde": 1e-3}))
     assert both.shape[0] > 1000 and both.shape[1] > 1000
     assert both.std() > 10  # something is drawn
     one = pixels(plot_compare(make_rows(("ode",)), tmp_path / "ode.png"))
@@ -245,9 +236,7 @@ def test_plot_training(tmp_path: Path) -> None:
     ]
     full = pixels(plot_training(levels, tmp_path / "training.png"))
     assert full.shape[1] > 1.5 * full.shape[0] > 600
-    plot_training(
-        [{"name": "w4", "width": 4, "history": [], "logsnr": [], "held_out": []}], tmp_path / "empty.png"
-    )
+    plot_training([{"name": "w4", "width": 4, "history": [], "logsnr": [], "held_out": []}], tmp_path / "empty.png")
     with pytest.raises(UserError, match="w8"):
         plot_training([levels[0], levels[1] | {"held_out": [0.1]}], tmp_path / "bad.png")
 
@@ -268,9 +257,7 @@ def test_image_grid_places_and_enlarges_pixels() -> None:
 
 def test_image_grid_takes_tensors_and_refuses_floats() -> None:
     torch = pytest.importorskip("torch")
-    images = torch.randint(
-        0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
+    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     same = image_grid(images, 2), image_grid(images.numpy(), 2)
     assert np.array_equal(np.asarray(same[0]), np.asarray(same[1]))
     for bad in (images.float(), images[0], images[:, :1], images[:0]):

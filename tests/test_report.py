@@ -65,12 +65,8 @@ GAMMA = {
     "htmc": "yes",
     "htmc_reason": "Both lie above 2.",
     "levels": [{"width": 4, "gflop": 0.0123, "images": 50000, "loss": 0.0812}],
-    "per_noise_level": [
-        {"logsnr": -3.0, "estimates": {"differences": {"gamma": 2.0, "interval": [1.0, None]}}}
-    ],
-    "training_lengths": [
-        {"images": 25000, "estimates": {"differences": {"gamma": 3.1, "interval": [2.0, 4.0]}}}
-    ],
+    "per_noise_level": [{"logsnr": -3.0, "estimates": {"differences": {"gamma": 2.0, "interval": [1.0, None]}}}],
+    "training_lengths": [{"images": 25000, "estimates": {"differences": {"gamma": 3.1, "interval": [2.0, 4.0]}}}],
     "warnings": ["w4 & w8 are <close>."],
 }
 SPEEDUP = {
@@ -185,21 +181,11 @@ def test_summary_is_in_words(results: Path) -> None:
     assert "2.51 (2.21 to 3.04) from the differences of neighbouring levels" in text
     assert "no finite value (0.800 and above)" in text
     assert "Harder than Monte Carlo: yes . Both lie above 2." in text
-    assert (
-        "in FLOPs up to 1.84 times cheaper than the cheapest baseline (95% lower bound 1.42, at MSE 0.0200)"
-        in text
-    )
-    assert (
-        "in seconds it is slower than the cheapest baseline, at 2.00 times the cost even at its best" in text
-    )
-    assert (
-        "1.20 times cheaper than the cheapest baseline, but that is not established (95% lower bound 0.900"
-        in text
-    )
+    assert "in FLOPs up to 1.84 times cheaper than the cheapest baseline (95% lower bound 1.42, at MSE 0.0200)" in text
+    assert "in seconds it is slower than the cheapest baseline, at 2.00 times the cost even at its best" in text
+    assert "1.20 times cheaper than the cheapest baseline, but that is not established (95% lower bound 0.900" in text
     assert "in seconds no speed-up, since it never reaches a distance of the baselines' frontier" in text
-    assert (
-        "3.30 times cheaper than the cheapest baseline, but that is not established (no lower bound" in text
-    )
+    assert "3.30 times cheaper than the cheapest baseline, but that is not established (no lower bound" in text
     assert "Best ML-EM: not measured." in text  # the absent distance
     assert "deterministic" not in text.lower()  # there is no ODE in this experiment
 
@@ -232,9 +218,7 @@ def test_names_are_escaped(results: Path) -> None:
     (results / "grids" / 'a"onload="x.png').write_bytes((results / "gamma.png").read_bytes())
     page = make_page(results, title=evil)
     assert "script" not in {tag for tag, _ in page.tags}
-    assert all(
-        (a["src"] or "").startswith("data:") and "onload" not in a for tag, a in page.tags if tag == "img"
-    )
+    assert all((a["src"] or "").startswith("data:") and "onload" not in a for tag, a in page.tags if tag == "img")
     assert page.text.count(evil) >= 6
 
 

@@ -15,9 +15,7 @@ from mlem_diffusion.speedup import Setting, speedups
 N = 400
 
 
-def setting(
-    drift: str, cost: float, error: float, spread: float = 0.02, seed: int = 0, **row: Any
-) -> Setting:
+def setting(drift: str, cost: float, error: float, spread: float = 0.02, seed: int = 0, **row: Any) -> Setting:
     """A setting whose per-image errors scatter around `error`; the scatter is common to all of one `seed`."""
     noise = 1 + spread * np.random.default_rng(seed).standard_normal(N)
     defaults = {

@@ -159,9 +159,7 @@ def _list_zip(path: Path) -> list[str]:
         infos = {info.filename: info for info in archive.infolist() if not info.is_dir()}
     for name, info in infos.items():
         if info.flag_bits & 1 and name.lower().endswith(IMAGE_SUFFIXES):
-            raise UserError(
-                f"{path.name} is encrypted ({name} needs a password): unpack it and give the folder."
-            )
+            raise UserError(f"{path.name} is encrypted ({name} needs a password): unpack it and give the folder.")
     return list(infos)
 
 

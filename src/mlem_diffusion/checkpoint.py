@@ -57,7 +57,7 @@ def load_weights(path: Path, module: nn.Module) -> None:
     try:
         module.load_state_dict(load_file(path))
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = _first_sentence(error)
         raise UserError(f"{path} does not fit the configured network ({reason}).") from error
 
 
@@ -72,4 +72,12 @@ def load_state(path: Path) -> dict[str, Any] | None:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"{path} cannot be read ({error}); delete it to train this level again.") from error
+        raise UserError(
+            f"{path} cannot be read ({_first_sentence(error)}); delete it to train this level again."
+        ) from error
+
+
+def _first_sentence(error: Exception) -> str:
+    """The first sentence: torch's messages go on for paragraphs."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return line.split(". ")[0].strip().rstrip(".:")

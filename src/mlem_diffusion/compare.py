@@ -41,9 +41,7 @@ class Setting:
     steps: int
     probabilities: str = ""  # "constant" for ml_em
     coins: str = ""  # "independent" or "systematic", "-shared" appended for one set of coins per batch
-    cost_knob: float | None = (
-        None  # C of the constant probabilities; the switch fraction of a stitched schedule
-    )
+    cost_knob: float | None = None  # C of the constant probabilities; the switch fraction of a stitched schedule
 
     def build(self, levels: Mapping[str, Level], gamma: float) -> Drift:
         """The drift of this setting; UserError for unknown levels or kinds."""
@@ -81,10 +79,9 @@ def _choose(names: Sequence[str], which: Any) -> list[str]:
     """Level names from "all", "largest" or a list of indices."""
     if which == "all":
         return list(names)
-    indices = [-1] if which == "largest" else list(which)
     try:
-        return [names[int(i)] for i in indices]
-    except (IndexError, ValueError) as error:
+        return [names[int(i)] for i in ([-1] if which == "largest" else which)]
+    except (IndexError, TypeError, ValueError) as error:
         raise UserError(f"levels = {which!r} does not fit a family of {len(names)} levels.") from error
 
 
@@ -130,9 +127,7 @@ def settings_of(config: Mapping[str, Any], names: Sequence[str], base_steps: int
         if (setting.dynamics, setting.step_rule) not in STEP_RULES:
             raise UserError(f"compare: there is no step rule {setting.step_rule} for {setting.dynamics}.")
         if not 2 <= setting.steps <= base_steps:
-            raise UserError(
-                f"compare: {setting.steps} steps are outside 2..{base_steps} (process.base_steps)."
-            )
+            raise UserError(f"compare: {setting.steps} steps are outside 2..{base_steps} (process.base_steps).")
     return list(out)
 
 
@@ -185,9 +180,7 @@ class Runner:
             for start in range(0, self.n_reference, self.batch):
                 seeds = self.seeds[start : min(start + self.batch, self.n_reference)]
                 parts.append(
-                    sample(drift, grid, dynamics, REFERENCE_RULE[dynamics], seeds, self.shape, self.device)[
-                        0
-                    ].cpu()
+                    sample(drift, grid, dynamics, REFERENCE_RULE[dynamics], seeds, self.shape, self.device)[0].cpu()
                 )
                 if progress is not None:
                     progress(len(seeds))
@@ -251,9 +244,7 @@ class Runner:
                 ),
             )
         stored = np.load(path)
-        return {
-            name: json.loads(str(stored[name])) if name == "costs" else stored[name] for name in stored.files
-        }
+        return {name: json.loads(str(stored[name])) if name == "costs" else stored[name] for name in stored.files}
 
 
 class NoiseCache:
@@ -269,9 +260,7 @@ class NoiseCache:
         if key not in self.kept:
             while len(self.kept) >= self.entries:
                 self.kept.pop(next(iter(self.kept)))
-            self.kept[key] = path_increments(
-                seeds, runner.shape, runner.process.grid(steps), clock, runner.device
-            )
+            self.kept[key] = path_increments(seeds, runner.shape, runner.process.grid(steps), clock, runner.device)
         return self.kept[key]
 
 
@@ -287,7 +276,8 @@ def best_setting(rows: Sequence[Mapping[str, Any]], tolerance: float = 0.05) -> 
     measured = [row for row in rows if row.get("distance") is not None]
     if not measured:
         raise UserError("No setting has a distance, so none can be called best.")
-    limit = (1 + tolerance) * min(row["distance"] for row in measured)
+    best = min(row["distance"] for row in measured)
+    limit = best + tolerance * abs(best)  # rounding can take a distance of nothing below zero
     return dict(min((r for r in measured if r["distance"] <= limit), key=lambda r: r["gflops_realised"]))
 
 

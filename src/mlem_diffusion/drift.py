@@ -95,7 +95,7 @@ class Multilevel:
         p = np.asarray(self.p)
         if p.shape[-1] != len(self.family):
             raise UserError(f"{p.shape[-1]} probabilities do not fit {len(self.family)} levels.")
-        if np.any(p <= 0) or np.any(p > 1) or np.any(p[..., 0] != 1):
+        if not np.all((p > 0) & (p <= 1)) or np.any(p[..., 0] != 1):  # NaN is refused too
             raise UserError("Inclusion probabilities must lie in (0, 1], with p_1 = 1.")
 
     @property
@@ -115,9 +115,7 @@ class Multilevel:
 
     def expected_flops(self, grid: Grid) -> float:
         """FLOPs per image, exact (cancellations of equal weights included)."""
-        return float(
-            (evaluation_probabilities(self._table(grid)) @ [level.flops for level in self.family]).sum()
-        )
+        return float((evaluation_probabilities(self._table(grid)) @ [level.flops for level in self.family]).sum())
 
     def clusters(self, seeds: Sequence[int]) -> list[int]:
         return [seeds[0]] * len(seeds) if self.shared else list(seeds)
@@ -126,9 +124,7 @@ class Multilevel:
 Drift = SingleLevel | Stitched | Multilevel
 
 
-def weighted_estimate(
-    levels: Sequence[Level], weights: np.ndarray, x: Tensor, logsnr: float, ledger: Ledger
-) -> Tensor:
+def weighted_estimate(levels: Sequence[Level], weights: np.ndarray, x: Tensor, logsnr: float, ledger: Ledger) -> Tensor:
     """sum_k w_k f^k(x) for weights [B, K]; each network sees only the samples in which its weight is not zero."""
     estimate = torch.zeros_like(x)
     for k, level in enumerate(levels):
@@ -136,9 +132,7 @@ def weighted_estimate(
         if len(rows) == 0:
             continue
         ledger.record(k, len(rows))
-        w = torch.as_tensor(weights[rows, k], dtype=x.dtype, device=x.device).reshape(
-            -1, *([1] * (x.ndim - 1))
-        )
+        w = torch.as_tensor(weights[rows, k], dtype=x.dtype, device=x.device).reshape(-1, *([1] * (x.ndim - 1)))
         noise_level = torch.full((len(rows),), logsnr, dtype=torch.float32, device=x.device)
         if len(rows) == len(x):
             estimate += w * level.denoise(x, noise_level)

@@ -16,9 +16,7 @@ from .process import Process, add_noise
 def to_float(images: np.ndarray | Tensor, device: torch.device | str = "cpu") -> Tensor:
     """uint8 [N,3,H,W] -> float32 in [-1, 1] on the device."""
     return (
-        torch.as_tensor(np.array(images) if isinstance(images, np.ndarray) else images).to(device).float()
-        / 127.5
-        - 1
+        torch.as_tensor(np.array(images) if isinstance(images, np.ndarray) else images).to(device).float() / 127.5 - 1
     )
 
 

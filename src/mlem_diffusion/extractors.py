@@ -66,8 +66,7 @@ def check_images(images: Tensor | np.ndarray) -> Tensor:
     """The images as a CPU tensor, or UserError unless they are uint8 [N, 3, H, W]."""
     if images.ndim != 4 or images.shape[1] != 3 or images.dtype not in (torch.uint8, np.uint8):
         raise UserError(
-            "Distances need uint8 RGB images of shape [N, 3, H, W], "
-            f"but got {images.dtype} {tuple(images.shape)}."
+            f"Distances need uint8 RGB images of shape [N, 3, H, W], but got {images.dtype} {tuple(images.shape)}."
         )
     # A memory map opened read-only is copied: torch wants to be able to write.
     return images.cpu() if isinstance(images, Tensor) else torch.from_numpy(np.array(images))
@@ -94,9 +93,7 @@ def light(dim: int = 64, seed: int = 0, device: str = "cpu", batch: int = 64) ->
     for array in weights:
         digest.update(array.tobytes())
     tensors = [torch.from_numpy(array).to(device) for array in weights]
-    return Extractor(
-        "FD-random-conv", digest.hexdigest()[:16], lambda images: _light_features(images, tensors), batch
-    )
+    return Extractor("FD-random-conv", digest.hexdigest()[:16], lambda images: _light_features(images, tensors), batch)
 
 
 _FIRST, _SECOND, _SCALES, _CELLS = 16, 32, 3, 4
@@ -154,9 +151,7 @@ def inception(weights: str | None = None, device: str = "cpu", batch: int = 64) 
     path = _local_weights(Path(weights)) if weights else _download_weights()
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # slow import
 
-    network = FeatureExtractorInceptionV3(
-        "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
-    )
+    network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
     network = network.to(device).eval()
     key = f"inception-{INCEPTION_SHA256[:12]}-{torch.device(device).type}"
     return Extractor("FID", key, lambda images: network(images.to(device))[0], batch)
@@ -222,9 +217,7 @@ def custom(callable: Callable[[Tensor], Any], name: str, key: str = "", batch: i
 def _probe_key(extractor: Extractor) -> str:
     """A hash of the features of four fixed 64x64 images: smooth, noisy, and in between."""
     ramp = np.linspace(0, 255, 64)
-    smooth = np.stack(
-        [np.add.outer(ramp, ramp) / 2, np.add.outer(ramp, 0 * ramp), np.add.outer(0 * ramp, ramp)]
-    )
+    smooth = np.stack([np.add.outer(ramp, ramp) / 2, np.add.outer(ramp, 0 * ramp), np.add.outer(0 * ramp, ramp)])
     noise = np.random.RandomState(0).randint(0, 256, (3, 64, 64))  # see _light_weights
     mixes = [smooth * (1 - share) + noise * share for share in (0.0, 0.1, 0.4, 1.0)]
     features = extractor.features(np.stack(mixes).round().astype(np.uint8))

@@ -46,17 +46,13 @@ def image_grid(images_u8: Images, columns: int, scale: int | None = 1, pad: int 
     return Image.fromarray(canvas)
 
 
-def save_grid(
-    images_u8: Images, path: Path, columns: int | None = None, scale: int | None = 1, pad: int = 1
-) -> Path:
+def save_grid(images_u8: Images, path: Path, columns: int | None = None, scale: int | None = 1, pad: int = 1) -> Path:
     """Write `image_grid` as a PNG; `columns` defaults to a nearly square grid. Parent folders are made."""
     columns = columns or max(1, math.ceil(math.sqrt(len(images_u8))))
     return _save(image_grid(images_u8, columns, scale, pad), path)
 
 
-def comparison_grid(
-    rows: list[tuple[str, Images]], path: Path, scale: int | None = None, pad: int = 2
-) -> Path:
+def comparison_grid(rows: list[tuple[str, Images]], path: Path, scale: int | None = None, pad: int = 2) -> Path:
     """Write a PNG with one row of images per setting and its label at the left.
 
     Every row holds the same seeds in the same order, so a column is one seed under all settings. Labels
@@ -74,25 +70,20 @@ def comparison_grid(
     size = max(12, min(18, strips[0].height // 6))
     font = ImageFont.load_default(size)
     labels = [
-        "\n".join("\n".join(textwrap.wrap(line, _LABEL_CHARACTERS)) for line in label.split("\n"))
-        for label, _ in rows
+        "\n".join("\n".join(textwrap.wrap(line, _LABEL_CHARACTERS)) for line in label.split("\n")) for label, _ in rows
     ]
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     boxes = [ruler.multiline_textbbox((0, 0), label or " ", font=font, spacing=3) for label in labels]
     margin = size // 2
     label_width = math.ceil(max(box[2] for box in boxes)) + 2 * margin
-    heights = [
-        max(strip.height, math.ceil(box[3]) + margin) for strip, box in zip(strips, boxes, strict=True)
-    ]
+    heights = [max(strip.height, math.ceil(box[3]) + margin) for strip, box in zip(strips, boxes, strict=True)]
 
     sheet = Image.new("RGB", (label_width + max(strip.width for strip in strips), sum(heights)), _BACKGROUND)
     pen = ImageDraw.Draw(sheet)
     top = 0
     for label, strip, box, height in zip(labels, strips, boxes, heights, strict=True):
         sheet.paste(strip, (label_width, top + (height - strip.height) // 2))
-        pen.multiline_text(
-            (margin, top + (height - box[1] - box[3]) / 2), label, fill=_INK, font=font, spacing=3
-        )
+        pen.multiline_text((margin, top + (height - box[1] - box[3]) / 2), label, fill=_INK, font=font, spacing=3)
         top += height
     return _save(sheet, path)
 

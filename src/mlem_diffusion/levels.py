@@ -32,6 +32,4 @@ def check_family(levels: Sequence[Level]) -> None:
         raise UserError(f"Levels need distinct names, not {', '.join(level.name for level in levels)}.")
     costs = [level.flops for level in levels]
     if costs[0] <= 0 or any(b <= a for a, b in pairwise(costs)):
-        raise UserError(
-            "The levels of a family must be ordered by cost, from cheap to expensive, all above zero."
-        )
+        raise UserError("The levels of a family must be ordered by cost, from cheap to expensive, all above zero.")

@@ -56,8 +56,7 @@ def squared_errors(samples: Tensor, reference: Tensor) -> np.ndarray:
     """Mean squared difference of each image, float64 [N], for two float stacks [N, 3, H, W] (unclipped)."""
     if samples.shape != reference.shape or samples.ndim != 4:
         raise UserError(
-            f"Samples {tuple(samples.shape)} and reference {tuple(reference.shape)} "
-            "must be stacks of the same shape."
+            f"Samples {tuple(samples.shape)} and reference {tuple(reference.shape)} must be stacks of the same shape."
         )
     if not (samples.is_floating_point() and reference.is_floating_point()):
         raise UserError("Squared errors are taken of unclipped float images, not of 8-bit ones.")
@@ -147,9 +146,7 @@ def reference_statistics(
         n = len(data)
     path = None
     if cache_dir is not None and n is not None:
-        key = hashlib.sha256(f"1/{data_sha256}/{extractor.name}/{extractor.key}/{n}".encode()).hexdigest()[
-            :24
-        ]
+        key = hashlib.sha256(f"1/{data_sha256}/{extractor.name}/{extractor.key}/{n}".encode()).hexdigest()[:24]
         path = Path(cache_dir) / f"feature-statistics-{key}.npz"
         found = _read_statistics(path, n)
         if found is not None:
@@ -158,9 +155,7 @@ def reference_statistics(
     count, shift, total, outer = 0, np.zeros(0), np.zeros(0), np.zeros(0)
     for part in _chunks(data, chunk):
         x = extractor.features(part).numpy().astype(np.float64)
-        if (
-            count == 0
-        ):  # sums are taken around the first chunk's mean, so that the subtraction below loses no digits
+        if count == 0:  # sums are taken around the first chunk's mean, so that the subtraction below loses no digits
             shift = x.mean(0)
             total, outer = np.zeros(x.shape[1]), np.zeros((x.shape[1], x.shape[1]))
         x -= shift
@@ -258,9 +253,7 @@ def distance_floor(features_of_real: Features, n: int, seed: int, repeats: int =
     _check_count(n)
     features = _as_float64(features_of_real)
     if len(features) < n + 2 or repeats < 1:
-        raise UserError(
-            f"The floor at n = {n} needs at least {n + 2} real images, but there are {len(features)}."
-        )
+        raise UserError(f"The floor at n = {n} needs at least {n + 2} real images, but there are {len(features)}.")
     rng = np.random.default_rng(seed)
     distances = []
     for _ in range(repeats):

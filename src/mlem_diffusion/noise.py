@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .errors import UserError
 from .process import Grid
 
 _INITIAL, _PATH, _COIN, _TRAIN = 0, 1, 2, 3
@@ -20,8 +21,15 @@ _BLOCK = 32  # base increments drawn per generator: a block's numbers never depe
 
 
 def stream_seed(*key: int) -> int:
-    """A 63-bit generator seed from a tuple of non-negative integers, well mixed (numpy's SeedSequence)."""
-    return int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    """A 63-bit generator seed from a tuple of integers in [0, 2^64), well mixed (numpy's SeedSequence)."""
+    return int(_mixed(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _mixed(key: Sequence[int]) -> np.random.SeedSequence:
+    if min(key) < 0 or max(key) >= 1 << 64:
+        raise UserError(f"Seeds must lie in 0..2^64 - 1, not {key}.")
+    # two words each: numpy drops leading zero words, and keys of different lengths would meet
+    return np.random.SeedSequence([word for part in key for word in (part & 0xFFFFFFFF, part >> 32)])
 
 
 def training_generator(device: torch.device, *key: int) -> torch.Generator:
@@ -83,4 +91,4 @@ def path_increments(
 
 def coin_uniforms(seeds: Sequence[int], level: int, count: int) -> np.ndarray:
     """Uniforms [B, count] in [0, 1) for the coins of one level; streams of levels and seeds are independent."""
-    return np.stack([np.random.default_rng([_COIN, seed, level]).random(count) for seed in seeds])
+    return np.stack([np.random.default_rng(_mixed((_COIN, seed, level))).random(count) for seed in seeds])

@@ -46,9 +46,7 @@ def plot_compare(
     if not rows:
         raise UserError("There is nothing to plot: the comparison holds no rows.")
     n = _one_value(rows, "n", "sample counts n")
-    distance_name = _one_value(
-        (r for r in rows if r.get("distance") is not None), "distance_name", "distances"
-    )
+    distance_name = _one_value((r for r in rows if r.get("distance") is not None), "distance_name", "distances")
     pooled = pool_seeds(rows)
     dynamics = [name for name in DYNAMICS_NAMES if any(row["dynamics"] == name for row in pooled)]
     if not dynamics:
@@ -123,9 +121,7 @@ def plot_training(levels: Sequence[dict[str, Any]], path: Path, *, title: str = 
             )
         logsnr, held_out = list(level.get("logsnr") or []), list(level.get("held_out") or [])
         if len(logsnr) != len(held_out):
-            raise UserError(
-                f"Level {level['name']}: {len(logsnr)} noise levels but {len(held_out)} held-out errors."
-            )
+            raise UserError(f"Level {level['name']}: {len(logsnr)} noise levels but {len(held_out)} held-out errors.")
         points = sorted((x, y) for x, y in zip(logsnr, held_out, strict=True) if _positive(y))
         if points:
             any_held_out = True
@@ -143,8 +139,7 @@ def plot_training(levels: Sequence[dict[str, Any]], path: Path, *, title: str = 
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], color=c, lw=2, label=str(level["name"]))
-        for level, c in zip(levels, colours, strict=True)
+        Line2D([], [], color=c, lw=2, label=str(level["name"])) for level, c in zip(levels, colours, strict=True)
     ]
     figure.legend(handles=handles, title="level", loc="outside right upper", frameon=False)
     if title:
@@ -155,9 +150,7 @@ def plot_training(levels: Sequence[dict[str, Any]], path: Path, *, title: str = 
 # ---- panels ------------------------------------------------------------------------------------------------
 
 
-def _draw_panel(
-    ax: Axes, rows: list[Row], cost: str, measure: str, shades: dict[str, Any], *, log: bool
-) -> bool:
+def _draw_panel(ax: Axes, rows: list[Row], cost: str, measure: str, shades: dict[str, Any], *, log: bool) -> bool:
     """Draw one panel; False when no row has both numbers."""
     _dress(ax)
     rows = [row for row in rows if _positive(row.get(cost)) and _positive(row.get(measure))]
@@ -171,8 +164,7 @@ def _draw_panel(
         ax.set_ylim(bottom=0, top=1.08 * max(values))
 
     by_method = {
-        name: [row for row in rows if method_of(row) == name]
-        for name in ("single", "stitched", "plain", "best")
+        name: [row for row in rows if method_of(row) == name] for name in ("single", "stitched", "plain", "best")
     }
     lines: dict[tuple[str, str], list[Row]] = {}
     for row in by_method["single"]:
@@ -188,9 +180,7 @@ def _draw_panel(
             group = [row for row in by_method[name] if trusted(row) is sure]
             if group:
                 size = _SIZES[name] ** 0.5
-                style: dict[str, Any] = dict(
-                    color=_COLOURS[name], marker=_MARKS[name], ls="none", ms=size, alpha=0.85
-                )
+                style: dict[str, Any] = dict(color=_COLOURS[name], marker=_MARKS[name], ls="none", ms=size, alpha=0.85)
                 style |= dict(mew=0.5, mec="white") if sure else dict(mfc="none", mew=0.9, mec=_COLOURS[name])
                 _with_bars(ax, group, cost, measure, zorder=5, **style)
     _draw_frontier(ax, by_method["single"] + by_method["stitched"], cost, measure, _COLOURS["baseline"], 2)
@@ -325,11 +315,7 @@ def _legend(rows: list[Row], shades: dict[str, Any]) -> list[Any]:
 
 def _coins(rows: list[Row], method: str) -> str:
     return (
-        " / ".join(
-            sorted(
-                {(row.get("coins") or "").split("-")[0] for row in rows if method_of(row) == method} - {""}
-            )
-        )
+        " / ".join(sorted({(row.get("coins") or "").split("-")[0] for row in rows if method_of(row) == method} - {""}))
         or "random"
     )
 
@@ -371,9 +357,7 @@ def _few_ticks(axis: Any) -> None:
     short = high < 200 * low
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if short else (1.0,)))
     axis.set_major_formatter(
-        FuncFormatter(
-            lambda v, _: f"{v:g}" if 1e-4 < v < 1e5 else f"{v:.0e}".replace("e-0", "e-").replace("e+0", "e")
-        )
+        FuncFormatter(lambda v, _: f"{v:g}" if 1e-4 < v < 1e5 else f"{v:.0e}".replace("e-0", "e-").replace("e+0", "e"))
     )
     axis.set_minor_formatter(NullFormatter())
 

@@ -59,9 +59,7 @@ class _Traits:
     def chance(self, probability: float) -> Array:
         return _column(self.next() < probability)
 
-    def palette(
-        self, colours: Sequence[tuple[int, int, int]], jitter: float, place: Array | None = None
-    ) -> Array:
+    def palette(self, colours: Sequence[tuple[int, int, int]], jitter: float, place: Array | None = None) -> Array:
         """A colour [n,3,1,1] in [0,1] on the broken line through `colours`, moved by at most `jitter`."""
         place = (self.next() if place is None else place.reshape(-1)) * (len(colours) - 1)
         knots = np.asarray(colours) / 255.0
@@ -151,9 +149,7 @@ def _draw(uniform: Array, size: int, factor: int) -> Array:
     depth = t.between(0, 1)  # of the skin; dark skin mostly comes with dark hair, and grey with age
     skin = t.palette(_SKIN, 0.018, depth)
     grey = t.chance(0.12)
-    hair = t.palette(
-        _HAIR, 0.03, grey * t.between(0.8, 1) + (1 - grey) * t.between(0, 0.76) * (1 - 0.8 * depth**2)
-    )
+    hair = t.palette(_HAIR, 0.03, grey * t.between(0.8, 1) + (1 - grey) * t.between(0, 0.76) * (1 - 0.8 * depth**2))
     dyed = t.chance(0.06)[:, None]
     hair = hair * (1 - dyed) + t.free_colour(0.3, 0.6, 0.35) * dyed
     shift_x, shift_y, scale = t.bell(0, 0.16), t.bell(0.04, 0.12), t.bell(1.16, 0.2)
@@ -174,11 +170,7 @@ def _draw(uniform: Array, size: int, factor: int) -> Array:
     head = (np.sqrt(head_x**2 + head_y**2) - 1) * width * narrowing
 
     # Hair behind the head, falling to a length of its own; strands run along it.
-    flow = (
-        u
-        + 0.5 * (u - 0.4 * light_x * u) * np.minimum(v + 0.3, 0.5)
-        + wavy * 0.05 * _wave(2.2 * v + strand_phase)
-    )
+    flow = u + 0.5 * (u - 0.4 * light_x * u) * np.minimum(v + 0.3, 0.5) + wavy * 0.05 * _wave(2.2 * v + strand_phase)
     strand = 0.6 * _wave(strands * flow + strand_phase) + 0.4 * _wave(2.3 * strands * flow - strand_phase)
     gloss = _soft(u - 0.35 * light_x, v + 0.48 + 0.1 * u * u, 0.55, 0.22)
     sheen = 0.97 + 0.1 * strand + (0.3 + 0.25 * strand) * gloss - 0.2 * _step(v + 0.3) + 0.2 * light_x * u
@@ -299,9 +291,7 @@ def _beard(
     moustache = _step(1.4 - ((u / 0.2) ** 2 + ((v - 0.235) / 0.055) ** 2))
     lips = 1 - _step(1.5 - ((u / 0.17) ** 2 + ((v - 0.32) / 0.07) ** 2))
     grain = 0.85 + 0.12 * _wave(7 * u + 2 * v)
-    canvas.paint(
-        face * amount * np.maximum(edge * lips, moustache), np.clip(hair * grain[:, None] * 0.9, 0, 1)
-    )
+    canvas.paint(face * amount * np.maximum(edge * lips, moustache), np.clip(hair * grain[:, None] * 0.9, 0, 1))
 
 
 def _mouth(canvas: _Canvas, t: _Traits, u: Array, v: Array, skin: Array) -> None:
@@ -323,14 +313,10 @@ def _mouth(canvas: _Canvas, t: _Traits, u: Array, v: Array, skin: Array) -> None
     )
     ends = np.abs(u) - half
     mouth = np.maximum(np.maximum(-upper, lower), ends)
-    canvas.paint(
-        0.4 * _soft(u, line - 0.1, half, 0.05), skin * np.float32(0.68)
-    )  # shadow under the lower lip
+    canvas.paint(0.4 * _soft(u, line - 0.1, half, 0.05), skin * np.float32(0.68))  # shadow under the lower lip
     lip_light = 0.92 + 1.6 * (line + 0.01)
     canvas.paint(canvas.inside(mouth), np.clip(lips * lip_light[:, None], 0, 1))
-    gap = np.maximum(
-        np.maximum(-(line + 0.5 * opening * arch), line - 0.95 * opening * arch) - 0.007, ends + 0.012
-    )
+    gap = np.maximum(np.maximum(-(line + 0.5 * opening * arch), line - 0.95 * opening * arch) - 0.007, ends + 0.012)
     canvas.paint(canvas.inside(gap), np.float32(0.35) * lips)
     teeth = np.maximum(gap, np.maximum(line - 0.45 * opening, ends + 0.035))
     canvas.paint(canvas.inside(teeth) * (opening > 0.012), np.ones_like(lips) * np.float32(0.93))
@@ -348,12 +334,8 @@ def _nose(canvas: _Canvas, t: _Traits, u: Array, v: Array, yaw: Array, skin: Arr
     shade = _step(1 - np.abs(slope - reach) / (0.5 * reach + 0.015)) * body
     canvas.paint(0.34 * shade, skin * np.float32(0.58))
     canvas.paint(0.3 * _soft(u, v - length - 0.02, wing * 1.4, 0.04), skin * np.float32(0.55))
-    canvas.paint(
-        0.32 * _soft(u + 0.2 * wing * side, v - 0.5 * length + 0.03, 0.03, length), np.clip(skin * 1.3, 0, 1)
-    )
-    canvas.paint(
-        0.4 * _soft(u + 0.2 * wing * side, v - length + 0.045, wing * 0.6, 0.04), np.clip(skin * 1.35, 0, 1)
-    )
+    canvas.paint(0.32 * _soft(u + 0.2 * wing * side, v - 0.5 * length + 0.03, 0.03, length), np.clip(skin * 1.3, 0, 1))
+    canvas.paint(0.4 * _soft(u + 0.2 * wing * side, v - length + 0.045, wing * 0.6, 0.04), np.clip(skin * 1.35, 0, 1))
     for sign in (-1, 1):
         nostril = _ellipse(u - sign * wing * 0.55, v - length, wing * 0.3, 0.014)
         canvas.paint(0.7 * canvas.inside(nostril), skin * np.float32(0.35))
@@ -387,14 +369,10 @@ def _eyes(canvas: _Canvas, t: _Traits, u: Array, v: Array, skin: Array, hair: Ar
         gx, gy = ex - sign * gaze_x * half * 0.6, ey + gaze_y * height * 0.5
         radius = np.minimum(half * 0.52, height * 1.1)
         canvas.paint(cover * canvas.inside(_ellipse(gx, gy, radius, radius)), iris)
-        canvas.paint(
-            cover * canvas.inside(_ellipse(gx, gy, radius * 0.5, radius * 0.5)), iris * np.float32(0.12)
-        )
+        canvas.paint(cover * canvas.inside(_ellipse(gx, gy, radius * 0.5, radius * 0.5)), iris * np.float32(0.12))
         spark = _ellipse(gx + sign * 0.35 * radius, gy + 0.35 * radius, radius * 0.24, radius * 0.24)
         canvas.paint(0.9 * cover * canvas.inside(spark), np.ones_like(iris))
-        lid = np.maximum(
-            np.abs(ey + height * arch) - 0.008 - 0.009 * lash, np.abs(ex) - half * (1 + 0.12 * lash)
-        )
+        lid = np.maximum(np.abs(ey + height * arch) - 0.008 - 0.009 * lash, np.abs(ex) - half * (1 + 0.12 * lash))
         canvas.paint((0.45 + 0.5 * lash) * canvas.inside(lid), skin * np.float32(0.18))
         crease = np.maximum(np.abs(ey + height * arch + 0.032) - 0.005, np.abs(ex) - half * 0.9)
         canvas.paint(0.4 * canvas.inside(crease), skin * np.float32(0.5))
@@ -422,9 +400,7 @@ def _hair_front(
     cap = np.maximum(head - lift, fv - hairline)
     shadow = np.maximum(head, fv - hairline - 0.05)
     canvas.paint(0.28 * canvas.inside(shadow) * (1 - bald), hair_rgb * np.float32(0.45))
-    rim = (
-        1 - 0.22 * _step(1 - np.abs(fv - hairline) / 0.06) - 0.3 * _step(1 - np.abs(away) / 0.03) * (v < line)
-    )
+    rim = 1 - 0.22 * _step(1 - np.abs(fv - hairline) / 0.06) - 0.3 * _step(1 - np.abs(away) / 0.03) * (v < line)
     canvas.paint(canvas.inside(cap) * (1 - bald), np.clip(hair_rgb * rim[:, None], 0, 1))
 
 
@@ -438,13 +414,9 @@ def _glasses(canvas: _Canvas, t: _Traits, u: Array, v: Array, gap: Array, width:
     power = square * np.sqrt(np.sqrt((gx * gx) ** 2 + (gy * gy) ** 2)) + (1 - square) * np.sqrt(gx**2 + gy**2)
     lens = (power - 1) * radius * flat
     canvas.paint(worn * opacity * canvas.inside(lens), tint)
-    canvas.paint(
-        worn * dark * 0.35 * canvas.inside(lens) * _soft(gx + 0.3, gy + 0.5, 0.7, 0.4), np.ones_like(tint)
-    )
+    canvas.paint(worn * dark * 0.35 * canvas.inside(lens) * _soft(gx + 0.3, gy + 0.5, 0.7, 0.4), np.ones_like(tint))
     bridge = np.maximum(np.abs(v + 0.085) - thick * 0.6, across - gap + radius * 0.95)
-    arms = np.maximum(
-        np.abs(v + 0.09) - thick * 0.6, np.maximum(gap + radius * 0.95 - across, across - width * 1.02)
-    )
+    arms = np.maximum(np.abs(v + 0.09) - thick * 0.6, np.maximum(gap + radius * 0.95 - across, across - width * 1.02))
     canvas.paint(worn * canvas.inside(np.minimum(np.abs(lens) - thick, np.minimum(bridge, arms))), frame)
 
 

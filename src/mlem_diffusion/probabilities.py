@@ -25,13 +25,9 @@ def constant_probabilities(flops: Sequence[float], gamma: float, knob: float) ->
     """
     costs = np.asarray(flops, dtype=np.float64)
     if not (gamma > 0 and knob > 0):
-        raise UserError(
-            f"Constant probabilities need positive gamma and knob, not gamma = {gamma}, C = {knob}."
-        )
+        raise UserError(f"Constant probabilities need positive gamma and knob, not gamma = {gamma}, C = {knob}.")
     if len(costs) == 0 or np.any(costs <= 0) or np.any(np.diff(costs) <= 0):
-        raise UserError(
-            "The levels of a family must be ordered by cost, from cheap to expensive, all above zero."
-        )
+        raise UserError("The levels of a family must be ordered by cost, from cheap to expensive, all above zero.")
     p = np.minimum(1.0, knob * (costs / costs[0]) ** -(0.5 + 1.0 / gamma))
     p[0] = 1.0
     return p

@@ -65,21 +65,15 @@ def write_report(results_dir: Path, *, title: str) -> Path:
     results_dir = Path(results_dir)
     notices: list[str] = []
     documents = {
-        name: _load_json(results_dir / f"{name}.json", notices)
-        for name in ("gamma", "speedup", "best", "provenance")
+        name: _load_json(results_dir / f"{name}.json", notices) for name in ("gamma", "speedup", "best", "provenance")
     }
     gamma, speedup, provenance = (documents[name] or {} for name in ("gamma", "speedup", "provenance"))
     rows = _load_rows(results_dir / "compare.csv", notices)
-    figures = {
-        name: _load_image(results_dir / f"{name}.png", notices) for name in ("gamma", "compare", "training")
-    }
+    figures = {name: _load_image(results_dir / f"{name}.png", notices) for name in ("gamma", "compare", "training")}
     folders = {
-        name: [_load_image(path, notices) for path in _pictures(results_dir / name)]
-        for name in ("grids", "training")
+        name: [_load_image(path, notices) for path in _pictures(results_dir / name)] for name in ("grids", "training")
     }
-    configs = [
-        (path.name, path.read_text("utf-8", "replace")) for path in sorted(results_dir.glob("config-*.yaml"))
-    ]
+    configs = [(path.name, path.read_text("utf-8", "replace")) for path in sorted(results_dir.glob("config-*.yaml"))]
     if not (any(documents.values()) or rows or any(figures.values()) or any(folders.values()) or configs):
         raise UserError(
             f"{results_dir} holds no results yet: run make train-levels EXPERIMENT={results_dir.name} first."
@@ -138,9 +132,7 @@ def _load_rows(path: Path, notices: list[str]) -> list[Row]:
     try:
         return read_rows(path)
     except (UserError, ValueError, OSError) as problem:
-        notices.append(
-            f"compare.csv cannot be read ({str(problem).rstrip('.')}): remove it and run its stage again"
-        )
+        notices.append(f"compare.csv cannot be read ({str(problem).rstrip('.')}): remove it and run its stage again")
         return []
 
 
@@ -166,9 +158,7 @@ def _pictures(folder: Path) -> list[Path]:
 
     def natural(path: Path) -> list[Any]:
         return [
-            (0, int(part), "") if part.isdigit() else (1, 0, part)
-            for part in re.split(r"(\d+)", path.stem)
-            if part
+            (0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", path.stem) if part
         ]
 
     return sorted(folder.glob("*.png"), key=natural)
@@ -194,9 +184,7 @@ def _gamma_section(gamma: dict[str, Any]) -> dict[str, Any] | None:
     }[answer]
     return {
         "answer": answer,
-        "range": f"γ from {number(min(values))} to {number(max(values))} by {len(values)} estimates"
-        if values
-        else "",
+        "range": f"γ from {number(min(values))} to {number(max(values))} by {len(values)} estimates" if values else "",
         "reason": str(gamma.get("htmc_reason") or default).strip().rstrip("."),
         "estimates": [
             (words, number(e["gamma"]) if e.get("gamma") else "no finite value", interval(e.get("interval")))
@@ -254,9 +242,7 @@ def _speedup_section(speedup: dict[str, Any], rows: list[Row]) -> dict[str, Any]
                     lines.append(_speedup_line(dynamics, method, measure, unit, entry, measured))
                     curve = records_table((entry or {}).get("curve"))
                     if curve:
-                        curves.append(
-                            (f"{words}, {_METHODS[method]}, equal {measure}, {_UNITS[unit]}", curve)
-                        )
+                        curves.append((f"{words}, {_METHODS[method]}, equal {measure}, {_UNITS[unit]}", curve))
             sentences.append((f"{words[0].upper()}{words[1:]}, at equal {measure}", clauses))
     columns = (
         "dynamics",
@@ -324,15 +310,11 @@ def _clause(entry: dict[str, Any] | None, unit: str, measure: str, measured: boo
 
 def _ratio_clause(entry: Any) -> str:
     """The error ratio at equal FLOPs, where it was measured."""
-    ratio, bound, cost = (
-        _look_up(entry, "error_ratio_at_equal_cost", key) for key in ("max", "lower95", "at")
-    )
+    ratio, bound, cost = (_look_up(entry, "error_ratio_at_equal_cost", key) for key in ("max", "lower95", "at"))
     if not _is_number(ratio) or ratio <= 0:
         return ""
     known = f", 95% lower bound {number(bound)}" if ratio >= 1 and _is_number(bound) else ""
-    size = (
-        f"up to {number(ratio)} times smaller" if ratio >= 1 else f"at best {number(1 / ratio)} times larger"
-    )
+    size = f"up to {number(ratio)} times smaller" if ratio >= 1 else f"at best {number(1 / ratio)} times larger"
     return f"; at equal FLOPs its error is {size} (at {number(cost)} GFLOP per image{known})"
 
 
@@ -380,9 +362,7 @@ def _distance_note(rows: list[Row]) -> str:
             floor = row.get("distance_floor")
             name, n = row["distance_name"] or "configured distance", number(row["n"])
             text = f"Distances are the {name} of n = {n} images to the training images"
-            return text + (
-                f"; as many real images are {number(floor)} away from them (the floor)." if floor else "."
-            )
+            return text + (f"; as many real images are {number(floor)} away from them (the floor)." if floor else ".")
     return "No distance was computed." if rows else ""
 
 
@@ -395,9 +375,7 @@ def _frontier_tables(rows: list[Row]) -> list[tuple[str, dict[str, Any]]]:
         for cost, unit in (("gflops_realised", "FLOPs"), ("seconds", "seconds")):
             best = frontier(own, cost, "error")
             if len(best) > _FRONTIER_ROWS:  # evenly thinned, both ends kept
-                best = [
-                    best[round(i * (len(best) - 1) / (_FRONTIER_ROWS - 1))] for i in range(_FRONTIER_ROWS)
-                ]
+                best = [best[round(i * (len(best) - 1) / (_FRONTIER_ROWS - 1))] for i in range(_FRONTIER_ROWS)]
             table = as_table(
                 ("setting", "GFLOP", "seconds", "network calls", "error (MSE)", "± 2 se", "distance"),
                 (
@@ -424,10 +402,7 @@ def _comparison_table(rows: list[Row]) -> dict[str, Any] | None:
     table = as_table(
         [name.replace("_", " ") for name in names],
         (
-            [
-                STEP_RULE_NAMES.get(str(row.get(n)), row.get(n)) if n == "step_rule" else row.get(n)
-                for n in names
-            ]
+            [STEP_RULE_NAMES.get(str(row.get(n)), row.get(n)) if n == "step_rule" else row.get(n) for n in names]
             for row in rows
         ),
     )

@@ -153,9 +153,7 @@ def _units(settings: list[Setting], lengths: list[int], what: str) -> np.ndarray
         )
     n = lengths[0]
     labels = np.arange(n)
-    clusters = [
-        np.unique(s.clusters[:n], return_inverse=True)[1].ravel() for s in settings if s.clusters is not None
-    ]
+    clusters = [np.unique(s.clusters[:n], return_inverse=True)[1].ravel() for s in settings if s.clusters is not None]
     if any(len(c) != n for c in clusters):
         raise UserError(f"Every one of the {n} seeds of a setting needs the id of its coin draw.")
     changed = True
@@ -181,10 +179,7 @@ def _resamples(units: np.ndarray, replicates: int, seed: int) -> np.ndarray:
 
 
 def _compare(base: list[_Measured], ours: list[_Measured], kind: str) -> dict[str, Any]:
-    return {
-        name: _entry(_sorted(base, column), _sorted(ours, column), kind, column)
-        for name, column in COSTS.items()
-    }
+    return {name: _entry(_sorted(base, column), _sorted(ours, column), kind, column) for name, column in COSTS.items()}
 
 
 @dataclass(frozen=True)
@@ -223,9 +218,7 @@ def _sorted(measured: list[_Measured], column: str) -> _Table:
     kept = [(cost, m) for cost, m in priced if cost is not None and cost > 0]
     kept.sort(key=lambda pair: (pair[0], pair[1].values[0]))
     values = np.stack([m.values for _, m in kept]) if kept else np.zeros((0, 1))
-    return _Table(
-        [m.setting for _, m in kept], np.array([cost for cost, _ in kept], dtype=np.float64), values
-    )
+    return _Table([m.setting for _, m in kept], np.array([cost for cost, _ in kept], dtype=np.float64), values)
 
 
 def _entry(base: _Table, ours: _Table, kind: str, column: str) -> dict[str, Any]:

@@ -165,9 +165,7 @@ def trusted(row: Row) -> bool:
     return row["drift"] != "ml_em" or fires is None or fires >= MIN_FIRES
 
 
-def frontier(
-    rows: Iterable[Row], cost: str, measure: str, keep: Callable[[Row], bool] = trusted
-) -> list[Row]:
+def frontier(rows: Iterable[Row], cost: str, measure: str, keep: Callable[[Row], bool] = trusted) -> list[Row]:
     """The lower-left frontier, cheapest first: rows with a smaller `measure` than every row that is as cheap
     or cheaper.
 
@@ -193,9 +191,7 @@ def describe(row: Row) -> str:
         parts.insert(0, f"ML-EM {levels}".strip())
         if row.get("coins"):
             parts.append(
-                row["coins"].replace("-shared", "")
-                + " coins"
-                + (", shared" if "-shared" in row["coins"] else "")
+                row["coins"].replace("-shared", "") + " coins" + (", shared" if "-shared" in row["coins"] else "")
             )
         if row.get("probabilities") not in (None, "", "constant"):
             parts.append(f"{row['probabilities']} probabilities")

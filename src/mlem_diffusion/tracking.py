@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ class Tracker:
     def log(self, record: dict[str, Any]) -> None:
         """One record of plain numbers and strings."""
         with self.path.open("a") as file:
-            file.write(json.dumps({"stage": self.stage, **record}) + "\n")
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+            file.write(json.dumps({"stage": self.stage, **finite}, allow_nan=False) + "\n")
         self._send(record)
 
     def image(self, key: str, path: Path) -> None:
@@ -66,7 +68,10 @@ class Tracker:
 
     def finish(self) -> None:
         if self.run is not None:
-            self.run.finish()
+            try:
+                self.run.finish()
+            except Exception as error:
+                warnings.warn(f"W&B did not finish ({error}); metrics.jsonl is complete.", stacklevel=2)
             self.run = None
 
     def __enter__(self) -> Tracker:

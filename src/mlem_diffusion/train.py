@@ -41,9 +41,7 @@ class TrainConfig:
     clip: float = 1.0
     flips: bool = True
     seed: int = 0
-    snapshots: list[float] = field(
-        default_factory=lambda: [0.25, 0.5, 1.0]
-    )  # fractions whose EMA weights are kept
+    snapshots: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0])  # fractions whose EMA weights are kept
     log_every: int = 10_000  # images
     save_every: float = 120.0  # seconds between resume states
     compile: str = "auto"  # "auto": on CUDA only; "on"; "off"
@@ -131,19 +129,24 @@ def train_level(
     denoiser = denoiser.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
     optimiser = torch.optim.Adam(
-        denoiser.parameters(), lr=config.lr, betas=(0.9, 0.99), fused=device.type == "cuda"
+        denoiser.parameters(), lr=config.lr, betas=(0.9, 0.99), fused=device.type in ("cuda", "cpu")
     )
     parameters, averages = list(denoiser.parameters()), list(ema.parameters())
     seen, history = 0, []
     running, counted, last_log = torch.zeros((), device=device), 0, 0
     state = load_state(directory / "state.pt")
     if state is not None:
-        denoiser.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimiser.load_state_dict(state["optimiser"])
-        seen, history = state["images"], state["history"]
-        running += state["running"]
-        counted, last_log = state["counted"], state["last_log"]
+        try:
+            denoiser.load_state_dict(state["model"])
+            ema.load_state_dict(state["ema"])
+            optimiser.load_state_dict(state["optimiser"])
+            seen, history = state["images"], state["history"]
+            running += state["running"]
+            counted, last_log = state["counted"], state["last_log"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{directory / 'state.pt'} is not the state of this network; delete it to train this level again."
+            ) from error
     loss_module: Any = _LossModule(denoiser)
     if world > 1:
         loss_module = nn.parallel.DistributedDataParallel(loss_module)
@@ -152,9 +155,7 @@ def train_level(
 
     # ---- data ------------------------------------------------------------------------------------------------
     data = torch.as_tensor(np.asarray(images) if isinstance(images, np.ndarray) else images).to(device)
-    level_table = torch.as_tensor(
-        process.logsnr_at(np.linspace(0, 1, 4097)), dtype=torch.float32, device=device
-    )
+    level_table = torch.as_tensor(process.logsnr_at(np.linspace(0, 1, 4097)), dtype=torch.float32, device=device)
     # a snapshot is due at the first step at or past its fraction
     due = [s for s in sorted(f * config.images for f in config.snapshots) if s > seen]
 
@@ -179,11 +180,16 @@ def train_level(
         return bool(flag.item())
 
     # ---- loop ------------------------------------------------------------------------------------------------
+    dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in denoiser.modules())
     last_save = time.monotonic()
     while seen < config.images:
         batch = draw_batch(data, config, process, level_table, seen // config.batch, rank, world)
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(config, width, seen + config.batch)
+        if dropout:  # its masks come from torch's global generator
+            torch.manual_seed(
+                training_generator(torch.device("cpu"), config.seed, seen // config.batch, rank).initial_seed()
+            )
         optimiser.zero_grad(set_to_none=True)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             loss = loss_module(*batch)

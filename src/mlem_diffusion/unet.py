@@ -37,9 +37,7 @@ def _zero(layer: nn.Conv2d) -> nn.Conv2d:
 class ResBlock(nn.Module):
     """norm, SiLU, (resample), conv, norm scaled and shifted by the embedding, SiLU, conv, plus the skip path."""
 
-    def __init__(
-        self, inputs: int, outputs: int, embedding: int, resample: str = "none", dropout: float = 0.0
-    ):
+    def __init__(self, inputs: int, outputs: int, embedding: int, resample: str = "none", dropout: float = 0.0):
         super().__init__()
         self.resample = resample
         self.norm1, self.conv1 = _norm(inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
@@ -115,12 +113,8 @@ class UNet(nn.Module):
         self.width, embedding = width, 4 * max(width, 8)
         self.frequencies: Tensor
         # log-SNR spans about -10 to 10: periods from 1 to 120 resolve it and stay monotone over the range
-        self.register_buffer(
-            "frequencies", 2 * math.pi / torch.logspace(0, math.log10(120), 16), persistent=False
-        )
-        self.embed = nn.Sequential(
-            nn.Linear(32, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU()
-        )
+        self.register_buffer("frequencies", 2 * math.pi / torch.logspace(0, math.log10(120), 16), persistent=False)
+        self.embed = nn.Sequential(nn.Linear(32, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU())
 
         def stage(inputs: int, outputs: int, resolution: int, resample: str = "none") -> _Stage:
             attend = resample == "none" and resolution in attention
@@ -159,9 +153,7 @@ class UNet(nn.Module):
                 self.takes_skip.append(False)
                 resolution *= 2
         self.down, self.up = nn.ModuleList(down), nn.ModuleList(up)
-        self.leave = nn.Sequential(
-            _norm(current), nn.SiLU(), _zero(nn.Conv2d(current, channels, 3, padding=1))
-        )
+        self.leave = nn.Sequential(_norm(current), nn.SiLU(), _zero(nn.Conv2d(current, channels, 3, padding=1)))
 
     def forward(self, x: Tensor, logsnr: Tensor) -> Tensor:
         angles = logsnr.float()[:, None] * self.frequencies

@@ -1,0 +1,318 @@
+"""The comparison: settings from the configuration, the cache of finished settings, the best one, and gamma's fallbacks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from mlem_diffusion.checkpoint import write_json
+from mlem_diffusion.compare import NoiseCache, Runner, Setting, best_setting, row_of, setting_from, settings_of
+from mlem_diffusion.errors import UserError
+from mlem_diffusion.extractors import Extractor
+from mlem_diffusion.levels import Level
+from mlem_diffusion.process import LinearSchedule, Process
+from mlem_diffusion.tables import read_rows, write_rows
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+
+NAMES = ["w2", "w4", "w8", "w16"]
+EMPTY: dict[str, Any] = {"baselines": [], "stitched": [], "ml_em": []}
+BASELINE = {"dynamics": "sde", "step_rule": "ddpm", "levels": "all", "steps": [8]}
+ML_EM = {
+    "dynamics": "ode", "step_rule": "ddim", "families": ["all"], "coins": ["systematic"], "knobs": [2], "steps": [8],
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+
+@pytest.mark.parametrize(
+    ("which", "expected"),
+    [
+        ("all", ["w2", "w4", "w8", "w16"]),
+        ("largest", ["w16"]),
+        ([0, 2], ["w2", "w8"]),
+        ([-1], ["w16"]),
+        ([3, -1], ["w16"]),
+    ],
+)
+def test_levels_by_name_and_by_index(which, expected):
+    found = settings_of(EMPTY | {"baselines": [BASELINE | {"levels": which}]}, NAMES, 50)
+    assert [s.levels for s in found] == [(name,) for name in expected]
+    assert all(s.drift == "single" and s.cost_knob is None and s.probabilities == "" for s in found)
+
+
+@pytest.mark.parametrize("which", [[4], [-5], ["w2"], "medium", 3, [None]])
+def test_levels_that_are_not_there_are_one_sentence(which):
+    with pytest.raises(UserError, match="does not fit a family of 4 levels"):
+        settings_of(EMPTY | {"baselines": [BASELINE | {"levels": which}]}, NAMES, 50)
+
+
+def test_duplicates_are_run_once_in_the_first_order():
+    config = EMPTY | {"baselines": [BASELINE | {"steps": [16, 8]}, BASELINE, BASELINE | {"levels": "largest"}]}
+    found = settings_of(config, NAMES, 50)
+    assert [(s.levels[0], s.steps) for s in found] == [(name, n) for name in NAMES for n in (16, 8)]
+
+
+def test_stitched_and_ml_em_settings():
+    stitched = {
+        "dynamics": "sde",
+        "step_rule": "ddpm",
+        "pairs": [[0, -1], [-2, -1]],
+        "switch": [0.25, 0.5],
+        "steps": [8],
+    }
+    ml_em = ML_EM | {"families": ["all", [0, 2, -1]], "coins": ["systematic", "independent-shared"], "knobs": [1, 2.5]}
+    found = settings_of(EMPTY | {"stitched": [stitched], "ml_em": [ml_em]}, NAMES, 50)
+    assert found[:4] == [
+        Setting("sde", "ddpm", "stitched", pair, 8, cost_knob=switch)
+        for pair in (("w2", "w16"), ("w8", "w16"))
+        for switch in (0.25, 0.5)
+    ]
+    assert len(found) == 4 + 2 * 2 * 2
+    assert found[4] == Setting("ode", "ddim", "ml_em", tuple(NAMES), 8, "constant", "systematic", 1.0)
+    assert found[-1] == Setting("ode", "ddim", "ml_em", ("w2", "w8", "w16"), 8, "constant", "independent-shared", 2.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"step_rule": "heun"}, "no step rule heun for sde"),
+        ({"dynamics": "ode"}, "no step rule ddpm for ode"),
+        ({"steps": [51]}, r"51 steps are outside 2\.\.50"),
+        ({"steps": [1]}, r"1 steps are outside 2\.\.50"),
+    ],
+)
+def test_impossible_settings_are_one_sentence(change, sentence):
+    with pytest.raises(UserError, match=sentence):
+        settings_of(EMPTY | {"baselines": [BASELINE | change]}, NAMES, 50)
+
+
+SETTINGS = [
+    Setting("sde", "ddpm", "single", ("w8",), 16),
+    Setting("ode", "dpmpp_2m", "single", ("w2",), 5),
+    Setting("sde", "ddpm", "stitched", ("w2", "w8"), 16, cost_knob=0.25),
+    Setting("ode", "ddim", "ml_em", ("w2", "w4", "w8"), 16, "constant", "independent", 3.5),
+    Setting("sde", "ddpm", "ml_em", ("w2", "w8"), 16, "constant", "systematic-shared", 1.0),
+]
+
+
+def costs(**more: Any) -> dict[str, Any]:
+    numbers = dict.fromkeys(
+        ("error", "error_se", "network_calls", "gflops_expected", "gflops_realised", "seconds"), 0.5
+    )
+    return {**numbers, "n_fires_top": 3} | more
+
+
+def full_row(setting: Setting, **more: Any) -> dict[str, Any]:
+    shared = {"seed": 0, "n": 8, "distance": 1.5, "distance_name": "FD", "distance_floor": 0.1}
+    return row_of(setting, costs(), **(shared | more))
+
+
+def test_a_setting_survives_the_csv_and_json(tmp_path):
+    path = write_rows([full_row(s) for s in SETTINGS], tmp_path / "compare.csv")
+    assert [setting_from(row) for row in read_rows(path)] == SETTINGS
+    assert [setting_from(full_row(s)) for s in SETTINGS] == SETTINGS
+    # and from a configuration, where levels may be a list
+    assert setting_from({**full_row(SETTINGS[3]), "levels": ["w2", "w4", "w8"]}) == SETTINGS[3]
+
+
+def test_best_setting_is_the_cheapest_within_five_percent_of_the_best_distance():
+    def row(distance: float | None, gflops: float) -> dict[str, Any]:
+        return {"distance": distance, "gflops_realised": gflops}
+
+    rows = [row(1.00, 100), row(1.049, 40), row(1.051, 10), row(1.02, 60), row(None, 1)]
+    assert best_setting(rows) == row(1.049, 40)
+    assert best_setting(rows, tolerance=0.06) == row(1.051, 10)
+    assert best_setting(rows, tolerance=0.0) == row(1.00, 100)
+    assert best_setting([row(-1e-9, 5), row(0.2, 1)]) == row(-1e-9, 5)  # rounding below zero
+    with pytest.raises(UserError, match="No setting has a distance"):
+        best_setting([row(None, 1)])
+
+
+def test_building_a_setting_that_does_not_fit_the_family():
+    levels = {name: Level(name, lambda x, logsnr: x, float(i + 1)) for i, name in enumerate(NAMES)}
+    with pytest.raises(UserError, match="no level w9; the family has w2, w4, w8, w16"):
+        replace(SETTINGS[0], levels=("w9",)).build(levels, 2.5)
+    with pytest.raises(UserError, match="'ml_em' with cost_knob None"):
+        replace(SETTINGS[3], cost_knob=None).build(levels, 2.5)
+
+
+# -------------------------------------------------------------------------------------------------- runner
+
+GAIN = {"w2": 0.5, "w4": 0.8, "w8": 0.9}
+
+
+class Counter:
+    """Linear denoisers that count the images they see."""
+
+    def __init__(self) -> None:
+        self.images = 0
+
+    def level(self, name: str, flops: float) -> Level:
+        def denoise(x: Tensor, logsnr: Tensor) -> Tensor:
+            self.images += len(x)
+            return GAIN[name] * torch.sigmoid(logsnr)[:, None, None, None] * x
+
+        return Level(name, denoise, flops)
+
+
+@pytest.fixture
+def counter() -> Counter:
+    return Counter()
+
+
+@pytest.fixture
+def make(counter: Counter, tmp_path: Path) -> Callable[..., Runner]:
+    def runner(**more: Any) -> Runner:
+        levels = [counter.level(name, 1e9 * 4.0**i) for i, name in enumerate(GAIN)]
+        extractor = Extractor("FD-mean", "k", lambda images: images.float().mean((2, 3)))
+        given: dict[str, Any] = {
+            "levels": {level.name: level for level in levels}, "process": Process(LinearSchedule(), base_steps=16),
+            "gamma": 2.5, "shape": (3, 4, 4), "seeds": list(range(100, 110)), "n_reference": 6, "batch": 4,
+            "device": torch.device("cpu"), "extractor": extractor, "cache": tmp_path / "cache", "key": "a", "grid_images": 5,
+        }  # fmt: skip
+        return Runner(**(given | more))
+
+    return runner
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: f"{s.dynamics}-{s.drift}-{s.step_rule}")
+def test_a_finished_setting_is_not_evaluated_again(make, counter, setting):
+    runner = make()
+    reference = runner.reference(setting.dynamics)
+    assert reference.shape == (6, 3, 4, 4) and counter.images == 16 * 6
+    assert torch.equal(runner.reference(setting.dynamics), reference) and counter.images == 16 * 6
+    counter.images = 0
+    assert not runner.is_done(setting)
+    first = runner.run(setting, reference, NoiseCache())
+    calls = counter.images
+    assert calls > 0 and calls / 10 == pytest.approx(first["costs"]["network_calls"])
+    assert runner.is_done(setting)
+    for again in (runner, make()):  # the same process, and another one later
+        second = again.run(setting, reference, NoiseCache())
+        assert counter.images == calls
+        assert second["costs"] == first["costs"]
+        for name in ("errors", "clusters", "features", "images"):
+            assert np.array_equal(second[name], first[name])
+    assert first["errors"].shape == (6,) and first["features"].shape == (10, 3)
+    assert first["images"].shape == (5, 3, 4, 4) and first["images"].dtype == np.uint8
+    assert first["costs"]["error"] == pytest.approx(first["errors"].mean())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"key": "b"}, {"gamma": 3.0}, {"seeds": list(range(200, 210))}, {"seeds": list(range(100, 109))}, {"n_reference": 5},
+     {"batch": 5}, {"grid_images": 4}],
+    ids=lambda c: next(iter(c)),
+)  # fmt: skip
+def test_what_the_result_depends_on_is_in_the_key(make, counter, change):
+    setting = SETTINGS[3]
+    make().run(setting, make().reference("ode"), NoiseCache())
+    other, before = make(**change), counter.images
+    assert not other.is_done(setting)
+    other.run(setting, other.reference("ode"), NoiseCache())
+    assert counter.images > before
+
+
+def test_the_reference_setting_has_no_error_and_others_have_one(make):
+    runner = make()
+    for dynamics, rule in (("sde", "ddpm"), ("ode", "dpmpp_2m")):
+        reference = runner.reference(dynamics)
+
+        def error(levels: str, steps: int, dynamics=dynamics, rule=rule, reference=reference) -> float:
+            setting = Setting(dynamics, rule, "single", (levels,), steps)
+            return runner.run(setting, reference, NoiseCache())["costs"]["error"]
+
+        assert error("w8", 16) < 1e-10  # the same path, grid and network
+        # coarser grids share the path, so their errors are small beside those of unrelated samples
+        assert all(1e-8 < error("w8", steps) < 0.2 * float(2 * reference.var()) for steps in (12, 8))
+        assert error("w8", 16) < error("w4", 16) < error("w2", 16)
+
+
+def test_costs_are_per_image_and_realised_costs_are_counted(make):
+    runner = make()
+    costs = runner.run(Setting("ode", "ddim", "single", ("w4",), 8), runner.reference("ode"), NoiseCache())["costs"]
+    assert costs["network_calls"] == 8 and costs["gflops_expected"] == costs["gflops_realised"] == 8 * 4
+    assert costs["n_fires_top"] == 8 * 10 and costs["seconds"] > 0
+    setting = Setting("ode", "ddim", "stitched", ("w2", "w8"), 8, cost_knob=0.25)
+    costs = runner.run(setting, runner.reference("ode"), NoiseCache())["costs"]
+    assert costs["gflops_expected"] == costs["gflops_realised"] == 2 * 1 + 6 * 16
+    assert costs["n_fires_top"] == 6 * 10
+
+
+def test_shared_coins_are_one_cluster_per_batch(make):
+    runner = make()
+    shared = runner.run(SETTINGS[4], runner.reference("sde"), NoiseCache())
+    assert shared["clusters"].tolist() == [100] * 4 + [104] * 4 + [108] * 2
+    own = runner.run(SETTINGS[3], runner.reference("ode"), NoiseCache())
+    assert own["clusters"].tolist() == list(range(100, 110))
+
+
+def test_the_noise_cache_gives_what_drawing_gives(make, monkeypatch):
+    import mlem_diffusion.compare as compare
+
+    drawn: list[tuple] = []
+    original = compare.path_increments
+
+    def counted(seeds, shape, grid, clock, device):
+        drawn.append((grid.steps, clock, seeds[0]))
+        return original(seeds, shape, grid, clock, device)
+
+    monkeypatch.setattr(compare, "path_increments", counted)
+    runner, cache, seeds = make(), NoiseCache(entries=2), [100, 101]
+    assert cache.get(runner, 8, None, seeds) is None
+    first = cache.get(runner, 8, "snr", seeds)
+    assert cache.get(runner, 8, "snr", seeds) is first and len(drawn) == 1
+    assert not torch.equal(first, cache.get(runner, 8, "time", seeds))
+    assert not torch.equal(first, cache.get(runner, 8, "snr", [104, 105]))  # the third entry drops the first
+    assert len(drawn) == 3 and len(cache.kept) == 2
+    assert torch.equal(cache.get(runner, 8, "snr", seeds), first) and len(drawn) == 4
+
+
+# ------------------------------------------------------------------------------------ gamma of the probabilities
+
+
+def stage_with(tmp_path: Path, gamma: Any) -> Any:
+    return SimpleNamespace(cfg=OmegaConf.create({"compare": {"gamma": gamma}}), find=lambda name: tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ({"differences": 2.2, "to_largest": 2.4, "loss_fit": 3.0}, 2.2),
+        ({"differences": None, "to_largest": 2.4, "loss_fit": 3.0}, 2.4),
+        ({"differences": None, "to_largest": None, "loss_fit": 3.0}, 3.0),
+    ],
+)
+def test_gamma_is_the_first_estimate_that_is_finite(tmp_path, found, expected):
+    from sample_compare import used_gamma
+
+    write_json(
+        tmp_path / "gamma.json", {"estimates": {k: {"gamma": v, "interval": [1, None]} for k, v in found.items()}}
+    )
+    assert used_gamma(stage_with(tmp_path, "auto")) == expected
+    assert used_gamma(stage_with(tmp_path, 4)) == 4.0  # a number in the configuration comes first
+
+
+def test_gamma_that_is_missing_is_one_sentence(tmp_path):
+    from sample_compare import used_gamma
+
+    with pytest.raises(UserError, match="make measure-gamma"):
+        used_gamma(stage_with(tmp_path, "auto"))
+    none = {"gamma": None, "interval": [None, None]}
+    write_json(tmp_path / "gamma.json", {"estimates": dict.fromkeys(("differences", "to_largest", "loss_fit"), none)})
+    with pytest.raises(UserError, match=r"set compare\.gamma to a number"):
+        used_gamma(stage_with(tmp_path, "auto"))
+    with pytest.raises(UserError, match="neither a number nor auto"):
+        used_gamma(stage_with(tmp_path, "automatic"))

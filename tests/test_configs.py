@@ -1,0 +1,232 @@
+"""Every configuration composes and instantiates: each experiment with each script, each option of each group."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import MissingConfigException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from mlem_diffusion.compare import settings_of
+from mlem_diffusion.errors import UserError
+from mlem_diffusion.extractors import Extractor
+from mlem_diffusion.family import build_denoiser, level_name
+from mlem_diffusion.process import Process
+from mlem_diffusion.train import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs"
+sys.path.insert(0, str(ROOT / "scripts"))
+
+ROOTS = sorted(p.stem for p in CONFIGS.glob("*.yaml") if p.stem != "base")
+EXPERIMENTS = sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml"))
+OPTIONS = sorted(
+    f"{p.parent.name}={p.stem}" for p in CONFIGS.glob("*/*.yaml") if p.parent.name not in ("experiment", "hydra")
+)
+
+
+@pytest.fixture(autouse=True)
+def hydra_context() -> Iterator[None]:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        yield
+    GlobalHydra.instance().clear()
+
+
+def configuration(root: str, *overrides: str) -> DictConfig:
+    return compose(root, overrides=list(overrides))
+
+
+def plain(node: Any) -> Any:
+    return OmegaConf.to_container(node, resolve=True)
+
+
+def test_there_is_a_root_for_every_script_and_the_other_way_round():
+    scripts = {p.stem for p in (ROOT / "scripts").glob("*.py") if "hydra.main" in p.read_text()}
+    assert set(ROOTS) == scripts
+    assert {"demo", "smoke", "celeba64"} <= set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("root", ROOTS)
+@pytest.mark.parametrize("experiment", [None, *EXPERIMENTS])
+def test_every_experiment_composes_with_every_script(root, experiment):
+    cfg = configuration(root, *([f"experiment={experiment}"] if experiment else []))
+    if experiment:
+        assert cfg.name == experiment
+    for node in (cfg.process, cfg.train, cfg.unet, cfg.compare, cfg.gamma, cfg.tracking, cfg.paths, cfg.family):
+        plain(node)  # every interpolation resolves
+    assert "/" not in cfg.name and cfg.paths.results == f"results/{cfg.name}"
+    assert cfg.paths.checkpoints == f"checkpoints/{cfg.name}" and cfg.paths.data == f"data/{cfg.data.name}"
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_instantiates(experiment):
+    cfg = configuration("sample_compare", f"experiment={experiment}")
+    process, train = instantiate(cfg.process), instantiate(cfg.train)
+    assert isinstance(process, Process) and isinstance(train, TrainConfig)
+    assert np.all(np.diff(process.grid().logsnr) > 0)
+    assert train.images == cfg.train.images and max(train.snapshots) == 1.0 and len(train.snapshots) >= 3
+    widths = list(cfg.family.widths)
+    assert widths == sorted(set(widths))
+    unet = plain(cfg.unet)
+    build_denoiser(widths[0], cfg.data.size, 0.5, unet, cfg.family.target)
+    assert cfg.data.holdout >= 2 and cfg.gamma.images <= cfg.data.holdout
+    assert cfg.compare.n_reference <= cfg.compare.n
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_has_settings_of_every_kind(experiment):
+    cfg = configuration("sample_compare", f"experiment={experiment}")
+    names = [level_name(w) for w in cfg.family.widths]
+    settings = settings_of(plain(cfg.compare), names, cfg.process.base_steps)
+    kinds = {(s.dynamics, s.drift) for s in settings}
+    assert kinds == {(d, k) for d in ("sde", "ode") for k in ("single", "stitched", "ml_em")}
+    rules = {(s.dynamics, s.step_rule) for s in settings if s.drift == "single"}
+    assert rules == {("sde", "em"), ("sde", "ddpm"), ("ode", "em"), ("ode", "ddim"), ("ode", "dpmpp_2m")}
+    for setting in settings:
+        assert set(setting.levels) <= set(names)
+        if setting.drift == "ml_em":
+            assert setting.levels[-1] == names[-1]  # the estimate is unbiased for the largest level
+
+
+def test_families_are_long_enough_for_gamma():
+    assert len(configuration("train_levels", "experiment=celeba64").family.widths) >= 7
+    assert len(configuration("train_levels", "experiment=demo").family.widths) >= 5
+
+
+def test_real_experiments_read_real_images_and_the_others_need_no_download():
+    for experiment in ("celeba64", "celeba16"):
+        if experiment in EXPERIMENTS:
+            assert OmegaConf.is_missing(configuration("prepare_data", f"experiment={experiment}").data, "source")
+    for experiment in ("demo", "smoke"):
+        assert configuration("prepare_data", f"experiment={experiment}").data.source == "portraits"
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_of_every_group_composes(option):
+    for root in ("train_levels", "sample_compare"):
+        cfg = configuration(root, option)
+        assert option.split("=")[0] in cfg
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (CONFIGS / "process").glob("*.yaml")))
+def test_every_process_instantiates_over_its_whole_range(name):
+    process = instantiate(configuration("train_levels", f"process={name}").process)
+    grid = process.grid()
+    assert grid.steps == process.base_steps
+    assert grid.logsnr[0] == pytest.approx(process.logsnr_min, abs=1e-6)
+    assert grid.logsnr[-1] == pytest.approx(process.logsnr_max, abs=1e-6)
+    assert np.all(np.isfinite(grid.beta)) and np.all(np.diff(grid.time) < 0)
+
+
+@pytest.mark.parametrize(("name", "size"), [("small", 16), ("adm", 64)])
+def test_every_unet_instantiates(name, size):
+    build_denoiser(4, size, 0.5, plain(configuration("train_levels", f"unet={name}").unet), "v")
+    assert {p.stem for p in (CONFIGS / "unet").glob("*.yaml")} == {"small", "adm"}
+
+
+# ------------------------------------------------------------------------------------------------- metrics
+
+
+def stub(cfg: DictConfig) -> Any:
+    import torch
+
+    return type("Stage", (), {"cfg": cfg, "device": torch.device("cpu")})()
+
+
+def test_the_light_extractor_instantiates():
+    from sample_compare import make_extractor
+
+    extractor = make_extractor(stub(configuration("sample_compare", "metrics=light", "metrics.dim=8")))
+    assert isinstance(extractor, Extractor) and extractor.name != "FID"
+    assert extractor.features(np.zeros((2, 3, 8, 8), np.uint8)).shape == (2, 8)
+
+
+def test_a_custom_extractor_instantiates():
+    from sample_compare import make_extractor
+
+    overrides = [
+        "metrics=custom",
+        "metrics.callable._target_=torch.nn.Flatten",
+        "metrics.name=FD-pixels",
+        "metrics.key=v1",
+    ]
+    extractor = make_extractor(stub(configuration("sample_compare", *overrides)))
+    assert extractor.name == "FD-pixels" and extractor.key == "v1"
+    assert extractor.features(np.zeros((2, 3, 4, 4), np.uint8)).shape == (2, 48)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["metrics=inception", "metrics.weights=/nowhere/inception.pth"], "/nowhere/inception.pth do not exist"),
+        (["metrics=light", "metrics.dim=0"], "needs dim >= 1"),
+        (["metrics=custom", "metrics.callable._target_=torch.nn.Flatten", "metrics.name=FID"], "not FID"),
+        (["metrics=custom", "metrics.callable._target_=nowhere.Network", "metrics.name=x"], "cannot be built"),
+        (["metrics=custom"], "cannot be built|missing"),
+        (["metrics=light", "+metrics.colour=red"], r"extractors\.light cannot be built"),
+    ],
+    ids=[
+        "inception without its file",
+        "no dimension",
+        "a name that is taken",
+        "no such module",
+        "nothing said",
+        "unknown key",
+    ],
+)
+def test_a_metric_that_cannot_be_made_is_one_sentence(overrides, sentence):
+    from sample_compare import make_extractor
+
+    with pytest.raises(UserError, match=sentence) as error:
+        make_extractor(stub(configuration("sample_compare", *overrides)))
+    assert "\n" not in str(error.value)
+
+
+def test_an_impossible_process_is_one_sentence():
+    import common
+
+    with pytest.raises(UserError, match=r"process\.spacing is 'even'"):
+        common.build(configuration("train_levels", "process.spacing=even").process)
+
+
+# ----------------------------------------------------------------------------------------------- the rest
+
+
+def test_wandb_is_offline_unless_the_environment_says_otherwise(monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    assert configuration("train_levels").tracking.mode == "offline"
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert configuration("train_levels").tracking.mode == "online"
+
+
+def test_an_experiment_that_is_not_there_is_named():
+    with pytest.raises(MissingConfigException, match="nothing"):
+        configuration("train_levels", "experiment=nothing")
+
+
+def test_the_defaults_of_the_configuration_are_those_of_the_code():
+    cfg = plain(configuration("train_levels").train)
+    cfg.pop("_target_")
+    assert TrainConfig(**cfg) == TrainConfig()
+
+
+def test_the_comment_on_the_reference_architecture_is_true():
+    from mlem_diffusion.family import describe
+
+    text = (CONFIGS / "unet" / "adm.yaml").read_text()
+    found = re.search(r"([\d.]+) GFLOP at width (\d+), ([\d.]+) at width (\d+)", text)
+    assert found
+    unet = plain(configuration("train_levels", "unet=adm").unet)
+    for gflop, width in (found.group(1, 2), found.group(3, 4)):
+        flops = describe(int(width), 64, 0.5, unet, "v")["flops"]
+        assert flops / 1e9 == pytest.approx(float(gflop), rel=0.02)

@@ -1,0 +1,75 @@
+"""FLOPs per evaluation against counts by hand, and the ledger."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mlem_diffusion.cost import Ledger, flops_per_evaluation
+from mlem_diffusion.unet import Attention, Denoiser, UNet
+
+
+class Wrapped(nn.Module):
+    """A module of x alone as a network of (x, logsnr)."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, logsnr: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def test_convolution_and_linear_by_hand() -> None:
+    size = 12
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Flatten(), nn.Linear(8 * size**2, 5))
+    by_hand = 2 * 3 * 8 * 3 * 3 * size**2 + 2 * 8 * size**2 * 5
+    assert flops_per_evaluation(Wrapped(network), size) == by_hand
+
+
+def test_strided_convolution_by_hand() -> None:
+    network = nn.Conv2d(1, 4, 2, stride=2, bias=False)
+    assert flops_per_evaluation(Wrapped(network), 16, channels=1) == 2 * 4 * 4 * 8 * 8
+
+
+@pytest.mark.parametrize("channels", [16, 128])
+def test_attention_by_hand(channels: int) -> None:
+    """Two 1x1 convolutions (to 3C and C) and two products of length^2 x C, whatever the number of heads."""
+    size = 8
+    length = size**2
+    by_hand = 2 * length * channels * 3 * channels + 2 * length * channels**2 + 4 * length**2 * channels
+    assert flops_per_evaluation(Wrapped(Attention(channels)), size, channels) == by_hand
+
+
+def test_unet_of_width_8_at_64_pixels() -> None:
+    """0.233 GFLOP, and fourfold for twice the width but for what reads and writes three channels."""
+    flops = [flops_per_evaluation(Denoiser(UNet(width, 64)), 64) / 1e9 for width in (8, 16)]
+    assert flops[0] == pytest.approx(0.233, rel=0.01)
+    assert 3.7 < flops[1] / flops[0] < 4
+    assert flops_per_evaluation(UNet(8, 64, attention=()), 64) / 1e9 < 0.99 * flops[0]
+
+
+def test_counting_leaves_the_network_alone() -> None:
+    network = Denoiser(UNet(8, 16)).train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    flops_per_evaluation(network, 16)
+    assert network.training and all(p.device.type == "cpu" for p in network.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_ledger_adds_up() -> None:
+    ledger = Ledger([1.0, 10.0], images=4, seconds=2.0)
+    ledger.record(0, 4)
+    ledger.record(1, 3)
+    ledger.record(1, 1)
+    assert (ledger.evaluations, ledger.launches) == ([4, 4], [1, 2])
+    assert (ledger.calls_per_image, ledger.flops_per_image, ledger.seconds_per_image) == (2, 11, 0.5)
+    total = Ledger([1.0, 10.0])
+    total.add(ledger)
+    total.add(ledger)
+    assert (total.evaluations, total.launches, total.images, total.seconds) == ([8, 8], [2, 4], 8, 4.0)
+    assert total.flops_per_image == 11
+    with pytest.raises(ValueError):
+        total.add(Ledger([1.0]))
+    assert Ledger([1.0]).evaluations is not Ledger([1.0]).evaluations

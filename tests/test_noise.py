@@ -1,0 +1,89 @@
+"""Random streams keyed by the sample's seed, and one Brownian path for all grids."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from toys import SHAPE, process
+
+from mlem_diffusion.noise import (
+    coin_uniforms,
+    increment_weights,
+    initial_noise,
+    path_increments,
+    stream_seed,
+    training_generator,
+)
+from mlem_diffusion.process import CosineSchedule, Process
+
+CPU = torch.device("cpu")
+CLOCKS = ["snr", "time"]
+
+
+@pytest.mark.parametrize("clock", CLOCKS)
+@pytest.mark.parametrize("p", [process(75), Process(CosineSchedule(), -9, 9, 75, "logsnr")])
+def test_coarse_increments_are_exact_sums_of_the_fine_ones(p: Process, clock: str) -> None:
+    """Against base increments summed one by one: dW = sqrt(ds) xi on the base grid, in either clock."""
+    base = p.grid()
+    fine = path_increments([5, 8], SHAPE, base, clock, CPU).double().numpy()
+    position = np.exp(base.logsnr) if clock == "snr" else -base.time
+    for steps in (2, 5, 33, 74):
+        grid = p.grid(steps)
+        coarse = path_increments([5, 8], SHAPE, grid, clock, CPU).double().numpy()
+        for j in range(steps - 1):
+            start, stop = grid.index[j], grid.index[j + 1]
+            total = sum(np.sqrt(position[i + 1] - position[i]) * fine[i] for i in range(start, stop))
+            expected = total / np.sqrt(position[stop] - position[start])
+            np.testing.assert_allclose(coarse[j], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("clock", CLOCKS)
+def test_base_grid_takes_the_base_increments_as_they_are(clock: str) -> None:
+    """Both clocks see the same standard normals, so EM in t and the ancestral step follow one path."""
+    grid = process(40).grid()
+    np.testing.assert_allclose(increment_weights(grid, clock), np.eye(39), atol=1e-12)
+
+
+@pytest.mark.parametrize("clock", CLOCKS)
+def test_increments_are_standard_and_uncorrelated(clock: str) -> None:
+    grid = process(100).grid(12)
+    np.testing.assert_allclose((increment_weights(grid, clock) ** 2).sum(1), 1, rtol=1e-12)
+    n = 4 * 3 * 64 * 64
+    flat = path_increments([0, 1, 2, 3], (3, 64, 64), grid, clock, CPU).reshape(11, n).double().numpy()
+    assert np.abs(flat.mean(1)).max() < 5 / np.sqrt(n)
+    # a sample covariance of standard normals has standard error 1/sqrt(n), a variance sqrt(2/n)
+    assert np.abs(flat @ flat.T / n - np.eye(11)).max() < 5 * np.sqrt(2 / n)
+
+
+def test_an_unknown_clock_is_refused() -> None:
+    with pytest.raises(ValueError):
+        increment_weights(process().grid(4), "sigma")
+
+
+def test_numbers_depend_on_the_seed_alone() -> None:
+    grid = process(70).grid(9)
+    assert torch.equal(initial_noise([3, 4, 5], SHAPE, CPU)[1:2], initial_noise([4], SHAPE, CPU))
+    together = path_increments([3, 4, 5], SHAPE, grid, "snr", CPU)
+    assert torch.equal(together[:, 1:2], path_increments([4], SHAPE, grid, "snr", CPU))
+    assert np.array_equal(coin_uniforms([3, 4], 1, 10)[1:], coin_uniforms([4], 1, 10))
+    # a longer run begins with the coins of a shorter one
+    assert np.array_equal(coin_uniforms([4], 1, 10), coin_uniforms([4], 1, 20)[:, :10])
+
+
+def test_streams_are_separate() -> None:
+    """Start, path, coins of each level, seeds and training steps share no numbers."""
+    keys = [(stream, seed, number) for stream in range(4) for seed in range(20) for number in range(20)]
+    assert len({stream_seed(*key) for key in keys}) == len(keys)
+    grid, n = process(70).grid(), 3 * 64 * 64
+    start = initial_noise([0, 1], (3, 64, 64), CPU).reshape(2, n)
+    path = path_increments([0, 1], (3, 64, 64), grid, "time", CPU).reshape(-1, n)
+    rows = torch.cat([start, path]).double()
+    assert (rows @ rows.T / n - torch.eye(len(rows))).fill_diagonal_(0).abs().max() < 6 / np.sqrt(n)
+    coins = np.concatenate([coin_uniforms([0, 1], level, 5000) for level in range(3)])
+    assert np.abs(np.corrcoef(coins) - np.eye(6)).max() < 5 / np.sqrt(5000)
+
+
+def test_training_randomness_can_be_derived_again() -> None:
+    a, b, c = (torch.randn(8, generator=training_generator(CPU, 0, step)) for step in (7, 7, 8))
+    assert torch.equal(a, b) and not torch.equal(a, c)

@@ -1,0 +1,542 @@
+"""The scripts end to end on the miniature experiment: artefacts, formats, what is done stays done, and wrong input."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import importlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from PIL import Image
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ROOT / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+STAGES = ["prepare_data", "train_levels", "measure_gamma", "sample_compare", "sample", "report"]
+COMPARE_COLUMNS = (
+    "dynamics step_rule drift probabilities coins cost_knob levels steps seed error error_se distance distance_name "
+    "distance_floor n network_calls gflops_expected gflops_realised seconds"
+).split()
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder that takes everything the scripts write."""
+
+    folder: Path
+
+    @property
+    def results(self) -> Path:
+        return self.folder / "results" / "smoke"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints" / "smoke"
+
+    def overrides(self, *more: str) -> list[str]:
+        paths = [f"paths.{kind}='{self.folder}/{kind}/${{name}}'" for kind in ("results", "checkpoints")]
+        small = ["train.images=640", "compare.n=24", "threads=1"]
+        return ["experiment=smoke", *paths, f"paths.data='{self.folder}/data'", *small, *more]
+
+    def copy_to(self, folder: Path) -> Place:
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True)
+        return Place(folder)
+
+    def digest(self) -> dict[str, str]:
+        """Hash of every file, to see what a command changed."""
+        files = sorted(p for p in self.folder.rglob("*") if p.is_file())
+        return {str(p.relative_to(self.folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def run_apart(script: str, place: Place, *more: str) -> subprocess.CompletedProcess[str]:
+    """As a user would: a process of its own, from the repository's root."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    command = [sys.executable, f"scripts/{script}.py", *place.overrides(*more)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@dataclass
+class Run:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def complaint(self) -> str:
+        """The one line on stderr, progress bars aside."""
+        shown = [line.split("\r")[-1].strip() for line in self.err.splitlines()]
+        lines = [line for line in shown if line and not re.search(r"\d+%\|| \[\d\d:\d\d", line)]
+        assert len(lines) == 1, self.err
+        return lines[0]
+
+
+class Here:
+    """Runs a script's main in this process (imports of torch and friends are paid once)."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path):
+        self.capsys, self.monkeypatch = capsys, monkeypatch
+        monkeypatch.chdir(folder)
+        monkeypatch.setenv("WANDB_MODE", "disabled")
+
+    def __call__(self, script: str, place: Place, *more: str) -> Run:
+        module = importlib.import_module(script)
+        self.monkeypatch.setattr(sys, "argv", [f"{script}.py", *place.overrides(*more)])
+        GlobalHydra.instance().clear()
+        self.capsys.readouterr()
+        code = 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                module.main()
+            except SystemExit as stop:
+                code = int(stop.code or 0)
+        caught = self.capsys.readouterr()
+        return Run(code, caught.out, caught.err)
+
+
+@pytest.fixture
+def here(capsys, monkeypatch, tmp_path_factory) -> Iterator[Here]:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield Here(capsys, monkeypatch, tmp_path_factory.mktemp("cwd"))
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    GlobalHydra.instance().clear()
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, dict[str, str]]:
+    """The whole pipeline, run once; what each stage printed."""
+    place, printed = Place(tmp_path_factory.mktemp("pipeline")), {}
+    for stage in STAGES:
+        more = ["seeds='0-2,5'"] if stage == "sample" else []
+        finished = run_apart(stage, place, *more)
+        assert finished.returncode == 0, f"{stage}\n{finished.stdout}\n{finished.stderr}"
+        assert "Traceback" not in finished.stderr and "Warning" not in finished.stderr, finished.stderr
+        printed[stage] = finished.stdout
+    return place, printed
+
+
+def strict(path: Path) -> Any:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{path} holds {name}")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+# ------------------------------------------------------------------------------------------------- artefacts
+
+
+def test_all_artefacts_exist(done):
+    place, _ = done
+    expected = [
+        "gamma.json", "gamma.png", "compare.csv", "compare.png", "speedup.json", "best.json", "provenance.json",
+        "metrics.jsonl", "report.html", "training.png", "grids/sde.png", "grids/ode.png",
+        *(f"config-{stage}.yaml" for stage in ("train_levels", "measure_gamma", "sample_compare")),
+        *(f"training/w{w}-{seen:010d}-ema.png" for w in range(2, 7) for seen in (192, 320, 640)),
+        *(f"samples/{seed:06d}.png" for seed in (0, 1, 2, 5)), "samples/grid.png", "samples/samples.json",
+    ]  # fmt: skip
+    assert [name for name in expected if not (place.results / name).is_file()] == []
+    for width in range(2, 7):
+        folder = place.checkpoints / f"w{width}"
+        for name in ("ema.safetensors", "state.pt", "metadata.json", "config.yaml"):
+            assert (folder / name).is_file(), name
+    assert {"images.npy", "split.npy", "manifest.json"} <= {p.name for p in (place.folder / "data").iterdir()}
+    for path in place.results.rglob("*.png"):
+        with Image.open(path) as image:
+            assert min(image.size) >= 8
+    assert not any(".partial" in p.name for p in place.folder.rglob("*"))
+
+
+def test_metadata_of_a_level(done):
+    place, _ = done
+    flops = []
+    manifest = strict(place.folder / "data" / "manifest.json")
+    for width in range(2, 7):
+        m = strict(place.checkpoints / f"w{width}" / "metadata.json")
+        assert m["name"] == f"w{width}" and m["width"] == width and m["images"] == 640
+        assert m["data_sha256"] == manifest["sha256"] and m["data_rms"] == manifest["rms"]
+        assert [s["images"] for s in m["snapshots"]] == [192, 320, 640]
+        assert all((place.checkpoints / f"w{width}" / s["file"]).is_file() for s in m["snapshots"])
+        flops.append(m["flops"])
+    assert flops == sorted(flops)
+
+
+def test_format_of_gamma_json(done):
+    place, _ = done
+    gamma = strict(place.results / "gamma.json")
+    assert set(gamma["estimates"]) == {"loss_fit", "differences", "to_largest"}
+    for entry in gamma["estimates"].values():
+        assert entry["gamma"] is None or isinstance(entry["gamma"], float)
+        assert isinstance(entry["interval"], list) and len(entry["interval"]) == 2
+    assert gamma["htmc"] in ("yes", "no", "undetermined")
+    assert [level["width"] for level in gamma["levels"]] == [2, 3, 4, 5, 6]
+    for level in gamma["levels"]:
+        assert {"width", "gflop", "images", "loss"} <= set(level)
+        assert level["images"] == 640 and 0 < level["loss"] < 1 and 0 < level["gflop"] < 1
+    assert isinstance(gamma["per_noise_level"], list) and len(gamma["per_noise_level"]) == 5
+    assert [entry["images"] for entry in gamma["training_lengths"]] == [[n] * 5 for n in (192, 320, 640)]
+
+
+def test_format_of_compare_csv(done):
+    place, _ = done
+    with (place.results / "compare.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+        file.seek(0)
+        header = next(csv.reader(file))
+    assert header[: len(COMPARE_COLUMNS)] == COMPARE_COLUMNS
+    assert {(r["dynamics"], r["drift"]) for r in rows} == {
+        (d, k) for d in ("sde", "ode") for k in ("single", "ml_em", "stitched")
+    }
+    for row in rows:
+        assert row["n"] == "24" and row["seed"] == "1000"
+        for name in ("error", "error_se", "network_calls", "gflops_expected", "gflops_realised", "seconds"):
+            assert float(row[name]) > 0, (name, row)
+        assert row["distance_name"] and row["distance_name"] != "FID" and float(row["distance"]) >= 0
+        assert float(row["distance_floor"]) >= 0
+        if row["drift"] == "single":
+            assert row["probabilities"] == row["coins"] == row["cost_knob"] == ""
+            assert float(row["network_calls"]) == int(row["steps"])
+            assert float(row["gflops_realised"]) == pytest.approx(float(row["gflops_expected"]), rel=1e-5)
+        if row["drift"] == "ml_em":
+            assert row["probabilities"] == "constant" and row["coins"] in ("independent", "systematic")
+            assert float(row["cost_knob"]) > 0
+            # per image, like the expected cost: a few standard errors of 24 images
+            assert float(row["gflops_realised"]) == pytest.approx(float(row["gflops_expected"]), rel=0.25)
+
+
+def test_format_of_speedup_json(done):
+    place, _ = done
+    result = strict(place.results / "speedup.json")
+    assert set(result) == {"sde", "ode"}
+    for kinds in result.values():
+        assert set(kinds) == {"plain", "best"}
+        for measures in kinds.values():
+            for measure, costs in measures.items():
+                assert measure in ("error", "distance")
+                assert {"flops", "seconds"} <= set(costs)
+                for entry in (costs["flops"], costs["seconds"]):
+                    assert entry is None or {"max", "lower95", "at", "baseline", "ours"} <= set(entry)
+
+
+def test_provenance_tells_where_everything_comes_from(done):
+    place, _ = done
+    p = strict(place.results / "provenance.json")
+    assert p["experiment"] == "smoke" and set(p["stages"]) == {"train_levels", "measure_gamma", "sample_compare"}
+    assert p["data"]["source"]["name"] and p["data"]["source"]["sha256"]
+    assert p["commit"] and p["device"] and p["packages"]["torch"]
+
+
+def test_metrics_hold_every_stage(done):
+    place, _ = done
+    lines = [json.loads(line) for line in (place.results / "metrics.jsonl").read_text().splitlines()]
+    assert {r["stage"] for r in lines} == {"train_levels", "measure_gamma", "sample_compare"}
+    assert {r["level"] for r in lines if "loss" in r} == {f"w{w}" for w in range(2, 7)}
+
+
+def test_the_report_is_self_contained(done):
+    place, _ = done
+    html = (place.results / "report.html").read_text()
+    assert len(html) > 10_000 and "data:image/png;base64" in html
+    assert not re.search(r"(src|href)=[\"']?https?://[^\"' >]+\.(js|css|png)", html)
+    assert str(place.folder) not in html and str(ROOT) not in html
+
+
+# ------------------------------------------------------------------------------------------ done stays done
+
+
+@pytest.mark.parametrize("stage", ["prepare_data", "train_levels", "measure_gamma", "sample_compare"])
+def test_a_finished_stage_is_not_done_again(done, here, stage):
+    place, _ = done
+    before = place.digest()
+    run = here(stage, place)
+    assert run.code == 0
+    assert place.digest() == before
+    if stage != "prepare_data":
+        assert "already done" in run.out
+
+
+def test_the_report_and_the_samples_are_the_same_again(done, here, tmp_path):
+    place = done[0].copy_to(tmp_path / "again")
+    before = place.digest()
+    assert here("sample", place, "seeds='0-2,5'").code == 0
+    assert here("report", place).code == 0
+    changed = {name for name, value in place.digest().items() if before.get(name) != value}
+    assert changed <= {"results/smoke/samples/samples.json"}  # it holds seconds
+
+
+def test_force_does_a_results_stage_again_with_the_same_result(done, here, tmp_path):
+    place = done[0].copy_to(tmp_path / "forced")
+    gamma = (place.results / "gamma.json").read_text()
+    (place.results / "gamma.png").unlink()
+    run = here("measure_gamma", place, "force=true")
+    assert run.code == 0 and "already done" not in run.out
+    assert (place.results / "gamma.json").read_text() == gamma and (place.results / "gamma.png").is_file()
+
+
+def test_changed_settings_are_measured_anew(done, here, tmp_path):
+    place = done[0].copy_to(tmp_path / "changed")
+    run = here("measure_gamma", place, "gamma.images=32")
+    assert run.code == 0 and "already done" not in run.out
+    assert strict(place.results / "gamma.json")["held_out_images"] == 32
+
+
+def test_interrupted_training_goes_on_to_the_same_weights(done, here, tmp_path):
+    whole = done[0]
+    place = Place(tmp_path / "stopped")
+    shutil.copytree(whole.folder / "data", place.folder / "data")
+    widths = "family.widths=[2,3]"
+    run = here("train_levels", place, widths, "max_minutes=0")
+    assert run.code == 75
+    assert "stopped after 64 of 640 images" in run.complaint and "run the same command again" in run.complaint
+    assert not (place.checkpoints / "w2" / "metadata.json").exists()
+    assert here("measure_gamma", place, widths).code == 2  # half a family is none
+    codes = []
+    for minutes in (0, 0, 0.0005):
+        codes.append(here("train_levels", place, widths, f"max_minutes={minutes}").code)
+    assert set(codes) <= {0, 75}
+    assert here("train_levels", place, widths).code == 0
+    for width in (2, 3):
+        for path in (whole.checkpoints / f"w{width}").glob("*.safetensors"):
+            a, b = load_file(path), load_file(place.checkpoints / f"w{width}" / path.name)
+            assert all((a[name] == b[name]).all() for name in a), path.name
+        a, b = (strict(p.checkpoints / f"w{width}" / "metadata.json") for p in (whole, place))
+        for key in ("history", "snapshots", "held_out", "flops", "images"):
+            assert a[key] == b[key], key
+
+
+def test_an_interrupted_comparison_goes_on(done, here, tmp_path):
+    place = done[0].copy_to(tmp_path / "compare")
+    shutil.rmtree(place.results / "cache")
+    for name in ("compare.csv", "speedup.json"):
+        (place.results / name).unlink()
+    run = here("sample_compare", place, "max_minutes=0")
+    assert run.code == 75 and "finished settings are kept" in run.complaint
+    assert not (place.results / "compare.csv").exists()
+    assert here("sample_compare", place).code == 0
+
+    def without_times(folder: Path) -> list[dict[str, str]]:
+        with (folder / "compare.csv").open(newline="") as file:
+            return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+    assert without_times(place.results) == without_times(done[0].results)
+
+
+# --------------------------------------------------------------------------------------------------- dry run
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_dry_run_prints_configuration_and_cost_and_writes_nothing(here, tmp_path, stage):
+    place = Place(tmp_path / "dry")
+    run = here(stage, place, "dry_run=true")
+    assert run.code == 0, run.err
+    assert "name: smoke" in run.out and "widths:" in run.out and f"estimated cost of {stage}" in run.out
+    if stage in ("train_levels", "measure_gamma", "sample_compare"):
+        found = re.search(rf"estimated cost of {stage}\s+([\d.]+) TFLOP", run.out)
+        assert found and float(found.group(1)) > 0
+    assert not place.folder.exists()
+    assert list(Path.cwd().iterdir()) == []
+
+
+# ----------------------------------------------------------------------------------------------- wrong input
+
+
+@pytest.mark.parametrize(
+    ("stage", "more", "sentence"),
+    [
+        ("measure_gamma", [], "make train-levels"),
+        ("sample_compare", [], "make train-levels"),
+        ("sample", [], "make train-levels"),
+        ("prepare_data", ["data.source=/nowhere/images.zip"], "/nowhere/images.zip"),
+        ("prepare_data", ["data.source=???"], "make data SOURCE="),
+        ("train_levels", ["data.source=???"], "make data SOURCE="),
+        ("prepare_data", ["data.holdout=400"], "data.holdout=400"),
+        ("train_levels", ["train.leer=1"], None),  # Hydra's own message
+        ("train_levels", ["+train.leer=1"], "leer"),
+        ("train_levels", ["process.spacing=even"], "process.spacing"),
+        ("train_levels", ["family.target=score"], "'score' is unknown"),
+        ("train_levels", ["unet.multipliers=[1,2,2,2,2]"], "cannot be halved"),
+        ("train_levels", ["device=cuda:99"], "device=cuda:99"),
+        ("train_levels", ["device=abacus"], "device=abacus"),
+        ("report", [], ""),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_one_line_and_exit_status_2(here, tmp_path, stage, more, sentence):
+    run = here(stage, Place(tmp_path / "wrong"), *more)
+    if sentence is None:
+        assert run.code == 1 and "leer" in run.err
+        return
+    assert run.code == 2, run.err
+    assert run.complaint.startswith(f"{stage}: ") and sentence in run.complaint
+
+
+@pytest.mark.parametrize(
+    ("stage", "more", "sentence"),
+    [
+        ("train_levels", ["train.lr=0.1"], "overwrite=true"),
+        ("measure_gamma", ["family.widths=[2,3,4,9]"], "w9"),
+        ("measure_gamma", ["family.widths=[2,3]"], "at least three levels"),
+        ("sample_compare", ["compare.gamma=often"], "neither a number nor auto"),
+        ("sample_compare", ["compare.n=1"], ""),
+        ("sample", ["seeds=many"], "SEEDS=many is not understood"),
+        ("sample", ["sampler=heun"], "sampler must be best"),
+        ("sample", ["sampler={dynamics: ode}"], "sampler lacks the key"),
+        ("sample", ["precision=half"], "precision = 'half' is unknown"),
+        ("sample", ["sampler={dynamics: ode, step_rule: ddim, drift: single, levels: w6, steps: 51}"], "51"),
+    ],
+)
+def test_wrong_requests_on_a_finished_experiment(done, here, stage, more, sentence):
+    place = done[0]
+    before = place.digest()
+    run = here(stage, place, *more)
+    assert run.code == 2, run.out + run.err
+    assert run.complaint.startswith(f"{stage}: ") and sentence in run.complaint
+    changed = {n for n, v in place.digest().items() if before.get(n) != v and "cache" not in n}
+    assert changed <= {"results/smoke/metrics.jsonl"}
+
+
+def test_levels_of_another_data_set_are_refused(done, here, tmp_path):
+    place = done[0].copy_to(tmp_path / "other")
+    shutil.rmtree(place.folder / "data")
+    for stage in ("measure_gamma", "sample_compare"):
+        run = here(stage, place, "data.seed=1")
+        assert run.code == 2 and "is not the data set that the levels" in run.complaint
+
+
+def test_overwrite_trains_anew(done, here, tmp_path):
+    place = done[0].copy_to(tmp_path / "anew")
+    run = here("train_levels", place, "train.lr=0.001", "overwrite=true", "train.images=128", "family.widths=[2]")
+    assert run.code == 0, run.err
+    metadata = strict(place.checkpoints / "w2" / "metadata.json")
+    assert metadata["images"] == 128 and [s["images"] for s in metadata["snapshots"]] == [64, 128]
+
+
+# ----------------------------------------------------------------------------------------------------- sweeps
+
+
+def test_a_sweep_over_training_writes_to_folders_of_its_own(done, here, tmp_path):
+    place = Place(tmp_path / "sweep")
+    shutil.copytree(done[0].folder / "data", place.folder / "data")
+    run = here("train_levels", place, "-m", "train.seed=0,1", "train.images=64", "family.widths=[2,3,4]")
+    assert run.code == 0, run.err
+    folders = sorted(p for p in place.checkpoints.rglob("w2"))
+    assert len(folders) == 2
+    a, b = (load_file(folder / "ema.safetensors") for folder in folders)
+    assert any((a[name] != b[name]).any() for name in a)
+    assert len(list(place.results.rglob("provenance.json"))) == 2
+    # the same sweep of the next stage finds each job's levels
+    run = here("measure_gamma", place, "-m", "train.seed=0,1", "train.images=64", "family.widths=[2,3,4]")
+    assert run.code == 0, run.err
+    assert len(list(place.results.rglob("gamma.json"))) == 2
+
+
+def test_a_sweep_over_what_follows_training_shares_the_levels(done, here, tmp_path):
+    place = done[0].copy_to(tmp_path / "sweep")
+    before = place.digest()
+    run = here("measure_gamma", place, "-m", "gamma.seed=0,1")
+    assert run.code == 0, run.err
+    found = sorted(place.results.rglob("gamma.json"))
+    assert [str(p.relative_to(place.results)) for p in found[-2:]] != []
+    own = [p for p in found if p.parent != place.results]
+    assert len(own) == 2 and own[0].read_text() != own[1].read_text()
+    after = place.digest()
+    assert all(after[name] == value for name, value in before.items())  # the unswept results stay as they were
+    assert not (Path.cwd() / "multirun.yaml").exists()
+
+
+# ----------------------------------------------------------------------------------------------------- sample
+
+
+def test_a_sample_is_keyed_by_its_seed(done, here, tmp_path):
+    place = done[0].copy_to(tmp_path / "one")
+    first = (place.results / "samples" / "000005.png").read_bytes()
+    shutil.rmtree(place.results / "samples")
+    assert here("sample", place, "seeds=5").code == 0
+    assert (place.results / "samples" / "000005.png").read_bytes() == first
+    assert sorted(p.name for p in (place.results / "samples").glob("0*.png")) == ["000005.png"]
+
+
+def test_a_sampler_can_be_named(done, here, tmp_path):
+    place = done[0].copy_to(tmp_path / "named")
+    sampler = "sampler={dynamics: ode, step_rule: ddim, drift: ml_em, levels: w2+w4+w6, steps: 8, cost_knob: 4, coins: systematic}"
+    run = here("sample", place, sampler, "seeds=0-1")
+    assert run.code == 0, run.err
+    facts = strict(place.results / "samples" / "samples.json")
+    assert facts["setting"]["levels"] == "w2+w4+w6" and facts["seeds"] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"),
+    [
+        ("0-3", [0, 1, 2, 3]),
+        ("5", [5]),
+        (7, [7]),
+        ("3,7,10-12", [3, 7, 10, 11, 12]),
+        (" 1 , 2-3", [1, 2, 3]),
+        ("1,1-2", [1, 2]),
+    ],
+)
+def test_seeds_that_are_understood(text, seeds):
+    from sample import parse_seeds
+
+    assert parse_seeds(text) == seeds
+
+
+@pytest.mark.parametrize("text", ["", "a", "1-", "-1", "1--2", "5-3", "0-3,7-5", "1.5", "0-x", "1,,2"])
+def test_seeds_that_are_not_understood(text):
+    from mlem_diffusion.errors import UserError
+    from sample import parse_seeds
+
+    with pytest.raises(UserError, match=r"0-63 or 3,7,100-120"):
+        parse_seeds(text)
+
+
+# ------------------------------------------------------------------------------------------------ small helpers
+
+
+def test_paths_are_shown_from_the_root_where_they_lie_inside(tmp_path):
+    import common
+
+    assert common.shown(ROOT / "results" / "demo") == Path("results/demo")
+    assert common.shown(tmp_path) == tmp_path
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (119, "119 s"), (150, "2 min"), (7200, "2.0 h")])
+def test_durations_in_words(seconds, text):
+    import common
+
+    assert common.duration(seconds) == text
+
+
+def test_a_signal_asks_for_a_stop_and_a_second_one_stops_now():
+    import common
+
+    stage = object.__new__(common.Stage)
+    stage._interrupted, stage.cfg, stage.started = False, type("C", (), {"max_minutes": None})(), 0.0
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        stage.catch_signals()
+        assert not stage.should_stop()
+        signal.raise_signal(signal.SIGTERM)
+        assert stage.should_stop()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        for number, handler in handlers.items():
+            with contextlib.suppress(ValueError):
+                signal.signal(number, handler)

@@ -1,0 +1,177 @@
+"""UNet: shapes, cost and attention follow the configuration; the denoiser's inputs and targets have unit variance."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mlem_diffusion.cost import flops_per_evaluation
+from mlem_diffusion.errors import UserError
+from mlem_diffusion.process import add_noise
+from mlem_diffusion.unet import Attention, Denoiser, UNet
+
+TARGETS = ("v", "epsilon", "x0")
+LOGSNRS = torch.linspace(-9, 9, 13).tolist()
+
+
+class Fake(nn.Module):
+    """A network that remembers what it was given and returns what it was told."""
+
+    def __init__(self, answer: Tensor | None = None):
+        super().__init__()
+        self.answer = answer
+        self.seen = torch.empty(0)
+
+    def forward(self, x: Tensor, logsnr: Tensor) -> Tensor:
+        self.seen = x
+        return torch.zeros_like(x) if self.answer is None else self.answer
+
+
+def randomised(net: nn.Module, seed: int = 0) -> nn.Module:
+    """The network with every parameter drawn anew, so that nothing is zero by its initialisation."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in net.parameters():
+        p.data.normal_(0, 0.2, generator=generator)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("width", "size", "multipliers", "blocks", "attention"),
+    [
+        (2, 8, (1, 2), 1, (4,)),
+        (3, 8, (1, 2), 1, (8,)),
+        (4, 16, (1, 2, 2), 1, (8,)),
+        (6, 16, (1, 1, 2), 2, ()),
+        (8, 32, (1, 2, 2, 2), 2, (16, 8)),
+    ],
+)
+def test_the_output_has_the_shape_of_the_input(width, size, multipliers, blocks, attention):
+    net = UNet(width, size, multipliers, blocks, attention)
+    x = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    assert net(x, torch.tensor([-9.0, 0.0, 9.0])).shape == x.shape
+
+
+def test_flops_grow_with_width_up_to_quadratically():
+    flops = [flops_per_evaluation(UNet(w, 16, (1, 2, 2), 1, (8,)), 16) for w in (2, 4, 8, 16, 32)]
+    ratios = [b / a for a, b in itertools.pairwise(flops)]
+    assert all(1.5 < r < 4.2 for r in ratios), ratios
+    assert ratios == sorted(ratios)  # convolutions between wide layers come to dominate
+    assert ratios[-1] > 3
+
+
+def test_flops_of_the_reference_architecture():
+    # the comment in configs/unet/adm.yaml gives 0.23 GFLOP at width 8
+    assert flops_per_evaluation(UNet(8, 64, (1, 2, 2, 2), 2, (16,)), 64) == pytest.approx(0.23e9, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("attention", "expected"),
+    # blocks on the way down, blocks + 1 on the way up, and the middle (at 4x4) once any attention lies above it
+    [((), []), ((8,), [4, 8, 8, 8]), ((16, 8), [4, 8, 8, 8, 16, 16, 16]), ((4,), [4, 4, 4, 4])],
+)
+def test_attention_runs_at_the_resolutions_configured(attention, expected):
+    net = UNet(4, 16, (1, 2, 2), 1, attention)
+    seen: list[int] = []
+    for module in net.modules():
+        if isinstance(module, Attention):
+            module.register_forward_hook(lambda m, inputs, output: seen.append(inputs[0].shape[-1]))
+    net(torch.zeros(1, 3, 16, 16), torch.zeros(1))
+    assert sorted(seen) == expected
+
+
+def test_the_output_is_zero_at_initialisation():
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    assert torch.count_nonzero(UNet(6, 16, (1, 2), 1, (8,))(x, torch.zeros(2))) == 0
+
+
+def test_the_output_depends_on_the_noise_level_and_on_far_pixels():
+    net = randomised(UNet(4, 16, (1, 2, 2), 1, (8,)))
+    x = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    y = net(x, torch.tensor([0.0]))
+    for other in (-9.0, -0.5, 0.5, 9.0):
+        assert (net(x, torch.tensor([other])) - y).abs().max() > 1e-3 * y.abs().max()
+    moved = x.clone()
+    moved[..., 0, 0] += 5
+    assert (net(moved, torch.tensor([0.0])) - y)[..., -1, -1].abs().max() > 0
+
+
+def test_samples_of_a_batch_do_not_see_one_another():
+    net = randomised(UNet(4, 8, (1, 2), 1, (4,))).double()
+    x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    logsnr = torch.tensor([-4.0, 0.0, 4.0])
+    alone = torch.cat([net(x[i : i + 1], logsnr[i : i + 1]) for i in range(3)])
+    assert torch.allclose(net(x, logsnr), alone, atol=1e-10)
+
+
+def test_a_size_that_cannot_be_halved_is_refused():
+    with pytest.raises(UserError, match="cannot be halved 3 times"):
+        UNet(4, 20, (1, 2, 2, 2))
+
+
+@pytest.mark.parametrize("rms", [0.3, 1.0])
+@pytest.mark.parametrize("target", TARGETS)
+def test_input_and_target_have_unit_variance_at_every_noise_level(target, rms):
+    generator = torch.Generator().manual_seed(4)
+    # not Gaussian and not centred: only the root mean square counts
+    x0 = torch.rand(200, 3, 16, 16, generator=generator) + 0.3
+    x0 *= rms / x0.square().mean().sqrt()
+    net = Fake()
+    denoiser = Denoiser(net, rms, target)
+    for value in LOGSNRS:
+        logsnr = torch.full((len(x0),), value)
+        noise = torch.randn(x0.shape, generator=generator)
+        x = add_noise(x0, noise, logsnr)
+        # the network says zero, so its loss is the mean square of its target; 150,000 values: 4 standard errors are 1.5%
+        assert float(denoiser.loss(x, x0, logsnr).mean()) == pytest.approx(1, abs=0.02), value
+        assert float(net.seen.square().mean()) == pytest.approx(1, abs=0.02), value
+
+
+def test_the_v_target_is_uncorrelated_with_the_input():
+    generator, rms = torch.Generator().manual_seed(5), 0.5
+    x0 = rms * torch.randn(100, 3, 16, 16, generator=generator)
+    for value in LOGSNRS:
+        logsnr = torch.full((len(x0),), value)
+        x = add_noise(x0, torch.randn(x0.shape, generator=generator), logsnr)
+        zero = Fake()
+        base = Denoiser(zero, rms, "v").loss(x, x0, logsnr).mean()
+        # loss with the input as answer = E(input - target)^2 = E input^2 + E target^2 - 2 E input target
+        mixed = Denoiser(Fake(zero.seen), rms, "v").loss(x, x0, logsnr).mean()
+        correlation = (zero.seen.square().mean() + base - mixed) / 2
+        assert abs(float(correlation)) < 0.02, value  # 77,000 values: 4 standard errors are 0.015
+
+
+@pytest.mark.parametrize("value", LOGSNRS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_perfect_network_denoises_perfectly(target, value):
+    generator, rms = torch.Generator().manual_seed(6), 0.4
+    x0 = rms * torch.randn(4, 3, 8, 8, generator=generator)
+    noise = torch.randn(x0.shape, generator=generator)
+    logsnr = torch.full((4,), value)
+    x = add_noise(x0, noise, logsnr)
+    alpha, sigma = torch.sigmoid(logsnr[0]).sqrt(), torch.sigmoid(-logsnr[0]).sqrt()
+    s = sigma / alpha  # EDM's sigma, for x / alpha (Karras et al. 2022, table 1)
+    answer = {
+        "epsilon": noise,
+        "x0": x0 / rms,
+        "v": (x0 - rms**2 / (s**2 + rms**2) * x / alpha) / (s * rms / (s**2 + rms**2).sqrt()),
+    }[target]
+    denoiser = Denoiser(Fake(answer), rms, target)
+    assert torch.allclose(denoiser(x, logsnr), x0, atol=2e-4)  # epsilon is divided by alpha = 0.011 at the noisy end
+    assert float(denoiser.loss(x, x0, logsnr).max()) < 1e-8
+
+
+def test_v_is_v_prediction_for_data_of_unit_rms():
+    generator = torch.Generator().manual_seed(7)
+    x0, noise = torch.randn(2, 2, 3, 8, 8, generator=generator)
+    logsnr = torch.tensor([-2.0, 3.0])
+    alpha, sigma = (torch.sigmoid(v * logsnr).sqrt()[:, None, None, None] for v in (1, -1))
+    answer = sigma * x0 - alpha * noise  # minus Salimans and Ho's v
+    assert float(Denoiser(Fake(answer), 1.0, "v").loss(add_noise(x0, noise, logsnr), x0, logsnr).max()) < 1e-9
+
+
+def test_an_unknown_target_is_refused():
+    with pytest.raises(UserError, match="'score' is unknown"):
+        Denoiser(Fake(), 0.5, "score")

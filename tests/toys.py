@@ -1,0 +1,56 @@
+"""Small problems with known answers, shared by the tests of sampling."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlem_diffusion.levels import Level
+from mlem_diffusion.process import Grid, LinearSchedule, Process, alpha_sigma, expand
+
+SHAPE = (3, 4, 4)
+
+
+def process(base_steps: int = 64, spacing: str = "time", reach: float = 9.0) -> Process:
+    return Process(LinearSchedule(), -reach, reach, base_steps, spacing)
+
+
+def gaussian_level(s: float, flops: float = 1.0) -> Level:
+    """The exact denoiser of data N(0, s^2 I): linear in x."""
+
+    def denoise(x: Tensor, logsnr: Tensor) -> Tensor:
+        logsnr = expand(logsnr, x)
+        alpha, sigma2 = torch.sigmoid(logsnr).sqrt(), torch.sigmoid(-logsnr)
+        return alpha * s**2 / (alpha**2 * s**2 + sigma2) * x
+
+    return Level(f"gaussian-{s}", denoise, flops)
+
+
+def nonlinear_denoise(x: Tensor, logsnr: Tensor, scale: float = 1.0) -> Tensor:
+    """Bounded, nonlinear, different at every pixel and noise level, and mixing neighbouring pixels."""
+    logsnr = expand(logsnr.to(x.dtype), x)
+    ramp = torch.linspace(-1, 1, x[0].numel(), dtype=x.dtype, device=x.device).reshape(x.shape[1:])
+    mixed = x + 0.3 * x.roll(1, dims=-1)
+    return torch.tanh(scale * mixed * torch.sigmoid(0.5 * logsnr) + 0.5 * ramp + 0.1 * logsnr)
+
+
+def toy_family(count: int = 3) -> tuple[Level, ...]:
+    """Levels whose differences shrink as their costs (1, 4, 16, ...) grow."""
+
+    def make(k: int) -> Level:
+        return Level(f"w{k}", lambda x, logsnr: nonlinear_denoise(x, logsnr, 1 - 0.5 * 2.0**-k), 4.0**k)
+
+    return tuple(make(k) for k in range(count))
+
+
+def grid_of(logsnr: np.ndarray) -> Grid:
+    """A grid through given ascending log-SNRs, its own base grid, on the linear schedule's clock."""
+    time = LinearSchedule().time(logsnr)
+    return Grid(logsnr, time, LinearSchedule().beta(time), np.arange(len(logsnr)), logsnr, time)
+
+
+def gaussian_variance(logsnr: np.ndarray | float, s: float) -> np.ndarray:
+    """Variance of x at a log-SNR for data N(0, s^2 I)."""
+    alpha, sigma = alpha_sigma(logsnr)
+    return alpha**2 * s**2 + sigma**2
