@@ -6,8 +6,11 @@ NPROC ?= 1
 VENV ?= .venv
 BIN := $(VENV)/bin
 DRY := $(if $(DRY_RUN),dry_run=true)
-RUN = $(BIN)/python scripts/$(1).py experiment=$(EXPERIMENT) $(DRY) $(2) $(ARGS)
-TRAIN = $(if $(filter-out 1,$(NPROC)),$(BIN)/torchrun --standalone --nproc-per-node $(NPROC),$(BIN)/python) scripts/train_levels.py experiment=$(EXPERIMENT) $(DRY) $(ARGS)
+# Hydra wants its flag before the first override
+SWEEP = $(filter -m --multirun,$(ARGS))
+OVERRIDES = experiment=$(EXPERIMENT) $(DRY) $(1) $(filter-out -m --multirun,$(ARGS))
+RUN = $(BIN)/python scripts/$(1).py $(SWEEP) $(call OVERRIDES,$(2))
+TRAIN = $(if $(filter-out 1,$(NPROC)),$(BIN)/torchrun --standalone --nproc-per-node $(NPROC),$(BIN)/python) scripts/train_levels.py $(SWEEP) $(call OVERRIDES)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help setup demo data train-levels measure-gamma sample-compare report sample test lint format clean

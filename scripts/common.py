@@ -78,6 +78,12 @@ class Stage:
         if "data" in out and isinstance(out["data"], dict):
             source = None if OmegaConf.is_missing(self.cfg.data, "source") else str(self.cfg.data.source)
             out["data"]["source"] = None if source is None else Path(source).name
+        for key, names in (("paths", tuple(self.cfg.paths)), ("metrics", ("weights",))):
+            for name in names if isinstance(out.get(key), dict) else ():
+                value = out[key].get(name)
+                if isinstance(value, str) and Path(value).is_absolute():
+                    path = shown(Path(value))
+                    out[key][name] = path.name if path.is_absolute() else str(path)
         return out
 
     def process(self) -> Process:
@@ -265,7 +271,6 @@ class bar:
             dynamic_ncols=True,
             mininterval=1.0,
             leave=False,
-            delay=0.5,
         )
 
     def __enter__(self) -> bar:
@@ -280,10 +285,14 @@ class bar:
 
 
 def seconds_per_evaluation(stage: Stage, batch: int) -> list[float]:
-    """Measured seconds per image of one evaluation of each level, with fresh weights, smallest of two runs."""
+    """Measured seconds per image of one evaluation of each level, with fresh weights, smallest of two runs.
+
+    batch: images at once; fewer on a CPU where the largest level would take long."""
     from mlem_diffusion.family import build_denoiser
 
     unet: Any = OmegaConf.to_container(stage.cfg.unet, resolve=True)
+    if stage.device.type == "cpu":
+        batch = max(1, min(batch, int(20e9 / stage.describe_levels()[-1]["flops"])))
     out = []
     for width in stage.cfg.family.widths:
         net = build_denoiser(width, stage.cfg.data.size, 0.5, unet, stage.cfg.family.target).to(stage.device).eval()

@@ -26,12 +26,13 @@ def parse_seeds(text: str) -> list[int]:
     seeds: list[int] = []
     try:
         for part in str(text).split(","):
-            first, _, last = part.strip().partition("-")
-            seeds += range(int(first), int(last or first) + 1)
+            first, dash, last = part.strip().partition("-")
+            found = range(int(first), int(last if dash else first) + 1)
+            if not found:
+                raise ValueError(part)
+            seeds += found
     except ValueError as error:
         raise UserError(f"SEEDS={text} is not understood; write 0-63 or 3,7,100-120.") from error
-    if not seeds:
-        raise UserError(f"SEEDS={text} names no seed; write 0-63 or 3,7,100-120.")
     return list(dict.fromkeys(seeds))
 
 

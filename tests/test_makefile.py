@@ -76,7 +76,8 @@ def test_the_demo_is_the_whole_experiment_in_order():
 @pytest.mark.parametrize("target", [*STAGES, "demo"])
 def test_overrides_and_dry_run_reach_every_script(target):
     for command in commands(target, "ARGS=-m train.seed=0,1 force=true", "DRY_RUN=1"):
-        assert command[-3:] == ["-m", "train.seed=0,1", "force=true"]
+        assert command[2] == "-m"  # Hydra's parser takes no override after a flag that follows one
+        assert command[-2:] == ["train.seed=0,1", "force=true"]
         assert "dry_run=true" in command
 
 

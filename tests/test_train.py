@@ -24,7 +24,7 @@ from mlem_diffusion.process import CosineSchedule, LinearSchedule, Process
 from mlem_diffusion.train import Interrupted, TrainConfig, draw_batch, ema_decay, learning_rate, train_level
 
 SRC = Path(__file__).resolve().parents[1] / "src"
-PROCESS = Process(LinearSchedule(), base_steps=50)
+PROCESS = Process(LinearSchedule(), base_steps=50, spacing="time")
 UNET = {"multipliers": [1, 2], "blocks": 1, "attention": [4]}
 RMS, WIDTH, SIZE = 0.5, 4, 8
 CONFIG = TrainConfig(
@@ -119,7 +119,7 @@ def test_interrupted_training_equals_uninterrupted(images, whole, tmp_path, step
     assert_same_folder(whole, tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"flips": False}, {"log_every": 1}, {"seed": 6, "batch": 24, "images": 600}])
+@pytest.mark.parametrize("change", [{"flips": False}, {"log_every": 1}, {"seed": 6, "batch": 24, "images": 400}])
 def test_interrupted_equals_uninterrupted_for_other_settings(images, tmp_path, change):
     config = replace(CONFIG, **change)
     train(images, tmp_path / "a", config)
@@ -276,7 +276,7 @@ def test_the_learning_rate_reported_is_the_schedule(images, tmp_path):
 # ------------------------------------------------------------------------------------------------- learning
 
 
-def test_training_lowers_the_held_out_error_at_every_noise_level_that_can_be_learnt(images, tmp_path):
+def test_training_lowers_the_held_out_error(images, tmp_path):
     pictures = render(256, SIZE, seed=2)
     held_out, logsnr = to_float(render(48, SIZE, seed=3)), noise_levels(PROCESS, 7)
     fresh = build_denoiser(8, SIZE, RMS, UNET, "v", 0)
@@ -285,9 +285,9 @@ def test_training_lowers_the_held_out_error_at_every_noise_level_that_can_be_lea
     before, after = (
         denoising_errors([as_level("net", net, 1.0)], held_out, logsnr)[0][0].mean(axis=0) for net in (fresh, trained)
     )
-    # at the clean end the input is as good an answer as any: nothing to learn there in 100 steps
-    assert np.all(after[logsnr < 8] < 0.92 * before[logsnr < 8]), (before, after)
-    assert after[-1] < 1.5 * before[-1]
+    # towards the clean end the input is as good an answer as any: nothing to learn there in 100 steps
+    assert np.all(after[logsnr < 5] < 0.92 * before[logsnr < 5]), (before, after)
+    assert np.all(after < 1.2 * before), (before, after)
     state = load_state(tmp_path / "state.pt")
     assert state is not None and state["history"][-1]["loss"] < 0.8 * state["history"][0]["loss"]
 
@@ -315,7 +315,11 @@ def positions(process: Process, logsnr: torch.Tensor) -> np.ndarray:
 
 @pytest.mark.parametrize(
     "process",
-    [PROCESS, Process(CosineSchedule(), base_steps=50), Process(LinearSchedule(), base_steps=50, spacing="logsnr")],
+    [
+        PROCESS,
+        Process(CosineSchedule(), base_steps=50, spacing="time"),
+        Process(LinearSchedule(), base_steps=50, spacing="logsnr"),
+    ],
     ids=["linear", "cosine", "even in log-SNR"],
 )
 def test_every_noise_level_that_the_sampler_visits_is_trained(images, process):

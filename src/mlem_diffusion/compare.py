@@ -171,7 +171,7 @@ class Runner:
         for level in self.levels.values():
             level.denoise(x, torch.zeros(len(x), device=self.device))
 
-    def reference(self, dynamics: str, progress: Callable[[int], None] | None = None) -> Tensor:
+    def reference(self, dynamics: str, progress: Callable[[int], object] | None = None) -> Tensor:
         """Samples [n_reference, *shape] of the largest level on the base grid, in float32 on the CPU."""
         path = self._path("reference", {"dynamics": dynamics})
         if not path.is_file():

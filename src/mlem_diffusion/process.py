@@ -104,8 +104,8 @@ class Process:
     """A schedule and the range of noise that is trained and sampled.
 
     spacing: "logsnr" puts the base grid's points evenly in log-SNR; "time" evenly in t, as DDPM does. Even log-SNR is the
-    default because it is much the better one for the baselines: at 8 to 32 steps on Gaussian data DDIM's squared error is
-    1.4 to 4 times smaller and DPM-Solver++(2M)'s over 100 times.
+    default because it is much the better one for the baselines: with exact denoisers (Gaussian and two-point data, 8 to
+    32 steps) DDIM's squared error was 1.3 to 4 times smaller and DPM-Solver++(2M)'s 40 to 450 times.
     """
 
     schedule: Schedule

@@ -37,7 +37,7 @@ class Tracker:
                 name=name,
                 job_type=stage,
                 config=config,
-                mode=mode,
+                mode=mode,  # type: ignore[arg-type]
                 dir=str(directory),
                 settings=settings,
             )

@@ -46,6 +46,12 @@ class TrainConfig:
     save_every: float = 120.0  # seconds between resume states
     compile: str = "auto"  # "auto": on CUDA only; "on"; "off"
 
+    def __post_init__(self) -> None:
+        if not self.snapshots or min(self.snapshots) <= 0 or max(self.snapshots) != 1:
+            raise UserError(f"train.snapshots = {list(self.snapshots)} must be fractions in (0, 1] that include 1.")
+        if self.images < 1 or self.batch < 1:
+            raise UserError("train.images and train.batch must be positive.")
+
 
 class Interrupted(Exception):
     """Training was stopped from outside after saving its state."""
@@ -83,14 +89,14 @@ def draw_batch(
 
     Noise levels are stratified: batch element i falls in the i-th equal part of the path that the sampler visits.
     """
-    device, b = data.device, config.batch
+    device, b = level_table.device, config.batch
     generator = training_generator(device, config.seed, step)
     index = torch.randint(len(data), (b,), generator=generator, device=device)
     position = (torch.arange(b, device=device) + torch.rand(b, generator=generator, device=device)) / b
     flip = torch.rand(b, generator=generator, device=device) < 0.5
     noise = torch.randn(b, *data.shape[1:], generator=generator, device=device)
     part = slice(rank * b // world, (rank + 1) * b // world)
-    x0 = data[index[part]].float() / 127.5 - 1
+    x0 = data[index[part].to(data.device)].to(device).float() / 127.5 - 1
     if config.flips:
         x0 = torch.where(flip[part, None, None, None], x0.flip(-1), x0)
     where = (position[part] * (len(level_table) - 1)).float()
@@ -114,9 +120,10 @@ def train_level(
 ) -> Denoiser:
     """Train one level and return its EMA denoiser.
 
-    images: uint8 [N,3,H,W]; they are kept on the device as uint8. directory receives state.pt, ema-<images>.safetensors
-    at the snapshots and ema.safetensors at the end; a state found there is resumed. report gets {"images", "loss", "lr"}
-    every log_every images; snapshot(images seen, EMA denoiser) is called at each snapshot on rank 0.
+    images: uint8 [N,3,H,W], kept on the device as uint8 where they fit in half of its free memory. directory receives
+    state.pt, ema-<images>.safetensors at the snapshots and ema.safetensors at the end; a state found there is resumed.
+    report gets {"images", "loss", "lr"} every log_every images; snapshot(images seen, EMA denoiser) is called at each
+    snapshot on rank 0.
     Raises Interrupted (state saved) when should_stop() turns true, UserError for an impossible configuration and when the
     loss is no longer finite.
     """
@@ -131,7 +138,8 @@ def train_level(
     optimiser = torch.optim.Adam(
         denoiser.parameters(), lr=config.lr, betas=(0.9, 0.99), fused=device.type in ("cuda", "cpu")
     )
-    parameters, averages = list(denoiser.parameters()), list(ema.parameters())
+    parameters: list[Tensor] = list(denoiser.parameters())
+    averages: list[Tensor] = list(ema.parameters())
     seen, history = 0, []
     running, counted, last_log = torch.zeros((), device=device), 0, 0
     state = load_state(directory / "state.pt")
@@ -154,7 +162,9 @@ def train_level(
         loss_module = torch.compile(loss_module)
 
     # ---- data ------------------------------------------------------------------------------------------------
-    data = torch.as_tensor(np.asarray(images) if isinstance(images, np.ndarray) else images).to(device)
+    data = torch.as_tensor(np.asarray(images) if isinstance(images, np.ndarray) else images)
+    if device.type != "cuda" or data.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]:
+        data = data.to(device)  # uint8: a gather on the device beats any loader; too large a set stays on the host
     level_table = torch.as_tensor(process.logsnr_at(np.linspace(0, 1, 4097)), dtype=torch.float32, device=device)
     # a snapshot is due at the first step at or past its fraction
     due = [s for s in sorted(f * config.images for f in config.snapshots) if s > seen]
@@ -185,7 +195,7 @@ def train_level(
     while seen < config.images:
         batch = draw_batch(data, config, process, level_table, seen // config.batch, rank, world)
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(config, width, seen + config.batch)
+            group["lr"] = learning_rate(config, width, seen + config.batch // 2)  # neither the first nor the last is 0
         if dropout:  # its masks come from torch's global generator
             torch.manual_seed(
                 training_generator(torch.device("cpu"), config.seed, seen // config.batch, rank).initial_seed()
