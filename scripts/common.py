@@ -126,7 +126,10 @@ class Stage:
 
     def fingerprint(self, groups: tuple[str, ...], **inputs: Any) -> str:
         """Hash of the configuration groups and input artefacts that a stage depends on."""
-        text = json.dumps([self.plain(*groups), inputs], sort_keys=True, default=str)
+        config = self.plain(*groups)
+        for key in ("log_every", "save_every", "compile"):  # how training is watched, not what is trained
+            config.get("train", {}).pop(key, None)
+        text = json.dumps([config, inputs], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def finished(self, fingerprint: str, outputs: list[str]) -> bool:

@@ -46,7 +46,7 @@ def work(stage: common.Stage) -> None:
     metadata = stage.levels_of(images)
     if len(metadata) < 3:
         raise UserError("gamma needs at least three levels (family.widths), better seven.")
-    fingerprint = stage.fingerprint(("process", "gamma", "precision"), levels=[m["fingerprint"] for m in metadata])
+    fingerprint = stage.fingerprint(("process", "gamma", "precision"), levels=[m["weights_sha256"] for m in metadata])
     if stage.finished(fingerprint, ["gamma.json", "gamma.png"]):
         return
     lengths = []

@@ -12,7 +12,8 @@ def work(stage: common.Stage) -> None:
         f"data: {manifest['count']} images of {size[0]}x{size[1]} from {manifest['source']['name']} in {stage.cfg.paths.data} "
         f"({split['train']} to train, {split['valid'] + split['test']} held out, {split['method']} split)."
     )
-    print(f"data: {manifest['treatment']}")
+    for treatment, count in manifest["treatment"].items():
+        print(f"data: {count} images: {treatment}.")
     if manifest.get("skipped"):
         print(f"data: {len(manifest['skipped'])} broken image(s) skipped, listed in manifest.json.")
 

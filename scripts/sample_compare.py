@@ -59,7 +59,7 @@ def work(stage: common.Stage) -> None:
     metadata = stage.levels_of(images)
     gamma, extractor = used_gamma(stage), make_extractor(stage)
     inputs: dict[str, Any] = {
-        "levels": [m["fingerprint"] for m in metadata],
+        "levels": [m["weights_sha256"] for m in metadata],
         "data": images.manifest["sha256"],
     }
     inputs |= {"gamma": gamma, "extractor": extractor.key}
@@ -95,6 +95,7 @@ def work(stage: common.Stage) -> None:
         measured, reference=statistics, seed=config["seed"],
         replicates=config["bootstrap"], distance_replicates=config["distance_bootstrap"],
     )  # fmt: skip
+    left_out = {dynamics: entry.pop("left_out") for dynamics, entry in result.items()}
     write_json(stage.results / "speedup.json", result)
     write_json(
         stage.results / "best.json",
@@ -109,7 +110,7 @@ def work(stage: common.Stage) -> None:
         for path in [stage.results / "compare.png", *sorted((stage.results / "grids").glob("*.png"))]:
             tracker.image(path.stem, path)
     tell(result)
-    stage.record(fingerprint, images.manifest, gamma_used=gamma, settings=len(rows))
+    stage.record(fingerprint, images.manifest, gamma_used=gamma, settings=len(rows), left_out=left_out)
 
 
 def run_all(stage: common.Stage, runner: Runner, settings: list[Setting], statistics: Any, floor: float) -> tuple:

@@ -5,6 +5,7 @@ Also under torchrun (one process per GPU): torchrun --nproc-per-node 8 scripts/t
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from pathlib import Path
@@ -122,6 +123,7 @@ def train_one(
         "images": state["images"],
         "data_sha256": images.manifest["sha256"],
         "fingerprint": fingerprint,
+        "weights_sha256": hashlib.sha256((folder / "ema.safetensors").read_bytes()).hexdigest(),
         "snapshots": snapshots,
         "history": state["history"],
         "held_out": {"images": len(held_out), "logsnr": list(logsnr), "loss": list(loss[0].mean(axis=0))},

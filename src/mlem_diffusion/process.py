@@ -67,13 +67,13 @@ class CosineSchedule:
         return math.pi / (1 + self.offset) * np.tan(self._phase(t))
 
     def logsnr(self, t: Array) -> Array:
-        log_alpha2 = 2 * (np.log(np.cos(self._phase(t))) - math.log(math.cos(float(self._phase(np.float64(0.0))))))
+        log_alpha2 = 2 * (np.log(np.cos(self._phase(t))) - math.log(math.cos(float(self._phase(np.zeros(()))))))
         return log_alpha2 - np.log(-np.expm1(log_alpha2))
 
     def time(self, logsnr: Array) -> Array:
         """Inverse of `logsnr`."""
         alpha, _ = alpha_sigma(logsnr)
-        phase = np.arccos(alpha * math.cos(float(self._phase(np.float64(0.0)))))
+        phase = np.arccos(alpha * math.cos(float(self._phase(np.zeros(())))))
         return phase / (math.pi / 2) * (1 + self.offset) - self.offset
 
 
