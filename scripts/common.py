@@ -265,7 +265,7 @@ def shown(path: Path) -> Path:
 class bar:
     """A progress bar that is also a callback (done, total); with rate and time left."""
 
-    def __init__(self, label: str, total: int | None, unit: str = "img"):
+    def __init__(self, label: str, total: int | None, unit: str = "img", position: int | None = None):
         self.tqdm = tqdm(
             total=total,
             desc=label,
@@ -274,6 +274,7 @@ class bar:
             dynamic_ncols=True,
             mininterval=1.0,
             leave=False,
+            position=position,
         )
 
     def __enter__(self) -> bar:

@@ -6,8 +6,11 @@ Also under torchrun (one process per GPU): torchrun --nproc-per-node 8 scripts/t
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
+import signal
 import time
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +69,9 @@ def train_one(
     images: ImageData,
     held_out: torch.Tensor,
     tracker: Tracker | None,
+    position: int = 0,
 ) -> dict[str, Any]:
-    """Train one level unless that has been done; returns its metadata."""
+    """Train one level unless that has been done; returns its metadata. position: the progress bar's line."""
     cfg, folder, process = stage.cfg, stage.checkpoints / level["name"], stage.process()
     config: TrainConfig = common.build(cfg.train)
     fingerprint = level_fingerprint(stage, level, images)
@@ -96,7 +100,7 @@ def train_one(
             tracker.image(f"{level['name']}/samples-ema", path)
 
     train_images = images.images[images.train()]
-    with common.bar(level["name"], config.images) as progress:
+    with common.bar(level["name"], config.images, position=position) as progress:
 
         def report(record: dict[str, Any]) -> None:
             progress(record["images"], config.images)
@@ -170,14 +174,16 @@ def train_all(stage: common.Stage, images: ImageData) -> None:
     if main_process:
         tracker = Tracker(stage.results, stage.name, stage.plain(), **stage.cfg.tracking)
     metadata = []
-    for level in levels:
-        try:
+    try:
+        if (workers := side_by_side(stage, len(levels))) > 1:
+            train_in_workers(stage, levels, workers)
+        for level in levels:
             metadata.append(train_one(stage, level, images, held_out, tracker))
-        except Interrupted as error:
-            if tracker is not None:
-                tracker.finish()
-            raise common.Stopped(f"{level['name']} {error}; its state is saved") from error
-        wait_for_all()
+            wait_for_all()
+    except Interrupted as error:
+        if tracker is not None:
+            tracker.finish()
+        raise common.Stopped(f"{error}; its state is saved") from error
     if main_process and tracker is not None:
         shown = [{**m, "logsnr": m["held_out"]["logsnr"], "held_out": m["held_out"]["loss"]} for m in metadata]
         tracker.image("training", Path(plot_training(shown, stage.results / "training.png", title=stage.cfg.title)))
@@ -191,6 +197,51 @@ def train_all(stage: common.Stage, images: ImageData) -> None:
             )
         tracker.finish()
         stage.record(fingerprint, images.manifest)
+
+
+# ---- several levels at a time on a CPU: narrow networks leave all but one core idle ------------------------------
+
+_stop: Any = None  # in a worker: the event by which the parent asks it to stop
+
+
+def side_by_side(stage: common.Stage, levels: int) -> int:
+    """How many levels train at a time: the `workers` of the configuration, or one per CPU core without a GPU."""
+    if stage.cfg.workers != "auto":
+        return int(stage.cfg.workers)
+    alone = stage.device.type != "cpu" or dist.is_initialized()
+    return 1 if alone else min(levels, torch.get_num_threads())
+
+
+def start_worker(stop: Any, threads: int) -> None:
+    global _stop
+    _stop = stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which sets the event
+    torch.set_num_threads(threads)
+
+
+def train_in_worker(stage: common.Stage, level: dict[str, Any], position: int) -> None:
+    stage.should_stop = _stop.is_set
+    images = stage.data()
+    held_out = to_float(images.images[images.held_out()[: stage.cfg.gamma.images]], stage.device)
+    with Tracker(stage.results, stage.name, {}, mode="disabled") as tracker:
+        train_one(stage, level, images, held_out, tracker, position)
+
+
+def train_in_workers(stage: common.Stage, levels: list[dict[str, Any]], workers: int) -> None:
+    """Train the levels in `workers` processes, the expensive ones first; they leave their files as `train_one` does."""
+    context = multiprocessing.get_context("spawn")
+    stop, threads = context.Event(), max(1, torch.get_num_threads() // workers)
+    with ProcessPoolExecutor(workers, context, start_worker, (stop, threads)) as pool:
+        order = sorted(levels, key=lambda level: -level["flops"])
+        pending = {pool.submit(train_in_worker, stage, level, i) for i, level in enumerate(order)}
+        while pending:
+            done, pending = wait(pending, timeout=0.5, return_when=FIRST_EXCEPTION)
+            if stage.should_stop() or any(future.exception() for future in done):
+                stop.set()
+            for future in done:
+                if future.exception() is not None:
+                    wait([other for other in pending if not other.cancel()])
+                    future.result()
 
 
 def estimate(stage: common.Stage) -> list[tuple[str, float, float]]:

@@ -234,7 +234,7 @@ def train_level(
                     snapshot(seen, ema)
         if not finished and stop_requested(seen // config.batch):
             save()
-            raise Interrupted(f"stopped after {seen} of {config.images} images")
+            raise Interrupted(f"width {width} stopped after {seen} of {config.images} images")
         if time.monotonic() - last_save > config.save_every:
             save()
             last_save = time.monotonic()
