@@ -272,7 +272,7 @@ class bar:
             unit=unit,
             unit_scale=True,
             dynamic_ncols=True,
-            mininterval=1.0,
+            mininterval=1.0 if sys.stderr.isatty() else 30.0,  # a log file needs few lines
             leave=False,
             position=position,
         )

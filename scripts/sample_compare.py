@@ -7,14 +7,16 @@ from typing import Any
 
 import common
 import hydra
+import side_by_side
 from omegaconf import DictConfig, OmegaConf
 
 from mlem_diffusion import speedup
 from mlem_diffusion.checkpoint import read_json, write_json
 from mlem_diffusion.compare import NoiseCache, Runner, Setting, best_setting, row_of, settings_of
+from mlem_diffusion.data import ImageData
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.extractors import Extractor
-from mlem_diffusion.family import level_name, load_family
+from mlem_diffusion.family import load_family
 from mlem_diffusion.grids import comparison_grid
 from mlem_diffusion.metrics import (
     distance_floor,
@@ -54,38 +56,38 @@ def make_extractor(stage: common.Stage) -> Extractor:
     return common.build(config)
 
 
-def work(stage: common.Stage) -> None:
+def make_runner(stage: common.Stage) -> tuple[Runner, ImageData]:
+    """What all settings share, from the artefacts of the stages before; and the images."""
     cfg, images = stage.cfg, stage.data()
-    metadata = stage.levels_of(images)
-    gamma, extractor = used_gamma(stage), make_extractor(stage)
-    inputs: dict[str, Any] = {
-        "levels": [m["weights_sha256"] for m in metadata],
-        "data": images.manifest["sha256"],
-    }
+    metadata, gamma, extractor = stage.levels_of(images), used_gamma(stage), make_extractor(stage)
+    inputs: dict[str, Any] = {"levels": [m["weights_sha256"] for m in metadata], "data": images.manifest["sha256"]}
     inputs |= {"gamma": gamma, "extractor": extractor.key}
-    fingerprint = stage.fingerprint(("process", "compare", "precision"), **inputs)
+    runner = Runner(
+        levels={level.name: level for level in load_family(stage.checkpoints, cfg.family.widths, stage.device, cfg.precision)},
+        process=stage.process(), gamma=gamma, shape=(3, cfg.data.size, cfg.data.size),
+        seeds=list(range(cfg.compare.seed, cfg.compare.seed + cfg.compare.n)),
+        n_reference=min(cfg.compare.n_reference, cfg.compare.n), batch=cfg.compare.batch, device=stage.device,
+        extractor=extractor, cache=stage.results / "cache", grid_images=cfg.compare.grid_images,
+        key=stage.fingerprint(("process", "precision"), **inputs, device=stage.device.type),
+    )  # fmt: skip
+    return runner, images
+
+
+def work(stage: common.Stage) -> None:
+    cfg = stage.cfg
+    runner, images = make_runner(stage)
+    fingerprint = stage.fingerprint(("compare",), runner=runner.key)
     if stage.finished(fingerprint, OUTPUTS):
         return
     stage.catch_signals()
     config: Any = OmegaConf.to_container(cfg.compare, resolve=True)
-    names, process = [level_name(w) for w in cfg.family.widths], stage.process()
-    settings = settings_of(config, names, process.base_steps)
+    settings = settings_of(config, list(runner.levels), runner.process.base_steps)
     # settings that share noise increments run next to each other
     settings.sort(key=lambda s: (s.dynamics, STEP_RULES[s.dynamics, s.step_rule][1] or "", s.steps))
 
     # ---- real images: statistics of all training images, and the real-against-real floor -------------------
-    real = extract_features(images.images[images.train()], extractor)
+    real = extract_features(images.images[images.train()], runner.extractor)
     statistics, floor = feature_statistics(real), distance_floor(real, config["n"], config["seed"])
-
-    runner = Runner(
-        levels={level.name: level for level in load_family(stage.checkpoints, cfg.family.widths, stage.device, cfg.precision)},
-        process=process, gamma=gamma, shape=(3, cfg.data.size, cfg.data.size),
-        seeds=list(range(config["seed"], config["seed"] + config["n"])),
-        n_reference=min(config["n_reference"], config["n"]), batch=config["batch"], device=stage.device,
-        extractor=extractor, cache=stage.results / "cache", grid_images=config["grid_images"],
-        key=stage.fingerprint(("process", "precision"), **inputs, device=stage.device.type),
-    )  # fmt: skip
-    runner.warm_up()
     rows, measured, pictures = run_all(stage, runner, settings, statistics, floor)
 
     # ---- artefacts ---------------------------------------------------------------------------------------
@@ -99,7 +101,7 @@ def work(stage: common.Stage) -> None:
     write_json(stage.results / "speedup.json", result)
     write_json(
         stage.results / "best.json",
-        {k: v for k, v in best_setting(rows).items() if k != "seed"} | {"gamma": gamma},
+        {k: v for k, v in best_setting(rows).items() if k != "seed"} | {"gamma": runner.gamma},
     )
     for dynamics in result:
         grid_rows = pick_for_grid(rows, pictures, dynamics)
@@ -110,33 +112,65 @@ def work(stage: common.Stage) -> None:
         for path in [stage.results / "compare.png", *sorted((stage.results / "grids").glob("*.png"))]:
             tracker.image(path.stem, path)
     tell(result)
-    stage.record(fingerprint, images.manifest, gamma_used=gamma, settings=len(rows), left_out=left_out)
+    stage.record(fingerprint, images.manifest, gamma_used=runner.gamma, settings=len(rows), left_out=left_out)
+
+
+_in_worker: dict[str, Any] = {}  # a worker process keeps its runner and the last noise between tasks
+
+
+def run_in_worker(stage: common.Stage, dynamics: str, settings: list[Setting]) -> None:
+    """Some settings of one dynamics (none: the reference), into the cache of finished settings."""
+    if side_by_side.stop_requested():
+        raise common.Stopped("stopped as asked; finished settings are kept")
+    if not _in_worker:
+        _in_worker.update(runner=make_runner(stage)[0], noise=NoiseCache())
+        _in_worker["runner"].warm_up()
+    reference = _in_worker["runner"].reference(dynamics)
+    for setting in settings:
+        _in_worker["runner"].run(setting, reference, _in_worker["noise"])
 
 
 def run_all(stage: common.Stage, runner: Runner, settings: list[Setting], statistics: Any, floor: float) -> tuple:
     """Every setting, with progress and time left by expected FLOPs; stops between settings when asked."""
-    largest = list(runner.levels.values())[-1]
-    costs = {s: s.build(runner.levels, runner.gamma).expected_flops(runner.process.grid(s.steps)) for s in settings}
+    n, largest = len(runner.seeds), list(runner.levels.values())[-1]
     dynamics = sorted({s.dynamics for s in settings})
-    reference_cost = runner.process.base_steps * largest.flops * runner.n_reference / len(runner.seeds)
-    total = (sum(costs.values()) + reference_cost * len(dynamics)) * len(runner.seeds) / 1e9
-    rows, measured, pictures, references, noise, done = [], [], {}, {}, NoiseCache(), 0.0
+    reference_cost = runner.process.base_steps * largest.flops * runner.n_reference / 1e9
+    costs = {s: s.build(runner.levels, runner.gamma).expected_flops(runner.process.grid(s.steps)) for s in settings}
+    costs = {s: cost * n / 1e9 for s, cost in costs.items()}
+    rows, measured, pictures, done = [], [], {}, 0.0
+    total = sum(costs.values()) + reference_cost * len(dynamics)
+    workers = side_by_side.worker_count(stage.cfg.workers, stage.device, len(settings))
     with common.bar("compare", int(total), unit="GFLOP") as progress:
+
+        def advance(cost: float) -> None:
+            nonlocal done
+            done += cost
+            progress(int(done), int(total))
+
+        if workers > 1:
+            todo = [(stage, d, []) for d in dynamics]
+            side_by_side.run(run_in_worker, todo, workers, stage.should_stop, lambda _: advance(reference_cost))
+            waiting = sorted((s for s in settings if not runner.is_done(s)), key=lambda s: -costs[s])
+            todo = [(stage, s.dynamics, [s]) for s in waiting]
+            side_by_side.run(run_in_worker, todo, workers, stage.should_stop, lambda t: advance(costs[t[2][0]]))
+        else:
+            runner.warm_up()
+        references, noise, done = {}, NoiseCache(), 0.0
         for d in dynamics:
-            progress.tqdm.set_postfix_str(f"reference {d}")
-            part = total * reference_cost / (total / len(runner.seeds) * 1e9)
-            references[d] = runner.reference(d, lambda n, p=part: progress.tqdm.update(int(p * n / runner.n_reference)))
+            progress.tqdm.set_postfix_str(f"reference {d}", refresh=False)
+            references[d] = runner.reference(d)
             pictures[d, "reference"] = to_uint8(references[d][: runner.grid_images]).numpy()
-            done += part
+            advance(reference_cost)
         for setting in settings:
             if stage.should_stop():
                 raise common.Stopped("stopped as asked; finished settings are kept")
-            progress.tqdm.set_postfix_str(f"{setting.dynamics} {setting.drift} {setting.step_rule} {setting.steps}")
+            progress.tqdm.set_postfix_str(
+                f"{setting.dynamics} {setting.drift} {setting.step_rule} {setting.steps}", refresh=False
+            )
             found = runner.run(setting, references[setting.dynamics], noise)
-            done += costs[setting] * len(runner.seeds) / 1e9
-            progress(int(done), int(total))
+            advance(costs[setting])
             row = row_of(
-                setting, found["costs"], seed=runner.seeds[0], n=len(runner.seeds), distance=frechet_distance(found["features"], statistics),
+                setting, found["costs"], seed=runner.seeds[0], n=n, distance=frechet_distance(found["features"], statistics),
                 distance_name=runner.extractor.name, distance_floor=floor,
             )  # fmt: skip
             rows.append(row)

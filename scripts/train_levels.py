@@ -6,17 +6,15 @@ Also under torchrun (one process per GPU): torchrun --nproc-per-node 8 scripts/t
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
-import signal
 import time
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import common
 import hydra
 import numpy as np
+import side_by_side
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
@@ -104,7 +102,7 @@ def train_one(
 
         def report(record: dict[str, Any]) -> None:
             progress(record["images"], config.images)
-            progress.tqdm.set_postfix(loss=f"{record['loss']:.4f}")
+            progress.tqdm.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
             if tracker is not None:
                 tracker.log({"level": level["name"], **record})
 
@@ -175,8 +173,10 @@ def train_all(stage: common.Stage, images: ImageData) -> None:
         tracker = Tracker(stage.results, stage.name, stage.plain(), **stage.cfg.tracking)
     metadata = []
     try:
-        if (workers := side_by_side(stage, len(levels))) > 1:
-            train_in_workers(stage, levels, workers)
+        if (workers := side_by_side.worker_count(stage.cfg.workers, stage.device, len(levels))) > 1:
+            expensive_first = sorted(levels, key=lambda level: -level["flops"])
+            tasks = [(stage, level, line) for line, level in enumerate(expensive_first)]
+            side_by_side.run(train_in_worker, tasks, workers, stage.should_stop)
         for level in levels:
             metadata.append(train_one(stage, level, images, held_out, tracker))
             wait_for_all()
@@ -199,49 +199,13 @@ def train_all(stage: common.Stage, images: ImageData) -> None:
         stage.record(fingerprint, images.manifest)
 
 
-# ---- several levels at a time on a CPU: narrow networks leave all but one core idle ------------------------------
-
-_stop: Any = None  # in a worker: the event by which the parent asks it to stop
-
-
-def side_by_side(stage: common.Stage, levels: int) -> int:
-    """How many levels train at a time: the `workers` of the configuration, or one per CPU core without a GPU."""
-    if stage.cfg.workers != "auto":
-        return int(stage.cfg.workers)
-    alone = stage.device.type != "cpu" or dist.is_initialized()
-    return 1 if alone else min(levels, torch.get_num_threads())
-
-
-def start_worker(stop: Any, threads: int) -> None:
-    global _stop
-    _stop = stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which sets the event
-    torch.set_num_threads(threads)
-
-
 def train_in_worker(stage: common.Stage, level: dict[str, Any], position: int) -> None:
-    stage.should_stop = _stop.is_set
+    """One of several levels that train at a time, each in a process of its own."""
+    stage.should_stop = side_by_side.stop_requested
     images = stage.data()
     held_out = to_float(images.images[images.held_out()[: stage.cfg.gamma.images]], stage.device)
     with Tracker(stage.results, stage.name, {}, mode="disabled") as tracker:
         train_one(stage, level, images, held_out, tracker, position)
-
-
-def train_in_workers(stage: common.Stage, levels: list[dict[str, Any]], workers: int) -> None:
-    """Train the levels in `workers` processes, the expensive ones first; they leave their files as `train_one` does."""
-    context = multiprocessing.get_context("spawn")
-    stop, threads = context.Event(), max(1, torch.get_num_threads() // workers)
-    with ProcessPoolExecutor(workers, context, start_worker, (stop, threads)) as pool:
-        order = sorted(levels, key=lambda level: -level["flops"])
-        pending = {pool.submit(train_in_worker, stage, level, i) for i, level in enumerate(order)}
-        while pending:
-            done, pending = wait(pending, timeout=0.5, return_when=FIRST_EXCEPTION)
-            if stage.should_stop() or any(future.exception() for future in done):
-                stop.set()
-            for future in done:
-                if future.exception() is not None:
-                    wait([other for other in pending if not other.cancel()])
-                    future.result()
 
 
 def estimate(stage: common.Stage) -> list[tuple[str, float, float]]:
