@@ -104,7 +104,7 @@ class Stage:
                 "Say where the images are: make data SOURCE=path/to/archive-or-folder (or SOURCE=download)."
             )
         options = {k: self.cfg.data[k] for k in ("name", "size", "crop", "holdout", "seed", "count", "skip_broken")}
-        with bar("images", None) as progress:
+        with bar("images", None, disable=None) as progress:
             return datasets.prepare(str(self.cfg.data.source), self.data_dir, progress=progress, **options)
 
     def describe_levels(self, data_rms: float = 0.5) -> list[dict[str, Any]]:
@@ -265,7 +265,14 @@ def shown(path: Path) -> Path:
 class bar:
     """A progress bar that is also a callback (done, total); with rate and time left."""
 
-    def __init__(self, label: str, total: int | None, unit: str = "img", position: int | None = None):
+    def __init__(
+        self,
+        label: str,
+        total: int | None,
+        unit: str = "img",
+        position: int | None = None,
+        disable: bool | None = False,
+    ):
         self.tqdm = tqdm(
             total=total,
             desc=label,
@@ -275,6 +282,7 @@ class bar:
             mininterval=1.0 if sys.stderr.isatty() else 30.0,  # a log file needs few lines
             leave=False,
             position=position,
+            disable=disable,  # None: silent unless on a terminal
         )
 
     def __enter__(self) -> bar:

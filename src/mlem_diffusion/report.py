@@ -201,9 +201,31 @@ def _gamma_section(gamma: dict[str, Any]) -> dict[str, Any] | None:
             gamma.get("levels"), ("name", "width", "params", "parameters", "gflop", "images", "loss")
         ),
         "per_noise_level": records_table(gamma.get("per_noise_level"), ("logsnr", "gamma", "interval")),
-        "training_lengths": records_table(gamma.get("training_lengths"), ("images", "gamma", "interval")),
+        "training_lengths": _lengths_table(gamma.get("training_lengths")),
         "warnings": [str(text) for text in gamma.get("warnings") or []],
     }
+
+
+def _lengths_table(lengths: Any) -> dict[str, Any] | None:
+    """gamma by each estimate at each training length, without the points behind it."""
+    records = [entry for entry in lengths or [] if isinstance(entry, dict)]
+
+    def cell(entry: dict[str, Any], name: str) -> str:
+        estimate = (entry.get("estimates") or {}).get(name) or {}
+        value = number(estimate["gamma"]) if estimate.get("gamma") else "no finite value"
+        return f"{value} ({interval(estimate.get('interval'))})"
+
+    def images(entry: dict[str, Any]) -> str:
+        seen = entry.get("images") or []
+        return ", ".join(f"{n:,}" for n in dict.fromkeys(seen if isinstance(seen, list) else [seen]))
+
+    return as_table(
+        ("fraction", "images per level", *_ESTIMATES.values(), "HTMC"),
+        (
+            (entry.get("fraction"), images(entry), *(cell(entry, name) for name in _ESTIMATES), entry.get("htmc"))
+            for entry in records
+        ),
+    )
 
 
 def _further(record: dict[str, Any], shown: Sequence[str]) -> str:

@@ -253,14 +253,14 @@ def _entry(base: _Table, ours: _Table, kind: str, column: str) -> dict[str, Any]
 
 
 def _error_ratio(base: _Table, ours: _Table) -> dict[str, Any]:
-    """The largest (lowest baseline error) / (lowest ML-EM error) within the cost of an ML-EM frontier
-    setting."""
+    """The largest (baseline error) / (lowest ML-EM error within the same cost), at the costs of the baseline frontier:
+    between two of its points a coarse grid of baselines would flatter ML-EM."""
     found: dict[str, Any] = {"max": None, "lower95": None, "at": None}
-    for i in ours.frontier():
-        cost = float(ours.costs[i])
+    for i in base.frontier():
+        cost = float(base.costs[i])
         theirs, mine = base.lowest_within(cost), ours.lowest_within(cost)
-        if not np.isfinite(theirs[0]) or mine.min() <= 0:
-            continue  # no baseline is that cheap, or the error is exactly zero and the ratio has no value
+        if not np.isfinite(mine[0]) or mine.min() <= 0:
+            continue  # no ML-EM is that cheap, or its error is exactly zero and the ratio has no value
         ratios = theirs / mine
         if found["max"] is None or ratios[0] > found["max"]:
             found = {"max": float(ratios[0]), "lower95": _lower(ratios[1:]), "at": cost}
