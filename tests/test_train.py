@@ -208,7 +208,7 @@ def test_snapshots_come_at_their_fractions_once_each(images, tmp_path):
 
 
 def test_a_snapshot_holds_the_average_of_its_moment(images, whole, tmp_path):
-    half = replace(CONFIG, snapshots=[0.5])
+    half = replace(CONFIG, snapshots=[0.5, 1.0])
     with pytest.raises(Interrupted):
         train(images, tmp_path, half, should_stop=stop_at(15))
     state = load_state(tmp_path / "state.pt")
@@ -266,11 +266,18 @@ def test_learning_rate_warms_up_holds_and_decays_to_zero():
     assert learning_rate(replace(config, warmup_images=0, decay_fraction=0.0), 16, 1) == pytest.approx(1e-2)
 
 
+@pytest.mark.parametrize("snapshots", [[], [0.5], [0.0, 1.0], [1.0, 1.5]])
+def test_snapshots_end_with_the_whole_training(snapshots):
+    with pytest.raises(UserError, match="train.snapshots"):
+        replace(CONFIG, snapshots=snapshots)
+
+
 def test_the_learning_rate_reported_is_the_schedule(images, tmp_path):
     records: list[dict[str, Any]] = []
     config = replace(CONFIG, images=160, log_every=16)
     train(images, tmp_path, config, report=records.append)
-    assert [r["lr"] for r in records] == [learning_rate(config, WIDTH, 16 * (i + 1)) for i in range(10)]
+    assert [r["lr"] for r in records] == [learning_rate(config, WIDTH, 16 * i + 8) for i in range(10)]
+    assert min(r["lr"] for r in records) > 0  # neither the first nor the last step is lost
 
 
 # ------------------------------------------------------------------------------------------------- learning
