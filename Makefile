@@ -33,7 +33,7 @@ setup: $(VENV)/.installed  ## make .venv and install the package (other targets 
 $(VENV)/.installed: pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not there; install Python 3.10 or later, or say PYTHON=path."; exit 2; }
 	@echo "Setting up $(VENV) (torch and friends: minutes, several GB)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 2; }
 	@$(PIP) --upgrade pip
 	@$(PIP) -e .
 	@touch $@
@@ -80,5 +80,5 @@ format: $(VENV)/.installed-test  ## let ruff rewrite the files
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-clean:  ## remove caches, never results, checkpoints or data
-	@rm -rf .pytest_cache .ruff_cache results/*/cache results/*/wandb
+clean:  ## remove caches, never results, W&B runs, checkpoints or data
+	@rm -rf .pytest_cache .ruff_cache results/*/cache

@@ -62,8 +62,11 @@ class Stage:
         self.device = usable_device(cfg.device)
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
-        torch.set_float32_matmul_precision("high")
-        self._interrupted = False
+        if name == "train_levels":  # elsewhere float32 means float32, not TF32
+            torch.set_float32_matmul_precision("high")
+        else:
+            torch.backends.cudnn.allow_tf32 = False
+        self._interrupted = 0.0  # when a signal came
 
     # ---- configuration -----------------------------------------------------------------------------------
 
@@ -120,6 +123,14 @@ class Stage:
             raise UserError(
                 f"{shown(self.data_dir)} is not the data set that the levels in {shown(self.checkpoints)} were trained on."
             )
+        wanted = (self.cfg.process.logsnr_min, self.cfg.process.logsnr_max)
+        for m in metadata:
+            low, high = m["logsnr_range"]
+            if wanted[0] < low or wanted[1] > high:
+                raise UserError(
+                    f"{m['name']} was trained for log-SNR {low:g} to {high:g}, so it cannot be used from "
+                    f"{wanted[0]:g} to {wanted[1]:g} (process.logsnr_min, logsnr_max)."
+                )
         return metadata
 
     # ---- what is done ------------------------------------------------------------------------------------
@@ -133,12 +144,23 @@ class Stage:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def finished(self, fingerprint: str, outputs: list[str]) -> bool:
-        """Whether this stage was completed before from the same inputs; says so."""
-        record = self.read_provenance().get("stages", {}).get(self.name, {})
-        done = record.get("fingerprint") == fingerprint and all((self.results / name).is_file() for name in outputs)
+        """Whether this stage was completed here before from the same inputs; says so.
+
+        The note of it lies in the cache, which is never committed: a fresh clone recomputes the published results.
+        """
+        done = self._done().get(self.name) == fingerprint and all((self.results / name).is_file() for name in outputs)
         if done and not self.cfg.force:
             print(f"{self.name}: already done, nothing has changed (ARGS=force=true does it again).")
         return done and not self.cfg.force
+
+    def mark_done(self, fingerprint: str) -> None:
+        write_json(self.results / "cache" / "done.json", {**self._done(), self.name: fingerprint})
+
+    def _done(self) -> dict[str, str]:
+        try:
+            return json.loads((self.results / "cache" / "done.json").read_text())
+        except (OSError, ValueError):
+            return {}
 
     def read_provenance(self) -> dict[str, Any]:
         path = self.results / "provenance.json"
@@ -161,7 +183,6 @@ class Stage:
             "finished": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
             "commit": commit(),
             "device": device_model(self.device),
-            "fingerprint": fingerprint,
             **facts,
         }
         provenance = {
@@ -179,6 +200,7 @@ class Stage:
         write_json(self.results / "provenance.json", provenance)
         text = OmegaConf.to_yaml(OmegaConf.create(self.plain()))
         atomic_write(self.results / f"config-{self.name}.yaml", lambda p: p.write_text(text))
+        self.mark_done(fingerprint)
         print(f"{self.name}: done in {seconds:.0f} s; see {shown(self.results)}/")
 
     # ---- stopping ----------------------------------------------------------------------------------------
@@ -186,13 +208,14 @@ class Stage:
     def should_stop(self) -> bool:
         """True after SIGINT or SIGTERM, or once max_minutes have passed: the work saves its state and stops."""
         limit = self.cfg.max_minutes
-        return self._interrupted or (limit is not None and time.monotonic() - self.started > 60 * limit)
+        return bool(self._interrupted) or (limit is not None and time.monotonic() - self.started > 60 * limit)
 
     def catch_signals(self) -> None:
         def handle(number: int, frame: Any) -> None:
-            if self._interrupted:  # the second time means now
+            # the second time means now; launchers often deliver one signal twice
+            if self._interrupted and time.monotonic() - self._interrupted > 2:
                 raise KeyboardInterrupt
-            self._interrupted = True
+            self._interrupted = self._interrupted or time.monotonic()
 
         signal.signal(signal.SIGINT, handle)
         signal.signal(signal.SIGTERM, handle)
@@ -216,7 +239,10 @@ def run(
         stage = Stage(name, cfg)
         if cfg.dry_run:
             print(OmegaConf.to_yaml(OmegaConf.create(stage.plain()), resolve=True))
-            rows = estimate(stage) if estimate else []
+            if estimate is None:
+                print(f"{name} evaluates no network: seconds to minutes.")
+                return
+            rows = estimate(stage)
             for what, flops, seconds in rows:
                 print(f"{what:<44} {flops / 1e12:12.3f} TFLOP  about {duration(seconds)} here")
             total = sum(flops for _, flops, _ in rows) / 1e12, sum(seconds for _, _, seconds in rows)

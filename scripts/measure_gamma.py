@@ -22,7 +22,7 @@ def measure(stage: common.Stage, images: Any, snapshot: int | None, label: str) 
     """Errors of the family at one training length on held-out images."""
     cfg, process = stage.cfg, stage.process()
     metadata = read_metadata(stage.checkpoints, cfg.family.widths)
-    levels = load_family(stage.checkpoints, cfg.family.widths, stage.device, cfg.precision, snapshot)
+    levels = load_family(stage.checkpoints, cfg.family.widths, stage.device, "float32", snapshot)
     held_out = to_float(images.images[images.held_out()[: cfg.gamma.images]], stage.device)
     logsnr = noise_levels(process, cfg.gamma.noise_levels)
     with common.bar(label, len(logsnr), unit="noise level") as progress:
@@ -46,7 +46,7 @@ def work(stage: common.Stage) -> None:
     metadata = stage.levels_of(images)
     if len(metadata) < 3:
         raise UserError("gamma needs at least three levels (family.widths), better seven.")
-    fingerprint = stage.fingerprint(("process", "gamma", "precision"), levels=[m["weights_sha256"] for m in metadata])
+    fingerprint = stage.fingerprint(("process", "gamma"), levels=[m["weights_sha256"] for m in metadata])
     if stage.finished(fingerprint, ["gamma.json", "gamma.png"]):
         return
     lengths = []
@@ -68,7 +68,7 @@ def work(stage: common.Stage) -> None:
     }
     write_json(stage.results / "gamma.json", result)
     plot_gamma(result, stage.results / "gamma.png", cfg.title)
-    with Tracker(stage.results, stage.name, stage.plain(), **cfg.tracking) as tracker:
+    with Tracker(stage.results, stage.name, stage.plain(), **cfg.tracking, fresh=True) as tracker:
         gammas = {f"gamma/{name}": e["gamma"] for name, e in result["estimates"].items()}
         tracker.log({**gammas, "htmc": result["htmc"]})
         tracker.image("gamma", stage.results / "gamma.png")

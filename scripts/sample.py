@@ -14,8 +14,9 @@ from mlem_diffusion.checkpoint import read_json, write_json
 from mlem_diffusion.compare import Setting, setting_from
 from mlem_diffusion.cost import Ledger
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.family import level_name, load_family
+from mlem_diffusion.family import level_name, load_family, read_metadata
 from mlem_diffusion.grids import save_grid
+from mlem_diffusion.levels import Level
 from mlem_diffusion.metrics import to_uint8
 from mlem_diffusion.samplers import sample
 from mlem_diffusion.tables import describe
@@ -60,10 +61,19 @@ def work(stage: common.Stage) -> None:
     setting, gamma = choose(stage)
     levels = load_family(stage.checkpoints, cfg.family.widths, stage.device, cfg.precision)
     drift, grid = setting.build({v.name: v for v in levels}, gamma), stage.process().grid(setting.steps)
+    weights = [m["weights_sha256"] for m in read_metadata(stage.checkpoints, cfg.family.widths)]
+    fingerprint = stage.fingerprint(
+        ("process", "precision"), setting=setting, gamma=gamma, seeds=seeds, weights=weights
+    )
+    if stage.finished(fingerprint, ["samples/grid.png", *(f"samples/{seed:06d}.png" for seed in seeds)]):
+        return
+    stage.catch_signals()
     folder, total, parts = stage.results / "samples", Ledger([v.flops for v in drift.levels]), []
     folder.mkdir(parents=True, exist_ok=True)
     with common.bar("sample", len(seeds)) as progress:
         for start in range(0, len(seeds), cfg.compare.batch):
+            if stage.should_stop():
+                raise common.Stopped(f"stopped as asked after {start} images")
             batch = seeds[start : start + cfg.compare.batch]
             shape = (3, cfg.data.size, cfg.data.size)
             images, ledger = sample(drift, grid, setting.dynamics, setting.step_rule, batch, shape, stage.device)
@@ -81,14 +91,26 @@ def work(stage: common.Stage) -> None:
     }
     row = {**setting.__dict__, "levels": "+".join(setting.levels)}
     write_json(folder / "samples.json", {"setting": row, "gamma": gamma, "seeds": seeds, "per_image": facts})
+    stage.mark_done(fingerprint)
     where = common.shown(folder)
     print(f"sample: {len(seeds)} images in {where}/ with {describe(row)}: ", end="")
     print(f"{facts['gflops']:.3g} GFLOP and {facts['seconds']:.3g} s per image; grid.png shows them.")
 
 
+def cost(stage: common.Stage) -> list[tuple[str, float, float]]:
+    """Of the images asked for, with the sampler that would be used."""
+    seeds, (setting, gamma) = parse_seeds(stage.cfg.seeds), choose(stage)
+    described, seconds = stage.describe_levels(), common.seconds_per_evaluation(stage, 16)
+    levels = {v["name"]: Level(v["name"], lambda x, logsnr: x, v["flops"]) for v in described}
+    drift, grid = setting.build(levels, gamma), stage.process().grid(setting.steps)
+    per_level = dict(zip(levels, seconds, strict=True))
+    counts = zip(drift.levels, drift.expected_evaluations(grid) * len(seeds), strict=True)
+    return [(f"sample with {v.name}", v.flops * count, per_level[v.name] * count) for v, count in counts]
+
+
 @hydra.main(version_base=None, config_path=common.CONFIGS, config_name="sample")
 def main(cfg: DictConfig) -> None:
-    common.run("sample", cfg, work)
+    common.run("sample", cfg, work, cost)
 
 
 if __name__ == "__main__":

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import common
 import hydra
+import numpy as np
 import side_by_side
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from mlem_diffusion import speedup
-from mlem_diffusion.checkpoint import read_json, write_json
+from mlem_diffusion.checkpoint import atomic_write, read_json, write_json
 from mlem_diffusion.compare import NoiseCache, Runner, Setting, best_setting, row_of, settings_of
 from mlem_diffusion.data import ImageData
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.extractors import Extractor
 from mlem_diffusion.family import load_family
 from mlem_diffusion.grids import comparison_grid
+from mlem_diffusion.levels import Level
 from mlem_diffusion.metrics import (
     distance_floor,
-    extract_features,
     feature_statistics,
     frechet_distance,
     to_uint8,
@@ -73,6 +77,28 @@ def make_runner(stage: common.Stage) -> tuple[Runner, ImageData]:
     return runner, images
 
 
+def real_features(stage: common.Stage, images: ImageData, runner: Runner) -> np.ndarray:
+    """Features [N, D] of all training images, kept in the cache: Inception needs hours for them on a CPU."""
+    key = hashlib.sha256(f"{images.manifest['sha256']} {runner.extractor.key}".encode()).hexdigest()[:20]
+    path = runner.cache / f"real-{key}.npy"
+    if not path.is_file():
+        parts, train = [], images.train()
+        with common.bar("features of the real images", len(train)) as progress:
+            for start in range(0, len(train), 1024):
+                part = images.images[train[start : start + 1024]]
+                parts.append(runner.extractor.features(part).numpy())
+                progress(start + len(part), len(train))
+                if stage.should_stop():
+                    raise common.Stopped("stopped as asked while extracting the features of the real images")
+
+        def write(temporary: Path) -> None:
+            with temporary.open("wb") as file:
+                np.save(file, np.concatenate(parts))
+
+        atomic_write(path, write)
+    return np.load(path)
+
+
 def work(stage: common.Stage) -> None:
     cfg = stage.cfg
     runner, images = make_runner(stage)
@@ -86,7 +112,7 @@ def work(stage: common.Stage) -> None:
     settings.sort(key=lambda s: (s.dynamics, STEP_RULES[s.dynamics, s.step_rule][1] or "", s.steps))
 
     # ---- real images: statistics of all training images, and the real-against-real floor -------------------
-    real = extract_features(images.images[images.train()], runner.extractor)
+    real = real_features(stage, images, runner)
     statistics, floor = feature_statistics(real), distance_floor(real, config["n"], config["seed"])
     rows, measured, pictures = run_all(stage, runner, settings, statistics, floor)
 
@@ -106,13 +132,17 @@ def work(stage: common.Stage) -> None:
     for dynamics in result:
         grid_rows = pick_for_grid(rows, pictures, dynamics)
         comparison_grid(grid_rows, stage.results / "grids" / f"{dynamics}.png")
-    with Tracker(stage.results, stage.name, stage.plain(), **cfg.tracking) as tracker:
+    with Tracker(stage.results, stage.name, stage.plain(), **cfg.tracking, fresh=True) as tracker:
         for row in rows:
             tracker.log(row)
         for path in [stage.results / "compare.png", *sorted((stage.results / "grids").glob("*.png"))]:
             tracker.image(path.stem, path)
     tell(result)
-    stage.record(fingerprint, images.manifest, gamma_used=runner.gamma, settings=len(rows), left_out=left_out)
+    count = side_by_side.worker_count(cfg.workers, stage.device, len(settings))
+    workers = {"workers": count, "threads_per_worker": max(1, torch.get_num_threads() // count)}
+    stage.record(
+        fingerprint, images.manifest, gamma_used=runner.gamma, settings=len(rows), left_out=left_out, **workers
+    )
 
 
 _in_worker: dict[str, Any] = {}  # a worker process keeps its runner and the last noise between tasks
@@ -184,6 +214,8 @@ def pick_for_grid(rows: list[dict], pictures: dict, dynamics: str) -> list[tuple
     mine = [r for r in rows if r["dynamics"] == dynamics]
     base = frontier([r for r in mine if r["drift"] != "ml_em"], "gflops_realised", "error")
     chosen = [("reference: largest level, finest grid", pictures[dynamics, "reference"])]
+    if not base:
+        return chosen
     for i in sorted({len(base) // 4, len(base) // 2, (3 * len(base)) // 4}):
         baseline = base[min(i, len(base) - 1)]
         for row in (baseline, best_within(mine, baseline["gflops_realised"])):
@@ -211,20 +243,22 @@ def tell(result: dict[str, Any]) -> None:
 
 
 def cost(stage: common.Stage) -> list[tuple[str, float, float]]:
-    described, seconds = stage.describe_levels(), common.seconds_per_evaluation(stage, 16)
-    from mlem_diffusion.levels import Level
-
-    per_flop = seconds[-1] / described[-1]["flops"]
+    described = stage.describe_levels()
+    seconds = dict(zip((v["name"] for v in described), common.seconds_per_evaluation(stage, 16), strict=True))
     levels = {v["name"]: Level(v["name"], lambda x, logsnr: x, v["flops"]) for v in described}
     config: Any = OmegaConf.to_container(stage.cfg.compare, resolve=True)
     process, out = stage.process(), {}
+    gamma = 2.5 if config["gamma"] == "auto" else float(config["gamma"])
     for s in settings_of(config, list(levels), process.base_steps):
-        gamma = 2.5 if config["gamma"] == "auto" else float(config["gamma"])
-        flops = s.build(levels, gamma).expected_flops(process.grid(s.steps)) * config["n"]
-        out[f"{s.dynamics} {s.drift} {s.step_rule}"] = out.get(f"{s.dynamics} {s.drift} {s.step_rule}", 0.0) + flops
+        drift, grid = s.build(levels, gamma), process.grid(s.steps)
+        per_level = zip(drift.levels, drift.expected_evaluations(grid), strict=True)
+        time = sum(seconds[level.name] * count for level, count in per_level) * config["n"]
+        flops, before = out.get(f"{s.dynamics} {s.drift} {s.step_rule}", (0.0, 0.0))
+        out[f"{s.dynamics} {s.drift} {s.step_rule}"] = flops + drift.expected_flops(grid) * config["n"], before + time
+    largest, count = described[-1], process.base_steps * min(config["n_reference"], config["n"])
     for d in sorted({key.split()[0] for key in out}):
-        out[f"{d} reference"] = process.base_steps * described[-1]["flops"] * min(config["n_reference"], config["n"])
-    return [(what, flops, flops * per_flop) for what, flops in out.items()]
+        out[f"{d} reference"] = count * largest["flops"], count * seconds[largest["name"]]
+    return [(what, flops, time) for what, (flops, time) in out.items()]
 
 
 @hydra.main(version_base=None, config_path=common.CONFIGS, config_name="sample_compare")

@@ -55,5 +55,6 @@ def run(
 def _start_worker(stop: Any, threads: int) -> None:
     global stop_requested
     stop_requested = stop.is_set
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which asks the workers
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the parent too, which asks the workers
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(threads)

@@ -124,6 +124,7 @@ def train_one(
         **level,
         "images": state["images"],
         "data_sha256": images.manifest["sha256"],
+        "logsnr_range": [process.logsnr_min, process.logsnr_max],
         "fingerprint": fingerprint,
         "weights_sha256": hashlib.sha256((folder / "ema.safetensors").read_bytes()).hexdigest(),
         "snapshots": snapshots,
@@ -170,13 +171,18 @@ def train_all(stage: common.Stage, images: ImageData) -> None:
     stage.catch_signals()
     tracker = None
     if main_process:
-        tracker = Tracker(stage.results, stage.name, stage.plain(), **stage.cfg.tracking)
+        fresh = not any((stage.checkpoints / v["name"] / "state.pt").is_file() for v in levels)
+        for picture in (stage.results / "training").glob("*.png") if fresh else ():
+            picture.unlink()
+        tracker = Tracker(stage.results, stage.name, stage.plain(), **stage.cfg.tracking, fresh=fresh)
     metadata = []
     try:
         if (workers := side_by_side.worker_count(stage.cfg.workers, stage.device, len(levels))) > 1:
             expensive_first = sorted(levels, key=lambda level: -level["flops"])
             tasks = [(stage, level, line) for line, level in enumerate(expensive_first)]
             side_by_side.run(train_in_worker, tasks, workers, stage.should_stop)
+            if tracker is not None:
+                mirror_workers(stage, levels, tracker)
         for level in levels:
             metadata.append(train_one(stage, level, images, held_out, tracker))
             wait_for_all()
@@ -197,6 +203,15 @@ def train_all(stage: common.Stage, images: ImageData) -> None:
             )
         tracker.finish()
         stage.record(fingerprint, images.manifest)
+
+
+def mirror_workers(stage: common.Stage, levels: list[dict[str, Any]], tracker: Tracker) -> None:
+    """Send to W&B what the workers wrote to files: loss curves and sample grids."""
+    for level in levels:
+        for record in read_json(stage.checkpoints / level["name"] / "metadata.json", "train it again")["history"]:
+            tracker.mirror({f"{level['name']}/loss": record["loss"], f"{level['name']}/images": record["images"]})
+        for picture in sorted((stage.results / "training").glob(f"{level['name']}-*.png")):
+            tracker.image(f"{level['name']}/samples-ema", picture)
 
 
 def train_in_worker(stage: common.Stage, level: dict[str, Any], position: int) -> None:

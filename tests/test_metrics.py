@@ -198,51 +198,6 @@ def test_bad_input_gives_no_distance() -> None:
         metrics.extract_features(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), extractors.light())
 
 
-# ------------------------------------------------------------------------------ reference statistics
-
-
-def test_running_sums_equal_the_statistics_of_all_features(tmp_path: Path) -> None:
-    images = u8(textures(70, 2, 16)).numpy()
-    extractor = extractors.light(dim=12)
-    whole = metrics.feature_statistics(metrics.extract_features(images, extractor))
-    parts = metrics.reference_statistics((images[i : i + 13] for i in range(0, 70, 13)), extractor, None, "x")
-    mapped = np.memmap(tmp_path / "a.u8", dtype=np.uint8, mode="w+", shape=images.shape)
-    mapped[:] = images
-    stats = metrics.reference_statistics(mapped, extractor, tmp_path, "x", chunk=16)
-    for found in (parts, stats):
-        assert found.n == 70
-        np.testing.assert_allclose(found.mean, whole.mean, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(found.cov, whole.cov, rtol=1e-4, atol=1e-6)
-
-
-def test_statistics_are_cached_by_data_extractor_and_count(tmp_path: Path) -> None:
-    images = u8(textures(20, 3, 16)).numpy()
-    calls: list[int] = []
-    light = extractors.light(dim=4)
-
-    def counted(x: Tensor) -> Tensor:
-        calls.append(len(x))
-        return light.features(x)
-
-    def run(data: np.ndarray, sha: str, key: str) -> metrics.Statistics:
-        extractor = extractors.custom(counted, "counted", key)
-        return metrics.reference_statistics(data, extractor, tmp_path, sha)
-
-    first = run(images, "a", "k")
-    assert sum(calls) == 20
-    again = run(images, "a", "k")
-    assert sum(calls) == 20 and np.array_equal(first.cov, again.cov) and again.n == 20
-    for data, sha, key in ((images, "b", "k"), (images, "a", "other"), (images[:10], "a", "k")):
-        calls.clear()
-        run(data, sha, key)
-        assert sum(calls) == len(data)
-    for path in tmp_path.glob("*.npz"):  # damaged files are computed anew, not believed
-        path.write_bytes(path.read_bytes()[:100])
-    calls.clear()
-    assert np.array_equal(run(images, "a", "k").cov, first.cov) and sum(calls) == 20
-    assert not list(tmp_path.glob("*.tmp"))
-
-
 # ---------------------------------------------------------------------------------------- extractors
 
 

@@ -131,6 +131,7 @@ def test_methods_trust_and_words() -> None:
     assert method_of(plain | {"probabilities": "learned"}) == "best"
     assert [method_of(make_row(drift=d)) for d in ("single", "stitched")] == ["single", "stitched"]
     assert trusted(plain) and trusted(plain | {"n_fires_top": 100}) and not trusted(plain | {"n_fires_top": 99})
+    assert trusted(plain | {"n_fires_top": ""})  # not recorded
     assert describe(make_row()) == "DDIM, w8, 16 steps"
     assert describe(plain) == "ML-EM w4+w8, DDIM, 16 steps, independent coins, C = 0.3"
 
@@ -184,7 +185,7 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def test_plot_compare_full_and_for_one_dynamics(tmp_path: Path) -> None:
-    both = pixels(plot_compare(make_rows(), tmp_path / "new" / "both.png", title="demo", error_floor={"sde": 1e-3}))
+    both = pixels(plot_compare(make_rows(), tmp_path / "new" / "both.png", title="demo"))
     assert both.shape[0] > 1000 and both.shape[1] > 1000
     assert both.std() > 10  # something is drawn
     one = pixels(plot_compare(make_rows(("ode",)), tmp_path / "ode.png"))

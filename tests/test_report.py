@@ -87,8 +87,19 @@ PROVENANCE = {
     "threads": 2,
     "packages": {"torch": "2.5.1"},
     "stages": {
-        "train_levels": {"seconds": 3723.0, "finished": "2026-01-02"},
+        "train_levels": {"seconds": 3723.0, "finished": "2026-01-02", "fingerprint": "5e" * 32},
         "measure_gamma": {"seconds": None},
+        "sample_compare": {
+            "seconds": 5.0,
+            "finished": "2026-01-03",
+            "commit": "4567def",
+            "device": "a large GPU",
+            "fingerprint": "5e" * 32,
+            "gamma_used": 2.512,
+            "settings": 41,
+            "left_out": {"sde": 2},
+            "workers": 3,
+        },
     },
     "config": {"train": {"ema": 0.9999, "resume": True, "empty": {}}, "many": list(range(500))},
 }
@@ -206,6 +217,28 @@ def test_tables_and_provenance(results: Path) -> None:
     ):
         assert words in text
     assert text.index("w8-ema-1000") < text.index("w16-ema-1000")  # natural order
+
+
+def test_stages_say_commit_device_and_further_facts(results: Path) -> None:
+    text = make_page(results).text
+    assert "stage time finished commit device further" in text
+    assert "train levels 1 h 2 min 2026-01-02 – – –" in text
+    assert (
+        "sample compare 5.00 s 2026-01-03 4567def a large GPU gamma used 2.51, settings 41, left out.sde 2, workers 3"
+        in text
+    )
+    assert "5e5e" not in text and "fingerprint" not in text
+
+
+def test_an_unknown_standard_error_is_an_empty_cell(results: Path) -> None:
+    write_rows(
+        [make_row(error_se=None), make_row(steps=32, gflops_realised=6.4, seconds=0.1, error=0.01)],
+        results / "compare.csv",
+    )
+    make_page(results)
+    html = (results / "report.html").read_text(encoding="utf-8")
+    assert html.count('<td class="num">0.0200</td><td class="num"></td>') == 3  # on two frontiers, and among all
+    assert '<td class="num">0.00200</td>' in html and html.count('<td class="num">0.00100</td>') == 1
 
 
 def test_names_are_escaped(results: Path) -> None:

@@ -94,9 +94,12 @@ for script, arguments in json.loads(sys.argv[1]):
 
 def run_apart(place: Place, *scripts: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
     """As a user would, from the repository's root; one process for all, as importing torch takes seconds."""
+    return run_python("-c", DRIVER, json.dumps([[script, place.overrides(*more)] for script, *more in scripts]))
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
-    runs = json.dumps([[script, place.overrides(*more)] for script, *more in scripts])
-    command = [sys.executable, "-c", DRIVER, runs]
+    command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -109,7 +112,8 @@ class Run:
     @property
     def complaint(self) -> str:
         """The one line on stderr, progress bars aside."""
-        shown = [line.split("\r")[-1].strip() for line in self.err.splitlines()]
+        unmoved = self.err.replace("\x1b[A", "")  # bars on several lines move the cursor
+        shown = [line.split("\r")[-1].strip() for line in unmoved.splitlines()]
         lines = [line for line in shown if line and not re.search(r"\d+%\|| \[\d\d:\d\d", line)]
         assert len(lines) == 1, self.err
         return lines[0]
@@ -370,6 +374,40 @@ def test_an_interrupted_comparison_goes_on(done, here, tmp_path):
             return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
     assert without_times(place.results) == without_times(done[0].results)
+
+
+# --------------------------------------------------------------------------------------------- side by side
+
+
+def train_two_at_a_time(place: Place, *more: str) -> Run:
+    """As a program of its own: worker processes import the script again by its path."""
+    run = run_python("scripts/train_levels.py", *place.overrides("family.widths=[2,3]", "workers=2", *more))
+    assert "\x1b[A" in run.stderr  # the second level's bar has a line of its own
+    return Run(run.returncode, run.stdout, run.stderr)
+
+
+def test_levels_that_train_side_by_side_are_the_same_to_the_bit(done, tmp_path):
+    place = Place(tmp_path / "two")
+    shutil.copytree(done[0].folder / "data", place.folder / "data")
+    run = train_two_at_a_time(place)
+    assert run.code == 0 and "Traceback" not in run.err, run.err
+    for level in ("w2", "w3"):
+        files = [p.checkpoints / level / "ema.safetensors" for p in (done[0], place)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+        a, b = (strict(p.checkpoints / level / "metadata.json") for p in (done[0], place))
+        assert a["history"] == b["history"] and a["held_out"] == b["held_out"]
+    assert (place.results / "training.png").is_file()
+    assert set(strict(place.results / "provenance.json")["stages"]) == {"train_levels"}
+
+
+def test_an_error_in_a_worker_is_one_line_and_exit_status_2(done, tmp_path):
+    place = Place(tmp_path / "diverged")
+    shutil.copytree(done[0].folder / "data", place.folder / "data")
+    run = train_two_at_a_time(place, "train.lr=1e20", "train.log_every=64")
+    assert run.code == 2, run.err
+    assert re.fullmatch(r"train_levels: The loss of width [23] is (nan|inf) after \d+ images: .*", run.complaint)
+    assert not list(place.checkpoints.rglob("metadata.json"))
+    assert not (place.results / "provenance.json").exists()
 
 
 # --------------------------------------------------------------------------------------------------- dry run

@@ -173,6 +173,20 @@ def test_shared_coins_widen_the_bound() -> None:
         speedups([*base, Setting(row, errors, clusters=draws[:-1])])
 
 
+def test_one_shared_coin_draw_bounds_nothing() -> None:
+    ours = [Setting(s.row, s.errors, clusters=np.zeros(N, dtype=int)) for s in ml_em(COSTS, 4.0)]
+    features = np.random.default_rng(0).standard_normal((N, 3)).astype(np.float32)
+    everyone = [Setting(s.row, s.errors, s.clusters, features) for s in em(COSTS) + ours]
+    out = speedups(everyone, reference=Statistics(np.zeros(3), np.eye(3), 1000))["ode"]["best"]
+    for measure in ("error", "distance"):
+        entry = out[measure]["flops"]
+        assert entry["max"] == pytest.approx(4) and entry["lower95"] is None
+        assert entry["curve"] and all(p["lower95"] is None for p in entry["curve"])
+    assert out["error"]["flops"]["error_ratio_at_equal_cost"]["lower95"] is None
+    two = [Setting(s.row, s.errors, clusters=np.arange(N) % 2) for s in ours]
+    assert speedups(em(COSTS) + two)["ode"]["best"]["error"]["flops"]["lower95"] is not None
+
+
 def with_features(plain: Setting, stretch: float, seed: int) -> Setting:
     features = stretch * np.random.default_rng(seed).standard_normal((N, 6))
     return Setting(plain.row, plain.errors, plain.clusters, features.astype(np.float32))
@@ -203,6 +217,15 @@ def test_empty_sides_give_nulls_and_bad_lengths_are_refused() -> None:
     for some in (em(COSTS), ml_em(COSTS, 2.0)):
         out = speedups(some)
         assert out["ode"]["best"]["error"]["seconds"]["max"] is None
+        assert json.loads(json.dumps(out, allow_nan=False)) == out
+    reference = Statistics(np.zeros(6), np.eye(6), 10_000)
+    for some in (em(COSTS), ml_em(COSTS, 2.0)):
+        featured = [with_features(s, 1.0, i) for i, s in enumerate(some)]
+        out = speedups(featured, reference=reference, distance_replicates=5)
+        for method in ("plain", "best"):
+            for cost in ("flops", "seconds"):
+                entry = out["ode"][method]["distance"][cost]
+                assert [entry[key] for key in ("max", "lower95", "at", "baseline", "ours")] == [None] * 5
         assert json.loads(json.dumps(out, allow_nan=False)) == out
     assert speedups([]) == {}
     short = Setting(em([3.0])[0].row, np.ones(N - 1))

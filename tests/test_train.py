@@ -268,7 +268,7 @@ def test_learning_rate_warms_up_holds_and_decays_to_zero():
 
 @pytest.mark.parametrize("snapshots", [[], [0.5], [0.0, 1.0], [1.0, 1.5]])
 def test_snapshots_end_with_the_whole_training(snapshots):
-    with pytest.raises(UserError, match="train.snapshots"):
+    with pytest.raises(UserError, match=r"train\.snapshots"):
         replace(CONFIG, snapshots=snapshots)
 
 

@@ -80,7 +80,8 @@ def _choose(names: Sequence[str], which: Any) -> list[str]:
     if which == "all":
         return list(names)
     try:
-        return [names[int(i)] for i in ([-1] if which == "largest" else which)]
+        chosen = [names[int(i)] for i in ([-1] if which == "largest" else which)]
+        return list(dict.fromkeys(chosen))  # [0, 2, -1] of three levels names the last one twice
     except (IndexError, TypeError, ValueError) as error:
         raise UserError(f"levels = {which!r} does not fit a family of {len(names)} levels.") from error
 
@@ -198,7 +199,7 @@ class Runner:
             drift, grid = setting.build(self.levels, self.gamma), self.process.grid(setting.steps)
             clock = STEP_RULES[setting.dynamics, setting.step_rule][1]
             total = Ledger([level.flops for level in drift.levels])
-            errors, features, kept, clusters = [], [], [], []
+            errors, features, kept, clusters, fires = [], [], [], [], 0
             for start in range(0, len(self.seeds), self.batch):
                 seeds = self.seeds[start : start + self.batch]
                 increments = noise.get(self, setting.steps, clock, seeds)
@@ -217,6 +218,7 @@ class Runner:
                 compared = reference[start : start + len(seeds)]
                 if len(compared):
                     errors.append(squared_errors(images[: len(compared)], compared))
+                    fires += np.count_nonzero(drift.weights(grid, seeds)[:, : len(compared), -1])
                 clusters += drift.clusters(seeds)
                 pixels = to_uint8(images)
                 features.append(self.extractor.features(pixels).numpy())
@@ -225,12 +227,12 @@ class Runner:
             cluster = np.array(clusters)
             costs = {
                 "error": float(error.mean()),
-                "error_se": standard_error(error, cluster[: len(error)]),
+                "error_se": finite(standard_error(error, cluster[: len(error)])),
                 "network_calls": total.calls_per_image,
                 "gflops_expected": drift.expected_flops(grid) / 1e9,
                 "gflops_realised": total.flops_per_image / 1e9,
                 "seconds": total.seconds_per_image,
-                "n_fires_top": total.evaluations[-1],
+                "n_fires_top": int(fires),  # among the samples that the error is taken over
             }
             atomic_write(
                 path,
@@ -245,6 +247,11 @@ class Runner:
             )
         stored = np.load(path)
         return {name: json.loads(str(stored[name])) if name == "costs" else stored[name] for name in stored.files}
+
+
+def finite(value: float) -> float | None:
+    """None for what JSON cannot hold: the standard error of samples that all share one coin draw, say."""
+    return value if np.isfinite(value) else None
 
 
 class NoiseCache:

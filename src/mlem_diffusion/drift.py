@@ -33,9 +33,13 @@ class SingleLevel:
     def weights(self, grid: Grid, seeds: Sequence[int]) -> np.ndarray:
         return np.ones((grid.steps, len(seeds), 1))
 
+    def expected_evaluations(self, grid: Grid) -> np.ndarray:
+        """Evaluations of each level [K] per image."""
+        return np.array([float(grid.steps)])
+
     def expected_flops(self, grid: Grid) -> float:
         """FLOPs per image."""
-        return grid.steps * self.level.flops
+        return _flops(self, grid)
 
     def clusters(self, seeds: Sequence[int]) -> list[int]:
         """Samples with equal numbers share their coins."""
@@ -68,10 +72,14 @@ class Stitched:
         out[self._first_large(grid) :, :, 1] = 1
         return out
 
+    def expected_evaluations(self, grid: Grid) -> np.ndarray:
+        """Evaluations of each level [K] per image."""
+        first = self._first_large(grid)
+        return np.array([float(first), float(grid.steps - first)])
+
     def expected_flops(self, grid: Grid) -> float:
         """FLOPs per image."""
-        first = self._first_large(grid)
-        return first * self.small.flops + (grid.steps - first) * self.large.flops
+        return _flops(self, grid)
 
     def clusters(self, seeds: Sequence[int]) -> list[int]:
         return list(seeds)
@@ -113,15 +121,23 @@ class Multilevel:
         weights = telescope_weights(p, draw_coins(p, seeds[:1] if self.shared else seeds, self.coins))
         return np.broadcast_to(weights, (grid.steps, len(seeds), p.shape[1]))
 
+    def expected_evaluations(self, grid: Grid) -> np.ndarray:
+        """Expected evaluations of each level [K] per image, exact (cancellations of equal weights included)."""
+        return evaluation_probabilities(self._table(grid)).sum(axis=0)
+
     def expected_flops(self, grid: Grid) -> float:
-        """FLOPs per image, exact (cancellations of equal weights included)."""
-        return float((evaluation_probabilities(self._table(grid)) @ [level.flops for level in self.family]).sum())
+        """Expected FLOPs per image, exact."""
+        return _flops(self, grid)
 
     def clusters(self, seeds: Sequence[int]) -> list[int]:
         return [seeds[0]] * len(seeds) if self.shared else list(seeds)
 
 
 Drift = SingleLevel | Stitched | Multilevel
+
+
+def _flops(drift: Drift, grid: Grid) -> float:
+    return float(drift.expected_evaluations(grid) @ [level.flops for level in drift.levels])
 
 
 def weighted_estimate(levels: Sequence[Level], weights: np.ndarray, x: Tensor, logsnr: float, ledger: Ledger) -> Tensor:

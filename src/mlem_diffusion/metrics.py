@@ -7,14 +7,8 @@ The Frechet distance between Gaussians fitted to features is |m1 - m2|^2 + tr(S1
 
 from __future__ import annotations
 
-import hashlib
-import os
-import tempfile
-import zipfile
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -91,15 +85,8 @@ def standard_error(values: np.ndarray, clusters: np.ndarray | None = None) -> fl
 def extract_features(images: Images, extractor: Extractor, chunk: int = 1024) -> np.ndarray:
     """Float32 features [N, D] of uint8 images [N, 3, H, W]; a memory map is read `chunk` images at a time."""
     _check_count(len(images))
-    return np.concatenate([extractor.features(part).numpy() for part in _chunks(images, chunk)])
-
-
-def _chunks(images: Images | Iterable[Images], size: int) -> Iterator[Images]:
-    if isinstance(images, np.ndarray | Tensor):
-        for start in range(0, len(images), size):
-            yield images[start : start + size]
-    else:
-        yield from images
+    parts = (images[start : start + chunk] for start in range(0, len(images), chunk))
+    return np.concatenate([extractor.features(part).numpy() for part in parts])
 
 
 def _check_count(n: int) -> None:
@@ -125,75 +112,6 @@ def feature_statistics(features: Features) -> Statistics:
     array = _as_float64(features)
     out = fid_features_to_statistics(torch.from_numpy(array))
     return Statistics(out["mu"], np.atleast_2d(out["sigma"]), len(array))
-
-
-def reference_statistics(
-    data: Images | Iterable[Images],
-    extractor: Extractor,
-    cache_dir: Path | None,
-    data_sha256: str,
-    n: int | None = None,
-    chunk: int = 1024,
-) -> Statistics:
-    """Statistics of all reference images (uint8 [N, 3, H, W], or an iterable of such chunks), by float64
-    running sums.
-
-    With `cache_dir` the result is kept in an .npz named by data hash, extractor key and number of images;
-    for an iterable the number must be given as `n`, or nothing is cached. `data_sha256` must identify the
-    very images passed (crop, size and split included). A damaged cache file is computed anew.
-    """
-    if isinstance(data, np.ndarray | Tensor):
-        n = len(data)
-    path = None
-    if cache_dir is not None and n is not None:
-        key = hashlib.sha256(f"1/{data_sha256}/{extractor.name}/{extractor.key}/{n}".encode()).hexdigest()[:24]
-        path = Path(cache_dir) / f"feature-statistics-{key}.npz"
-        found = _read_statistics(path, n)
-        if found is not None:
-            return found
-
-    count, shift, total, outer = 0, np.zeros(0), np.zeros(0), np.zeros(0)
-    for part in _chunks(data, chunk):
-        x = extractor.features(part).numpy().astype(np.float64)
-        if count == 0:  # sums are taken around the first chunk's mean, so that the subtraction below loses no digits
-            shift = x.mean(0)
-            total, outer = np.zeros(x.shape[1]), np.zeros((x.shape[1], x.shape[1]))
-        x -= shift
-        total += x.sum(0)
-        outer += x.T @ x
-        count += len(x)
-    _check_count(count)
-    if n is not None and count != n:
-        raise UserError(f"The reference was announced as {n} images but holds {count}.")
-    mean = total / count
-    cov = (outer - count * np.outer(mean, mean)) / (count - 1)
-    statistics = Statistics(mean + shift, (cov + cov.T) / 2, count)
-    if path is not None:
-        _write_statistics(path, statistics)
-    return statistics
-
-
-def _read_statistics(path: Path, n: int) -> Statistics | None:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            found = Statistics(archive["mean"], archive["cov"], int(archive["n"]))
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile, EOFError):
-        return None
-    dim = found.mean.shape[0] if found.mean.ndim == 1 else -1
-    sound = found.n == n and found.cov.shape == (dim, dim) and bool(np.isfinite(found.cov).all())
-    return found if sound else None
-
-
-def _write_statistics(path: Path, statistics: Statistics) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, mean=statistics.mean, cov=statistics.cov, n=np.int64(statistics.n))
-        os.replace(name, path)  # readers see the whole file or none
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 # -------------------------------------------------------------------------------------------- distances

@@ -22,26 +22,22 @@ _LINES = {
     "ddpm": (0, (5, 1.5)),
     "ddim": (0, (5, 1.5)),
     "dpmpp_2m": (0, (1, 1.2)),
-    "dpmpp_2m_sde": (0, (1, 1.2)),
 }
-_DOTS = {"em": "o", "ddpm": "s", "ddim": "s", "dpmpp_2m": "^", "dpmpp_2m_sde": "^"}
+_DOTS = {"em": "o", "ddpm": "s", "ddim": "s", "dpmpp_2m": "^"}
 _COLOURS = {"baseline": "#23395b", "stitched": "#1a9a8a", "plain": "#ef8a00", "best": "#b4005a"}
 _MARKS = {"stitched": "D", "plain": "o", "best": "*"}
 _SIZES = {"stitched": 20, "plain": 26, "best": 60}
 
 
-def plot_compare(
-    rows: Sequence[Row], path: Path, *, title: str = "", error_floor: dict[str, float] | None = None
-) -> Path:
+def plot_compare(rows: Sequence[Row], path: Path, *, title: str = "") -> Path:
     """Draw compare.csv: one column of panels per dynamics; distance against compute, error against compute,
     error against time.
 
     rows: as `tables.read_rows` gives them; rows that differ only in the seed are averaged. Costs are per
     image. Errors are mean squared errors to the reference with bars of two standard errors; bars and points
     that are not positive cannot be drawn on log axes and are left out. Settings whose top level fired too
-    rarely to be trusted are hollow and on no frontier. error_floor: per dynamics, the error below which
-    differences mean nothing (a dotted line), e.g. the reference's own. Raises UserError for no rows, and
-    for rows with different sample counts n or different distances: they cannot share an axis.
+    rarely to be trusted are hollow and on no frontier. Raises UserError for no rows, and for rows with
+    different sample counts n or different distances: they cannot share an axis.
     """
     if not rows:
         raise UserError("There is nothing to plot: the comparison holds no rows.")
@@ -72,9 +68,7 @@ def plot_compare(
             elif measure == "distance":
                 floors = [row["distance_floor"] for row in own if row.get("distance_floor")]
                 if floors:
-                    _floor(ax, floors[0], "--", f"real against real, n = {n}")
-            elif error_floor and error_floor.get(name):
-                _floor(ax, error_floor[name], ":", "error floor")
+                    _floor(ax, floors[0], f"real against real, n = {n}")
             if column == 0:
                 label = (
                     f"{distance_name or 'distance'}  (n = {n})"
@@ -210,8 +204,8 @@ def _draw_frontier(ax: Axes, rows: list[Row], cost: str, measure: str, colour: s
         ax.step(x, y, where="post", color=colour, lw=3.2, alpha=0.55, solid_capstyle="round", zorder=zorder)
 
 
-def _floor(ax: Axes, value: float, style: str, label: str) -> None:
-    ax.axhline(value, color="#555555", ls=style, lw=1.2, zorder=1)
+def _floor(ax: Axes, value: float, label: str) -> None:
+    ax.axhline(value, color="#555555", ls="--", lw=1.2, zorder=1)
     if ax.get_yscale() == "log":
         low, high = ax.get_ylim()
         ax.set_ylim(min(low, value / 1.25), high)

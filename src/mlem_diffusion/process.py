@@ -111,7 +111,7 @@ class Process:
     schedule: Schedule
     logsnr_min: float = -9.0
     logsnr_max: float = 9.0
-    base_steps: int = 1024
+    base_steps: int = 1000
     spacing: str = "logsnr"
 
     def __post_init__(self) -> None:

@@ -407,7 +407,7 @@ def _frontier_tables(rows: list[Row]) -> list[tuple[str, dict[str, Any]]]:
                         row["seconds"],
                         row["network_calls"],
                         row["error"],
-                        2 * row["error_se"] if row["error_se"] is not None else None,
+                        "" if row["error_se"] is None else 2 * row["error_se"],
                         row["distance"],
                     )
                     for row in best
@@ -423,33 +423,49 @@ def _comparison_table(rows: list[Row]) -> dict[str, Any] | None:
     names = COLUMNS + [name for name in (rows[0] if rows else ()) if name not in COLUMNS]
     table = as_table(
         [name.replace("_", " ") for name in names],
-        (
-            [STEP_RULE_NAMES.get(str(row.get(n)), row.get(n)) if n == "step_rule" else row.get(n) for n in names]
-            for row in rows
-        ),
+        ([_field(row, name) for name in names] for row in rows),
     )
     if table:
         table["untrusted"] = sum(not trusted(row) for row in rows)
     return table
 
 
+def _field(row: Row, name: str) -> Any:
+    value = row.get(name)
+    if name == "step_rule":
+        return STEP_RULE_NAMES.get(str(value), value)
+    return "" if name == "error_se" and value is None else value  # one image, or one shared coin draw
+
+
 def _provenance_tables(provenance: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """The scalars first, then a table per nested part; stages get their times in words."""
+    """The scalars first, then a table per nested part; stages get a line each, with their times in words."""
     scalars = {key: value for key, value in provenance.items() if not isinstance(value, dict)}
     parts = [("run", flat_table({key.replace("_", " "): value for key, value in scalars.items()}))]
     for key, value in provenance.items():
         if not isinstance(value, dict):
             continue
         if key == "stages":
-            stages = ((name, stage) for name, stage in value.items() if isinstance(stage, dict))
-            lines = [
-                (name.replace("_", " "), _duration(s.get("seconds")), str(s.get("finished") or "–"))
-                for name, s in stages
-            ]
-            parts.append((key, as_table(("stage", "time", "finished"), lines)))
+            parts.append((key, _stages_table({n: s for n, s in value.items() if isinstance(s, dict)})))
         else:
             parts.append((key, flat_table(value)))
     return [(name, table) for name, table in parts if table]
+
+
+def _stages_table(stages: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """A line per stage; the fingerprint, which only the scripts compare, is not shown."""
+    shown = ("finished", "commit", "device")
+    return as_table(
+        ("stage", "time", *shown, "further"),
+        (
+            (
+                name.replace("_", " "),
+                _duration(stage.get("seconds")),
+                *(str(stage.get(key) or "–") for key in shown),
+                _further(stage, ("seconds", "fingerprint", *shown)),
+            )
+            for name, stage in stages.items()
+        ),
+    )
 
 
 def _duration(seconds: Any) -> str:

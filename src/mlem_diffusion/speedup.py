@@ -22,10 +22,10 @@ import numpy as np
 
 from .errors import UserError
 from .metrics import Statistics, fast_frechet
+from .tables import method_of, trusted
 
 COSTS = {"flops": "gflops_realised", "seconds": "seconds"}
 BASELINES = ("single", "stitched")
-MIN_FIRES = 100  # fewer evaluations of the top level give neither an error nor a standard error to trust
 _SLACK = 1e-9  # relative: the same sampler under two names must not differ by rounding
 _NAMING = ("step_rule", "drift", "levels", "probabilities", "coins", "cost_knob", "steps")
 
@@ -60,42 +60,32 @@ def speedups(
     where entry is {"max", "lower95", "at", "baseline", "ours", "curve"} and, for errors,
     "error_ratio_at_equal_cost". Costs are GFLOPs and seconds per image. "curve" lists {"at", "speedup",
     "lower95"} over the whole baseline frontier, from cheap to expensive. Everything unknown or unreached is
-    None; nothing is NaN.
+    None, and so is every bound where all seeds share one coin draw; nothing is NaN.
 
     "best" compares all ML-EM rows, "plain" those for which `plain(row)` holds (default: constant
-    probabilities and independent coins, the paper's method). "distance" is present where `reference` and
-    features are. ML-EM rows that fired the top level fewer than 100 times, and rows with errors that are
-    not finite, are left out and counted. Raises UserError for settings of unequal length.
+    probabilities and independent coins, the paper's method). "distance" is present where `reference` is
+    given and any setting has features. ML-EM rows that fired the top level too rarely (`tables.trusted`),
+    and rows with errors that are not finite, are left out and counted. Raises UserError for settings of
+    unequal length.
     """
-    is_plain = plain or _is_plain
+    is_plain = plain or (lambda row: method_of(row) == "plain")
     result: dict[str, Any] = {}
     for dynamics in dict.fromkeys(str(s.row["dynamics"]) for s in settings):
         present = [s for s in settings if s.row["dynamics"] == dynamics]
-        kept = [s for s in present if _trusted(s)]
+        kept = [s for s in present if trusted(s.row) and bool(np.isfinite(s.errors).all())]
         base = [s for s in kept if s.row["drift"] in BASELINES]
         best = [s for s in kept if s.row["drift"] == "ml_em"]
         memo: dict[Any, np.ndarray] = {}
         entry: dict[str, Any] = {}
         for method, ours in (("plain", [s for s in best if is_plain(s.row)]), ("best", best)):
             entry[method] = {"error": _compare(*_errors(base, ours, replicates, seed), kind="error")}
-            featured = [[s for s in group if s.features is not None] for group in (base, best)]
-            if reference is not None and all(featured):
-                groups = featured[0], [s for s in ours if s.features is not None]
-                measured = _distances(*groups, reference, distance_replicates, seed, memo)
+            if reference is not None and any(s.features is not None for s in base + best):
+                theirs, mine = ([s for s in group if s.features is not None] for group in (base, ours))
+                measured = _distances(theirs, mine, reference, distance_replicates, seed, memo)
                 entry[method]["distance"] = _compare(*measured, kind="distance")
         entry["left_out"] = len(present) - len(kept)
         result[dynamics] = entry
     return result
-
-
-def _is_plain(row: dict[str, Any]) -> bool:
-    return row.get("probabilities") == "constant" and row.get("coins") == "independent"
-
-
-def _trusted(setting: Setting) -> bool:
-    fires = setting.row.get("n_fires_top")
-    rare = setting.row["drift"] == "ml_em" and fires not in (None, "") and float(fires) < MIN_FIRES
-    return not rare and bool(np.isfinite(setting.errors).all())
 
 
 # --------------------------------------------------------------------------------------- resampled values
@@ -131,6 +121,8 @@ def _distances(
     memo: dict[Any, np.ndarray],
 ) -> tuple[list[_Measured], list[_Measured]]:
     settings = base + ours
+    if not settings:
+        return [], []
     features = [np.asarray(s.features, dtype=np.float64) for s in settings]
     counts = _resamples(_units(settings, [len(f) for f in features], "features"), replicates, seed)
     tag = counts.tobytes()
@@ -169,8 +161,9 @@ def _units(settings: list[Setting], lengths: list[int], what: str) -> np.ndarray
 
 def _resamples(units: np.ndarray, replicates: int, seed: int) -> np.ndarray:
     """How often each seed is drawn, float64 [n, 1 + R]: once each in the first column, then resampled by
-    unit."""
+    unit. A single unit tells nothing about the spread: R = 0."""
     groups = int(units.max()) + 1
+    replicates = replicates if groups > 1 else 0
     drawn = np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), size=replicates).T
     return np.concatenate([np.ones((len(units), 1)), drawn[units].astype(np.float64)], axis=1)
 

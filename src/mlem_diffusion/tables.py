@@ -39,7 +39,6 @@ STEP_RULE_NAMES = {
     "ddpm": "DDPM ancestral",
     "ddim": "DDIM",
     "dpmpp_2m": "DPM-Solver++(2M)",
-    "dpmpp_2m_sde": "SDE-DPM-Solver++(2M)",
 }
 
 MIN_FIRES = 100
@@ -162,7 +161,7 @@ def trusted(row: Row) -> bool:
     """False for a random run whose top level fired fewer than MIN_FIRES times (True when the count was not
     recorded)."""
     fires = row.get("n_fires_top")
-    return row["drift"] != "ml_em" or fires is None or fires >= MIN_FIRES
+    return row["drift"] != "ml_em" or fires in (None, "") or float(fires) >= MIN_FIRES
 
 
 def frontier(rows: Iterable[Row], cost: str, measure: str, keep: Callable[[Row], bool] = trusted) -> list[Row]:
@@ -260,13 +259,13 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def as_table(columns: Sequence[str], body: Iterable[Sequence[Any]]) -> dict[str, Any] | None:
-    """What the template draws; a column is right-aligned when its values are numbers."""
+    """What the template draws: None as a dash, "" as an empty cell; a column of numbers is right-aligned."""
     body = [list(line) for line in body]
     if not body:
         return None
     numeric = [
-        all(isinstance(line[i], (int, float, type(None))) for line in body)
-        and any(line[i] is not None for line in body)
+        all(isinstance(line[i], (int, float, type(None))) or line[i] == "" for line in body)
+        and any(line[i] not in (None, "") for line in body)
         for i in range(len(columns))
     ]
     return {

@@ -8,11 +8,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import atomic_write
+
 
 class Tracker:
     """Appends one JSON object per record to metrics.jsonl and sends the same to W&B.
 
-    mode: "offline", "online" or "disabled", as WANDB_MODE. A W&B failure becomes a warning: the record goes on.
+    mode: "offline", "online" or "disabled", as WANDB_MODE. fresh: drop what an earlier run of this
+    stage recorded. A W&B failure becomes a warning: the record goes on.
     """
 
     def __init__(
@@ -22,9 +25,14 @@ class Tracker:
         config: dict[str, Any],
         mode: str = "offline",
         project: str = "mlem-diffusion",
+        fresh: bool = False,
     ):
         self.path, self.stage, self.run = directory / "metrics.jsonl", stage, None
         directory.mkdir(parents=True, exist_ok=True)
+        if fresh and self.path.is_file():
+            lines = self.path.read_text().splitlines(keepends=True)
+            kept = "".join(line for line in lines if f'"stage": "{stage}"' not in line)
+            atomic_write(self.path, lambda p: p.write_text(kept))
         if mode == "disabled":
             return
         try:
@@ -49,6 +57,10 @@ class Tracker:
         with self.path.open("a") as file:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
             file.write(json.dumps({"stage": self.stage, **finite}, allow_nan=False) + "\n")
+        self._send(record)
+
+    def mirror(self, record: dict[str, Any]) -> None:
+        """Send a record to W&B that metrics.jsonl holds already."""
         self._send(record)
 
     def image(self, key: str, path: Path) -> None:

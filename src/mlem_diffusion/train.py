@@ -159,6 +159,7 @@ def train_level(
     if world > 1:
         loss_module = nn.parallel.DistributedDataParallel(loss_module)
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
+        torch._dynamo.reset()  # each width is a program of its own; together they would exceed dynamo's limit
         loss_module = torch.compile(loss_module)
 
     # ---- data ------------------------------------------------------------------------------------------------
