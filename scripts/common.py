@@ -240,7 +240,7 @@ def run(
         if cfg.dry_run:
             print(OmegaConf.to_yaml(OmegaConf.create(stage.plain()), resolve=True))
             if estimate is None:
-                print(f"{name} evaluates no network: seconds to minutes.")
+                print(f"estimated cost of {name}: no network is evaluated; seconds to minutes.")
                 return
             rows = estimate(stage)
             for what, flops, seconds in rows:

@@ -88,7 +88,7 @@ def real_features(stage: common.Stage, images: ImageData, runner: Runner) -> np.
                 part = images.images[train[start : start + 1024]]
                 parts.append(runner.extractor.features(part).numpy())
                 progress(start + len(part), len(train))
-                if stage.should_stop():
+                if start + 1024 < len(train) and stage.should_stop():
                     raise common.Stopped("stopped as asked while extracting the features of the real images")
 
         def write(temporary: Path) -> None:

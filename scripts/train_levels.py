@@ -24,7 +24,7 @@ from mlem_diffusion.data import ImageData
 from mlem_diffusion.drift import SingleLevel
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.evaluate import denoising_errors, noise_levels, to_float
-from mlem_diffusion.family import as_level, build_denoiser
+from mlem_diffusion.family import as_level, build_denoiser, read_metadata
 from mlem_diffusion.grids import save_grid
 from mlem_diffusion.metrics import to_uint8
 from mlem_diffusion.plot_compare import plot_training
@@ -183,9 +183,11 @@ def train_all(stage: common.Stage, images: ImageData) -> None:
             side_by_side.run(train_in_worker, tasks, workers, stage.should_stop)
             if tracker is not None:
                 mirror_workers(stage, levels, tracker)
-        for level in levels:
-            metadata.append(train_one(stage, level, images, held_out, tracker))
-            wait_for_all()
+            metadata = read_metadata(stage.checkpoints, stage.cfg.family.widths)
+        else:
+            for level in levels:
+                metadata.append(train_one(stage, level, images, held_out, tracker))
+                wait_for_all()
     except Interrupted as error:
         if tracker is not None:
             tracker.finish()

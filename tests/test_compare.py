@@ -244,11 +244,11 @@ def test_costs_are_per_image_and_realised_costs_are_counted(make):
     runner = make()
     costs = runner.run(Setting("ode", "ddim", "single", ("w4",), 8), runner.reference("ode"), NoiseCache())["costs"]
     assert costs["network_calls"] == 8 and costs["gflops_expected"] == costs["gflops_realised"] == 8 * 4
-    assert costs["n_fires_top"] == 8 * 10 and costs["seconds"] > 0
+    assert costs["n_fires_top"] == 8 * runner.n_reference and costs["seconds"] > 0
     setting = Setting("ode", "ddim", "stitched", ("w2", "w8"), 8, cost_knob=0.25)
     costs = runner.run(setting, runner.reference("ode"), NoiseCache())["costs"]
     assert costs["gflops_expected"] == costs["gflops_realised"] == 2 * 1 + 6 * 16
-    assert costs["n_fires_top"] == 6 * 10
+    assert costs["n_fires_top"] == 6 * runner.n_reference
 
 
 def test_shared_coins_are_one_cluster_per_batch(make):

@@ -68,6 +68,10 @@ class _LossModule(nn.Module):
         return self.denoiser.loss(add_noise(x0, noise, logsnr), x0, logsnr).mean()
 
 
+def _diverged(width: int, loss: float, images: int) -> str:
+    return f"The loss of width {width} is {loss} after {images} images: lower train.lr and train again."
+
+
 def ema_decay(config: TrainConfig, images: int) -> float:
     """Decay of one step after `images` images: the half-life is ramped up with training."""
     halflife = max(min(config.ema_halflife, config.ema_ramp * images), 1e-8)
@@ -219,9 +223,7 @@ def train_level(
                 running /= 1 if device.type == "cuda" else world
             mean = float(running) / counted
             if not np.isfinite(mean):
-                raise UserError(
-                    f"The loss of width {width} is {mean} after {seen} images: lower train.lr and train again."
-                )
+                raise UserError(_diverged(width, mean, seen))
             history.append({"images": seen, "loss": mean})
             if report is not None and rank == 0:
                 report({"images": seen, "loss": mean, "lr": optimiser.param_groups[0]["lr"]})
@@ -229,6 +231,8 @@ def train_level(
             counted, last_log = 0, seen
         if due and seen >= due[0]:
             due = [s for s in due if s > seen]
+            if not torch.isfinite(loss):
+                raise UserError(_diverged(width, float(loss), seen))
             if rank == 0:
                 save_weights(directory / f"ema-{seen:010d}.safetensors", ema)
                 if snapshot is not None:
