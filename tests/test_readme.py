@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -24,3 +25,62 @@ def test_named_files_and_experiments_exist():
         assert (ROOT / "src" / "mlem_diffusion" / name).is_file(), name
     for name in re.findall(r"^\| `([a-z]\w+)` \|", README, flags=re.M):
         assert (ROOT / "configs" / "experiment" / f"{name}.yaml").is_file(), name
+
+
+def measured_table() -> str:
+    """The README's table of results, from the committed files: `python tests/test_readme.py` prints it."""
+    folders = [folder for name in ("demo", "celeba16") if (folder := ROOT / "results" / name).is_dir()]
+    gammas = [json.loads((folder / "gamma.json").read_text()) for folder in folders]
+    speedups = [json.loads((folder / "speedup.json").read_text()) for folder in folders]
+
+    def gamma(result: dict, name: str) -> str:
+        estimate = result["estimates"][name]
+        low, high = estimate["interval"]
+        value = "no finite value" if estimate["gamma"] is None else f"{estimate['gamma']:.1f}"
+        return f"{value} [{low:.1f}, {'unbounded' if high is None else f'{high:.1f}'}]"
+
+    def speedup(result: dict, dynamics: str, kind: str, measure: str, cost: str) -> str:
+        entry = result[dynamics][kind][measure][cost]
+        return "not reached" if entry["max"] is None else f"{entry['max']:.2f} (>= {entry['lower95']:.2f})"
+
+    def ratio(result: dict, dynamics: str, kind: str) -> str:
+        entry = result[dynamics][kind]["error"]["flops"]["error_ratio_at_equal_cost"]
+        return "none" if entry["max"] is None else f"{entry['max']:.2f} (>= {entry['lower95']:.2f})"
+
+    rows = [("measured (95% intervals and lower bounds)", *(f"`{folder.name}`" for folder in folders))]
+    rows.append(("---",) * len(rows[0]))
+    for name, words in (
+        ("loss_fit", "gamma, loss fit"),
+        ("differences", "gamma, neighbouring levels"),
+        ("to_largest", "gamma, against the largest"),
+    ):
+        rows.append((words, *(gamma(result, name) for result in gammas)))
+    rows.append(("harder than Monte Carlo", *(result["htmc"] for result in gammas)))
+    for dynamics in ("sde", "ode"):
+        for kind in ("plain", "best"):
+            label = f"{dynamics.upper()}, {kind} ML-EM"
+            for measure in ("error", "distance"):
+                cells = (speedup(result, dynamics, kind, measure, "flops") for result in speedups)
+                rows.append((f"{label}: speed-up in FLOPs at equal {measure}", *cells))
+            rows.append(
+                (
+                    f"{label}: speed-up in seconds at equal error",
+                    *(speedup(r, dynamics, kind, "error", "seconds") for r in speedups),
+                )
+            )
+            rows.append(
+                (f"{label}: error ratio at equal FLOPs", *(ratio(result, dynamics, kind) for result in speedups))
+            )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def test_the_results_in_the_readme_are_those_of_the_committed_runs():
+    assert measured_table() in README, "run python tests/test_readme.py and put its table into the README"
+
+
+def test_no_placeholder_is_left():
+    assert not re.findall(r"@[A-Z_]+@", README)
+
+
+if __name__ == "__main__":
+    print(measured_table())
