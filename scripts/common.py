@@ -27,6 +27,7 @@ from tqdm import tqdm
 from mlem_diffusion import data as datasets
 from mlem_diffusion.checkpoint import atomic_write, write_json
 from mlem_diffusion.errors import UserError
+from mlem_diffusion.evaluate import to_float
 from mlem_diffusion.family import describe, read_metadata
 from mlem_diffusion.process import Process
 
@@ -97,6 +98,10 @@ class Stage:
         if not self._source_missing() and self.cfg.data.source == "portraits":
             self.prepare_data()
         return datasets.load(self.data_dir)
+
+    def held_out(self, images: datasets.ImageData) -> torch.Tensor:
+        """The held-out images [M,3,S,S] in [-1, 1] on which denoising errors are measured."""
+        return to_float(images.images[images.held_out()[: self.cfg.gamma.images]], self.device)
 
     def _source_missing(self) -> bool:
         return OmegaConf.is_missing(self.cfg.data, "source")

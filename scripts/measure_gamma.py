@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from mlem_diffusion.checkpoint import write_json
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.evaluate import denoising_errors, noise_levels, to_float
+from mlem_diffusion.evaluate import denoising_errors, noise_levels
 from mlem_diffusion.family import load_family, read_metadata
 from mlem_diffusion.plot_gamma import plot_gamma
 from mlem_diffusion.scaling import LevelErrors, estimate, hierarchy_warnings
@@ -23,7 +23,7 @@ def measure(stage: common.Stage, images: Any, snapshot: int | None, label: str) 
     cfg, process = stage.cfg, stage.process()
     metadata = read_metadata(stage.checkpoints, cfg.family.widths)
     levels = load_family(stage.checkpoints, cfg.family.widths, stage.device, "float32", snapshot)
-    held_out = to_float(images.images[images.held_out()[: cfg.gamma.images]], stage.device)
+    held_out = stage.held_out(images)
     logsnr = noise_levels(process, cfg.gamma.noise_levels)
     with common.bar(label, len(logsnr), unit="noise level") as progress:
         loss, previous, largest = denoising_errors(levels, held_out, logsnr, cfg.gamma.seed, cfg.gamma.batch, progress)

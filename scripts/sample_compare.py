@@ -11,7 +11,6 @@ import common
 import hydra
 import numpy as np
 import side_by_side
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from mlem_diffusion import speedup
@@ -139,7 +138,7 @@ def work(stage: common.Stage) -> None:
             tracker.image(path.stem, path)
     tell(result)
     count = side_by_side.worker_count(cfg.workers, stage.device, len(settings))
-    workers = {"workers": count, "threads_per_worker": max(1, torch.get_num_threads() // count)}
+    workers = {"workers": count, "threads_per_worker": side_by_side.threads_per_worker(count)}
     stage.record(
         fingerprint, images.manifest, gamma_used=runner.gamma, settings=len(rows), left_out=left_out, **workers
     )

@@ -22,6 +22,10 @@ def worker_count(workers: Any, device: torch.device, tasks: int) -> int:
     return 1 if alone else min(tasks, torch.get_num_threads())
 
 
+def threads_per_worker(workers: int) -> int:
+    return max(1, torch.get_num_threads() // workers)
+
+
 def run(
     function: Callable[..., Any],
     tasks: Sequence[tuple],
@@ -34,8 +38,8 @@ def run(
     function must be importable; it should look at `stop_requested` now and then. on_done(task) runs in this process.
     """
     context = multiprocessing.get_context("spawn")
-    stop, threads = context.Event(), max(1, torch.get_num_threads() // workers)
-    with ProcessPoolExecutor(workers, context, _start_worker, (stop, threads)) as pool:
+    stop = context.Event()
+    with ProcessPoolExecutor(workers, context, _start_worker, (stop, threads_per_worker(workers))) as pool:
         futures = {pool.submit(function, *task): task for task in tasks}
         pending = set(futures)
         while pending:

@@ -23,7 +23,7 @@ from mlem_diffusion.checkpoint import atomic_write, read_json, write_json
 from mlem_diffusion.data import ImageData
 from mlem_diffusion.drift import SingleLevel
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.evaluate import denoising_errors, noise_levels, to_float
+from mlem_diffusion.evaluate import denoising_errors, noise_levels
 from mlem_diffusion.family import as_level, build_denoiser, read_metadata
 from mlem_diffusion.grids import save_grid
 from mlem_diffusion.metrics import to_uint8
@@ -162,7 +162,6 @@ def work(stage: common.Stage) -> None:
 def train_all(stage: common.Stage, images: ImageData) -> None:
     rms = images.manifest["rms"]
     levels = stage.describe_levels(rms)
-    held_out = to_float(images.images[images.held_out()[: stage.cfg.gamma.images]], stage.device)
     main_process = common.is_main_process()
     fingerprint = stage.fingerprint((*GROUPS, "family"), data=images.manifest["sha256"])
     trained = all(is_trained(stage.checkpoints / v["name"], level_fingerprint(stage, v, images)) for v in levels)
@@ -181,10 +180,11 @@ def train_all(stage: common.Stage, images: ImageData) -> None:
             expensive_first = sorted(levels, key=lambda level: -level["flops"])
             tasks = [(stage, level, line) for line, level in enumerate(expensive_first)]
             side_by_side.run(train_in_worker, tasks, workers, stage.should_stop)
-            if tracker is not None:
-                mirror_workers(stage, levels, tracker)
             metadata = read_metadata(stage.checkpoints, stage.cfg.family.widths)
+            if tracker is not None:
+                mirror_workers(stage, metadata, tracker)
         else:
+            held_out = stage.held_out(images)
             for level in levels:
                 metadata.append(train_one(stage, level, images, held_out, tracker))
                 wait_for_all()
@@ -207,10 +207,10 @@ def train_all(stage: common.Stage, images: ImageData) -> None:
         stage.record(fingerprint, images.manifest)
 
 
-def mirror_workers(stage: common.Stage, levels: list[dict[str, Any]], tracker: Tracker) -> None:
+def mirror_workers(stage: common.Stage, metadata: list[dict[str, Any]], tracker: Tracker) -> None:
     """Send to W&B what the workers wrote to files: loss curves and sample grids."""
-    for level in levels:
-        for record in read_json(stage.checkpoints / level["name"] / "metadata.json", "train it again")["history"]:
+    for level in metadata:
+        for record in level["history"]:
             tracker.mirror({f"{level['name']}/loss": record["loss"], f"{level['name']}/images": record["images"]})
         for picture in sorted((stage.results / "training").glob(f"{level['name']}-*.png")):
             tracker.image(f"{level['name']}/samples-ema", picture)
@@ -220,9 +220,8 @@ def train_in_worker(stage: common.Stage, level: dict[str, Any], position: int) -
     """One of several levels that train at a time, each in a process of its own."""
     stage.should_stop = side_by_side.stop_requested
     images = stage.data()
-    held_out = to_float(images.images[images.held_out()[: stage.cfg.gamma.images]], stage.device)
     with Tracker(stage.results, stage.name, {}, mode="disabled") as tracker:
-        train_one(stage, level, images, held_out, tracker, position)
+        train_one(stage, level, images, stage.held_out(images), tracker, position)
 
 
 def estimate(stage: common.Stage) -> list[tuple[str, float, float]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -172,7 +172,7 @@ class Runner:
         for level in self.levels.values():
             level.denoise(x, torch.zeros(len(x), device=self.device))
 
-    def reference(self, dynamics: str, progress: Callable[[int], object] | None = None) -> Tensor:
+    def reference(self, dynamics: str) -> Tensor:
         """Samples [n_reference, *shape] of the largest level on the base grid, in float32 on the CPU."""
         path = self._path("reference", {"dynamics": dynamics})
         if not path.is_file():
@@ -183,8 +183,6 @@ class Runner:
                 parts.append(
                     sample(drift, grid, dynamics, REFERENCE_RULE[dynamics], seeds, self.shape, self.device)[0].cpu()
                 )
-                if progress is not None:
-                    progress(len(seeds))
             images = torch.cat(parts).numpy()
             atomic_write(path, lambda p: _savez(p, images=images))
         return torch.from_numpy(np.load(path)["images"])
