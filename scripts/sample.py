@@ -102,9 +102,9 @@ def cost(stage: common.Stage) -> list[tuple[str, float, float]]:
     seeds, (setting, gamma) = parse_seeds(stage.cfg.seeds), choose(stage)
     described, seconds = stage.describe_levels(), common.seconds_per_evaluation(stage, 16)
     levels = {v["name"]: Level(v["name"], lambda x, logsnr: x, v["flops"]) for v in described}
-    drift, grid = setting.build(levels, gamma), stage.process().grid(setting.steps)
+    drift, evaluations = setting.build(levels, gamma), setting.evaluations(stage.process())
     per_level = dict(zip(levels, seconds, strict=True))
-    counts = zip(drift.levels, drift.expected_evaluations(grid) * len(seeds), strict=True)
+    counts = zip(drift.levels, drift.expected_evaluations(evaluations) * len(seeds), strict=True)
     return [(f"sample with {v.name}", v.flops * count, per_level[v.name] * count) for v, count in counts]
 
 

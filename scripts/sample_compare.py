@@ -29,7 +29,7 @@ from mlem_diffusion.metrics import (
     to_uint8,
 )
 from mlem_diffusion.plot_compare import plot_compare
-from mlem_diffusion.samplers import STEP_RULES
+from mlem_diffusion.step_rules import STEP_RULES
 from mlem_diffusion.tables import describe, frontier, write_rows
 from mlem_diffusion.tracking import Tracker
 
@@ -108,7 +108,7 @@ def work(stage: common.Stage) -> None:
     config: Any = OmegaConf.to_container(cfg.compare, resolve=True)
     settings = settings_of(config, list(runner.levels), runner.process.base_steps)
     # settings that share noise increments run next to each other
-    settings.sort(key=lambda s: (s.dynamics, STEP_RULES[s.dynamics, s.step_rule][1] or "", s.steps))
+    settings.sort(key=lambda s: (s.dynamics, STEP_RULES[s.dynamics, s.step_rule].clock or "", s.steps))
 
     # ---- real images: statistics of all training images, and the real-against-real floor -------------------
     real = real_features(stage, images, runner)
@@ -164,7 +164,7 @@ def run_all(stage: common.Stage, runner: Runner, settings: list[Setting], statis
     n, largest = len(runner.seeds), list(runner.levels.values())[-1]
     dynamics = sorted({s.dynamics for s in settings})
     reference_cost = runner.process.base_steps * largest.flops * runner.n_reference / 1e9
-    costs = {s: s.build(runner.levels, runner.gamma).expected_flops(runner.process.grid(s.steps)) for s in settings}
+    costs = {s: s.build(runner.levels, runner.gamma).expected_flops(s.evaluations(runner.process)) for s in settings}
     costs = {s: cost * n / 1e9 for s, cost in costs.items()}
     rows, measured, pictures, done = [], [], {}, 0.0
     total = sum(costs.values()) + reference_cost * len(dynamics)
@@ -249,11 +249,14 @@ def cost(stage: common.Stage) -> list[tuple[str, float, float]]:
     process, out = stage.process(), {}
     gamma = 2.5 if config["gamma"] == "auto" else float(config["gamma"])
     for s in settings_of(config, list(levels), process.base_steps):
-        drift, grid = s.build(levels, gamma), process.grid(s.steps)
-        per_level = zip(drift.levels, drift.expected_evaluations(grid), strict=True)
+        drift, evaluations = s.build(levels, gamma), s.evaluations(process)
+        per_level = zip(drift.levels, drift.expected_evaluations(evaluations), strict=True)
         time = sum(seconds[level.name] * count for level, count in per_level) * config["n"]
         flops, before = out.get(f"{s.dynamics} {s.drift} {s.step_rule}", (0.0, 0.0))
-        out[f"{s.dynamics} {s.drift} {s.step_rule}"] = flops + drift.expected_flops(grid) * config["n"], before + time
+        out[f"{s.dynamics} {s.drift} {s.step_rule}"] = (
+            flops + drift.expected_flops(evaluations) * config["n"],
+            before + time,
+        )
     largest, count = described[-1], process.base_steps * min(config["n_reference"], config["n"])
     for d in sorted({key.split()[0] for key in out}):
         out[f"{d} reference"] = count * largest["flops"], count * seconds[largest["name"]]

@@ -104,6 +104,8 @@ SETTINGS = [
     Setting("sde", "ddpm", "stitched", ("w2", "w8"), 16, cost_knob=0.25),
     Setting("ode", "ddim", "ml_em", ("w2", "w4", "w8"), 16, "constant", "independent", 3.5),
     Setting("sde", "ddpm", "ml_em", ("w2", "w8"), 16, "constant", "systematic-shared", 1.0),
+    Setting("sde", "dpmpp_2m", "single", ("w2",), 5),
+    Setting("ode", "unipc", "ml_em", ("w2", "w8"), 16, "constant", "systematic", 1.0),
 ]
 
 
@@ -146,6 +148,8 @@ def test_building_a_setting_that_does_not_fit_the_family():
         replace(SETTINGS[0], levels=("w9",)).build(levels, 2.5)
     with pytest.raises(UserError, match="'ml_em' with cost_knob None"):
         replace(SETTINGS[3], cost_knob=None).build(levels, 2.5)
+    with pytest.raises(UserError, match="sde/heun is unknown"):
+        replace(SETTINGS[0], step_rule="heun").evaluations(Process(LinearSchedule()))
 
 
 # -------------------------------------------------------------------------------------------------- runner
@@ -245,10 +249,24 @@ def test_costs_are_per_image_and_realised_costs_are_counted(make):
     costs = runner.run(Setting("ode", "ddim", "single", ("w4",), 8), runner.reference("ode"), NoiseCache())["costs"]
     assert costs["network_calls"] == 8 and costs["gflops_expected"] == costs["gflops_realised"] == 8 * 4
     assert costs["n_fires_top"] == 8 * runner.n_reference and costs["seconds"] > 0
+    heun = Setting("ode", "heun", "single", ("w4",), 8)
+    costs = runner.run(heun, runner.reference("ode"), NoiseCache())["costs"]
+    assert heun.evaluations(runner.process) == costs["network_calls"] == 15  # two for each of seven steps, and the last
+    assert costs["gflops_expected"] == costs["gflops_realised"] == 15 * 4
     setting = Setting("ode", "ddim", "stitched", ("w2", "w8"), 8, cost_knob=0.25)
     costs = runner.run(setting, runner.reference("ode"), NoiseCache())["costs"]
     assert costs["gflops_expected"] == costs["gflops_realised"] == 2 * 1 + 6 * 16
     assert costs["n_fires_top"] == 6 * runner.n_reference
+
+
+@pytest.mark.parametrize("setting", [SETTINGS[3], SETTINGS[4], SETTINGS[6]], ids=lambda s: s.coins)
+def test_fires_of_the_top_level_are_counted_in_the_compared_samples(make, setting):
+    """6 of 10 samples, in batches of 4."""
+    runner = make()
+    found = runner.run(setting, runner.reference(setting.dynamics), NoiseCache())["costs"]["n_fires_top"]
+    drift, seeds = setting.build(runner.levels, runner.gamma), runner.seeds
+    weights = [drift.weights(16, seeds[start : start + 4]) for start in (0, 4, 8)]
+    assert 0 < found == np.count_nonzero(np.concatenate(weights, axis=1)[:, :6, -1])
 
 
 def test_shared_coins_are_one_cluster_per_batch(make):

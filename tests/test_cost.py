@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -60,16 +61,18 @@ def test_counting_leaves_the_network_alone() -> None:
 
 def test_ledger_adds_up() -> None:
     ledger = Ledger([1.0, 10.0], images=4, seconds=2.0)
-    ledger.record(0, 4)
-    ledger.record(1, 3)
-    ledger.record(1, 1)
+    ledger.record(0, np.arange(4))
+    ledger.record(1, np.array([0, 1, 3]))
+    ledger.record(1, np.array([1]))
     assert (ledger.evaluations, ledger.launches) == ([4, 4], [1, 2])
+    assert ledger.per_sample.tolist() == [[1, 1], [1, 2], [1, 0], [1, 1]]
     assert (ledger.calls_per_image, ledger.flops_per_image, ledger.seconds_per_image) == (2, 11, 0.5)
-    total = Ledger([1.0, 10.0])
+    total, other = Ledger([1.0, 10.0]), Ledger([1.0, 10.0], images=1, seconds=1.0)
+    other.record(1, np.array([0]))
     total.add(ledger)
-    total.add(ledger)
-    assert (total.evaluations, total.launches, total.images, total.seconds) == ([8, 8], [2, 4], 8, 4.0)
-    assert total.flops_per_image == 11
+    total.add(other)
+    assert (total.evaluations, total.launches, total.images, total.seconds) == ([4, 5], [1, 3], 5, 3.0)
+    assert total.per_sample.tolist() == [[1, 1], [1, 2], [1, 0], [1, 1], [0, 1]]  # batch after batch
+    assert total.flops_per_image == 54 / 5
     with pytest.raises(ValueError):
         total.add(Ledger([1.0]))
-    assert Ledger([1.0]).evaluations is not Ledger([1.0]).evaluations

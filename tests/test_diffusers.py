@@ -1,4 +1,4 @@
-"""DDPM, DDIM and DPM-Solver++(2M) against diffusers' schedulers, on the same noise levels, noise and denoiser."""
+"""Step rules against diffusers' schedulers, on the same noise levels, noise and denoiser."""
 
 from __future__ import annotations
 
@@ -94,3 +94,59 @@ def test_dpm_solver(count: int, spacing: str) -> None:
     logsnr = -2 * np.log(scheduler.sigmas[:-1].double().numpy())
     np.testing.assert_allclose(logsnr, logsnr_of(scheduler), rtol=1e-4, atol=1e-4)
     agree(ours(logsnr, "ode", "dpmpp_2m"), theirs(scheduler, logsnr, "sample"))
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "trailing"])
+@pytest.mark.parametrize("count", COUNTS)
+def test_sde_dpm_solver(count: int, spacing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        algorithm_type="sde-dpmsolver++",
+        solver_order=2,
+        solver_type="midpoint",
+        final_sigmas_type="zero",
+        lower_order_final=True,
+        prediction_type="sample",
+        timestep_spacing=spacing,
+    )
+    scheduler.set_timesteps(count)
+    logsnr = -2 * np.log(scheduler.sigmas[:-1].double().numpy())
+    noise = torch.randn(count, len(SEEDS), *SHAPE, generator=torch.Generator().manual_seed(1))
+    draws = iter(noise)  # they draw once more for the final denoising, and multiply it by zero
+    module = "diffusers.schedulers.scheduling_dpmsolver_multistep.randn_tensor"
+    monkeypatch.setattr(module, lambda *a, **k: next(draws))
+    expected = theirs(scheduler, logsnr, "sample")
+    assert next(draws, None) is None
+    agree(ours(logsnr, "sde", "dpmpp_2m", noise[:-1]), expected)
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "trailing"])
+@pytest.mark.parametrize("count", COUNTS)
+def test_unipc(count: int, spacing: str) -> None:
+    scheduler = diffusers.UniPCMultistepScheduler(
+        solver_order=2,
+        solver_type="bh2",
+        predict_x0=True,
+        final_sigmas_type="zero",
+        lower_order_final=True,
+        prediction_type="sample",
+        timestep_spacing=spacing,
+    )
+    scheduler.set_timesteps(count)
+    logsnr = -2 * np.log(scheduler.sigmas[:-1].double().numpy())
+    agree(ours(logsnr, "ode", "unipc"), theirs(scheduler, logsnr, "sample"))
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "trailing"])
+@pytest.mark.parametrize("count", COUNTS)
+def test_heun(count: int, spacing: str) -> None:
+    """Theirs runs in EDM's coordinates x / alpha; its last step, to no noise, is Euler's: the final denoising."""
+    scheduler = diffusers.HeunDiscreteScheduler(prediction_type="sample", timestep_spacing=spacing)
+    scheduler.set_timesteps(count)
+    sigmas = scheduler.sigmas[:-1].double()
+    assert len(sigmas) == len(scheduler.timesteps) == 2 * count - 1
+    alphas = (1 + sigmas**2) ** -0.5
+    y = initial_noise(SEEDS, SHAPE, CPU) / alphas[0].float()
+    for t, sigma, alpha in zip(scheduler.timesteps, sigmas, alphas, strict=True):
+        output = nonlinear_denoise(y * alpha.float(), torch.full((len(y),), -2 * float(sigma.log())))
+        y = scheduler.step(output, t, y).prev_sample
+    agree(ours(-2 * np.log(sigmas[::2].numpy()), "ode", "heun"), y)

@@ -1,23 +1,116 @@
-"""The sampling loop and its step rules: reductions, reproducibility, orders of convergence on a Gaussian problem."""
+"""The sampling loop and its step rules: programs, reductions, reproducibility, orders of convergence."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 import torch
 from toys import SHAPE, gaussian_level, gaussian_variance, grid_of, nonlinear_denoise, process, toy_family
 
+from mlem_diffusion.cost import Ledger
 from mlem_diffusion.drift import Multilevel, SingleLevel
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.levels import Level
 from mlem_diffusion.noise import initial_noise, path_increments
 from mlem_diffusion.probabilities import COINS
-from mlem_diffusion.process import alpha_sigma
-from mlem_diffusion.samplers import REFERENCE_RULE, STEP_RULES, sample, steps_of
+from mlem_diffusion.process import Grid, alpha_sigma
+from mlem_diffusion.samplers import sample
+from mlem_diffusion.step_rules import REFERENCE_RULE, STEP_RULES, Evaluation, steps_of
 
 RULES = list(STEP_RULES)
+ODE_RULES = [rule for dynamics, rule in RULES if dynamics == "ode"]
+SDE_RULES = [rule for dynamics, rule in RULES if dynamics == "sde"]
 CPU = torch.device("cpu")
 S = 0.8  # standard deviation of the Gaussian data; at 0.5 the leading error of Euler in t happens to cancel
+
+
+def run(
+    program: list[Evaluation],
+    x: np.ndarray,
+    denoise: Callable[[np.ndarray, float], np.ndarray],
+    increments: np.ndarray | None = None,
+) -> list[np.ndarray]:
+    """A program as its matrices say, in float64: state 0 [n + 1, *x.shape] before each evaluation and at the end."""
+    state = np.zeros((len(program[0].update), *x.shape))
+    state[0], seen = x, [x]
+    for evaluation in program:
+        z = np.zeros_like(x) if increments is None or evaluation.noise is None else increments[evaluation.noise]
+        inputs = np.concatenate([state, [denoise(state[0], evaluation.logsnr), z]])
+        state = np.tensordot(evaluation.update, inputs, axes=1)
+        seen.append(state[0])
+    return seen
+
+
+def nonlinear(x: np.ndarray, logsnr: float) -> np.ndarray:
+    return nonlinear_denoise(torch.from_numpy(x)[None], torch.tensor([logsnr], dtype=torch.float64))[0].numpy()
+
+
+# --------------------------------------------------------------------------------------------------- programs
+
+
+@pytest.mark.parametrize(("dynamics", "rule"), RULES)
+def test_programs_are_well_formed(dynamics: str, rule: str) -> None:
+    grid = process().grid(6)
+    program, clock = STEP_RULES[dynamics, rule].program(grid), STEP_RULES[dynamics, rule].clock
+    visited = np.repeat(grid.logsnr, 2)[1:] if rule == "heun" else grid.logsnr
+    assert [e.logsnr for e in program] == visited.tolist()
+    m = len(program[0].update)
+    assert all(e.update.shape == (m, m + 2) and e.update.dtype == np.float64 for e in program)
+    assert np.array_equal(program[-1].update, np.eye(m, m + 2, m) * (np.arange(m) == 0)[:, None])
+    assert (clock is None) == (dynamics == "ode")
+    noises = [e.noise for e in program]
+    assert noises == ([None] * len(program) if clock is None else [*range(5), None])
+    assert all((e.noise is None) == np.all(e.update[:, -1] == 0) for e in program)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 7])
+@pytest.mark.parametrize(("dynamics", "rule"), RULES)
+def test_a_constant_image_is_kept(dynamics: str, rule: str, steps: int) -> None:
+    """Without noise, alpha_s c goes to alpha_t c at every evaluation if all estimates are c; and c is the image."""
+    program = STEP_RULES[dynamics, rule].program(process().grid(steps))
+    alpha = alpha_sigma(np.array([e.logsnr for e in program]))[0]
+    seen = run(program, np.array([alpha[0] * 0.7]), lambda x, logsnr: np.full_like(x, 0.7))
+    # Euler in t follows the equations to first order only
+    np.testing.assert_allclose(np.ravel(seen)[: 1 if rule == "em" else -1], 0.7 * alpha[: 1 if rule == "em" else None])
+    elsewhere = np.random.default_rng(0).normal(size=(steps - 1, 3))
+    final = run(program, elsewhere[0], lambda x, logsnr: np.full_like(x, 0.7), elsewhere)[-1]
+    assert np.array_equal(final, [0.7, 0.7, 0.7])
+
+
+@pytest.mark.parametrize(("dynamics", "rule"), RULES)
+def test_the_loop_does_what_the_matrices_say(dynamics: str, rule: str) -> None:
+    """To 1e-5 of the largest value, float32 against float64."""
+    grid, shape, seeds = process().grid(9), (3, 6, 6), [4]
+    program, clock = STEP_RULES[dynamics, rule].program(grid), STEP_RULES[dynamics, rule].clock
+    increments = None if clock is None else path_increments(seeds, shape, grid, clock, CPU)
+    images, _ = sample(SingleLevel(Level("n", nonlinear_denoise, 1.0)), grid, dynamics, rule, seeds, shape)
+    x = initial_noise(seeds, shape, CPU)[0].double().numpy()
+    expected = run(program, x, nonlinear, None if increments is None else increments[:, 0].double().numpy())[-1]
+    assert np.abs(images[0].numpy() - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_estimates_are_left_as_they_are() -> None:
+    """The loop and its states may hold the very tensors that an estimator returned."""
+    returned: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    class Watched(SingleLevel):
+        def estimator(
+            self, evaluations: int, seeds: Sequence[int], ledger: Ledger
+        ) -> Callable[[int, torch.Tensor, float], torch.Tensor]:
+            inner = super().estimator(evaluations, seeds, ledger)
+
+            def estimate(j: int, x: torch.Tensor, logsnr: float) -> torch.Tensor:
+                out = inner(j, x, logsnr)
+                returned.extend([(out, out.clone()), (x, x.clone())])
+                return out
+
+            return estimate
+
+    for dynamics, rule in RULES:
+        sample(Watched(Level("n", nonlinear_denoise, 1.0)), process().grid(5), dynamics, rule, [0], SHAPE)
+    assert returned and all(torch.equal(tensor, before) for tensor, before in returned)
 
 
 # --------------------------------------------------------------------------------------------------- reductions
@@ -31,14 +124,15 @@ def test_certain_coins_are_plain_sampling_with_the_top_level(
 ) -> None:
     """Bit for bit, at the same cost."""
     family, grid, seeds = toy_family(), process().grid(9), [3, 1, 4]
+    n = 17 if rule == "heun" else 9
     single = SingleLevel(family[-1])
     multilevel = Multilevel(family, np.ones(3), coins, shared)
     expected, plain = sample(single, grid, dynamics, rule, seeds, SHAPE)
     images, ledger = sample(multilevel, grid, dynamics, rule, seeds, SHAPE)
     assert torch.equal(images, expected)
-    assert ledger.evaluations == [0, 0, *plain.evaluations] == [0, 0, 27]
+    assert ledger.evaluations == [0, 0, *plain.evaluations] == [0, 0, 3 * n]
     assert ledger.launches == [0, 0, *plain.launches]
-    assert ledger.flops_per_image == plain.flops_per_image == multilevel.expected_flops(grid) == 9 * 16.0
+    assert ledger.flops_per_image == plain.flops_per_image == multilevel.expected_flops(n) == n * 16.0
 
 
 def test_one_level_is_plain_sampling() -> None:
@@ -49,7 +143,8 @@ def test_one_level_is_plain_sampling() -> None:
 
 
 @pytest.mark.parametrize(("dynamics", "rule"), RULES)
-def test_n_steps_are_n_evaluations_the_last_a_denoising(dynamics: str, rule: str) -> None:
+def test_every_evaluation_of_the_program_is_made_the_last_a_denoising(dynamics: str, rule: str) -> None:
+    """n for n noise levels, and 2 n - 1 for Heun."""
     seen: list[float] = []
 
     def constant(x: torch.Tensor, logsnr: torch.Tensor) -> torch.Tensor:
@@ -59,33 +154,29 @@ def test_n_steps_are_n_evaluations_the_last_a_denoising(dynamics: str, rule: str
     grid = process().grid(6)
     images, ledger = sample(SingleLevel(Level("c", constant, 2.0)), grid, dynamics, rule, [0, 1], SHAPE)
     assert torch.equal(images, torch.full((2, *SHAPE), 0.25))
-    np.testing.assert_allclose(seen, grid.logsnr, rtol=1e-6)
-    assert (ledger.evaluations, ledger.images, ledger.flops_per_image) == ([12], 2, 12.0)
+    n = 11 if rule == "heun" else 6
+    np.testing.assert_allclose(seen, [e.logsnr for e in STEP_RULES[dynamics, rule].program(grid)], rtol=1e-6)
+    assert (ledger.evaluations, ledger.images, ledger.flops_per_image) == ([2 * n], 2, 2.0 * n) and len(seen) == n
     assert ledger.seconds_per_image > 0
 
 
-@pytest.mark.parametrize("rule", ["ddim", "dpmpp_2m"])
-def test_exponential_rules_are_exact_for_a_constant_image(rule: str) -> None:
+@pytest.mark.parametrize("rule", ["ddim", "dpmpp_2m", "heun", "unipc"])
+def test_ode_rules_are_exact_for_a_constant_image(rule: str) -> None:
     """With denoised = c the flow keeps (x - alpha c) / sigma, in one step as in ten."""
-    logsnr = np.linspace(-6, 6, 11)
+    logsnr, x0 = np.linspace(-6, 6, 11), np.array([1.7])
     alpha, sigma = alpha_sigma(logsnr)
-    c, x0 = torch.tensor([0.3], dtype=torch.float64), torch.tensor([1.7], dtype=torch.float64)
-    x = x0
-    for step in steps_of(grid_of(logsnr)):
-        x = STEP_RULES["ode", rule][0](x, c, c, step, None)
-    expected = alpha[-1] * c + sigma[-1] / sigma[0] * (x0 - alpha[0] * c)
-    assert float(x) == pytest.approx(float(expected), rel=1e-12)
+    end = run(STEP_RULES["ode", rule].program(grid_of(logsnr)), x0, lambda x, logsnr: np.full_like(x, 0.3))[-2]
+    expected = alpha[-1] * 0.3 + sigma[-1] / sigma[0] * (x0 - alpha[0] * 0.3)
+    np.testing.assert_allclose(end, expected, rtol=1e-12)
 
 
-def test_ancestral_step_samples_the_posterior() -> None:
+@pytest.mark.parametrize("rule", ["ddpm", "dpmpp_2m"])
+def test_ancestral_steps_sample_the_posterior(rule: str) -> None:
     """For a known image the chain stays on the forward marginal: mean alpha c, variance sigma^2, over any step."""
-    for step in steps_of(grid_of(np.array([-4.0, -3.0, 0.5, 5.0]))):
-        rule, c = STEP_RULES["sde", "ddpm"][0], torch.tensor(0.7, dtype=torch.float64)
-        zero, one = torch.zeros(()).double(), torch.ones(()).double()
-        mean = rule(step.alpha_s * c, c, None, step, zero)
-        assert float(mean) == pytest.approx(step.alpha_t * 0.7, rel=1e-12)
-        keep = float(rule(one, zero, None, step, zero))
-        fresh = float(rule(zero, zero, None, step, one))
+    grid = grid_of(np.array([-4.0, -3.0, 0.5, 5.0]))
+    for evaluation, step in zip(STEP_RULES["sde", rule].program(grid), steps_of(grid), strict=False):
+        keep, *estimates, fresh = evaluation.update[0]
+        assert keep * step.alpha_s + sum(estimates) == pytest.approx(step.alpha_t, rel=1e-12)
         assert keep**2 * step.sigma_s**2 + fresh**2 == pytest.approx(step.sigma_t**2, rel=1e-12)
 
 
@@ -93,18 +184,35 @@ def test_euler_rules_are_one_step_of_the_equations_in_time() -> None:
     """dx = -beta (x/2 + score) dt + sqrt(beta) dW backwards, and half the score for the flow; beta at the start of the step."""
     p = process()
     grid = p.grid(5)
-    x, denoised, z = torch.randn(3, 1, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x, denoised, z = np.random.default_rng(0).normal(size=(3, 6))
+    sde_program, ode_program = (STEP_RULES[dynamics, "em"].program(grid) for dynamics in ("sde", "ode"))
     for i, step in enumerate(steps_of(grid)):
         beta, dt = float(p.schedule.beta(grid.time[i])), float(grid.time[i] - grid.time[i + 1])
         score = -(x - step.alpha_s * denoised) / step.sigma_s**2
         sde = x + beta * (0.5 * x + score) * dt + (beta * dt) ** 0.5 * z
         ode = x + 0.5 * beta * (x + score) * dt
-        assert torch.allclose(STEP_RULES["sde", "em"][0](x, denoised, None, step, z), sde, rtol=1e-10)
-        assert torch.allclose(STEP_RULES["ode", "em"][0](x, denoised, None, step, None), ode, rtol=1e-10)
+        inputs = np.stack([x, denoised, z])
+        np.testing.assert_allclose((sde_program[i].update @ inputs)[0], sde, rtol=1e-10)
+        np.testing.assert_allclose((ode_program[i].update @ inputs)[0], ode, rtol=1e-10)
+
+
+def test_heun_is_edms_algorithm() -> None:
+    """Karras et al. 2022, algorithm 1, written in its own coordinates x / alpha and sigma / alpha."""
+    grid, x = process(reach=6.0).grid(12), np.random.default_rng(0).normal(size=(3, 4, 4))
+    alpha, sigma = alpha_sigma(grid.logsnr)
+    y, t = x / alpha[0], sigma / alpha
+    for i in range(11):
+        d = (y - nonlinear(alpha[i] * y, grid.logsnr[i])) / t[i]
+        predicted = y + (t[i + 1] - t[i]) * d
+        d_there = (predicted - nonlinear(alpha[i + 1] * predicted, grid.logsnr[i + 1])) / t[i + 1]
+        y = y + (t[i + 1] - t[i]) * 0.5 * (d + d_there)
+    before, image = run(STEP_RULES["ode", "heun"].program(grid), x, nonlinear)[-2:]
+    np.testing.assert_allclose(before, alpha[-1] * y, rtol=1e-10)
+    np.testing.assert_allclose(image, nonlinear(alpha[-1] * y, grid.logsnr[-1]), rtol=1e-10)
 
 
 def test_an_unknown_rule_is_refused() -> None:
-    for dynamics, rule in (("ode", "ddpm"), ("sde", "heun"), ("pde", "em")):
+    for dynamics, rule in (("ode", "ddpm"), ("sde", "heun"), ("sde", "unipc"), ("pde", "em")):
         with pytest.raises(UserError, match="unknown"):
             sample(SingleLevel(toy_family(1)[0]), process().grid(4), dynamics, rule, [0], SHAPE)
 
@@ -153,7 +261,7 @@ def test_adding_a_level_leaves_noise_and_lower_coins_alone(coins: str) -> None:
 
 def test_increments_may_be_passed_in() -> None:
     grid, drift = process().grid(12), SingleLevel(toy_family(1)[0])
-    for rule, clock in (("em", "time"), ("ddpm", "snr")):
+    for rule, clock in (("em", "time"), ("ddpm", "snr"), ("dpmpp_2m", "snr")):
         increments = path_increments([5, 6], SHAPE, grid, clock, CPU)
         given, _ = sample(drift, grid, "sde", rule, [5, 6], SHAPE, increments=increments)
         assert torch.equal(given, sample(drift, grid, "sde", rule, [5, 6], SHAPE)[0])
@@ -173,32 +281,63 @@ def rms(x: torch.Tensor) -> float:
     return float(x.double().square().mean().sqrt())
 
 
+ORDERS = [("em", 1), ("ddim", 1), ("dpmpp_2m", 2), ("heun", 2), ("unipc", 3)]  # UniPC-2's corrector gains one
+
+
+def flow_errors(rule: str, grids: list[Grid]) -> list[float]:
+    """Errors of the final images from x = 1 at log-SNR -4 to 4, in float64."""
+
+    def denoise(x: np.ndarray, logsnr: float) -> np.ndarray:
+        return alpha_sigma(logsnr)[0] * S**2 / gaussian_variance(logsnr, S) * x
+
+    end = np.sqrt(gaussian_variance(4.0, S) / gaussian_variance(-4.0, S))
+    exact, start = denoise(end, 4.0), np.ones(1)
+    return [abs((run(STEP_RULES["ode", rule].program(grid), start, denoise)[-1] - exact).item()) for grid in grids]
+
+
 @pytest.mark.parametrize("spacing", ["time", "logsnr"])
-@pytest.mark.parametrize(("rule", "order"), [("em", 1), ("ddim", 1), ("dpmpp_2m", 2)])
+@pytest.mark.parametrize(("rule", "order"), ORDERS)
 def test_ode_rules_converge_to_the_exact_flow(rule: str, order: int, spacing: str) -> None:
-    p, drift = process(1009, spacing, reach=4.0), SingleLevel(gaussian_level(S))
-    seeds, shape = [0, 1], (3, 8, 8)
-    end = initial_noise(seeds, shape, CPU) * float(np.sqrt(gaussian_variance(4.0, S) / gaussian_variance(-4.0, S)))
-    exact = drift.level.denoise(end, torch.full((2,), 4.0))
-    errors = [rms(sample(drift, p.grid(n), "ode", rule, seeds, shape)[0] - exact) for n in STEPS]
+    p = process(1009, spacing, reach=4.0)
+    errors = flow_errors(rule, [p.grid(n) for n in STEPS])
     assert slope(STEPS, errors) == pytest.approx(order, abs=0.25), errors
 
 
-@pytest.mark.parametrize(("rule", "order"), [("ddim", 1), ("dpmpp_2m", 2)])
+@pytest.mark.parametrize(("rule", "order"), ORDERS[1:])
 def test_order_survives_uneven_steps(rule: str, order: int) -> None:
-    """Steps alternating 1 : 3 in log-SNR: the multistep rule must weigh its history by the ratio of step sizes."""
-    drift, errors = SingleLevel(gaussian_level(S)), []
-    end = initial_noise([0], SHAPE, CPU) * float(np.sqrt(gaussian_variance(4.0, S) / gaussian_variance(-4.0, S)))
-    exact = drift.level.denoise(end, torch.full((1,), 4.0))
+    """Steps alternating 1 : 3 in log-SNR: multistep rules must weigh their history by the ratio of step sizes."""
+    grids = []
     for n in STEPS:
         position = np.cumsum([0.0, *np.resize([1.0, 3.0], n)])
-        grid = grid_of(-4 + 8 * position / position[-1])
-        errors.append(rms(sample(drift, grid, "ode", rule, [0], SHAPE)[0] - exact))
+        grids.append(grid_of(-4 + 8 * position / position[-1]))
+    errors = flow_errors(rule, grids)
+    assert slope(STEPS, errors) == pytest.approx(order, abs=0.25), errors
+
+
+@pytest.mark.parametrize("rule", ODE_RULES)
+def test_sampling_reaches_the_exact_flow(rule: str) -> None:
+    """The same through the sampling loop, in float32."""
+    p, drift, shape = process(512, "logsnr", reach=4.0), SingleLevel(gaussian_level(S)), (3, 8, 8)
+    end = initial_noise([0, 1], shape, CPU) * float(np.sqrt(gaussian_variance(4.0, S) / gaussian_variance(-4.0, S)))
+    exact = drift.level.denoise(end, torch.full((2,), 4.0))
+    images, _ = sample(drift, p.grid(), "ode", rule, [0, 1], shape)
+    assert rms(images - exact) < (3e-3 if rule in ("em", "ddim") else 1e-5)
+
+
+@pytest.mark.parametrize(("rule", "order"), [("ddpm", 1), ("dpmpp_2m", 2)])
+def test_two_step_sde_rule_is_of_order_two_where_noise_is_absent(rule: str, order: int) -> None:
+    """z = 0 and a smooth nonlinear denoiser, against the same equation on a fine grid."""
+    p, x = process(4097, "logsnr", reach=4.0), np.random.default_rng(0).normal(size=(3, 4, 4))
+    fine = run(STEP_RULES["sde", "dpmpp_2m"].program(p.grid()), x, nonlinear)[-1]
+    errors = [
+        float(np.sqrt(np.mean((run(STEP_RULES["sde", rule].program(p.grid(n)), x, nonlinear)[-1] - fine) ** 2)))
+        for n in STEPS
+    ]
     assert slope(STEPS, errors) == pytest.approx(order, abs=0.25), errors
 
 
 @pytest.mark.parametrize("spacing", ["time", "logsnr"])
-@pytest.mark.parametrize("rule", ["em", "ddpm"])
+@pytest.mark.parametrize("rule", SDE_RULES)
 def test_sde_rules_converge_strongly_at_order_one(rule: str, spacing: str) -> None:
     """Additive noise: order 1 in the root mean square, along one Brownian path, to the reference of the comparison."""
     p, drift = process(2048, spacing, reach=4.0), SingleLevel(gaussian_level(S))
@@ -208,7 +347,16 @@ def test_sde_rules_converge_strongly_at_order_one(rule: str, spacing: str) -> No
     assert slope(STEPS, errors) == pytest.approx(1, abs=0.2), errors
 
 
-@pytest.mark.parametrize("rule", ["em", "ddpm"])
+def test_two_step_sde_rule_is_closer_to_the_reference_than_the_ancestral_one() -> None:
+    """Both of strong order 1 on the shared path; the extrapolation removes the drift's part of the error."""
+    p, drift, shape = process(1024, "logsnr", reach=4.0), SingleLevel(gaussian_level(S)), (3, 16, 16)
+    reference, _ = sample(drift, p.grid(), "sde", "ddpm", [0, 1], shape)
+    for n in STEPS:
+        plain, two = (sample(drift, p.grid(n), "sde", rule, [0, 1], shape)[0] for rule in ("ddpm", "dpmpp_2m"))
+        assert rms(two - reference) < 0.75 * rms(plain - reference)
+
+
+@pytest.mark.parametrize("rule", SDE_RULES)
 def test_an_unrelated_path_does_not_converge(rule: str) -> None:
     """What the shared path is for: with fresh noise the distance to the reference stays at the size of the samples."""
     p, drift, shape = process(512, reach=4.0), SingleLevel(gaussian_level(S)), (3, 16, 16)

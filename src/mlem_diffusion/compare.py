@@ -27,7 +27,8 @@ from .metrics import squared_errors, standard_error, to_uint8
 from .noise import path_increments
 from .probabilities import constant_probabilities
 from .process import Process
-from .samplers import REFERENCE_RULE, STEP_RULES, sample
+from .samplers import sample
+from .step_rules import REFERENCE_RULE, STEP_RULES, step_rule_of
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Setting:
     step_rule: str
     drift: str  # "single", "stitched" or "ml_em"
     levels: tuple[str, ...]
-    steps: int
+    steps: int  # noise levels of the grid
     probabilities: str = ""  # "constant" for ml_em
     coins: str = ""  # "independent" or "systematic", "-shared" appended for one set of coins per batch
     cost_knob: float | None = None  # C of the constant probabilities; the switch fraction of a stitched schedule
@@ -57,6 +58,10 @@ class Setting:
             p = constant_probabilities([level.flops for level in family], gamma, self.cost_knob)
             return Multilevel(family, p, self.coins.removesuffix("-shared"), self.coins.endswith("-shared"))
         raise UserError(f"The drift {self.drift!r} with cost_knob {self.cost_knob} is not known.")
+
+    def evaluations(self, process: Process) -> int:
+        """Network evaluations that the step rule makes on a grid of `steps` noise levels."""
+        return len(step_rule_of(self.dynamics, self.step_rule).program(process.grid(self.steps)))
 
 
 def setting_from(values: Mapping[str, Any]) -> Setting:
@@ -195,9 +200,9 @@ class Runner:
         path = self._path("setting", asdict(setting))
         if not path.is_file():
             drift, grid = setting.build(self.levels, self.gamma), self.process.grid(setting.steps)
-            clock = STEP_RULES[setting.dynamics, setting.step_rule][1]
+            clock = step_rule_of(setting.dynamics, setting.step_rule).clock
             total = Ledger([level.flops for level in drift.levels])
-            errors, features, kept, clusters, fires = [], [], [], [], 0
+            errors, features, kept, clusters = [], [], [], []
             for start in range(0, len(self.seeds), self.batch):
                 seeds = self.seeds[start : start + self.batch]
                 increments = noise.get(self, setting.steps, clock, seeds)
@@ -216,7 +221,6 @@ class Runner:
                 compared = reference[start : start + len(seeds)]
                 if len(compared):
                     errors.append(squared_errors(images[: len(compared)], compared))
-                    fires += np.count_nonzero(drift.weights(grid, seeds)[:, : len(compared), -1])
                 clusters += drift.clusters(seeds)
                 pixels = to_uint8(images)
                 features.append(self.extractor.features(pixels).numpy())
@@ -227,10 +231,12 @@ class Runner:
                 "error": float(error.mean()),
                 "error_se": finite(standard_error(error, cluster[: len(error)])),
                 "network_calls": total.calls_per_image,
-                "gflops_expected": drift.expected_flops(grid) / 1e9,
+                "gflops_expected": drift.expected_flops(setting.evaluations(self.process)) / 1e9,
                 "gflops_realised": total.flops_per_image / 1e9,
                 "seconds": total.seconds_per_image,
-                "n_fires_top": int(fires),  # among the samples that the error is taken over
+                "n_fires_top": int(
+                    total.per_sample[: len(error), -1].sum()
+                ),  # in the samples that the error is taken over
             }
             atomic_write(
                 path,

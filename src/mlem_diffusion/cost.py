@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,28 +25,34 @@ def flops_per_evaluation(network: nn.Module, size: int, channels: int = 3) -> fl
 
 @dataclass
 class Ledger:
-    """Evaluations of each level, counted as they are made."""
+    """Evaluations of each level for each image, counted as they are made."""
 
     flops: list[float]  # FLOPs per evaluation of one image, per level
-    evaluations: list[int] = field(default_factory=list)  # images put through each level
-    launches: list[int] = field(default_factory=list)  # batches put through each level
     images: int = 0  # images sampled
     seconds: float = 0.0  # wall-clock seconds of sampling
+    per_sample: np.ndarray = field(init=False)  # [images, K] evaluations, images in the order of their batches
+    launches: list[int] = field(init=False)  # batches put through each level
 
     def __post_init__(self) -> None:
-        self.evaluations = self.evaluations or [0] * len(self.flops)
-        self.launches = self.launches or [0] * len(self.flops)
+        self.per_sample = np.zeros((self.images, len(self.flops)), dtype=np.int64)
+        self.launches = [0] * len(self.flops)
 
-    def record(self, level: int, images: int) -> None:
-        self.evaluations[level] += images
+    def record(self, level: int, rows: np.ndarray) -> None:
+        """One evaluation of a level on these images of the batch (distinct positions)."""
+        self.per_sample[rows, level] += 1
         self.launches[level] += 1
 
     def add(self, other: Ledger) -> None:
-        """Add the counts of another batch with the same levels."""
-        self.evaluations = [a + b for a, b in zip(self.evaluations, other.evaluations, strict=True)]
+        """Append another batch with the same levels."""
+        self.per_sample = np.concatenate([self.per_sample, other.per_sample])
         self.launches = [a + b for a, b in zip(self.launches, other.launches, strict=True)]
         self.images += other.images
         self.seconds += other.seconds
+
+    @property
+    def evaluations(self) -> list[int]:
+        """Evaluations of each level, all images together."""
+        return self.per_sample.sum(axis=0).tolist()
 
     @property
     def calls_per_image(self) -> float:

@@ -1,12 +1,13 @@
-"""Drifts: what a sampler asks for one denoised estimate per step. ML-EM is a drift, not a sampler.
+"""Drifts: what a sampler asks for one denoised estimate per network evaluation. ML-EM is a drift, not a sampler.
 
-A drift here is a family of levels and a table of weights [n, B, K]: which networks enter the estimate of each step
-for each sample, and how much. One level alone, a stitched schedule and the multilevel estimator differ in the table only.
+A drift here is a family of levels and a table of weights [n, B, K]: which networks enter each of the n estimates for each
+sample, and how much. One level alone, a stitched schedule and the multilevel estimator differ in the table only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,12 +18,43 @@ from .cost import Ledger
 from .errors import UserError
 from .levels import Level, check_family
 from .probabilities import draw_coins, evaluation_probabilities, telescope_weights
-from .process import Grid
+
+
+class Drift(ABC):
+    """What the classes below share. `evaluations` is the length of the sampler's program, n."""
+
+    @property
+    @abstractmethod
+    def levels(self) -> list[Level]: ...
+
+    @abstractmethod
+    def weights(self, evaluations: int, seeds: Sequence[int]) -> np.ndarray:
+        """Weights of the levels in each estimate [n, B, K]."""
+
+    @abstractmethod
+    def expected_evaluations(self, evaluations: int) -> np.ndarray:
+        """Expected evaluations of each level [K] per image, exact."""
+
+    def expected_flops(self, evaluations: int) -> float:
+        """Expected FLOPs per image, exact."""
+        return float(self.expected_evaluations(evaluations) @ [level.flops for level in self.levels])
+
+    def clusters(self, seeds: Sequence[int]) -> list[int]:
+        """Samples with equal numbers share their coins."""
+        return list(seeds)
+
+    def estimator(
+        self, evaluations: int, seeds: Sequence[int], ledger: Ledger
+    ) -> Callable[[int, Tensor, float], Tensor]:
+        """The function (j, x [B, ...], logsnr) -> denoised estimate [B, ...] of one sampling run, called with j = 0, 1, ...
+        in order. It records in the ledger what it evaluates, and must not change an estimate that it has returned."""
+        weights = self.weights(evaluations, seeds)
+        return lambda j, x, logsnr: weighted_estimate(self.levels, weights[j], x, logsnr, ledger)
 
 
 @dataclass(frozen=True)
-class SingleLevel:
-    """One network at every step: plain EM, DDPM, DDIM, ... with that level."""
+class SingleLevel(Drift):
+    """One network at every evaluation: plain EM, DDPM, DDIM, ... with that level."""
 
     level: Level
 
@@ -30,25 +62,17 @@ class SingleLevel:
     def levels(self) -> list[Level]:
         return [self.level]
 
-    def weights(self, grid: Grid, seeds: Sequence[int]) -> np.ndarray:
-        return np.ones((grid.steps, len(seeds), 1))
+    def weights(self, evaluations: int, seeds: Sequence[int]) -> np.ndarray:
+        return np.ones((evaluations, len(seeds), 1))
 
-    def expected_evaluations(self, grid: Grid) -> np.ndarray:
-        """Evaluations of each level [K] per image."""
-        return np.array([float(grid.steps)])
-
-    def expected_flops(self, grid: Grid) -> float:
-        """FLOPs per image."""
-        return _flops(self, grid)
-
-    def clusters(self, seeds: Sequence[int]) -> list[int]:
-        """Samples with equal numbers share their coins."""
-        return list(seeds)
+    def expected_evaluations(self, evaluations: int) -> np.ndarray:
+        return np.array([float(evaluations)])
 
 
 @dataclass(frozen=True)
-class Stitched:
-    """The cheaper of two levels for the first `switch` of the steps (high noise), the other after (T-Stitch, Pan et al. 2024)."""
+class Stitched(Drift):
+    """The cheaper of two levels for the first `switch` of the evaluations (high noise), the other after (T-Stitch, Pan et
+    al. 2024)."""
 
     small: Level
     large: Level
@@ -63,33 +87,21 @@ class Stitched:
     def levels(self) -> list[Level]:
         return [self.small, self.large]
 
-    def _first_large(self, grid: Grid) -> int:
-        return round(self.switch * grid.steps)
+    def weights(self, evaluations: int, seeds: Sequence[int]) -> np.ndarray:
+        is_large = np.arange(evaluations) >= round(self.switch * evaluations)
+        table = np.stack([~is_large, is_large], axis=1).astype(np.float64)
+        return np.broadcast_to(table[:, None], (evaluations, len(seeds), 2))
 
-    def weights(self, grid: Grid, seeds: Sequence[int]) -> np.ndarray:
-        out = np.zeros((grid.steps, len(seeds), 2))
-        out[: self._first_large(grid), :, 0] = 1
-        out[self._first_large(grid) :, :, 1] = 1
-        return out
-
-    def expected_evaluations(self, grid: Grid) -> np.ndarray:
-        """Evaluations of each level [K] per image."""
-        first = self._first_large(grid)
-        return np.array([float(first), float(grid.steps - first)])
-
-    def expected_flops(self, grid: Grid) -> float:
-        """FLOPs per image."""
-        return _flops(self, grid)
-
-    def clusters(self, seeds: Sequence[int]) -> list[int]:
-        return list(seeds)
+    def expected_evaluations(self, evaluations: int) -> np.ndarray:
+        first = round(self.switch * evaluations)
+        return np.array([float(first), float(evaluations - first)])
 
 
 @dataclass(frozen=True)
-class Multilevel:
-    """The ML-EM estimate sum_k (B_k / p_k) (f^k - f^{k-1}), unbiased for the largest level at every step.
+class Multilevel(Drift):
+    """The ML-EM estimate sum_k (B_k / p_k) (f^k - f^{k-1}), unbiased for the largest level at every evaluation.
 
-    p: [K], or [n, K] for time-dependent probabilities; p_1 = 1. coins: "independent" or "systematic".
+    p: [K], or [n, K] for time-dependent probabilities; p_1 = 1. coins: "independent", "systematic" or "nested".
     shared: one set of coins for a whole batch (keyed by its first seed) instead of one per sample.
     """
 
@@ -110,34 +122,62 @@ class Multilevel:
     def levels(self) -> list[Level]:
         return list(self.family)
 
-    def _table(self, grid: Grid) -> np.ndarray:
-        p = np.asarray(self.p, dtype=np.float64)
-        if p.ndim == 2 and len(p) != grid.steps:
-            raise UserError(f"Probabilities for {len(p)} steps do not fit a grid of {grid.steps}.")
-        return np.broadcast_to(p, (grid.steps, p.shape[-1]))
+    def _table(self, evaluations: int) -> np.ndarray:
+        return _rows(self.p, evaluations, "Probabilities")
 
-    def weights(self, grid: Grid, seeds: Sequence[int]) -> np.ndarray:
-        p = self._table(grid)
+    def weights(self, evaluations: int, seeds: Sequence[int]) -> np.ndarray:
+        p = self._table(evaluations)
         weights = telescope_weights(p, draw_coins(p, seeds[:1] if self.shared else seeds, self.coins))
-        return np.broadcast_to(weights, (grid.steps, len(seeds), p.shape[1]))
+        return np.broadcast_to(weights, (evaluations, len(seeds), p.shape[1]))
 
-    def expected_evaluations(self, grid: Grid) -> np.ndarray:
+    def expected_evaluations(self, evaluations: int) -> np.ndarray:
         """Expected evaluations of each level [K] per image, exact (cancellations of equal weights included)."""
-        return evaluation_probabilities(self._table(grid)).sum(axis=0)
-
-    def expected_flops(self, grid: Grid) -> float:
-        """Expected FLOPs per image, exact."""
-        return _flops(self, grid)
+        return evaluation_probabilities(self._table(evaluations), nested=self.coins == "nested").sum(axis=0)
 
     def clusters(self, seeds: Sequence[int]) -> list[int]:
         return [seeds[0]] * len(seeds) if self.shared else list(seeds)
 
 
-Drift = SingleLevel | Stitched | Multilevel
+@dataclass(frozen=True)
+class Quadrature(Drift):
+    """The sum f^1 + sum_{k>1} W_k (f^k - f^{k-1}) with fixed weights W [n, K], W_1 = 1, most of them zero.
+
+    A deterministic quadrature of the level differences along the trajectory: where one is evaluated, it stands for its
+    neighbours too. Not unbiased: weights come from measured effects (optimise.quadrature_options), and the error is measured.
+    """
+
+    family: tuple[Level, ...]
+    table: np.ndarray
+
+    def __post_init__(self) -> None:
+        check_family(self.family)
+        table = np.asarray(self.table)
+        if table.ndim != 2 or table.shape[1] != len(self.family):
+            raise UserError(f"A table of weights {list(table.shape)} does not fit {len(self.family)} levels.")
+        if not np.isfinite(table).all() or np.any(table[:, 0] != 1):
+            raise UserError("Quadrature weights must be finite, with W_1 = 1.")
+
+    @property
+    def levels(self) -> list[Level]:
+        return list(self.family)
+
+    def _networks(self, evaluations: int) -> np.ndarray:
+        table = _rows(self.table, evaluations, "Weights")
+        return table - np.concatenate([table[:, 1:], np.zeros_like(table[:, :1])], axis=1)
+
+    def weights(self, evaluations: int, seeds: Sequence[int]) -> np.ndarray:
+        networks = self._networks(evaluations)
+        return np.broadcast_to(networks[:, None], (evaluations, len(seeds), networks.shape[1]))
+
+    def expected_evaluations(self, evaluations: int) -> np.ndarray:
+        return np.count_nonzero(self._networks(evaluations), axis=0).astype(np.float64)
 
 
-def _flops(drift: Drift, grid: Grid) -> float:
-    return float(drift.expected_evaluations(grid) @ [level.flops for level in drift.levels])
+def _rows(values: np.ndarray, evaluations: int, what: str) -> np.ndarray:
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim == 2 and len(values) != evaluations:
+        raise UserError(f"{what} for {len(values)} evaluations do not fit a run of {evaluations}.")
+    return np.broadcast_to(values, (evaluations, values.shape[-1]))
 
 
 def weighted_estimate(levels: Sequence[Level], weights: np.ndarray, x: Tensor, logsnr: float, ledger: Ledger) -> Tensor:
@@ -147,7 +187,7 @@ def weighted_estimate(levels: Sequence[Level], weights: np.ndarray, x: Tensor, l
         rows = np.flatnonzero(weights[:, k])
         if len(rows) == 0:
             continue
-        ledger.record(k, len(rows))
+        ledger.record(k, rows)
         w = torch.as_tensor(weights[rows, k], dtype=x.dtype, device=x.device).reshape(-1, *([1] * (x.ndim - 1)))
         noise_level = torch.full((len(rows),), logsnr, dtype=torch.float32, device=x.device)
         if len(rows) == len(x):

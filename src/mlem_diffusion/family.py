@@ -37,7 +37,6 @@ def as_level(name: str, denoiser: torch.nn.Module, flops: float, precision: str 
         raise UserError(f"precision = {precision!r} is unknown; expected 'float32' or 'bf16'.")
     denoiser = denoiser.eval()
 
-    @torch.no_grad()
     def denoise(x: Tensor, logsnr: Tensor) -> Tensor:
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
             return denoiser(x, logsnr).float()

@@ -14,7 +14,7 @@ import numpy as np
 from .errors import UserError
 from .noise import coin_uniforms
 
-COINS = ("independent", "systematic")
+COINS = ("independent", "systematic", "nested")
 
 
 def constant_probabilities(flops: Sequence[float], gamma: float, knob: float) -> np.ndarray:
@@ -33,16 +33,30 @@ def constant_probabilities(flops: Sequence[float], gamma: float, knob: float) ->
     return p
 
 
+def measured_probabilities(squares: Sequence[float], flops: Sequence[float], knob: float) -> np.ndarray:
+    """p_k = min(1, C sqrt(V_k / T_k) / sqrt(V_2 / T_2)) [K] with p_1 = 1, from measured E|f^k - f^{k-1}|^2 = V_k [K] (V_1 is
+    not used): the square-root law without a power law for the errors. Raises UserError unless all V_k are positive.
+    """
+    v, costs = np.asarray(squares, dtype=np.float64), np.asarray(flops, dtype=np.float64)
+    if not (knob > 0 and np.all(v[1:] > 0)):
+        raise UserError("Measured probabilities need a positive knob and differences between all neighbouring levels.")
+    root = np.sqrt(v / costs)
+    return np.concatenate([[1.0], np.minimum(1.0, knob * root[1:] / root[1:2])])
+
+
 def draw_coins(p: np.ndarray, seeds: Sequence[int], coins: str) -> np.ndarray:
     """Coins B [n, B, K] in {0, 1} for probabilities p [n, K], one set per seed; P(B = 1) is p at every step.
 
     "independent": over steps and levels. "systematic": over the steps of a level, fire when the running sum of p crosses
     an integer, counted from one random offset (Madow 1949), so the fires are evenly spread; levels stay independent.
+    "nested": over steps; one uniform per step decides for all levels, so a level fires only where those below it do.
     """
     if coins not in COINS:
         raise UserError(f"coins = {coins!r} is unknown; expected one of {', '.join(COINS)}.")
     n, levels = p.shape
     out = np.empty((n, len(seeds), levels), dtype=bool)
+    if coins == "nested":
+        return p[:, None, :] > coin_uniforms(seeds, 0, n).T[:, :, None]
     for k in range(levels):
         if np.all(p[:, k] == 1):
             out[:, :, k] = True
@@ -62,11 +76,11 @@ def telescope_weights(p: np.ndarray, coins: np.ndarray) -> np.ndarray:
     return ratio - np.concatenate([ratio[..., 1:], np.zeros_like(ratio[..., :1])], axis=-1)
 
 
-def evaluation_probabilities(p: np.ndarray) -> np.ndarray:
-    """P(w_k != 0) [n, K]: the chance that network k is evaluated at a step, for coins independent between levels.
+def evaluation_probabilities(p: np.ndarray, nested: bool = False) -> np.ndarray:
+    """P(w_k != 0) [n, K]: the chance that network k is evaluated at a step, for coins independent between levels or nested.
 
     Network k runs if coin k or coin k+1 fires, except where both do with equal probabilities and the weights cancel.
     """
     following = np.concatenate([p[:, 1:], np.zeros_like(p[:, :1])], axis=1)
-    both = p * following
+    both = np.minimum(p, following) if nested else p * following
     return p + following - both - np.where(p == following, both, 0.0)

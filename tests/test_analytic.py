@@ -1,0 +1,61 @@
+"""The analytic family: its posterior mean is exact, its levels are as accurate and as expensive as they claim."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mlem_diffusion.analytic import analytic_family, gaussian_mixture, smooth_field
+from mlem_diffusion.errors import UserError
+from mlem_diffusion.levels import check_family
+from mlem_diffusion.process import add_noise
+
+
+@pytest.mark.parametrize("logsnr", [-6.0, 0.0, 5.0])
+def test_posterior_mean_is_bayes_formula(logsnr: float) -> None:
+    mixture = gaussian_mixture(dim=4, components=3, seed=1)
+    x = torch.randn(5, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    alpha, sigma = torch.sigmoid(torch.tensor(logsnr)).sqrt(), torch.sigmoid(torch.tensor(-logsnr)).sqrt()
+    total = alpha**2 * mixture.std**2 + sigma**2
+    expected = []
+    for row in x.flatten(1).double():
+        weights = torch.exp(-((row - alpha * mixture.means.double()) ** 2).sum(1) / (2 * total))
+        posterior = mixture.means + alpha * mixture.std**2 / total * (row - alpha * mixture.means)
+        expected.append((weights[:, None] * posterior).sum(0) / weights.sum())
+    found = mixture.denoise(x, torch.full((5,), logsnr)).flatten(1)
+    assert torch.allclose(found.double(), torch.stack(expected), atol=1e-5)
+
+
+def test_no_denoiser_is_better_than_the_exact_one() -> None:
+    """4000 draws; the exact one's loss is smallest, and a level's excess is its own squared error to 20%."""
+    mixture, levels = gaussian_mixture(16, seed=0), analytic_family(levels=2)
+    generator = torch.Generator().manual_seed(3)
+    component = torch.randint(len(mixture.means), (4000,), generator=generator)
+    x0 = (mixture.means[component] + mixture.std * torch.randn(4000, 16, generator=generator)).reshape(-1, 1, 4, 4)
+    logsnr = torch.full((4000,), 2.0)
+    x = add_noise(x0, torch.randn(x0.shape, generator=generator), logsnr)
+    exact = mixture.denoise(x, logsnr)
+    losses = [((f - x0) ** 2).mean() for f in (exact, *(level.denoise(x, logsnr) for level in levels))]
+    assert losses[0] < losses[2] < losses[1]
+    own = ((levels[0].denoise(x, logsnr) - exact) ** 2).mean()
+    assert abs((losses[1] - losses[0]) / own - 1) < 0.2
+
+
+def test_field_has_unit_mean_square() -> None:
+    """Over 20 fields, to 20%."""
+    x = torch.randn(500, 16, generator=torch.Generator().manual_seed(0))
+    squares = torch.stack([(smooth_field(16, s)(x, torch.linspace(-9, 9, 500)) ** 2).mean() for s in range(20)])
+    assert abs(squares.mean() - 1) < 0.2
+
+
+def test_family_halves_its_error_at_2_to_gamma_times_the_cost() -> None:
+    levels = analytic_family(levels=4, gamma=3.0)
+    check_family(levels)
+    assert levels[1].flops / levels[0].flops == pytest.approx(8)
+    exact = gaussian_mixture(16, seed=0)
+    x, logsnr = torch.randn(2000, 1, 4, 4, generator=torch.Generator().manual_seed(1)), torch.zeros(2000)
+    errors = [((level.denoise(x, logsnr) - exact.denoise(x, logsnr)) ** 2).mean().sqrt() for level in levels]
+    for a, b in zip(errors[:-1], errors[1:], strict=True):
+        assert float(a / b) == pytest.approx(2, rel=0.25)  # each field's own mean square varies
+    with pytest.raises(UserError):
+        analytic_family(levels=0)

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mlem_diffusion import gaussian
+from mlem_diffusion.drift import Multilevel
+from mlem_diffusion.errors import UserError
+from mlem_diffusion.gaussian import GaussianDenoiser, fit_gaussian, load_gaussian
+from mlem_diffusion.levels import Level, check_family
+from mlem_diffusion.process import LinearSchedule, Process, add_noise, alpha_sigma
+from mlem_diffusion.samplers import sample
+
+SHAPE = (3, 4, 4)
+D = 48
+
+
+def correlated(count: int, seed: int = 0) -> np.ndarray:
+    """Float images [count, *SHAPE] of a Gaussian with a steep spectrum and a mean that is not zero."""
+    rng = np.random.default_rng(seed)
+    mixing = rng.standard_normal((D, D)) * 0.4 * 0.8 ** np.arange(D)
+    return (0.2 + rng.standard_normal((count, D)) @ mixing.T).reshape(count, *SHAPE).astype(np.float32)
+
+
+def dense_denoiser(model: GaussianDenoiser, x: torch.Tensor, logsnr: float) -> np.ndarray:
+    """mu + alpha C (alpha^2 C + sigma^2)^-1 (x - alpha mu) by a full solve in float64; rows [B, D]."""
+    u, mean = model.basis.double().numpy(), model.mean.double().numpy().ravel()
+    c = u @ np.diag(model.variances.double().numpy()) @ u.T + float(model.residual) * (np.eye(D) - u @ u.T)
+    alpha, sigma = alpha_sigma(logsnr)
+    centred = x.double().numpy().reshape(len(x), D) - alpha * mean
+    return mean + alpha * np.linalg.solve(alpha**2 * c + sigma**2 * np.eye(D), centred.T).T @ c
+
+
+@pytest.mark.parametrize("logsnr", [-9.0, -1.0, 3.0, 9.0])
+@pytest.mark.parametrize("rank", [5, D])
+def test_it_is_the_dense_formula(logsnr: float, rank: int) -> None:
+    model = fit_gaussian(correlated(300), rank, flips=False)
+    x = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(1))
+    got = model(x, torch.full((4,), logsnr)).flatten(1)
+    np.testing.assert_allclose(got, dense_denoiser(model, x, logsnr), rtol=2e-4, atol=2e-4)
+
+
+def test_mixed_noise_levels_in_one_batch() -> None:
+    model = fit_gaussian(correlated(300), 5)
+    x = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(1))
+    levels = torch.tensor([-4.0, 0.0, 5.0])
+    alone = torch.cat([model(x[i : i + 1], levels[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(model(x, levels), alone)
+
+
+def test_the_fit_has_the_data_s_mean_and_variances() -> None:
+    images = correlated(500)
+    flat = images.reshape(500, D).astype(np.float64)
+    values = np.linalg.eigvalsh(np.cov(flat.T, bias=True))[::-1]
+    model = fit_gaussian(images, 7, flips=False)
+    np.testing.assert_allclose(model.mean.numpy().ravel(), flat.mean(0), atol=1e-6)
+    np.testing.assert_allclose(model.variances, values[:7], rtol=1e-5)
+    np.testing.assert_allclose(model.residual, values[7:].mean(), rtol=1e-5)
+    np.testing.assert_allclose(model.explained, values[:7].sum() / values.sum(), rtol=1e-5)
+    np.testing.assert_allclose(model.basis.T @ model.basis, np.eye(7), atol=1e-5)
+
+
+def test_a_linear_denoiser_can_do_no_better() -> None:
+    """Against the least-squares linear denoiser, fitted to many noisy images, on fresh Gaussian data."""
+    images, fresh = torch.as_tensor(correlated(20_000)), torch.as_tensor(correlated(20_000)[::2])
+    model, level = fit_gaussian(images, D, flips=False), torch.zeros(1)
+    generator = torch.Generator().manual_seed(0)
+    x = add_noise(images, torch.randn(images.shape, generator=generator), level.expand(len(images)))
+    design = torch.cat([x.flatten(1), torch.ones(len(x), 1)], 1)
+    best = torch.linalg.lstsq(design, images.flatten(1)).solution
+    noisy = add_noise(fresh, torch.randn(fresh.shape, generator=generator), level.expand(len(fresh)))
+    ours = (model(noisy, level.expand(len(fresh))) - fresh).square().mean()
+    fitted = (torch.cat([noisy.flatten(1), torch.ones(len(noisy), 1)], 1) @ best - fresh.flatten(1)).square().mean()
+    assert 0.98 < float(ours / fitted) < 1.005
+
+
+def test_large_images_give_the_same_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = correlated(400)
+    exact = fit_gaussian(images, 6, flips=True)
+    monkeypatch.setattr(gaussian, "DENSE_LIMIT", 10)
+    state = torch.get_rng_state()
+    close = fit_gaussian(images, 6, flips=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    np.testing.assert_allclose(close.variances, exact.variances, rtol=1e-3)
+    np.testing.assert_allclose(close.residual, exact.residual, rtol=1e-3)
+    overlap = torch.linalg.svdvals(exact.basis.T @ close.basis)
+    assert float(overlap.min()) > 0.999
+    monkeypatch.setattr(gaussian, "SUBSET_VALUES", 100 * D * 2)
+    assert fit_gaussian(images, 6).images == 100
+
+
+def test_bytes_and_flips() -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (40, *SHAPE), dtype=np.uint8)
+    model = fit_gaussian(pixels, 4)
+    floats = torch.as_tensor(pixels).float() / 127.5 - 1
+    torch.testing.assert_close(model.mean, torch.cat([floats, floats.flip(-1)]).mean(0), atol=1e-6, rtol=0)
+    torch.testing.assert_close(model.mean, model.mean.flip(-1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(fit_gaussian(floats, 4).variances, model.variances, atol=1e-6, rtol=1e-5)
+
+
+def test_default_rank_explains_95_percent_within_the_cap() -> None:
+    steep = np.random.default_rng(0).standard_normal((400, D)) * 0.5 ** np.arange(D)
+    model = fit_gaussian(steep.reshape(400, *SHAPE), flips=False)
+    assert model.explained >= 0.95
+    assert fit_gaussian(steep.reshape(400, *SHAPE), model.rank - 1, flips=False).explained < 0.95
+    white = np.random.default_rng(0).standard_normal((400, *SHAPE))
+    assert fit_gaussian(white, flips=False).rank == D // 8
+
+
+def test_flops_are_those_of_two_thin_products() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = fit_gaussian(correlated(100), 5)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(2, *SHAPE), torch.zeros(2))
+    products = counter.get_total_flops() / 2
+    assert products == 4 * 5 * D
+    assert model.flops == products + 7 * D + 5
+
+
+def test_as_the_first_level_of_a_family() -> None:
+    model = fit_gaussian(correlated(300), 5)
+    exact = fit_gaussian(correlated(300), D)
+    top = Level("top", lambda x, logsnr: exact(x, logsnr), 50 * model.flops)
+    family = (model.as_level(), top)
+    check_family(family)
+    grid = Process(LinearSchedule(), base_steps=32).grid(16)
+    images, ledger = sample(Multilevel(family, np.array([1.0, 0.25])), grid, "sde", "ddpm", range(8), SHAPE)
+    assert torch.isfinite(images).all()
+    assert ledger.evaluations[0] == 8 * 16
+    assert 0 < ledger.evaluations[1] < 64
+
+
+def test_gradients_flow_through_it() -> None:
+    level = fit_gaussian(correlated(300), 5).double().as_level("base")
+    x = torch.randn(2, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    logsnr = torch.zeros(2, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda v: level.denoise(v, logsnr), (x,))
+    direction = torch.ones_like(x)
+    _, tangent = torch.func.jvp(lambda v: level.denoise(v, logsnr), (x.detach(),), (direction,))
+    zero = level.denoise(torch.zeros_like(x), logsnr)
+    torch.testing.assert_close(tangent, level.denoise(direction, logsnr) - zero)
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    model = fit_gaussian(correlated(300), 5)
+    model.save(tmp_path / "gauss.safetensors")
+    again = load_gaussian(tmp_path / "gauss.safetensors")
+    x, logsnr = torch.ones(1, *SHAPE), torch.zeros(1)
+    assert torch.equal(again(x, logsnr), model(x, logsnr))
+    assert (again.images, again.rank, again.flops) == (300, 5, model.flops)
+
+
+def test_bad_input_is_said(tmp_path: Path) -> None:
+    images = correlated(20)
+    for bad, rank, says in ((images[:1], 2, "at least two"), (images[0], 2, "images"), (images, 0, "outside 1..48")):
+        with pytest.raises(UserError, match=says):
+            fit_gaussian(bad, rank)
+    with pytest.raises(UserError, match="do not fit"):
+        fit_gaussian(images, 2)(torch.zeros(1, 3, 8, 8), torch.zeros(1))
+    with pytest.raises(UserError, match="not there"):
+        load_gaussian(tmp_path / "none.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="not a saved"):
+        load_gaussian(tmp_path / "bad.safetensors")
+
+
+def test_data_without_spread_is_its_mean() -> None:
+    same = np.full((5, *SHAPE), 0.25, dtype=np.float32)
+    model = fit_gaussian(same, 2)
+    out = model(torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0)), torch.tensor([-9.0, 9.0]))
+    torch.testing.assert_close(out, torch.full_like(out, 0.25), atol=1e-3, rtol=0)
