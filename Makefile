@@ -13,7 +13,7 @@ RUN = $(BIN)/python scripts/$(1).py $(SWEEP) $(call OVERRIDES,$(2))
 TRAIN = $(if $(filter-out 1,$(NPROC)),$(BIN)/torchrun --standalone --nproc-per-node $(NPROC),$(BIN)/python) scripts/train_levels.py $(SWEEP) $(call OVERRIDES)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup demo data train-levels measure-gamma sample-compare report sample test lint format clean
+.PHONY: help setup demo data train-levels measure-gamma optimise sample-compare report sample verify-rates test lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets and their variables
@@ -59,6 +59,9 @@ train-levels: setup  ## train every level of the family
 measure-gamma: setup  ## error against FLOPs -> gamma.json, gamma.png
 	@$(call RUN,measure_gamma)
 
+optimise: setup  ## gains, diagnostics and the best plans -> plans.json, which sample-compare then judges
+	@$(call RUN,optimise)
+
 sample-compare: setup  ## EM, ML-EM and baselines -> compare.csv, compare.png, speedup.json
 	@$(call RUN,sample_compare)
 
@@ -70,6 +73,9 @@ sample: setup  ## PNGs and a grid with the best known sampler: make sample SEEDS
 
 test: $(VENV)/.installed-test  ## the tests
 	@$(BIN)/python -m pytest $(ARGS)
+
+verify-rates: setup  ## exponents of cost against error on a problem with a known answer; minutes on two CPU cores
+	@$(BIN)/python scripts/verify_rates.py $(SWEEP) $(DRY) $(filter-out -m --multirun,$(ARGS))
 
 lint: $(VENV)/.installed-test  ## ruff (lint, format) and pyright
 	@$(BIN)/ruff check .

@@ -65,7 +65,7 @@ def test_the_fit_has_the_data_s_mean_and_variances() -> None:
 
 def test_a_linear_denoiser_can_do_no_better() -> None:
     """Against the least-squares linear denoiser, fitted to many noisy images, on fresh Gaussian data."""
-    images, fresh = torch.as_tensor(correlated(20_000)), torch.as_tensor(correlated(20_000)[::2])
+    images, fresh = torch.as_tensor(correlated(30_000)).split([20_000, 10_000])
     model, level = fit_gaussian(images, D, flips=False), torch.zeros(1)
     generator = torch.Generator().manual_seed(0)
     x = add_noise(images, torch.randn(images.shape, generator=generator), level.expand(len(images)))

@@ -149,6 +149,24 @@ def test_events_come_at_their_rates():
 # ---- the jump process ----------------------------------------------------------------------------------------
 
 
+def test_between_events_the_path_follows_the_brownian_motion():
+    fine = synthetic.draw((5,), 50, 1, 1024, 3.0)
+    dw, area = fine.dw, fine.area
+    for _ in range(4):
+        dw, area = synthetic.coarsen(dw, area)
+    coarse = replace(fine, dw=dw, area=area)
+    known = jumps._linear_response(coarse)
+    assert np.abs(known - jumps._linear_response(fine)[::16]).max() < 2e-3  # 0.02 and more without the areas
+    # two events in cell 25 of 64 and one in cell 40, bridges without their noise: straight lines from the last known point
+    state = [np.zeros(50, complex), np.zeros(50, complex), np.zeros(50)]
+    still, level = np.zeros(50), np.ones(50, int)
+    for wait, end, share, start in ((25.25, 26, 0.25, known[25]), (0.5, 26, 2 / 3, None), (14.5, 41, 0.25, known[40])):
+        before = state[1].copy() if start is None else start
+        jumps._fire(coarse, known, state, np.arange(50), still + wait / 64, level, still, still)
+        assert np.allclose(state[1], before + share * (known[end] - before))
+    assert np.allclose(state[2], 40.25 / 64)
+
+
 @pytest.mark.parametrize("dynamics", ["sde", "ode"])
 def test_the_jump_process_is_the_limit_of_small_steps(dynamics):
     block = synthetic.draw((5,), 100, 3, 768, synthetic.NOISE[dynamics])

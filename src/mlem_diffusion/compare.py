@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from .extractors import Extractor
 from .levels import Level
 from .metrics import squared_errors, standard_error, to_uint8
 from .noise import path_increments
+from .plans import Plan
 from .probabilities import constant_probabilities
-from .process import Process
+from .process import Grid, Process
 from .samplers import sample
 from .step_rules import REFERENCE_RULE, STEP_RULES, step_rule_of
 
@@ -37,15 +38,20 @@ class Setting:
 
     dynamics: str
     step_rule: str
-    drift: str  # "single", "stitched" or "ml_em"
+    drift: str  # "single", "stitched", "ml_em" or "quadrature"
     levels: tuple[str, ...]
     steps: int  # noise levels of the grid
-    probabilities: str = ""  # "constant" for ml_em
-    coins: str = ""  # "independent" or "systematic", "-shared" appended for one set of coins per batch
+    probabilities: str = ""  # of ml_em: "constant", or as its plan says
+    coins: str = ""  # kind of coins, "-shared" appended for one set of coins per batch
     cost_knob: float | None = None  # C of the constant probabilities; the switch fraction of a stitched schedule
+    plan: str = ""  # id of the plan that holds the table of probabilities or weights
 
-    def build(self, levels: Mapping[str, Level], gamma: float) -> Drift:
-        """The drift of this setting; UserError for unknown levels or kinds."""
+    def build(self, levels: Mapping[str, Level], gamma: float, plans: Mapping[str, Plan] | None = None) -> Drift:
+        """The drift of this setting; UserError for unknown levels, kinds or plans."""
+        if self.plan:
+            if plans is None or self.plan not in plans:
+                raise UserError(f"There is no plan {self.plan}; run make optimise again.")
+            return plans[self.plan].build(levels.values())
         missing = [name for name in self.levels if name not in levels]
         if missing:
             raise UserError(f"There is no level {missing[0]}; the family has {', '.join(levels)}.")
@@ -64,6 +70,15 @@ class Setting:
         return len(step_rule_of(self.dynamics, self.step_rule).program(process.grid(self.steps)))
 
 
+def setting_of(plan: Plan, dynamics: str, step_rule: str) -> Setting:
+    """The setting that runs a plan."""
+    if len(plan.levels) == 1:
+        return Setting(dynamics, step_rule, "single", plan.levels, plan.steps)
+    if plan.method == "quadrature":
+        return Setting(dynamics, step_rule, "quadrature", plan.levels, plan.steps, plan.probabilities, plan=plan.id)
+    return Setting(dynamics, step_rule, "ml_em", plan.levels, plan.steps, plan.probabilities, plan.method, plan=plan.id)
+
+
 def setting_from(values: Mapping[str, Any]) -> Setting:
     """A setting from a row or a configuration: levels as a list or joined by "+", blank fields as None or ""."""
     names = values["levels"]
@@ -77,6 +92,7 @@ def setting_from(values: Mapping[str, Any]) -> Setting:
         probabilities=values.get("probabilities") or "",
         coins=values.get("coins") or "",
         cost_knob=None if knob in (None, "") else float(knob),
+        plan=values.get("plan") or "",
     )
 
 
@@ -149,10 +165,19 @@ class Runner:
     n_reference: int
     batch: int
     device: torch.device
-    extractor: Extractor
+    extractor: Extractor | None  # None: no distances
     cache: Path
     key: str  # hash of the weights, process and extractor
     grid_images: int = 12
+    plans: Mapping[str, Plan] = field(default_factory=dict)
+    reference_steps: int | None = None  # None: the base grid
+
+    @property
+    def reference_grid(self) -> Grid:
+        return self.process.grid(self.reference_steps)
+
+    def build(self, setting: Setting) -> Drift:
+        return setting.build(self.levels, self.gamma, self.plans)
 
     def _path(self, kind: str, what: dict[str, Any]) -> Path:
         asked = json.dumps(
@@ -166,6 +191,7 @@ class Runner:
                 self.gamma,
                 self.grid_images,
                 self.batch,
+                self.reference_steps,
             ],
             sort_keys=True,
         )
@@ -178,10 +204,10 @@ class Runner:
             level.denoise(x, torch.zeros(len(x), device=self.device))
 
     def reference(self, dynamics: str) -> Tensor:
-        """Samples [n_reference, *shape] of the largest level on the base grid, in float32 on the CPU."""
+        """Samples [n_reference, *shape] of the largest level on the finest grid, in float32 on the CPU."""
         path = self._path("reference", {"dynamics": dynamics})
         if not path.is_file():
-            grid, drift = self.process.grid(), SingleLevel(list(self.levels.values())[-1])
+            grid, drift = self.reference_grid, SingleLevel(list(self.levels.values())[-1])
             parts = []
             for start in range(0, self.n_reference, self.batch):
                 seeds = self.seeds[start : min(start + self.batch, self.n_reference)]
@@ -199,7 +225,7 @@ class Runner:
         """Row values, errors [n_reference], clusters, features [n, D] and the first images of one setting."""
         path = self._path("setting", asdict(setting))
         if not path.is_file():
-            drift, grid = setting.build(self.levels, self.gamma), self.process.grid(setting.steps)
+            drift, grid = self.build(setting), self.process.grid(setting.steps)
             clock = step_rule_of(setting.dynamics, setting.step_rule).clock
             total = Ledger([level.flops for level in drift.levels])
             errors, features, kept, clusters = [], [], [], []
@@ -222,9 +248,10 @@ class Runner:
                 if len(compared):
                     errors.append(squared_errors(images[: len(compared)], compared))
                 clusters += drift.clusters(seeds)
-                pixels = to_uint8(images)
-                features.append(self.extractor.features(pixels).numpy())
-                kept.append(pixels[: max(0, self.grid_images - start)])
+                if self.extractor is not None:
+                    pixels = to_uint8(images)
+                    features.append(self.extractor.features(pixels).numpy())
+                    kept.append(pixels[: max(0, self.grid_images - start)].numpy())
             error = np.concatenate(errors)
             cluster = np.array(clusters)
             costs = {
@@ -234,9 +261,8 @@ class Runner:
                 "gflops_expected": drift.expected_flops(setting.evaluations(self.process)) / 1e9,
                 "gflops_realised": total.flops_per_image / 1e9,
                 "seconds": total.seconds_per_image,
-                "n_fires_top": int(
-                    total.per_sample[: len(error), -1].sum()
-                ),  # in the samples that the error is taken over
+                # in the samples that the error is taken over
+                "n_fires_top": int(total.per_sample[: len(error), -1].sum()),
             }
             atomic_write(
                 path,
@@ -245,8 +271,7 @@ class Runner:
                     costs=json.dumps(costs),
                     errors=error,
                     clusters=cluster,
-                    features=np.concatenate(features),
-                    images=torch.cat(kept).numpy(),
+                    **({"features": np.concatenate(features), "images": np.concatenate(kept)} if features else {}),
                 ),
             )
         stored = np.load(path)
@@ -278,6 +303,8 @@ class NoiseCache:
 def row_of(setting: Setting, costs: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     """A compare.csv row from a setting, its measured values and the columns that all rows share."""
     row = asdict(setting) | dict(costs) | more
+    if not setting.plan:
+        row.pop("plan")
     row["levels"] = "+".join(setting.levels)
     return row
 

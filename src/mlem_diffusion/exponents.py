@@ -68,21 +68,21 @@ def fit_exponent(costs: np.ndarray, squared: np.ndarray, draws: int, seed: int) 
 
 def exponent_entry(settings: Sequence[Setting], squared: Errors, constants: np.ndarray, draws: int, seed: int) -> dict:
     """One method at one gamma for rates.json, over the replicates that all its settings were run on: the measured
-    exponent beside the predicted one, and beside the exponent
-    that the error model expects for these very settings, which differs from the limit by the finite range alone."""
+    exponent beside the predicted limit, and beside the exponent that the error model expects for these very settings,
+    which differs from the limit by the finite range alone."""
     method, gamma = settings[0].method, settings[0].gamma
     costs = np.array([s.cost for s in settings])
     count = min(len(squared[s.run]) for s in settings)
     errors = np.array([squared[s.run][:count] for s in settings])
     found = fit_exponent(costs, errors, draws, seed)
-    rms = np.sqrt(errors.mean(axis=1))
+    found_rms = np.sqrt(errors.mean(axis=1))
     entry = {
         "exponent": found.exponent,
         "interval": list(found.interval),
         "predicted": predicted_exponent(method, gamma),
         "expected_in_range": slope(model_errors(settings, constants), costs)[0],
         "decades": found.decades,
-        "error_range": [float(rms.min()), float(rms.max())],
+        "error_range": [float(found_rms.min()), float(found_rms.max())],
         "coarse_half": found.halves[0],
         "fine_half": found.halves[1],
         "log_cost_at_one": found.log_cost_at_one,
@@ -90,7 +90,7 @@ def exponent_entry(settings: Sequence[Setting], squared: Errors, constants: np.n
         "replicates": errors.shape[1],
     }
     if gamma == 2 and method != "em":  # cost ~ error^-2 log^2 error, fitted by a line over the same errors
-        entry["predicted_with_log"] = slope(rms, (np.log(rms) / rms) ** 2)[0]
+        entry["predicted_with_log"] = slope(found_rms, (np.log(found_rms) / found_rms) ** 2)[0]
     return entry
 
 

@@ -35,13 +35,14 @@ from .errors import UserError
 from .levels import Level, check_family
 from .noise import stream_seed
 from .probabilities import evaluation_probabilities, telescope_weights
-from .process import Grid
-from .samplers import _combine
+from .process import Grid, expand
+from .samplers import combine
 from .step_rules import Evaluation, step_rule_of
 
 _LEARN = 4  # a random stream of its own beside those of noise.py: whatever is judged later uses other numbers
 _CERTAIN = 0.99  # probabilities from here on are 1: next to no saving, and no variance left
 _CEILING = 5.0  # log-odds stay below, near enough to _CERTAIN to come back
+_COST_FLOOR = 0.01  # relative to the mean knot: how far a cost below is told from none
 _EXPLORE = 0.2  # share of the draws that is spread evenly over all coins
 _RELATIVE_STEP = 1e-2  # of finite differences, relative to the image's norm
 
@@ -70,11 +71,11 @@ def learn_probabilities(
     *,
     expected_flops: float,
     start: np.ndarray,
-    iterations: int = 150,
+    iterations: int = 60,
     paths: int = 8,
-    draws: int = 8,
-    rate: float = 0.15,
-    knots: int = 7,
+    draws: int = 16,
+    rate: float = 0.2,
+    knots: int = 10,
     p_min: float = 1e-4,
     first_seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -82,8 +83,7 @@ def learn_probabilities(
     """Learn p [n, K] for independent coins at a wanted expected cost in FLOPs per image, from `start` ([K] or [n, K]).
 
     The log-odds of each level above the first are piecewise linear in log-SNR between `knots` evenly spread values. Adam
-    steps along the gradient within the surface of equal cost; a shift common to all log-odds then restores the cost
-    exactly. `rate` is Adam's, falling to a tenth. Every iteration follows `paths` new Brownian paths with `draws` coin draws
+    follows the gradient within the surface of equal cost; a shift common to all log-odds then restores the cost exactly. `rate` is Adam's, falling to a tenth. Every iteration follows `paths` new Brownian paths with `draws` coin draws
     each. Raises UserError where no probabilities between p_min and 1 have the wanted cost, or `start` does not fit.
     """
     check_family(family)
@@ -94,14 +94,12 @@ def learn_probabilities(
     parameter = torch.nn.Parameter(torch.as_tensor(phi))
     optimiser = torch.optim.Adam([parameter], lr=rate, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.1, total_iters=max(1, iterations))
-    tangent = tangent_method(family, shape, device)
-    history, flops = [], 0.0
+    networks, history = Networks(family, shape, device), []
     for i in range(iterations):
         randomness = _Randomness(stream_seed(_LEARN, first_seed, i), shape, device)
-        batch = gradient_estimate(family, program, odds, phi, randomness, paths, draws, tangent)
+        batch = gradient_estimate(networks, program, odds, phi, randomness, paths, draws)
         history.append((batch.loss, batch.loss_se, odds.cost(phi)))
-        flops += batch.flops
-        parameter.grad = torch.as_tensor(odds.within_cost(phi, batch.gradient))
+        parameter.grad = torch.as_tensor(odds.direction(phi, batch.gradient))
         optimiser.step()
         schedule.step()
         phi = odds.at_cost(parameter.detach().numpy(), expected_flops)
@@ -110,7 +108,7 @@ def learn_probabilities(
         if progress is not None:
             progress(i + 1, iterations)
     loss, loss_se, cost = np.array(history).reshape(-1, 3).T
-    return LearnedProbabilities(odds.table(phi), loss, loss_se, cost, flops, time.perf_counter() - began)
+    return LearnedProbabilities(odds.table(phi), loss, loss_se, cost, networks.flops, time.perf_counter() - began)
 
 
 # ------------------------------------------------------------------------------------------------- parametrisation
@@ -121,7 +119,9 @@ class LogOdds:
 
     def __init__(self, logsnr: Sequence[float], flops: Sequence[float], knots: int, p_min: float) -> None:
         if knots < 2 or not 0 < p_min < _CERTAIN:
-            raise UserError(f"Learning probabilities needs at least 2 knots and p_min in (0, 1), not {knots} and {p_min}.")
+            raise UserError(
+                f"Learning probabilities needs at least 2 knots and p_min in (0, 1), not {knots} and {p_min}."
+            )
         places = np.linspace(min(logsnr), max(logsnr), knots)
         self.hats = np.stack([np.interp(logsnr, places, row) for row in np.eye(knots)], axis=1)  # [n, knots]
         self.flops, self.p_min = np.asarray(flops, dtype=np.float64), p_min
@@ -160,10 +160,16 @@ class LogOdds:
         below = p[:, :-1]
         return self.slope(phi) * (self.flops[1:] * (1 - above) + self.flops[:-1] * (1 - below))
 
-    def within_cost(self, phi: np.ndarray, gradient: np.ndarray) -> np.ndarray:
-        """The gradient [K-1, knots] of the loss as it is after the common shift has restored the cost."""
+    def direction(self, phi: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+        """Uphill within the surface of equal cost, [K-1, knots], in units where 1 is "costs, but gains nothing".
+
+        Every knot's gradient is divided by its share of the cost, so it reads 1 - (gain per cost) / (the common one): free
+        of scale, with as much noise at every knot, and a knot that gains nothing keeps falling however little it costs.
+        """
         cost = self.cost_slope(phi).T @ self.hats
-        return gradient - cost * gradient.sum() / max(cost.sum(), np.finfo(float).tiny)
+        metric = 1 / (cost + _COST_FLOOR * cost.mean())
+        price = -(metric * cost * gradient).sum() / (metric * cost**2).sum()
+        return metric * (gradient / max(price, np.finfo(float).tiny) + cost)
 
     def at_cost(self, phi: np.ndarray, wanted: float) -> np.ndarray:
         """phi, shifted by one number to the wanted expected cost: its first crossing, since the cost falls again where
@@ -210,39 +216,36 @@ class _Randomness:
 
 @dataclass(frozen=True)
 class GradientEstimate:
-    """gradient: of E[L] by phi [K-1, knots]. loss: estimate of E[L], loss_se over paths. flops: spent, in all."""
+    """gradient: of E[L] by phi [K-1, knots]. loss: estimate of E[L], loss_se over paths."""
 
     gradient: np.ndarray
     loss: float
     loss_se: float
-    flops: float
 
 
 def gradient_estimate(
-    family: Sequence[Level],
+    networks: Networks,
     program: Sequence[Evaluation],
     odds: LogOdds,
     phi: np.ndarray,
     randomness: _Randomness,
     paths: int,
     draws: int,
-    tangent: Tangent,
 ) -> GradientEstimate:
     """An unbiased estimate of the gradient (not yet within equal cost) and of the loss, from paths * draws coins."""
     p, slope, count = odds.table(phi), odds.slope(phi), paths * draws
     chances = odds.cost_slope(phi)
     chances = (1 - _EXPLORE) * chances / chances.sum() + _EXPLORE / chances.size
     step, level = np.unravel_index(randomness.choose(chances, count), chances.shape)
-    outcome = compare_outcomes(
-        family,
+    outcome = follow_coins(
+        networks,
         program,
         p,
-        level + 1,
         step,
+        level + 1,
         randomness.images(paths),
         lambda _: randomness.images(paths),
-        lambda i: randomness.coins(p[i], count),
-        tangent,
+        lambda j: randomness.coins(p[j], count),
     )
     chance = p[step, level + 1]
     loss = (chance * outcome.fired + (1 - chance) * outcome.unfired).reshape(paths, draws).mean(axis=1)
@@ -250,49 +253,130 @@ def gradient_estimate(
     each = -outcome.divergence * slope[step, level] / (count * chances[step, level])
     np.add.at(gradient, level, each[:, None] * odds.hats[step])
     se = float(loss.std(ddof=1) / paths**0.5) if paths > 1 else float("nan")
-    return GradientEstimate(gradient, float(loss.mean()), se, outcome.flops)
+    return GradientEstimate(gradient, float(loss.mean()), se)
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """One coin followed in each row, [R] each: the loss if it fires and if not, and D_c = -(the part of the gradient).
-    flops: spent, all rows together."""
+    """What one coin does in each row, [R] each: the loss if it fires, the loss if not, and D_c."""
 
     fired: np.ndarray
     unfired: np.ndarray
     divergence: np.ndarray
-    flops: float
 
 
 @torch.no_grad()
-def compare_outcomes(
-    family: Sequence[Level],
+def follow_coins(
+    networks: Networks,
     program: Sequence[Evaluation],
     p: np.ndarray,
-    level: np.ndarray,
     step: np.ndarray,
+    level: np.ndarray,
     x: Tensor,
     noise: Callable[[int], Tensor],
     coins: Callable[[int], np.ndarray],
-    tangent: Tangent,
 ) -> Outcomes:
     """Run row r with coin (step[r], level[r]) fired and not fired, all else equal, beside the reference of its path.
 
-    level, step: [R], level >= 1 counted from 0. x: starts [paths, ...], R a multiple of their number, rows ordered by path.
-    noise(i): the standardised increment of evaluation i [paths, ...]. coins(i): all coins of evaluation i [R, K].
+    step, level: [R] (level 0 is the first, which has no coin), rows ordered by path, equally many each. x: starts
+    [paths, ...]. noise(j): standardised increment at evaluation j [paths, ...]. coins(j): coins of evaluation j [R, K].
     """
-    rows, each = len(step), len(step) // len(x)
-    ledger = Ledger([f.flops for f in family], rows)
-    extra = 0.0
+    each = len(step) // len(x)
     empty: list[Tensor | None] = [None] * (len(program[0].update) - 1)
     reference, fired = [x, *empty], [x.repeat_interleave(each, 0), *empty]
-    unfired, slope = list(fired), [torch.zeros_like(fired[0]), *empty]
+    unfired, tangent = list(fired), [torch.zeros_like(_at(fired)), *empty]
     chance = torch.as_tensor(p[step, level], dtype=x.dtype, device=x.device).reshape(-1, *([1] * (x.ndim - 1)))
-    for i, evaluation in enumerate(program):
-        before, at, after = np.flatnonzero(step > i), np.flatnonzero(step == i), np.flatnonzero(step < i)
-        B = coins(i).copy()
-        B[:, 0] = True
-        B[at, level[at]] = True
-        w = telescope_weights(p[None, i], B[None])[0]
-        fired[0] 
-    raise NotImplementedError
+    top = np.eye(p.shape[1])[-1:].repeat(len(x), axis=0)
+    own = np.eye(p.shape[1])[level] - np.eye(p.shape[1])[level - 1]  # weights of the coin's level difference
+    for j, evaluation in enumerate(program):
+        until, at, after = np.flatnonzero(step >= j), np.flatnonzero(step == j), np.flatnonzero(step < j)
+        tossed = coins(j) | (np.arange(p.shape[1]) == 0)
+        tossed[at, level[at]] = True
+        w, s = telescope_weights(p[None, j], tossed[None])[0], evaluation.logsnr
+        # fired and unfired runs are one until the coin's step; there they differ by difference / p, of derivative difference
+        plain = networks.estimate(
+            np.concatenate([w[until], w[after], own[at], top]),
+            torch.cat([_at(fired)[until], _at(unfired)[after], _at(fired)[at], _at(reference)]),
+            s,
+        )
+        both, other, difference, best = plain.split([len(until), len(after), len(at), len(x)])
+        if_fired, if_not, slope = (torch.zeros_like(_at(fired)) for _ in range(3))
+        if_fired[until], if_not[until], if_not[after] = both, both, other
+        if_not[at] -= difference / chance[at]
+        slope[at] = difference
+        if len(after):
+            if_fired[after], slope[after] = networks.derivative(w[after], _at(fired)[after], _at(tangent)[after], s)
+        z = None if evaluation.noise is None else noise(j)
+        zs = None if z is None else z.repeat_interleave(each, 0)
+        reference = [
+            combine(row, [*reference, networks.estimate(top, _at(reference), s), z]) for row in evaluation.update
+        ]
+        fired = [combine(row, [*fired, if_fired, zs]) for row in evaluation.update]
+        unfired = [combine(row, [*unfired, if_not, zs]) for row in evaluation.update]
+        tangent = [combine(row, [*tangent, slope, None]) for row in evaluation.update]
+    error = (_at(fired) - _at(reference).repeat_interleave(each, 0)).double()
+    jump = (_at(fired) - _at(unfired)).double()
+    bent = jump - _at(tangent).double() / chance.double()
+    return Outcomes(_mean(error**2), _mean((error - jump) ** 2), _mean(jump**2 - 2 * error * bent))
+
+
+def _at(state: Sequence[Tensor | None]) -> Tensor:
+    """The image at which the network is evaluated, or the final one."""
+    assert state[0] is not None
+    return state[0]
+
+
+def _mean(x: Tensor) -> np.ndarray:
+    return x.flatten(1).mean(dim=1).cpu().numpy()
+
+
+class Networks:
+    """A family's weighted estimates and their derivatives along an image, with a count of the FLOPs spent.
+
+    Derivatives are forward-mode where every level supports it (tried once, on noise, against finite differences), else
+    central finite differences. A derivative counts as one more evaluation, or two, of each network in it.
+    """
+
+    def __init__(self, family: Sequence[Level], shape: tuple[int, ...], device: torch.device) -> None:
+        self.family, self.flops = list(family), 0.0
+        self.forward_mode = all(_has_forward_mode(level, shape, device) for level in family)
+
+    def estimate(self, weights: np.ndarray, x: Tensor, logsnr: float) -> Tensor:
+        """sum_k w_k f^k(x) for weights [B, K]."""
+        ledger = Ledger([level.flops for level in self.family], len(x))
+        out = weighted_estimate(self.family, weights, x, logsnr, ledger)
+        self.flops += float((weights != 0).sum(axis=0) @ ledger.flops)
+        return out
+
+    def derivative(self, weights: np.ndarray, x: Tensor, v: Tensor, logsnr: float) -> tuple[Tensor, Tensor]:
+        """The estimate and its derivative along v [B, ...], row by row."""
+        if not self.forward_mode:
+            h = _difference_step(x, v)
+            ends = [self.estimate(weights, x + sign * h * v, logsnr) for sign in (1, -1)]
+            return self.estimate(weights, x, logsnr), (ends[0] - ends[1]) / (2 * h)
+        self.flops += float((weights != 0).sum(axis=0) @ [level.flops for level in self.family])
+        with torch.autograd.forward_ad.dual_level():
+            out = self.estimate(weights, torch.autograd.forward_ad.make_dual(x, v), logsnr)
+            dual = torch.autograd.forward_ad.unpack_dual(out)
+        return dual.primal, torch.zeros_like(x) if dual.tangent is None else dual.tangent
+
+
+def _difference_step(x: Tensor, v: Tensor) -> Tensor:
+    """Step of finite differences along v, per row, in proportion to the image."""
+    x_norm, v_norm = (torch.linalg.vector_norm(t.flatten(1), dim=1).clamp_min(1e-12) for t in (x, v))
+    return expand(_RELATIVE_STEP * x_norm / v_norm, x)
+
+
+def _has_forward_mode(level: Level, shape: tuple[int, ...], device: torch.device) -> bool:
+    """Whether forward-mode differentiation of a level runs and agrees with finite differences to a tenth."""
+    generator = torch.Generator(device=device).manual_seed(0)
+    x, v = (torch.randn(2, *shape, generator=generator, device=device) for _ in range(2))
+    noise_level = torch.zeros(2, device=device)
+    with torch.no_grad():
+        h = _difference_step(x, v)
+        expected = (level.denoise(x + h * v, noise_level) - level.denoise(x - h * v, noise_level)) / (2 * h)
+        try:
+            _, found = torch.func.jvp(lambda y: level.denoise(y, noise_level), (x,), (v,))
+        except (NotImplementedError, RuntimeError):
+            return False
+        return bool((found - expected).norm() <= 0.1 * expected.norm())

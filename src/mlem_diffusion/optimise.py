@@ -17,46 +17,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
-from .drift import Drift, Multilevel, Quadrature, SingleLevel
 from .errors import UserError
 from .gains import Effects
-from .levels import Level
+from .plans import Plan, frontier
 from .probabilities import evaluation_probabilities
 
 METHODS = ("independent", "nested", "systematic", "quadrature")
 _OFFSETS = 32  # of systematic coins, evenly spaced: a quadrature over the one random number
 _COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One way to sample: levels (indices into the family), steps, and the table [n, K'] of probabilities or weights.
-
-    cost: expected, per image, in the units of the costs that it was planned with. added: predicted squared error beyond
-    that of the largest used level at these steps; predicted: both. jump: the largest root-mean-square effect of one
-    coin's firing on the final image; predictions are first order in it.
-    """
-
-    method: str
-    levels: tuple[int, ...]
-    steps: int
-    table: np.ndarray
-    cost: float
-    added: float
-    predicted: float
-    jump: float
-
-    def build(self, family: Sequence[Level]) -> Drift:
-        """The drift of this plan."""
-        used = tuple(family[i] for i in self.levels)
-        if len(used) == 1:
-            return SingleLevel(used[0])
-        if self.method == "quadrature":
-            return Quadrature(used, self.table)
-        return Multilevel(used, self.table, self.method)
 
 
 # ------------------------------------------------------------------------------------------ one difference at a time
@@ -194,7 +166,9 @@ def nested_probabilities(squares: np.ndarray, costs: np.ndarray, price: float) -
     """p [n, K], decreasing in k, for nested coins: variance sum_k (1/p_k - 1/p_{k-1}) D_k with D [K, n] the gain of
     f^K - f^{k-1} (D_1 unused), cost sum_k p_k T_k. Pool-adjacent-violators on the square-root law keeps p decreasing."""
     levels, n = squares.shape
-    drop = np.maximum(squares - np.concatenate([squares[1:], np.zeros((1, n))]), 1e-4 * squares.max(axis=1, keepdims=True))
+    drop = np.maximum(
+        squares - np.concatenate([squares[1:], np.zeros((1, n))]), 1e-4 * squares.max(axis=1, keepdims=True)
+    )
     out = np.ones((n, levels))
     for j in range(n):
         blocks: list[tuple[float, float, int]] = []  # (sum of drops, sum of costs, length)
@@ -244,15 +218,6 @@ def plans(
         if progress:
             progress(done + 1, len(grids))
     return frontier(out, lambda plan: plan.predicted)
-
-
-def frontier(found: Sequence[Plan], error: Callable[[Plan], float]) -> list[Plan]:
-    """Plans that no cheaper or equally cheap one matches in this error, from cheap to expensive."""
-    out: list[Plan] = []
-    for plan in sorted(found, key=lambda plan: (plan.cost, error(plan))):
-        if not out or error(plan) < error(out[-1]):
-            out.append(plan)
-    return out
 
 
 def _prices(effects: Effects, costs: np.ndarray) -> np.ndarray:
@@ -314,7 +279,7 @@ class _Planner:
         return self._finish(best[1], price)
 
     def _finish(self, levels: tuple[int, ...], price: float) -> Plan:
-        costs, pairs = self.costs[list(levels)], list(zip(levels[:-1], levels[1:], strict=True))
+        costs, pairs = self.costs[list(levels)], list(pairwise(levels))
         gains = np.stack([np.zeros(self.n)] + [self._gain(a, b) for a, b in pairs])
         if len(levels) == 1:
             table, added, evaluations = np.ones((self.n, 1)), 0.0, np.full((self.n, 1), 1.0)
@@ -336,7 +301,9 @@ class _Planner:
             evaluations = evaluation_probabilities(table) if self.method == "systematic" else used(table)
         weights = np.abs(table) if self.method == "quadrature" else 1 / table
         jump = float((weights * np.sqrt(gains.T))[:, 1:].max(initial=0.0))
-        return Plan(self.method, levels, self.n, table, float(evaluations.sum(axis=0) @ costs), added, added, jump)
+        names = tuple(self.effects.names[i] for i in levels)
+        cost = float(evaluations.sum(axis=0) @ costs)
+        return Plan(self.method, "optimal", names, self.n, table.astype(np.float32), cost, added, added, jump)
 
 
 def used(weights: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ Level 1 always fires (p_1 = 1).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -84,3 +84,24 @@ def evaluation_probabilities(p: np.ndarray, nested: bool = False) -> np.ndarray:
     following = np.concatenate([p[:, 1:], np.zeros_like(p[:, :1])], axis=1)
     both = np.minimum(p, following) if nested else p * following
     return p + following - both - np.where(p == following, both, 0.0)
+
+
+def knob_for_cost(
+    table: Callable[[float], np.ndarray], flops: Sequence[float], evaluations: int, wanted: float
+) -> np.ndarray | None:
+    """The probabilities table(knob) [K] whose expected cost per image over this many evaluations is the wanted one, by
+    bisection over the knob (cost grows with it); None where no knob has it."""
+    costs = np.asarray(flops, dtype=np.float64)
+
+    def cost(knob: float) -> float:
+        return float(evaluation_probabilities(table(knob)[None])[0] @ costs) * evaluations
+
+    low, high = 1e-9, 1.0
+    while high < 1e9 and np.any(table(high) < 1) and cost(high) < wanted:
+        high *= 2
+    if not cost(low) < wanted < cost(high):
+        return None
+    for _ in range(60):
+        middle = float(np.sqrt(low * high))
+        low, high = (middle, high) if cost(middle) < wanted else (low, middle)
+    return table(high)

@@ -14,6 +14,7 @@ from typing import Any
 
 from .errors import UserError
 from .tables import (
+    BASELINES,
     COLUMNS,
     DYNAMICS_NAMES,
     STEP_RULE_NAMES,
@@ -414,7 +415,7 @@ def _frontier_tables(rows: list[Row]) -> list[tuple[str, dict[str, Any]]]:
                 ),
             )
             if table:
-                table["marked"] = [row["drift"] == "ml_em" for row in best]
+                table["marked"] = [row["drift"] not in BASELINES for row in best]
                 tables.append((f"{words}, error against {unit}", table))
     return tables
 

@@ -22,12 +22,11 @@ import numpy as np
 
 from .errors import UserError
 from .metrics import Statistics, fast_frechet
-from .tables import method_of, trusted
+from .tables import BASELINES, method_of, trusted
 
 COSTS = {"flops": "gflops_realised", "seconds": "seconds"}
-BASELINES = ("single", "stitched")
 _SLACK = 1e-9  # relative: the same sampler under two names must not differ by rounding
-_NAMING = ("step_rule", "drift", "levels", "probabilities", "coins", "cost_knob", "steps")
+_NAMING = ("step_rule", "drift", "levels", "probabilities", "coins", "cost_knob", "steps", "plan")
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def speedups(
         present = [s for s in settings if s.row["dynamics"] == dynamics]
         kept = [s for s in present if trusted(s.row) and bool(np.isfinite(s.errors).all())]
         base = [s for s in kept if s.row["drift"] in BASELINES]
-        best = [s for s in kept if s.row["drift"] == "ml_em"]
+        best = [s for s in kept if s.row["drift"] not in BASELINES]
         memo: dict[Any, np.ndarray] = {}
         entry: dict[str, Any] = {}
         for method, ours in (("plain", [s for s in best if is_plain(s.row)]), ("best", best)):
@@ -86,6 +85,24 @@ def speedups(
         entry["left_out"] = len(present) - len(kept)
         result[dynamics] = entry
     return result
+
+
+def equal_error(base: list[Setting], ours: list[Setting], *, replicates: int = 200, seed: int = 0) -> dict[str, Any]:
+    """One entry as in `speedups`, in FLOPs at equal error, for any two groups of settings; "errors_at_cost" lists, over the
+    frontier of `ours`, {"gflops", "ratio": lowest error of `base` within that cost over its error, "lower95"}."""
+    base_measured, our_measured = _errors(base, ours, replicates, seed)
+    theirs, mine = _sorted(base_measured, COSTS["flops"]), _sorted(our_measured, COSTS["flops"])
+    entry = _entry(theirs, mine, "error", "flops")
+    points = []
+    for i in mine.frontier():
+        ratios = theirs.lowest_within(float(mine.costs[i])) / mine.values[i]
+        known = bool(np.isfinite(ratios[0]))
+        points.append({
+            "gflops": float(mine.costs[i]),
+            "ratio": float(ratios[0]) if known else None,
+            "lower95": _lower(ratios[1:]) if known else None,
+        })  # fmt: skip
+    return {**entry, "errors_at_cost": points}
 
 
 # --------------------------------------------------------------------------------------- resampled values

@@ -213,7 +213,7 @@ def _fires(
             p = setting.p[level]
             cells = np.flatnonzero(rng.random(steps * count) < p)
             row = s * count + cells % count
-            parts.append((cells // count, row, np.full(len(cells), level), np.full(len(cells), 0.9 / p)))
+            parts.append((cells // count, row, np.full(len(cells), level), np.full(len(cells), 1 / p)))
     step, row, level, weight = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.argsort(step, kind="stable")
     return step[order], row[order], level[order], weight[order]

@@ -26,12 +26,12 @@ COLUMNS = [
     "n", "network_calls", "gflops_expected", "gflops_realised", "seconds",
 ]
 # fmt: on
-EXTRA_COLUMNS = ["n_fires_top"]
+EXTRA_COLUMNS = ["n_fires_top", "plan", "predicted", "jump"]
 
-_TEXT = {"dynamics", "step_rule", "drift", "probabilities", "coins", "levels", "distance_name"}
+_TEXT = {"dynamics", "step_rule", "drift", "probabilities", "coins", "levels", "distance_name", "plan"}
 _WHOLE = {"steps", "n", "seed"}
 # Two rows that agree in all of these are one setting, run from different seeds.
-_SETTING = ("dynamics", "step_rule", "drift", "probabilities", "coins", "cost_knob", "levels", "steps")
+_SETTING = ("dynamics", "step_rule", "drift", "probabilities", "coins", "cost_knob", "levels", "steps", "plan")
 
 DYNAMICS_NAMES = {"sde": "stochastic (SDE)", "ode": "deterministic (ODE)"}
 STEP_RULE_NAMES = {
@@ -39,7 +39,11 @@ STEP_RULE_NAMES = {
     "ddpm": "DDPM ancestral",
     "ddim": "DDIM",
     "dpmpp_2m": "DPM-Solver++(2M)",
+    "heun": "Heun",
+    "unipc": "UniPC",
 }
+
+BASELINES = ("single", "stitched")
 
 MIN_FIRES = 100
 """Below this many evaluations of the top level in a whole run, neither the error nor its standard error can
@@ -112,6 +116,11 @@ def _from_field(name: str, text: str, where: str) -> Any:
     return int(number) if whole else number
 
 
+def key_of(row: Row) -> tuple:
+    """What names a row's setting, whatever its seed."""
+    return tuple(row.get(name) for name in _SETTING)
+
+
 def pool_seeds(rows: Iterable[Row]) -> list[Row]:
     """Average the rows that differ only in their seed: means of errors, distances and costs; standard errors
     in quadrature.
@@ -120,7 +129,7 @@ def pool_seeds(rows: Iterable[Row]) -> list[Row]:
     """
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        groups.setdefault(tuple(row.get(name) for name in _SETTING), []).append(row)
+        groups.setdefault(key_of(row), []).append(row)
     pooled = []
     for group in groups.values():
         merged = dict(group[0], runs=len(group))
@@ -148,13 +157,12 @@ def _numbers(rows: list[Row], name: str) -> list[float]:
 
 
 def method_of(row: Row) -> str:
-    """One of "single", "stitched" (both baselines), "plain" (ML-EM as published: constant probabilities,
-    independent coins) or "best" (every other ML-EM variant, first of all systematic coins).
+    """One of "single", "stitched" (both baselines), "plain" (ML-EM as published: independent coins, with whatever
+    probabilities) or "best" (the other estimators: nested and systematic coins, quadrature).
     """
-    if row["drift"] != "ml_em":
+    if row["drift"] in BASELINES:
         return row["drift"]
-    published = row.get("probabilities") == "constant" and row.get("coins") == "independent"
-    return "plain" if published else "best"
+    return "plain" if row["drift"] == "ml_em" and row.get("coins") == "independent" else "best"
 
 
 def trusted(row: Row) -> bool:
@@ -186,8 +194,8 @@ def describe(row: Row) -> str:
     names, steps = str(row.get("levels") or "").split("+"), row.get("steps")
     levels = "+".join(names) if len(names) <= 4 else f"{names[0]}+…+{names[-1]} ({len(names)} levels)"
     parts = [rule, f"{steps} steps" if steps is not None else ""]
-    if row.get("drift") == "ml_em":
-        parts.insert(0, f"ML-EM {levels}".strip())
+    if row.get("drift") in ("ml_em", "quadrature"):
+        parts.insert(0, f"{'ML-EM' if row['drift'] == 'ml_em' else 'quadrature'} {levels}".strip())
         if row.get("coins"):
             parts.append(
                 row["coins"].replace("-shared", "") + " coins" + (", shared" if "-shared" in row["coins"] else "")

@@ -1,0 +1,214 @@
+"""Levels -> gains.png, diagnostics.json, plans.json: measure gains, plan, and select plans on seeds of their own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import common
+import hydra
+import numpy as np
+import run_settings
+from omegaconf import DictConfig
+
+from mlem_diffusion.checkpoint import write_json
+from mlem_diffusion.compare import Runner, Setting, setting_of
+from mlem_diffusion.diagnostics import diagnose, table
+from mlem_diffusion.drift import Multilevel
+from mlem_diffusion.gains import Effects, measure_effects
+from mlem_diffusion.learned import learn_probabilities
+from mlem_diffusion.optimise import plans
+from mlem_diffusion.plans import Plan, frontier, save_plans
+from mlem_diffusion.plot_diagnostics import plot_diagnostics
+from mlem_diffusion.plot_gains import plot_gains
+from mlem_diffusion.probabilities import knob_for_cost, measured_probabilities
+from mlem_diffusion.tracking import Tracker
+
+OUTPUTS = ["plans.json", "plans.npz", "gains.png", "diagnostics.json"]
+Candidates = dict[str, list[Plan]]  # by "method, probabilities"
+
+
+def effects_of(stage: common.Stage, runner: Runner, dynamics: str, rule: str) -> Effects:
+    """Measured once, then read from the cache."""
+    o = stage.cfg.optimise
+    facts = [o.seed, o.calibrate, o.probes, o.calibrate_steps, dynamics, rule]
+    path = runner.cache / f"effects-{stage.fingerprint((), runner=runner.key, facts=facts)[:20]}.npz"
+    if not path.is_file():
+        with common.bar(f"gains {dynamics} {rule}", o.calibrate) as progress:
+            seeds = range(o.seed, o.seed + o.calibrate)
+            grid = runner.process.grid(o.calibrate_steps)
+            family = list(runner.levels.values())
+            measure_effects(
+                family, grid, dynamics, rule, seeds, runner.shape, runner.device, o.probes, runner.batch, progress
+            ).save(path)  # fmt: skip
+    return Effects.load(path)
+
+
+def measured_plans(stage: common.Stage, runner: Runner, effects: Effects) -> list[Plan]:
+    """The square-root law from measured differences, constant in time, at the wanted costs."""
+    o, family = stage.cfg.optimise, list(runner.levels.values())
+    weights = runner.process.drift_weights(effects.logsnr)
+    squares, flops = effects.squares @ weights, [level.flops for level in family]
+    out = []
+    for steps in o.measured.steps:
+        there = effects.on(runner.process.grid(steps).logsnr)
+        for cost in o.measured.costs:
+            p = knob_for_cost(lambda knob: measured_probabilities(squares, flops, knob), flops, steps, cost * flops[-1])
+            if p is not None:
+                out.append(_plain_plan("measured", tuple(runner.levels), steps, p, family, there))
+    return out
+
+
+def learned_plans(stage: common.Stage, runner: Runner, effects: Effects, start: list[Plan]) -> tuple[list[Plan], float]:
+    """Probabilities learned by SGD from the measured ones of about the same cost; and the FLOPs spent."""
+    o, family, out, spent = stage.cfg.optimise, list(runner.levels.values()), [], 0.0
+    dynamics, rule, steps = effects.dynamics, effects.step_rule, o.learned.steps
+    grid = runner.process.grid(steps)
+    for cost in o.learned.costs:
+        wanted = cost * family[-1].flops
+        nearest = min(start, key=lambda plan: (plan.steps != steps, abs(np.log(plan.cost / wanted))))
+        with common.bar(f"learn {dynamics} {rule}, cost {cost:g}", o.learned.iterations, unit="iteration") as progress:
+            found = learn_probabilities(
+                family, grid, dynamics, rule, runner.shape, runner.device, expected_flops=wanted,
+                start=nearest.table[0].astype(np.float64), iterations=o.learned.iterations, paths=o.learned.paths,
+                draws=o.learned.draws, progress=progress,
+            )  # fmt: skip
+        spent += found.flops
+        out.append(_plain_plan("learned", tuple(runner.levels), steps, found.p, family, effects.on(grid.logsnr)))
+    return out, spent
+
+
+def _plain_plan(source: str, names: tuple[str, ...], steps: int, p: np.ndarray, family: list, effects: Effects) -> Plan:
+    """A plan for independent coins on the whole family, with its predicted error."""
+    p = np.broadcast_to(p, (len(effects.logsnr), len(names))).astype(np.float32)
+    gains = effects.gains()[0][1:].T
+    ratio = 1 / p[:, 1:].astype(np.float64)
+    cost = Multilevel(tuple(family), p).expected_flops(len(p))
+    return Plan(
+        "independent", source, names, steps, p, cost, float((gains * (ratio - 1)).sum()), None,
+        float((ratio * np.sqrt(gains)).max(initial=0.0)),
+    )  # fmt: skip
+
+
+def candidates(
+    stage: common.Stage, runner: Runner, rule: Any, own: dict[tuple[int, int], float]
+) -> tuple[Candidates, Effects, float]:
+    """Predicted frontiers of all methods for one rule, thinned; the effects they rest on; and FLOPs spent on learning."""
+    o = stage.cfg.optimise
+    effects = effects_of(stage, runner, rule.dynamics, rule.step_rule)
+    grids = {n: runner.process.grid(n).logsnr for n in rule.steps}
+    found: Candidates = {}
+    for method in o.methods:
+        with common.bar(f"plan {rule.dynamics} {rule.step_rule} {method}", len(grids), unit="grid") as progress:
+            best = [p for p in plans(effects, method, grids, own, progress=progress) if len(p.levels) > 1]
+        keep = np.unique(np.round(np.linspace(0, len(best) - 1, min(o.plans, len(best)))).astype(int)) if best else []
+        found[f"{method}, optimal"] = [best[i] for i in keep]
+    measured = measured_plans(stage, runner, effects)
+    found["independent, measured"] = measured
+    found["independent, learned"], spent = learned_plans(stage, runner, effects, measured) if measured else ([], 0.0)
+    top = len(runner.levels) - 1
+    for key in ("independent, measured", "independent, learned"):
+        found[key] = [_with_own_error(p, own.get((top, p.steps))) for p in found[key]]
+    return found, effects, spent
+
+
+def _with_own_error(plan: Plan, own: float | None) -> Plan:
+    return plan if own is None or plan.added is None else replace(plan, predicted=own + plan.added)
+
+
+def singles(stage: common.Stage, runner: Runner) -> list[Setting]:
+    """Every level alone on every grid that plans may use: their errors are the floor of what is planned. The cheap levels
+    are left out of fine grids, where they cost much and add nothing."""
+    out = []
+    largest = list(runner.levels.values())[-1].flops
+    for rule in stage.cfg.optimise.rules:
+        for name, level in runner.levels.items():
+            fine = [n for n in rule.steps if n <= 600 or level.flops > 0.5 * largest]
+            out += [Setting(rule.dynamics, rule.step_rule, "single", (name,), n) for n in fine]
+    return out
+
+
+def diagnosis(stage: common.Stage, runner: Runner) -> float:
+    """Print and save the diagnostics of the family; FLOPs spent."""
+    o, family, spent, saved = stage.cfg.optimise, list(runner.levels.values()), 0.0, {}
+    for dynamics in dict.fromkeys(rule.dynamics for rule in o.rules):
+        rule = next(r.step_rule for r in o.rules if r.dynamics == dynamics)
+        with common.bar(f"diagnose {dynamics}", None) as progress:
+            found = diagnose(
+                family, runner.process, dynamics, rule, list(range(o.seed, o.seed + o.diagnose.seeds)), runner.shape,
+                runner.device, steps=o.diagnose.steps, batch=runner.batch, progress=progress,
+            )  # fmt: skip
+        print(table(found))
+        saved[dynamics] = found.to_json()
+        spent += found.flops_spent
+        if found.statistics is not None:
+            plot_diagnostics(found, stage.results / f"diagnostics-{dynamics}.png")
+    write_json(stage.results / "diagnostics.json", saved)
+    return spent
+
+
+def work(stage: common.Stage) -> None:
+    cfg, o = stage.cfg, stage.cfg.optimise
+    runner, images = run_settings.make_runner(stage)
+    fingerprint = stage.fingerprint(("optimise",), runner=runner.key)
+    if stage.finished(fingerprint, OUTPUTS):
+        return
+    stage.catch_signals()
+    spent = diagnosis(stage, runner)
+
+    # ---- what levels achieve alone, then plans from gains ---------------------------------------------------
+    alone = singles(stage, runner)
+    errors = [found["costs"]["error"] for found in run_settings.run_all(stage, runner, alone, "levels alone")]
+    index = {name: i for i, name in enumerate(runner.levels)}
+    by_rule, all_effects = {}, []
+    for rule in o.rules:
+        own = {
+            (index[s.levels[0]], s.steps): e
+            for s, e in zip(alone, errors, strict=True)
+            if (s.dynamics, s.step_rule) == (rule.dynamics, rule.step_rule)
+        }
+        found, effects, learning = candidates(stage, runner, rule, own)
+        by_rule[rule.dynamics, rule.step_rule] = found
+        all_effects.append(effects)
+        spent += effects.flops_spent + learning
+    pool = [p for found in by_rule.values() for group in found.values() for p in group]
+    where = runner.cache / "candidates.json"
+    save_plans(where, [(p, {}) for p in {p.id: p for p in pool}.values()])
+
+    # ---- selection: run them --------------------------------------------------------------------------------
+    runner, _ = run_settings.make_runner(stage)  # with the candidates
+    tried = [setting_of(p, *key) for key, found in by_rule.items() for group in found.values() for p in group]
+    tried = list(dict.fromkeys(tried))
+    costs = {s: f["costs"] for s, f in zip(tried, run_settings.run_all(stage, runner, tried, "plans"), strict=True)}
+    chosen = []
+    for key, found in by_rule.items():
+        for group in found.values():
+            measured = {p.id: costs[setting_of(p, *key)]["error"] for p in group}
+            for p in frontier(group, lambda p, measured=measured: measured[p.id]):
+                chosen.append((p, {"dynamics": key[0], "step_rule": key[1], "selected_error": measured[p.id]}))
+
+    # ---- artefacts ------------------------------------------------------------------------------------------
+    images_run = len(runner.seeds)
+    spent += sum(runner.build(s).expected_flops(s.evaluations(runner.process)) for s in [*alone, *tried]) * images_run
+    rules = {r.dynamics for r in o.rules}
+    spent += len(rules) * len(runner.reference_grid.logsnr) * list(runner.levels.values())[-1].flops * images_run
+    seeds_used = sorted({*range(o.seed, o.seed + max(o.calibrate, o.diagnose.seeds)), *runner.seeds})
+    calibration = {"flops": float(spent), "gains_flops": float(sum(e.flops_spent for e in all_effects))}
+    save_plans(stage.results / "plans.json", chosen, calibration=calibration, seeds_used=seeds_used, tried=len(tried))
+    plot_gains(all_effects, stage.results / "gains.png", cfg.title)
+    with Tracker(stage.results, stage.name, stage.plain(), **cfg.tracking, fresh=True) as tracker:
+        tracker.log({"plans": len(chosen), "calibration_pflops": spent / 1e15})
+        for name in ["gains", *(path.stem for path in sorted(stage.results.glob("diagnostics-*.png")))]:
+            tracker.image(name, Path(stage.results / f"{name}.png"))
+    print(f"{len(chosen)} of {len(tried)} plans selected; calibration and selection cost {spent / 1e12:.3g} TFLOP.")
+    stage.record(fingerprint, images.manifest if images else {}, plans=len(chosen))
+
+
+@hydra.main(version_base=None, config_path=common.CONFIGS, config_name="optimise")
+def main(cfg: DictConfig) -> None:
+    common.run("optimise", cfg, work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Running many sampler settings of one family: what they share, and the pool of processes that runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import common
+import side_by_side
+from omegaconf import OmegaConf
+
+from mlem_diffusion.checkpoint import read_json
+from mlem_diffusion.compare import NoiseCache, Runner, Setting
+from mlem_diffusion.data import ImageData
+from mlem_diffusion.errors import UserError
+from mlem_diffusion.extractors import Extractor
+from mlem_diffusion.family import load_family
+from mlem_diffusion.levels import Level
+from mlem_diffusion.plans import load_plans
+
+
+def used_gamma(stage: common.Stage) -> float:
+    """gamma of the constant probabilities: the number in the configuration, or as measured."""
+    if stage.cfg.compare.gamma != "auto":
+        try:
+            return float(stage.cfg.compare.gamma)
+        except ValueError as error:
+            raise UserError(f"compare.gamma = {stage.cfg.compare.gamma} is neither a number nor auto.") from error
+    hint = "run make measure-gamma with the same EXPERIMENT first, or set compare.gamma"
+    estimates = read_json(stage.find("gamma.json"), hint)["estimates"]
+    for name in ("differences", "to_largest", "loss_fit"):
+        if estimates[name]["gamma"] is not None:
+            return float(estimates[name]["gamma"])
+    raise UserError("No estimate in gamma.json is finite; set compare.gamma to a number.")
+
+
+def make_extractor(stage: common.Stage) -> Extractor | None:
+    """The feature extractor of the configuration, on this device where it takes one; None without distances."""
+    if stage.cfg.metrics.get("_target_") is None:
+        return None
+    config: Any = OmegaConf.to_container(stage.cfg.metrics, resolve=True)
+    if config["_target_"].split(".")[-1] in ("light", "inception"):
+        config["device"] = str(stage.device)
+    return common.build(config)
+
+
+def load_levels(stage: common.Stage) -> tuple[dict[str, Level], dict[str, Any], tuple[int, ...], ImageData | None]:
+    """The levels by name, what identifies them, the shape of a sample, and the images they were trained on, if any."""
+    cfg = stage.cfg
+    if cfg.family.callable is not None:
+        levels = {level.name: level for level in common.build(cfg.family.callable)}
+        return levels, {"callable": stage.plain("family")}, tuple(cfg.family.shape), None
+    images = stage.data()
+    metadata = stage.levels_of(images)
+    loaded = load_family(stage.checkpoints, cfg.family.widths, stage.device, cfg.precision)
+    inputs = {"levels": [m["weights_sha256"] for m in metadata], "data": images.manifest["sha256"]}
+    return {level.name: level for level in loaded}, inputs, (3, cfg.data.size, cfg.data.size), images
+
+
+def make_runner(stage: common.Stage) -> tuple[Runner, ImageData | None]:
+    """What all settings of this stage share, from the artefacts of the stages before; and the images."""
+    cfg, select = stage.cfg, stage.name == "optimise"
+    levels, inputs, shape, images = load_levels(stage)
+    extractor = None if select else make_extractor(stage)
+    gamma = 2.5 if select else used_gamma(stage)  # constant probabilities are not used when plans are selected
+    inputs |= {"gamma": gamma, "extractor": extractor.key if extractor else None}
+    where = stage.results / "cache" / "candidates.json" if select else stage.find("plans.json")
+    plans = load_plans(where)[0] if where.is_file() and (select or cfg.compare.plans != "none") else {}
+    first, count = (cfg.optimise.seed, cfg.optimise.n_select) if select else (cfg.compare.seed, cfg.compare.n)
+    runner = Runner(
+        levels=levels, process=stage.process(), gamma=gamma, shape=shape, seeds=list(range(first, first + count)),
+        n_reference=count if select else min(cfg.compare.n_reference, count), batch=cfg.compare.batch,
+        device=stage.device, extractor=extractor, cache=stage.results / "cache", grid_images=cfg.compare.grid_images,
+        key=stage.fingerprint(("process", "precision"), **inputs, device=stage.device.type), plans=plans,
+        reference_steps=cfg.optimise.reference_steps if select else None,
+    )  # fmt: skip
+    return runner, images
+
+
+_in_worker: dict[str, Any] = {}  # a worker process keeps its runner and the last noise between tasks
+
+
+def run_in_worker(stage: common.Stage, dynamics: str, settings: list[Setting]) -> None:
+    """Some settings of one dynamics (none: the reference), into the cache of finished settings."""
+    if side_by_side.stop_requested():
+        raise common.Stopped("stopped as asked; finished settings are kept")
+    if not _in_worker:
+        _in_worker.update(runner=make_runner(stage)[0], noise=NoiseCache())
+        _in_worker["runner"].warm_up()
+    reference = _in_worker["runner"].reference(dynamics)
+    for setting in settings:
+        _in_worker["runner"].run(setting, reference, _in_worker["noise"])
+
+
+def run_all(
+    stage: common.Stage, runner: Runner, settings: Sequence[Setting], label: str = "compare"
+) -> list[dict[str, Any]]:
+    """What Runner.run finds for every setting, with progress and time left by expected FLOPs; stops between settings
+    when asked. Finished settings are read from the cache."""
+    n, largest = len(runner.seeds), list(runner.levels.values())[-1]
+    dynamics = sorted({s.dynamics for s in settings})
+    reference_cost = len(runner.reference_grid.logsnr) * largest.flops * runner.n_reference / 1e9
+    costs = {s: runner.build(s).expected_flops(s.evaluations(runner.process)) * n / 1e9 for s in settings}
+    done, total = 0.0, sum(costs.values()) + reference_cost * len(dynamics)
+    workers = side_by_side.worker_count(stage.cfg.workers, stage.device, len(settings))
+    with common.bar(label, int(total), unit="GFLOP") as progress:
+
+        def advance(cost: float) -> None:
+            nonlocal done
+            done += cost
+            progress(int(done), int(total))
+
+        if workers > 1:
+            todo = [(stage, d, []) for d in dynamics]
+            side_by_side.run(run_in_worker, todo, workers, stage.should_stop, lambda _: advance(reference_cost))
+            waiting = sorted((s for s in settings if not runner.is_done(s)), key=lambda s: -costs[s])
+            todo = [(stage, s.dynamics, [s]) for s in waiting]
+            side_by_side.run(run_in_worker, todo, workers, stage.should_stop, lambda t: advance(costs[t[2][0]]))
+        else:
+            runner.warm_up()
+        references, noise, found, done = {}, NoiseCache(), [], 0.0
+        for d in dynamics:
+            progress.tqdm.set_postfix_str(f"reference {d}", refresh=False)
+            references[d] = runner.reference(d)
+            advance(reference_cost)
+        for setting in settings:
+            if stage.should_stop():
+                raise common.Stopped("stopped as asked; finished settings are kept")
+            name = f"{setting.dynamics} {setting.drift} {setting.step_rule} {setting.steps}"
+            progress.tqdm.set_postfix_str(name, refresh=False)
+            found.append(runner.run(setting, references[setting.dynamics], noise))
+            advance(costs[setting])
+    return found

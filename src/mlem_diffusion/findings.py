@@ -1,0 +1,224 @@
+"""What the statistics of a family say about it as a hierarchy, in plain sentences: which levels, which noise levels, what to do."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+
+from .level_checks import Finding
+from .level_statistics import Statistics, firing_cost, kurtosis, standard_error
+
+NARROW, WIDE = 1.5, 30.0  # cost ratios of neighbours outside which a level is one too many, or one is missing
+HEAVY = 20.0  # kurtosis; 3 where all samples' differences are of one size
+COSTLY_BASE = 0.1  # of the largest level's cost: the base runs at every step
+
+
+def judge(s: Statistics) -> list[Finding]:
+    """All findings about a measured family, warnings before the rest."""
+    bad = ~np.isfinite(s.mean_square)
+    if bad.any():
+        return [
+            Finding(
+                "error",
+                f"{s.names[k]} returns values that are not finite {_where(s, bad[k])}: look for a division there, "
+                f"or leave these noise levels out (process.logsnr_min, process.logsnr_max).",
+            )
+            for k in np.flatnonzero(bad.any(1))[:1]
+        ]
+    found = [*_not_falling(s), *_high_noise(s), *_drops(s), *_cost_ratios(s), *_tails(s)]
+    growth = _growth(s)
+    found += [growth] if growth else []
+    if all(finding.severity == "ok" for finding in found):
+        found.append(Finding("ok", "The family is a good hierarchy on these trajectories."))
+    return sorted(found, key=lambda finding: finding.severity == "ok")
+
+
+def _where(s: Statistics, hit: np.ndarray) -> str:
+    """Runs of noise levels [S] as log-SNR ranges."""
+    if hit.all():
+        return "at every noise level"
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], hit, [False]]).astype(int)))
+    ends = [(s.logsnr[a], s.logsnr[b - 1]) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+    return "at log-SNR " + " and ".join(f"{a:.1f}" if a == b else f"{a:.1f} to {b:.1f}" for a, b in ends)
+
+
+def _above(values: np.ndarray) -> np.ndarray:
+    """Whether means over samples of paired values [N, ...] are above zero by more than two standard errors."""
+    return values.mean(0) > 2 * standard_error(values[None])[0]
+
+
+def _long_runs(hit: np.ndarray) -> np.ndarray:
+    """Only hits [S] with a neighbour that hits too: one noise level alone may be chance."""
+    padded = np.concatenate([[False], hit, [False]])
+    return hit & (padded[:-2] | padded[2:]) if len(hit) > 3 else hit
+
+
+def _not_falling(s: Statistics) -> list[Finding]:
+    """Neighbouring differences that grow with level, where that is 5% or more of the level's pooled mean square."""
+    found = []
+    for k in range(2, len(s.names)):
+        hit = _long_runs(_above(s.square[k] - s.square[k - 1]))
+        own, before = s.mean_square[k] * s.weights, s.mean_square[k - 1] * s.weights
+        share = own[hit].sum() / max(own.sum(), 1e-300)
+        if share < 0.05:
+            continue
+        part = s.weights[hit].sum()
+        found.append(
+            Finding(
+                "warning",
+                f"{s.names[k]} differs from {s.names[k - 1]} more than {s.names[k - 1]} from {s.names[k - 2]} {_where(s, hit)} "
+                f"({100 * share:.0f}% of its pooled mean square): {own[hit].sum() / part:.1e} against {before[hit].sum() / part:.1e}. "
+                f"Train {s.names[k - 1]} and {s.names[k]} longer there, or let one of them fire only elsewhere.",
+            )
+        )
+    return found
+
+
+def _high_noise(s: Statistics) -> list[Finding]:
+    """Where noise is highest all denoisers should agree on the mean of the data: levels that differ by more than half of what
+    the largest one's outputs vary by differ in training, not in what they see."""
+    if len(s.logsnr) < 4:
+        return []
+    low = np.arange(len(s.logsnr)) < len(s.logsnr) // 3
+    k = 1 + int(s.mean_square[1:, low].max(1).argmax())
+    v = s.mean_square[k]
+    hit = low & (v > 0.25 * s.top_spread) & (v > 0.02 * v.max())
+    if not hit.any():
+        return []
+    return [
+        Finding(
+            "warning",
+            f"The levels do not converge where noise is highest: {_where(s, hit)} {s.names[k]} and {s.names[k - 1]} differ by "
+            f"{np.sqrt(v[hit].mean()):.2g} rms, while the outputs of {s.names[-1]} vary by {np.sqrt(s.top_spread[hit].mean()):.2g} over "
+            f"samples. Train these noise levels more, start sampling at a higher log-SNR, or use one level there.",
+        )
+    ]
+
+
+def best_chain(s: Statistics) -> tuple[list[int], float, float]:
+    """The levels to keep, from the cheapest to the largest, that minimise the sum of sqrt(V c) over the steps of the chain, V and c
+    of each step measured between the levels it joins; the change of that sum against all levels, and its standard error.
+
+    The square of the sum is error times cost of all that is random, with the best constant p. A chain is a path, so the best
+    one is the shortest path.
+    """
+    last = len(s.names) - 1
+    q = {(i, j): s.pairs[i + 1, j] @ s.weights for j in range(1, last + 1) for i in range(j)}
+    cost = {(i, j): firing_cost(s.flops, i, j) for i, j in q}
+    length, before = [0.0], [0]
+    for j in range(1, last + 1):
+        options = [length[i] + float(np.sqrt(q[i, j].mean() * cost[i, j])) for i in range(j)]
+        before.append(int(np.argmin(options)))
+        length.append(min(options))
+    chain = [last]
+    while chain[-1] != 0:
+        chain.append(before[chain[-1]])
+    chain.reverse()
+    change, influence = 0.0, np.zeros(s.pairs.shape[2])
+    for path, sign in ((chain, 1), (range(last + 1), -1)):
+        for pair in pairwise(path):
+            root = float(np.sqrt(max(q[pair].mean(), 1e-300)))
+            change += sign * root * np.sqrt(cost[pair])
+            influence += sign * np.sqrt(cost[pair]) * 0.5 * q[pair] / root
+    return chain, change, float(standard_error(influence[None])[0])
+
+
+def _drops(s: Statistics) -> list[Finding]:
+    """Levels that raise variance times cost."""
+    total = float(np.sqrt(s.pooled[1:].mean(1) * s.firing_costs[1:]).sum())
+    if total == 0:
+        return [Finding("warning", "All levels give the same output: only the cheapest is of use.")]
+    chain, change, se = best_chain(s)
+    gain = 1 - (1 + change / total) ** 2
+    if change > -2 * se or gain < 0.05:
+        return []
+    *others, last = [name for k, name in enumerate(s.names) if k not in chain]
+    dropped = f"{', '.join(others)} and {last}" if others else last
+    kept = " + ".join(s.names[k] for k in chain)
+    return [
+        Finding(
+            "warning",
+            f"Drop {dropped}: with {kept} variance times cost, (sum of sqrt(V c))^2 over the levels above the first, is "
+            f"{100 * gain:.0f}% lower (pooled over log-SNR {s.logsnr[0]:.1f} to {s.logsnr[-1]:.1f}).",
+        )
+    ]
+
+
+def _cost_ratios(s: Statistics) -> list[Finding]:
+    found, n = [], s.names
+    for k in range(1, len(n)):
+        ratio, timed = s.flops[k] / s.flops[k - 1], s.seconds[k] / max(s.seconds[k - 1], 1e-12)
+        pair = f"{n[k]} costs {ratio:.3g} times the FLOPs of {n[k - 1]}"
+        if ratio < NARROW:
+            found.append(Finding("warning", f"{pair}: too close for a level of its own. Drop one of the two."))
+        elif ratio > WIDE:
+            found.append(Finding("warning", f"{pair}: a wide gap. Train a level between them."))
+        elif timed < 1.2:
+            found.append(
+                Finding(
+                    "warning",
+                    f"{pair} but only {timed:.2g} times the seconds on this device, at this batch size: in seconds {n[k - 1]} saves "
+                    f"nothing. Use larger batches, compile, or drop {n[k - 1]} where seconds count.",
+                )
+            )
+    share = s.flops[0] / s.flops[-1]
+    if share > COSTLY_BASE:
+        found.append(
+            Finding(
+                "warning",
+                f"{n[0]} runs at every step and costs {100 * share:.0f}% of {n[-1]}: at equal steps no saving can exceed "
+                f"{1 / share:.2g}. Put a cheaper level below it, such as a linear Gaussian denoiser.",
+            )
+        )
+    return found
+
+
+def _tails(s: Statistics) -> list[Finding]:
+    found, tails = [], kurtosis(s.square)
+    for k, values in list(enumerate(tails))[1:]:
+        hit = values > HEAVY
+        if hit.any():
+            found.append(
+                Finding(
+                    "warning",
+                    f"Few samples carry the difference {s.label(k)} {_where(s, hit)}: kurtosis {np.nanmax(values):.0f} over "
+                    f"{s.square.shape[1]} samples, 3 if all were alike. Its mean square is not to be trusted, nor a p from it: "
+                    f"measure with more seeds, and look at the samples where the two levels disagree.",
+                )
+            )
+    return found
+
+
+def _growth(s: Statistics) -> Finding | None:
+    """How the mean squares fall with cost, V_k ~ T_k^slope, along these trajectories; gamma = -2 / slope."""
+    if len(s.names) < 3:
+        return None
+    x = np.log(s.flops[1:])
+    centred = (x - x.mean()) / np.square(x - x.mean()).sum()
+    v = s.pooled[1:].mean(1)
+    if np.any(v <= 0):
+        return None
+    slope = float(centred @ np.log(v))
+    se = float(standard_error((centred / v @ s.pooled[1:])[None])[0])
+    figures = f"V_k falls as T_k^{slope:.2f} (s.e. {se:.2f})"
+    if slope > -0.1:
+        return Finding(
+            "warning",
+            f"The differences hardly fall with cost from {s.label(1)} to {s.label(len(s.names) - 1)}: {figures}. Such levels differ by "
+            f"chance more than by size: train all of them longer, or space them wider.",
+        )
+    if slope + 2 * se > 0:
+        return Finding(
+            "warning", f"Whether the differences fall with cost cannot be told: {figures}. Measure with more seeds."
+        )
+    gamma = f"{figures}, gamma about {-2 / slope:.2g}"
+    if slope - 2 * se > -1:
+        return Finding(
+            "ok", f"V_k T_k grows with level, harder than Monte Carlo: {gamma}; the largest levels dominate the cost."
+        )
+    if slope + 2 * se < -1:
+        return Finding(
+            "ok", f"V_k T_k falls with level, easier than Monte Carlo: {gamma}; the cheapest levels dominate the cost."
+        )
+    return Finding("ok", f"V_k T_k neither grows nor falls measurably with level: {gamma}; all levels share the cost.")

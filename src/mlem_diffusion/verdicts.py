@@ -1,0 +1,146 @@
+"""What a comparison says about the method: windows of speed-up, method against method, predicted against measured error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from .speedup import Setting, equal_error
+from .tables import BASELINES, MIN_FIRES, Row, method_of
+
+
+def window(curve: Sequence[dict[str, Any]], least: float) -> dict[str, Any] | None:
+    """The widest contiguous range of errors in which the lower 95% bound of the speed-up is at least `least`.
+
+    curve: {"at": mean squared error, "lower95"} along the baselines' frontier (speedup.py). "factor" is the ratio of the
+    root mean squared errors at its ends. None where no point qualifies.
+    """
+    best: tuple[float, int, int] | None = None
+    start = None
+    for i, point in enumerate([*curve, {"lower95": None}]):
+        good = point["lower95"] is not None and point["lower95"] >= least
+        if good and start is None:
+            start = i
+        if not good and start is not None:
+            factor = math.sqrt(curve[start]["at"] / curve[i - 1]["at"])
+            best = max(best or (0.0, 0, 0), (factor, start, i - 1))
+            start = None
+    if best is None:
+        return None
+    factor, first, last = best
+    return {
+        "least": least, "factor": factor,
+        "rms_error": [math.sqrt(curve[first]["at"]), math.sqrt(curve[last]["at"])],
+        "lower95": [point["lower95"] for point in curve[first : last + 1]],
+    }  # fmt: skip
+
+
+def not_worse(ours: Sequence[Setting], theirs: Sequence[Setting], seed: int = 0) -> dict[str, Any]:
+    """Whether `ours` is nowhere above the frontier of `theirs` in FLOPs: at each of its points, our lowest error within the
+    same cost over its error. "worst" is the largest such ratio of squared errors; it counts as above where the one-sided 95% lower bound of
+    the ratio exceeds 1. Points cheaper than our cheapest setting are not judged, and counted."""
+    entry = equal_error(list(ours), list(theirs), seed=seed)
+    points = [p for p in entry["errors_at_cost"] if p["ratio"] is not None]
+    worst = max(points, key=lambda p: p["ratio"], default=None)
+    return {
+        "never_above": all(p["lower95"] is None or p["lower95"] <= 1 for p in points) if points else None,
+        "worst": worst, "points": len(points), "not_judged": len(entry["errors_at_cost"]) - len(points),
+    }  # fmt: skip
+
+
+def prediction(rows: Sequence[Row], tolerance: float = 0.25) -> dict[str, Any]:
+    """How far measured errors are from predicted ones: {kind of coins: {"rows", "within", "jump"}}.
+
+    Jump is the largest one for which all settings up to it agree within the tolerance (of the squared error, beyond two
+    standard errors of the measurement); "all" that of the largest in the comparison.
+    """
+    out = {}
+    for kind in sorted({_kind(row) for row in rows if row.get("predicted") is not None}):
+        mine = sorted((r for r in rows if r.get("predicted") is not None and _kind(r) == kind), key=lambda r: r["jump"])
+        good = [_agrees(row, tolerance) for row in mine]
+        small = good.index(False) if False in good else len(good)
+        ratios = [row["error"] / row["predicted"] for row in mine]
+        out[kind] = {
+            "rows": len(mine), "within": sum(good), "largest_jump": mine[-1]["jump"],
+            "jump_up_to_which_all_agree": mine[small - 1]["jump"] if small else None, "rows_up_to_it": small,
+            "measured_over_predicted": [min(ratios), float(np.median(ratios)), max(ratios)],
+        }  # fmt: skip
+    return out
+
+
+def _agrees(row: Row, tolerance: float) -> bool:
+    slack = 2 * (row.get("error_se") or 0.0)
+    return (
+        row["error"] - slack <= (1 + tolerance) * row["predicted"]
+        and row["error"] + slack >= (1 - tolerance) * row["predicted"]
+    )
+
+
+def _kind(row: Row) -> str:
+    return row.get("coins") or row["drift"]
+
+
+def verdicts(settings: Sequence[Setting], calibration_flops: float | None = None, seed: int = 0) -> dict[str, Any]:
+    """{"dynamics/rule": ...} for everything that the plans of an optimiser were run for: against the baselines of the same
+    dynamics, one kind of coins against another, one source of probabilities against another.
+
+    Speed-ups are in FLOPs at equal squared error; every window is given for a speed-up of 1, 2, 4 and 8.
+    """
+    out: dict[str, Any] = {}
+    rules = dict.fromkeys((s.row["dynamics"], s.row["step_rule"]) for s in settings if s.row.get("plan"))
+    for dynamics, rule in rules:
+        here = [s for s in settings if s.row["dynamics"] == dynamics and np.isfinite(s.errors).all()]
+        base = [s for s in here if s.row["drift"] in BASELINES]
+        first_order = [s for s in base if s.row["step_rule"] in ("em", "ddpm", "ddim")]
+        planned = [s for s in here if s.row["step_rule"] == rule and s.row["drift"] not in BASELINES and _fired(s.row)]
+
+        def pick(test: Callable[[Row], bool], among: Sequence[Setting] = planned) -> list[Setting]:
+            return [s for s in among if test(s.row)]
+
+        entry: dict[str, Any] = {"against_em": {}, "against_all_baselines": {}}
+        methods = {
+            "plain, constant p": pick(lambda r: method_of(r) == "plain" and r["probabilities"] == "constant"),
+            "plain, measured p": pick(lambda r: method_of(r) == "plain" and r["probabilities"] == "measured"),
+            "plain, optimal p": pick(lambda r: method_of(r) == "plain" and r["probabilities"] == "optimal"),
+            "plain, learned p": pick(lambda r: method_of(r) == "plain" and r["probabilities"] == "learned"),
+            "nested, optimal p": pick(lambda r: r["coins"] == "nested" and r["probabilities"] == "optimal"),
+            "systematic, constant p": pick(lambda r: r["coins"] == "systematic" and r["probabilities"] == "constant"),
+            "systematic, optimal p": pick(lambda r: r["coins"] == "systematic" and r["probabilities"] == "optimal"),
+            "quadrature": pick(lambda r: r["drift"] == "quadrature"),
+            "best": planned,
+        }
+        methods = {name: found for name, found in methods.items() if found}
+        for name, found in methods.items():
+            for against, those in (("against_em", first_order), ("against_all_baselines", base)):
+                if those:
+                    entry[against][name] = _speed(those, found, calibration_flops, seed)
+        singles = [s for s in here if s.row["drift"] == "single" and s.row["step_rule"] == rule]
+        entry["frontier_never_above_em"] = not_worse(planned + singles, first_order, seed) if first_order else None
+        for name, ours, theirs in (
+            ("systematic_over_independent", "systematic, optimal p", "plain, optimal p"),
+            ("optimal_over_measured", "plain, optimal p", "plain, measured p"),
+            ("learned_over_measured", "plain, learned p", "plain, measured p"),
+        ):
+            if ours in methods and theirs in methods:
+                entry[name] = _speed(methods[theirs], methods[ours], None, seed)
+                entry[name]["error_at_equal_cost"] = not_worse(methods[ours], methods[theirs], seed)
+        entry["predicted_error"] = prediction([s.row for s in planned])
+        out[f"{dynamics}/{rule}"] = entry
+    return out
+
+
+def _fired(row: Row) -> bool:
+    return row.get("n_fires_top") is None or row["n_fires_top"] >= MIN_FIRES
+
+
+def _speed(base: list[Setting], ours: list[Setting], calibration: float | None, seed: int) -> dict[str, Any]:
+    entry = equal_error(base, ours, seed=seed)
+    found = {key: entry[key] for key in ("max", "lower95", "at", "baseline", "ours", "curve")}
+    found["windows"] = [w for least in (1, 2, 4, 8) if (w := window(entry["curve"], least)) is not None]
+    if calibration is not None and entry["max"] is not None and entry["max"] > 1:
+        saved = (entry["baseline"]["gflops_realised"] - entry["ours"]["gflops_realised"]) * 1e9
+        found["images_to_repay_calibration"] = calibration / saved
+    return found
