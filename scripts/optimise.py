@@ -12,7 +12,7 @@ import numpy as np
 import run_settings
 from omegaconf import DictConfig
 
-from mlem_diffusion.checkpoint import write_json
+from mlem_diffusion.checkpoint import read_json, write_json
 from mlem_diffusion.compare import Runner, Setting, setting_of
 from mlem_diffusion.diagnostics import diagnose, table
 from mlem_diffusion.drift import Multilevel
@@ -29,6 +29,17 @@ OUTPUTS = ["plans.json", "plans.npz", "gains.png", "diagnostics.json"]
 Candidates = dict[str, list[Plan]]  # by "method, probabilities"
 
 
+def watched(stage: common.Stage, progress: Any) -> Any:
+    """The same progress callback, which also stops when the stage is asked to."""
+
+    def call(done: int, total: int) -> None:
+        progress(done, total)
+        if stage.should_stop():
+            raise common.Stopped("stopped as asked; what was measured is kept")
+
+    return call
+
+
 def effects_of(stage: common.Stage, runner: Runner, dynamics: str, rule: str) -> Effects:
     """Measured once, then read from the cache."""
     o = stage.cfg.optimise
@@ -40,7 +51,7 @@ def effects_of(stage: common.Stage, runner: Runner, dynamics: str, rule: str) ->
             grid = runner.process.grid(o.calibrate_steps)
             family = list(runner.levels.values())
             measure_effects(
-                family, grid, dynamics, rule, seeds, runner.shape, runner.device, o.probes, runner.batch, progress
+                family, grid, dynamics, rule, seeds, runner.shape, runner.device, o.probes, runner.batch, watched(stage, progress)
             ).save(path)  # fmt: skip
     return Effects.load(path)
 
@@ -68,14 +79,20 @@ def learned_plans(stage: common.Stage, runner: Runner, effects: Effects, start: 
     for cost in o.learned.costs:
         wanted = cost * family[-1].flops
         nearest = min(start, key=lambda plan: (plan.steps != steps, abs(np.log(plan.cost / wanted))))
-        with common.bar(f"learn {dynamics} {rule}, cost {cost:g}", o.learned.iterations, unit="iteration") as progress:
-            found = learn_probabilities(
-                family, grid, dynamics, rule, runner.shape, runner.device, expected_flops=wanted,
-                start=nearest.table[0].astype(np.float64), iterations=o.learned.iterations, paths=o.learned.paths,
-                draws=o.learned.draws, progress=progress,
-            )  # fmt: skip
-        spent += found.flops
-        out.append(_plain_plan("learned", tuple(runner.levels), steps, found.p, family, effects.on(grid.logsnr)))
+        facts = [stage.plain("optimise")["optimise"]["learned"], dynamics, rule, cost, nearest.id]
+        path = runner.cache / f"learned-{stage.fingerprint((), runner=runner.key, facts=facts)[:20]}.json"
+        if not path.is_file():
+            with common.bar(f"learn {dynamics} {rule}, cost {cost:g}", o.learned.iterations, "iteration") as progress:
+                found = learn_probabilities(
+                    family, grid, dynamics, rule, runner.shape, runner.device, expected_flops=wanted,
+                    start=nearest.table[0].astype(np.float64), iterations=o.learned.iterations, paths=o.learned.paths,
+                    draws=o.learned.draws, progress=watched(stage, progress),
+                )  # fmt: skip
+            write_json(path, {"p": found.p.tolist(), "flops": found.flops})
+        found = read_json(path, "run make optimise again")
+        spent += found["flops"]
+        p = np.array(found["p"])
+        out.append(_plain_plan("learned", tuple(runner.levels), steps, p, family, effects.on(grid.logsnr)))
     return out, spent
 
 
@@ -101,12 +118,15 @@ def candidates(
     found: Candidates = {}
     for method in o.methods:
         with common.bar(f"plan {rule.dynamics} {rule.step_rule} {method}", len(grids), unit="grid") as progress:
-            best = [p for p in plans(effects, method, grids, own, progress=progress) if len(p.levels) > 1]
+            best = [
+                p for p in plans(effects, method, grids, own, progress=watched(stage, progress)) if len(p.levels) > 1
+            ]
         keep = np.unique(np.round(np.linspace(0, len(best) - 1, min(o.plans, len(best)))).astype(int)) if best else []
         found[f"{method}, optimal"] = [best[i] for i in keep]
     measured = measured_plans(stage, runner, effects)
     found["independent, measured"] = measured
-    found["independent, learned"], spent = learned_plans(stage, runner, effects, measured) if measured else ([], 0.0)
+    learn = measured and rule.get("learn", False)
+    found["independent, learned"], spent = learned_plans(stage, runner, effects, measured) if learn else ([], 0.0)
     top = len(runner.levels) - 1
     for key in ("independent, measured", "independent, learned"):
         found[key] = [_with_own_error(p, own.get((top, p.steps))) for p in found[key]]
@@ -137,7 +157,7 @@ def diagnosis(stage: common.Stage, runner: Runner) -> float:
         with common.bar(f"diagnose {dynamics}", None) as progress:
             found = diagnose(
                 family, runner.process, dynamics, rule, list(range(o.seed, o.seed + o.diagnose.seeds)), runner.shape,
-                runner.device, steps=o.diagnose.steps, batch=runner.batch, progress=progress,
+                runner.device, steps=o.diagnose.steps, batch=runner.batch, progress=watched(stage, progress),
             )  # fmt: skip
         print(table(found))
         saved[dynamics] = found.to_json()

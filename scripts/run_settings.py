@@ -15,8 +15,11 @@ from mlem_diffusion.data import ImageData
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.extractors import Extractor
 from mlem_diffusion.family import load_family
+from mlem_diffusion.gaussian import fit_gaussian, load_gaussian
 from mlem_diffusion.levels import Level
 from mlem_diffusion.plans import load_plans
+
+GAUSSIAN = "gauss"  # name of the linear Gaussian denoiser among the levels
 
 
 def used_gamma(stage: common.Stage) -> float:
@@ -54,7 +57,27 @@ def load_levels(stage: common.Stage) -> tuple[dict[str, Level], dict[str, Any], 
     metadata = stage.levels_of(images)
     loaded = load_family(stage.checkpoints, cfg.family.widths, stage.device, cfg.precision)
     inputs = {"levels": [m["weights_sha256"] for m in metadata], "data": images.manifest["sha256"]}
+    if cfg.family.gaussian:
+        gauss = gaussian_level(stage, images)
+        if gauss.flops < loaded[0].flops:  # dearer than the first network it is of no use
+            loaded.insert(0, gauss)
+            inputs["gaussian"] = gauss.flops
     return {level.name: level for level in loaded}, inputs, (3, cfg.data.size, cfg.data.size), images
+
+
+def gaussian_level(stage: common.Stage, images: ImageData) -> Level:
+    """The linear Gaussian denoiser of the training images, fitted once and kept in the cache."""
+    path = (
+        stage.results / "cache" / f"gauss-{images.manifest['sha256'][:12]}-{stage.cfg.family.gaussian_rank}.safetensors"
+    )
+    if not path.is_file():
+        fit_gaussian(images.images[images.train()], stage.cfg.family.gaussian_rank).save(path)
+    return load_gaussian(path, stage.device).as_level(GAUSSIAN)
+
+
+def names_of(runner: Runner) -> tuple[list[str], tuple[str, ...]]:
+    """Names of the trained levels, which a configuration counts by index, and of those beside them."""
+    return [name for name in runner.levels if name != GAUSSIAN], tuple(n for n in runner.levels if n == GAUSSIAN)
 
 
 def make_runner(stage: common.Stage) -> tuple[Runner, ImageData | None]:

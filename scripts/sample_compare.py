@@ -80,7 +80,8 @@ def work(stage: common.Stage) -> None:
     stage.catch_signals()
     config: Any = OmegaConf.to_container(cfg.compare, resolve=True)
     planned, calibration = planned_settings(stage)
-    settings = list(dict.fromkeys(settings_of(config, list(runner.levels), runner.process.base_steps) + planned))
+    names, beside = run_settings.names_of(runner)
+    settings = list(dict.fromkeys(settings_of(config, names, runner.process.base_steps, beside) + planned))
     # settings that share noise increments run next to each other
     settings.sort(key=lambda s: (s.dynamics, STEP_RULES[s.dynamics, s.step_rule].clock or "", s.steps))
 

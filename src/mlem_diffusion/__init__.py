@@ -4,7 +4,9 @@ The pieces needed to sample with networks of your own are importable from here; 
 live in the modules of their names.
 """
 
-from .drift import Multilevel, SingleLevel, Stitched
+from .adapters import adapt, from_diffusers, guided
+from .calibration import calibrate
+from .drift import Multilevel, Quadrature, SingleLevel, Stitched
 from .errors import UserError
 from .levels import Level
 from .probabilities import constant_probabilities
@@ -17,9 +19,14 @@ __all__ = [
     "LinearSchedule",
     "Multilevel",
     "Process",
+    "Quadrature",
     "SingleLevel",
     "Stitched",
     "UserError",
+    "adapt",
+    "calibrate",
     "constant_probabilities",
+    "from_diffusers",
+    "guided",
     "sample",
 ]

@@ -107,11 +107,14 @@ def _choose(names: Sequence[str], which: Any) -> list[str]:
         raise UserError(f"levels = {which!r} does not fit a family of {len(names)} levels.") from error
 
 
-def settings_of(config: Mapping[str, Any], names: Sequence[str], base_steps: int) -> list[Setting]:
-    """All settings of a `compare` configuration for a family with these level names, cheap to expensive."""
+def settings_of(
+    config: Mapping[str, Any], names: Sequence[str], base_steps: int, beside: Sequence[str] = ()
+) -> list[Setting]:
+    """All settings of a `compare` configuration for a family with these level names, cheap to expensive. `beside`: levels
+    that no index counts (a Gaussian denoiser), baselines too where a sweep says "all"."""
     out: dict[Setting, None] = {}
     for sweep in config["baselines"]:
-        for name in _choose(names, sweep["levels"]):
+        for name in [*(beside if sweep["levels"] == "all" else ()), *_choose(names, sweep["levels"])]:
             for steps in sweep["steps"]:
                 out[Setting(sweep["dynamics"], sweep["step_rule"], "single", (name,), steps)] = None
     for sweep in config["stitched"]:

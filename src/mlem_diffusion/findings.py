@@ -76,14 +76,13 @@ def _not_falling(s: Statistics) -> list[Finding]:
 
 
 def _high_noise(s: Statistics) -> list[Finding]:
-    """Where noise is highest all denoisers should agree on the mean of the data: levels that differ by more than half of what
-    the largest one's outputs vary by differ in training, not in what they see."""
+    """Where noise is highest all denoisers should agree on the mean of the data. Largest levels that differ by more than half of
+    what their own outputs vary by, and not much less than the smallest do, differ in training, not in what they see."""
     if len(s.logsnr) < 4:
         return []
-    low = np.arange(len(s.logsnr)) < len(s.logsnr) // 3
-    k = 1 + int(s.mean_square[1:, low].max(1).argmax())
+    low, k = np.arange(len(s.logsnr)) < len(s.logsnr) // 3, len(s.names) - 1
     v = s.mean_square[k]
-    hit = low & (v > 0.25 * s.top_spread) & (v > 0.02 * v.max())
+    hit = low & (v > 0.25 * s.top_spread) & (v > 0.1 * s.mean_square[1]) & (v > 0.02 * v.max())
     if not hit.any():
         return []
     return [
@@ -146,22 +145,26 @@ def _drops(s: Statistics) -> list[Finding]:
 
 
 def _cost_ratios(s: Statistics) -> list[Finding]:
-    found, n = [], s.names
+    found, n, slow = [], s.names, []
     for k in range(1, len(n)):
         ratio, timed = s.flops[k] / s.flops[k - 1], s.seconds[k] / max(s.seconds[k - 1], 1e-12)
         pair = f"{n[k]} costs {ratio:.3g} times the FLOPs of {n[k - 1]}"
         if ratio < NARROW:
             found.append(Finding("warning", f"{pair}: too close for a level of its own. Drop one of the two."))
-        elif ratio > WIDE:
+        elif ratio > WIDE and k > 1:  # a base can hardly be too cheap
             found.append(Finding("warning", f"{pair}: a wide gap. Train a level between them."))
         elif timed < 1.2:
-            found.append(
-                Finding(
-                    "warning",
-                    f"{pair} but only {timed:.2g} times the seconds on this device, at this batch size: in seconds {n[k - 1]} saves "
-                    f"nothing. Use larger batches, compile, or drop {n[k - 1]} where seconds count.",
-                )
+            slow.append(
+                f"{n[k - 1]} saves nothing against {n[k]} ({timed:.2g} times the seconds, {ratio:.3g} the FLOPs)"
             )
+    if slow:
+        found.append(
+            Finding(
+                "warning",
+                f"In seconds on this device, at this batch size, {', '.join(slow)}. Use larger batches, compile, or drop levels "
+                f"where seconds count.",
+            )
+        )
     share = s.flops[0] / s.flops[-1]
     if share > COSTLY_BASE:
         found.append(

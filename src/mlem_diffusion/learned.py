@@ -83,10 +83,12 @@ def learn_probabilities(
     """Learn p [n, K] for independent coins at a wanted expected cost in FLOPs per image, from `start` ([K] or [n, K]).
 
     The log-odds of each level above the first are piecewise linear in log-SNR between `knots` evenly spread values. Adam
-    follows the gradient within the surface of equal cost; a shift common to all log-odds then restores the cost exactly. `rate` is Adam's, falling to a tenth. Every iteration follows `paths` new Brownian paths with `draws` coin draws
-    each. Raises UserError where no probabilities between p_min and 1 have the wanted cost, or `start` does not fit.
+    follows the gradient within the surface of equal cost; a shift common to all log-odds then restores the cost exactly. `rate`
+    is Adam's, falling to a tenth. Every iteration follows `paths` new Brownian paths with `draws` coin draws each. Raises UserError where no probabilities between p_min and 1 have the wanted cost, `start` does not fit or there is one level only.
     """
     check_family(family)
+    if len(family) < 2:
+        raise UserError("Learning probabilities needs at least two levels: the first always runs.")
     began, device = time.perf_counter(), torch.device(device)
     program = step_rule_of(dynamics, step_rule).program(grid)
     odds = LogOdds([e.logsnr for e in program], [level.flops for level in family], knots, p_min)
@@ -308,9 +310,7 @@ def follow_coins(
             if_fired[after], slope[after] = networks.derivative(w[after], _at(fired)[after], _at(tangent)[after], s)
         z = None if evaluation.noise is None else noise(j)
         zs = None if z is None else z.repeat_interleave(each, 0)
-        reference = [
-            combine(row, [*reference, networks.estimate(top, _at(reference), s), z]) for row in evaluation.update
-        ]
+        reference = [combine(row, [*reference, best, z]) for row in evaluation.update]
         fired = [combine(row, [*fired, if_fired, zs]) for row in evaluation.update]
         unfired = [combine(row, [*unfired, if_not, zs]) for row in evaluation.update]
         tangent = [combine(row, [*tangent, slope, None]) for row in evaluation.update]
@@ -376,7 +376,7 @@ def _has_forward_mode(level: Level, shape: tuple[int, ...], device: torch.device
         h = _difference_step(x, v)
         expected = (level.denoise(x + h * v, noise_level) - level.denoise(x - h * v, noise_level)) / (2 * h)
         try:
-            _, found = torch.func.jvp(lambda y: level.denoise(y, noise_level), (x,), (v,))
+            found = torch.func.jvp(lambda y: level.denoise(y, noise_level), (x,), (v,))[1]
         except (NotImplementedError, RuntimeError):
             return False
         return bool((found - expected).norm() <= 0.1 * expected.norm())

@@ -69,6 +69,27 @@ def frontier(found: Iterable[Plan], error: Callable[[Plan], float | None]) -> li
     return out
 
 
+def choose(found: Sequence[Plan], *, cost: float | None = None, error: float | None = None) -> Plan:
+    """The plan of smallest predicted error within a cost, or the cheapest within a predicted squared error.
+
+    Raises UserError where no plan qualifies, and unless exactly one of the two is given.
+    """
+    if (cost is None) == (error is None):
+        raise UserError("Say either the cost or the error that a plan may have.")
+    known = [p for p in found if p.predicted is not None]
+    if cost is not None:
+        within = [p for p in known if p.cost <= cost]
+        if not within:
+            least = min((p.cost for p in known), default=float("nan"))
+            raise UserError(f"No plan costs {cost:.4g} per image or less; the cheapest costs {least:.4g}.")
+        return min(within, key=lambda p: p.predicted or 0.0)
+    within = [p for p in known if p.predicted is not None and error is not None and p.predicted <= error]
+    if not within:
+        least = min((p.predicted or 0.0 for p in known), default=float("nan"))
+        raise UserError(f"No plan is predicted to reach a squared error of {error:.4g}; the best is {least:.4g}.")
+    return min(within, key=lambda p: p.cost)
+
+
 def save_plans(path: Path, plans: Sequence[tuple[Plan, Mapping[str, Any]]], **facts: Any) -> None:
     """plans.json (readable, with more facts about each plan) and beside it an npz with the tables."""
     described = []

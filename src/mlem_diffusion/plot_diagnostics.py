@@ -17,8 +17,8 @@ _COST, _SQUARE = STYLES["loss_fit"], STYLES["differences"]
 
 
 def plot_diagnostics(d: Diagnostics, path: Path, title: str = "") -> None:
-    """Draw mean square differences against log-SNR with bands of two standard errors, the same pooled against the level, and
-    what each level contributes to the cost of a given error, sqrt(V c). The suffix of `path` names the format.
+    """Draw mean square differences against log-SNR with bands of two standard errors, the same pooled, V, against
+    the level's FLOPs, and V times the cost of one firing. The suffix of `path` names the format.
 
     Raises UserError where nothing could be measured.
     """

@@ -119,12 +119,16 @@ def verdicts(settings: Sequence[Setting], calibration_flops: float | None = None
                     entry[against][name] = _speed(those, found, calibration_flops, seed)
         singles = [s for s in here if s.row["drift"] == "single" and s.row["step_rule"] == rule]
         entry["frontier_never_above_em"] = not_worse(planned + singles, first_order, seed) if first_order else None
+        learned_steps = {s.row["steps"] for s in methods.get("plain, learned p", [])}
+        methods["measured p, same steps"] = [
+            s for s in methods.get("plain, measured p", []) if s.row["steps"] in learned_steps
+        ]
         for name, ours, theirs in (
             ("systematic_over_independent", "systematic, optimal p", "plain, optimal p"),
             ("optimal_over_measured", "plain, optimal p", "plain, measured p"),
-            ("learned_over_measured", "plain, learned p", "plain, measured p"),
+            ("learned_over_measured", "plain, learned p", "measured p, same steps"),
         ):
-            if ours in methods and theirs in methods:
+            if methods.get(ours) and methods.get(theirs):
                 entry[name] = _speed(methods[theirs], methods[ours], None, seed)
                 entry[name]["error_at_equal_cost"] = not_worse(methods[ours], methods[theirs], seed)
         entry["predicted_error"] = prediction([s.row for s in planned])

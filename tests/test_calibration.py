@@ -1,0 +1,71 @@
+"""Calibration in one call: its numbers are those of its parts, and its plans keep what they promise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mlem_diffusion.analytic import analytic_family
+from mlem_diffusion.calibration import Calibration, calibrate
+from mlem_diffusion.drift import SingleLevel
+from mlem_diffusion.errors import UserError
+from mlem_diffusion.process import LinearSchedule, Process
+from mlem_diffusion.samplers import sample
+
+SHAPE, FAMILY = (1, 4, 4), analytic_family(levels=4)
+PROCESS, STEPS = Process(LinearSchedule(), base_steps=129), (9, 17, 33)
+LARGEST = FAMILY[-1].flops
+
+
+@pytest.fixture(scope="module")
+def calibration() -> Calibration:
+    return calibrate(
+        FAMILY, PROCESS, "sde", "ddpm", SHAPE, steps=STEPS, seeds=range(1000, 1064), calibrate_steps=33, reference_steps=129
+    )
+
+
+def measured_error(plan, seeds=range(256)) -> tuple[float, float, float]:
+    """Squared error, its standard error over seeds, and FLOPs per image."""
+    reference = sample(SingleLevel(FAMILY[-1]), PROCESS.grid(129), "sde", "ddpm", seeds, SHAPE)[0]
+    images, ledger = sample(plan.build(FAMILY), PROCESS.grid(plan.steps), "sde", "ddpm", seeds, SHAPE)
+    errors = ((images - reference) ** 2).mean(dim=(1, 2, 3)).numpy()
+    return float(errors.mean()), float(errors.std() / np.sqrt(len(errors))), ledger.flops_per_image
+
+
+@pytest.mark.parametrize("method", ["independent", "nested", "systematic", "quadrature"])
+def test_plan_within_a_cost(calibration: Calibration, method: str) -> None:
+    """Cost within 5% on average over 256 samples; error as predicted to 35% and 3 standard errors (64 seeds calibrated)."""
+    plan = calibration.plan(method, cost=3 * LARGEST)
+    error, se, flops = measured_error(plan)
+    assert plan.cost <= 3 * LARGEST and flops == pytest.approx(plan.cost, rel=0.05)
+    assert plan.predicted is not None and abs(error - plan.predicted) < 0.35 * plan.predicted + 3 * se
+
+
+def test_plan_within_an_error_is_the_cheapest(calibration: Calibration) -> None:
+    plans = calibration.plans("quadrature")
+    wanted = float(np.median([p.predicted for p in plans if p.predicted is not None]))
+    plan = calibration.plan("quadrature", error=wanted)
+    assert plan.predicted is not None and plan.predicted <= wanted
+    assert all(p.cost >= plan.cost for p in plans if p.predicted is not None and p.predicted <= wanted)
+
+
+def test_single_levels_are_plans_too(calibration: Calibration) -> None:
+    """Where EM is best, EM is what comes out: the cheapest plan of all is the smallest level on the coarsest grid."""
+    cheapest = min(calibration.plans("independent"), key=lambda p: p.cost)
+    assert cheapest.levels == ("f1",) and cheapest.steps == 9
+    assert cheapest.predicted == pytest.approx(calibration.own_errors[0, 9])
+
+
+def test_costs_in_seconds_change_the_choice(calibration: Calibration) -> None:
+    """Where all levels take the same time, nothing but the largest is worth running."""
+    plan = calibration.plan("independent", cost=33.0, costs=[1.0, 1.0, 1.0, 1.0])
+    assert plan.levels == ("f4",) and plan.steps == 33
+
+
+def test_impossible_wishes_are_refused(calibration: Calibration) -> None:
+    with pytest.raises(UserError, match="cheapest costs"):
+        calibration.plan("independent", cost=1.0)
+    with pytest.raises(UserError, match="best is"):
+        calibration.plan("independent", error=1e-12)
+    with pytest.raises(UserError, match="either"):
+        calibration.plan("independent")
