@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -240,6 +241,8 @@ def run(
 
     estimate: rows (what, FLOPs, seconds on this device).
     """
+    # torch itself still compiles its rules for forward derivatives with it
+    warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated", category=FutureWarning)
     try:
         stage = Stage(name, cfg)
         if cfg.dry_run:

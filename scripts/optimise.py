@@ -116,14 +116,15 @@ def candidates(
     effects = effects_of(stage, runner, rule.dynamics, rule.step_rule)
     grids = {n: runner.process.grid(n).logsnr for n in rule.steps}
     found: Candidates = {}
-    for method in o.methods:
+    bases = [b for b in o.bases if b is None or b < len(runner.levels) - 1]
+    for method in rule.get("methods", o.methods):
+        chosen: dict[str, Plan] = {}
         with common.bar(f"plan {rule.dynamics} {rule.step_rule} {method}", len(grids), unit="grid") as progress:
-            best = [
-                p for p in plans(effects, method, grids, own, progress=watched(stage, progress)) if len(p.levels) > 1
-            ]
-        keep = np.unique(np.round(np.linspace(0, len(best) - 1, min(o.plans, len(best)))).astype(int)) if best else []
-        found[f"{method}, optimal"] = [best[i] for i in keep]
-    measured = measured_plans(stage, runner, effects)
+            for base in bases:
+                best = plans(effects, method, grids, own, base=base, progress=watched(stage, progress))
+                chosen |= {p.id: p for p in spread([p for p in best if len(p.levels) > 1], o.plans)}
+        found[f"{method}, optimal"] = list(chosen.values())
+    measured = measured_plans(stage, runner, effects) if found else []
     found["independent, measured"] = measured
     learn = measured and rule.get("learn", False)
     found["independent, learned"], spent = learned_plans(stage, runner, effects, measured) if learn else ([], 0.0)
@@ -131,6 +132,13 @@ def candidates(
     for key in ("independent, measured", "independent, learned"):
         found[key] = [_with_own_error(p, own.get((top, p.steps))) for p in found[key]]
     return found, effects, spent
+
+
+def spread(found: list[Plan], most: int) -> list[Plan]:
+    """At most so many of a frontier's plans, from end to end."""
+    if len(found) <= most:
+        return found
+    return [found[i] for i in np.unique(np.round(np.linspace(0, len(found) - 1, most)).astype(int))]
 
 
 def _with_own_error(plan: Plan, own: float | None) -> Plan:
@@ -215,7 +223,12 @@ def work(stage: common.Stage) -> None:
     spent += len(rules) * len(runner.reference_grid.logsnr) * list(runner.levels.values())[-1].flops * images_run
     seeds_used = sorted({*range(o.seed, o.seed + max(o.calibrate, o.diagnose.seeds)), *runner.seeds})
     calibration = {"flops": float(spent), "gains_flops": float(sum(e.flops_spent for e in all_effects))}
-    save_plans(stage.results / "plans.json", chosen, calibration=calibration, seeds_used=seeds_used, tried=len(tried))
+    levels_alone = [
+        {"dynamics": s.dynamics, "step_rule": s.step_rule, "level": s.levels[0], "steps": s.steps, "selected_error": e}
+        for s, e in zip(alone, errors, strict=True)
+    ]
+    facts = {"calibration": calibration, "seeds_used": seeds_used, "tried": len(tried), "alone": levels_alone}
+    save_plans(stage.results / "plans.json", chosen, **facts)
     plot_gains(all_effects, stage.results / "gains.png", cfg.title)
     with Tracker(stage.results, stage.name, stage.plain(), **cfg.tracking, fresh=True) as tracker:
         tracker.log({"plans": len(chosen), "calibration_pflops": spent / 1e15})

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import common
 import side_by_side
+import torch
 from omegaconf import OmegaConf
 
 from mlem_diffusion.checkpoint import read_json
@@ -75,9 +77,10 @@ def gaussian_level(stage: common.Stage, images: ImageData) -> Level:
     return load_gaussian(path, stage.device).as_level(GAUSSIAN)
 
 
-def names_of(runner: Runner) -> tuple[list[str], tuple[str, ...]]:
+def names_of(levels: Iterable[str]) -> tuple[list[str], tuple[str, ...]]:
     """Names of the trained levels, which a configuration counts by index, and of those beside them."""
-    return [name for name in runner.levels if name != GAUSSIAN], tuple(n for n in runner.levels if n == GAUSSIAN)
+    levels = list(levels)
+    return [name for name in levels if name != GAUSSIAN], tuple(n for n in levels if n == GAUSSIAN)
 
 
 def make_runner(stage: common.Stage) -> tuple[Runner, ImageData | None]:
@@ -98,6 +101,30 @@ def make_runner(stage: common.Stage) -> tuple[Runner, ImageData | None]:
         reference_steps=cfg.optimise.reference_steps if select else None,
     )  # fmt: skip
     return runner, images
+
+
+def priced_levels(stage: common.Stage) -> tuple[dict[str, Level], dict[str, float]]:
+    """For estimates: the levels by name, with their FLOPs but not their weights, and measured seconds per image of one
+    evaluation. The Gaussian denoiser is counted as free."""
+    cfg = stage.cfg
+    if cfg.family.callable is not None:
+        levels = {level.name: level for level in common.build(cfg.family.callable)}
+        return levels, {name: _seconds(level, tuple(cfg.family.shape), stage) for name, level in levels.items()}
+    flops = {v["name"]: v["flops"] for v in stage.describe_levels()}
+    seconds = dict(zip(flops, common.seconds_per_evaluation(stage, 16), strict=True))
+    if cfg.family.gaussian:
+        flops, seconds = {GAUSSIAN: 1.0, **flops}, {GAUSSIAN: 0.0, **seconds}
+    return {name: Level(name, lambda x, logsnr: x, f) for name, f in flops.items()}, seconds
+
+
+def _seconds(level: Level, shape: tuple[int, ...], stage: common.Stage, batch: int = 16) -> float:
+    x, times = torch.zeros(batch, *shape, device=stage.device), []
+    with torch.no_grad():
+        for _ in range(3):
+            started = time.perf_counter()
+            level.denoise(x, torch.zeros(batch, device=stage.device)).sum().item()
+            times.append(time.perf_counter() - started)
+    return min(times[1:]) / batch
 
 
 _in_worker: dict[str, Any] = {}  # a worker process keeps its runner and the last noise between tasks

@@ -6,6 +6,7 @@ from typing import Any
 
 import common
 import hydra
+import run_settings
 import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
@@ -18,6 +19,7 @@ from mlem_diffusion.family import level_name, load_family, read_metadata
 from mlem_diffusion.grids import save_grid
 from mlem_diffusion.levels import Level
 from mlem_diffusion.metrics import to_uint8
+from mlem_diffusion.plans import Plan, load_plans
 from mlem_diffusion.samplers import sample
 from mlem_diffusion.tables import describe
 
@@ -56,15 +58,32 @@ def choose(stage: common.Stage) -> tuple[Setting, float]:
     return Setting("ode", "dpmpp_2m", "single", (level_name(stage.cfg.family.widths[-1]),), 20), 2.5
 
 
+def plans_of(stage: common.Stage, setting: Setting) -> dict[str, Plan]:
+    """The plans that the setting's may be among; UserError where it names one and there are none any more."""
+    return load_plans(stage.find("plans.json"))[0] if setting.plan else {}
+
+
+def load_levels(stage: common.Stage, setting: Setting) -> tuple[dict[str, Level], Any, tuple[int, ...]]:
+    """The levels by name, what identifies them, and the shape of a picture. The images that a family was trained on are
+    needed only where its Gaussian denoiser is one of the setting's levels."""
+    cfg = stage.cfg
+    if cfg.family.callable is not None or run_settings.GAUSSIAN in setting.levels:
+        levels, inputs, shape, _ = run_settings.load_levels(stage)
+    else:
+        loaded = load_family(stage.checkpoints, cfg.family.widths, stage.device, cfg.precision)
+        inputs = [m["weights_sha256"] for m in read_metadata(stage.checkpoints, cfg.family.widths)]
+        levels, shape = {level.name: level for level in loaded}, (3, cfg.data.size, cfg.data.size)
+    if shape[0] != 3:
+        raise UserError(f"Samples of shape {list(shape)} are not pictures in RGB.")
+    return levels, inputs, shape
+
+
 def work(stage: common.Stage) -> None:
     cfg, seeds = stage.cfg, parse_seeds(stage.cfg.seeds)
     setting, gamma = choose(stage)
-    levels = load_family(stage.checkpoints, cfg.family.widths, stage.device, cfg.precision)
-    drift, grid = setting.build({v.name: v for v in levels}, gamma), stage.process().grid(setting.steps)
-    weights = [m["weights_sha256"] for m in read_metadata(stage.checkpoints, cfg.family.widths)]
-    fingerprint = stage.fingerprint(
-        ("process", "precision"), setting=setting, gamma=gamma, seeds=seeds, weights=weights
-    )
+    levels, inputs, shape = load_levels(stage, setting)
+    drift, grid = setting.build(levels, gamma, plans_of(stage, setting)), stage.process().grid(setting.steps)
+    fingerprint = stage.fingerprint(("process", "precision"), setting=setting, gamma=gamma, seeds=seeds, inputs=inputs)
     if stage.finished(fingerprint, ["samples/grid.png", *(f"samples/{seed:06d}.png" for seed in seeds)]):
         return
     stage.catch_signals()
@@ -75,7 +94,6 @@ def work(stage: common.Stage) -> None:
             if stage.should_stop():
                 raise common.Stopped(f"stopped as asked after {start} images")
             batch = seeds[start : start + cfg.compare.batch]
-            shape = (3, cfg.data.size, cfg.data.size)
             images, ledger = sample(drift, grid, setting.dynamics, setting.step_rule, batch, shape, stage.device)
             pixels = to_uint8(images.cpu())
             for seed, image in zip(batch, pixels, strict=True):
@@ -100,12 +118,10 @@ def work(stage: common.Stage) -> None:
 def cost(stage: common.Stage) -> list[tuple[str, float, float]]:
     """Of the images asked for, with the sampler that would be used."""
     seeds, (setting, gamma) = parse_seeds(stage.cfg.seeds), choose(stage)
-    described, seconds = stage.describe_levels(), common.seconds_per_evaluation(stage, 16)
-    levels = {v["name"]: Level(v["name"], lambda x, logsnr: x, v["flops"]) for v in described}
-    drift, evaluations = setting.build(levels, gamma), setting.evaluations(stage.process())
-    per_level = dict(zip(levels, seconds, strict=True))
+    levels, seconds = run_settings.priced_levels(stage)
+    drift, evaluations = setting.build(levels, gamma, plans_of(stage, setting)), setting.evaluations(stage.process())
     counts = zip(drift.levels, drift.expected_evaluations(evaluations) * len(seeds), strict=True)
-    return [(f"sample with {v.name}", v.flops * count, per_level[v.name] * count) for v, count in counts]
+    return [(f"sample with {v.name}", v.flops * count, seconds[v.name] * count) for v, count in counts]
 
 
 @hydra.main(version_base=None, config_path=common.CONFIGS, config_name="sample")

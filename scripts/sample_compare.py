@@ -15,18 +15,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from mlem_diffusion import speedup
 from mlem_diffusion.checkpoint import atomic_write, write_json
-from mlem_diffusion.compare import Runner, Setting, best_setting, row_of, setting_of, settings_of
+from mlem_diffusion.compare import Setting, best_setting, row_of, setting_of, settings_of
 from mlem_diffusion.data import ImageData
 from mlem_diffusion.errors import UserError
+from mlem_diffusion.extractors import Extractor
 from mlem_diffusion.grids import comparison_grid
-from mlem_diffusion.levels import Level
 from mlem_diffusion.metrics import (
     distance_floor,
     feature_statistics,
     frechet_distance,
     to_uint8,
 )
-from mlem_diffusion.plans import load_plans
+from mlem_diffusion.plans import Plan, load_plans
 from mlem_diffusion.plot_compare import plot_compare
 from mlem_diffusion.step_rules import STEP_RULES
 from mlem_diffusion.tables import BASELINES, describe, frontier, key_of, write_rows
@@ -36,16 +36,16 @@ from mlem_diffusion.verdicts import verdicts
 OUTPUTS = ["compare.csv", "compare.png", "speedup.json"]
 
 
-def real_features(stage: common.Stage, images: ImageData, runner: Runner) -> np.ndarray:
+def real_features(stage: common.Stage, images: ImageData, extractor: Extractor, cache: Path) -> np.ndarray:
     """Features [N, D] of all training images, kept in the cache: Inception needs hours for them on a CPU."""
-    key = hashlib.sha256(f"{images.manifest['sha256']} {runner.extractor.key}".encode()).hexdigest()[:20]
-    path = runner.cache / f"real-{key}.npy"
+    key = hashlib.sha256(f"{images.manifest['sha256']} {extractor.key}".encode()).hexdigest()[:20]
+    path = cache / f"real-{key}.npy"
     if not path.is_file():
         parts, train = [], images.train()
         with common.bar("features of the real images", len(train)) as progress:
             for start in range(0, len(train), 1024):
                 part = images.images[train[start : start + 1024]]
-                parts.append(runner.extractor.features(part).numpy())
+                parts.append(extractor.features(part).numpy())
                 progress(start + len(part), len(train))
                 if start + 1024 < len(train) and stage.should_stop():
                     raise common.Stopped("stopped as asked while extracting the features of the real images")
@@ -58,17 +58,31 @@ def real_features(stage: common.Stage, images: ImageData, runner: Runner) -> np.
     return np.load(path)
 
 
-def planned_settings(stage: common.Stage) -> tuple[list[Setting], float | None]:
-    """The settings of plans.json, where the optimiser has run, and what calibrating them cost (FLOPs)."""
+def planned_settings(stage: common.Stage) -> tuple[list[Setting], dict[str, Plan], float | None]:
+    """The settings of plans.json, where the optimiser has run, their plans, and what calibrating them cost (FLOPs)."""
     path = stage.find("plans.json")
     if stage.cfg.compare.plans == "none" or not path.is_file():
-        return [], None
+        return [], {}, None
     plans, content = load_plans(path)
     used = set(content["seeds_used"])
     if used & set(range(stage.cfg.compare.seed, stage.cfg.compare.seed + stage.cfg.compare.n)):
         raise UserError("The plans were selected on sample seeds that compare.seed and compare.n would judge them on.")
     settings = [setting_of(plans[e["id"]], e["dynamics"], e["step_rule"]) for e in content["plans"]]
-    return settings, content["calibration"]["flops"]
+    return settings, plans, content["calibration"]["flops"]
+
+
+def selected_errors(stage: common.Stage) -> dict[Setting, float]:
+    """Errors on the selection seeds, of plans and of levels alone, where the optimiser has run."""
+    path = stage.find("plans.json")
+    if stage.cfg.compare.plans == "none" or not path.is_file():
+        return {}
+    plans, content = load_plans(path)
+    alone = {
+        Setting(e["dynamics"], e["step_rule"], "single", (e["level"],), e["steps"]): e["selected_error"]
+        for e in content["alone"]
+    }
+    planned = {setting_of(plans[e["id"]], e["dynamics"], e["step_rule"]): e["selected_error"] for e in content["plans"]}
+    return alone | planned
 
 
 def work(stage: common.Stage) -> None:
@@ -79,8 +93,9 @@ def work(stage: common.Stage) -> None:
         return
     stage.catch_signals()
     config: Any = OmegaConf.to_container(cfg.compare, resolve=True)
-    planned, calibration = planned_settings(stage)
-    names, beside = run_settings.names_of(runner)
+    planned, _, calibration = planned_settings(stage)
+    selected = selected_errors(stage)
+    names, beside = run_settings.names_of(runner.levels)
     settings = list(dict.fromkeys(settings_of(config, names, runner.process.base_steps, beside) + planned))
     # settings that share noise increments run next to each other
     settings.sort(key=lambda s: (s.dynamics, STEP_RULES[s.dynamics, s.step_rule].clock or "", s.steps))
@@ -93,7 +108,7 @@ def work(stage: common.Stage) -> None:
     if runner.extractor is not None:
         if images is None:
             raise UserError("This family has no training images, so there is no distance to them: say metrics=none.")
-        real = real_features(stage, images, runner)
+        real = real_features(stage, images, runner.extractor, runner.cache)
         statistics = feature_statistics(real)
         shared |= {
             "distance_name": runner.extractor.name,
@@ -108,6 +123,8 @@ def work(stage: common.Stage) -> None:
         if setting.plan:
             plan = runner.plans[setting.plan]
             row |= {"predicted": plan.predicted, "jump": plan.jump}
+        if setting in selected:
+            row["selected_error"] = selected[setting]
         rows.append(row)
         measured.append(speedup.Setting(row, found["errors"], found["clusters"], found.get("features")))
 
@@ -174,14 +191,14 @@ def tell(result: dict[str, Any]) -> None:
 
 
 def cost(stage: common.Stage) -> list[tuple[str, float, float]]:
-    described = stage.describe_levels()
-    seconds = dict(zip((v["name"] for v in described), common.seconds_per_evaluation(stage, 16), strict=True))
-    levels = {v["name"]: Level(v["name"], lambda x, logsnr: x, v["flops"]) for v in described}
+    levels, seconds = run_settings.priced_levels(stage)
     config: Any = OmegaConf.to_container(stage.cfg.compare, resolve=True)
     process, out = stage.process(), {}
     gamma = 2.5 if config["gamma"] == "auto" else float(config["gamma"])
-    for s in settings_of(config, list(levels), process.base_steps):
-        drift, evaluations = s.build(levels, gamma), s.evaluations(process)
+    planned, plans, _ = planned_settings(stage)
+    names, beside = run_settings.names_of(levels)
+    for s in dict.fromkeys(settings_of(config, names, process.base_steps, beside) + planned):
+        drift, evaluations = s.build(levels, gamma, plans), s.evaluations(process)
         per_level = zip(drift.levels, drift.expected_evaluations(evaluations), strict=True)
         time = sum(seconds[level.name] * count for level, count in per_level) * config["n"]
         flops, before = out.get(f"{s.dynamics} {s.drift} {s.step_rule}", (0.0, 0.0))
@@ -189,9 +206,9 @@ def cost(stage: common.Stage) -> list[tuple[str, float, float]]:
             flops + drift.expected_flops(evaluations) * config["n"],
             before + time,
         )
-    largest, count = described[-1], process.base_steps * min(config["n_reference"], config["n"])
+    largest, count = levels[names[-1]], process.base_steps * min(config["n_reference"], config["n"])
     for d in sorted({key.split()[0] for key in out}):
-        out[f"{d} reference"] = count * largest["flops"], count * seconds[largest["name"]]
+        out[f"{d} reference"] = count * largest.flops, count * seconds[largest.name]
     return [(what, flops, time) for what, (flops, time) in out.items()]
 
 

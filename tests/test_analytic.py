@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -55,7 +57,7 @@ def test_family_halves_its_error_at_2_to_gamma_times_the_cost() -> None:
     exact = gaussian_mixture(16, seed=0)
     x, logsnr = torch.randn(2000, 1, 4, 4, generator=torch.Generator().manual_seed(1)), torch.zeros(2000)
     errors = [((level.denoise(x, logsnr) - exact.denoise(x, logsnr)) ** 2).mean().sqrt() for level in levels]
-    for a, b in zip(errors[:-1], errors[1:], strict=True):
+    for a, b in pairwise(errors):
         assert float(a / b) == pytest.approx(2, rel=0.25)  # each field's own mean square varies
     with pytest.raises(UserError):
         analytic_family(levels=0)

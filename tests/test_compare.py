@@ -314,7 +314,7 @@ def stage_with(tmp_path: Path, gamma: Any) -> Any:
     ],
 )
 def test_gamma_is_the_first_estimate_that_is_finite(tmp_path, found, expected):
-    from sample_compare import used_gamma
+    from run_settings import used_gamma
 
     write_json(
         tmp_path / "gamma.json", {"estimates": {k: {"gamma": v, "interval": [1, None]} for k, v in found.items()}}
@@ -324,7 +324,7 @@ def test_gamma_is_the_first_estimate_that_is_finite(tmp_path, found, expected):
 
 
 def test_gamma_that_is_missing_is_one_sentence(tmp_path):
-    from sample_compare import used_gamma
+    from run_settings import used_gamma
 
     with pytest.raises(UserError, match="make measure-gamma"):
         used_gamma(stage_with(tmp_path, "auto"))

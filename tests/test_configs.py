@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import MissingConfigException
@@ -20,7 +21,9 @@ from mlem_diffusion.compare import settings_of
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.extractors import Extractor
 from mlem_diffusion.family import build_denoiser, level_name
+from mlem_diffusion.optimise import METHODS
 from mlem_diffusion.process import Process
+from mlem_diffusion.step_rules import REFERENCE_RULE, STEP_RULES
 from mlem_diffusion.train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,7 +68,8 @@ def test_every_experiment_composes_with_every_script(root, experiment):
     for node in (cfg.process, cfg.train, cfg.unet, cfg.compare, cfg.gamma, cfg.tracking, cfg.paths, cfg.family):
         plain(node)  # every interpolation resolves
     assert "/" not in cfg.name and cfg.paths.results == f"results/{cfg.name}"
-    assert cfg.paths.checkpoints == f"checkpoints/{cfg.name}" and cfg.paths.data == f"data/{cfg.data.name}"
+    trained = "demo" if cfg.name == "demo_method" else cfg.name  # the levels of another experiment, compared at length
+    assert cfg.paths.checkpoints == f"checkpoints/{trained}" and cfg.paths.data == f"data/{cfg.data.name}"
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -83,19 +87,65 @@ def test_every_experiment_instantiates(experiment):
     assert cfg.compare.n_reference <= cfg.compare.n
 
 
+def level_names(cfg: DictConfig) -> list[str]:
+    if cfg.family.callable is not None:
+        return [level.name for level in instantiate(cfg.family.callable)]
+    return [level_name(w) for w in cfg.family.widths]
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_has_settings_of_every_kind(experiment):
     cfg = configuration("sample_compare", f"experiment={experiment}")
-    names = [level_name(w) for w in cfg.family.widths]
+    names = level_names(cfg)
     settings = settings_of(plain(cfg.compare), names, cfg.process.base_steps)
     kinds = {(s.dynamics, s.drift) for s in settings}
-    assert kinds == {(d, k) for d in ("sde", "ode") for k in ("single", "stitched", "ml_em")}
+    expected = {(d, k) for d in ("sde", "ode") for k in ("single", "stitched", "ml_em")}
+    if experiment in ("analytic", "demo_method"):  # there, plans are what is compared
+        assert {("sde", k) for k in ("single", "stitched", "ml_em")} | {("ode", "single")} <= kinds <= expected
+    else:
+        assert kinds == expected
     rules = {(s.dynamics, s.step_rule) for s in settings if s.drift == "single"}
-    assert rules == {("sde", "em"), ("sde", "ddpm"), ("ode", "em"), ("ode", "ddim"), ("ode", "dpmpp_2m")}
+    assert {("sde", "ddpm"), ("ode", "ddim"), ("ode", "dpmpp_2m")} <= rules <= set(STEP_RULES)
     for setting in settings:
         assert set(setting.levels) <= set(names)
         if setting.drift == "ml_em":
             assert setting.levels[-1] == names[-1]  # the estimate is unbiased for the largest level
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_can_be_optimised_and_judged_on_other_seeds(experiment):
+    cfg = configuration("optimise", f"experiment={experiment}")
+    o, base = cfg.optimise, cfg.process.base_steps
+    assert set(o.methods) <= set(METHODS) and o.plans >= 1 and o.probes >= 1
+    assert 2 <= o.calibrate_steps <= base and (o.reference_steps is None or o.reference_steps <= base)
+    for rule in o.rules:
+        one_each = len(STEP_RULES[rule.dynamics, rule.step_rule].program(instantiate(cfg.process).grid(9))) == 9
+        assert one_each and rule.dynamics in REFERENCE_RULE  # effects carry over to its grids
+        steps = list(rule.steps)
+        assert steps == sorted(set(steps)) and steps[0] >= 2 and steps[-1] <= base
+        assert max(o.measured.steps, default=2) <= base
+        # what is learned starts from measured probabilities at those steps
+        if rule.get("learn", False):
+            assert o.measured.costs and o.learned.steps in o.measured.steps
+    calibration = set(range(o.seed, o.seed + max(o.calibrate, o.diagnose.seeds, o.n_select)))
+    assert not calibration & set(range(cfg.compare.seed, cfg.compare.seed + cfg.compare.n))
+
+
+def test_the_analytic_experiment_is_a_family_of_its_own_without_distances():
+    from run_settings import make_extractor
+
+    cfg = configuration("sample_compare", "experiment=analytic")
+    levels = instantiate(cfg.family.callable)
+    assert len(levels) == 7 and make_extractor(stub(cfg)) is None
+    x = torch.zeros(2, *cfg.family.shape)
+    assert levels[0].denoise(x, torch.zeros(2)).shape == x.shape
+    assert make_extractor(stub(configuration("sample_compare", "metrics=none"))) is None
+
+
+def test_step_counts_of_verify_rates_divide_its_grid():
+    rates = configuration("verify_rates").rates
+    assert not set(rates.choose_seeds) & set(rates.judge_seeds)
+    assert len(rates.gammas) >= 3 and rates.grid % 3 == 0 and rates.targets.finest < rates.targets.coarsest
 
 
 def test_families_are_long_enough_for_gamma():
@@ -138,13 +188,11 @@ def test_every_unet_instantiates(name, size):
 
 
 def stub(cfg: DictConfig) -> Any:
-    import torch
-
     return type("Stage", (), {"cfg": cfg, "device": torch.device("cpu")})()
 
 
 def test_the_light_extractor_instantiates():
-    from sample_compare import make_extractor
+    from run_settings import make_extractor
 
     extractor = make_extractor(stub(configuration("sample_compare", "metrics=light", "metrics.dim=8")))
     assert isinstance(extractor, Extractor) and extractor.name != "FID"
@@ -152,7 +200,7 @@ def test_the_light_extractor_instantiates():
 
 
 def test_a_custom_extractor_instantiates():
-    from sample_compare import make_extractor
+    from run_settings import make_extractor
 
     overrides = [
         "metrics=custom",
@@ -185,7 +233,7 @@ def test_a_custom_extractor_instantiates():
     ],
 )
 def test_a_metric_that_cannot_be_made_is_one_sentence(overrides, sentence):
-    from sample_compare import make_extractor
+    from run_settings import make_extractor
 
     with pytest.raises(UserError, match=sentence) as error:
         make_extractor(stub(configuration("sample_compare", *overrides)))

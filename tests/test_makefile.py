@@ -18,6 +18,7 @@ STAGES = {
     "data": "prepare_data",
     "train-levels": "train_levels",
     "measure-gamma": "measure_gamma",
+    "optimise": "optimise",
     "sample-compare": "sample_compare",
     "report": "report",
     "sample": "sample",
@@ -79,6 +80,12 @@ def test_overrides_and_dry_run_reach_every_script(target):
         assert command[2] == "-m"  # Hydra's parser takes no override after a flag that follows one
         assert command[-2:] == ["train.seed=0,1", "force=true"]
         assert "dry_run=true" in command
+
+
+def test_verify_rates_needs_no_experiment():
+    assert only("verify-rates", "EXPERIMENT=celeba64") == [".venv/bin/python", "scripts/verify_rates.py"]
+    found = only("verify-rates", "ARGS=-m rates.gammas=[2],[3] force=true", "DRY_RUN=1")
+    assert found[2:] == ["-m", "dry_run=true", "rates.gammas=[2],[3]", "force=true"]
 
 
 def test_data_is_celeba_unless_said_otherwise():

@@ -16,6 +16,7 @@ from mlem_diffusion.tables import (
     describe,
     frontier,
     interval,
+    key_of,
     method_of,
     number,
     pool_seeds,
@@ -128,12 +129,20 @@ def test_methods_trust_and_words() -> None:
     plain = make_row(drift="ml_em", probabilities="constant", coins="independent", levels="w4+w8", cost_knob=0.3)
     assert method_of(plain) == "plain"
     assert method_of(plain | {"coins": "systematic"}) == "best"
-    assert method_of(plain | {"probabilities": "learned"}) == "best"
+    assert method_of(plain | {"coins": "nested"}) == method_of(plain | {"drift": "quadrature", "coins": ""}) == "best"
+    assert method_of(plain | {"coins": "independent-shared"}) == "best"
+    assert method_of(plain | {"probabilities": "learned"}) == "plain"  # any probabilities, if the coins are independent
     assert [method_of(make_row(drift=d)) for d in ("single", "stitched")] == ["single", "stitched"]
     assert trusted(plain) and trusted(plain | {"n_fires_top": 100}) and not trusted(plain | {"n_fires_top": 99})
     assert trusted(plain | {"n_fires_top": ""})  # not recorded
     assert describe(make_row()) == "DDIM, w8, 16 steps"
     assert describe(plain) == "ML-EM w4+w8, DDIM, 16 steps, independent coins, C = 0.3"
+    planned = plain | {"probabilities": "optimal", "cost_knob": None, "plan": "abc"}
+    assert describe(planned) == "ML-EM w4+w8, DDIM, 16 steps, independent coins, optimal probabilities"
+    weights = planned | {"drift": "quadrature", "coins": ""}
+    assert describe(weights).startswith("quadrature w4+w8, DDIM, 16 steps") and trusted(weights | {"n_fires_top": 1})
+    # plans with other tables are other settings, whatever their names have in common
+    assert key_of(planned) == key_of(planned | {"seed": 7, "error": 9.0}) != key_of(planned | {"plan": "abd"})
 
 
 def test_frontier_keeps_only_unbeaten_trusted_positive_rows() -> None:

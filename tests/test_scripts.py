@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-STAGES = ["prepare_data", "train_levels", "measure_gamma", "sample_compare", "sample", "report"]
+STAGES = ["prepare_data", "train_levels", "measure_gamma", "optimise", "sample_compare", "sample", "report"]
+RECORDED = ["train_levels", "measure_gamma", "optimise", "sample_compare"]  # in provenance.json
 COMPARE_COLUMNS = [
     "dynamics",
     "step_rule",
@@ -175,7 +176,7 @@ def strict(path: Path) -> Any:
 
 def test_every_stage_says_where_its_results_are(done):
     place, printed = done
-    for stage in ("train_levels", "measure_gamma", "sample_compare"):
+    for stage in RECORDED:
         assert re.search(rf"^{stage}: done in \d+ s; see {re.escape(str(place.results))}/$", printed, re.MULTILINE)
     assert "data: 320 images of 8x8" in printed and "sample: 4 images in" in printed
     assert f"report: {place.results / 'report.html'}" in printed
@@ -185,8 +186,9 @@ def test_all_artefacts_exist(done):
     place, _ = done
     expected = [
         "gamma.json", "gamma.png", "compare.csv", "compare.png", "speedup.json", "best.json", "provenance.json",
+        "plans.json", "plans.npz", "gains.png", "diagnostics.json", "diagnostics-sde.png", "diagnostics-ode.png", "method.json",
         "metrics.jsonl", "report.html", "training.png", "grids/sde.png", "grids/ode.png",
-        *(f"config-{stage}.yaml" for stage in ("train_levels", "measure_gamma", "sample_compare")),
+        *(f"config-{stage}.yaml" for stage in RECORDED),
         *(f"training/w{w}-{seen:010d}-ema.png" for w in range(2, 7) for seen in (192, 320, 640)),
         *(f"samples/{seed:06d}.png" for seed in (0, 1, 2, 5)), "samples/grid.png", "samples/samples.json",
     ]  # fmt: skip
@@ -238,10 +240,12 @@ def test_format_of_compare_csv(done):
         rows = list(csv.DictReader(file))
         file.seek(0)
         header = next(csv.reader(file))
-    assert header[: len(COMPARE_COLUMNS)] == COMPARE_COLUMNS
+    assert header == [*COMPARE_COLUMNS, "n_fires_top", "plan", "predicted", "jump"]
     assert {(r["dynamics"], r["drift"]) for r in rows} == {
-        (d, k) for d in ("sde", "ode") for k in ("single", "ml_em", "stitched")
+        (d, k) for d in ("sde", "ode") for k in ("single", "ml_em", "stitched", "quadrature")
     }
+    # the Gaussian denoiser of the training images is a level, and alone a baseline
+    assert {r["levels"] for r in rows if r["drift"] == "single"} == {"gauss", "w2", "w3", "w4", "w5", "w6"}
     for row in rows:
         assert row["n"] == "24" and row["seed"] == "1000"
         for name in ("error", "error_se", "network_calls", "gflops_expected", "gflops_realised", "seconds"):
@@ -252,9 +256,14 @@ def test_format_of_compare_csv(done):
             assert row["probabilities"] == row["coins"] == row["cost_knob"] == ""
             assert float(row["network_calls"]) == int(row["steps"])
             assert float(row["gflops_realised"]) == pytest.approx(float(row["gflops_expected"]), rel=1e-5)
-        if row["drift"] == "ml_em":
+        if row["plan"]:
+            assert row["probabilities"] in ("optimal", "measured", "learned") and row["cost_knob"] == ""
+            assert row["drift"] == ("quadrature" if row["coins"] == "" else "ml_em")
+            assert row["predicted"] == "" or float(row["predicted"]) > 0
+        elif row["drift"] == "ml_em":
             assert row["probabilities"] == "constant" and row["coins"] in ("independent", "systematic")
             assert float(row["cost_knob"]) > 0
+        if row["drift"] == "ml_em":
             # per image, like the expected cost: a few standard errors of 24 images
             assert float(row["gflops_realised"]) == pytest.approx(float(row["gflops_expected"]), rel=0.25)
 
@@ -276,7 +285,7 @@ def test_format_of_speedup_json(done):
 def test_provenance_tells_where_everything_comes_from(done):
     place, _ = done
     p = strict(place.results / "provenance.json")
-    assert p["experiment"] == "smoke" and set(p["stages"]) == {"train_levels", "measure_gamma", "sample_compare"}
+    assert p["experiment"] == "smoke" and set(p["stages"]) == set(RECORDED)
     assert p["data"]["source"]["name"] and p["data"]["source"]["sha256"]
     assert p["commit"] and p["device"] and p["packages"]["torch"]
 
@@ -284,7 +293,7 @@ def test_provenance_tells_where_everything_comes_from(done):
 def test_metrics_hold_every_stage(done):
     place, _ = done
     lines = [json.loads(line) for line in (place.results / "metrics.jsonl").read_text().splitlines()]
-    assert {r["stage"] for r in lines} == {"train_levels", "measure_gamma", "sample_compare"}
+    assert {r["stage"] for r in lines} == set(RECORDED)
     assert {r["level"] for r in lines if "loss" in r} == {f"w{w}" for w in range(2, 7)}
 
 
@@ -299,7 +308,7 @@ def test_the_report_is_self_contained(done):
 # ------------------------------------------------------------------------------------------ done stays done
 
 
-@pytest.mark.parametrize("stage", ["prepare_data", "train_levels", "measure_gamma", "sample_compare"])
+@pytest.mark.parametrize("stage", ["prepare_data", *RECORDED])
 def test_a_finished_stage_is_not_done_again(done, here, stage):
     place, _ = done
     before = place.digest()
@@ -433,6 +442,7 @@ def test_a_dry_run_prints_configuration_and_cost_and_writes_nothing(here, tmp_pa
     ("stage", "more", "sentence"),
     [
         ("measure_gamma", [], "make train-levels"),
+        ("optimise", [], "make train-levels"),
         ("sample_compare", [], "make train-levels"),
         ("sample", [], "make train-levels"),
         ("prepare_data", ["data.source=/nowhere/images.zip"], "/nowhere/images.zip"),
@@ -466,6 +476,7 @@ def test_wrong_input_is_one_line_and_exit_status_2(here, tmp_path, stage, more, 
         ("measure_gamma", ["family.widths=[2,3]"], "at least three levels"),
         ("sample_compare", ["compare.gamma=often"], "neither a number nor auto"),
         ("sample_compare", ["compare.n=1"], ""),
+        ("sample_compare", ["compare.seed=499999"], "were selected on sample seeds that"),
         ("sample", ["seeds=many"], "SEEDS=many is not understood"),
         ("sample", ["sampler=heun"], "sampler must be best"),
         ("sample", ["sampler={dynamics: ode}"], "sampler lacks the key"),
@@ -550,6 +561,48 @@ def test_a_sampler_can_be_named(done, here, tmp_path):
     assert run.code == 0, run.err
     facts = strict(place.results / "samples" / "samples.json")
     assert facts["setting"]["levels"] == "w2+w4+w6" and facts["seeds"] == [0, 1]
+
+
+def best_by_plan(place: Place, kind: str) -> dict[str, Any]:
+    """best.json names a plan of this kind of coins; its entry in plans.json."""
+    entry = next(
+        e for e in strict(place.results / "plans.json")["plans"] if e["method"] == kind and "gauss" in e["levels"]
+    )
+    best = strict(place.results / "best.json")
+    best |= {"plan": entry["id"], "levels": "+".join(entry["levels"]), "coins": "" if kind == "quadrature" else kind}
+    best |= {k: entry[k] for k in ("dynamics", "step_rule", "steps", "probabilities")} | {"cost_knob": None}
+    best["drift"] = "quadrature" if kind == "quadrature" else "ml_em"
+    (place.results / "best.json").write_text(json.dumps(best))
+    return entry
+
+
+@pytest.mark.parametrize("kind", ["quadrature", "independent"])
+def test_the_best_sampler_may_be_a_plan(done, here, tmp_path, kind):
+    place = done[0].copy_to(tmp_path / "planned")
+    entry = best_by_plan(place, kind)
+    run = here("sample", place, "seeds=0-7")
+    assert run.code == 0, run.err
+    facts = strict(place.results / "samples" / "samples.json")
+    assert facts["setting"]["plan"] == entry["id"] and facts["setting"]["steps"] == entry["steps"]
+    if kind == "quadrature":  # fixed weights: every image costs what the plan says
+        assert facts["per_image"]["gflops"] == pytest.approx(entry["cost"] / 1e9)
+    dry = here("sample", place, "seeds=0-7", "dry_run=true")
+    assert dry.code == 0 and all(f"sample with {name}" in dry.out for name in entry["levels"])
+
+
+@pytest.mark.parametrize("gone", ["plans.json", "plans.npz", "the plan"])
+def test_a_best_plan_that_is_gone_is_one_sentence(done, here, tmp_path, gone):
+    place = done[0].copy_to(tmp_path / "gone")
+    entry = best_by_plan(place, "systematic")
+    if gone == "the plan":
+        path = place.results / "plans.json"
+        content = strict(path)
+        content["plans"] = [e for e in content["plans"] if e["id"] != entry["id"]]
+        path.write_text(json.dumps(content))
+    else:
+        (place.results / gone).unlink()
+    run = here("sample", place, "seeds=1")
+    assert run.code == 2 and run.complaint.startswith("sample: ") and "make optimise" in run.complaint
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,9 @@ class LogOdds:
         cost = self.cost_slope(phi).T @ self.hats
         metric = 1 / (cost + _COST_FLOOR * cost.mean())
         price = -(metric * cost * gradient).sum() / (metric * cost**2).sum()
-        return metric * (gradient / max(price, np.finfo(float).tiny) + cost)
+        if not price > 0:  # a batch in which firing did more harm than good says nothing
+            return np.zeros_like(phi)
+        return metric * (gradient / price + cost)
 
     def at_cost(self, phi: np.ndarray, wanted: float) -> np.ndarray:
         """phi, shifted by one number to the wanted expected cost: its first crossing, since the cost falls again where

@@ -193,6 +193,7 @@ def plans(
     own_errors: Mapping[tuple[int, int], float],
     costs: np.ndarray | None = None,
     prices: Sequence[float] | None = None,
+    base: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Plan]:
     """The predicted frontier of a method (see METHODS), from cheap to expensive.
@@ -200,21 +201,21 @@ def plans(
     grids: {steps: log-SNR of each evaluation [n]} to choose from. own_errors: measured squared error of single levels
     {(level, steps): error}; a level is used as the largest only where it is known. costs [K]: FLOPs per evaluation
     (default) or seconds; "cost" of the plans has their unit. prices: squared error per unit of cost, each gives one plan
-    per grid and largest level.
+    per grid and largest level. base: the level that runs at every evaluation; None: the best one.
     """
     if method not in METHODS:
         raise UserError(f"method = {method!r} is unknown; expected one of {', '.join(METHODS)}.")
     costs = effects.flops if costs is None else np.asarray(costs, dtype=np.float64)
     out: list[Plan] = []
     for done, (steps, logsnr) in enumerate(grids.items()):
-        tops = [t for t in range(len(costs)) if (t, steps) in own_errors]
+        tops = [t for t in range(base or 0, len(costs)) if (t, steps) in own_errors]
         there = effects.on(logsnr)
         planner = _Planner(there, method, costs)
         for top in tops:
             own = own_errors[top, steps]
             for price in _prices(there, costs) if prices is None else prices:
-                plan = planner.plan(top, float(price))
-                out.append(replace(plan, steps=steps, predicted=own + plan.added))
+                plan = planner.plan(top, float(price), base)
+                out.append(replace(plan, steps=steps, predicted=own + (plan.added or 0.0)))
         if progress:
             progress(done + 1, len(grids))
     return frontier(out, lambda plan: plan.predicted)
@@ -232,7 +233,9 @@ class _Planner:
 
     def __init__(self, effects: Effects, method: str, costs: np.ndarray):
         self.effects, self.method, self.costs = effects, method, costs
-        self.n, self.options = len(effects.logsnr), {}
+        self.n = len(effects.logsnr)
+        self.gains: dict[tuple[int, int], np.ndarray] = {}
+        self.options: dict[tuple[int, int], list[Option]] = {}
         self.counts = [c for c in _COUNTS if c <= self.n // 2]
         self.seeds = len(effects.values)
 
@@ -240,10 +243,10 @@ class _Planner:
         return self.effects.difference(low, high)
 
     def _gain(self, low: int, high: int) -> np.ndarray:
-        key = ("gain", low, high)
-        if key not in self.options:
-            self.options[key] = (self._difference(low, high) ** 2).mean(axis=0)
-        return self.options[key]
+        key = (low, high)
+        if key not in self.gains:
+            self.gains[key] = (self._difference(low, high) ** 2).mean(axis=0)
+        return self.gains[key]
 
     def _edge(self, low: int, high: int, price: float, base: bool) -> tuple[float, Option | None]:
         """Price of estimating f^high - f^low, and the option chosen; base: f^low runs at every evaluation anyway."""
@@ -264,11 +267,13 @@ class _Planner:
         best = int(np.argmin(totals))
         return totals[best], self.options[key][best]
 
-    def plan(self, top: int, price: float) -> Plan:
-        """The best plan for a price, with f^top as the largest level: a shortest path over levels."""
+    def plan(self, top: int, price: float, only: int | None = None) -> Plan:
+        """The best plan for a price, with f^top as the largest level: a shortest path over levels, from the base that is
+        asked for or from any."""
         best: tuple[float, tuple[int, ...]] = (np.inf, (top,))
-        for base in range(top + 1):
-            cost_to = {base: (price * self.n * self.costs[base], (base,))}
+        for base in range(top + 1) if only is None else [only]:
+            alone = float(price * self.n * self.costs[base])
+            cost_to: dict[int, tuple[float, tuple[int, ...]]] = {base: (alone, (base,))}
             for high in range(base + 1, top + 1):
                 reached = [
                     (cost_to[low][0] + self._edge(low, high, price, low == base)[0], (*cost_to[low][1], high))
@@ -299,6 +304,10 @@ class _Planner:
             table = np.stack([np.ones(self.n), *(o.table for o in options)], axis=1)
             added = sum(o.added for o in options)
             evaluations = evaluation_probabilities(table) if self.method == "systematic" else used(table)
+        certain = int(np.cumprod(np.all(table == 1, axis=0)).sum()) - 1
+        if certain > 0:  # differences that are always taken in full: the levels below are never run
+            levels, costs, table = levels[certain:], costs[certain:], table[:, certain:]
+            gains, evaluations = gains[certain:], evaluations[:, certain:]
         weights = np.abs(table) if self.method == "quadrature" else 1 / table
         jump = float((weights * np.sqrt(gains.T))[:, 1:].max(initial=0.0))
         names = tuple(self.effects.names[i] for i in levels)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,8 +64,9 @@ def frontier(found: Iterable[Plan], error: Callable[[Plan], float | None]) -> li
     """Plans that no cheaper or equally cheap one matches in this error, from cheap to expensive."""
     out: list[Plan] = []
     lowest = np.inf
-    for value, plan in sorted(((error(p), p) for p in found), key=lambda pair: (pair[1].cost, pair[0])):
-        if value is not None and value < lowest:
+    known = [(value, p) for p in found if (value := error(p)) is not None]
+    for value, plan in sorted(known, key=lambda pair: (pair[1].cost, pair[0])):
+        if value < lowest:
             out.append(plan)
             lowest = value
     return out
@@ -114,7 +117,7 @@ def load_plans(path: Path) -> tuple[dict[str, Plan], dict[str, Any]]:
                 if plan.id != entry["id"]:
                     raise UserError(f"{path.name} and its tables do not belong together; run make optimise again.")
                 out[plan.id] = plan
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"The tables of {path.name} are missing or broken; run make optimise again.") from error
     return out, content
 

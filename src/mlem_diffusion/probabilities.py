@@ -33,7 +33,7 @@ def constant_probabilities(flops: Sequence[float], gamma: float, knob: float) ->
     return p
 
 
-def measured_probabilities(squares: Sequence[float], flops: Sequence[float], knob: float) -> np.ndarray:
+def measured_probabilities(squares: Sequence[float] | np.ndarray, flops: Sequence[float], knob: float) -> np.ndarray:
     """p_k = min(1, C sqrt(V_k / T_k) / sqrt(V_2 / T_2)) [K] with p_1 = 1, from measured E|f^k - f^{k-1}|^2 = V_k [K] (V_1 is
     not used): the square-root law without a power law for the errors. Raises UserError unless all V_k are positive.
     """

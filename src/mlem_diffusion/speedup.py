@@ -87,6 +87,11 @@ def speedups(
     return result
 
 
+def resampled_errors(settings: Sequence[Setting], replicates: int = 200, seed: int = 0) -> np.ndarray:
+    """Mean squared errors [S, 1 + R] on all seeds, then on each paired bootstrap resample of them."""
+    return np.stack([m.values for m in _errors(list(settings), [], replicates, seed)[0]])
+
+
 def equal_error(base: list[Setting], ours: list[Setting], *, replicates: int = 200, seed: int = 0) -> dict[str, Any]:
     """One entry as in `speedups`, in expected FLOPs at equal error, for any two groups of settings; "errors_at_cost" lists,
     over the frontier of `ours`, {"gflops", "ratio": lowest error of `base` within that cost over its error, "lower95"}."""

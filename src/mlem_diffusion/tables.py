@@ -26,7 +26,7 @@ COLUMNS = [
     "n", "network_calls", "gflops_expected", "gflops_realised", "seconds",
 ]
 # fmt: on
-EXTRA_COLUMNS = ["n_fires_top", "plan", "predicted", "jump"]
+EXTRA_COLUMNS = ["n_fires_top", "plan", "predicted", "jump", "selected_error"]
 
 _TEXT = {"dynamics", "step_rule", "drift", "probabilities", "coins", "levels", "distance_name", "plan"}
 _WHOLE = {"steps", "n", "seed"}
