@@ -20,7 +20,15 @@ LARGEST = FAMILY[-1].flops
 @pytest.fixture(scope="module")
 def calibration() -> Calibration:
     return calibrate(
-        FAMILY, PROCESS, "sde", "ddpm", SHAPE, steps=STEPS, seeds=range(1000, 1064), calibrate_steps=33, reference_steps=129
+        FAMILY,
+        PROCESS,
+        "sde",
+        "ddpm",
+        SHAPE,
+        steps=STEPS,
+        seeds=range(1000, 1064),
+        calibrate_steps=33,
+        reference_steps=129,
     )
 
 

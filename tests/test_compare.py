@@ -16,10 +16,20 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from mlem_diffusion.checkpoint import write_json
-from mlem_diffusion.compare import NoiseCache, Runner, Setting, best_setting, row_of, setting_from, settings_of
+from mlem_diffusion.compare import (
+    NoiseCache,
+    Runner,
+    Setting,
+    best_setting,
+    row_of,
+    setting_from,
+    setting_of,
+    settings_of,
+)
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.extractors import Extractor
 from mlem_diffusion.levels import Level
+from mlem_diffusion.plans import Plan
 from mlem_diffusion.process import LinearSchedule, Process
 from mlem_diffusion.tables import read_rows, write_rows
 
@@ -152,6 +162,55 @@ def test_building_a_setting_that_does_not_fit_the_family():
         replace(SETTINGS[0], step_rule="heun").evaluations(Process(LinearSchedule()))
 
 
+def plan_of(method: str, levels: tuple[str, ...] = ("w2", "w8"), steps: int = 16, share: float = 0.4) -> Plan:
+    table = np.tile(np.array([1.0, share]), (steps, 1))
+    if method == "quadrature":
+        table[::2, 1], table[1::2, 1] = 0, 2
+    if len(levels) == 1:
+        table = table[:, :1]
+    return Plan(method, "optimal", levels, steps, table.astype(np.float32), 1.0, 0.1, 0.2, 0.3)
+
+
+PLANS = {plan.id: plan for plan in map(plan_of, ("independent", "nested", "systematic", "quadrature"))}
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=lambda p: p.method)
+def test_a_setting_with_a_plan_survives_the_csv_and_builds_it(plan, tmp_path):
+    setting = setting_of(plan, "sde", "ddpm")
+    row = full_row(setting, predicted=plan.predicted, jump=plan.jump, selected_error=0.15)
+    again = read_rows(write_rows([row, full_row(SETTINGS[0])], tmp_path / "compare.csv"))
+    assert setting_from(again[0]) == setting and setting_from(again[1]) == SETTINGS[0]
+    assert (again[0]["plan"], again[0]["predicted"], again[0]["jump"], again[0]["cost_knob"]) == (
+        plan.id,
+        0.2,
+        0.3,
+        None,
+    )
+    assert again[1]["plan"] == "" and again[1]["predicted"] is None
+    levels = {name: Level(name, lambda x, logsnr: x, float(i + 1)) for i, name in enumerate(NAMES)}
+    drift = setting.build(levels, 2.5, PLANS)
+    assert [level.name for level in drift.levels] == ["w2", "w8"]
+    assert np.array_equal(drift.weights(16, [3]), plan.build(levels.values()).weights(16, [3]))
+    for plans in ({}, None):
+        with pytest.raises(UserError, match=f"no plan {plan.id}; run make optimise again"):
+            setting.build(levels, 2.5, plans)
+
+
+def test_a_plan_of_one_level_is_the_baseline_itself():
+    plan = plan_of("quadrature", ("w8",))
+    assert setting_of(plan, "sde", "ddpm") == SETTINGS[0] and "plan" not in full_row(setting_of(plan, "sde", "ddpm"))
+
+
+def test_levels_beside_the_family_are_baselines_where_all_are_asked_for():
+    sweeps = [BASELINE, BASELINE | {"levels": "largest", "steps": [9]}, BASELINE | {"levels": [0], "steps": [10]}]
+    config = EMPTY | {"baselines": sweeps, "ml_em": [ML_EM]}
+    found = settings_of(config, NAMES, 50, beside=("gauss",))
+    assert [s.levels for s in found if s.drift == "single"] == [
+        ("gauss",), ("w2",), ("w4",), ("w8",), ("w16",), ("w16",), ("w2",)
+    ]  # fmt: skip
+    assert next(s for s in found if s.drift == "ml_em").levels == tuple(NAMES)
+
+
 # -------------------------------------------------------------------------------------------------- runner
 
 GAIN = {"w2": 0.5, "w4": 0.8, "w8": 0.9}
@@ -267,6 +326,43 @@ def test_fires_of_the_top_level_are_counted_in_the_compared_samples(make, settin
     drift, seeds = setting.build(runner.levels, runner.gamma), runner.seeds
     weights = [drift.weights(16, seeds[start : start + 4]) for start in (0, 4, 8)]
     assert 0 < found == np.count_nonzero(np.concatenate(weights, axis=1)[:, :6, -1])
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=lambda p: p.method)
+def test_plans_are_run_by_their_id(make, counter, plan):
+    runner, setting = make(plans=PLANS), setting_of(plan, "ode", "ddim")
+    found = runner.run(setting, runner.reference("ode"), NoiseCache())
+    drift, costs = runner.build(setting), found["costs"]
+    assert costs["gflops_expected"] * 1e9 == pytest.approx(drift.expected_flops(16))
+    weights = np.concatenate([drift.weights(16, runner.seeds[start : start + 4]) for start in (0, 4, 8)], axis=1)
+    assert costs["network_calls"] == pytest.approx(np.count_nonzero(weights) / 10)
+    assert runner.is_done(setting) and found["clusters"].tolist() == list(range(100, 110))
+    # another table is another setting
+    other = plan_of(plan.method, steps=12)
+    assert not make(plans=PLANS | {other.id: other}).is_done(setting_of(other, "ode", "ddim"))
+
+
+def test_without_an_extractor_there_are_errors_only(make, counter):
+    runner = make(extractor=None, key="b")
+    found = runner.run(SETTINGS[0], runner.reference("sde"), NoiseCache())
+    assert set(found) == {"costs", "errors", "clusters"}
+    whole = make().run(SETTINGS[0], make().reference("sde"), NoiseCache())
+    assert np.array_equal(found["errors"], whole["errors"])
+    counter.images = 0
+    again = make(extractor=None, key="b").run(SETTINGS[0], runner.reference("sde"), NoiseCache())
+    assert counter.images == 0 and again["costs"] == found["costs"]
+
+
+def test_a_coarser_reference_is_another_one_and_costs_less(make, counter):
+    fine = make().reference("ode")
+    counter.images = 0
+    runner = make(reference_steps=8)
+    assert runner.reference_grid.steps == 8 and make().reference_grid.steps == 16
+    coarse = runner.reference("ode")
+    assert counter.images == 8 * 6 and not torch.equal(coarse, fine)
+    direct = runner.run(Setting("ode", "dpmpp_2m", "single", ("w8",), 8), coarse, NoiseCache())["costs"]
+    assert direct["error"] < 1e-12
+    assert not runner.is_done(SETTINGS[0]) and not torch.equal(make().reference("ode"), coarse)
 
 
 def test_shared_coins_are_one_cluster_per_batch(make):

@@ -8,7 +8,7 @@ import torch
 from toys import SHAPE, process, toy_family
 
 from mlem_diffusion.cost import Ledger
-from mlem_diffusion.drift import Drift, Multilevel, SingleLevel, Stitched, weighted_estimate
+from mlem_diffusion.drift import Drift, Multilevel, Quadrature, SingleLevel, Stitched, weighted_estimate
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.levels import Level
 from mlem_diffusion.probabilities import COINS
@@ -109,6 +109,8 @@ def test_stitched_is_small_at_high_noise_and_large_after() -> None:
     Stitched(toy_family()[0], toy_family()[1], 0.5),
     Multilevel(toy_family(), np.array([1.0, 0.5, 0.3])),
     Multilevel(toy_family(), table(7), "systematic", shared=True),
+    Multilevel(toy_family(), table(7), "nested"),
+    Quadrature(toy_family(), np.tile([1.0, 2.5, 0.0], (7, 1))),
 ], ids=lambda d: type(d).__name__)  # fmt: skip
 def test_an_estimator_gives_the_weighted_estimates_and_records_them(drift: Drift) -> None:
     x, seeds = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0)), [7, 8, 9]
@@ -170,4 +172,110 @@ def test_bad_drifts_are_refused() -> None:
     with pytest.raises(UserError, match="12 evaluations"):
         drift.weights(10, [0])
     with pytest.raises(UserError, match="coins"):
-        Multilevel(family, np.ones(3), "nested").weights(10, [0])
+        Multilevel(family, np.ones(3), "stratified").weights(10, [0])
+    good = weights_of(12)
+    bad = [good[:, :2], good[0], good * [np.nan, 1, 1], good + [0, np.inf, 0], good * [1, 1, np.nan], 2 * good]
+    for weights in bad:
+        with pytest.raises(UserError, match=r"weights|Quadrature"):
+            Quadrature(family, weights)
+    with pytest.raises(UserError):
+        Quadrature(family[::-1], good)
+    with pytest.raises(UserError, match="12 evaluations do not fit a run of 10"):
+        Quadrature(family, good).expected_evaluations(10)
+
+
+# ----------------------------------------------------------------------------------------------------- quadrature
+
+
+def weights_of(n: int) -> np.ndarray:
+    """Weights W [n, 3] of the differences: mostly zero, some beyond one, one negative, and a tail of ones."""
+    weights = np.zeros((n, 3))
+    weights[:, 0] = 1
+    weights[1::4, 1], weights[2::5, 2], weights[4, 1] = 3.7, 5.2, -0.4
+    weights[n - 2 :] = 1
+    return weights
+
+
+def test_a_quadrature_is_the_weighted_sum_of_differences() -> None:
+    family, weights = toy_family(), weights_of(12)
+    x = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(2)).double()
+    ledger = Ledger(FLOPS, 4)
+    estimate = Quadrature(family, weights).estimator(12, [3, 4, 5, 6], ledger)
+    for j, logsnr in enumerate(np.linspace(-6, 6, 12)):
+        f = [level.denoise(x, torch.full((4,), float(logsnr))) for level in family]
+        expected = f[0] + weights[j, 1] * (f[1] - f[0]) + weights[j, 2] * (f[2] - f[1])
+        assert torch.allclose(estimate(j, x, float(logsnr)), expected, atol=1e-5)
+
+
+def test_a_quadrature_costs_exactly_what_it_says() -> None:
+    """No network whose weights cancel is run: at the tail of ones only the largest is."""
+    drift, grid = Quadrature(toy_family(), weights_of(12)), process().grid(12)
+    for rule in (("sde", "ddpm"), ("ode", "dpmpp_2m")):
+        _, ledger = sample(drift, grid, *rule, range(5), (1, 1, 1))
+        assert np.array_equal(ledger.per_sample, np.tile(drift.expected_evaluations(12), (5, 1)))
+        assert ledger.flops_per_image == drift.expected_flops(12)
+    assert drift.expected_evaluations(12)[2] == 4  # evaluations 2 and 7, and the last two
+    assert np.array_equal(drift.weights(12, [0, 1])[-1], [[0, 0, 1], [0, 0, 1]])
+
+
+def test_special_quadratures_are_the_drifts_they_look_like() -> None:
+    family, grid = toy_family(), process().grid(8)
+    n = np.arange(8)
+
+    def images(drift: Drift) -> torch.Tensor:
+        return sample(drift, grid, "sde", "ddpm", [1, 2, 3], SHAPE)[0]
+
+    ones, none = np.ones((8, 3)), np.tile([1.0, 0, 0], (8, 1))
+    assert torch.equal(images(Quadrature(family, ones)), images(SingleLevel(family[2])))
+    assert torch.equal(images(Quadrature(family, none)), images(SingleLevel(family[0])))
+    tail = np.stack([np.ones(8), n >= 2], axis=1)
+    stitched = Stitched(family[0], family[2], 0.25)
+    quadrature = Quadrature((family[0], family[2]), tail)
+    assert torch.equal(images(quadrature), images(stitched))
+    assert quadrature.expected_flops(8) == stitched.expected_flops(8)
+
+
+def test_quadratures_ignore_seeds_and_batches() -> None:
+    drift, grid = Quadrature(toy_family(), weights_of(12)), process().grid(12)
+    together = sample(drift, grid, "sde", "ddpm", range(6), SHAPE)[0]
+    apart = torch.cat([sample(drift, grid, "sde", "ddpm", [s], SHAPE)[0] for s in range(6)])
+    assert torch.allclose(together, apart, atol=1e-5)
+    assert drift.clusters([4, 5]) == [4, 5]
+
+
+# ------------------------------------------------------------------------------------------ coins of planned tables
+
+
+@pytest.mark.parametrize("coins", ["nested", "systematic"])
+def test_coins_of_a_sample_are_its_own(coins: str) -> None:
+    """Whatever the batch it is in, its images and evaluations are the same; and no two samples share their coins."""
+    drift, grid = Multilevel(toy_family(), table(16), coins), process().grid(16)
+    images, ledger = sample(drift, grid, "ode", "ddim", range(10, 22), SHAPE)
+    for seeds in ([10, 11, 12, 13, 14], [21], [20, 15]):
+        part, own = sample(drift, grid, "ode", "ddim", seeds, SHAPE)
+        rows = [s - 10 for s in seeds]
+        assert torch.allclose(part, images[rows], atol=1e-5)
+        assert np.array_equal(own.per_sample, ledger.per_sample[rows])
+    weights = drift.weights(16, range(400))
+    fires = weights[:, :, 2] != 0
+    # of 79800 pairs of samples: pairwise correlations of fires, pooled over steps, vanish to 4.5 standard errors
+    centred = fires - table(16)[:, 2, None]
+    pooled = centred.sum(axis=1) ** 2 - (centred**2).sum(axis=1)
+    scale = table(16)[:, 2] * (1 - table(16)[:, 2]) * 400
+    z = (pooled / scale).sum() / np.sqrt(2 * 16)
+    assert abs(z) < 4.5 * (np.sqrt(16) if coins == "systematic" else 1)  # systematic ones depend over steps
+
+
+@pytest.mark.parametrize(
+    "p", [table(12), np.array([1.0, 0.5, 0.5]), np.array([1.0, 0.2, 0.7])], ids=["table", "equal", "rising"]
+)
+def test_nested_costs_are_exact_by_the_coins_of_many_seeds(p: np.ndarray) -> None:
+    """20000 seeds: each level's evaluations to 4 standard errors and 0.5%; equal probabilities always cancel."""
+    drift, seeds = Multilevel(toy_family(), p, "nested"), range(20000)
+    counts = (drift.weights(12, seeds) != 0).sum(axis=0)
+    expected = drift.expected_evaluations(12)
+    error = counts.std(axis=0) / len(seeds) ** 0.5
+    assert np.all(np.abs(counts.mean(axis=0) - expected) <= 4 * error + 1e-12)
+    assert np.all(error <= 0.01 * np.maximum(expected, 0.5))
+    if np.array_equal(p, [1.0, 0.5, 0.5]):
+        assert expected == pytest.approx([12.0, 0.0, 6.0]) and not counts[:, 1].any()

@@ -375,6 +375,17 @@ def test_prices_and_unknown_own_errors() -> None:
         plans(effects, "magic", grids, own)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_base_level_can_be_named(method: str) -> None:
+    """The best base is at least as good, price by price; no level below the one that is named is used."""
+    effects = synthetic(3)
+    grids, own = {32: effects.logsnr}, own_of(effects)
+    for base, lowest in ((0, {"w0", "w1", "w2"}), (1, {"w1", "w2"}), (2, {"w2"})):
+        found = plans(effects, method, grids, own, base=base)
+        assert found and {p.levels[0] for p in found} <= lowest
+    assert any(p.levels[0] == "w1" and len(p.levels) == 2 for p in plans(effects, method, grids, own, base=1))
+
+
 def test_progress_counts_grids() -> None:
     effects, seen = synthetic(2), []
     grids = {32: effects.logsnr, 16: np.linspace(-9, 9, 16)}

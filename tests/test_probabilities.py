@@ -13,6 +13,8 @@ from mlem_diffusion.probabilities import (
     constant_probabilities,
     draw_coins,
     evaluation_probabilities,
+    knob_for_cost,
+    measured_probabilities,
     telescope_weights,
 )
 
@@ -88,14 +90,15 @@ def test_coins_fire_with_their_probability_at_every_step(kind: str) -> None:
     z = (frequency - p)[:, 1:] / np.sqrt(p * (1 - p) / len(seeds))[:, 1:]
     assert np.abs(z).max() < 4.5
     assert 0.5 < z.std() < 1.5  # and they do fluctuate
-    # levels are independent: the covariance of two coins of a step vanishes
+    # levels are independent: the covariance of two coins of a step vanishes; nested ones fire together where they can
     pair = (coins[:, :, 1] & coins[:, :, 2]).mean(axis=1)
-    chance = p[:, 1] * p[:, 2]
+    chance = np.minimum(p[:, 1], p[:, 2]) if kind == "nested" else p[:, 1] * p[:, 2]
     assert np.abs((pair - chance) / np.sqrt(chance * (1 - chance) / len(seeds))).max() < 4.5
 
 
-def test_independent_coins_are_independent_over_steps() -> None:
-    coins = draw_coins(np.full((2, 2), [1.0, 0.3]), range(4000), "independent")[:, :, 1].astype(float)
+@pytest.mark.parametrize("kind", ["independent", "nested"])
+def test_coins_are_independent_over_steps(kind: str) -> None:
+    coins = draw_coins(np.full((2, 2), [1.0, 0.3]), range(4000), kind)[:, :, 1].astype(float)
     assert abs(np.corrcoef(coins)[0, 1]) < 4.5 / np.sqrt(4000)
 
 
@@ -149,4 +152,85 @@ def test_bad_arguments_are_refused() -> None:
         with pytest.raises(UserError):
             constant_probabilities(flops, gamma, knob)
     with pytest.raises(UserError, match="coins"):
-        draw_coins(np.ones((2, 2)), [0], "nested")
+        draw_coins(np.ones((2, 2)), [0], "stratified")
+    for squares in ([1.0, 0.0], [1.0, float("nan")], [1.0, -1.0]):
+        with pytest.raises(UserError, match="Measured probabilities"):
+            measured_probabilities(squares, [1.0, 4.0], 1.0)
+    with pytest.raises(UserError, match="positive knob"):
+        measured_probabilities([1.0, 0.1], [1.0, 4.0], 0.0)
+
+
+# -------------------------------------------------------------------------------------------------- nested coins
+
+NESTED = [*TABLES, np.array([1.0, 0.6, 0.6, 0.6, 0.1]), np.array([1.0, 1.0, 0.5, 0.5])]
+
+
+def nested_outcomes(p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All coin outcomes of one uniform number and their chances: it lies between two neighbouring probabilities."""
+    edges = np.unique([0.0, *p, 1.0])
+    middle = 0.5 * (edges[1:] + edges[:-1])
+    return p > middle[:, None], np.diff(edges)
+
+
+@pytest.mark.parametrize("p", NESTED)
+def test_nested_evaluation_probabilities_by_enumeration(p: np.ndarray) -> None:
+    coins, chance = nested_outcomes(p)
+    weights = telescope_weights(p[None], coins[None])[0]
+    np.testing.assert_allclose(chance @ weights, np.eye(len(p))[-1], atol=1e-12)  # unbiased
+    np.testing.assert_allclose(evaluation_probabilities(p[None], nested=True)[0], chance @ (weights != 0), atol=1e-12)
+
+
+@pytest.mark.parametrize("p", [np.array([1.0, 0.4, 0.1]), np.array([1.0, 0.3, 0.3, 0.05]), np.array([1.0, 1.0, 0.5])])
+def test_nested_variance_is_that_of_differences_to_the_top(p: np.ndarray) -> None:
+    """sum_{k>1} (1/p_k - 1/p_{k-1}) |f^K - f^{k-1}|^2 for decreasing p."""
+    f = np.random.default_rng(1).standard_normal(len(p))
+    coins, chance = nested_outcomes(p)
+    variance = chance @ (telescope_weights(p[None], coins[None])[0] @ f - f[-1]) ** 2
+    assert variance == pytest.approx((np.diff(1 / p) * (f[-1] - f[:-1]) ** 2).sum(), abs=1e-12)
+
+
+def test_nested_coins_fire_only_where_those_below_do() -> None:
+    p = np.full((200, 4), [1.0, 0.7, 0.4, 0.1])
+    coins = draw_coins(p, range(20), "nested")
+    assert np.all(coins[:, :, 1:] <= coins[:, :, :-1])
+    assert set(coins.sum(axis=2).ravel()) == {1, 2, 3, 4}
+    assert not np.all(draw_coins(p, range(20), "independent")[:, :, 1:] <= coins[:, :, :-1])
+
+
+# ------------------------------------------------------------------------------------------ measured probabilities
+
+
+def test_measured_probabilities_are_the_square_root_law_of_what_was_measured() -> None:
+    flops, squares = [1.0, 4.0, 16.0, 64.0], np.array([9.0, 0.4, 0.02, 0.01])
+    p = measured_probabilities(squares, flops, 0.3)
+    assert p[:2] == pytest.approx([1.0, 0.3])
+    assert p[2] / p[1] == pytest.approx(np.sqrt(0.02 / 16) / np.sqrt(0.4 / 4))
+    assert p[3] / p[2] == pytest.approx(np.sqrt(0.01 / 64) / np.sqrt(0.02 / 16))
+    assert np.array_equal(measured_probabilities(squares, flops, 1e9), np.ones(4))
+    # a power law of errors gives the probabilities that assume one, up to the knob: V = T^(-2/gamma)
+    law = measured_probabilities(np.array(flops) ** (-2 / 2.5), flops, 0.2)
+    ratio = constant_probabilities(flops, 2.5, 0.2)
+    np.testing.assert_allclose(law[1:] / law[1], ratio[1:] / ratio[1])
+
+
+@pytest.mark.parametrize("wanted", [3.0, 60.0, 900.0, 6000.0])
+def test_a_knob_is_found_for_a_cost(wanted: float) -> None:
+    flops = [1.0, 4.0, 16.0, 64.0]
+
+    def table(knob: float) -> np.ndarray:
+        return measured_probabilities([9.0, 0.4, 0.02, 0.01], flops, knob)
+
+    steps = 100 if wanted >= 900 else 2
+    p = knob_for_cost(table, flops, steps, wanted)
+    assert p is not None and p[0] == 1 and np.any(p < 1)
+    assert float(evaluation_probabilities(p[None])[0] @ flops) * steps == pytest.approx(wanted, rel=1e-9)
+
+
+def test_a_cost_that_no_knob_has_is_none() -> None:
+    flops = [1.0, 4.0]
+
+    def table(knob: float) -> np.ndarray:
+        return measured_probabilities([9.0, 0.4], flops, knob)
+
+    assert knob_for_cost(table, flops, 10, 9.9) is None  # below level 1 alone
+    assert knob_for_cost(table, flops, 10, 51.0) is None  # above everything

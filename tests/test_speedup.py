@@ -10,7 +10,7 @@ import pytest
 
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.metrics import Statistics, fast_frechet, feature_statistics
-from mlem_diffusion.speedup import Setting, speedups
+from mlem_diffusion.speedup import Setting, equal_error, resampled_errors, speedups
 
 N = 400
 
@@ -23,7 +23,7 @@ def setting(drift: str, cost: float, error: float, spread: float = 0.02, seed: i
         "probabilities": "constant" if drift == "ml_em" else "",
         "coins": "independent" if drift == "ml_em" else "",
         "cost_knob": 1.0, "error": error, "distance": "",
-        "gflops_realised": cost, "seconds": cost / 10, "n_fires_top": 1000.0,
+        "gflops_realised": cost, "gflops_expected": cost, "seconds": cost / 10, "n_fires_top": 1000.0,
     }  # fmt: skip
     return Setting({**defaults, **row}, error * noise)
 
@@ -93,7 +93,7 @@ def test_unreached_errors_give_null() -> None:
 
 def test_methods_and_dynamics_stay_apart() -> None:
     learned = ml_em(COSTS, 4.0, probabilities="measured", coins="systematic")
-    systematic = ml_em(COSTS, 3.0, coins="systematic")
+    systematic = ml_em(COSTS, 3.0, coins="systematic") + ml_em(COSTS, 3.9, coins="nested")
     shared = ml_em(COSTS, 3.5, coins="independent-shared")
     ode = em(COSTS) + ml_em(COSTS, 2.0) + learned + systematic + shared
     sde = em(COSTS, dynamics="sde") + ml_em(COSTS, 0.25, dynamics="sde")
@@ -106,6 +106,52 @@ def test_methods_and_dynamics_stay_apart() -> None:
     assert out["ode"]["best"]["error"]["flops"]["ours"]["coins"] == "systematic"
     renamed = speedups(ode, plain=lambda row: row["coins"] == "systematic")
     assert renamed["ode"]["plain"]["error"]["flops"]["max"] == pytest.approx(4)
+
+
+def test_plain_is_every_kind_of_probabilities_with_independent_coins() -> None:
+    planned = ml_em(COSTS, 3.0, probabilities="optimal", cost_knob=None, plan="abc")
+    weights = [Setting({**s.row, "drift": "quadrature", "coins": ""}, s.errors) for s in ml_em(COSTS, 5.0)]
+    out = speedups(em(COSTS) + ml_em(COSTS, 2.0) + planned + weights)["ode"]
+    assert out["plain"]["error"]["flops"]["max"] == pytest.approx(3)
+    assert out["plain"]["error"]["flops"]["ours"]["plan"] == "abc"
+    assert out["best"]["error"]["flops"]["max"] == pytest.approx(5)
+    assert out["best"]["error"]["flops"]["ours"]["drift"] == "quadrature"
+    few = [Setting({**s.row, "n_fires_top": 1}, s.errors) for s in weights]  # fixed weights need no count of fires
+    assert speedups(em(COSTS) + few)["ode"]["left_out"] == 0
+
+
+def test_two_groups_at_equal_error_and_at_equal_cost() -> None:
+    ours, theirs = ml_em(COSTS, 4.0), em(COSTS)
+    entry = equal_error(theirs, ours)
+    assert entry["max"] == pytest.approx(4) and entry["lower95"] == pytest.approx(4)
+    # at our costs c / 4 = 0.25 .. 4 EM has nothing, nothing, then the errors 1, 1/2, 1/4 over ours of 1/4, 1/8, 1/16
+    points = entry["errors_at_cost"]
+    assert [p["gflops"] for p in points] == [c / 4 for c in COSTS]
+    assert [p["ratio"] for p in points] == [None, None, *[pytest.approx(4)] * 3]
+    assert [p["lower95"] for p in points] == [None, None, *[pytest.approx(4)] * 3]
+    json.dumps(entry, allow_nan=False)
+    # the same the other way round: EM as ours is 4 times dearer
+    back = equal_error(ours, theirs)
+    assert back["max"] == pytest.approx(0.25)
+    assert [p["ratio"] for p in back["errors_at_cost"]] == [pytest.approx(r) for r in (1 / 4, 1 / 4, 1 / 4, 1 / 2, 1)]
+
+
+def test_equal_error_goes_by_expected_cost_to_a_thousandth() -> None:
+    ours = [setting("ml_em", 2.0, 0.5, gflops_expected=4.0)]
+    assert equal_error(em(COSTS), ours)["errors_at_cost"] == [
+        {"gflops": 4.0, "ratio": pytest.approx(0.5), "lower95": pytest.approx(0.5)}
+    ]
+    near = [setting("ml_em", 4.0, 0.5, gflops_expected=3.999)]
+    assert equal_error(em(COSTS), near)["errors_at_cost"][0]["ratio"] == pytest.approx(0.5)
+    below = [setting("ml_em", 4.0, 0.5, gflops_expected=3.9)]
+    assert equal_error(em(COSTS), below)["errors_at_cost"][0]["ratio"] == pytest.approx(1.0)
+    assert equal_error([], ours)["max"] is None and equal_error(ours, [])["errors_at_cost"] == []
+
+
+def test_resampled_errors_are_paired() -> None:
+    values = resampled_errors([setting("single", 1, 1.0, 0.5), setting("single", 1, 2.0, 0.5)], replicates=50, seed=3)
+    assert values.shape == (2, 51) and np.allclose(values[1], 2 * values[0])
+    assert 0.3 < values[0, 1:].std() / (0.5 / np.sqrt(N)) < 1.6
 
 
 def test_rarely_fired_and_broken_rows_are_left_out_and_counted() -> None:

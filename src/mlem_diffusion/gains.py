@@ -67,10 +67,14 @@ class Effects:
             return self
         if np.any(np.diff(self.logsnr) <= 0) or np.any(np.diff(logsnr) <= 0):
             raise UserError("Gains carry over to other grids only for rules of one evaluation per interval.")
+        if min(len(logsnr), len(self.logsnr)) < 5:
+            raise UserError("Gains carry over only between grids of at least 5 noise levels.")
         density = self.values[..., :-1] / np.diff(self.logsnr)
-        left, weight = _interpolation(self.logsnr[:-1], logsnr[:-1])
-        values = (density[..., left] * (1 - weight) + density[..., left + 1] * weight) * np.diff(logsnr)
-        values = np.concatenate([values, self.values[..., -1:]], axis=-1).astype(np.float32)
+        # multistep rules weigh the first and the last step unlike the others: these two are matched, not interpolated
+        left, weight = _interpolation(self.logsnr[1:-2], logsnr[1:-2])
+        inner = density[..., left + 1] * (1 - weight) + density[..., left + 2] * weight
+        density = np.concatenate([density[..., :1], inner, density[..., -1:]], axis=-1)
+        values = np.concatenate([density * np.diff(logsnr), self.values[..., -1:]], axis=-1).astype(np.float32)
         left, weight = _interpolation(self.logsnr, logsnr)
         squares = self.squares[:, left] * (1 - weight) + self.squares[:, left + 1] * weight
         return Effects(

@@ -294,24 +294,27 @@ def _legend(rows: list[Row], shades: dict[str, Any]) -> list[Any]:
     if several:
         handles.append(heading("several levels"))
     for name in several:
-        label = "stitched" if name == "stitched" else f"ML-EM, {_coins(rows, name)} coins"
+        label = {"stitched": "stitched", "plain": "ML-EM, independent coins"}.get(name) or _kinds(rows)
         style: dict[str, Any] = dict(marker=_MARKS[name], ms=_SIZES[name] ** 0.5, mec="white", mew=0.5)
         handles.append(Line2D([], [], ls="none", color=_COLOURS[name], label=label, **style))
     if any(not trusted(row) for row in rows):
         style: dict[str, Any] = dict(marker="o", mfc="none", mec="#777777", ms=5)
         handles.append(Line2D([], [], ls="none", label="hollow: top level\nfired too rarely", **style))
     handles.append(heading("frontier"))
-    for name, label in (("baseline", "baselines"), ("plain", "ML-EM, plain"), ("best", "ML-EM, best")):
+    for name, label in (("baseline", "baselines"), ("plain", "ML-EM, plain"), ("best", "multilevel, best")):
         if name in methods or (name == "baseline" and methods & {"single", "stitched"}):
             handles.append(Line2D([], [], color=_COLOURS[name], lw=3.2, alpha=0.55, label=label))
     return handles
 
 
-def _coins(rows: list[Row], method: str) -> str:
-    return (
-        " / ".join(sorted({(row.get("coins") or "").split("-")[0] for row in rows if method_of(row) == method} - {""}))
-        or "random"
+def _kinds(rows: list[Row]) -> str:
+    """The estimators beyond the paper's that the rows hold."""
+    best = [row for row in rows if method_of(row) == "best"]
+    coins = sorted({(row.get("coins") or "").split("-")[0] for row in best} - {""})
+    kinds = ([" / ".join(coins) + " coins"] if coins else []) + (
+        ["quadrature"] if any(row["drift"] == "quadrature" for row in best) else []
     )
+    return "multilevel, " + ",\n".join(kinds)
 
 
 # ---- shared odds and ends ----------------------------------------------------------------------------------

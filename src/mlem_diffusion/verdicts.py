@@ -58,7 +58,7 @@ def chosen_blindly(ours: Sequence[Setting], theirs: Sequence[Setting], seed: int
     "ratio" is its squared error over the point's; it counts as above where the one-sided 95% lower bound exceeds 1.
     """
     known = [s for s in ours if s.row.get("selected_error") is not None]
-    values = resampled_errors([*known, *theirs], seed=seed) if known and theirs else np.zeros((0, 1))
+    values = resampled_errors([*known, *theirs], seed=seed) if theirs else np.zeros((0, 1))
     mine, others = values[: len(known)], values[len(known) :]
     costs = np.array([s.row["gflops_expected"] for s in known])
     selected = np.array([s.row["selected_error"] for s in known])
