@@ -46,6 +46,7 @@ demo: setup  ## the whole experiment on procedural portraits; at most 10 minutes
 	@$(call RUN,prepare_data)
 	@$(TRAIN)
 	@$(call RUN,measure_gamma)
+	@$(call RUN,optimise)
 	@$(call RUN,sample_compare)
 	@$(call RUN,report)
 

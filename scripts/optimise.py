@@ -22,7 +22,7 @@ from mlem_diffusion.optimise import plans
 from mlem_diffusion.plans import Plan, frontier, save_plans
 from mlem_diffusion.plot_diagnostics import plot_diagnostics
 from mlem_diffusion.plot_gains import plot_gains
-from mlem_diffusion.probabilities import knob_for_cost, measured_probabilities
+from mlem_diffusion.probabilities import constant_probabilities, knob_for_cost, measured_probabilities
 from mlem_diffusion.tracking import Tracker
 
 OUTPUTS = ["plans.json", "plans.npz", "gains.png", "diagnostics.json"]
@@ -160,12 +160,13 @@ def singles(stage: common.Stage, runner: Runner) -> list[Setting]:
 def diagnosis(stage: common.Stage, runner: Runner) -> float:
     """Print and save the diagnostics of the family; FLOPs spent."""
     o, family, spent, saved = stage.cfg.optimise, list(runner.levels.values()), 0.0, {}
+    p = constant_probabilities([level.flops for level in family], gamma=2.5, knob=1.0)  # for the column of fires
     for dynamics in dict.fromkeys(rule.dynamics for rule in o.rules):
         rule = next(r.step_rule for r in o.rules if r.dynamics == dynamics)
         with common.bar(f"diagnose {dynamics}", None) as progress:
             found = diagnose(
                 family, runner.process, dynamics, rule, list(range(o.seed, o.seed + o.diagnose.seeds)), runner.shape,
-                runner.device, steps=o.diagnose.steps, batch=runner.batch, progress=watched(stage, progress),
+                runner.device, steps=o.diagnose.steps, batch=runner.batch, p=p, progress=watched(stage, progress),
             )  # fmt: skip
         print(table(found))
         saved[dynamics] = found.to_json()

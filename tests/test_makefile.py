@@ -68,7 +68,7 @@ def test_each_target_runs_its_script_on_the_experiment(target, script):
 
 def test_the_demo_is_the_whole_experiment_in_order():
     found = commands("demo")
-    stages = ["prepare_data", "train_levels", "measure_gamma", "sample_compare", "report"]
+    stages = ["prepare_data", "train_levels", "measure_gamma", "optimise", "sample_compare", "report"]
     assert [Path(c[1]).stem for c in found] == stages
     assert all(c[2] == "experiment=demo" for c in found)
     assert all("experiment=smoke" in c for c in commands("demo", "EXPERIMENT=smoke"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -125,7 +126,7 @@ def test_the_tolerance_is_of_the_squared_error_beyond_two_standard_errors(ratio:
     assert prediction([predicted(0.1, ratio, error_se=None)])["independent"]["within"] == int(agrees)
 
 
-def planned(coins: str, probabilities: str, points: list[tuple[float, float]], **row: Any) -> list[Setting]:
+def planned(coins: str, probabilities: str, points: Sequence[tuple[float, float]], **row: Any) -> list[Setting]:
     more = {"coins": coins, "probabilities": probabilities, "predicted": 0.1, "jump": 0.1} | row
     return [
         setting("ml_em" if coins else "quadrature", c, e, plan=f"{coins}{probabilities}{c}", **more) for c, e in points
