@@ -192,6 +192,8 @@ def work(stage: common.Stage) -> None:
     index = {name: i for i, name in enumerate(runner.levels)}
     by_rule, all_effects = {}, []
     for rule in o.rules:
+        if not rule.get("methods", o.methods):
+            continue
         own = {
             (index[s.levels[0]], s.steps): e
             for s, e in zip(alone, errors, strict=True)
@@ -239,9 +241,35 @@ def work(stage: common.Stage) -> None:
     stage.record(fingerprint, images.manifest if images else {}, plans=len(chosen))
 
 
+def cost(stage: common.Stage) -> list[tuple[str, float, float]]:
+    """Rows (what, FLOPs, seconds here); what the candidate plans will cost is known only once they are made: taken as a
+    quarter of the largest level at every step of the middle grid."""
+    o, (levels, seconds) = stage.cfg.optimise, run_settings.priced_levels(stage)
+    *_, largest = levels.values()
+    everything = sum(level.flops for level in levels.values()), sum(seconds.values())
+    top = largest.flops, seconds[largest.name]
+    dynamics = {rule.dynamics for rule in o.rules}
+    visits = len(dynamics) * o.diagnose.seeds * o.diagnose.steps
+    finest = o.reference_steps or stage.process().base_steps
+    out = [
+        ("diagnostics", visits * everything[0], visits * everything[1]),
+        ("references", *(len(dynamics) * finest * o.n_select * t for t in top)),
+    ]
+    for rule in o.rules:
+        methods, name = rule.get("methods", o.methods), f"{rule.dynamics} {rule.step_rule}"
+        if methods:
+            points, passes = o.calibrate * o.calibrate_steps, 2 + o.probes
+            out.append((f"{name}: gains", *(points * (a + passes * t) for a, t in zip(everything, top, strict=True))))
+        count = sum(rule.steps) * o.n_select
+        out.append((f"{name}: levels alone", count * everything[0], count * everything[1]))
+        count = len(methods) * len(o.bases) * o.plans * o.n_select * sorted(rule.steps)[len(rule.steps) // 2] / 4
+        out.append((f"{name}: candidate plans, roughly", *(count * t for t in top)))
+    return out
+
+
 @hydra.main(version_base=None, config_path=common.CONFIGS, config_name="optimise")
 def main(cfg: DictConfig) -> None:
-    common.run("optimise", cfg, work)
+    common.run("optimise", cfg, work, cost)
 
 
 if __name__ == "__main__":

@@ -123,6 +123,9 @@ def test_predictions_agree_up_to_some_jump() -> None:
 def test_the_tolerance_is_of_the_squared_error_beyond_two_standard_errors(ratio: float, agrees: bool) -> None:
     assert prediction([predicted(0.1, ratio)])["independent"]["within"] == int(agrees)
     assert prediction([predicted(0.1, ratio, error_se=2e-4)])["independent"]["within"] == 1  # 2 x 2% of the prediction
+    assert prediction([predicted(0.1, ratio, error_se=0.9e-4)])["independent"]["within"] == int(
+        agrees
+    )  # 1.8% is not enough
     assert prediction([predicted(0.1, ratio, error_se=None)])["independent"]["within"] == int(agrees)
 
 
