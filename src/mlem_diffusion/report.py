@@ -71,6 +71,12 @@ def write_report(results_dir: Path, *, title: str) -> Path:
     gamma, speedup, provenance = (documents[name] or {} for name in ("gamma", "speedup", "provenance"))
     rows = _load_rows(results_dir / "compare.csv", notices)
     figures = {name: _load_image(results_dir / f"{name}.png", notices) for name in ("gamma", "compare", "training")}
+    hierarchy = [
+        picture
+        for path in [results_dir / "gains.png", *sorted(results_dir.glob("diagnostics-*.png"))]
+        if path.is_file() and (picture := _load_image(path, notices))
+    ]
+    diagnostics = _load_json(results_dir / "diagnostics.json", notices) if hierarchy else None
     folders = {
         name: [_load_image(path, notices) for path in _pictures(results_dir / name)] for name in ("grids", "training")
     }
@@ -100,6 +106,9 @@ def write_report(results_dir: Path, *, title: str) -> Path:
         comparison=_comparison_table(rows),
         best=flat_table(documents["best"]),
         figures=figures,
+        hierarchy=hierarchy,
+        findings=_findings(diagnostics or {}),
+        methods=_methods_table(results_dir, notices) if (results_dir / "method.json").is_file() else None,
         folders={name: [image for image in images if image] for name, images in folders.items()},
         provenance=_provenance_tables(provenance),
         configs=configs,
@@ -205,6 +214,32 @@ def _gamma_section(gamma: dict[str, Any]) -> dict[str, Any] | None:
         "training_lengths": _lengths_table(gamma.get("training_lengths")),
         "warnings": [str(text) for text in gamma.get("warnings") or []],
     }
+
+
+def _findings(diagnostics: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(dynamics, severity, sentence) of diagnostics.json."""
+    return [
+        (DYNAMICS_NAMES.get(dynamics, dynamics), str(finding.get("severity", "")), str(finding.get("text", "")))
+        for dynamics, found in diagnostics.items()
+        for finding in found.get("findings", [])
+    ]
+
+
+def _methods_table(results_dir: Path, notices: list[str]) -> dict[str, Any] | None:
+    """Speed-ups of each estimator in method.json: largest lower bound, and the window of at least 2."""
+    body = []
+    for rule, entry in (_load_json(results_dir / "method.json", notices) or {}).items():
+        for name, found in entry.get("against_em", {}).items():
+            other = entry.get("against_all_baselines", {}).get(name, {})
+            two = next((w for w in found.get("windows", []) if w["least"] == 2), None)
+            window = f"{number(two['rms_error'][0])} to {number(two['rms_error'][1])}" if two else ""
+            body.append((rule, name, _largest_bound(found), _largest_bound(other), window))
+    columns = ("rule", "estimator", "over EM", "over all baselines", "2x over EM at rms errors from")
+    return as_table(columns, body)
+
+
+def _largest_bound(found: dict[str, Any]) -> float | None:
+    return max((p["lower95"] for p in found.get("curve", []) if p["lower95"] is not None), default=None)
 
 
 def _lengths_table(lengths: Any) -> dict[str, Any] | None:
