@@ -225,7 +225,7 @@ def _prices(effects: Effects, costs: np.ndarray) -> np.ndarray:
     """A range of prices that leads from nearly no fires to one at every evaluation."""
     n, gains = len(effects.logsnr), effects.gains()[0][1:].sum()
     scale = gains * n / (costs[-1] * n)  # all gains at once against the largest level at every evaluation
-    return scale * 4.0 ** np.arange(3, -9, -1)
+    return scale * 4.0 ** np.arange(3, -15, -1)
 
 
 class _Planner:
