@@ -211,11 +211,15 @@ def test_plot_compare_says_what_was_not_computed(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(plots, "_say", listen)
     absent = {"distance": None, "distance_floor": None, "error_se": None}
-    plot_compare([row | absent for row in make_rows(("sde",))], tmp_path / "bare.png")
+    rows = make_rows(("sde",))
+    bare = pixels(plot_compare([row | absent for row in rows], tmp_path / "bare.png"))
+    full = pixels(plot_compare(rows, tmp_path / "full.png"))
+    assert said == [] and bare.shape[0] < 0.8 * full.shape[0]  # without any distance there is no panel for it
+    plot_compare([row | (absent if row["dynamics"] == "sde" else {}) for row in make_rows()], tmp_path / "half.png")
     assert said == ["not computed"]
     # An error of exactly zero has no place on a log axis.
     plot_compare([make_row(error=0.0, seconds=None)], tmp_path / "zero.png")
-    assert said == ["not computed"] * 3 and pixels(tmp_path / "zero.png").shape[0] > 1000
+    assert said == ["not computed"] * 4 and pixels(tmp_path / "zero.png").shape[0] > 1000
 
 
 def test_plot_compare_refuses_what_cannot_share_an_axis(tmp_path: Path) -> None:

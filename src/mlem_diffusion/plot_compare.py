@@ -51,7 +51,9 @@ def plot_compare(rows: Sequence[Row], path: Path, *, title: str = "") -> Path:
     # A distance seldom spans decades; a log axis would only hide its zero. Both dynamics share the choice.
     distances = [row["distance"] for row in pooled if _positive(row.get("distance"))]
     wide = bool(distances) and max(distances) > 8 * min(distances)
-    panels = (("distance", "gflops_realised"), ("error", "gflops_realised"), ("error", "seconds"))
+    panels = [("distance", "gflops_realised"), ("error", "gflops_realised"), ("error", "seconds")]
+    if not distances and any(_positive(row.get("error")) for row in pooled):
+        del panels[0]  # a family without images has no distances
 
     figure = _new_figure(4.9 * len(dynamics) + 2.9, 3.7 * len(panels))
     axes = figure.subplots(len(panels), len(dynamics), squeeze=False)
