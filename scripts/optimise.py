@@ -44,7 +44,8 @@ def effects_of(stage: common.Stage, runner: Runner, dynamics: str, rule: str) ->
     """Measured once, then read from the cache."""
     o = stage.cfg.optimise
     facts = [o.seed, o.calibrate, o.probes, o.calibrate_steps, dynamics, rule]
-    path = runner.cache / f"effects-{stage.fingerprint(("process",), runner=runner.key, facts=facts)[:20]}.npz"
+    key = stage.fingerprint(("process",), runner=runner.key, facts=facts)[:20]
+    path = runner.cache / f"effects-{key}.npz"
     if not path.is_file():
         with common.bar(f"gains {dynamics} {rule}", o.calibrate) as progress:
             seeds = range(o.seed, o.seed + o.calibrate)
@@ -80,7 +81,8 @@ def learned_plans(stage: common.Stage, runner: Runner, effects: Effects, start: 
         wanted = cost * family[-1].flops
         nearest = min(start, key=lambda plan: (plan.steps != steps, abs(np.log(plan.cost / wanted))))
         facts = [stage.plain("optimise")["optimise"]["learned"], dynamics, rule, cost, nearest.id]
-        path = runner.cache / f"learned-{stage.fingerprint(("process",), runner=runner.key, facts=facts)[:20]}.json"
+        key = stage.fingerprint(("process",), runner=runner.key, facts=facts)[:20]
+        path = runner.cache / f"learned-{key}.json"
         if not path.is_file():
             with common.bar(f"learn {dynamics} {rule}, cost {cost:g}", o.learned.iterations, "iteration") as progress:
                 found = learn_probabilities(
