@@ -18,7 +18,7 @@ from mlem_diffusion.diagnostics import diagnose, table
 from mlem_diffusion.drift import Multilevel
 from mlem_diffusion.gains import Effects, measure_effects
 from mlem_diffusion.learned import learn_probabilities
-from mlem_diffusion.optimise import plans
+from mlem_diffusion.optimise import plan_for_cost, plans
 from mlem_diffusion.plans import Plan, frontier, save_plans
 from mlem_diffusion.plot_diagnostics import plot_diagnostics
 from mlem_diffusion.plot_gains import plot_gains
@@ -125,6 +125,10 @@ def candidates(
             for base in bases:
                 best = plans(effects, method, grids, own, base=base, progress=watched(stage, progress))
                 chosen |= {p.id: p for p in spread([p for p in best if len(p.levels) > 1], o.plans)}
+        for cost in o.measured.costs:  # at the very costs that other sources of probabilities are tried at
+            plan = plan_for_cost(effects, method, grids, own, cost * effects.flops[-1])
+            if plan is not None and len(plan.levels) > 1:
+                chosen[plan.id] = plan
         found[f"{method}, optimal"] = list(chosen.values())
     measured = measured_plans(stage, runner, effects) if found else []
     found["independent, measured"] = measured

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from mlem_diffusion.analytic import analytic_family
 from mlem_diffusion.calibration import Calibration, calibrate
 from mlem_diffusion.drift import SingleLevel
 from mlem_diffusion.errors import UserError
+from mlem_diffusion.plans import choose
 from mlem_diffusion.process import LinearSchedule, Process
 from mlem_diffusion.samplers import sample
 
@@ -47,6 +50,20 @@ def test_plan_within_a_cost(calibration: Calibration, method: str) -> None:
     error, se, flops = measured_error(plan)
     assert plan.cost <= 3 * LARGEST and flops == pytest.approx(plan.cost, rel=0.05)
     assert plan.predicted is not None and abs(error - plan.predicted) < 0.35 * plan.predicted + 3 * se
+
+
+@pytest.mark.parametrize("method", ["independent", "systematic", "quadrature"])
+def test_more_cost_never_hurts(calibration: Calibration, method: str) -> None:
+    """Costs are kept and predicted errors fall, over a factor of 16; between the frontier's plans one is made to measure."""
+    costs = [0.5 * LARGEST * 2**i for i in range(5)]
+    found = [calibration.plan(method, cost=cost) for cost in costs]
+    errors = [plan.predicted for plan in found]
+    assert all(plan.cost <= cost for plan, cost in zip(found, costs, strict=True))
+    assert all(b is not None and a is not None and b <= a for a, b in pairwise(errors))
+    between = 0.5 * sum(sorted(p.cost for p in calibration.plans(method) if len(p.levels) > 1)[2:4])
+    frontier = choose(calibration.plans(method), cost=between)
+    made = calibration.plan(method, cost=between)
+    assert made.predicted is not None and frontier.predicted is not None and made.predicted <= frontier.predicted
 
 
 def test_plan_within_an_error_is_the_cheapest(calibration: Calibration) -> None:

@@ -20,7 +20,7 @@ from .drift import SingleLevel
 from .gains import Effects, measure_effects
 from .levels import Level
 from .metrics import squared_errors
-from .optimise import plans
+from .optimise import plan_for_cost, plans
 from .plans import Plan, choose
 from .process import Process
 from .samplers import sample
@@ -42,8 +42,7 @@ class Calibration:
     def plans(self, method: str, costs: Sequence[float] | None = None) -> list[Plan]:
         """The predicted frontier of a method (optimise.METHODS), cheap to expensive; costs per evaluation of each level
         replace FLOPs (seconds, say), and become the unit of Plan.cost."""
-        grids = {steps: self.process.grid(steps).logsnr for steps in sorted({steps for _, steps in self.own_errors})}
-        return plans(self.effects, method, grids, self.own_errors, None if costs is None else np.asarray(costs))
+        return plans(self.effects, method, self._grids(), self.own_errors, _array(costs))
 
     def plan(
         self,
@@ -57,7 +56,18 @@ class Calibration:
 
         Raises UserError where no plan qualifies, and unless exactly one of cost and error is given.
         """
-        return choose(self.plans(method, costs), cost=cost, error=error)
+        found = self.plans(method, costs)
+        if cost is not None and error is None:
+            exact = plan_for_cost(self.effects, method, self._grids(), self.own_errors, cost, _array(costs))
+            found += [exact] if exact is not None else []
+        return choose(found, cost=cost, error=error)
+
+    def _grids(self) -> dict[int, np.ndarray]:
+        return {steps: self.process.grid(steps).logsnr for steps in sorted({steps for _, steps in self.own_errors})}
+
+
+def _array(costs: Sequence[float] | None) -> np.ndarray | None:
+    return None if costs is None else np.asarray(costs, dtype=np.float64)
 
 
 def calibrate(

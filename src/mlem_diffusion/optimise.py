@@ -221,6 +221,38 @@ def plans(
     return frontier(out, lambda plan: plan.predicted)
 
 
+def plan_for_cost(
+    effects: Effects,
+    method: str,
+    grids: Mapping[int, np.ndarray],
+    own_errors: Mapping[tuple[int, int], float],
+    wanted: float,
+    costs: np.ndarray | None = None,
+    base: int | None = None,
+) -> Plan | None:
+    """The plan of smallest predicted error that costs no more than `wanted` per image, by bisection over the price on every
+    grid and for every largest level; None where even the cheapest costs more. Other arguments as in `plans`."""
+    costs = effects.flops if costs is None else np.asarray(costs, dtype=np.float64)
+    found: list[Plan] = []
+    for steps, logsnr in grids.items():
+        there = effects.on(logsnr)
+        planner, prices = _Planner(there, method, costs), _prices(there, costs)
+        for top in range(base or 0, len(costs)):
+            if (top, steps) not in own_errors:
+                continue
+            low, high, best = float(prices.min()), float(prices.max()), None
+            for _ in range(16):
+                price = float(np.sqrt(low * high))
+                plan = planner.plan(top, price, base)
+                if plan.cost > wanted:
+                    low = price
+                else:
+                    high, best = price, plan
+            if best is not None:
+                found.append(replace(best, steps=steps, predicted=own_errors[top, steps] + (best.added or 0.0)))
+    return min(found, key=lambda plan: (plan.predicted, plan.cost), default=None)
+
+
 def _prices(effects: Effects, costs: np.ndarray) -> np.ndarray:
     """A range of prices that leads from nearly no fires to one at every evaluation."""
     n, gains = len(effects.logsnr), effects.gains()[0][1:].sum()
