@@ -152,14 +152,14 @@ def verdicts(settings: Sequence[Setting], calibration_flops: float | None = None
                 if those:
                     entry[against][name] = _speed(those, found, calibration_flops, seed)
         entry["optimiser_against_em"] = chosen_blindly([*base, *_planned(here)], first_order, seed)
-        learned_steps = {s.row["steps"] for s in methods.get("plain, learned p", [])}
-        methods["measured p, same steps"] = [
-            s for s in methods.get("plain, measured p", []) if s.row["steps"] in learned_steps
+        learned = methods.get("plain, learned p", [])
+        methods["measured p, alike"] = [
+            s for s in methods.get("plain, measured p", []) if any(_alike(s.row, other.row) for other in learned)
         ]
         for name, ours, theirs in (
             ("systematic_over_independent", "systematic, optimal p", "plain, optimal p"),
             ("optimal_over_measured", "plain, optimal p", "plain, measured p"),
-            ("learned_over_measured", "plain, learned p", "measured p, same steps"),
+            ("learned_over_measured", "plain, learned p", "measured p, alike"),
         ):
             if methods.get(ours) and methods.get(theirs):
                 entry[name] = _speed(methods[theirs], methods[ours], None, seed)
@@ -169,6 +169,11 @@ def verdicts(settings: Sequence[Setting], calibration_flops: float | None = None
         entry["predicted_error"] = prediction([s.row for s in planned])
         out[f"{dynamics}/{rule}"] = entry
     return out
+
+
+def _alike(one: Row, other: Row) -> bool:
+    """As many steps and, to 1%, as much expected cost."""
+    return one["steps"] == other["steps"] and abs(one["gflops_expected"] / other["gflops_expected"] - 1) < 0.01
 
 
 def _planned(settings: Sequence[Setting]) -> list[Setting]:
