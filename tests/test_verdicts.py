@@ -178,16 +178,20 @@ def test_a_whole_comparison() -> None:
     assert entry["predicted_error"]["systematic"]["rows"] == 4  # the one that hardly fired is not judged
 
 
-def test_learned_probabilities_are_compared_at_their_own_steps() -> None:
-    """Measured ones on a finer grid are four times cheaper: no matter."""
+def test_learned_probabilities_are_compared_at_their_own_steps_and_costs() -> None:
+    """Measured ones on a finer grid are four times cheaper: no matter. Half the error at each cost is half the error."""
     settings = [
         *BASE, *planned("independent", "measured", ONCE), *planned("independent", "measured", FOURTH, steps=99),
-        *planned("independent", "learned", TWICE),
+        *planned("independent", "learned", [(cost, error / 2) for cost, error in ONCE]),
     ]  # fmt: skip
     entry = verdicts(settings)["sde/ddpm"]
-    assert entry["learned_over_measured"]["max"] == pytest.approx(2)
-    assert "measured p, same steps" not in entry["against_em"]
+    assert entry["learned_over_measured"]["error_at_equal_cost"]["worst"]["ratio"] == pytest.approx(0.5)
+    assert entry["learned_over_measured"]["error_at_equal_cost"]["not_judged"] == 0
+    assert "measured p, alike" not in entry["against_em"]
     assert "images_to_repay_calibration" not in entry["against_em"]["plain, learned p"]
+    elsewhere = [s for s in settings if s.row["probabilities"] != "learned"]
+    elsewhere += planned("independent", "learned", [(1.5 * cost, error) for cost, error in ONCE])
+    assert "learned_over_measured" not in verdicts(elsewhere)["sde/ddpm"]
 
 
 def test_dynamics_and_rules_stay_apart_and_nothing_planned_is_nothing_said() -> None:
