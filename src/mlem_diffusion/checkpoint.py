@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -26,6 +27,16 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def write_arrays(path: Path, **arrays: Any) -> None:
+    """A compressed npz, atomic; read it with numpy.load, no pickle needed."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # an open file: numpy would append .npz to the temporary name
+            np.savez_compressed(file, **arrays)
+
+    atomic_write(path, write)
 
 
 def write_json(path: Path, value: Any) -> None:

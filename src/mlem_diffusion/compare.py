@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoint import atomic_write
+from .checkpoint import write_arrays
 from .cost import Ledger
 from .drift import Drift, Multilevel, SingleLevel, Stitched
 from .errors import UserError
@@ -218,7 +218,7 @@ class Runner:
                     sample(drift, grid, dynamics, REFERENCE_RULE[dynamics], seeds, self.shape, self.device)[0].cpu()
                 )
             images = torch.cat(parts).numpy()
-            atomic_write(path, lambda p: _savez(p, images=images))
+            write_arrays(path, images=images)
         return torch.from_numpy(np.load(path)["images"])
 
     def is_done(self, setting: Setting) -> bool:
@@ -267,16 +267,8 @@ class Runner:
                 # in the samples that the error is taken over
                 "n_fires_top": int(total.per_sample[: len(error), -1].sum()),
             }
-            atomic_write(
-                path,
-                lambda p: _savez(
-                    p,
-                    costs=json.dumps(costs),
-                    errors=error,
-                    clusters=cluster,
-                    **({"features": np.concatenate(features), "images": np.concatenate(kept)} if features else {}),
-                ),
-            )
+            pictures = {"features": np.concatenate(features), "images": np.concatenate(kept)} if features else {}
+            write_arrays(path, costs=json.dumps(costs), errors=error, clusters=cluster, **pictures)
         stored = np.load(path)
         return {name: json.loads(str(stored[name])) if name == "costs" else stored[name] for name in stored.files}
 
@@ -320,8 +312,3 @@ def best_setting(rows: Sequence[Mapping[str, Any]], tolerance: float = 0.05) -> 
     best = min(row["distance"] for row in measured)
     limit = best + tolerance * abs(best)  # rounding can take a distance of nothing below zero
     return dict(min((r for r in measured if r["distance"] <= limit), key=lambda r: r["gflops_realised"]))
-
-
-def _savez(path: Path, **arrays: Any) -> None:
-    with path.open("wb") as file:  # an open file: savez would append .npz to the temporary name
-        np.savez(file, **arrays)

@@ -65,6 +65,7 @@ def load_family(
         weights = "ema.safetensors" if snapshot is None else metadata["snapshots"][snapshot]["file"]
         load_weights(directory / level_name(width) / weights, denoiser)
         denoiser = denoiser.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        denoiser.requires_grad_(False)  # gains need derivatives with respect to x alone
         levels.append(as_level(metadata["name"], denoiser, metadata["flops"], precision))
     check_family(levels)
     return levels

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoint import atomic_write
+from .checkpoint import write_arrays
 from .errors import UserError
 from .levels import Level, check_family
 from .noise import initial_noise, path_increments, stream_seed
@@ -86,8 +86,7 @@ class Effects:
         facts = {"names": self.names, "dynamics": self.dynamics, "step_rule": self.step_rule}
         facts |= {"flops_spent": self.flops_spent, "seconds": self.seconds}
         arrays = {"flops": self.flops, "logsnr": self.logsnr, "values": self.values, "squares": self.squares}
-        with_facts = {"facts": np.array(json.dumps(facts)), **arrays}
-        atomic_write(path, lambda p: _savez(p, with_facts))
+        write_arrays(path, facts=np.array(json.dumps(facts)), **arrays)
 
     @staticmethod
     def load(path: Path) -> Effects:
@@ -95,11 +94,6 @@ class Effects:
             facts = json.loads(str(stored["facts"]))
             arrays = {name: stored[name] for name in ("flops", "logsnr", "values", "squares")}
         return Effects(names=tuple(facts.pop("names")), **facts, **arrays)
-
-
-def _savez(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    with path.open("wb") as file:  # an open file: savez would append .npz to the temporary name
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
 def _interpolation(known: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

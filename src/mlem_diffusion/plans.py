@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import atomic_write, read_json, write_json
+from .checkpoint import read_json, write_arrays, write_json
 from .drift import Drift, Multilevel, Quadrature, SingleLevel
 from .errors import UserError
 from .levels import Level
@@ -100,7 +100,7 @@ def save_plans(path: Path, plans: Sequence[tuple[Plan, Mapping[str, Any]]], **fa
         values = {k: v for k, v in asdict(plan).items() if k != "table"}
         described.append({"id": plan.id, **values, **more})
     tables = {plan.id: plan.table.astype(np.float32) for plan, _ in plans}
-    atomic_write(path.with_suffix(".npz"), lambda p: _savez(p, tables))
+    write_arrays(path.with_suffix(".npz"), **tables)
     write_json(path, {**facts, "plans": described})
 
 
@@ -120,8 +120,3 @@ def load_plans(path: Path) -> tuple[dict[str, Plan], dict[str, Any]]:
     except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"The tables of {path.name} are missing or broken; run make optimise again.") from error
     return out, content
-
-
-def _savez(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    with path.open("wb") as file:  # an open file: savez would append .npz to the temporary name
-        np.savez_compressed(file, **dict(arrays))  # type: ignore[arg-type]
