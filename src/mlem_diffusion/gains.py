@@ -28,7 +28,7 @@ from .errors import UserError
 from .levels import Level, check_family
 from .noise import initial_noise, path_increments, stream_seed
 from .process import Grid
-from .samplers import combine
+from .samplers import advance, combine
 from .step_rules import STEP_RULES, Evaluation
 
 
@@ -159,16 +159,9 @@ def _trajectory(
         assert state[0] is not None
         points.append(state[0])
         denoised = level.denoise(state[0], _noise_level(evaluation, state[0]))
-        state = step(state, evaluation, denoised, increments)
+        z = None if increments is None or evaluation.noise is None else increments[evaluation.noise]
+        state = advance(evaluation, state, denoised, z)
     return points
-
-
-def step(
-    state: Sequence[Tensor | None], evaluation: Evaluation, estimate: Tensor | None, increments: Tensor | None
-) -> list[Tensor | None]:
-    """The state after one evaluation."""
-    z = None if increments is None or evaluation.noise is None else increments[evaluation.noise]
-    return [combine(row, [*state, estimate, z]) for row in evaluation.update]
 
 
 def _noise_level(evaluation: Evaluation, x: Tensor) -> Tensor:
@@ -251,7 +244,7 @@ def forward_gains(
             difference = difference - family[k - 1].denoise(x, noise_level)
         # the run is linear but for the network, so only what has changed needs to be carried along
         change: list[Tensor | None] = [None] * len(program[0].update)
-        change = step(change, program[start], size * difference if method == "perturbation" else difference, None)
+        change = advance(program[start], change, size * difference if method == "perturbation" else difference, None)
         for j in range(start + 1, len(program)):
             moved = None
             if change[0] is not None:
@@ -260,7 +253,7 @@ def forward_gains(
                     moved = torch.func.jvp(lambda y, t=noise_level: top.denoise(y, t), (points[j],), (change[0],))[1]
                 else:
                     moved = top.denoise(points[j] + change[0], noise_level) - top.denoise(points[j], noise_level)
-            change = step(change, program[j], moved, None)
+            change = advance(program[j], change, moved, None)
         scale = size if method == "perturbation" else 1.0
         end = change[0] if change[0] is not None else torch.zeros_like(points[0])
         out.append((end.flatten(1).double() ** 2).mean(dim=1).cpu().numpy() / scale**2)

@@ -36,7 +36,7 @@ from .levels import Level, check_family
 from .noise import stream_seed
 from .probabilities import evaluation_probabilities, telescope_weights
 from .process import Grid, expand
-from .samplers import combine
+from .samplers import advance
 from .step_rules import Evaluation, step_rule_of
 
 _LEARN = 4  # a random stream of its own beside those of noise.py: whatever is judged later uses other numbers
@@ -312,10 +312,10 @@ def follow_coins(
             if_fired[after], slope[after] = networks.derivative(w[after], _at(fired)[after], _at(tangent)[after], s)
         z = None if evaluation.noise is None else noise(j)
         zs = None if z is None else z.repeat_interleave(each, 0)
-        reference = [combine(row, [*reference, best, z]) for row in evaluation.update]
-        fired = [combine(row, [*fired, if_fired, zs]) for row in evaluation.update]
-        unfired = [combine(row, [*unfired, if_not, zs]) for row in evaluation.update]
-        tangent = [combine(row, [*tangent, slope, None]) for row in evaluation.update]
+        reference = advance(evaluation, reference, best, z)
+        fired = advance(evaluation, fired, if_fired, zs)
+        unfired = advance(evaluation, unfired, if_not, zs)
+        tangent = advance(evaluation, tangent, slope, None)
     error = (_at(fired) - _at(reference).repeat_interleave(each, 0)).double()
     jump = (_at(fired) - _at(unfired)).double()
     bent = jump - _at(tangent).double() / chance.double()

@@ -13,7 +13,7 @@ from .cost import Ledger
 from .drift import Drift
 from .noise import initial_noise, path_increments
 from .process import Grid
-from .step_rules import step_rule_of
+from .step_rules import Evaluation, step_rule_of
 
 
 @torch.no_grad()
@@ -46,11 +46,17 @@ def sample(
         assert state[0] is not None
         denoised = estimate(j, state[0], evaluation.logsnr)
         z = None if increments is None or evaluation.noise is None else increments[evaluation.noise]
-        inputs = [*state, denoised, z]
-        state = [combine(row, inputs) for row in evaluation.update]
+        state = advance(evaluation, state, denoised, z)
     ledger.seconds = _now(device) - start
     assert state[0] is not None
     return state[0], ledger
+
+
+def advance(
+    evaluation: Evaluation, state: Sequence[Tensor | None], estimate: Tensor | None, z: Tensor | None
+) -> list[Tensor | None]:
+    """The state of a program after one evaluation; None stands for zero."""
+    return [combine(row, [*state, estimate, z]) for row in evaluation.update]
 
 
 def combine(coefficients: np.ndarray, tensors: Sequence[Tensor | None]) -> Tensor | None:
