@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,31 +59,33 @@ def real_features(stage: common.Stage, images: ImageData, extractor: Extractor, 
     return np.load(path)
 
 
-def planned_settings(stage: common.Stage) -> tuple[list[Setting], dict[str, Plan], float | None]:
-    """The settings of plans.json, where the optimiser has run, their plans, and what calibrating them cost (FLOPs)."""
+@dataclass(frozen=True)
+class Planned:
+    """What plans.json holds: plans by id, the settings that run them, errors on the selection seeds of these and of levels
+    alone, and what calibration cost (FLOPs)."""
+
+    plans: dict[str, Plan] = field(default_factory=dict)
+    settings: list[Setting] = field(default_factory=list)
+    selected: dict[Setting, float] = field(default_factory=dict)
+    flops: float | None = None
+
+
+def read_planned(stage: common.Stage) -> Planned:
+    """Empty where the optimiser has not run; UserError where its seeds are those to be judged on."""
     path = stage.find("plans.json")
     if stage.cfg.compare.plans == "none" or not path.is_file():
-        return [], {}, None
+        return Planned()
     plans, content = load_plans(path)
     used = set(content["seeds_used"])
     if used & set(range(stage.cfg.compare.seed, stage.cfg.compare.seed + stage.cfg.compare.n)):
         raise UserError("The plans were selected on sample seeds that compare.seed and compare.n would judge them on.")
-    settings = [setting_of(plans[e["id"]], e["dynamics"], e["step_rule"]) for e in content["plans"]]
-    return settings, plans, content["calibration"]["flops"]
-
-
-def selected_errors(stage: common.Stage) -> dict[Setting, float]:
-    """Errors on the selection seeds, of plans and of levels alone, where the optimiser has run."""
-    path = stage.find("plans.json")
-    if stage.cfg.compare.plans == "none" or not path.is_file():
-        return {}
-    plans, content = load_plans(path)
     alone = {
         Setting(e["dynamics"], e["step_rule"], "single", (e["level"],), e["steps"]): e["selected_error"]
         for e in content["alone"]
     }
-    planned = {setting_of(plans[e["id"]], e["dynamics"], e["step_rule"]): e["selected_error"] for e in content["plans"]}
-    return alone | planned
+    settings = [setting_of(plans[e["id"]], e["dynamics"], e["step_rule"]) for e in content["plans"]]
+    selected = {s: e["selected_error"] for s, e in zip(settings, content["plans"], strict=True)}
+    return Planned(plans, settings, alone | selected, content["calibration"]["flops"])
 
 
 def work(stage: common.Stage) -> None:
@@ -93,10 +96,9 @@ def work(stage: common.Stage) -> None:
         return
     stage.catch_signals()
     config: Any = OmegaConf.to_container(cfg.compare, resolve=True)
-    planned, _, calibration = planned_settings(stage)
-    selected = selected_errors(stage)
+    planned = read_planned(stage)
     names, beside = run_settings.names_of(runner.levels)
-    settings = list(dict.fromkeys(settings_of(config, names, runner.process.base_steps, beside) + planned))
+    settings = list(dict.fromkeys(settings_of(config, names, runner.process.base_steps, beside) + planned.settings))
     # settings that share noise increments run next to each other
     settings.sort(key=lambda s: (s.dynamics, STEP_RULES[s.dynamics, s.step_rule].clock or "", s.steps))
 
@@ -123,8 +125,8 @@ def work(stage: common.Stage) -> None:
         if setting.plan:
             plan = runner.plans[setting.plan]
             row |= {"predicted": plan.predicted, "jump": plan.jump}
-        if setting in selected:
-            row["selected_error"] = selected[setting]
+        if setting in planned.selected:
+            row["selected_error"] = planned.selected[setting]
         rows.append(row)
         measured.append(speedup.Setting(row, found["errors"], found["clusters"], found.get("features")))
 
@@ -137,8 +139,8 @@ def work(stage: common.Stage) -> None:
     )  # fmt: skip
     left_out = {dynamics: entry.pop("left_out") for dynamics, entry in result.items()}
     write_json(stage.results / "speedup.json", result)
-    if planned:
-        write_json(stage.results / "method.json", verdicts(measured, calibration, seed=config["seed"]))
+    if planned.settings:
+        write_json(stage.results / "method.json", verdicts(measured, planned.flops, seed=config["seed"]))
     if statistics is not None:
         best = {k: v for k, v in best_setting(rows).items() if k != "seed"}
         write_json(stage.results / "best.json", best | {"gamma": runner.gamma})
@@ -195,10 +197,10 @@ def cost(stage: common.Stage) -> list[tuple[str, float, float]]:
     config: Any = OmegaConf.to_container(stage.cfg.compare, resolve=True)
     process, out = stage.process(), {}
     gamma = 2.5 if config["gamma"] == "auto" else float(config["gamma"])
-    planned, plans, _ = planned_settings(stage)
+    planned = read_planned(stage)
     names, beside = run_settings.names_of(levels)
-    for s in dict.fromkeys(settings_of(config, names, process.base_steps, beside) + planned):
-        drift, evaluations = s.build(levels, gamma, plans), s.evaluations(process)
+    for s in dict.fromkeys(settings_of(config, names, process.base_steps, beside) + planned.settings):
+        drift, evaluations = s.build(levels, gamma, planned.plans), s.evaluations(process)
         per_level = zip(drift.levels, drift.expected_evaluations(evaluations), strict=True)
         time = sum(seconds[level.name] * count for level, count in per_level) * config["n"]
         flops, before = out.get(f"{s.dynamics} {s.drift} {s.step_rule}", (0.0, 0.0))

@@ -29,7 +29,7 @@ from .levels import Level, check_family
 from .noise import initial_noise, path_increments, stream_seed
 from .process import Grid
 from .samplers import advance, combine
-from .step_rules import STEP_RULES, Evaluation
+from .step_rules import Evaluation, step_rule_of
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,11 @@ def measure_effects(
     where the largest level cannot be differentiated with respect to x.
     """
     check_family(family)
-    program, device, started = STEP_RULES[dynamics, step_rule].program(grid), torch.device(device), time.perf_counter()
+    program, device, started = (
+        step_rule_of(dynamics, step_rule).program(grid),
+        torch.device(device),
+        time.perf_counter(),
+    )
     values, squares = [], np.zeros((len(family), len(program)))
     for start in range(0, len(seeds), batch):
         part = list(seeds[start : start + batch])
@@ -151,7 +155,7 @@ def _trajectory(
     device: torch.device,
 ) -> list[Tensor]:
     """The points [B, *shape] at which the run with this level evaluates its network."""
-    clock = STEP_RULES[rule].clock
+    clock = step_rule_of(*rule).clock
     increments = None if clock is None else path_increments(seeds, shape, grid, clock, device)
     state: list[Tensor | None] = [initial_noise(seeds, shape, device)] + [None] * (len(program[0].update) - 1)
     points = []
@@ -234,7 +238,7 @@ def forward_gains(
     if method not in ("jvp", "perturbation"):
         raise UserError(f"method = {method!r} is unknown; expected 'jvp' or 'perturbation'.")
     device, top = torch.device(device), family[-1]
-    program = STEP_RULES[dynamics, step_rule].program(grid)
+    program = step_rule_of(dynamics, step_rule).program(grid)
     points = _trajectory(top, program, grid, (dynamics, step_rule), seeds, shape, device)
     out = []
     for k, start in at:

@@ -271,13 +271,10 @@ class _Planner:
         self.counts = [c for c in _COUNTS if c <= self.n // 2]
         self.seeds = len(effects.values)
 
-    def _difference(self, low: int, high: int) -> np.ndarray:
-        return self.effects.difference(low, high)
-
     def _gain(self, low: int, high: int) -> np.ndarray:
         key = (low, high)
         if key not in self.gains:
-            self.gains[key] = (self._difference(low, high) ** 2).mean(axis=0)
+            self.gains[key] = (self.effects.difference(low, high) ** 2).mean(axis=0)
         return self.gains[key]
 
     def _edge(self, low: int, high: int, price: float, base: bool) -> tuple[float, Option | None]:
@@ -289,7 +286,7 @@ class _Planner:
             return float((gain * (1 / p - 1)).sum() + price * unit * p.sum()), None
         key = (low, high)
         if key not in self.options:
-            difference = self._difference(low, high)
+            difference = self.effects.difference(low, high)
             if self.method == "systematic":
                 self.options[key] = systematic_options(difference, self.counts)
             else:
