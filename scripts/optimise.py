@@ -1,4 +1,5 @@
-"""Levels -> gains.png, diagnostics.json, plans.json: measure gains, plan, and select plans on seeds of their own."""
+"""Levels -> gains.png, diagnostics.json, plans.json, levels.json: measure gains, plan, select plans on seeds of their own, and
+say what each level is worth."""
 
 from __future__ import annotations
 
@@ -10,22 +11,27 @@ import common
 import hydra
 import numpy as np
 import run_settings
+import torch
 from omegaconf import DictConfig
 
 from mlem_diffusion.checkpoint import read_json, write_json
 from mlem_diffusion.compare import Runner, Setting, setting_of
 from mlem_diffusion.diagnostics import diagnose, table
 from mlem_diffusion.drift import Multilevel
+from mlem_diffusion.errors import UserError
 from mlem_diffusion.gains import Effects, measure_effects
 from mlem_diffusion.learned import learn_probabilities
 from mlem_diffusion.optimise import plan_for_cost, plans
 from mlem_diffusion.plans import Plan, frontier, save_plans
 from mlem_diffusion.plot_diagnostics import plot_diagnostics
 from mlem_diffusion.plot_gains import plot_gains
+from mlem_diffusion.plot_worth import plot_worth
 from mlem_diffusion.probabilities import constant_probabilities, knob_for_cost, measured_probabilities
 from mlem_diffusion.tracking import Tracker
+from mlem_diffusion.worth import Measured, levels_json, seconds_per_image, value_levels
+from mlem_diffusion.worth import table as worth_table
 
-OUTPUTS = ["plans.json", "plans.npz", "gains.png", "diagnostics.json"]
+OUTPUTS = ["plans.json", "plans.npz", "gains.png", "diagnostics.json", "levels.json", "levels.png"]
 Candidates = dict[str, list[Plan]]  # by "method, probabilities"
 
 
@@ -57,30 +63,53 @@ def effects_of(stage: common.Stage, runner: Runner, dynamics: str, rule: str) ->
     return Effects.load(path)
 
 
-def measured_plans(stage: common.Stage, runner: Runner, effects: Effects) -> list[Plan]:
+def check(stage: common.Stage) -> None:
+    if stage.cfg.optimise.cost not in ("flops", "seconds"):
+        raise UserError(f"optimise.cost = {stage.cfg.optimise.cost} is unknown; expected flops or seconds.")
+
+
+def timed(stage: common.Stage, runner: Runner) -> dict[str, Any]:
+    """{"seconds": per image of one evaluation of each level, "batch", "device", "threads"}: measured alone, once, then read from
+    the cache, so that the same plans come out again."""
+    family, batch = list(runner.levels.values()), stage.cfg.compare.batch
+    if runner.device.type == "cpu":  # seconds per image hardly depend on it there, and large images would take long
+        batch = max(1, min(batch, int(20e9 / family[-1].flops)))
+    where = {"batch": batch, "device": common.device_model(runner.device), "threads": torch.get_num_threads()}
+    key = stage.fingerprint(("precision",), runner=runner.key, **where)[:20]
+    path = runner.cache / f"seconds-{key}.json"
+    if not path.is_file():
+        seconds = seconds_per_image(family, runner.shape, batch, runner.device)
+        write_json(path, {"seconds": dict(zip(runner.levels, seconds, strict=True)), **where})
+    return read_json(path, "run make optimise again")
+
+
+def measured_plans(stage: common.Stage, runner: Runner, effects: Effects, costs: np.ndarray) -> list[Plan]:
     """The square-root law from measured differences, constant in time, at the wanted costs."""
     o, family = stage.cfg.optimise, list(runner.levels.values())
     weights = runner.process.drift_weights(effects.logsnr)
-    squares, flops = effects.squares @ weights, [level.flops for level in family]
+    squares = effects.squares @ weights
     out = []
     for steps in o.measured.steps:
         there = effects.on(runner.process.grid(steps).logsnr)
         for cost in o.measured.costs:
-            p = knob_for_cost(lambda knob: measured_probabilities(squares, flops, knob), flops, steps, cost * flops[-1])
+            p = knob_for_cost(lambda knob: measured_probabilities(squares, costs, knob), costs, steps, cost * costs[-1])
             if p is not None:
-                out.append(_plain_plan("measured", tuple(runner.levels), steps, p, family, there))
+                out.append(_plain_plan("measured", tuple(runner.levels), steps, p, family, there, costs))
     return out
 
 
-def learned_plans(stage: common.Stage, runner: Runner, effects: Effects, start: list[Plan]) -> tuple[list[Plan], float]:
+def learned_plans(
+    stage: common.Stage, runner: Runner, effects: Effects, start: list[Plan], costs: np.ndarray
+) -> tuple[list[Plan], float]:
     """Probabilities learned by SGD from the measured ones of about the same cost; and the FLOPs spent."""
     o, family, out, spent = stage.cfg.optimise, list(runner.levels.values()), [], 0.0
     dynamics, rule, steps = effects.dynamics, effects.step_rule, o.learned.steps
     grid = runner.process.grid(steps)
     for cost in o.learned.costs:
-        wanted = cost * family[-1].flops
+        wanted = cost * costs[-1]
         nearest = min(start, key=lambda plan: (plan.steps != steps, abs(np.log(plan.cost / wanted))))
         facts = [stage.plain("optimise")["optimise"]["learned"], dynamics, rule, cost, nearest.id]
+        facts += [] if o.cost == "flops" else [costs.tolist()]
         key = stage.fingerprint(("process",), runner=runner.key, facts=facts)[:20]
         path = runner.cache / f"learned-{key}.json"
         if not path.is_file():
@@ -88,22 +117,24 @@ def learned_plans(stage: common.Stage, runner: Runner, effects: Effects, start: 
                 found = learn_probabilities(
                     family, grid, dynamics, rule, runner.shape, runner.device, expected_flops=wanted,
                     start=nearest.table[0].astype(np.float64), iterations=o.learned.iterations, paths=o.learned.paths,
-                    draws=o.learned.draws, progress=watched(stage, progress),
+                    draws=o.learned.draws, costs=costs.tolist(), progress=watched(stage, progress),
                 )  # fmt: skip
             write_json(path, {"p": found.p.tolist(), "flops": found.flops})
         found = read_json(path, "run make optimise again")
         spent += found["flops"]
         p = np.array(found["p"])
-        out.append(_plain_plan("learned", tuple(runner.levels), steps, p, family, effects.on(grid.logsnr)))
+        out.append(_plain_plan("learned", tuple(runner.levels), steps, p, family, effects.on(grid.logsnr), costs))
     return out, spent
 
 
-def _plain_plan(source: str, names: tuple[str, ...], steps: int, p: np.ndarray, family: list, effects: Effects) -> Plan:
+def _plain_plan(
+    source: str, names: tuple[str, ...], steps: int, p: np.ndarray, family: list, effects: Effects, costs: np.ndarray
+) -> Plan:
     """A plan for independent coins on the whole family, with its predicted error."""
     p = np.broadcast_to(p, (len(effects.logsnr), len(names))).astype(np.float32)
     gains = effects.gains()[0][1:].T
     ratio = 1 / p[:, 1:].astype(np.float64)
-    cost = Multilevel(tuple(family), p).expected_flops(len(p))
+    cost = float(Multilevel(tuple(family), p).expected_evaluations(len(p)) @ costs)
     return Plan(
         "independent", source, names, steps, p, cost, float((gains * (ratio - 1)).sum()), None,
         float((ratio * np.sqrt(gains)).max(initial=0.0)),
@@ -111,9 +142,10 @@ def _plain_plan(source: str, names: tuple[str, ...], steps: int, p: np.ndarray, 
 
 
 def candidates(
-    stage: common.Stage, runner: Runner, rule: Any, own: dict[tuple[int, int], float]
+    stage: common.Stage, runner: Runner, rule: Any, own: dict[tuple[int, int], float], costs: np.ndarray
 ) -> tuple[Candidates, Effects, float]:
-    """Predicted frontiers of all methods for one rule, thinned; the effects they rest on; and FLOPs spent on learning."""
+    """Predicted frontiers of all methods for one rule, thinned; the effects they rest on; and FLOPs spent on learning. costs [K]:
+    of one evaluation of each level, in the unit to be saved."""
     o = stage.cfg.optimise
     effects = effects_of(stage, runner, rule.dynamics, rule.step_rule)
     grids = {n: runner.process.grid(n).logsnr for n in rule.steps}
@@ -123,17 +155,19 @@ def candidates(
         chosen: dict[str, Plan] = {}
         with common.bar(f"plan {rule.dynamics} {rule.step_rule} {method}", len(grids), unit="grid") as progress:
             for base in bases:
-                best = plans(effects, method, grids, own, base=base, progress=watched(stage, progress))
+                best = plans(effects, method, grids, own, costs, base=base, progress=watched(stage, progress))
                 chosen |= {p.id: p for p in spread([p for p in best if len(p.levels) > 1], o.plans)}
         for cost in o.measured.costs:  # at the very costs that other sources of probabilities are tried at
-            plan = plan_for_cost(effects, method, grids, own, cost * effects.flops[-1])
+            plan = plan_for_cost(effects, method, grids, own, cost * costs[-1], costs)
             if plan is not None and len(plan.levels) > 1:
                 chosen[plan.id] = plan
         found[f"{method}, optimal"] = list(chosen.values())
-    measured = measured_plans(stage, runner, effects) if found else []
+    measured = measured_plans(stage, runner, effects, costs) if found else []
     found["independent, measured"] = measured
     learn = measured and rule.get("learn", False)
-    found["independent, learned"], spent = learned_plans(stage, runner, effects, measured) if learn else ([], 0.0)
+    found["independent, learned"], spent = (
+        learned_plans(stage, runner, effects, measured, costs) if learn else ([], 0.0)
+    )
     top = len(runner.levels) - 1
     for key in ("independent, measured", "independent, learned"):
         found[key] = [_with_own_error(p, own.get((top, p.steps))) for p in found[key]]
@@ -183,20 +217,53 @@ def diagnosis(stage: common.Stage, runner: Runner) -> float:
     return spent
 
 
+def priced(plan: Plan, runner: Runner, seconds: dict[str, float]) -> Plan:
+    """The plan with its expected FLOPs as its cost, and its expected seconds."""
+    drift = plan.build(runner.levels.values())
+    counts = drift.expected_evaluations(len(plan.table))
+    flops = float(np.dot(counts, [level.flops for level in drift.levels]))
+    return replace(plan, cost=flops, seconds=float(np.dot(counts, [seconds[level.name] for level in drift.levels])))
+
+
+def valued_levels(stage: common.Stage, runner: Runner, timing: dict[str, Any], rules: list[Measured]) -> None:
+    """Print what each level is worth, and write levels.json and levels.png."""
+    o, names = stage.cfg.optimise, list(runner.levels)
+    seconds = [timing["seconds"][name] for name in names]
+    with common.bar("worth of the levels", None, unit="family") as progress:
+        done = 0
+
+        def told(what: str) -> None:
+            nonlocal done
+            done += 1
+            progress.tqdm.set_postfix_str(what, refresh=False)
+            watched(stage, progress)(done, 2 * len(names))
+
+        found = value_levels(rules, seconds, o.worth.mean, o.worth.largest, told)
+    content = levels_json(names, [level.flops for level in runner.levels.values()], seconds, found)
+    content |= {"tolerance": {"mean": o.worth.mean, "largest": o.worth.largest}}
+    content |= {key: timing[key] for key in ("batch", "device", "threads")}
+    write_json(stage.results / "levels.json", content)
+    plot_worth(content, stage.results / "levels.png", stage.cfg.title)
+    print(worth_table(content))
+
+
 def work(stage: common.Stage) -> None:
     cfg, o = stage.cfg, stage.cfg.optimise
+    check(stage)
     runner, images = run_settings.make_runner(stage)
     fingerprint = stage.fingerprint(("optimise",), runner=runner.key)
     if stage.finished(fingerprint, OUTPUTS):
         return
     stage.catch_signals()
+    timing = timed(stage, runner)  # before any worker makes the machine busy
+    costs = np.array([level.flops if o.cost == "flops" else timing["seconds"][n] for n, level in runner.levels.items()])
     spent = diagnosis(stage, runner)
 
     # ---- what levels achieve alone, then plans from gains ---------------------------------------------------
     alone = singles(stage, runner)
     errors = [found["costs"]["error"] for found in run_settings.run_all(stage, runner, alone, "levels alone")]
     index = {name: i for i, name in enumerate(runner.levels)}
-    by_rule, all_effects = {}, []
+    by_rule, rules = {}, []
     for rule in o.rules:
         if not rule.get("methods", o.methods):
             continue
@@ -205,10 +272,13 @@ def work(stage: common.Stage) -> None:
             for s, e in zip(alone, errors, strict=True)
             if (s.dynamics, s.step_rule) == (rule.dynamics, rule.step_rule)
         }
-        found, effects, learning = candidates(stage, runner, rule, own)
+        found, effects, learning = candidates(stage, runner, rule, own, costs)
         by_rule[rule.dynamics, rule.step_rule] = found
-        all_effects.append(effects)
+        grids = {n: runner.process.grid(n).logsnr for n in rule.steps}
+        rules.append(Measured(effects, rule.get("methods", o.methods), grids, own))
         spent += effects.flops_spent + learning
+    valued_levels(stage, runner, timing, rules)
+    all_effects = [rule.effects for rule in rules]
     pool = [p for found in by_rule.values() for group in found.values() for p in group]
     where = runner.cache / "candidates.json"
     save_plans(where, [(p, {}) for p in {p.id: p for p in pool}.values()])
@@ -223,13 +293,18 @@ def work(stage: common.Stage) -> None:
         for group in found.values():
             measured = {p.id: costs[setting_of(p, *key)]["error"] for p in group}
             for p in frontier(group, lambda p, measured=measured: measured[p.id]):
-                chosen.append((p, {"dynamics": key[0], "step_rule": key[1], "selected_error": measured[p.id]}))
+                facts = {"dynamics": key[0], "step_rule": key[1], "selected_error": measured[p.id]}
+                chosen.append((priced(p, runner, timing["seconds"]), facts))
 
     # ---- artefacts ------------------------------------------------------------------------------------------
     images_run = len(runner.seeds)
     spent += sum(runner.build(s).expected_flops(s.evaluations(runner.process)) for s in [*alone, *tried]) * images_run
-    rules = {r.dynamics for r in o.rules}
-    spent += len(rules) * len(runner.reference_grid.logsnr) * list(runner.levels.values())[-1].flops * images_run
+    spent += (
+        len({r.dynamics for r in o.rules})
+        * len(runner.reference_grid.logsnr)
+        * list(runner.levels.values())[-1].flops
+        * images_run
+    )
     seeds_used = sorted({*range(o.seed, o.seed + max(o.calibrate, o.diagnose.seeds)), *runner.seeds})
     calibration = {"flops": float(spent), "gains_flops": float(sum(e.flops_spent for e in all_effects))}
     levels_alone = [
@@ -237,11 +312,12 @@ def work(stage: common.Stage) -> None:
         for s, e in zip(alone, errors, strict=True)
     ]
     facts = {"calibration": calibration, "seeds_used": seeds_used, "tried": len(tried), "alone": levels_alone}
+    facts |= {"cost_unit": o.cost, "timing": timing}
     save_plans(stage.results / "plans.json", chosen, **facts)
     plot_gains(all_effects, stage.results / "gains.png", cfg.title)
     with Tracker(stage.results, stage.name, stage.plain(), **cfg.tracking, fresh=True) as tracker:
         tracker.log({"plans": len(chosen), "calibration_pflops": spent / 1e15})
-        for name in ["gains", *(path.stem for path in sorted(stage.results.glob("diagnostics-*.png")))]:
+        for name in ["gains", "levels", *(path.stem for path in sorted(stage.results.glob("diagnostics-*.png")))]:
             tracker.image(name, Path(stage.results / f"{name}.png"))
     print(f"{len(chosen)} of {len(tried)} plans selected; calibration and selection cost {spent / 1e12:.3g} TFLOP.")
     stage.record(fingerprint, images.manifest if images else {}, plans=len(chosen))
@@ -250,6 +326,7 @@ def work(stage: common.Stage) -> None:
 def cost(stage: common.Stage) -> list[tuple[str, float, float]]:
     """Rows (what, FLOPs, seconds here); what the candidate plans will cost is known only once they are made: taken as a
     quarter of the largest level at every step of the middle grid."""
+    check(stage)
     o, (levels, seconds) = stage.cfg.optimise, run_settings.priced_levels(stage)
     *_, largest = levels.values()
     everything = sum(level.flops for level in levels.values()), sum(seconds.values())

@@ -62,12 +62,13 @@ def real_features(stage: common.Stage, images: ImageData, extractor: Extractor, 
 @dataclass(frozen=True)
 class Planned:
     """What plans.json holds: plans by id, the settings that run them, errors on the selection seeds of these and of levels
-    alone, and what calibration cost (FLOPs)."""
+    alone, what calibration cost (FLOPs), and what plans were made to save ("flops" or "seconds")."""
 
     plans: dict[str, Plan] = field(default_factory=dict)
     settings: list[Setting] = field(default_factory=list)
     selected: dict[Setting, float] = field(default_factory=dict)
     flops: float | None = None
+    unit: str = "flops"
 
 
 def read_planned(stage: common.Stage) -> Planned:
@@ -85,7 +86,8 @@ def read_planned(stage: common.Stage) -> Planned:
     }
     settings = [setting_of(plans[e["id"]], e["dynamics"], e["step_rule"]) for e in content["plans"]]
     selected = {s: e["selected_error"] for s, e in zip(settings, content["plans"], strict=True)}
-    return Planned(plans, settings, alone | selected, content["calibration"]["flops"])
+    unit = content.get("cost_unit", "flops")
+    return Planned(plans, settings, alone | selected, content["calibration"]["flops"], unit)
 
 
 def work(stage: common.Stage) -> None:
@@ -140,7 +142,8 @@ def work(stage: common.Stage) -> None:
     left_out = {dynamics: entry.pop("left_out") for dynamics, entry in result.items()}
     write_json(stage.results / "speedup.json", result)
     if planned.settings:
-        write_json(stage.results / "method.json", verdicts(measured, planned.flops, seed=config["seed"]))
+        found = verdicts(measured, planned.flops, config["seed"], planned.unit)
+        write_json(stage.results / "method.json", found)
     if statistics is not None:
         best = {k: v for k, v in best_setting(rows).items() if k != "seed"}
         write_json(stage.results / "best.json", best | {"gamma": runner.gamma})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import batches, shards
+from .batches import Arrays, Job
 from .checkpoint import write_arrays
 from .cost import Ledger
 from .drift import Drift, Multilevel, SingleLevel, Stitched
@@ -206,60 +208,77 @@ class Runner:
         for level in self.levels.values():
             level.denoise(x, torch.zeros(len(x), device=self.device))
 
-    def reference(self, dynamics: str) -> Tensor:
-        """Samples [n_reference, *shape] of the largest level on the finest grid, in float32 on the CPU."""
-        path = self._path("reference", {"dynamics": dynamics})
-        if not path.is_file():
-            grid, drift = self.reference_grid, SingleLevel(list(self.levels.values())[-1])
-            parts = []
-            for start in range(0, self.n_reference, self.batch):
-                seeds = self.seeds[start : min(start + self.batch, self.n_reference)]
-                parts.append(
-                    sample(drift, grid, dynamics, REFERENCE_RULE[dynamics], seeds, self.shape, self.device)[0].cpu()
-                )
-            images = torch.cat(parts).numpy()
-            write_arrays(path, images=images)
-        return torch.from_numpy(np.load(path)["images"])
+    def reference_path(self, dynamics: str) -> Path:
+        return self._path("reference", {"dynamics": dynamics})
+
+    def reference_job(self, dynamics: str) -> Job:
+        """The reference of one dynamics, in batches."""
+        path, grid = self.reference_path(dynamics), self.reference_grid
+        drift, rule = SingleLevel(list(self.levels.values())[-1]), REFERENCE_RULE[dynamics]
+
+        def work(i: int) -> Arrays:
+            seeds = self.seeds[: self.n_reference][i * self.batch : (i + 1) * self.batch]
+            images, _ = sample(drift, grid, dynamics, rule, seeds, self.shape, self.device)
+            return {"images": images.cpu().numpy()}
+
+        return Job(path, -(-self.n_reference // self.batch), work, lambda arrays: write_arrays(path, **arrays))
+
+    def read_reference(self, dynamics: str) -> Tensor:
+        """What `reference` wrote."""
+        return torch.from_numpy(np.load(self.reference_path(dynamics))["images"])
+
+    def reference(
+        self,
+        dynamics: str,
+        should_stop: Callable[[], bool] = shards.never,
+        progress: Callable[[int], object] | None = None,
+    ) -> Tensor:
+        """Samples [n_reference, *shape] of the largest level on the finest grid, in float32 on the CPU.
+
+        Collective: all processes call it, share the batches, and have all of it. Raises shards.Interrupted between batches."""
+        batches.run([self.reference_job(dynamics)], should_stop, progress)
+        return shards.from_main(lambda: self.read_reference(dynamics))
 
     def is_done(self, setting: Setting) -> bool:
         return self._path("setting", asdict(setting)).is_file()
 
-    def run(self, setting: Setting, reference: Tensor, noise: NoiseCache) -> dict[str, Any]:
-        """Row values, errors [n_reference], clusters, features [n, D] and the first images of one setting."""
-        path = self._path("setting", asdict(setting))
-        if not path.is_file():
-            drift, grid = self.build(setting), self.process.grid(setting.steps)
-            clock = step_rule_of(setting.dynamics, setting.step_rule).clock
-            total = Ledger([level.flops for level in drift.levels])
-            errors, features, kept, clusters = [], [], [], []
-            for start in range(0, len(self.seeds), self.batch):
-                seeds = self.seeds[start : start + self.batch]
-                increments = noise.get(self, setting.steps, clock, seeds)
-                images, ledger = sample(
-                    drift,
-                    grid,
-                    setting.dynamics,
-                    setting.step_rule,
-                    seeds,
-                    self.shape,
-                    self.device,
-                    increments,
-                )
-                total.add(ledger)
-                images = images.cpu()
-                compared = reference[start : start + len(seeds)]
-                if len(compared):
-                    errors.append(squared_errors(images[: len(compared)], compared))
-                clusters += drift.clusters(seeds)
-                if self.extractor is not None:
-                    pixels = to_uint8(images)
-                    features.append(self.extractor.features(pixels).numpy())
-                    kept.append(pixels[: max(0, self.grid_images - start)].numpy())
-            error = np.concatenate(errors)
-            cluster = np.array(clusters)
+    def setting_job(self, setting: Setting, reference: Tensor, noise: NoiseCache) -> Job:
+        """One setting, in batches. Its seconds per image are device seconds, summed over the batches and divided by the
+        images: what one device takes, however many share the work."""
+        path, drift, grid = (
+            self._path("setting", asdict(setting)),
+            self.build(setting),
+            self.process.grid(setting.steps),
+        )
+        clock = step_rule_of(setting.dynamics, setting.step_rule).clock
+
+        def work(i: int) -> Arrays:
+            start, seeds = i * self.batch, self.seeds[i * self.batch : (i + 1) * self.batch]
+            increments = noise.get(self, setting.steps, clock, seeds)
+            images, ledger = sample(
+                drift, grid, setting.dynamics, setting.step_rule, seeds, self.shape, self.device, increments
+            )
+            images = images.cpu()
+            compared = reference[start : start + len(seeds)]
+            out = {
+                "errors": squared_errors(images[: len(compared)], compared) if len(compared) else np.empty(0),
+                "clusters": np.array(drift.clusters(seeds)),
+                "evaluations": ledger.per_sample,
+                "seconds": np.array([ledger.seconds]),
+            }
+            if self.extractor is not None:
+                pixels = to_uint8(images)
+                out["features"] = self.extractor.features(pixels).numpy()
+                out["images"] = pixels[: max(0, self.grid_images - start)].numpy()
+            return out
+
+        def write(arrays: Arrays) -> None:
+            error = arrays["errors"]
+            total = Ledger([level.flops for level in drift.levels], len(self.seeds), float(arrays["seconds"].sum()))
+            total.per_sample = arrays["evaluations"]
             costs = {
                 "error": float(error.mean()),
-                "error_se": finite(standard_error(error, cluster[: len(error)])),
+                "error_se": finite(standard_error(error, arrays["clusters"][: len(error)])),
                 "network_calls": total.calls_per_image,
                 "gflops_expected": drift.expected_flops(setting.evaluations(self.process)) / 1e9,
                 "gflops_realised": total.flops_per_image / 1e9,
@@ -267,10 +286,26 @@ class Runner:
                 # in the samples that the error is taken over
                 "n_fires_top": int(total.per_sample[: len(error), -1].sum()),
             }
-            pictures = {"features": np.concatenate(features), "images": np.concatenate(kept)} if features else {}
-            write_arrays(path, costs=json.dumps(costs), errors=error, clusters=cluster, **pictures)
-        stored = np.load(path)
+            kept = {name: arrays[name] for name in ("errors", "clusters", "features", "images") if name in arrays}
+            write_arrays(path, costs=json.dumps(costs), **kept)
+
+        return Job(path, -(-len(self.seeds) // self.batch), work, write)
+
+    def read(self, setting: Setting) -> dict[str, Any]:
+        """Row values, errors [n_reference], clusters, features [n, D] and the first images of a finished setting."""
+        stored = np.load(self._path("setting", asdict(setting)))
         return {name: json.loads(str(stored[name])) if name == "costs" else stored[name] for name in stored.files}
+
+    def run(
+        self,
+        setting: Setting,
+        reference: Tensor,
+        noise: NoiseCache,
+        should_stop: Callable[[], bool] = shards.never,
+    ) -> dict[str, Any]:
+        """The same, of a setting that is run unless it is finished. Collective, and stops, as `reference`."""
+        batches.run([self.setting_job(setting, reference, noise)], should_stop)
+        return shards.from_main(lambda: self.read(setting))
 
 
 def finite(value: float) -> float | None:

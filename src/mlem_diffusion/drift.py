@@ -48,8 +48,7 @@ class Drift(ABC):
     ) -> Callable[[int, Tensor, float], Tensor]:
         """The function (j, x [B, ...], logsnr) -> denoised estimate [B, ...] of one sampling run, called with j = 0, 1, ...
         in order. It records in the ledger what it evaluates, and must not change an estimate that it has returned."""
-        weights = self.weights(evaluations, seeds)
-        return lambda j, x, logsnr: weighted_estimate(self.levels, weights[j], x, logsnr, ledger)
+        return Schedule(self.levels, self.weights(evaluations, seeds), ledger)
 
 
 @dataclass(frozen=True)
@@ -180,19 +179,52 @@ def _rows(values: np.ndarray, evaluations: int, what: str) -> np.ndarray:
     return np.broadcast_to(values, (evaluations, values.shape[-1]))
 
 
+class Schedule:
+    """The estimates sum_k w_k f^k(x) of one run, for weights w [n, B, K]: which networks see which samples is decided, and
+    sent to the device, before the first one, so that the loop never waits for it. Each network sees only the samples in
+    which its weight is not zero; what is evaluated is recorded in the ledger."""
+
+    def __init__(self, levels: Sequence[Level], weights: np.ndarray, ledger: Ledger):
+        self.levels, self.ledger = levels, ledger
+        self.weights = np.ascontiguousarray(np.moveaxis(weights, 2, 1))  # [n, K, B]
+        used = self.weights != 0
+        self.counts = used.sum(axis=2)
+        partial = used & (self.counts < weights.shape[1])[:, :, None]
+        self.start = np.concatenate([[0], np.cumsum(partial.sum(axis=2))])  # of each (j, k) among the positions
+        self.positions = np.nonzero(partial)[2]
+        self.same = (self.weights == self.weights[:, :, :1]).all(axis=2)
+        self.on_device: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, j: int, x: Tensor, logsnr: float) -> Tensor:
+        """The j-th estimate at x [B, ...]. Samples share the log-SNR, which every level gets as [B] with stride 0."""
+        if self.on_device is None:
+            table = torch.as_tensor(self.weights, dtype=x.dtype).to(x.device)
+            self.on_device = table, torch.as_tensor(self.positions).to(x.device)
+        table, positions = self.on_device
+        estimate, noise_level = None, torch.full((1,), logsnr, dtype=torch.float32, device=x.device)
+        for k, level in enumerate(self.levels):
+            count = int(self.counts[j, k])
+            if count == 0:
+                continue
+            self.ledger.record(k, np.flatnonzero(self.weights[j, k]))
+            if count == len(x):
+                output = level.denoise(x, noise_level.expand(count)).to(x.dtype)
+                w = float(self.weights[j, k, 0]) if self.same[j, k] else _column(table[j, k], x)
+                estimate = w * output if estimate is None else estimate.add_(w * output)
+            else:
+                first = self.start[j * len(self.levels) + k]
+                rows = positions[first : first + count]
+                output = level.denoise(x[rows], noise_level.expand(count)).to(x.dtype)
+                estimate = torch.zeros_like(x) if estimate is None else estimate
+                estimate.index_add_(0, rows, _column(table[j, k][rows], x) * output)
+        return torch.zeros_like(x) if estimate is None else estimate
+
+
+def _column(weights: Tensor, x: Tensor) -> Tensor:
+    """[B] -> [B, 1, ...] of the rank of x."""
+    return weights.reshape(-1, *([1] * (x.ndim - 1)))
+
+
 def weighted_estimate(levels: Sequence[Level], weights: np.ndarray, x: Tensor, logsnr: float, ledger: Ledger) -> Tensor:
-    """sum_k w_k f^k(x) for weights [B, K]; each network sees only the samples in which its weight is not zero."""
-    estimate = torch.zeros_like(x)
-    for k, level in enumerate(levels):
-        rows = np.flatnonzero(weights[:, k])
-        if len(rows) == 0:
-            continue
-        ledger.record(k, rows)
-        w = torch.as_tensor(weights[rows, k], dtype=x.dtype, device=x.device).reshape(-1, *([1] * (x.ndim - 1)))
-        noise_level = torch.full((len(rows),), logsnr, dtype=torch.float32, device=x.device)
-        if len(rows) == len(x):
-            estimate += w * level.denoise(x, noise_level)
-        else:
-            index = torch.as_tensor(rows, device=x.device)
-            estimate.index_add_(0, index, w * level.denoise(x[index], noise_level))
-    return estimate
+    """sum_k w_k f^k(x) for weights [B, K]: a schedule of one estimate."""
+    return Schedule(levels, weights[None], ledger)(0, x, logsnr)

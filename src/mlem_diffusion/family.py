@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .checkpoint import load_weights, read_json
 from .cost import flops_per_evaluation
-from .errors import UserError
+from .inference import FastDenoiser
 from .levels import Level, check_family
 from .unet import Denoiser, UNet
 
@@ -22,26 +21,35 @@ def level_name(width: int) -> str:
     return f"w{width}"
 
 
+def shape_of(unet: Mapping[str, Any], width: int) -> dict[str, Any]:
+    """The UNet's arguments at a width, the family's one knob. unet["narrow"] lists changes for narrow levels, such as
+    {upto: 32, patch: 2, multipliers: [2, 2]}: the first entry whose `upto` is not below the width applies."""
+    shape = {key: value for key, value in unet.items() if key != "narrow"}
+    for entry in sorted(unet.get("narrow") or (), key=lambda entry: entry["upto"]):
+        if width <= entry["upto"]:
+            return shape | {key: value for key, value in entry.items() if key != "upto"}
+    return shape
+
+
 def build_denoiser(
     width: int, size: int, data_rms: float, unet: Mapping[str, Any], target: str, seed: int = 0
 ) -> Denoiser:
-    """A fresh denoiser; its initial weights depend on the seed and the width alone."""
+    """A fresh denoiser; its initial weights depend on the seed, the width and its shape (`shape_of`) alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed * 100_003 + width)
-        return Denoiser(UNet(width, size, **unet), data_rms, target)
+        return Denoiser(UNet(width, size, **shape_of(unet, width)), data_rms, target)
 
 
-def as_level(name: str, denoiser: torch.nn.Module, flops: float, precision: str = "float32") -> Level:
-    """Wrap a denoiser as a Level; precision "bf16" runs it under autocast."""
-    if precision not in ("float32", "bf16"):
-        raise UserError(f"precision = {precision!r} is unknown; expected 'float32' or 'bf16'.")
-    denoiser = denoiser.eval()
-
-    def denoise(x: Tensor, logsnr: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-            return denoiser(x, logsnr).float()
-
-    return Level(name, denoise, flops)
+def as_level(
+    name: str,
+    denoiser: torch.nn.Module,
+    flops: float,
+    precision: str = "float32",
+    compile: str = "auto",
+    batch: int | None = None,
+) -> Level:
+    """A denoiser as a Level, by a frozen copy of it on its device: see `inference.FastDenoiser`."""
+    return Level(name, FastDenoiser(denoiser, precision, compile, name, batch), flops)
 
 
 def read_metadata(directory: Path, widths: Sequence[int]) -> list[dict[str, Any]]:
@@ -55,8 +63,11 @@ def load_family(
     device: torch.device | str = "cpu",
     precision: str = "float32",
     snapshot: int | None = None,
+    compile: str = "auto",
+    batch: int | None = None,
 ) -> list[Level]:
-    """The levels of a trained family, ready to sample. snapshot: index into each level's snapshots; None: the final EMA."""
+    """The levels of a trained family, ready to sample (`as_level`; batch: the usual batch size). snapshot: index into each
+    level's snapshots; None: the final EMA."""
     levels = []
     for width, metadata in zip(widths, read_metadata(directory, widths), strict=True):
         denoiser = build_denoiser(
@@ -64,9 +75,7 @@ def load_family(
         )
         weights = "ema.safetensors" if snapshot is None else metadata["snapshots"][snapshot]["file"]
         load_weights(directory / level_name(width) / weights, denoiser)
-        denoiser = denoiser.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        denoiser.requires_grad_(False)  # gains need derivatives with respect to x alone
-        levels.append(as_level(metadata["name"], denoiser, metadata["flops"], precision))
+        levels.append(as_level(metadata["name"], denoiser.to(device), metadata["flops"], precision, compile, batch))
     check_family(levels)
     return levels
 
@@ -80,7 +89,7 @@ def describe(width: int, size: int, data_rms: float, unet: Mapping[str, Any], ta
         "size": size,
         "target": target,
         "data_rms": data_rms,
-        "unet": dict(unet),
+        "unet": shape_of(unet, width),
         "parameters": sum(p.numel() for p in denoiser.parameters()),
         "flops": flops_per_evaluation(denoiser, size),
     }

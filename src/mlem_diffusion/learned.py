@@ -78,9 +78,11 @@ def learn_probabilities(
     knots: int = 10,
     p_min: float = 1e-4,
     first_seed: int = 0,
+    costs: Sequence[float] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LearnedProbabilities:
     """Learn p [n, K] for independent coins at a wanted expected cost in FLOPs per image, from `start` ([K] or [n, K]).
+    costs [K]: per evaluation, in place of the levels' FLOPs (seconds, say), which are then the unit of `expected_flops` too.
 
     The log-odds of each level above the first are piecewise linear in log-SNR between `knots` evenly spread values. Adam
     follows the gradient within the surface of equal cost; a shift common to all log-odds then restores the cost exactly. `rate`
@@ -91,7 +93,9 @@ def learn_probabilities(
         raise UserError("Learning probabilities needs at least two levels: the first always runs.")
     began, device = time.perf_counter(), torch.device(device)
     program = step_rule_of(dynamics, step_rule).program(grid)
-    odds = LogOdds([e.logsnr for e in program], [level.flops for level in family], knots, p_min)
+    odds = LogOdds(
+        [e.logsnr for e in program], [level.flops for level in family] if costs is None else costs, knots, p_min
+    )
     phi = odds.at_cost(odds.fit(start), expected_flops)
     parameter = torch.nn.Parameter(torch.as_tensor(phi))
     optimiser = torch.optim.Adam([parameter], lr=rate, betas=(0.9, 0.99))

@@ -17,7 +17,10 @@ from .errors import UserError
 from .process import Grid
 
 _INITIAL, _PATH, _COIN, _TRAIN = 0, 1, 2, 3
-_BLOCK = 32  # base increments drawn per generator: a block's numbers never depend on which grid asks
+# base increments drawn per generator: a block's numbers never depend on which grid asks. A GPU wants few, large draws
+_BLOCK = {"cuda": 1024}
+_CPU_BLOCK = 32
+WINDOW_BYTES = 1 << 30  # of increments that a sampler holds at a time
 
 
 def stream_seed(*key: int) -> int:
@@ -66,27 +69,69 @@ def increment_weights(grid: Grid, clock: str) -> np.ndarray:
 
 
 def path_increments(
-    seeds: Sequence[int], shape: tuple[int, ...], grid: Grid, clock: str, device: torch.device
+    seeds: Sequence[int],
+    shape: tuple[int, ...],
+    grid: Grid,
+    clock: str,
+    device: torch.device,
+    steps: range | None = None,
 ) -> Tensor:
-    """Standardised Brownian increments [n-1, B, *shape] of the grid's steps, all from one path per seed.
+    """Standardised Brownian increments [n-1, B, *shape] of the grid's steps (or of a range of them), from one path per seed.
 
-    Memory is (n-1) * B images in float32; drawing costs base_steps normals per pixel whatever the grid.
+    Memory is (n-1) * B images in float32; drawing all steps costs base_steps normals per pixel whatever the grid.
     """
-    weights = torch.as_tensor(increment_weights(grid, clock), dtype=torch.float32, device=device)
-    size = int(np.prod(shape))
+    steps = range(grid.steps - 1) if steps is None else steps
+    table = increment_weights(grid, clock)[steps.start : steps.stop]
+    weights = torch.as_tensor(table, dtype=torch.float32, device=device)
+    size, block = int(np.prod(shape)), _BLOCK.get(device.type, _CPU_BLOCK)
     out = torch.zeros(len(weights), len(seeds), size, device=device)
-    blocks = range(0, weights.shape[1], _BLOCK)
-    # the few coarse steps that each block of base increments touches
-    touched = [torch.nonzero(weights[:, b : b + _BLOCK].any(dim=1)).flatten().tolist() for b in blocks]
-    fine = torch.empty(_BLOCK, size, device=device)
+    # the few coarse steps that each block of base increments touches, and their weights
+    parts = []
+    for number, start in enumerate(range(0, table.shape[1], block)):
+        touched = np.flatnonzero(table[:, start : start + block].any(axis=1))
+        if len(touched):
+            rows = slice(int(touched[0]), int(touched[-1]) + 1)
+            parts.append((number, rows, weights[rows, start : start + block].contiguous()))
+    fine = torch.empty(min(block, table.shape[1]), size, device=device)
+    generator = torch.Generator(device=device)
     for i, seed in enumerate(seeds):
-        for number, start in enumerate(blocks):
-            generator = torch.Generator(device=device).manual_seed(stream_seed(_PATH, seed, number))
-            fine.normal_(generator=generator)
-            first, last = touched[number][0], touched[number][-1] + 1
-            part = weights[first:last, start : start + _BLOCK]
-            out[first:last, i] += part @ fine[: part.shape[1]]
+        for number, rows, part in parts:
+            fine.normal_(generator=generator.manual_seed(stream_seed(_PATH, seed, number)))
+            out[rows, i].addmm_(part, fine[: part.shape[1]])
     return out.reshape(len(weights), len(seeds), *shape)
+
+
+class PathWindows:
+    """The increments of `path_increments` for a sampler that asks for one step after the other: a few steps are drawn at
+    a time, at most about WINDOW_BYTES of them. A new window redraws the normals of the blocks that it shares with the last.
+    """
+
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        shape: tuple[int, ...],
+        grid: Grid,
+        clock: str,
+        device: torch.device,
+        most: int = WINDOW_BYTES,
+    ):
+        self._draw = lambda steps: path_increments(seeds, shape, grid, clock, device, steps)
+        self._length = max(1, most // (4 * len(seeds) * int(np.prod(shape))))
+        self._end, self._steps = grid.steps - 1, range(0)
+        self._held: Tensor | None = None
+
+    def holds(self, step: int) -> bool:
+        """Whether this step's increment has been drawn and not been dropped."""
+        return step in self._steps
+
+    def __getitem__(self, step: int) -> Tensor:
+        """Increment [B, *shape] of a step."""
+        if not self.holds(step):
+            self._held = None  # before the next one is drawn
+            self._steps = range(step, min(step + self._length, self._end))
+            self._held = self._draw(self._steps)
+        assert self._held is not None
+        return self._held[step - self._steps.start]
 
 
 def coin_uniforms(seeds: Sequence[int], level: int, count: int) -> np.ndarray:

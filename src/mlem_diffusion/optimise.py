@@ -15,7 +15,8 @@ are such paths too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -210,10 +211,10 @@ def plans(
     for done, (steps, logsnr) in enumerate(grids.items()):
         tops = [t for t in range(base or 0, len(costs)) if (t, steps) in own_errors]
         there = effects.on(logsnr)
-        planner = _Planner(there, method, costs)
+        planner = Planner(there, method, costs)
         for top in tops:
             own = own_errors[top, steps]
-            for price in _prices(there, costs) if prices is None else prices:
+            for price in price_range(there, costs) if prices is None else prices:
                 plan = planner.plan(top, float(price), base)
                 out.append(replace(plan, steps=steps, predicted=own + (plan.added or 0.0)))
         if progress:
@@ -236,7 +237,7 @@ def plan_for_cost(
     found: list[Plan] = []
     for steps, logsnr in grids.items():
         there = effects.on(logsnr)
-        planner, prices = _Planner(there, method, costs), _prices(there, costs)
+        planner, prices = Planner(there, method, costs), price_range(there, costs)
         for top in range(base or 0, len(costs)):
             if (top, steps) not in own_errors:
                 continue
@@ -253,23 +254,32 @@ def plan_for_cost(
     return min(found, key=lambda plan: (plan.predicted, plan.cost), default=None)
 
 
-def _prices(effects: Effects, costs: np.ndarray) -> np.ndarray:
-    """A range of prices that leads from nearly no fires to one at every evaluation."""
+def price_range(effects: Effects, costs: np.ndarray, ratio: float = 4.0) -> np.ndarray:
+    """Prices, `ratio` apart, that lead from nearly no fires to one at every evaluation."""
     n, gains = len(effects.logsnr), effects.gains()[0][1:].sum()
     scale = gains * n / (costs[-1] * n)  # all gains at once against the largest level at every evaluation
-    return scale * 4.0 ** np.arange(3, -15, -1)
+    count = round(17 * math.log(4.0) / math.log(ratio)) + 1
+    return scale * 4.0**3 * ratio ** -np.arange(count, dtype=np.float64)
 
 
-class _Planner:
-    """Plans on one grid: the options of every pair of levels are worked out once."""
+class Planner:
+    """Plans on one grid: the options of every pair of levels, and every choice of levels, are worked out once."""
 
     def __init__(self, effects: Effects, method: str, costs: np.ndarray):
         self.effects, self.method, self.costs = effects, method, costs
         self.n = len(effects.logsnr)
         self.gains: dict[tuple[int, int], np.ndarray] = {}
         self.options: dict[tuple[int, int], list[Option]] = {}
+        self.edges: dict[tuple[int, int, float, bool], tuple[float, Option | None]] = {}
+        self.finished: dict[tuple[tuple[int, ...], float], Plan] = {}
         self.counts = [c for c in _COUNTS if c <= self.n // 2]
         self.seeds = len(effects.values)
+
+    def priced(self, costs: np.ndarray) -> Planner:
+        """The same with other costs; what does not depend on them is shared."""
+        other = Planner(self.effects, self.method, costs)
+        other.gains, other.options = self.gains, self.options
+        return other
 
     def _gain(self, low: int, high: int) -> np.ndarray:
         key = (low, high)
@@ -279,6 +289,12 @@ class _Planner:
 
     def _edge(self, low: int, high: int, price: float, base: bool) -> tuple[float, Option | None]:
         """Price of estimating f^high - f^low, and the option chosen; base: f^low runs at every evaluation anyway."""
+        key = (low, high, price, base)
+        if key not in self.edges:
+            self.edges[key] = self._priced_edge(*key)
+        return self.edges[key]
+
+    def _priced_edge(self, low: int, high: int, price: float, base: bool) -> tuple[float, Option | None]:
         unit = self.costs[high] + (0.0 if base else self.costs[low])
         if self.method in ("independent", "nested"):
             gain = self._gain(low, high)
@@ -296,21 +312,24 @@ class _Planner:
         best = int(np.argmin(totals))
         return totals[best], self.options[key][best]
 
-    def plan(self, top: int, price: float, only: int | None = None) -> Plan:
-        """The best plan for a price, with f^top as the largest level: a shortest path over levels, from the base that is
-        asked for or from any."""
+    def plan(self, top: int, price: float, only: int | None = None, among: Collection[int] | None = None) -> Plan:
+        """The best plan for a price, with f^top as the largest level: a shortest path over levels (those of `among`, where it
+        is given), from the base that is asked for or from any."""
         best: tuple[float, tuple[int, ...]] = (np.inf, (top,))
-        for base in range(top + 1) if only is None else [only]:
+        allowed = [k for k in range(top + 1) if among is None or k in among]
+        for base in allowed if only is None else [only]:
             alone = float(price * self.n * self.costs[base])
             cost_to: dict[int, tuple[float, tuple[int, ...]]] = {base: (alone, (base,))}
-            for high in range(base + 1, top + 1):
+            for high in (k for k in allowed if k > base):
                 reached = [
-                    (cost_to[low][0] + self._edge(low, high, price, low == base)[0], (*cost_to[low][1], high))
-                    for low in range(base, high)
+                    (before + self._edge(low, high, price, low == base)[0], (*path, high))
+                    for low, (before, path) in cost_to.items()
                 ]
                 cost_to[high] = min(reached)
             best = min(best, cost_to[top])
-        return self._finish(best[1], price)
+        if (best[1], price) not in self.finished:
+            self.finished[best[1], price] = self._finish(best[1], price)
+        return self.finished[best[1], price]
 
     def _finish(self, levels: tuple[int, ...], price: float) -> Plan:
         costs, pairs = self.costs[list(levels)], list(pairwise(levels))

@@ -25,8 +25,8 @@ class Plan:
 
     method: kind of coins, or "quadrature" for fixed weights. probabilities: where the table comes from ("optimal",
     "measured", "learned"). levels: names, cheap to expensive. steps: noise levels of the grid. table [n, K]: probabilities
-    p, or weights W, for n evaluations. cost: expected, per image, in the unit it was planned in (FLOPs by default).
-    added: predicted squared error beyond that of the largest of its levels at these steps; predicted: both. jump: the
+    p, or weights W, for n evaluations. cost: expected, per image, in the unit it was planned in (FLOPs by default; plans.json
+    holds FLOPs). seconds: expected, per image, where levels were timed: full batches, nothing but the networks. added: predicted squared error beyond that of the largest of its levels at these steps; predicted: both. jump: the
     largest root-mean-square effect of one coin's firing on the final image; predictions are first order in it.
     """
 
@@ -39,6 +39,7 @@ class Plan:
     added: float | None = None
     predicted: float | None = None
     jump: float | None = None
+    seconds: float | None = None
 
     @property
     def id(self) -> str:
@@ -107,13 +108,13 @@ def save_plans(path: Path, plans: Sequence[tuple[Plan, Mapping[str, Any]]], **fa
 def load_plans(path: Path) -> tuple[dict[str, Plan], dict[str, Any]]:
     """{id: plan} and the whole content of plans.json; UserError where a file is missing or they do not belong together."""
     content = read_json(path, "run make optimise with the same EXPERIMENT first")
-    names = Plan.__dataclass_fields__.keys() - {"table"}
+    names = Plan.__dataclass_fields__.keys() - {"table", "seconds"}
     out = {}
     try:
         with np.load(path.with_suffix(".npz"), allow_pickle=False) as tables:
             for entry in content["plans"]:
                 values: dict[str, Any] = {k: entry[k] for k in names} | {"levels": tuple(entry["levels"])}
-                plan = Plan(table=tables[entry["id"]], **values)
+                plan = Plan(table=tables[entry["id"]], seconds=entry.get("seconds"), **values)
                 if plan.id != entry["id"]:
                     raise UserError(f"{path.name} and its tables do not belong together; run make optimise again.")
                 out[plan.id] = plan

@@ -57,7 +57,7 @@ _FRONTIER_ROWS = 14
 def write_report(results_dir: Path, *, title: str) -> Path:
     """Write results_dir/report.html: every image and style inline, no network, no script.
 
-    Reads gamma.json, speedup.json, best.json, provenance.json, compare.csv, config-*.yaml, the figures
+    Reads gamma.json, speedup.json, best.json, provenance.json, levels.json, compare.csv, config-*.yaml, the figures
     gamma.png, compare.png and training.png, and the pictures in grids/ and training/. What is absent or
     unreadable is said in words on the page. Raises UserError when the folder holds none of them.
     """
@@ -108,6 +108,7 @@ def write_report(results_dir: Path, *, title: str) -> Path:
         figures=figures,
         hierarchy=hierarchy,
         findings=_findings(diagnostics or {}),
+        levels=_levels_section(results_dir, notices),
         methods=_methods_table(results_dir, notices) if (results_dir / "method.json").is_file() else None,
         folders={name: [image for image in images if image] for name, images in folders.items()},
         provenance=_provenance_tables(provenance),
@@ -223,6 +224,40 @@ def _findings(diagnostics: dict[str, Any]) -> list[tuple[str, str, str]]:
         for dynamics, found in diagnostics.items()
         for finding in found.get("findings", [])
     ]
+
+
+def _levels_section(results_dir: Path, notices: list[str]) -> dict[str, Any] | None:
+    """What levels.json says about each level: figure, table, and which levels are kept; None without it."""
+    content = _load_json(results_dir / "levels.json", notices)
+    if not content:
+        return None
+    body, units = [], ("flops", "seconds")
+    rules = list(dict.fromkeys(rule for level in content["levels"] for rule in level["worth_flops"] or {}))
+    for level in content["levels"]:
+        row = [
+            level["name"],
+            level["flops"] / 1e6,
+            level["flops_share"],
+            1e3 * level["seconds"],
+            level["seconds_share"],
+        ]
+        for rule in rules:
+            for unit in units:
+                worth = (level[f"worth_{unit}"] or {}).get(rule)
+                row.append(f"{worth['mean']:.3f} ({worth['largest']:.2f})" if worth else "–")
+        body.append([*row, *("yes" if level[f"kept_{unit}"] else "no" for unit in units)])
+    worths = [f"worth in {_UNITS[unit]}, {rule}" for rule in rules for unit in units]
+    columns = ("level", "MFLOP", "share", "ms per image", "share", *worths, "kept in FLOPs", "kept in seconds")
+    return {
+        "table": as_table(columns, body),
+        "picture": _load_image(results_dir / "levels.png", notices),
+        "kept": [
+            (_UNITS[unit], " + ".join(content["kept"][unit]), ", ".join(e["name"] for e in content["removed"][unit]))
+            for unit in units
+        ],
+        "tolerance": content["tolerance"],
+        "where": f"batches of {content['batch']} on {content['device']}",
+    }
 
 
 def _methods_table(results_dir: Path, notices: list[str]) -> dict[str, Any] | None:

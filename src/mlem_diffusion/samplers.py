@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .cost import Ledger
 from .drift import Drift
-from .noise import initial_noise, path_increments
+from .noise import PathWindows, initial_noise
 from .process import Grid
 from .step_rules import Evaluation, step_rule_of
 
@@ -30,26 +30,41 @@ def sample(
     """Sample one batch: images [B, *shape] in [-1, 1] before clipping, and the ledger of what was evaluated.
 
     seeds: one per sample; each keys its own start, path and coins. increments [n-1, B, *shape] may be passed in to share
-    one draw between settings on the same grid, seeds and clock. ledger.seconds covers the loop, not the drawing of noise.
-    Raises UserError for an unknown rule.
+    one draw between settings on the same grid, seeds and clock; without it a few steps' are drawn at a time
+    (noise.PathWindows). ledger.seconds covers the loop, not the drawing of noise. On a GPU the loop only queues work: it
+    waits for the device at its ends and where a new window of noise is drawn. Raises UserError for an unknown rule.
     """
     rule = step_rule_of(dynamics, step_rule)
     program, device = rule.program(grid), torch.device(device)
     x = initial_noise(seeds, shape, device)
-    if rule.clock is not None and increments is None:
-        increments = path_increments(seeds, shape, grid, rule.clock, device)
+    noise: Tensor | PathWindows | None = increments
+    if rule.clock is not None and noise is None:
+        noise = PathWindows(seeds, shape, grid, rule.clock, device)
     ledger = Ledger([level.flops for level in drift.levels], images=len(seeds))
     estimate = drift.estimator(len(program), seeds, ledger)
-    start = _now(device)
+    _draw(noise, 0, device)  # the first window is drawn before the clock starts
+    start, drawing = _now(device), 0.0
     state: list[Tensor | None] = [x] + [None] * (len(program[0].update) - 1)
     for j, evaluation in enumerate(program):
         assert state[0] is not None
         denoised = estimate(j, state[0], evaluation.logsnr)
-        z = None if increments is None or evaluation.noise is None else increments[evaluation.noise]
+        z = None
+        if noise is not None and evaluation.noise is not None:
+            drawing += _draw(noise, evaluation.noise, device)
+            z = noise[evaluation.noise]
         state = advance(evaluation, state, denoised, z)
-    ledger.seconds = _now(device) - start
+    ledger.seconds = _now(device) - start - drawing
     assert state[0] is not None
     return state[0], ledger
+
+
+def _draw(noise: Tensor | PathWindows | None, step: int, device: torch.device) -> float:
+    """Have the noise of a step drawn; the seconds that this took."""
+    if not isinstance(noise, PathWindows) or noise.holds(step):
+        return 0.0
+    start = _now(device)
+    noise[step]
+    return _now(device) - start
 
 
 def advance(

@@ -92,11 +92,19 @@ def resampled_errors(settings: Sequence[Setting], replicates: int = 200, seed: i
     return np.stack([m.values for m in _errors(list(settings), [], replicates, seed)[0]])
 
 
-def equal_error(base: list[Setting], ours: list[Setting], *, replicates: int = 200, seed: int = 0) -> dict[str, Any]:
-    """One entry as in `speedups`, in expected FLOPs at equal error, for any two groups of settings; "errors_at_cost" lists,
-    over the frontier of `ours`, {"gflops", "ratio": lowest error of `base` within that cost over its error, "lower95"}."""
+def equal_error(
+    base: list[Setting],
+    ours: list[Setting],
+    *,
+    replicates: int = 200,
+    seed: int = 0,
+    cost: str = "gflops_expected",
+) -> dict[str, Any]:
+    """One entry as in `speedups`, in expected FLOPs at equal error (or in another column of the rows, `cost`: "seconds"), for
+    any two groups of settings; "errors_at_cost" lists, over the frontier of `ours`, {"gflops" (or "seconds"), "ratio": lowest
+    error of `base` within that cost over its error, "lower95"}."""
     base_measured, our_measured = _errors(base, ours, replicates, seed)
-    theirs, mine = (_sorted(group, "gflops_expected") for group in (base_measured, our_measured))
+    theirs, mine = (_sorted(group, cost) for group in (base_measured, our_measured))
     entry = _entry(theirs, mine, "error", "flops")
     points = []
     for i in mine.frontier():
@@ -104,7 +112,7 @@ def equal_error(base: list[Setting], ours: list[Setting], *, replicates: int = 2
         ratios = theirs.lowest_within(1.001 * float(mine.costs[i])) / mine.values[i]
         known = bool(np.isfinite(ratios[0]))
         points.append({
-            "gflops": float(mine.costs[i]),
+            cost.removesuffix("_expected"): float(mine.costs[i]),
             "ratio": float(ratios[0]) if known else None,
             "lower95": _lower(ratios[1:]) if known else None,
         })  # fmt: skip

@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from .checkpoint import load_state, save_state, save_weights
+from .compilation import wants
 from .errors import UserError
 from .noise import training_generator
-from .process import Process, add_noise
+from .process import Process
+from .train_step import GRAPHS, PRECISIONS, TrainStep, has_dropout
 from .unet import Denoiser
 
 
@@ -32,6 +34,7 @@ class TrainConfig:
 
     images: int = 2_000_000
     batch: int = 256
+    accumulate: int = 1  # micro-batches per step, where a batch does not fit in memory: same draws, same updates
     lr: float = 2e-3  # at reference_width; other widths get lr * sqrt(reference_width / width)
     reference_width: int = 16
     warmup_images: int = 20_000
@@ -44,28 +47,27 @@ class TrainConfig:
     snapshots: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0])  # fractions whose EMA weights are kept
     log_every: int = 10_000  # images
     save_every: float = 120.0  # seconds between resume states
-    compile: str = "auto"  # "auto": on CUDA only; "on"; "off"
+    precision: str = "auto"  # "auto": bf16 on CUDA, else float32; "float32"; "autocast"; "bf16" (see train_step.py)
+    compile: str = "auto"  # "auto": on CUDA only; "on"; "off"; "max": tuned kernels
+    graph: str = "auto"  # whole steps as CUDA graphs; "auto": on CUDA with one process and no dropout; "on"; "off"
 
     def __post_init__(self) -> None:
         if not self.snapshots or min(self.snapshots) <= 0 or max(self.snapshots) != 1:
             raise UserError(f"train.snapshots = {list(self.snapshots)} must be fractions in (0, 1] that include 1.")
         if self.images < 1 or self.batch < 1:
             raise UserError("train.images and train.batch must be positive.")
+        if self.accumulate < 1:
+            raise UserError(f"train.accumulate = {self.accumulate} must be at least 1.")
+        for name, known in (("precision", PRECISIONS), ("graph", GRAPHS)):
+            if getattr(self, name) not in known:
+                raise UserError(
+                    f"train.{name} = {getattr(self, name)!r} is unknown; expected one of {', '.join(known)}."
+                )
+        wants(self.compile, "cpu")
 
 
 class Interrupted(Exception):
     """Training was stopped from outside after saving its state."""
-
-
-class _LossModule(nn.Module):
-    """The forward pass that is compiled and distributed: noised batch -> scalar loss."""
-
-    def __init__(self, denoiser: Denoiser):
-        super().__init__()
-        self.denoiser = denoiser
-
-    def forward(self, x0: Tensor, noise: Tensor, logsnr: Tensor) -> Tensor:
-        return self.denoiser.loss(add_noise(x0, noise, logsnr), x0, logsnr).mean()
 
 
 def _diverged(width: int, loss: float, images: int) -> str:
@@ -100,9 +102,12 @@ def draw_batch(
     flip = torch.rand(b, generator=generator, device=device) < 0.5
     noise = torch.randn(b, *data.shape[1:], generator=generator, device=device)
     part = slice(rank * b // world, (rank + 1) * b // world)
-    x0 = data[index[part].to(data.device)].to(device).float() / 127.5 - 1
-    if config.flips:
-        x0 = torch.where(flip[part, None, None, None], x0.flip(-1), x0)
+    pictures = data[index[part].to(data.device)]
+    if pictures.device != device:  # pinned memory: the copy runs beside what the device still has to do
+        pictures = (pictures.pin_memory() if device.type == "cuda" else pictures).to(device, non_blocking=True)
+    if config.flips:  # as bytes: a quarter of the traffic
+        pictures = torch.where(flip[part, None, None, None], pictures.flip(-1), pictures)
+    x0 = pictures.float() / 127.5 - 1
     where = (position[part] * (len(level_table) - 1)).float()
     low = where.floor().long().clamp(max=len(level_table) - 2)
     logsnr = torch.lerp(level_table[low], level_table[low + 1], where - low)
@@ -121,50 +126,43 @@ def train_level(
     report: Callable[[dict[str, Any]], None] | None = None,
     snapshot: Callable[[int, Denoiser], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    on_first_step: Callable[[float], None] | None = None,
 ) -> Denoiser:
     """Train one level and return its EMA denoiser.
 
     images: uint8 [N,3,H,W], kept on the device as uint8 where they fit in half of its free memory. directory receives
     state.pt, ema-<images>.safetensors at the snapshots and ema.safetensors at the end; a state found there is resumed.
     report gets {"images", "loss", "lr"} every log_every images; snapshot(images seen, EMA denoiser) is called at each
-    snapshot on rank 0.
+    snapshot on rank 0; on_first_step(seconds), once, when the first step of this call has been computed: the seconds
+    since the call, with compilation.
     Raises Interrupted (state saved) when should_stop() turns true, UserError for an impossible configuration and when the
     loss is no longer finite.
     """
+    entered = time.monotonic()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(device)
-    if config.batch % world:
-        raise UserError(f"train.batch = {config.batch} does not divide over {world} processes.")
+    if config.batch % (world * config.accumulate):
+        micro = f" in {config.accumulate} micro-batches each" if config.accumulate > 1 else ""
+        raise UserError(f"train.batch = {config.batch} does not divide over {world} processes{micro}.")
 
     # ---- model, EMA, optimiser -------------------------------------------------------------------------------
     denoiser = denoiser.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
-    optimiser = torch.optim.Adam(
-        denoiser.parameters(), lr=config.lr, betas=(0.9, 0.99), fused=device.type in ("cuda", "cpu")
-    )
-    parameters: list[Tensor] = list(denoiser.parameters())
-    averages: list[Tensor] = list(ema.parameters())
-    seen, history = 0, []
-    running, counted, last_log = torch.zeros((), device=device), 0, 0
+    train_step = TrainStep(
+        denoiser, ema, clip=config.clip, precision=config.precision, compile=config.compile, graph=config.graph,
+        accumulate=config.accumulate, world=world, name=f"Training of width {width}",
+    )  # fmt: skip
+    seen, history, counted, last_log = 0, [], 0, 0
     state = load_state(directory / "state.pt")
     if state is not None:
         try:
-            denoiser.load_state_dict(state["model"])
-            ema.load_state_dict(state["ema"])
-            optimiser.load_state_dict(state["optimiser"])
+            train_step.load_state_dict(state)
             seen, history = state["images"], state["history"]
-            running += state["running"]
             counted, last_log = state["counted"], state["last_log"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"{directory / 'state.pt'} is not the state of this network; delete it to train this level again."
             ) from error
-    loss_module: Any = _LossModule(denoiser)
-    if world > 1:
-        loss_module = nn.parallel.DistributedDataParallel(loss_module)
-    if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
-        torch._dynamo.reset()  # each width is a program of its own; together they would exceed dynamo's limit
-        loss_module = torch.compile(loss_module)
 
     # ---- data ------------------------------------------------------------------------------------------------
     data = torch.as_tensor(np.asarray(images) if isinstance(images, np.ndarray) else images)
@@ -177,12 +175,7 @@ def train_level(
     def save() -> None:
         if rank == 0:
             progress = {"images": seen, "history": history, "counted": counted, "last_log": last_log}
-            modules = {
-                "model": denoiser.state_dict(),
-                "ema": ema.state_dict(),
-                "optimiser": optimiser.state_dict(),
-            }
-            save_state(directory / "state.pt", {**modules, **progress, "running": float(running)})
+            save_state(directory / "state.pt", {**train_step.state_dict(), **progress})
 
     def stop_requested(step: int) -> bool:
         wanted = should_stop is not None and should_stop()
@@ -195,26 +188,24 @@ def train_level(
         return bool(flag.item())
 
     # ---- loop ------------------------------------------------------------------------------------------------
-    dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in denoiser.modules())
+    dropout = has_dropout(denoiser)
+    running = train_step.running
     last_save = time.monotonic()
-    while seen < config.images:
+    while seen < config.images:  # between logs, saves and snapshots nothing waits for the device
         batch = draw_batch(data, config, process, level_table, seen // config.batch, rank, world)
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(config, width, seen + config.batch // 2)  # neither the first nor the last is 0
+        lr = learning_rate(config, width, seen + config.batch // 2)  # neither the first nor the last is 0
         if dropout:  # its masks come from torch's global generator
             torch.manual_seed(
                 training_generator(torch.device("cpu"), config.seed, seen // config.batch, rank).initial_seed()
             )
-        optimiser.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-            loss = loss_module(*batch)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, config.clip)
-        optimiser.step()
         seen += config.batch
-        torch._foreach_lerp_(averages, parameters, 1 - ema_decay(config, seen))
-        running += loss.detach()
+        train_step(batch, lr, ema_decay(config, seen))
         counted += 1
+        if on_first_step is not None:
+            float(train_step.loss)  # waits for the device
+            if rank == 0:
+                on_first_step(time.monotonic() - entered)
+            on_first_step = None
 
         finished = seen >= config.images
         if seen - last_log >= config.log_every or finished:
@@ -226,13 +217,13 @@ def train_level(
                 raise UserError(_diverged(width, mean, seen))
             history.append({"images": seen, "loss": mean})
             if report is not None and rank == 0:
-                report({"images": seen, "loss": mean, "lr": optimiser.param_groups[0]["lr"]})
+                report({"images": seen, "loss": mean, "lr": lr})
             running.zero_()
             counted, last_log = 0, seen
         if due and seen >= due[0]:
             due = [s for s in due if s > seen]
-            if not torch.isfinite(loss):
-                raise UserError(_diverged(width, float(loss), seen))
+            if not torch.isfinite(train_step.loss):
+                raise UserError(_diverged(width, float(train_step.loss), seen))
             if rank == 0:
                 save_weights(directory / f"ema-{seen:010d}.safetensors", ema)
                 if snapshot is not None:

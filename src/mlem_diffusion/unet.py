@@ -8,7 +8,8 @@ connections by concatenation. The `Denoiser` gives it inputs and targets of unit
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,9 +54,10 @@ class ResBlock(nn.Module):
             return F.interpolate(x, scale_factor=2, mode="nearest")
         return x
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """condition: what `affine` makes of the embedding, [B, 2 * outputs], or [1, ...] for one noise level."""
         h = self.conv1(self._resample(F.silu(self.norm1(x))))
-        scale, shift = self.affine(embedding)[:, :, None, None].chunk(2, dim=1)
+        scale, shift = condition[:, :, None, None].chunk(2, dim=1)
         h = F.silu(torch.addcmul(shift, self.norm2(h), scale + 1))
         return self.skip(self._resample(x)) + self.conv2(self.dropout(h))
 
@@ -71,9 +73,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w).transpose(-1, -2)
-        y = F.scaled_dot_product_attention(qkv[:, 0], qkv[:, 1], qkv[:, 2])
-        return x + self.out(y.transpose(-1, -2).reshape(b, c, h, w))
+        # in channels_last these are views all the way: the attention kernel reads the convolution's output in place
+        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(b, h * w, 3, self.heads, c // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h, w, c).permute(0, 3, 1, 2)
+        return x + self.out(y)
 
 
 class _Stage(nn.Module):
@@ -83,16 +87,18 @@ class _Stage(nn.Module):
         super().__init__()
         self.block, self.attention = block, attention
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        x = self.block(x, embedding)
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        x = self.block(x, condition)
         return x if self.attention is None else self.attention(x)
 
 
 class UNet(nn.Module):
-    """[B,3,S,S] and logsnr [B] -> [B,3,S,S].
+    """[B,3,S,S] and logsnr [B], or [1] where all samples share one noise level -> [B,3,S,S].
 
-    width: base channels, multiplied by `multipliers` per resolution; `blocks` residual blocks per resolution;
-    attention at the resolutions named (in pixels). Raises UserError if the image size cannot be halved often enough.
+    width: base channels, multiplied by `multipliers` per resolution; `blocks` residual blocks per resolution; attention at
+    the resolutions named (in pixels). patch: squares of this side become channels before the first convolution and pixels
+    again after the last, so that the network works at size / patch: few large kernels instead of many small ones.
+    Raises UserError if the image size cannot be divided often enough.
     """
 
     def __init__(
@@ -104,13 +110,16 @@ class UNet(nn.Module):
         attention: Sequence[int] = (16,),
         channels: int = 3,
         dropout: float = 0.0,
+        patch: int = 1,
     ):
         super().__init__()
-        if size % 2 ** (len(multipliers) - 1):
+        if patch < 1 or size % patch or (size // patch) % 2 ** (len(multipliers) - 1):
             raise UserError(
-                f"An image size of {size} cannot be halved {len(multipliers) - 1} times (unet.multipliers)."
+                f"An image size of {size} cannot be halved {len(multipliers) - 1} times in patches of {patch} "
+                "(unet.multipliers, unet.patch)."
             )
-        self.width, embedding = width, 4 * max(width, 8)
+        self.width, self.patch, embedding = width, patch, 4 * max(width, 8)
+        size, channels = size // patch, channels * patch**2
         self.frequencies: Tensor
         # log-SNR spans about -10 to 10: periods from 1 to 120 resolve it and stay monotone over the range
         self.register_buffer("frequencies", 2 * math.pi / torch.logspace(0, math.log10(120), 16), persistent=False)
@@ -154,20 +163,44 @@ class UNet(nn.Module):
                 resolution *= 2
         self.down, self.up = nn.ModuleList(down), nn.ModuleList(up)
         self.leave = nn.Sequential(_norm(current), nn.SiLU(), _zero(nn.Conv2d(current, channels, 3, padding=1)))
+        self.joined_weight: Tensor | None = None
+        self.joined_bias: Tensor | None = None
 
-    def forward(self, x: Tensor, logsnr: Tensor) -> Tensor:
+    def join_conditioning(self) -> None:
+        """For inference: all blocks' conditioning layers as one matrix product (later changes of weights are not seen)."""
+        layers = [module.block.affine for module in self._stages()]
+        weight, bias = torch.cat([v.weight for v in layers]), torch.cat([v.bias for v in layers])
+        del self.joined_weight, self.joined_bias
+        self.register_buffer("joined_weight", weight.detach(), persistent=False)
+        self.register_buffer("joined_bias", bias.detach(), persistent=False)
+
+    def _stages(self) -> list[Any]:
+        return [*self.down, *self.middle, *self.up]
+
+    def _conditions(self, logsnr: Tensor) -> Iterator[Tensor]:
+        """What every residual block is scaled and shifted by, in the order of the forward pass."""
         angles = logsnr.float()[:, None] * self.frequencies
         embedding = self.embed(torch.cat([angles.cos(), angles.sin()], dim=1).to(self.enter.weight.dtype))
-        x = self.enter(x.to(self.enter.weight.dtype))
+        layers = [module.block.affine for module in self._stages()]
+        if self.joined_weight is None:
+            return iter([layer(embedding) for layer in layers])
+        together = F.linear(embedding, self.joined_weight, self.joined_bias)
+        return iter(together.split([layer.out_features for layer in layers], dim=1))
+
+    def forward(self, x: Tensor, logsnr: Tensor) -> Tensor:
+        condition = self._conditions(logsnr)
+        x = x.to(self.enter.weight.dtype)
+        x = self.enter(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)
         skips = [x]
         for module in self.down:
-            x = module(x, embedding)
+            x = module(x, next(condition))
             skips.append(x)
         for module in self.middle:
-            x = module(x, embedding)
+            x = module(x, next(condition))
         for module, takes_skip in zip(self.up, self.takes_skip, strict=True):
-            x = module(torch.cat([x, skips.pop()], dim=1) if takes_skip else x, embedding)
-        return self.leave(x)
+            x = module(torch.cat([x, skips.pop()], dim=1) if takes_skip else x, next(condition))
+        x = self.leave(x)
+        return F.pixel_shuffle(x, self.patch) if self.patch > 1 else x
 
 
 class Denoiser(nn.Module):
@@ -197,7 +230,7 @@ class Denoiser(nn.Module):
         return scale, torch.zeros_like(scale), torch.full_like(scale, rms)
 
     def forward(self, x: Tensor, logsnr: Tensor) -> Tensor:
-        """x [B,3,S,S] noised, logsnr [B] -> denoised image [B,3,S,S] in float32."""
+        """x [B,3,S,S] noised, logsnr [B] or [1] -> denoised image [B,3,S,S] in float32."""
         scale, skip, out = self._coefficients(x, logsnr)
         return skip * x + out * self.unet(scale * x, logsnr).float()
 

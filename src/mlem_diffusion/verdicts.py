@@ -38,11 +38,13 @@ def window(curve: Sequence[dict[str, Any]], least: float) -> dict[str, Any] | No
     }  # fmt: skip
 
 
-def not_worse(ours: Sequence[Setting], theirs: Sequence[Setting], seed: int = 0) -> dict[str, Any]:
-    """Whether `ours` is nowhere above the frontier of `theirs` in FLOPs: at each of its points, our lowest error within the
+def not_worse(
+    ours: Sequence[Setting], theirs: Sequence[Setting], seed: int = 0, cost: str = "gflops_expected"
+) -> dict[str, Any]:
+    """Whether `ours` is nowhere above the frontier of `theirs` in FLOPs (or seconds: `cost` names the column): at each of its points, our lowest error within the
     same cost over its error. "worst" is the largest such ratio of squared errors; it counts as above where the one-sided 95% lower bound of
     the ratio exceeds 1. Points cheaper than our cheapest setting are not judged, and counted."""
-    entry = equal_error(list(ours), list(theirs), seed=seed)
+    entry = equal_error(list(ours), list(theirs), seed=seed, cost=cost)
     points = [p for p in entry["errors_at_cost"] if p["ratio"] is not None]
     worst = max(points, key=lambda p: p["ratio"], default=None)
     return {
@@ -51,23 +53,26 @@ def not_worse(ours: Sequence[Setting], theirs: Sequence[Setting], seed: int = 0)
     }  # fmt: skip
 
 
-def chosen_blindly(ours: Sequence[Setting], theirs: Sequence[Setting], seed: int = 0) -> dict[str, Any]:
+def chosen_blindly(
+    ours: Sequence[Setting], theirs: Sequence[Setting], seed: int = 0, cost: str = "gflops_expected"
+) -> dict[str, Any]:
     """An optimiser's choices against a frontier: at the cost of each of its points, the setting of `ours` that did best on
     the selection seeds ("selected_error" of its row) within that cost, judged here.
 
-    "ratio" is its squared error over the point's; it counts as above where the one-sided 95% lower bound exceeds 1.
+    "ratio" is its squared error over the point's; it counts as above where the one-sided 95% lower bound exceeds 1. cost: the
+    column of costs, expected GFLOPs or "seconds".
     """
     known = [s for s in ours if s.row.get("selected_error") is not None]
     values = resampled_errors([*known, *theirs], seed=seed) if theirs else np.zeros((0, 1))
     mine, others = values[: len(known)], values[len(known) :]
-    costs = np.array([s.row["gflops_expected"] for s in known])
+    costs = np.array([s.row[cost] for s in known])
     selected = np.array([s.row["selected_error"] for s in known])
     points, lowest, unserved = [], math.inf, 0
-    for i in sorted(range(len(theirs)), key=lambda i: (theirs[i].row["gflops_expected"], others[i, 0])):
+    for i in sorted(range(len(theirs)), key=lambda i: (theirs[i].row[cost], others[i, 0])):
         if others[i, 0] >= lowest:
             continue  # not on the frontier
         lowest = others[i, 0]
-        within = np.flatnonzero(costs <= 1.001 * theirs[i].row["gflops_expected"])
+        within = np.flatnonzero(costs <= 1.001 * theirs[i].row[cost])
         if len(within) == 0:
             unserved += 1
             continue
@@ -75,7 +80,7 @@ def chosen_blindly(ours: Sequence[Setting], theirs: Sequence[Setting], seed: int
         ratios = mine[pick] / others[i]
         points.append(
             {
-                "gflops": theirs[i].row["gflops_expected"],
+                cost.removesuffix("_expected"): theirs[i].row[cost],
                 "ratio": float(ratios[0]),
                 "lower95": float(np.quantile(ratios[1:], 0.05)),
             }
@@ -117,12 +122,16 @@ def _kind(row: Row) -> str:
     return row.get("coins") or row["drift"]
 
 
-def verdicts(settings: Sequence[Setting], calibration_flops: float | None = None, seed: int = 0) -> dict[str, Any]:
+def verdicts(
+    settings: Sequence[Setting], calibration_flops: float | None = None, seed: int = 0, unit: str = "flops"
+) -> dict[str, Any]:
     """{"dynamics/rule": ...} for everything that the plans of an optimiser were run for: against the baselines of the same
     dynamics, one kind of coins against another, one source of probabilities against another.
 
-    Speed-ups are in FLOPs at equal squared error; every window is given for a speed-up of 1, 2, 4 and 8.
+    Speed-ups are in expected FLOPs at equal squared error, or in measured seconds where plans were made for those (`unit`); every
+    window is given for a speed-up of 1, 2, 4 and 8.
     """
+    cost = {"flops": "gflops_expected", "seconds": "seconds"}[unit]
     out: dict[str, Any] = {}
     rules = dict.fromkeys((s.row["dynamics"], s.row["step_rule"]) for s in settings if s.row.get("plan"))
     for dynamics, rule in rules:
@@ -134,7 +143,7 @@ def verdicts(settings: Sequence[Setting], calibration_flops: float | None = None
         def pick(test: Callable[[Row], bool], among: Sequence[Setting] = planned) -> list[Setting]:
             return [s for s in among if test(s.row)]
 
-        entry: dict[str, Any] = {"against_em": {}, "against_all_baselines": {}}
+        entry: dict[str, Any] = {"unit": unit, "against_em": {}, "against_all_baselines": {}}
         methods = {
             "plain, constant p": pick(lambda r: method_of(r) == "plain" and r["probabilities"] == "constant"),
             "plain, measured p": pick(lambda r: method_of(r) == "plain" and r["probabilities"] == "measured"),
@@ -150,11 +159,11 @@ def verdicts(settings: Sequence[Setting], calibration_flops: float | None = None
         for name, found in methods.items():
             for against, those in (("against_em", first_order), ("against_all_baselines", base)):
                 if those:
-                    entry[against][name] = _speed(those, found, calibration_flops, seed)
-        entry["optimiser_against_em"] = chosen_blindly([*base, *_planned(here)], first_order, seed)
+                    entry[against][name] = _speed(those, found, calibration_flops, seed, cost)
+        entry["optimiser_against_em"] = chosen_blindly([*base, *_planned(here)], first_order, seed, cost)
         learned = methods.get("plain, learned p", [])
         methods["measured p, alike"] = [
-            s for s in methods.get("plain, measured p", []) if any(_alike(s.row, other.row) for other in learned)
+            s for s in methods.get("plain, measured p", []) if any(_alike(s.row, other.row, cost) for other in learned)
         ]
         for name, ours, theirs in (
             ("systematic_over_independent", "systematic, optimal p", "plain, optimal p"),
@@ -162,18 +171,19 @@ def verdicts(settings: Sequence[Setting], calibration_flops: float | None = None
             ("learned_over_measured", "plain, learned p", "measured p, alike"),
         ):
             if methods.get(ours) and methods.get(theirs):
-                entry[name] = _speed(methods[theirs], methods[ours], None, seed)
+                entry[name] = _speed(methods[theirs], methods[ours], None, seed, cost)
                 # the optimiser may choose a level alone
                 alone = [s for s in base if s.row["step_rule"] == rule] if name == "optimal_over_measured" else []
-                entry[name]["error_at_equal_cost"] = not_worse([*methods[ours], *alone], methods[theirs], seed)
+                entry[name]["error_at_equal_cost"] = not_worse([*methods[ours], *alone], methods[theirs], seed, cost)
         entry["predicted_error"] = prediction([s.row for s in planned])
         out[f"{dynamics}/{rule}"] = entry
     return out
 
 
-def _alike(one: Row, other: Row) -> bool:
-    """As many steps and, to 1%, as much expected cost."""
-    return one["steps"] == other["steps"] and abs(one["gflops_expected"] / other["gflops_expected"] - 1) < 0.01
+def _alike(one: Row, other: Row, cost: str) -> bool:
+    """As many steps and, to 1%, as much expected cost; measured seconds of one and the same plan differ by more."""
+    tolerance = 0.01 if cost == "gflops_expected" else 0.1
+    return one["steps"] == other["steps"] and abs(one[cost] / other[cost] - 1) < tolerance
 
 
 def _planned(settings: Sequence[Setting]) -> list[Setting]:
@@ -184,8 +194,8 @@ def _fired(row: Row) -> bool:
     return row.get("n_fires_top") is None or row["n_fires_top"] >= MIN_FIRES
 
 
-def _speed(base: list[Setting], ours: list[Setting], calibration: float | None, seed: int) -> dict[str, Any]:
-    entry = equal_error(base, ours, seed=seed)
+def _speed(base: list[Setting], ours: list[Setting], calibration: float | None, seed: int, cost: str) -> dict[str, Any]:
+    entry = equal_error(base, ours, seed=seed, cost=cost)
     found = {key: entry[key] for key in ("max", "lower95", "at", "baseline", "ours", "curve")}
     found["windows"] = [w for least in (1, 2, 4, 8) if (w := window(entry["curve"], least)) is not None]
     if calibration is not None and entry["max"] is not None and entry["max"] > 1:

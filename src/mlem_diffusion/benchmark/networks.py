@@ -1,0 +1,110 @@
+"""The networks that are timed: this repository's, and diffusers' UNet2DModel of the same widths and blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..family import build_denoiser
+from ..inference import FastDenoiser
+from ..unet import Denoiser
+
+MODES: dict[str, dict[str, Any]] = {  # how FastDenoiser is asked for each
+    "eager": {"compile": "off", "graphs": False},
+    "graphs": {"compile": "off", "graphs": True},
+    "compiled": {"compile": "on", "graphs": True},
+    "tuned": {"compile": "max", "graphs": True},
+}
+
+
+def has_diffusers() -> bool:
+    return find_spec("diffusers") is not None
+
+
+class DiffusersUNet(nn.Module):
+    """diffusers' UNet2DModel as the network of a `Denoiser`: [B,3,S,S], logsnr [B] or [1] -> [B,3,S,S].
+
+    The same base width, multipliers, residual blocks, attention (heads of 64 channels, in the middle too), conditioning by
+    scale and shift, and resampling inside residual blocks as `unet.UNet`. Needs the package diffusers.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        size: int,
+        multipliers: Sequence[int] = (1, 2, 2, 2),
+        blocks: int = 2,
+        attention: Sequence[int] = (16,),
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        from diffusers import UNet2DModel
+
+        channels = [width * m for m in multipliers]
+        attends = [size // 2**i in attention for i in range(len(channels))]
+        heads = max(1, channels[-1] // 64)
+        # one number for all norms: what unet.UNet takes at its base width, which divides all others
+        groups = max(g for g in range(1, 33) if width % g == 0 and (width // g >= 4 or g == 1))
+        self.unet = UNet2DModel(
+            sample_size=size,
+            block_out_channels=tuple(channels),
+            layers_per_block=blocks,
+            down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+            up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
+            add_attention=size // 2 ** (len(channels) - 1) <= max(attention, default=0),
+            attention_head_dim=channels[-1] // heads if channels[-1] % heads == 0 else channels[-1],
+            norm_num_groups=groups,
+            attn_norm_num_groups=groups,
+            resnet_time_scale_shift="scale_shift",
+            downsample_type="resnet",
+            upsample_type="resnet",
+            dropout=dropout,
+        )
+
+    def forward(self, x: Tensor, logsnr: Tensor) -> Tensor:
+        timestep = 1000 * torch.sigmoid(-logsnr.float())
+        return self.unet(x.to(self.unet.conv_in.weight.dtype), timestep, return_dict=False)[0]
+
+
+def denoiser_of(
+    whose: str, width: int, size: int, unet: Mapping[str, Any], device: torch.device, target: str = "v"
+) -> Denoiser:
+    """A denoiser on the device with random weights; whose: "ours" or "diffusers".
+
+    UserError where diffusers' UNet has no such shape.
+    """
+    if whose == "ours":
+        denoiser = build_denoiser(width, size, 0.5, unet, target)
+    else:
+        extra = sorted(set(unet) - {"multipliers", "blocks", "attention", "dropout"})
+        if extra:
+            raise UserError(f"diffusers' UNet has no {', '.join(extra)}; compare networks without.")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(width)
+            denoiser = Denoiser(DiffusersUNet(width, size, **unet), 0.5, target)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(width)
+        for parameter in denoiser.parameters():
+            # layers that start at zero would send zeros on, and products with zeros draw less power, so run faster
+            if parameter.ndim > 1 and not parameter.any():
+                parameter.normal_(std=0.02)
+    return denoiser.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def fast(denoiser: Denoiser, precision: str, mode: str, name: str, batch: int | None = None) -> FastDenoiser:
+    """The denoiser as a sampler runs it; UserError for an unknown mode."""
+    if mode not in MODES:
+        raise UserError(f"benchmark mode {mode!r} is unknown; expected one of {', '.join(MODES)}.")
+    return FastDenoiser(denoiser, precision, name=name, batch=batch, **MODES[mode])
+
+
+def inputs(batch: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A random noisy batch [B,3,S,S] and its one noise level [B], stride 0, as a sampler passes them."""
+    generator = torch.Generator(device=device).manual_seed(batch)
+    x = torch.randn(batch, 3, size, size, generator=generator, device=device)
+    return x, torch.zeros((), device=device).expand(batch)
