@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import signal
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import processes
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
@@ -26,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 from mlem_diffusion import data as datasets
+from mlem_diffusion import shards
 from mlem_diffusion.checkpoint import atomic_write, write_json
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.evaluate import to_float
@@ -236,38 +238,74 @@ def run(
     cfg: DictConfig,
     work: Callable[[Stage], None],
     estimate: Callable[[Stage], list[tuple[str, float, float]]] | None = None,
+    everyone: bool = False,
 ) -> None:
     """Do a stage, or print what it would do. Errors meant for people become one line and exit status 2.
 
-    estimate: rows (what, FLOPs, seconds on this device).
+    estimate: rows (what, FLOPs, seconds on this device). Of several processes the main one does the work, and the others
+    what it asks of them (shards.py); everyone: all do the work.
     """
     # torch itself still compiles its rules for forward derivatives with it
     warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated", category=FutureWarning)
-    try:
+
+    def do() -> None:
         stage = Stage(name, cfg)
         if cfg.dry_run:
-            print(OmegaConf.to_yaml(OmegaConf.create(stage.plain()), resolve=True))
-            if estimate is None:
-                print(f"estimated cost of {name}: no network is evaluated; seconds to minutes.")
-                return
-            rows = estimate(stage)
-            for what, flops, seconds in rows:
-                print(f"{what:<44} {flops / 1e12:12.3f} TFLOP  about {duration(seconds)} here")
-            total = sum(flops for _, flops, _ in rows) / 1e12, sum(seconds for _, _, seconds in rows)
-            print(
-                f"{'estimated cost of ' + name:<44} {total[0]:12.3f} TFLOP  about {duration(total[1])} on {device_model(stage.device)}"
-            )
+            if is_main_process():
+                show_cost(stage, estimate)
             return
-        work(stage)
-    except UserError as error:
+        if processes.count() == 1 or everyone:
+            work(stage)
+            return
+        stage.catch_signals()  # all stop after the same batch
+        if not is_main_process():
+            shards.serve(stage)
+            return
+        try:
+            work(stage)
+        except Stopped:
+            shards.dismiss()
+            raise
+        shards.dismiss()
+
+    try:
+        if processes.count() == 1:
+            do()
+        else:
+            processes.together(do, lambda error: report(name, error), Stopped)
+    except (UserError, Stopped, KeyboardInterrupt) as error:
+        if isinstance(error, Stopped) and not is_main_process():
+            sys.exit(75)
+        sys.exit(report(name, error))
+
+
+def report(name: str, error: BaseException) -> int:
+    """Say what ended the stage, in one line where it is meant for people; the exit status."""
+    if isinstance(error, UserError):
         print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Stopped as error:
+        return 2
+    if isinstance(error, Stopped):
         print(f"{name}: {error}, run the same command again to go on.", file=sys.stderr)
-        sys.exit(75)
-    except KeyboardInterrupt:
+        return 75
+    if isinstance(error, KeyboardInterrupt):
         print(f"{name}: stopped; run the same command again to go on.", file=sys.stderr)
-        sys.exit(130)
+        return 130
+    traceback.print_exception(error)
+    return 1
+
+
+def show_cost(stage: Stage, estimate: Callable[[Stage], list[tuple[str, float, float]]] | None) -> None:
+    """Print the resolved configuration and the estimated cost."""
+    print(OmegaConf.to_yaml(OmegaConf.create(stage.plain()), resolve=True))
+    if estimate is None:
+        print(f"estimated cost of {stage.name}: no network is evaluated; seconds to minutes.")
+        return
+    rows = estimate(stage)
+    for what, flops, seconds in rows:
+        print(f"{what:<44} {flops / 1e12:12.3f} TFLOP  about {duration(seconds)} here")
+    flops, seconds = sum(row[1] for row in rows) / 1e12, sum(row[2] for row in rows)
+    what, where = f"estimated cost of {stage.name}", device_model(stage.device)
+    print(f"{what:<44} {flops:12.3f} TFLOP  about {duration(seconds)} on {where}")
 
 
 def build(config: Any, **more: Any) -> Any:
@@ -282,9 +320,11 @@ def build(config: Any, **more: Any) -> Any:
 
 
 def usable_device(name: str) -> torch.device:
-    """auto: CUDA where there is one; UserError for a device that does not work here."""
+    """auto: CUDA where there is one, of several processes each its own GPU; UserError for a device that does not work here."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        if device == torch.device("cuda") and processes.count() > 1:
+            device = processes.own_gpu()
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device={name} cannot be used here; leave it at auto, or say cpu.") from error
@@ -316,7 +356,7 @@ class bar:
             mininterval=1.0 if sys.stderr.isatty() else 30.0,  # a log file needs few lines
             leave=False,
             position=position,
-            disable=disable,  # None: silent unless on a terminal
+            disable=disable or not is_main_process(),  # None: silent unless on a terminal
         )
 
     def __enter__(self) -> bar:
@@ -396,5 +436,4 @@ def package_version(name: str) -> str | None:
         return None
 
 
-def is_main_process() -> bool:
-    return int(os.environ.get("RANK", 0)) == 0
+is_main_process = processes.is_main

@@ -22,7 +22,7 @@ def measure(stage: common.Stage, images: Any, snapshot: int | None, label: str) 
     """Errors of the family at one training length on held-out images."""
     cfg, process = stage.cfg, stage.process()
     metadata = read_metadata(stage.checkpoints, cfg.family.widths)
-    levels = load_family(stage.checkpoints, cfg.family.widths, stage.device, "float32", snapshot)
+    levels = load_family(stage.checkpoints, cfg.family.widths, stage.device, "float32", snapshot, compile="off")
     held_out = stage.held_out(images)
     logsnr = noise_levels(process, cfg.gamma.noise_levels)
     with common.bar(label, len(logsnr), unit="noise level") as progress:

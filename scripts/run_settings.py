@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import common
@@ -11,6 +12,7 @@ import side_by_side
 import torch
 from omegaconf import OmegaConf
 
+from mlem_diffusion import batches, shards
 from mlem_diffusion.checkpoint import read_json
 from mlem_diffusion.compare import NoiseCache, Runner, Setting
 from mlem_diffusion.data import ImageData
@@ -57,7 +59,9 @@ def load_levels(stage: common.Stage) -> tuple[dict[str, Level], dict[str, Any], 
         return levels, {"callable": stage.plain("family")}, tuple(cfg.family.shape), None
     images = stage.data()
     metadata = stage.levels_of(images)
-    loaded = load_family(stage.checkpoints, cfg.family.widths, stage.device, cfg.precision)
+    loaded = load_family(
+        stage.checkpoints, cfg.family.widths, stage.device, cfg.precision, compile=cfg.compile, batch=cfg.compare.batch
+    )
     inputs = {"levels": [m["weights_sha256"] for m in metadata], "data": images.manifest["sha256"]}
     if cfg.family.gaussian:
         gauss = gaussian_level(stage, images)
@@ -133,51 +137,91 @@ _in_worker: dict[str, Any] = {}  # a worker process keeps its runner and the las
 def run_in_worker(stage: common.Stage, dynamics: str, settings: list[Setting]) -> None:
     """Some settings of one dynamics (none: the reference), into the cache of finished settings."""
     if side_by_side.stop_requested():
-        raise common.Stopped("stopped as asked; finished settings are kept")
+        raise common.Stopped("stopped as asked; finished batches are kept")
     if not _in_worker:
         _in_worker.update(runner=make_runner(stage)[0], noise=NoiseCache())
         _in_worker["runner"].warm_up()
-    reference = _in_worker["runner"].reference(dynamics)
-    for setting in settings:
-        _in_worker["runner"].run(setting, reference, _in_worker["noise"])
+    try:
+        reference = _in_worker["runner"].reference(dynamics, side_by_side.stop_requested)
+        for setting in settings:
+            _in_worker["runner"].run(setting, reference, _in_worker["noise"], side_by_side.stop_requested)
+    except shards.Interrupted as error:
+        raise common.Stopped("stopped as asked; finished batches are kept") from error
 
 
 def run_all(
     stage: common.Stage, runner: Runner, settings: Sequence[Setting], label: str = "compare"
 ) -> list[dict[str, Any]]:
-    """What Runner.run finds for every setting, with progress and time left by expected FLOPs; stops between settings
-    when asked. Finished settings are read from the cache."""
+    """What Runner.read gives for every setting, once all are run, with progress and time left by expected FLOPs; stops
+    between batches when asked. Finished settings are read from the cache. Several processes share the batches."""
     n, largest = len(runner.seeds), list(runner.levels.values())[-1]
     dynamics = sorted({s.dynamics for s in settings})
     reference_cost = len(runner.reference_grid.logsnr) * largest.flops * runner.n_reference / 1e9
     costs = {s: runner.build(s).expected_flops(s.evaluations(runner.process)) * n / 1e9 for s in settings}
-    done, total = 0.0, sum(costs.values()) + reference_cost * len(dynamics)
+    missing = [s for s in settings if not runner.is_done(s)]
+    unmade = [d for d in dynamics if not runner.reference_path(d).is_file()]
+    done, total = 0.0, sum(costs[s] for s in missing) + reference_cost * len(unmade)
     workers = side_by_side.worker_count(stage.cfg.workers, stage.device, len(settings))
     with common.bar(label, int(total), unit="GFLOP") as progress:
 
-        def advance(cost: float) -> None:
+        def advance(setting: Setting | None, by_batch: bool = False) -> None:
             nonlocal done
-            done += cost
+            cost, images = (reference_cost, runner.n_reference) if setting is None else (costs[setting], n)
+            done += cost / -(-images // runner.batch) if by_batch else cost
             progress(int(done), int(total))
 
         if workers > 1:
-            todo = [(stage, d, []) for d in dynamics]
-            side_by_side.run(run_in_worker, todo, workers, stage.should_stop, lambda _: advance(reference_cost))
-            waiting = sorted((s for s in settings if not runner.is_done(s)), key=lambda s: -costs[s])
-            todo = [(stage, s.dynamics, [s]) for s in waiting]
-            side_by_side.run(run_in_worker, todo, workers, stage.should_stop, lambda t: advance(costs[t[2][0]]))
+            todo = [(stage, d, []) for d in unmade]
+            side_by_side.run(run_in_worker, todo, workers, stage.should_stop, lambda _: advance(None))
+            todo = [(stage, s.dynamics, [s]) for s in sorted(missing, key=lambda s: -costs[s])]
+            side_by_side.run(run_in_worker, todo, workers, stage.should_stop, lambda t: advance(t[2][0]))
         else:
+            if shards.world() > 1:  # in each round all processes then have about as much to do
+                missing.sort(key=lambda s: -costs[s])
+            shards.ask(help_measure, _facts(runner), dynamics, missing)
+            measure(stage, runner, dynamics, missing, lambda setting: advance(setting, by_batch=True))
+    return [runner.read(setting) for setting in settings]
+
+
+def measure(
+    stage: common.Stage,
+    runner: Runner,
+    dynamics: Sequence[str],
+    settings: Sequence[Setting],
+    advance: Callable[[Setting | None], object] = lambda _: None,
+) -> None:
+    """Run references and settings into the cache; collective (shards.py). advance(setting, or None for a reference): one
+    more batch of it is done."""
+    try:
+        if settings:
             runner.warm_up()
-        references, noise, found, done = {}, NoiseCache(), [], 0.0
-        for d in dynamics:
-            progress.tqdm.set_postfix_str(f"reference {d}", refresh=False)
-            references[d] = runner.reference(d)
-            advance(reference_cost)
-        for setting in settings:
-            if stage.should_stop():
-                raise common.Stopped("stopped as asked; finished settings are kept")
-            name = f"{setting.dynamics} {setting.drift} {setting.step_rule} {setting.steps}"
-            progress.tqdm.set_postfix_str(name, refresh=False)
-            found.append(runner.run(setting, references[setting.dynamics], noise))
-            advance(costs[setting])
-    return found
+        references = {d: runner.reference(d, stage.should_stop, lambda _: advance(None)) for d in dynamics}
+        if settings and shards.agree(stage.should_stop()):
+            raise shards.Interrupted
+        noise = NoiseCache()
+        jobs = [runner.setting_job(s, references[s.dynamics], noise) for s in settings]
+        batches.run(jobs, stage.should_stop, lambda j: advance(settings[j]))
+    except shards.Interrupted as error:
+        if not shards.is_main():
+            raise
+        raise common.Stopped("stopped as asked; finished batches are kept") from error
+
+
+def _facts(runner: Runner) -> dict[str, Any]:
+    """All of a runner that can be sent to another process."""
+    own = ("levels", "extractor", "device")
+    facts = {f.name: getattr(runner, f.name) for f in fields(runner) if f.name not in own}
+    return {**facts, "names": list(runner.levels), "distances": runner.extractor is not None}
+
+
+def help_measure(stage: common.Stage, facts: dict[str, Any], dynamics: list[str], settings: list[Setting]) -> None:
+    """`measure` in a process that helps the main one, with levels and extractor on its own device."""
+    if _in_worker.get("stage") is not stage:  # another job of a sweep has other levels
+        _in_worker.clear()
+        _in_worker.update(stage=stage, levels=load_levels(stage)[0])
+    if facts["distances"] and "extractor" not in _in_worker:
+        _in_worker["extractor"] = make_extractor(stage)
+    levels = {name: _in_worker["levels"][name] for name in facts["names"]}
+    extractor = _in_worker["extractor"] if facts["distances"] else None
+    shared = {name: value for name, value in facts.items() if name not in ("names", "distances")}
+    measure(stage, Runner(levels=levels, extractor=extractor, device=stage.device, **shared), dynamics, settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import common
@@ -11,9 +12,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
+from mlem_diffusion import shards
 from mlem_diffusion.checkpoint import read_json, write_json
 from mlem_diffusion.compare import Setting, setting_from
 from mlem_diffusion.cost import Ledger
+from mlem_diffusion.drift import Drift
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.family import level_name, load_family, read_metadata
 from mlem_diffusion.grids import save_grid
@@ -70,7 +73,14 @@ def load_levels(stage: common.Stage, setting: Setting) -> tuple[dict[str, Level]
     if cfg.family.callable is not None or run_settings.GAUSSIAN in setting.levels:
         levels, inputs, shape, _ = run_settings.load_levels(stage)
     else:
-        loaded = load_family(stage.checkpoints, cfg.family.widths, stage.device, cfg.precision)
+        loaded = load_family(
+            stage.checkpoints,
+            cfg.family.widths,
+            stage.device,
+            cfg.precision,
+            compile=cfg.compile,
+            batch=cfg.compare.batch,
+        )
         inputs = [m["weights_sha256"] for m in read_metadata(stage.checkpoints, cfg.family.widths)]
         levels, shape = {level.name: level for level in loaded}, (3, cfg.data.size, cfg.data.size)
     if shape[0] != 3:
@@ -78,11 +88,36 @@ def load_levels(stage: common.Stage, setting: Setting) -> tuple[dict[str, Level]
     return levels, inputs, shape
 
 
+def draw(
+    stage: common.Stage,
+    setting: Setting,
+    drift: Drift,
+    shape: tuple[int, ...],
+    seeds: list[int],
+    take: Callable[[dict[int, tuple[torch.Tensor, Ledger]]], object],
+) -> None:
+    """Sample in batches; take(batch number -> uint8 images [B, 3, H, W] and ledger) gets them in order. Collective (shards.py)."""
+    grid, batch = stage.process().grid(setting.steps), stage.cfg.compare.batch
+
+    def one(batch: list[int]) -> tuple[torch.Tensor, Ledger]:
+        images, ledger = sample(drift, grid, setting.dynamics, setting.step_rule, batch, shape, stage.device)
+        return to_uint8(images.cpu()), ledger
+
+    shards.deal([seeds[start : start + batch] for start in range(0, len(seeds), batch)], one, take, stage.should_stop)
+
+
+def help_draw(stage: common.Stage, setting: Setting, gamma: float, seeds: list[int]) -> None:
+    """`draw` in a process that helps the main one."""
+    levels, _, shape = load_levels(stage, setting)
+    drift = setting.build(levels, gamma, plans_of(stage, setting))
+    draw(stage, setting, drift, shape, seeds, lambda found: None)
+
+
 def work(stage: common.Stage) -> None:
     cfg, seeds = stage.cfg, parse_seeds(stage.cfg.seeds)
     setting, gamma = choose(stage)
     levels, inputs, shape = load_levels(stage, setting)
-    drift, grid = setting.build(levels, gamma, plans_of(stage, setting)), stage.process().grid(setting.steps)
+    drift = setting.build(levels, gamma, plans_of(stage, setting))
     fingerprint = stage.fingerprint(("process", "precision"), setting=setting, gamma=gamma, seeds=seeds, inputs=inputs)
     if stage.finished(fingerprint, ["samples/grid.png", *(f"samples/{seed:06d}.png" for seed in seeds)]):
         return
@@ -90,17 +125,20 @@ def work(stage: common.Stage) -> None:
     folder, total, parts = stage.results / "samples", Ledger([v.flops for v in drift.levels]), []
     folder.mkdir(parents=True, exist_ok=True)
     with common.bar("sample", len(seeds)) as progress:
-        for start in range(0, len(seeds), cfg.compare.batch):
-            if stage.should_stop():
-                raise common.Stopped(f"stopped as asked after {start} images")
-            batch = seeds[start : start + cfg.compare.batch]
-            images, ledger = sample(drift, grid, setting.dynamics, setting.step_rule, batch, shape, stage.device)
-            pixels = to_uint8(images.cpu())
-            for seed, image in zip(batch, pixels, strict=True):
-                Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{seed:06d}.png")
-            total.add(ledger)
-            parts.append(pixels)
-            progress(start + len(batch), len(seeds))
+
+        def take(found: dict[int, tuple[torch.Tensor, Ledger]]) -> None:
+            for number, (pixels, ledger) in found.items():
+                for seed, image in zip(seeds[number * cfg.compare.batch :], pixels, strict=False):
+                    Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{seed:06d}.png")
+                total.add(ledger)
+                parts.append(pixels)
+            progress(total.images, len(seeds))
+
+        shards.ask(help_draw, setting, gamma, seeds)
+        try:
+            draw(stage, setting, drift, shape, seeds, take)
+        except shards.Interrupted as error:
+            raise common.Stopped(f"stopped as asked after {total.images} images") from error
     save_grid(torch.cat(parts)[:1024], folder / "grid.png", scale=None)
     facts = {
         "gflops": total.flops_per_image / 1e9,

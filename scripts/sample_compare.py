@@ -14,7 +14,7 @@ import run_settings
 import side_by_side
 from omegaconf import DictConfig, OmegaConf
 
-from mlem_diffusion import speedup
+from mlem_diffusion import batches, shards, speedup
 from mlem_diffusion.checkpoint import atomic_write, write_json
 from mlem_diffusion.compare import Setting, best_setting, row_of, setting_of, settings_of
 from mlem_diffusion.data import ImageData
@@ -42,21 +42,47 @@ def real_features(stage: common.Stage, images: ImageData, extractor: Extractor, 
     key = hashlib.sha256(f"{images.manifest['sha256']} {extractor.key}".encode()).hexdigest()[:20]
     path = cache / f"real-{key}.npy"
     if not path.is_file():
-        parts, train = [], images.train()
-        with common.bar("features of the real images", len(train)) as progress:
-            for start in range(0, len(train), 1024):
-                part = images.images[train[start : start + 1024]]
-                parts.append(extractor.features(part).numpy())
-                progress(start + len(part), len(train))
-                if start + 1024 < len(train) and stage.should_stop():
-                    raise common.Stopped("stopped as asked while extracting the features of the real images")
-
-        def write(temporary: Path) -> None:
-            with temporary.open("wb") as file:
-                np.save(file, np.concatenate(parts))
-
-        atomic_write(path, write)
+        shards.ask(help_extract, path)
+        extract(stage, images, extractor, path)
     return np.load(path)
+
+
+def extract(stage: common.Stage, images: ImageData, extractor: Extractor, path: Path, chunk: int = 1024) -> None:
+    """Make the file of the real images' features; collective (shards.py)."""
+    train = images.train()
+
+    def work(i: int) -> batches.Arrays:
+        return {"features": extractor.features(images.images[train[i * chunk : (i + 1) * chunk]]).numpy()}
+
+    def write(arrays: batches.Arrays) -> None:
+        def save(temporary: Path) -> None:
+            with temporary.open("wb") as file:
+                np.save(file, arrays["features"])
+
+        atomic_write(path, save)
+
+    job, done = batches.Job(path, -(-len(train) // chunk), work, write), 0
+    with common.bar("features of the real images", len(train)) as progress:
+
+        def advance(_: int) -> None:
+            nonlocal done
+            done += 1
+            progress(min(done * chunk, len(train)), len(train))
+
+        try:
+            batches.run([job], stage.should_stop, advance)
+        except shards.Interrupted as error:
+            if not shards.is_main():
+                raise
+            what = "stopped as asked while extracting the features of the real images"
+            raise common.Stopped(what) from error
+
+
+def help_extract(stage: common.Stage, path: Path) -> None:
+    """`extract` in a process that helps the main one."""
+    extractor = run_settings.make_extractor(stage)
+    assert extractor is not None
+    extract(stage, stage.data(), extractor, path)
 
 
 @dataclass(frozen=True)
@@ -148,7 +174,7 @@ def work(stage: common.Stage) -> None:
         best = {k: v for k, v in best_setting(rows).items() if k != "seed"}
         write_json(stage.results / "best.json", best | {"gamma": runner.gamma})
         for dynamics in result:
-            pictures[dynamics, "reference"] = to_uint8(runner.reference(dynamics)[: runner.grid_images]).numpy()
+            pictures[dynamics, "reference"] = to_uint8(runner.read_reference(dynamics)[: runner.grid_images]).numpy()
             comparison_grid(pick_for_grid(rows, pictures, dynamics), stage.results / "grids" / f"{dynamics}.png")
     with Tracker(stage.results, stage.name, stage.plain(), **cfg.tracking, fresh=True) as tracker:
         for row in rows:

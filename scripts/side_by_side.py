@@ -15,11 +15,13 @@ stop_requested: Callable[[], bool] = bool  # in a worker: whether the parent ask
 
 
 def worker_count(workers: Any, device: torch.device, tasks: int) -> int:
-    """The `workers` of the configuration; "auto": one per CPU core without a GPU, else one."""
+    """The `workers` of the configuration; "auto": one per CPU core without a GPU, else one. Always one where torchrun's
+    processes share the work."""
+    if dist.is_initialized():
+        return 1
     if workers != "auto":
         return int(workers)
-    alone = device.type != "cpu" or dist.is_initialized()
-    return 1 if alone else min(tasks, torch.get_num_threads())
+    return 1 if device.type != "cpu" else min(tasks, torch.get_num_threads())
 
 
 def threads_per_worker(workers: int) -> int:

@@ -1,13 +1,15 @@
 """Packed images -> checkpoints/<experiment>/<level>/: train every level of the family, cheap to expensive.
 
-Also under torchrun (one process per GPU): torchrun --nproc-per-node 8 scripts/train_levels.py experiment=celeba64
+With one process per GPU, launch.py or torchrun: torchrun --nproc-per-node 8 scripts/train_levels.py experiment=celeba64
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
+import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,13 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
+from mlem_diffusion import shards
 from mlem_diffusion.checkpoint import atomic_write, read_json, write_json
 from mlem_diffusion.data import ImageData
 from mlem_diffusion.drift import SingleLevel
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.evaluate import denoising_errors, noise_levels
-from mlem_diffusion.family import as_level, build_denoiser, read_metadata
+from mlem_diffusion.family import as_level, build_denoiser, level_name, read_metadata
 from mlem_diffusion.grids import save_grid
 from mlem_diffusion.metrics import to_uint8
 from mlem_diffusion.plot_compare import plot_training
@@ -33,6 +36,7 @@ from mlem_diffusion.tracking import Tracker
 from mlem_diffusion.train import Interrupted, TrainConfig, train_level
 
 GROUPS = ("process", "unet", "train")
+JOBS = "jobs"  # folder in the results: records of jobs that train some levels only, one folder each
 
 
 def level_fingerprint(stage: common.Stage, level: dict[str, Any], images: ImageData) -> str:
@@ -73,8 +77,7 @@ def train_one(
     cfg, folder, process = stage.cfg, stage.checkpoints / level["name"], stage.process()
     config: TrainConfig = common.build(cfg.train)
     fingerprint = level_fingerprint(stage, level, images)
-    trained = is_trained(folder, fingerprint)
-    wait_for_all()  # every process has looked before the main one writes
+    trained = shards.from_main(lambda: is_trained(folder, fingerprint))
     if trained:
         print(f"{level['name']}: already trained.") if common.is_main_process() else None
         return read_json(folder / "metadata.json", "train it again")
@@ -89,7 +92,7 @@ def train_one(
 
     def on_snapshot(seen: int, ema: Any) -> None:
         preview = sample(
-            SingleLevel(as_level(level["name"], ema, level["flops"])), process.grid(min(25, process.base_steps)),
+            SingleLevel(as_level(level["name"], ema, level["flops"], compile="off")), process.grid(min(25, process.base_steps)),
             "ode", "ddim", seeds, shape, stage.device,
         )[0]  # fmt: skip
         path = stage.results / "training" / f"{level['name']}-{seen:010d}-ema.png"
@@ -116,7 +119,7 @@ def train_one(
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     logsnr = noise_levels(process, cfg.gamma.noise_levels)
     loss, _, _ = denoising_errors(
-        [as_level(level["name"], ema, level["flops"], cfg.precision)], held_out, logsnr, seed=1
+        [as_level(level["name"], ema, level["flops"], cfg.precision, compile="off")], held_out, logsnr, seed=1
     )
     for file in sorted(folder.glob("ema-*.safetensors")):
         snapshots.append({"images": int(file.stem.removeprefix("ema-")), "file": file.name})
@@ -143,39 +146,78 @@ def wait_for_all() -> None:
 
 
 def work(stage: common.Stage) -> None:
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        if stage.device.type == "cuda":
-            stage.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(stage.device)
-        dist.init_process_group("nccl" if stage.device.type == "cuda" else "gloo")
-    try:
-        if world > 1 and common.is_main_process():
-            stage.data()  # draws the procedural images on first use, while the others wait
+    """Every one of several processes does this: each trains on its part of every batch."""
+    chosen = chosen_levels(stage)
+    images = stage.data()  # draws the procedural images on first use, one process while others wait
+    if stage.cfg.only is None:
+        train_all(stage, images)
+    else:
+        train_some(stage, images, chosen)
+
+
+def chosen_levels(stage: common.Stage) -> list[str]:
+    """Names of the levels to train: all, or those that `only` names; UserError for one that the family does not have."""
+    names, only = [level_name(width) for width in stage.cfg.family.widths], stage.cfg.only
+    wanted = names if only is None else [only] if isinstance(only, str) else list(only)
+    missing = [name for name in wanted if name not in names]
+    if missing or not wanted:
+        what = f"there is no level {missing[0]}" if missing else "no level is named"
+        raise UserError(f"only={only}: {what}; the family has {', '.join(names)}.")
+    return [name for name in names if name in wanted]
+
+
+def train_some(stage: common.Stage, images: ImageData, names: list[str]) -> None:
+    """Train some levels of the family, perhaps beside other jobs that train the rest: writes these levels' checkpoints and
+    pictures, and records in a folder of their own. What belongs to all is made by a later run without `only`."""
+    stage.catch_signals()
+    levels = [level for level in stage.describe_levels(images.manifest["rms"]) if level["name"] in names]
+    missing = shards.from_main(lambda: [v for v in levels if not is_trained_here(stage, v, images)])
+    for level in levels:
+        if level not in missing and common.is_main_process():
+            print(f"{level['name']}: already trained.")
+    held_out = stage.held_out(images)
+    for level in missing:
+        with recorded(stage, [level], stage.results / JOBS / level["name"]) as tracker:
+            train_one(stage, level, images, held_out, tracker)
         wait_for_all()
-        train_all(stage, stage.data())
+        if common.is_main_process():
+            print(f"{level['name']}: trained; see {common.shown(stage.checkpoints / level['name'])}/")
+
+
+def is_trained_here(stage: common.Stage, level: dict[str, Any], images: ImageData) -> bool:
+    return is_trained(stage.checkpoints / level["name"], level_fingerprint(stage, level, images))
+
+
+@contextmanager
+def recorded(stage: common.Stage, levels: list[dict[str, Any]], folder: Path) -> Iterator[Tracker | None]:
+    """The main process's tracker for these levels, which writes to the folder. Where none of them has begun, records and
+    pictures of earlier runs are dropped. An interruption becomes common.Stopped."""
+    if not common.is_main_process():
+        tracker = None
+    else:
+        fresh = not any((stage.checkpoints / v["name"] / "state.pt").is_file() for v in levels)
+        for picture in [p for v in levels for p in (stage.results / "training").glob(f"{v['name']}-*.png") if fresh]:
+            picture.unlink()
+        tracker = Tracker(folder, stage.name, stage.plain(), **stage.cfg.tracking, fresh=fresh)
+    try:
+        yield tracker
+    except Interrupted as error:
+        raise common.Stopped(f"{error}; its state is saved") from error
     finally:
-        if world > 1:
-            dist.destroy_process_group()
+        if tracker is not None:
+            tracker.finish()
 
 
 def train_all(stage: common.Stage, images: ImageData) -> None:
-    rms = images.manifest["rms"]
-    levels = stage.describe_levels(rms)
-    main_process = common.is_main_process()
+    levels = stage.describe_levels(images.manifest["rms"])
     fingerprint = stage.fingerprint((*GROUPS, "family"), data=images.manifest["sha256"])
-    trained = all(is_trained(stage.checkpoints / v["name"], level_fingerprint(stage, v, images)) for v in levels)
-    if trained and stage.finished(fingerprint, ["training.png"]):
+    if shards.from_main(lambda: all(is_trained_here(stage, v, images) for v in levels)) and shards.from_main(
+        lambda: stage.finished(fingerprint, ["training.png"])
+    ):
         return
     stage.catch_signals()
-    tracker = None
-    if main_process:
-        fresh = not any((stage.checkpoints / v["name"] / "state.pt").is_file() for v in levels)
-        for picture in (stage.results / "training").glob("*.png") if fresh else ():
-            picture.unlink()
-        tracker = Tracker(stage.results, stage.name, stage.plain(), **stage.cfg.tracking, fresh=fresh)
-    metadata = []
-    try:
+    with recorded(stage, levels, stage.results) as tracker:
+        metadata = []
         if (workers := side_by_side.worker_count(stage.cfg.workers, stage.device, len(levels))) > 1:
             expensive_first = sorted(levels, key=lambda level: -level["flops"])
             tasks = [(stage, level, line) for line, level in enumerate(expensive_first)]
@@ -188,23 +230,29 @@ def train_all(stage: common.Stage, images: ImageData) -> None:
             for level in levels:
                 metadata.append(train_one(stage, level, images, held_out, tracker))
                 wait_for_all()
-    except Interrupted as error:
         if tracker is not None:
-            tracker.finish()
-        raise common.Stopped(f"{error}; its state is saved") from error
-    if main_process and tracker is not None:
-        shown = [{**m, "logsnr": m["held_out"]["logsnr"], "held_out": m["held_out"]["loss"]} for m in metadata]
-        tracker.image("training", Path(plot_training(shown, stage.results / "training.png", title=stage.cfg.title)))
-        for m in metadata:
-            tracker.log(
-                {
-                    "level": m["name"],
-                    "held_out_loss": float(np.mean(m["held_out"]["loss"])),
-                    "images": m["images"],
-                }
-            )
-        tracker.finish()
+            collect_jobs(stage, tracker)
+            publish(stage, metadata, tracker)
+    if common.is_main_process():
         stage.record(fingerprint, images.manifest)
+
+
+def publish(stage: common.Stage, metadata: list[dict[str, Any]], tracker: Tracker) -> None:
+    """What belongs to all levels: the figure of their losses, and the losses in the records."""
+    shown = [{**m, "logsnr": m["held_out"]["logsnr"], "held_out": m["held_out"]["loss"]} for m in metadata]
+    tracker.image("training", Path(plot_training(shown, stage.results / "training.png", title=stage.cfg.title)))
+    for m in metadata:
+        loss = float(np.mean(m["held_out"]["loss"]))
+        tracker.log({"level": m["name"], "held_out_loss": loss, "images": m["images"]})
+
+
+def collect_jobs(stage: common.Stage, tracker: Tracker) -> None:
+    """Take over the records of jobs that trained some levels only."""
+    for path in sorted((stage.results / JOBS).glob("*/metrics.jsonl")):
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            tracker.log({name: value for name, value in record.items() if name != "stage"})
+        path.unlink()
 
 
 def mirror_workers(stage: common.Stage, metadata: list[dict[str, Any]], tracker: Tracker) -> None:
@@ -225,7 +273,7 @@ def train_in_worker(stage: common.Stage, level: dict[str, Any], position: int) -
 
 
 def estimate(stage: common.Stage) -> list[tuple[str, float, float]]:
-    levels, images = stage.describe_levels(), stage.cfg.train.images
+    levels, images, chosen = stage.describe_levels(), stage.cfg.train.images, chosen_levels(stage)
     seconds = common.seconds_per_evaluation(stage, 16)
     # a backward pass costs twice the forward pass
     return [
@@ -235,12 +283,13 @@ def estimate(stage: common.Stage) -> list[tuple[str, float, float]]:
             3 * s * images,
         )
         for v, s in zip(levels, seconds, strict=True)
+        if v["name"] in chosen
     ]
 
 
 @hydra.main(version_base=None, config_path=common.CONFIGS, config_name="train_levels")
 def main(cfg: DictConfig) -> None:
-    common.run("train_levels", cfg, work, estimate)
+    common.run("train_levels", cfg, work, estimate, everyone=True)
 
 
 if __name__ == "__main__":

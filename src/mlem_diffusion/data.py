@@ -24,6 +24,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 from mlem_diffusion import archives, portraits
 from mlem_diffusion.errors import UserError
 
@@ -81,7 +86,8 @@ def prepare(
     CelebA's official partition is used when its list lies inside or beside the source and leaves images on
     both sides; else `holdout` images drawn with `seed` are held out, half valid and half test.
     progress(done, total) is called in the calling thread, in images.
-    A destination prepared from the same source with the same settings is kept as it is.
+    A destination prepared from the same source with the same settings is kept as it is; of several processes that prepare
+    one destination, one does and the others wait.
     Raises UserError for wrong input, a full disk, or a destination that cannot be written.
     """
     destination = Path(destination)
@@ -122,35 +128,39 @@ def prepare(
     total = count or available
     split, split_record = _split(names, listed.partition_list if listed else None, total, holdout, seed)
 
-    with _workspace(destination, total * (3 * size * size + 1)) as folder:
-        if listed:
-            treatment, skipped = _pack(folder, listed, names, size, crop, skip_broken, progress)
-            split = np.delete(split, skipped)
-        else:
-            _draw(folder, total, size, seed, progress)
-            treatment, skipped = {f"drawn at {size}x{size}": total}, []
-        images = np.load(folder / "images.npy.partial", mmap_mode="r")
-        np.save(folder / "split.npy", split)
-        parts = np.bincount(split, minlength=3)
-        split_record |= {part: int(n) for part, n in zip(("train", "valid", "test"), parts, strict=True)}
-        mean, rms, array_sha256 = _statistics(images, split)
-        manifest = {
-            "name": name,
-            "count": len(images),
-            "size": [size, size],
-            "source": origin,
-            "crop": crop,
-            "treatment": dict(sorted(treatment.items())),
-            "resize": RESIZE if listed else f"none: drawn at {size}x{size}",
-            "split": split_record,
-            "sha256": array_sha256,
-            "mean": mean,
-            "rms": rms,
-            "skipped": [names[row] for row in skipped],
-            "fingerprint": fingerprint,
-        }
-        (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-        _publish(folder, destination)
+    with _alone(destination):
+        kept = _kept(destination, fingerprint, skip_broken)
+        if kept is not None:  # by another process, meanwhile
+            return kept
+        with _workspace(destination, total * (3 * size * size + 1)) as folder:
+            if listed:
+                treatment, skipped = _pack(folder, listed, names, size, crop, skip_broken, progress)
+                split = np.delete(split, skipped)
+            else:
+                _draw(folder, total, size, seed, progress)
+                treatment, skipped = {f"drawn at {size}x{size}": total}, []
+            images = np.load(folder / "images.npy.partial", mmap_mode="r")
+            np.save(folder / "split.npy", split)
+            parts = np.bincount(split, minlength=3)
+            split_record |= {part: int(n) for part, n in zip(("train", "valid", "test"), parts, strict=True)}
+            mean, rms, array_sha256 = _statistics(images, split)
+            manifest = {
+                "name": name,
+                "count": len(images),
+                "size": [size, size],
+                "source": origin,
+                "crop": crop,
+                "treatment": dict(sorted(treatment.items())),
+                "resize": RESIZE if listed else f"none: drawn at {size}x{size}",
+                "split": split_record,
+                "sha256": array_sha256,
+                "mean": mean,
+                "rms": rms,
+                "skipped": [names[row] for row in skipped],
+                "fingerprint": fingerprint,
+            }
+            (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+            _publish(folder, destination)
     return manifest
 
 
@@ -426,6 +436,34 @@ def _workspace(destination: Path, needed: int) -> Iterator[Path]:
         raise UserError(f"{destination} cannot be written ({error.strerror or error}).") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _alone(destination: Path) -> Iterator[None]:
+    """One process at a time, also on other machines that share the disk; without locks where the system has none."""
+    path = destination.absolute().parent / f".{destination.name}.lock"
+    file = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while file is None:
+            file = path.open("w")
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            try:  # the one before us removed the file that we waited for: take its successor
+                same = os.path.samestat(os.fstat(file.fileno()), path.stat())
+            except FileNotFoundError:
+                same = False
+            if not same:
+                file.close()
+                file = None
+    except OSError:
+        pass  # no locks here, or nothing can be written, which the preparation will say itself
+    try:
+        yield
+    finally:
+        if file is not None:
+            path.unlink(missing_ok=True)
+            file.close()
 
 
 def _alive(pid: str) -> bool:

@@ -53,7 +53,7 @@ def denoising_errors(
             x0 = images[part]
             # the noise of image i at noise level j is the same whatever the batch size
             seeds = [seed * 1_000_003 + j * m + i for i in range(m)[part]]
-            level_logsnr = torch.full((len(x0),), float(value), device=x0.device)
+            level_logsnr = torch.full((1,), float(value), device=x0.device).expand(len(x0))
             x = add_noise(x0, initial_noise(seeds, tuple(x0.shape[1:]), x0.device), level_logsnr)
             outputs = [level.denoise(x, level_logsnr).float() for level in levels]
             for i, output in enumerate(outputs):

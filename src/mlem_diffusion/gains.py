@@ -169,7 +169,7 @@ def _trajectory(
 
 
 def _noise_level(evaluation: Evaluation, x: Tensor) -> Tensor:
-    return torch.full((len(x),), evaluation.logsnr, dtype=torch.float32, device=x.device)
+    return torch.full((1,), evaluation.logsnr, dtype=torch.float32, device=x.device).expand(len(x))
 
 
 def _sweep(

@@ -28,6 +28,7 @@ from .plans import Plan, frontier
 from .probabilities import evaluation_probabilities
 
 METHODS = ("independent", "nested", "systematic", "quadrature")
+_LEAST = 1e-12  # probability of a difference that is never seen to matter: two levels with the same output
 _OFFSETS = 32  # of systematic coins, evenly spaced: a quadrature over the one random number
 _COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
 
@@ -151,12 +152,12 @@ def independent_probabilities(gains: np.ndarray, costs: np.ndarray, price: float
     for certain in range(1, levels + 1):
         p = np.ones((n, levels))
         for k in range(certain, levels):
-            p[:, k] = np.minimum(1, np.sqrt(gains[k] / (price * (costs[k] + costs[k - 1]))))
+            p[:, k] = np.clip(np.sqrt(gains[k] / (price * (costs[k] + costs[k - 1]))), _LEAST, 1)
         for _ in range(40 if certain < levels else 0):
             for k in range(certain, levels):
                 above = p[:, k + 1] if k + 1 < levels else 0.0
                 marginal = costs[k] * (1 - above) + costs[k - 1] * (1 - p[:, k - 1])
-                p[:, k] = np.minimum(1, np.sqrt(gains[k] / (price * np.maximum(marginal, 1e-12 * costs[k]))))
+                p[:, k] = np.clip(np.sqrt(gains[k] / (price * np.maximum(marginal, 1e-12 * costs[k]))), _LEAST, 1)
         objective = (gains.T * (1 / p - 1)).sum(axis=1) + price * evaluation_probabilities(p) @ costs
         better = objective < lowest
         best[better], lowest[better] = p[better], objective[better]
@@ -179,7 +180,7 @@ def nested_probabilities(squares: np.ndarray, costs: np.ndarray, price: float) -
                 a = blocks.pop()
                 block = (a[0] + block[0], a[1] + block[1], a[2] + block[2])
             blocks.append(block)
-        row = [v for d, c, length in blocks for v in [min(1.0, float(np.sqrt(d / (price * c))))] * length]
+        row = [v for d, c, length in blocks for v in [min(1.0, max(_LEAST, float(np.sqrt(d / (price * c)))))] * length]
         out[j, 1:] = row
     return out
 
@@ -298,7 +299,7 @@ class Planner:
         unit = self.costs[high] + (0.0 if base else self.costs[low])
         if self.method in ("independent", "nested"):
             gain = self._gain(low, high)
-            p = np.minimum(1.0, np.sqrt(gain / (price * unit)) + 1e-12)
+            p = np.minimum(1.0, np.sqrt(gain / (price * unit)) + _LEAST)
             return float((gain * (1 / p - 1)).sum() + price * unit * p.sum()), None
         key = (low, high)
         if key not in self.options:

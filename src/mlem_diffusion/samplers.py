@@ -40,9 +40,10 @@ def sample(
     noise: Tensor | PathWindows | None = increments
     if rule.clock is not None and noise is None:
         noise = PathWindows(seeds, shape, grid, rule.clock, device)
+    if isinstance(noise, PathWindows):
+        noise[0]  # the first window is drawn before the clock starts; on a GPU while the coins are drawn here
     ledger = Ledger([level.flops for level in drift.levels], images=len(seeds))
     estimate = drift.estimator(len(program), seeds, ledger)
-    _draw(noise, 0, device)  # the first window is drawn before the clock starts
     start, drawing = _now(device), 0.0
     state: list[Tensor | None] = [x] + [None] * (len(program[0].update) - 1)
     for j, evaluation in enumerate(program):

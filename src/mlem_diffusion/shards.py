@@ -11,6 +11,7 @@ asks them to (`ask`), until it lets them go (`dismiss`).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -100,12 +101,13 @@ def ask(function: Callable[..., object], *args: Any) -> None:
 
 def serve(context: Any) -> None:
     """On all other processes: do what the main one asks for until it dismisses them."""
-    while (order := from_main(lambda: None)) is not None:
+    while True:
+        order: Any = from_main(lambda: None)
+        if order is None:
+            return
         function, args = order
-        try:
+        with contextlib.suppress(Interrupted):  # so is the main process, which decides what follows
             function(context, *args)
-        except Interrupted:
-            pass  # so is the main process, which decides what follows
 
 
 def dismiss() -> None:

@@ -187,8 +187,11 @@ class TrainStep:
             with nullcontext() if last or self.parallel is None else self.parallel.no_sync():
                 losses.append(self._forward_backward(part))
             if self.has_copy and (last or one_by_one):
-                take = torch._foreach_copy_ if i == 0 or not one_by_one else torch._foreach_add_
-                take(self.gradients, [parameter.grad for parameter in self.working])
+                gradients: list[Any] = [parameter.grad for parameter in self.working]
+                if i == 0 or not one_by_one:
+                    torch._foreach_copy_(self.gradients, gradients)
+                else:
+                    torch._foreach_add_(self.gradients, gradients)
         return losses[0] if self.accumulate == 1 else torch.stack(losses).sum()
 
     def _forget_gradients(self) -> None:

@@ -40,8 +40,10 @@ def seconds_per_image(
     device: torch.device | str = "cpu",
     runs: int = 9,
     warm_up: int = 2,
+    at_least: float = 1.0,
 ) -> list[float]:
-    """Seconds per image of one evaluation of each level on `batch` images of this shape: medians of `runs` runs after a warm-up.
+    """Seconds per image of one evaluation of each level on `batch` images of this shape: medians of `runs` runs after a warm-up,
+    or of as many as fit into `at_least` seconds.
 
     Levels take turns, so that a machine that is busy for a moment is busy for all of them; nothing else should run meanwhile.
     A coin that fires for few images of a batch runs a smaller batch, which on a GPU costs more per image than this.
@@ -51,7 +53,8 @@ def seconds_per_image(
     # one number for all images, as in sampling: networks embed equal noise levels once
     logsnr = torch.zeros((), device=device).expand(batch)
     times: list[list[float]] = [[] for _ in family]
-    for run in range(warm_up + runs):
+    run, began = 0, time.perf_counter()
+    while run < warm_up + runs or time.perf_counter() - began < at_least:
         for k, level in enumerate(family):
             _wait_for(device)
             started = time.perf_counter()
@@ -59,6 +62,7 @@ def seconds_per_image(
             _wait_for(device)
             if run >= warm_up:
                 times[k].append(time.perf_counter() - started)
+        run += 1
     return [statistics.median(each) / batch for each in times]
 
 

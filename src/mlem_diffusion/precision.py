@@ -1,0 +1,107 @@
+"""What lower precision does to a family: errors of every level against float32 at every noise level."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import UserError
+from .levels import Level
+from .noise import initial_noise
+from .process import add_noise
+
+
+@dataclass(frozen=True)
+class PrecisionErrors:
+    """Mean squares per pixel at log-SNRs [S], float32 the measure of all: `rounding` [K, S] of f^k - its float32 self,
+    `difference` [K, S] of f^k - f^(k-1) in float32 (of f^1 - the clean image for the first level), what a multilevel estimate
+    multiplies by its weights. Where the first is well below the second, rounding does not matter."""
+
+    names: tuple[str, ...]
+    logsnr: np.ndarray
+    rounding: np.ndarray
+    difference: np.ndarray
+
+    def ratio(self) -> np.ndarray:
+        """Root mean square rounding over root mean square difference [K, S]; zero rounding is 0 whatever the difference."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(self.rounding == 0, 0.0, np.sqrt(self.rounding / self.difference))
+
+    def to_json(self) -> dict[str, Any]:
+        levels = [
+            {
+                "level": name,
+                "rms_rounding": np.sqrt(self.rounding[k]).tolist(),
+                "rms_difference": np.sqrt(self.difference[k]).tolist(),
+                "worst_ratio": float(self.ratio()[k].max()),
+            }
+            for k, name in enumerate(self.names)
+        ]
+        return {"logsnr": self.logsnr.tolist(), "levels": levels}
+
+
+@torch.no_grad()
+def precision_errors(
+    exact: Sequence[Level],
+    rounded: Sequence[Level],
+    images: Tensor,
+    logsnr: np.ndarray,
+    seed: int = 0,
+    batch: int = 128,
+    progress: Callable[[int, int], None] | None = None,
+) -> PrecisionErrors:
+    """Compare two versions of one family on images [M,C,H,W] in [-1, 1], noised alike. Raises UserError unless their levels
+    have the same names in the same order."""
+    names = tuple(level.name for level in exact)
+    if names != tuple(level.name for level in rounded):
+        raise UserError("Two precisions can be compared of the same levels in the same order only.")
+    rounding, difference = np.zeros((len(names), len(logsnr))), np.zeros((len(names), len(logsnr)))
+    for j, value in enumerate(logsnr):
+        for start in range(0, len(images), batch):
+            x0 = images[start : start + batch]
+            share = len(x0) / len(images)
+            seeds = [seed * 1_000_003 + j * len(images) + start + i for i in range(len(x0))]
+            noise_level = torch.full((1,), float(value), device=x0.device).expand(len(x0))
+            x = add_noise(x0, initial_noise(seeds, tuple(x0.shape[1:]), x0.device), noise_level)
+            before = x0
+            for k, (a, b) in enumerate(zip(exact, rounded, strict=True)):
+                output = a.denoise(x, noise_level)
+                rounding[k, j] += share * float((b.denoise(x, noise_level) - output).double().square().mean())
+                difference[k, j] += share * float((output - before).double().square().mean())
+                before = output
+        if progress is not None:
+            progress(j + 1, len(logsnr))
+    return PrecisionErrors(names, np.asarray(logsnr), rounding, difference)
+
+
+def plot_precision(found: PrecisionErrors, path: Path, *, precision: str, title: str = "") -> None:
+    """Left: rounding (solid) and differences (dashed) against noise level; right: their ratio."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for k, name in enumerate(found.names):
+        colour = colormaps["viridis"](0.9 * k / max(1, len(found.names) - 1))
+        left.plot(found.logsnr, np.sqrt(found.rounding[k]), color=colour, label=name)
+        left.plot(found.logsnr, np.sqrt(found.difference[k]), color=colour, linestyle="--")
+        right.plot(found.logsnr, found.ratio()[k], color=colour)
+    left.plot([], [], color="0.3", label=f"{precision} against float32")
+    left.plot([], [], color="0.3", linestyle="--", label="difference to the level below\n(the first: to the image)")
+    left.set_ylabel("root mean square per pixel")
+    right.set_ylabel("rounding over difference")
+    right.axhline(1.0, color="0.6", linewidth=1)
+    left.legend(fontsize=8.5, frameon=False)
+    for ax in (left, right):
+        ax.set_yscale("log")
+        ax.set_xlabel("log-SNR (noise to data)")
+        ax.grid(alpha=0.25)
+    figure.suptitle(f"{title}: what {precision} rounds away" if title else f"What {precision} rounds away", fontsize=12)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
