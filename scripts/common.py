@@ -356,7 +356,7 @@ class bar:
             mininterval=1.0 if sys.stderr.isatty() else 30.0,  # a log file needs few lines
             leave=False,
             position=position,
-            disable=disable or not is_main_process(),  # None: silent unless on a terminal
+            disable=disable if is_main_process() else True,  # None: silent unless on a terminal
         )
 
     def __enter__(self) -> bar:

@@ -15,7 +15,7 @@ import sys
 import time
 from typing import Any
 
-PATIENCE = 30.0  # seconds that the other processes have to notice that one has failed
+PATIENCE = 60.0  # seconds that the other processes have to end once one has failed
 
 
 def environment(rank: int, count: int, port: int) -> dict[str, str]:
@@ -32,7 +32,7 @@ def free_port() -> int:
 
 
 def run(count: int, command: list[str]) -> int:
-    """Exit status of the first process that fails, or 0."""
+    """Exit status of the main process, or where it ends well of another that fails."""
     port = free_port()
     started = [subprocess.Popen(command, env=environment(rank, count, port)) for rank in range(count)]
 
@@ -42,17 +42,16 @@ def run(count: int, command: list[str]) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, forward)
-    status, failed_at = 0, 0.0
+    failed_at = None
     while any(process.poll() is None for process in started):
         time.sleep(0.05)
-        failures = [process.returncode for process in started if process.returncode]
-        if failures and not status:
-            status, failed_at = failures[0], time.monotonic()
-        if status and time.monotonic() - failed_at > PATIENCE:
+        if failed_at is None and any(process.returncode for process in started):
+            failed_at = time.monotonic()
+        if failed_at is not None and time.monotonic() - failed_at > PATIENCE:
             for process in started:
                 process.kill()
-    status = status or next((process.returncode for process in started if process.returncode), 0)
-    return status if status >= 0 else 128 - status
+    status = next((process.returncode for process in started if process.returncode), 0)
+    return status if status >= 0 else 128 - status  # of a signal, as the shell has it
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import atexit
 import os
 import sys
 import threading
-import traceback
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import NoReturn
@@ -17,7 +17,8 @@ import torch.distributed as dist
 from mlem_diffusion import shards
 from mlem_diffusion.errors import UserError
 
-FAILED = "mlem-diffusion/failed"
+FAILED, LEFT = "mlem-diffusion/failed", "mlem-diffusion/left"  # counters that all processes see
+PATIENCE = 30.0  # seconds that others have to notice that one has failed
 
 
 def count() -> int:
@@ -47,18 +48,23 @@ class Watch:
     def __init__(self) -> None:
         # a connection of its own: torch.distributed's may be waiting for another process
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self.store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30))
+        self.store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=PATIENCE))
         self.over = threading.Event()
-        threading.Thread(target=self._look, daemon=True).start()
+        self.thread = threading.Thread(target=self._look, daemon=True)
+        self.thread.start()
 
     def _look(self) -> None:
-        while not self.over.wait(0.5):
+        while not self.over.wait(0.25):
             try:
                 failed = self.store.add(FAILED, 0) > 0
             except Exception:  # the process that holds the store is gone
                 failed = True
             if failed and not self.over.is_set():
-                leave(2)
+                self.leave(2)
+
+    def stop(self) -> None:
+        self.over.set()
+        self.thread.join()
 
     def first_to_fail(self) -> bool:
         self.over.set()
@@ -67,12 +73,20 @@ class Watch:
         except Exception:
             return False
 
-
-def leave(status: int) -> NoReturn:
-    """End this process now: with others gone, an orderly end could wait for them."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    def leave(self, status: int) -> NoReturn:
+        """End this process now: with others gone, an orderly end could wait for them. The main one holds the store, so it
+        goes last."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        try:
+            if is_main():
+                until = time.monotonic() + PATIENCE
+                while self.store.add(LEFT, 0) < count() - 1 and time.monotonic() < until:
+                    time.sleep(0.05)
+            else:
+                self.store.add(LEFT, 1)
+        finally:
+            os._exit(status)
 
 
 def together(work: Callable[[], None], report: Callable[[BaseException], int], stopped: type[Exception]) -> None:
@@ -84,23 +98,16 @@ def together(work: Callable[[], None], report: Callable[[BaseException], int], s
         dist.init_process_group(backend, timeout=timedelta(days=7))
         atexit.register(dist.destroy_process_group)
     watch = Watch()
+    end: Exception | None = None
     try:
         try:
             work()
-        except stopped:
-            shards.agree(True)  # nobody ends while another still saves
-            raise
-        shards.agree(True)
-    except stopped:
-        raise
+        except stopped as error:
+            end = error
+        shards.agree(True)  # nobody ends while another still saves
+        watch.stop()
+        shards.agree(True)  # nor while another looks into the store
     except BaseException as error:
-        if watch.first_to_fail():
-            try:
-                status = report(error)
-            except BaseException:
-                traceback.print_exc()
-                status = 1
-            leave(status)
-        leave(2)
-    finally:
-        watch.over.set()
+        watch.leave(report(error) if watch.first_to_fail() else 2)
+    if end is not None:
+        raise end

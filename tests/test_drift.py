@@ -280,3 +280,35 @@ def test_nested_costs_are_exact_by_the_coins_of_many_seeds(p: np.ndarray) -> Non
     assert np.all(error <= 0.01 * np.maximum(expected, 0.5))
     if np.array_equal(p, [1.0, 0.5, 0.5]):
         assert expected == pytest.approx([12.0, 0.0, 6.0]) and not counts[:, 1].any()
+
+
+def test_levels_may_reuse_their_output_buffer_and_share_one_noise_level() -> None:
+    """As networks replayed from a CUDA graph do: an estimate must not change when a level is called again."""
+    buffer, seen = torch.empty(4, *SHAPE), []
+
+    def denoise(x: torch.Tensor, logsnr: torch.Tensor) -> torch.Tensor:
+        seen.append((logsnr.shape, logsnr.stride()))
+        return torch.mul(x, logsnr.view(-1, 1, 1, 1), out=buffer[: len(x)])
+
+    level = Level("replayed", denoise, 1.0)
+    estimate = SingleLevel(level).estimator(2, range(4), Ledger([1.0], 4))
+    x = torch.ones(4, *SHAPE)
+    first = estimate(0, x, 0.5)
+    second = estimate(1, x, -2.0)
+    assert torch.all(first == 0.5) and torch.all(second == -2.0)
+    assert seen == [((4,), (0,))] * 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_the_loop_never_waits_for_the_device() -> None:
+    family = tuple(Level(v.name, v.denoise, v.flops) for v in toy_family())
+    drift = Multilevel(family, np.array([1.0, 0.5, 0.2]))
+    estimate = drift.estimator(12, range(16), Ledger([v.flops for v in family], 16))
+    x = torch.randn(16, *SHAPE, device="cuda")
+    estimate(0, x, 0.0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for j in range(1, 12):
+            estimate(j, x, 0.1 * j)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

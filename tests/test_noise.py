@@ -8,6 +8,7 @@ import torch
 from toys import SHAPE, process
 
 from mlem_diffusion.noise import (
+    PathWindows,
     coin_uniforms,
     increment_weights,
     initial_noise,
@@ -87,3 +88,26 @@ def test_streams_are_separate() -> None:
 def test_training_randomness_can_be_derived_again() -> None:
     a, b, c = (torch.randn(8, generator=training_generator(CPU, 0, step)) for step in (7, 7, 8))
     assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+@pytest.mark.parametrize("clock", CLOCKS)
+@pytest.mark.parametrize("held", [1, 3, 7, 100])
+def test_windows_give_the_path_a_few_steps_at_a_time(clock: str, held: int) -> None:
+    grid, seeds = process(200).grid(23), [4, 9, 11]
+    whole = path_increments(seeds, SHAPE, grid, clock, CPU)
+    windows = PathWindows(seeds, SHAPE, grid, clock, CPU, most=held * 4 * whole[0].numel())
+    drawn = 0
+    for j in range(22):
+        drawn += not windows.holds(j)
+        torch.testing.assert_close(windows[j], whole[j], rtol=0, atol=1e-6)
+    assert drawn == -(-22 // held)
+    torch.testing.assert_close(windows[0], whole[0], rtol=0, atol=1e-6)  # and again from the start
+
+
+def test_a_range_of_steps_draws_only_the_blocks_it_touches(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    from mlem_diffusion import noise
+
+    monkeypatch.setattr(noise, "stream_seed", lambda *key: calls.append(key) or stream_seed(*key))
+    path_increments([1], SHAPE, process(320).grid(), "snr", CPU, range(0, 10))
+    assert [number for _, _, number in calls] == [0]  # ten base increments lie in the first block of 32

@@ -13,7 +13,7 @@ from mlem_diffusion.cost import Ledger
 from mlem_diffusion.drift import Multilevel, SingleLevel
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.levels import Level
-from mlem_diffusion.noise import initial_noise, path_increments
+from mlem_diffusion.noise import PathWindows, initial_noise, path_increments
 from mlem_diffusion.probabilities import COINS
 from mlem_diffusion.process import Grid, alpha_sigma
 from mlem_diffusion.samplers import sample
@@ -378,3 +378,14 @@ def test_fine_grids_give_the_variance_of_the_data(dynamics: str, rule: str) -> N
     images, _ = sample(drift, p.grid(), dynamics, rule, range(5), (4, 32, 32))
     assert float(images.double().var()) == pytest.approx(S**2, rel=0.06)
     assert abs(float(images.double().mean())) < 4 * S / 20480**0.5
+
+
+def test_long_paths_are_drawn_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing a few steps at a time changes neither the samples nor what is counted."""
+    level, grid = toy_family(1)[0], process(100, spacing="logsnr").grid(40)
+    arguments = (SingleLevel(level), grid, "sde", "ddpm", [3, 5], SHAPE)
+    whole, _ = sample(*arguments)
+    monkeypatch.setattr(PathWindows.__init__, "__defaults__", (4 * whole.numel() * 4,))  # four steps at a time
+    again, ledger = sample(*arguments)
+    torch.testing.assert_close(again, whole, rtol=0, atol=1e-5)
+    assert ledger.evaluations == [80]

@@ -186,7 +186,7 @@ def test_all_artefacts_exist(done):
     place, _ = done
     expected = [
         "gamma.json", "gamma.png", "compare.csv", "compare.png", "speedup.json", "best.json", "provenance.json",
-        "plans.json", "plans.npz", "gains.png", "diagnostics.json", "diagnostics-sde.png", "diagnostics-ode.png", "method.json",
+        "plans.json", "plans.npz", "gains.png", "diagnostics.json", "levels.json", "levels.png", "diagnostics-sde.png", "diagnostics-ode.png", "method.json",
         "metrics.jsonl", "report.html", "training.png", "grids/sde.png", "grids/ode.png",
         *(f"config-{stage}.yaml" for stage in RECORDED),
         *(f"training/w{w}-{seen:010d}-ema.png" for w in range(2, 7) for seen in (192, 320, 640)),
@@ -302,6 +302,7 @@ def test_the_report_is_self_contained(done):
     html = (place.results / "report.html").read_text()
     assert len(html) > 10_000 and "data:image/png;base64" in html
     assert not re.search(r"(src|href)=[\"']?https?://[^\"' >]+\.(js|css|png)", html)
+    assert "Levels: FLOPs, seconds and worth" in html
     assert str(place.folder) not in html and str(ROOT) not in html
 
 
@@ -711,6 +712,88 @@ def test_what_is_done_is_not_optimised_again(analytic, here):
     assert analytic.digest() == before
     dry = here("sample_compare", analytic, "dry_run=true")
     assert dry.code == 0 and "ode quadrature dpmpp_2m" in dry.out and analytic.digest() == before
+
+
+def test_what_levels_are_worth_is_written_down(analytic):
+    content, plans = strict(analytic.results / "levels.json"), strict(analytic.results / "plans.json")
+    assert [level["name"] for level in content["levels"]] == ["f1", "f2", "f3"]
+    for level in content["levels"]:
+        assert level["seconds"] == plans["timing"]["seconds"][level["name"]] > 0
+        worth = level["worth_flops"]
+        assert worth is None if level["name"] == "f3" else set(worth) == {"sde/ddpm", "ode/dpmpp_2m"}
+        for w in (worth or {}).values():
+            assert w["largest"] >= w["mean"] >= 1 - 1e-12 and w["errors"][0] < w["errors"][1]
+    assert content["kept"]["flops"][-1] == content["kept"]["seconds"][-1] == "f3"
+    assert plans["cost_unit"] == "flops" and content["batch"] == plans["timing"]["batch"] == 256
+    for e in plans["plans"]:  # each in its own unit
+        low, high = (f(plans["timing"]["seconds"].values()) * e["steps"] for f in (min, sum))
+        assert 0.99 * low < e["seconds"] < 2 * high
+    with Image.open(analytic.results / "levels.png") as image:
+        assert min(image.size) > 400
+
+
+SECONDS = {"f1": 1e-3, "f2": 9.99e-3, "f3": 1e-2}  # the middle level takes as long as the largest
+
+
+def test_plans_in_seconds(analytic, here, tmp_path, monkeypatch):
+    """Levels are timed once; plans are chosen, and later judged, by seconds, and still say what FLOPs they take."""
+    place, optimise = Analytic(tmp_path / "seconds"), importlib.import_module("optimise")
+    calls = []
+
+    def seconds(family: Any, *rest: Any) -> list[float]:
+        calls.append([level.name for level in family])
+        return [SECONDS[level.name] for level in family]
+
+    monkeypatch.setattr(optimise, "seconds_per_image", seconds)
+    run = here("optimise", place, "optimise.cost=seconds")
+    assert run.code == 0, run.err
+    assert calls == [["f1", "f2", "f3"]] and "In seconds f1 + f3 earn their place; removed, in order: f2." in run.out
+    content = strict(place.results / "plans.json")
+    assert content["cost_unit"] == "seconds" and content["timing"]["seconds"] == SECONDS
+    assert strict(place.results / "levels.json")["kept"]["seconds"] == ["f1", "f3"]
+    optimal = [e for e in content["plans"] if e["probabilities"] == "optimal"]
+    assert optimal and not any("f2" in e["levels"] for e in optimal)
+    in_flops = strict(analytic.results / "plans.json")["plans"]
+    assert any("f2" in e["levels"] for e in in_flops if e["probabilities"] == "optimal")
+    assert {e["probabilities"] for e in content["plans"]} >= {"optimal", "measured"}
+    groups = {(e["dynamics"], e["method"], e["probabilities"]) for e in content["plans"]}
+    for group in groups:  # a frontier of errors on the selection seeds over seconds
+        mine = [e for e in content["plans"] if (e["dynamics"], e["method"], e["probabilities"]) == group]
+        mine.sort(key=lambda e: e["seconds"])
+        assert all(a["selected_error"] > b["selected_error"] for a, b in zip(mine, mine[1:], strict=False))
+    # judged, and again without measuring
+    assert here("sample_compare", place).code == 0
+    with (place.results / "compare.csv").open(newline="") as file:
+        rows = {row["plan"]: row for row in csv.DictReader(file) if row["plan"]}
+    assert set(rows) == {e["id"] for e in content["plans"]}
+    for e in content["plans"]:
+        assert float(rows[e["id"]]["gflops_expected"]) == pytest.approx(e["cost"] / 1e9, rel=1e-4)
+        if e["method"] == "quadrature":  # fixed weights: whole numbers of evaluations
+            counts = float(rows[e["id"]]["network_calls"])
+            assert min(SECONDS.values()) * counts <= e["seconds"] <= max(SECONDS.values()) * counts
+    method = strict(place.results / "method.json")["sde/ddpm"]
+    assert method["unit"] == "seconds" and strict(analytic.results / "method.json")["sde/ddpm"]["unit"] == "flops"
+    assert "seconds" in (method["optimiser_against_em"]["worst"] or {"seconds": None})
+    assert here("optimise", place, "optimise.cost=seconds", "force=true").code == 0 and len(calls) == 1
+    assert strict(place.results / "plans.json")["plans"] == content["plans"]
+
+
+def test_no_plan_at_all_where_all_levels_take_as_long(here, tmp_path, monkeypatch):
+    """The largest level alone is then the best plan."""
+    place = Analytic(tmp_path / "equal")
+    monkeypatch.setattr(
+        importlib.import_module("optimise"), "seconds_per_image", lambda family, *_: [1e-3] * len(family)
+    )
+    run = here("optimise", place, "optimise.cost=seconds", "optimise.methods=[independent]")
+    assert run.code == 0, run.err
+    assert strict(place.results / "levels.json")["kept"]["seconds"] == ["f3"]
+    assert not [e for e in strict(place.results / "plans.json")["plans"] if e["probabilities"] == "optimal"]
+
+
+@pytest.mark.parametrize("more", [[], ["dry_run=true"]])
+def test_an_unknown_unit_of_cost_is_one_sentence(here, tmp_path, more):
+    run = here("optimise", Analytic(tmp_path), "optimise.cost=joules", *more)
+    assert run.code == 2 and run.complaint == "optimise: optimise.cost = joules is unknown; expected flops or seconds."
 
 
 def test_no_picture_can_be_drawn_of_numbers(analytic, here):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -72,6 +73,13 @@ def bf16_copy(denoiser: Denoiser) -> Denoiser:
     return working
 
 
+def _parallel(module: nn.Module) -> nn.Module:
+    """Gradients averaged over the processes. No buffer ever changes, so none is sent around at every step."""
+    wrap = nn.parallel.DistributedDataParallel
+    known = inspect.signature(wrap).parameters
+    return wrap(module, **{"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False})
+
+
 class TrainStep:
     """step(batch, lr, decay): one update of the denoiser and its moving average `ema`, both float32 and in place.
 
@@ -130,12 +138,11 @@ class TrainStep:
             self.gradients = [torch.zeros_like(p, requires_grad=False) for p in self.masters]
             for parameter, gradient in zip(self.masters, self.gradients, strict=True):
                 parameter.grad = gradient
-        self.forward: Callable[..., Tensor] = LossModule(working)
+        self.forward: Any = LossModule(working)
         self.parallel: Any = None
         if world > 1:
-            # no buffer changes, so none is sent around at every step
-            self.parallel = nn.parallel.DistributedDataParallel(self.forward, broadcast_buffers=False)
-            self.forward = self.parallel
+            self.parallel = _parallel(self.forward)
+            self.forward = self.parallel  # wrapped first, then compiled
         self._eager: Callable[..., Tensor] | None = None  # kept until the compiled backward pass has worked once
         if wants(compile, self.device):
             self._eager = self.forward
@@ -283,7 +290,7 @@ class GraphedStep:
             try:
                 self.graph = self._capture()
             except Exception as error:
-                self.failed = True
+                self.failed, self.buffers = True, []
                 reason = f"CUDA graph capture failed ({first_line(error)})"
                 warnings.warn(f"{self.name} runs without a CUDA graph: {reason}.", SlowPath, stacklevel=2)
                 self.step(batch)

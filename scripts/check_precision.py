@@ -1,0 +1,133 @@
+"""Levels -> precision.json, precision.png: what bf16 rounds away at every level and noise level, and whether it moves the
+comparison: settings of compare.csv's frontiers, run in both precisions on the same seeds and paths."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import common
+import hydra
+import numpy as np
+import run_settings
+from omegaconf import DictConfig, OmegaConf
+
+from mlem_diffusion import speedup
+from mlem_diffusion.checkpoint import write_json
+from mlem_diffusion.compare import Setting, row_of, setting_from
+from mlem_diffusion.evaluate import noise_levels
+from mlem_diffusion.family import load_family
+from mlem_diffusion.precision import plot_precision, precision_errors
+from mlem_diffusion.tables import BASELINES, describe, frontier, read_rows
+
+PRECISIONS = ("float32", "bf16")
+MOST = 6  # settings of one kind and dynamics
+
+
+def compared(cfg: DictConfig) -> int:
+    """Samples that are compared with the reference."""
+    return min(cfg.compare.n, cfg.compare.n_reference)
+
+
+def frontier_settings(rows: list[dict[str, Any]]) -> list[Setting]:
+    """Of each dynamics, baselines on their frontier and multilevel settings on theirs, from cheap to expensive."""
+    chosen: dict[Setting, None] = {}
+    for dynamics in dict.fromkeys(row["dynamics"] for row in rows):
+        for is_baseline in (True, False):
+            mine = [r for r in rows if r["dynamics"] == dynamics and (r["drift"] in BASELINES) == is_baseline]
+            best = frontier(mine, "gflops_realised", "error")
+            spread = np.unique(np.round(np.linspace(0, len(best) - 1, min(MOST, len(best)))).astype(int))
+            chosen |= {setting_from(best[i]): None for i in spread}
+    return list(chosen)
+
+
+def run_in(stage: common.Stage, precision: str, settings: list[Setting]) -> list[speedup.Setting]:
+    """The settings in one precision, each against the reference in the same one, without distances."""
+    whole = stage.cfg
+    stage.cfg = OmegaConf.merge(whole, {"precision": precision, "compare": {"n": compared(whole)}})
+    stage.cfg.metrics = {"_target_": None}
+    try:
+        runner, _ = run_settings.make_runner(stage)
+        found = run_settings.run_all(stage, runner, settings, precision)
+    finally:
+        stage.cfg = whole
+    return [
+        speedup.Setting(row_of(s, f["costs"]), f["errors"], f["clusters"]) for s, f in zip(settings, found, strict=True)
+    ]
+
+
+def side_by_side_rows(exact: list[speedup.Setting], rounded: list[speedup.Setting]) -> list[dict[str, Any]]:
+    """Mean squared errors of every setting in both precisions, with the standard error of their paired difference."""
+    out = []
+    for a, b in zip(exact, rounded, strict=True):
+        change = b.errors - a.errors
+        out.append({
+            "dynamics": a.row["dynamics"], "setting": describe(a.row), "gflops": a.row["gflops_expected"],
+            "error_float32": float(a.errors.mean()), "error_bf16": float(b.errors.mean()),
+            "change": float(change.mean()), "change_se": float(change.std(ddof=1) / math.sqrt(len(change))),
+        })  # fmt: skip
+    return out
+
+
+def speedups_of(settings: list[speedup.Setting], stage: common.Stage) -> dict[str, Any]:
+    """{dynamics: {"plain" | "best": {"max", "lower95"} in FLOPs at equal error}} within these settings."""
+    found = speedup.speedups(settings, seed=stage.cfg.compare.seed, replicates=stage.cfg.compare.bootstrap)
+    return {
+        dynamics: {
+            kind: {k: entry[kind]["error"]["flops"][k] for k in ("max", "lower95")} for kind in ("plain", "best")
+        }
+        for dynamics, entry in found.items()
+    }
+
+
+def work(stage: common.Stage) -> None:
+    cfg, images = stage.cfg, stage.data()
+    metadata = stage.levels_of(images)
+    table = stage.find("compare.csv")
+    rows = read_rows(table) if table.is_file() else []
+    inputs = {"levels": [m["weights_sha256"] for m in metadata], "rows": rows}
+    fingerprint = stage.fingerprint(("process", "gamma", "compare"), **inputs)
+    if stage.finished(fingerprint, ["precision.json", "precision.png"]):
+        return
+    stage.catch_signals()
+    exact, rounded = (
+        load_family(stage.checkpoints, cfg.family.widths, stage.device, p, compile=cfg.compile, batch=cfg.gamma.batch)
+        for p in PRECISIONS
+    )
+    logsnr = noise_levels(stage.process(), cfg.gamma.noise_levels)
+    with common.bar("rounding", len(logsnr), unit="noise level") as progress:
+        found = precision_errors(
+            exact, rounded, stage.held_out(images), logsnr, cfg.gamma.seed, cfg.gamma.batch, progress
+        )
+    plot_precision(found, stage.results / "precision.png", precision="bf16", title=cfg.title)
+    for k, name in enumerate(found.names):
+        ratio = found.ratio()[k]
+        print(
+            f"{name}: bf16 rounds away {ratio.max():.2g} of the difference to the level below at worst "
+            f"(log-SNR {logsnr[int(ratio.argmax())]:.3g}), {np.median(ratio):.2g} in the median."
+        )
+    result: dict[str, Any] = found.to_json()
+    if rows:
+        settings = frontier_settings(rows)
+        measured = {p: run_in(stage, p, settings) for p in PRECISIONS}
+        result["settings"] = side_by_side_rows(measured["float32"], measured["bf16"])
+        result["samples"] = compared(cfg)
+        result["speedup"] = {p: speedups_of(measured[p], stage) for p in PRECISIONS}
+        moved = max(result["settings"], key=lambda row: abs(row["change"]) / row["error_float32"])
+        print(
+            f"{len(settings)} settings: bf16 changes the error by at most "
+            f"{100 * abs(moved['change']) / moved['error_float32']:.2g}% ({moved['setting']})."
+        )
+    else:
+        print("compare.csv is not there, so no settings were run in both precisions (make sample-compare first).")
+    write_json(stage.results / "precision.json", result)
+    stage.record(fingerprint, images.manifest)
+
+
+@hydra.main(version_base=None, config_path=common.CONFIGS, config_name="check_precision")
+def main(cfg: DictConfig) -> None:
+    common.run("check_precision", cfg, work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Forward passes: a plain matrix product as the yardstick, the reference networks, an experiment's own levels."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..compilation import first_line
+from ..cost import flops_per_evaluation
+from ..errors import SlowPath
+from .networks import denoiser_of, fast, has_diffusers, inputs
+from .record import Found, row
+from .timing import measure
+
+NO_DIFFUSERS = "diffusers is not installed (the test extra), so nothing is compared with it."
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all parts share: where, how large the images are ([3, size, size]), in which precision and how often."""
+
+    device: torch.device
+    size: int
+    precision: str
+    repeats: int
+
+
+def matmul(bench: Bench, side: int, precisions: Sequence[str]) -> Found:
+    """The product of two random square matrices: what this device can do at best with networks of matrix products."""
+    found = Found()
+    for precision in precisions:
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        a, b = (torch.randn(side, side, device=bench.device).to(dtype) for _ in range(2))
+        (ms,) = attempt(found, {f"matmul {precision}": lambda a=a, b=b: a @ b}, bench).values()
+        found.rows.append(row("matmul", f"{precision} {side}-cube", ms, flops=2.0 * side**3))
+    return found
+
+
+def forward(bench: Bench, width: int, batches: Sequence[int], mode: str, unet: Mapping[str, Any]) -> Found:
+    """The reference architecture at one width, ours and diffusers', in turns, through `FastDenoiser`."""
+    found = Found()
+    names = {"ours": "forward", "diffusers": "forward_diffusers"}
+    networks, flops = {}, {}
+    for whose in names:
+        if whose == "diffusers" and not has_diffusers():
+            found.note(NO_DIFFUSERS)
+            continue
+        try:
+            denoiser = denoiser_of(whose, width, bench.size, unet, bench.device)
+            flops[whose] = flops_per_evaluation(denoiser, bench.size)
+            networks[whose] = fast(denoiser, bench.precision, mode, f"w{width} ({whose})", max(batches))
+        except Exception as error:
+            found.note(f"forward w{width}, {whose}: {first_line(error)}.")
+    if len(flops) == 2:
+        found.add("flops_ratio_diffusers", width=width, ratio=flops["diffusers"] / flops["ours"])
+    for batch in batches:
+        x, logsnr = inputs(batch, bench.size, bench.device)
+        runs = {
+            f"{names[whose]} w{width} batch {batch} {mode}": (lambda net=net, x=x, at=logsnr: net(x, at))
+            for whose, net in networks.items()
+        }
+        times = dict(zip(networks, attempt(found, runs, bench).values(), strict=True))
+        labels = {whose: label(found, net, bench.precision, mode, times, whose) for whose, net in networks.items()}
+        for whose, what in names.items():
+            ratio, ms = None, times.get(whose)
+            ours, theirs = times.get("ours"), times.get("diffusers")
+            if whose == "ours" and ours and theirs and labels["ours"] == labels["diffusers"]:
+                ratio = theirs / ours
+            text = labels.get(whose, f"{bench.precision} {mode}")
+            found.rows.append(row(what, text, ms, width=width, batch=batch, flops=flops.get(whose), ratio=ratio))
+    return found
+
+
+def level(bench: Bench, width: int, batches: Sequence[int], mode: str, unet: Mapping[str, Any]) -> Found:
+    """One level of an experiment's family, in the shape that the family gives it (unet.narrow)."""
+    found = Found()
+    denoiser = denoiser_of("ours", width, bench.size, unet, bench.device)
+    flops = flops_per_evaluation(denoiser, bench.size)
+    net = fast(denoiser, bench.precision, mode, f"w{width}", max(batches))
+    for batch in batches:
+        x, logsnr = inputs(batch, bench.size, bench.device)
+        name = f"level w{width} batch {batch} {mode}"
+        times = attempt(found, {name: lambda x=x, at=logsnr: net(x, at)}, bench)
+        text = label(found, net, bench.precision, mode, times, name)
+        found.rows.append(row("level", text, times[name], width=width, batch=batch, flops=flops))
+    return found
+
+
+def label(
+    found: Found, net: Any, precision: str, mode: str, times: dict[str, float | None], key: str
+) -> str:
+    """What a network really ran with; one that was to be compiled and was not gives no time."""
+    if times[key] is None:
+        return f"{precision} {mode}"
+    if mode in ("compiled", "tuned") and "compiled" not in net.mode:
+        times[key] = None
+        return f"{precision} {mode}"
+    return net.mode + (" (tuned)" if mode == "tuned" else "")
+
+
+def attempt(found: Found, functions: Mapping[str, Callable[[], object]], bench: Bench) -> dict[str, float | None]:
+    """Milliseconds of each function, timed in turns; None and one line for one that fails (out of memory, say)."""
+    times: dict[str, float | None] = dict.fromkeys(functions)
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always", SlowPath)
+        working = {}
+        for name, function in functions.items():
+            try:
+                function()
+                function()  # the second call of a compiled network may still recompile
+                working[name] = function
+            except Exception as error:
+                found.note(f"{name}: {first_line(error)}.")
+        try:
+            times |= dict(zip(working, measure(list(working.values()), bench.device, bench.repeats), strict=True))
+        except Exception as error:
+            found.note(f"{', '.join(working)}: {first_line(error)}.")
+    for warning in caught:
+        if issubclass(warning.category, SlowPath):
+            found.note(str(warning.message))
+    return times

@@ -1,0 +1,157 @@
+"""Whole samplers against the networks that they call, and the random numbers that they need."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cost import flops_per_evaluation
+from ..drift import Drift, Multilevel, SingleLevel
+from ..errors import SlowPath
+from ..levels import Level
+from ..noise import path_increments
+from ..probabilities import constant_probabilities, draw_coins
+from ..process import Process
+from ..samplers import sample
+from .forward import Bench, attempt, label
+from .networks import denoiser_of, fast
+from .record import Found, row
+from .timing import measure
+
+GAMMA = 2.5  # of the probabilities; the coins' costs are what matters here, not what they buy
+
+
+@dataclass
+class _Noting:
+    """A level's denoiser that notes how many samples it was called with."""
+
+    index: int
+    denoise: Callable[[Tensor, Tensor], Tensor]
+    calls: list[tuple[int, int]] = field(repr=False)
+
+    def __call__(self, x: Tensor, logsnr: Tensor) -> Tensor:
+        self.calls.append((self.index, len(x)))
+        return self.denoise(x, logsnr)
+
+
+def sampler(
+    bench: Bench,
+    process: Process,
+    widths: Sequence[int],
+    unet: Mapping[str, Any],
+    mode: str,
+    steps: int,
+    batches: Sequence[int],
+    knob: float,
+) -> Found:
+    """DDPM with the largest level and ML-EM with two kinds of coins; rows of three kinds:
+
+    sampler: the whole call, with its random numbers; sampler_loop: without the drawing of noise (ledger.seconds);
+    sampler_networks: the very network calls that the sampler made, of the same sizes and in the same order, alone.
+    """
+    found = Found()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", SlowPath)
+        nets, levels = [], []
+        for width in widths:
+            denoiser = denoiser_of("ours", width, bench.size, unet, bench.device)
+            flops = flops_per_evaluation(denoiser, bench.size)
+            nets.append(fast(denoiser, bench.precision, mode, f"w{width}", max(batches)))
+            levels.append(Level(f"w{width}", nets[-1], flops))
+        p = constant_probabilities([level.flops for level in levels], GAMMA, knob)
+
+        def drifts(family: Sequence[Level]) -> dict[str, Drift]:
+            return {
+                f"DDPM with {family[-1].name}": SingleLevel(family[-1]),
+                "ML-EM, independent coins": Multilevel(tuple(family), p, "independent"),
+                "ML-EM, systematic coins": Multilevel(tuple(family), p, "systematic"),
+            }
+
+        for batch in batches:
+            for name in drifts(levels):
+                _one(found, bench, process, levels, nets, drifts, name, steps, batch, mode)
+    for warning in caught:
+        if issubclass(warning.category, SlowPath):
+            found.note(str(warning.message))
+    return found
+
+
+def _one(
+    found: Found,
+    bench: Bench,
+    process: Process,
+    levels: Sequence[Level],
+    nets: Sequence[Any],
+    drifts: Callable[[Sequence[Level]], dict[str, Drift]],
+    name: str,
+    steps: int,
+    batch: int,
+    mode: str,
+) -> None:
+    grid, shape, seeds = process.grid(steps), (3, bench.size, bench.size), range(batch)
+    width = int(levels[-1].name[1:]) if name.startswith("DDPM") else None
+    times: dict[str, float | None] = dict.fromkeys(("sampler", "sampler_loop", "sampler_networks"))
+    flops, text = None, f"{name}, {steps} steps"
+    calls: list[tuple[int, int]] = []
+    noting = [Level(v.name, _Noting(k, v.denoise, calls), v.flops) for k, v in enumerate(levels)]
+    loops: list[float] = []
+    try:
+        if name.startswith("DDPM"):
+            calls = noting[-1].denoise.calls  # type: ignore[attr-defined]
+        _, ledger = sample(drifts(noting)[name], grid, "sde", "ddpm", seeds, shape, bench.device)
+        flops = ledger.flops_per_image
+        x = torch.randn(batch, *shape, device=bench.device)
+        at = torch.zeros((), device=bench.device)
+        drift = drifts(levels)[name]
+
+        def whole() -> None:
+            loops.append(1e3 * sample(drift, grid, "sde", "ddpm", seeds, shape, bench.device)[1].seconds)
+
+        def networks() -> None:
+            with torch.no_grad():
+                for k, count in calls:
+                    levels[k].denoise(x[:count], at.expand(count))
+
+        networks()
+        ran = {label(found, net, bench.precision, mode, {"": 1.0}, "") for net in nets}
+        if all(("compiled" in r) == (mode in ("compiled", "tuned")) for r in ran):
+            times["sampler"], times["sampler_networks"] = measure([whole, networks], bench.device, bench.repeats)
+            del loops[:1]  # of the call that measure() makes to see how long it takes
+            times["sampler_loop"] = sorted(loops)[len(loops) // 2] if bench.device.type == "cuda" else min(loops)
+            overhead = {
+                "overhead": times["sampler"] / times["sampler_networks"] - 1,
+                "overhead_without_noise": times["sampler_loop"] / times["sampler_networks"] - 1,
+            }
+            found.add("sampler_overhead", drift=name, batch=batch, steps=steps, calls=len(calls), **overhead)
+    except Exception as error:
+        found.note(f"sampler, {name}, batch {batch}: {str(error).splitlines()[0] if str(error) else error!r}")
+    for what, ms in times.items():
+        found.rows.append(row(what, f"{bench.precision} {mode}, {text}", ms, width=width, batch=batch, flops=flops))
+
+
+def noise(bench: Bench, process: Process, steps: int, batches: Sequence[int], levels: int, knob: float) -> Found:
+    """Random numbers of one batch: path increments on a grid of `steps` and on the base grid, and both kinds of coins."""
+    found = Found()
+    shape = (3, bench.size, bench.size)
+    p = constant_probabilities([6.0**k for k in range(levels)], GAMMA, knob)
+    table = p[None].repeat(steps, axis=0)
+    for batch in batches:
+        seeds = range(batch)
+        functions: dict[str, Callable[[], object]] = {
+            f"coins {kind}, {steps} steps, {levels} levels": lambda kind=kind, seeds=seeds: draw_coins(table, seeds, kind)
+            for kind in ("independent", "systematic")
+        }
+        for count in dict.fromkeys((steps, process.base_steps)):
+            grid = process.grid(count)
+            functions[f"path, {count} steps"] = lambda grid=grid, seeds=seeds: path_increments(
+                seeds, shape, grid, "snr", bench.device
+            )
+        for name, function in functions.items():
+            (ms,) = attempt(found, {name: function}, bench).values()
+            found.rows.append(row("noise", name, ms, batch=batch))
+    return found
