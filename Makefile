@@ -10,10 +10,11 @@ DRY := $(if $(DRY_RUN),dry_run=true)
 SWEEP = $(filter -m --multirun,$(ARGS))
 OVERRIDES = experiment=$(EXPERIMENT) $(DRY) $(1) $(filter-out -m --multirun,$(ARGS))
 RUN = $(BIN)/python scripts/$(1).py $(SWEEP) $(call OVERRIDES,$(2))
-TRAIN = $(if $(filter-out 1,$(NPROC)),$(BIN)/torchrun --standalone --nproc-per-node $(NPROC),$(BIN)/python) scripts/train_levels.py $(SWEEP) $(call OVERRIDES)
+# one process per GPU
+SEVERAL = $(BIN)/python $(if $(filter-out 1,$(NPROC)),scripts/launch.py $(NPROC) )scripts/$(1).py $(SWEEP) $(call OVERRIDES,$(2))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup demo data train-levels measure-gamma optimise sample-compare report sample verify-rates test lint format clean
+.PHONY: help setup demo data train-levels measure-gamma optimise sample-compare report sample verify-rates benchmark test lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets and their variables
@@ -25,7 +26,7 @@ help:  ## list the targets and their variables
 	@echo "  DRY_RUN=1         print the resolved configuration and the estimated cost, then stop"
 	@echo "  SOURCE=path       make data: zip, tar or folder of images, or download (torchvision's CelebA)"
 	@echo "  SEEDS=0-63        make sample: which sample seeds"
-	@echo "  NPROC=n           make train-levels: processes of torchrun"
+	@echo "  NPROC=n           train-levels, optimise, sample-compare, sample: so many processes, one per GPU"
 	@echo "  PYTHON=python3    the interpreter that makes .venv; VENV=dir another environment"
 
 setup: $(VENV)/.installed  ## make .venv and install the package (other targets do it by themselves)
@@ -44,10 +45,10 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 demo: setup  ## the whole experiment on procedural portraits; at most 10 minutes on two CPU cores
 	@$(call RUN,prepare_data)
-	@$(TRAIN)
+	@$(call SEVERAL,train_levels)
 	@$(call RUN,measure_gamma)
-	@$(call RUN,optimise)
-	@$(call RUN,sample_compare)
+	@$(call SEVERAL,optimise)
+	@$(call SEVERAL,sample_compare)
 	@$(call RUN,report)
 
 data: EXPERIMENT := $(if $(filter file default,$(origin EXPERIMENT)),celeba64,$(EXPERIMENT))
@@ -55,28 +56,32 @@ data: setup  ## images -> packed array: make data SOURCE=path/to/img_align_celeb
 	@$(call RUN,prepare_data,$(if $(SOURCE),"data.source='$(SOURCE)'"))
 
 train-levels: setup  ## train every level of the family
-	@$(TRAIN)
+	@$(call SEVERAL,train_levels)
 
 measure-gamma: setup  ## error against FLOPs -> gamma.json, gamma.png
 	@$(call RUN,measure_gamma)
 
 optimise: setup  ## gains, diagnostics and the best plans -> plans.json, which sample-compare then judges
-	@$(call RUN,optimise)
+	@$(call SEVERAL,optimise)
 
 sample-compare: setup  ## EM, ML-EM and baselines -> compare.csv, compare.png, speedup.json
-	@$(call RUN,sample_compare)
+	@$(call SEVERAL,sample_compare)
 
 report: setup  ## results/EXPERIMENT/report.html
 	@$(call RUN,report)
 
 sample: setup  ## PNGs and a grid with the best known sampler: make sample SEEDS=0-63
-	@$(call RUN,sample,"seeds='$(SEEDS)'")
+	@$(call SEVERAL,sample,"seeds='$(SEEDS)'")
 
 test: $(VENV)/.installed-test  ## the tests
 	@$(BIN)/python -m pytest $(ARGS)
 
 verify-rates: setup  ## exponents of cost against error on a problem with a known answer; minutes on two CPU cores
 	@$(BIN)/python scripts/verify_rates.py $(SWEEP) $(DRY) $(filter-out -m --multirun,$(ARGS))
+
+benchmark: EXPERIMENT := $(if $(filter file default,$(origin EXPERIMENT)),celeba64,$(EXPERIMENT))
+benchmark: $(VENV)/.installed-test  ## speed of networks, training and samplers here -> results/benchmark; under three minutes on a CPU
+	@$(call RUN,benchmark)
 
 lint: $(VENV)/.installed-test  ## ruff (lint, format) and pyright
 	@$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import signal
 import subprocess
@@ -36,6 +37,10 @@ from mlem_diffusion.process import Process
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = str(ROOT / "configs")
+# Processes that a launcher starts elsewhere (a SLURM job) must find this module.
+_PATHS = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+if str(ROOT / "scripts") not in _PATHS:
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "scripts"), *filter(None, _PATHS)])
 PACKAGES = (
     "mlem-diffusion",
     "torch",
@@ -146,7 +151,7 @@ class Stage:
     def fingerprint(self, groups: tuple[str, ...], **inputs: Any) -> str:
         """Hash of the configuration groups and input artefacts that a stage depends on."""
         config = self.plain(*groups)
-        for key in ("log_every", "save_every", "compile"):  # how training is watched, not what is trained
+        for key in ("log_every", "save_every", "compile", "graph"):  # how training is watched, not what is trained
             config.get("train", {}).pop(key, None)
         text = json.dumps([config, inputs], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()

@@ -87,12 +87,12 @@ def measured_plans(stage: common.Stage, runner: Runner, effects: Effects, costs:
     """The square-root law from measured differences, constant in time, at the wanted costs."""
     o, family = stage.cfg.optimise, list(runner.levels.values())
     weights = runner.process.drift_weights(effects.logsnr)
-    squares = effects.squares @ weights
+    squares, unit = effects.squares @ weights, costs.tolist()
     out = []
     for steps in o.measured.steps:
         there = effects.on(runner.process.grid(steps).logsnr)
         for cost in o.measured.costs:
-            p = knob_for_cost(lambda knob: measured_probabilities(squares, costs, knob), costs, steps, cost * costs[-1])
+            p = knob_for_cost(lambda knob: measured_probabilities(squares, unit, knob), unit, steps, cost * unit[-1])
             if p is not None:
                 out.append(_plain_plan("measured", tuple(runner.levels), steps, p, family, there, costs))
     return out

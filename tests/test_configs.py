@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from mlem_diffusion.compare import settings_of
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.extractors import Extractor
-from mlem_diffusion.family import build_denoiser, level_name
+from mlem_diffusion.family import build_denoiser, describe, level_name
 from mlem_diffusion.optimise import METHODS
 from mlem_diffusion.process import Process
 from mlem_diffusion.step_rules import REFERENCE_RULE, STEP_RULES
@@ -178,10 +179,20 @@ def test_every_process_instantiates_over_its_whole_range(name):
     assert np.all(np.isfinite(grid.beta)) and np.all(np.diff(grid.time) < 0)
 
 
-@pytest.mark.parametrize(("name", "size"), [("small", 16), ("adm", 64)])
-def test_every_unet_instantiates(name, size):
-    build_denoiser(4, size, 0.5, plain(configuration("train_levels", f"unet={name}").unet), "v")
-    assert {p.stem for p in (CONFIGS / "unet").glob("*.yaml")} == {"small", "adm"}
+UNETS = {"small": 16, "small_fast": 16, "adm": 64, "adm_fast": 64}
+
+
+@pytest.mark.parametrize(("name", "size"), list(UNETS.items()))
+def test_every_unet_is_one_function_of_width(name, size):
+    """It builds, and costs more FLOPs the wider it is, across all changes of shape."""
+    unet = plain(configuration("train_levels", f"unet={name}").unet)
+    widths = sorted(
+        {4, 96, *(e["upto"] for e in unet.get("narrow", ())), *(e["upto"] + 8 for e in unet.get("narrow", ()))}
+    )
+    costs = [describe(width, size, 0.5, unet, "v")["flops"] for width in widths]
+    assert all(b > a for a, b in pairwise(costs))
+    build_denoiser(4, size, 0.5, unet, "v")
+    assert {p.stem for p in (CONFIGS / "unet").glob("*.yaml")} == set(UNETS)
 
 
 # ------------------------------------------------------------------------------------------------- metrics

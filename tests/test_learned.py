@@ -189,6 +189,14 @@ def test_learned_probabilities_beat_constant_ones_at_the_same_cost() -> None:
         assert len(learned.loss) == len(learned.loss_se) == iterations and learned.flops > 0
         return learned.p
 
+    # in other units the costs are other numbers, and nothing else is: a thousandth of the FLOPs
+    in_kiloflops = learn_probabilities(
+        family, grid, "sde", "ddpm", SHAPE, expected_flops=1e-3 * budget, start=constant, iterations=2, paths=4,
+        knots=7, costs=[1e-3 * f.flops for f in family],
+    )  # fmt: skip
+    assert np.allclose(in_kiloflops.p, learn(2), rtol=1e-6) and in_kiloflops.cost == pytest.approx(1e-3 * budget)
+    seen.clear()
+
     p = learn(25)
     assert seen == [(i + 1, 25) for i in range(25)]
     assert np.array_equal(learn(2), learn(2))

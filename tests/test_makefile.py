@@ -88,6 +88,12 @@ def test_verify_rates_needs_no_experiment():
     assert found[2:] == ["-m", "dry_run=true", "rates.gammas=[2],[3]", "force=true"]
 
 
+def test_the_benchmark_takes_the_levels_of_celeba64_unless_said_otherwise():
+    assert only("benchmark") == [".venv/bin/python", "scripts/benchmark.py", "experiment=celeba64"]
+    found = only("benchmark", "EXPERIMENT=demo", "ARGS=size=full only=[train]", "DRY_RUN=1")
+    assert found[2:] == ["experiment=demo", "dry_run=true", "size=full", "only=[train]"]
+
+
 def test_data_is_celeba_unless_said_otherwise():
     assert "experiment=celeba64" in only("data", "SOURCE=download")
     assert "experiment=demo" in only("data", "EXPERIMENT=demo")
@@ -115,12 +121,18 @@ def test_any_seeds_are_passed_on_as_one_hydra_value(seeds):
     assert any(w.startswith("seeds=") and "0-63" in w for w in only("sample"))
 
 
-def test_several_processes_go_through_torchrun():
-    command = only("train-levels", "NPROC=4", "EXPERIMENT=celeba64")
-    assert command[:4] == [".venv/bin/torchrun", "--standalone", "--nproc-per-node", "4"]
-    assert command[4:6] == ["scripts/train_levels.py", "experiment=celeba64"]
-    assert only("train-levels", "NPROC=1")[0] == ".venv/bin/python"
-    assert only("measure-gamma", "NPROC=4")[0] == ".venv/bin/python"
+@pytest.mark.parametrize("target", ["train-levels", "optimise", "sample-compare", "sample"])
+def test_several_processes_are_launched_together(target):
+    command = only(target, "NPROC=4", "EXPERIMENT=celeba64", "ARGS=-m train.seed=0,1")
+    assert command[:3] == [".venv/bin/python", "scripts/launch.py", "4"]
+    assert command[3:6] == [f"scripts/{STAGES[target]}.py", "-m", "experiment=celeba64"]
+    assert command[-1] == "train.seed=0,1"
+    assert only(target, "NPROC=1")[:2] == [".venv/bin/python", f"scripts/{STAGES[target]}.py"]
+
+
+def test_other_stages_are_one_process():
+    for target in ("data", "measure-gamma", "report"):
+        assert only(target, "NPROC=4")[:2] == [".venv/bin/python", f"scripts/{STAGES[target]}.py"]
 
 
 def test_help_lists_every_target_and_experiment():

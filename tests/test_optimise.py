@@ -18,6 +18,7 @@ from mlem_diffusion.metrics import squared_errors
 from mlem_diffusion.optimise import (
     METHODS,
     Option,
+    Planner,
     densities,
     fill,
     independent_probabilities,
@@ -360,6 +361,47 @@ def test_other_costs_make_other_plans(method: str) -> None:
     one, other = (plans(effects, method, grids, own, c) for c in (effects.flops, 1e-9 * effects.flops))
     assert [(p.levels, p.id) for p in one] == [(p.levels, p.id) for p in other]
     assert np.allclose([p.cost for p in other], [1e-9 * p.cost for p in one])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_level_slower_and_worse_than_another_is_not_used(method: str) -> None:
+    """In FLOPs the middle level lies between the others; in seconds it takes three times as long as the largest."""
+    effects = synthetic(3)
+    grids, own = {32: effects.logsnr}, own_of(effects)
+    assert any("w1" in p.levels for p in plans(effects, method, grids, own))
+    found = plans(effects, method, grids, own, np.array([1.0, 48.0, 16.0]))
+    assert len(found) > 3 and not any("w1" in p.levels for p in found)
+    assert all(p.cost <= 32 * 17.0 for p in found)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_part_of_the_family_is_a_family_without_the_others(method: str) -> None:
+    """The shortest path among some levels is that through a family in which the others are merged away; with other costs
+    the same planner gives what a new one gives."""
+    effects, costs = synthetic(4), np.array([1.0, 3.0, 5.0, 90.0])
+    values = np.stack([effects.values[:, :, 0], effects.values[:, :, 1:3].sum(axis=2), effects.values[:, :, 3]], axis=2)
+    merged = replace(
+        effects, names=("w0", "w2", "w3"), flops=effects.flops[[0, 2, 3]], squares=effects.squares[:3], values=values
+    )
+    planner = Planner(effects, method, effects.flops)
+    for price in (1e-6, 1e-4, 1e-2):
+        one = planner.plan(3, price, among=(0, 2, 3))
+        other = Planner(merged, method, merged.flops).plan(2, price)
+        assert one.levels == other.levels and one.cost == pytest.approx(other.cost, rel=1e-4)
+        assert one.added == pytest.approx(other.added, rel=1e-3, abs=1e-12)
+        repriced, new = planner.priced(costs).plan(3, price), Planner(effects, method, costs).plan(3, price)
+        assert repriced.id == new.id and repriced.cost == new.cost
+
+
+def test_levels_with_the_same_output_do_no_harm() -> None:
+    effects = synthetic(3)
+    values = effects.values.copy()
+    values[:, :, 1] = 0
+    same = replace(effects, values=values)
+    for method in METHODS:
+        found = plans(same, method, {32: same.logsnr}, own_of(same))
+        assert all(np.isfinite([p.cost, p.predicted or np.nan]).all() and np.isfinite(p.table).all() for p in found)
+        assert found and all(np.all(p.table > 0) for p in found if p.method != "quadrature")
 
 
 def test_prices_and_unknown_own_errors() -> None:

@@ -124,6 +124,12 @@ def test_unknown_predictions_survive_too(tmp_path: Path) -> None:
     plan = replace(PLAN, added=None, predicted=None, jump=None)
     save_plans(tmp_path / "plans.json", [(plan, {})])
     assert load_plans(tmp_path / "plans.json")[0][plan.id].predicted is None
+    save_plans(tmp_path / "plans.json", [(replace(plan, seconds=0.25), {})])
+    assert load_plans(tmp_path / "plans.json")[0][plan.id].seconds == 0.25
+    content = json.loads((tmp_path / "plans.json").read_text())
+    del content["plans"][0]["seconds"]  # a file of before plans had any
+    (tmp_path / "plans.json").write_text(json.dumps(content))
+    assert load_plans(tmp_path / "plans.json")[0][plan.id].seconds is None
 
 
 def spoil(path: Path, how: str) -> None:

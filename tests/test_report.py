@@ -187,6 +187,30 @@ def test_page_is_self_contained(results: Path) -> None:
     assert sorted(p.name for p in results.iterdir() if "report" in p.name) == ["report.html"]
 
 
+def test_levels_have_a_section_of_their_own(results: Path) -> None:
+    assert "Levels: FLOPs" not in make_page(results).text
+    worth = {"sde/ddpm": {"mean": 1.234, "largest": 1.5, "errors": [1e-3, 1e-1]}}
+    level = {"flops": 2e6, "flops_share": 0.125, "seconds": 3e-3, "seconds_share": 0.5, "kept_flops": True}
+    first = {"name": "w4", **level, "kept_seconds": False, "worth_flops": worth, "worth_seconds": worth}
+    last = {"name": "w16", **level, "kept_seconds": True, "worth_flops": None, "worth_seconds": None}
+    content = {
+        "levels": [first, last], "kept": {"flops": ["w4", "w16"], "seconds": ["w16"]},
+        "removed": {"flops": [], "seconds": [{"name": "w4", "worth": worth}]},
+        "tolerance": {"mean": 0.02, "largest": 0.1}, "batch": 96, "device": "a <large> GPU", "threads": 1,
+    }  # fmt: skip
+    (results / "levels.json").write_text(json.dumps(content))
+    save_grid(PIXELS, results / "levels.png")
+    page = make_page(results)
+    assert "Levels: FLOPs, seconds and worth" in page.text and "batches of 96 on a <large> GPU" in page.text
+    assert "1.234 (1.50)" in page.text and "worth in seconds, sde/ddpm" in page.text
+    assert "w4 + w16 earn their place." in page.text
+    assert "w16 earns its place; removed one by one, the least worthy first: w4." in page.text
+    assert "more than 2.0% on geometric average" in page.text
+    assert len([tag for tag, _ in page.tags if tag == "img"]) == 7
+    (results / "levels.json").write_text("{")
+    assert "levels.json cannot be read" in make_page(results).text
+
+
 def test_summary_is_in_words(results: Path) -> None:
     text = make_page(results).text
     assert "2.51 (2.21 to 3.04) from the differences of neighbouring levels" in text

@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -724,7 +725,7 @@ def test_what_levels_are_worth_is_written_down(analytic):
         for w in (worth or {}).values():
             assert w["largest"] >= w["mean"] >= 1 - 1e-12 and w["errors"][0] < w["errors"][1]
     assert content["kept"]["flops"][-1] == content["kept"]["seconds"][-1] == "f3"
-    assert plans["cost_unit"] == "flops" and content["batch"] == plans["timing"]["batch"] == 256
+    assert plans["cost_unit"] == "flops" and content["batch"] == plans["timing"]["batch"] > 1
     for e in plans["plans"]:  # each in its own unit
         low, high = (f(plans["timing"]["seconds"].values()) * e["steps"] for f in (min, sum))
         assert 0.99 * low < e["seconds"] < 2 * high
@@ -732,7 +733,7 @@ def test_what_levels_are_worth_is_written_down(analytic):
         assert min(image.size) > 400
 
 
-SECONDS = {"f1": 1e-3, "f2": 9.99e-3, "f3": 1e-2}  # the middle level takes as long as the largest
+SECONDS = {"f1": 1e-3, "f2": 3e-2, "f3": 1e-2}  # the middle level takes longer than the largest
 
 
 def test_plans_in_seconds(analytic, here, tmp_path, monkeypatch):
@@ -745,7 +746,8 @@ def test_plans_in_seconds(analytic, here, tmp_path, monkeypatch):
         return [SECONDS[level.name] for level in family]
 
     monkeypatch.setattr(optimise, "seconds_per_image", seconds)
-    run = here("optimise", place, "optimise.cost=seconds")
+    short = ["optimise.cost=seconds", "optimise.rules=[{dynamics: sde, step_rule: ddpm, steps: [5, 17], learn: true}]"]
+    run = here("optimise", place, *short)
     assert run.code == 0, run.err
     assert calls == [["f1", "f2", "f3"]] and "In seconds f1 + f3 earn their place; removed, in order: f2." in run.out
     content = strict(place.results / "plans.json")
@@ -760,7 +762,7 @@ def test_plans_in_seconds(analytic, here, tmp_path, monkeypatch):
     for group in groups:  # a frontier of errors on the selection seeds over seconds
         mine = [e for e in content["plans"] if (e["dynamics"], e["method"], e["probabilities"]) == group]
         mine.sort(key=lambda e: e["seconds"])
-        assert all(a["selected_error"] > b["selected_error"] for a, b in zip(mine, mine[1:], strict=False))
+        assert all(a["selected_error"] > b["selected_error"] for a, b in pairwise(mine))
     # judged, and again without measuring
     assert here("sample_compare", place).code == 0
     with (place.results / "compare.csv").open(newline="") as file:
@@ -774,7 +776,7 @@ def test_plans_in_seconds(analytic, here, tmp_path, monkeypatch):
     method = strict(place.results / "method.json")["sde/ddpm"]
     assert method["unit"] == "seconds" and strict(analytic.results / "method.json")["sde/ddpm"]["unit"] == "flops"
     assert "seconds" in (method["optimiser_against_em"]["worst"] or {"seconds": None})
-    assert here("optimise", place, "optimise.cost=seconds", "force=true").code == 0 and len(calls) == 1
+    assert here("optimise", place, *short, "force=true").code == 0 and len(calls) == 1
     assert strict(place.results / "plans.json")["plans"] == content["plans"]
 
 

@@ -145,6 +145,8 @@ def test_equal_error_goes_by_expected_cost_to_a_thousandth() -> None:
     assert equal_error(em(COSTS), near)["errors_at_cost"][0]["ratio"] == pytest.approx(0.5)
     below = [setting("ml_em", 4.0, 0.5, gflops_expected=3.9)]
     assert equal_error(em(COSTS), below)["errors_at_cost"][0]["ratio"] == pytest.approx(1.0)
+    slow = [setting("ml_em", 1.0, 0.5, seconds=9.0)]
+    assert equal_error(em(COSTS), slow, cost="seconds")["errors_at_cost"][0]["seconds"] == 9.0
     assert equal_error([], ours)["max"] is None and equal_error(ours, [])["errors_at_cost"] == []
 
 

@@ -408,13 +408,16 @@ try:
         pass
     else:
         raise SystemExit("it did not stop")
+    for precision in ("float32", "bf16"):
+        config = replace(config, images=160, accumulate=2, precision=precision)
+        t.train(images, folder / precision, config)
 finally:
     dist.destroy_process_group()
 """
 
 
 def test_two_processes_train_what_one_trains(images, tmp_path):
-    """Also: when one process is asked to stop, all stop after the same step, and one process can go on from there."""
+    """Also: when one process is asked to stop, all stop after the same step. And the same with micro-batches and bf16."""
     script = tmp_path / "worker.py"
     script.write_text(WORKER.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "two")))
     environment = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
@@ -436,10 +439,23 @@ def test_two_processes_train_what_one_trains(images, tmp_path):
         train(images, tmp_path / "one", config, should_stop=stop_at(20))
     one = load_state(tmp_path / "one" / "state.pt")
     assert one is not None
+    assert_close(one, two, 1e-4)
+
+    for precision, tolerance in (("float32", 1e-4), ("bf16", 2e-2)):
+        config = replace(CONFIG, images=160, snapshots=[1.0], precision=precision)
+        train(images, tmp_path / "one" / precision, config)
+        assert_close(
+            load_state(tmp_path / "one" / precision / "state.pt"),
+            load_state(tmp_path / "two" / precision / "state.pt"),
+            tolerance,
+        )
+
+
+def assert_close(one: Any, two: Any, tolerance: float) -> None:
     start = build_denoiser(WIDTH, SIZE, RMS, UNET, "v", CONFIG.seed).state_dict()
     for kind in ("model", "ema"):
         a, b, s = (torch.cat([v.flatten() for v in x.values()]) for x in (one[kind], two[kind], start))
-        assert float((a - b).norm() / a.norm()) < 1e-4
+        assert float((a - b).norm() / a.norm()) < tolerance
         assert float((a - s).norm() / a.norm()) > 0.05  # far from where both began
     for a, b in zip(one["history"], two["history"], strict=True):
-        assert a["images"] == b["images"] and b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+        assert a["images"] == b["images"] and b["loss"] == pytest.approx(a["loss"], rel=tolerance)

@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import copy
-import os
 import shutil
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from test_train import (
-    CONFIG, PROCESS, RMS, SIZE, SRC, UNET, WIDTH, assert_same, assert_same_folder, stop_at, table, train, train_with_stops,
-)  # fmt: skip
+    CONFIG,
+    PROCESS,
+    RMS,
+    SIZE,
+    UNET,
+    WIDTH,
+    assert_same,
+    assert_same_folder,
+    stop_at,
+    table,
+    train,
+    train_with_stops,
+)
 from torch import Tensor, nn
 
 from mlem_diffusion.checkpoint import load_state
 from mlem_diffusion.errors import SlowPath, UserError
 from mlem_diffusion.evaluate import to_float
 from mlem_diffusion.family import build_denoiser
+from mlem_diffusion.graphed_step import GraphedStep
 from mlem_diffusion.portraits import render
 from mlem_diffusion.process import add_noise
 from mlem_diffusion.train import Interrupted, TrainConfig, draw_batch, ema_decay, learning_rate
-from mlem_diffusion.train_step import GraphedStep, TrainStep, choose_precision, wants_graph
+from mlem_diffusion.train_step import TrainStep, choose_precision, wants_graph
 from mlem_diffusion.unet import Denoiser
 
 CPU = torch.device("cpu")
@@ -179,47 +187,6 @@ def test_micro_batches_are_resumed_exactly(images, tmp_path):
     assert_same_folder(tmp_path / "a", tmp_path / "b")
 
 
-WORKER = """
-import sys
-from dataclasses import replace
-from pathlib import Path
-import torch.distributed as dist
-sys.path.insert(0, {tests!r})
-import test_train_step as t
-dist.init_process_group("gloo")
-for precision in ("float32", "bf16"):
-    config = replace(t.SHORT, accumulate=2, precision=precision)
-    t.train(t.render(96, t.SIZE, seed=1), Path({folder!r}) / precision, config)
-dist.destroy_process_group()
-"""
-
-
-def test_two_processes_with_micro_batches_train_what_one_trains(images, tmp_path):
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
-    environment = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        pytest.skip(f"torchrun does not run here: {error}")
-    if done.returncode and any(
-        word in done.stderr for word in ("RendezvousError", "gloo", "Address family", "connect")
-    ):
-        pytest.skip("torchrun cannot open its sockets here")
-    assert done.returncode == 0, done.stderr[-2000:]
-    for precision, tolerance in (("float32", 1e-4), ("bf16", 2e-2)):
-        train(images, tmp_path / "one", replace(SHORT, precision=precision))
-        one, two = (load_state(tmp_path / name / "state.pt") for name in ("one", precision))
-        assert one is not None and two is not None
-        for kind in ("model", "ema"):
-            a, b = (torch.cat([v.flatten() for v in state[kind].values()]) for state in (one, two))
-            assert float((a - b).norm() / a.norm()) < tolerance
-        for a, b in zip(one["history"], two["history"], strict=True):
-            assert b["loss"] == pytest.approx(a["loss"], rel=tolerance)
-        shutil.rmtree(tmp_path / "one")
-
-
 # ---------------------------------------------------------------------------------------------- precisions
 
 
@@ -231,9 +198,9 @@ def held_out_loss(denoiser: Denoiser, pictures: Tensor) -> float:
 
 
 def test_all_precisions_reach_the_same_loss(tmp_path):
-    """Within 1%; one 16-pixel width-8 network trained for 400 steps differs by 0.1%, seeds differ by 2%."""
+    """Within 2%, early in training; after 400 steps at 16 pixels, width 8, they lie within 0.6% and seeds within 2%."""
     pictures, held_out = render(256, SIZE, seed=2), to_float(render(128, SIZE, seed=3))
-    config = replace(CONFIG, images=16 * 150, batch=16, warmup_images=240, ema_halflife=500, snapshots=[1.0], seed=0)
+    config = replace(CONFIG, images=16 * 60, batch=16, warmup_images=240, ema_halflife=500, snapshots=[1.0], seed=0)
     before = held_out_loss(build_denoiser(8, SIZE, RMS, UNET, "v", 0), held_out)
     losses, trained = {}, {}
     for precision in ("float32", "autocast", "bf16"):
@@ -244,9 +211,9 @@ def test_all_precisions_reach_the_same_loss(tmp_path):
         for kept in (state["model"], state["ema"], *state["optimiser"]["state"].values()):
             assert all(v.dtype == torch.float32 for v in kept.values())
         trained[precision] = weights(ema)
-    assert losses["float32"][0] < 0.75 * before
+    assert losses["float32"][0] < 0.9 * before
     for precision in ("autocast", "bf16"):
-        assert losses[precision] == pytest.approx(losses["float32"], rel=0.01)
+        assert losses[precision] == pytest.approx(losses["float32"], rel=0.02)
         assert not torch.equal(trained[precision], trained["float32"])
 
 
@@ -336,7 +303,7 @@ def test_compiled_training_equals_eager_training(images):
     assert distance(eager.denoiser, pair(Tiny)[0]) > 0.01
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("where", ["wrapping", "forward", "backward"])
 def test_a_failing_compilation_trains_eagerly_with_one_warning(images, monkeypatch, where):
     class FailingBackward(torch.autograd.Function):
         @staticmethod
@@ -348,6 +315,9 @@ def test_a_failing_compilation_trains_eagerly_with_one_warning(images, monkeypat
             raise RuntimeError("no compiler\nmore of it")
 
     def broken_compile(module: Any, **options: Any) -> Any:
+        if where == "wrapping":
+            raise RuntimeError("no compiler\nmore of it")
+
         def call(*args: Any) -> Any:
             if where == "forward":
                 raise RuntimeError("no compiler\nmore of it")
@@ -428,7 +398,10 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @needs_cuda
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-3), ("autocast", 2e-2), ("bf16", 2e-2)])
-def test_captured_training_equals_training_step_by_step(images, tmp_path, precision, tolerance, accumulate):
+def test_captured_training_equals_training_step_by_step(
+    images, tmp_path, monkeypatch, precision, tolerance, accumulate
+):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     trained, histories = [], []
     for graph in ("off", "on"):
         config = replace(SHORT, precision=precision, graph=graph, accumulate=accumulate)
@@ -466,7 +439,8 @@ def test_nothing_in_a_step_waits_for_the_device(images, precision, graph):
 
 
 @needs_cuda
-def test_compiled_and_captured_training_on_a_device(images):
+def test_compiled_and_captured_training_on_a_device(images, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     device = torch.device("cuda")
     drawn = batches(images, 8, device)
     plain = run(TrainStep(*pair(device=device), compile="off", graph="off", precision="float32"), drawn)

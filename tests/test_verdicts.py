@@ -97,6 +97,27 @@ def test_blind_choices_are_made_by_the_selection_seeds_and_judged_on_others() ->
         assert empty["never_above"] is None and empty["points"] == 0
 
 
+def test_what_was_made_for_seconds_is_judged_by_seconds() -> None:
+    """Twice the FLOPs and half the seconds of EM, at the same errors: late in the one unit, early in the other."""
+    theirs = [setting("single", c, 1 / c) for c in (1, 4, 16)]
+    ours = [setting("ml_em", 2 * c, 1 / c, seconds=0.5 * c, selected_error=1 / c) for c in (1, 4, 16)]
+    assert not_worse(ours, theirs)["never_above"] is False
+    in_seconds = not_worse(ours, theirs, cost="seconds")
+    assert in_seconds["never_above"] is True and "seconds" in in_seconds["worst"]
+    assert chosen_blindly(ours, theirs)["never_above"] is False
+    found = chosen_blindly(ours, theirs, cost="seconds")
+    assert found["never_above"] is True and found["unserved"] == 0 and found["worst"]["seconds"] in (1, 4, 16)
+    planned = [
+        setting("ml_em", 2 * c, 1 / c, seconds=0.5 * c, plan=f"p{c}", coins="independent", probabilities="optimal",
+                predicted=1 / c, jump=0.1)
+        for c in (1, 4, 16)
+    ]  # fmt: skip
+    rules = {unit: verdicts([*theirs, *planned], unit=unit)["sde/ddpm"] for unit in ("flops", "seconds")}
+    for unit, speed in (("flops", 0.5), ("seconds", 2.0)):
+        assert rules[unit]["unit"] == unit
+        assert rules[unit]["against_em"]["plain, optimal p"]["max"] == pytest.approx(speed)
+
+
 def predicted(jump: float, ratio: float, coins: str = "independent", **row: Any) -> dict[str, Any]:
     base = {"drift": "ml_em", "coins": coins, "jump": jump, "predicted": 0.01, "error": 0.01 * ratio, "error_se": 0.0}
     return {**base, **row}

@@ -54,7 +54,15 @@ def compiled(function: Callable[..., Any], what: str, **torch_compile: Any) -> C
         if hasattr(torch._dynamo.config, name):
             setattr(torch._dynamo.config, name, max(_PROGRAMS, getattr(torch._dynamo.config, name)))
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it tells CPU users that they lack CUDA
-    return _Compiled(function, what, torch.compile(function, **torch_compile))
+    try:
+        fast = torch.compile(function, **torch_compile)
+    except Exception as error:  # on a Python or a system that it does not support
+        unsupported = error
+
+        def fast(*args: Any) -> Any:
+            raise unsupported
+
+    return _Compiled(function, what, fast)
 
 
 class _Compiled:

@@ -23,9 +23,11 @@ def plot_worth(content: dict[str, Any], path: Path, title: str = "") -> None:
     _draw_shares(left, levels)
     for ax, rule in zip(right, rules, strict=True):
         _draw_worth(ax, levels, rule, content["tolerance"])
-    top = max((ax.get_ylim()[1] for ax in right), default=2.0)
+    of_all = [w["largest"] for e in levels[:-1] for unit in _UNITS for w in e[f"worth_{unit}"].values()]
+    top = max(1.5, max(of_all, default=1.0) ** 1.2)  # room for the legend
     for ax in right:
-        ax.set_ylim(0.97, top)
+        ax.set_ylim(top**-0.06, top)
+        _ticks(ax, top)
     if right:
         right[0].set_ylabel("cost without the level / cost with it")
     if title:
@@ -46,7 +48,6 @@ def _draw_shares(ax: Any, levels: list[dict[str, Any]]) -> None:
 
 def _draw_worth(ax: Any, levels: list[dict[str, Any]], rule: str, tolerance: dict[str, float]) -> None:
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     for offset, (unit, (colour, marker, _)) in zip((-0.13, 0.13), _UNITS.items(), strict=True):
         for k, level in enumerate(levels[:-1]):
@@ -56,20 +57,23 @@ def _draw_worth(ax: Any, levels: list[dict[str, Any]], rule: str, tolerance: dic
             ax.plot(k + offset, worth["mean"], marker=marker, ms=7, mfc=face, mec=colour, mew=1.4, zorder=3)
     ax.axhline(1 + tolerance["mean"], color="0.5", lw=0.9, ls=":")
     ax.set_yscale("log")
-    low, high = ax.get_ylim()
-    ax.set_ylim(low, max(1.5, high**1.3))  # room for the legend
-    subs = (1.0, 1.2, 1.5, 2.0, 3.0, 5.0) if ax.get_ylim()[1] < 12 else (1.0, 2.0, 5.0)
-    ax.yaxis.set_major_locator(LogLocator(subs=subs))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.yaxis.set_minor_formatter(NullFormatter())
     dynamics, step_rule = rule.split("/")
-    ax.set_title(f"Worth: {STEP_RULE_NAMES.get(step_rule, step_rule)}, {DYNAMICS_NAMES[dynamics]}", fontsize=11)
+    ax.set_title(f"Worth: {STEP_RULE_NAMES.get(step_rule, step_rule)},\n{DYNAMICS_NAMES[dynamics]}", fontsize=11)
     handles = [
         Line2D([], [], color="0.3", marker="o", ls="", mfc="0.3", label="kept"),
         Line2D([], [], color="0.3", marker="o", ls="", mfc="white", label="removed"),
     ]
     ax.legend(handles=handles, fontsize=9, frameon=False, loc="upper right", ncols=2)
     _names(ax, levels)
+
+
+def _ticks(ax: Any, top: float) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    subs = (1.0, 1.1, 1.2, 1.3, 1.5, 2.0) if top < 2.5 else (1.0, 1.5, 2.0, 3.0, 5.0) if top < 12 else (1.0, 2.0, 5.0)
+    ax.yaxis.set_major_locator(LogLocator(subs=subs))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _names(ax: Any, levels: list[dict[str, Any]]) -> None:

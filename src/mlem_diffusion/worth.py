@@ -109,7 +109,9 @@ class Frontiers:
     lies below that of a larger one.
     """
 
-    def __init__(self, measured: Measured, planners: Sequence[tuple[int, Planner]], costs: Sequence[float]):
+    def __init__(
+        self, measured: Measured, planners: Sequence[tuple[int, Planner]], costs: Sequence[float] | np.ndarray
+    ):
         self.measured = measured
         self.names = measured.effects.names
         costs_ = np.asarray(costs, dtype=np.float64)

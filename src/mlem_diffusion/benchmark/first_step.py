@@ -24,7 +24,9 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
     torch.set_float32_matmul_precision("high")
     denoiser = denoiser_of("ours", task["width"], task["size"], task["unet"], device)
     images = np.random.default_rng(0).integers(0, 256, (task["batch"], 3, task["size"], task["size"]), dtype=np.uint8)
-    config = TrainConfig(images=task["batch"], batch=task["batch"], log_every=1, snapshots=[1.0], compile=task["compile"])
+    config = TrainConfig(
+        images=task["batch"], batch=task["batch"], log_every=1, snapshots=[1.0], compile=task["compile"]
+    )
     finished: list[float] = []
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", SlowPath)

@@ -12,6 +12,7 @@ import torch
 from ..compilation import first_line
 from ..cost import flops_per_evaluation
 from ..errors import SlowPath
+from ..inference import FastDenoiser
 from .networks import denoiser_of, fast, has_diffusers, inputs
 from .record import Found, row
 from .timing import measure
@@ -64,7 +65,8 @@ def forward(bench: Bench, width: int, batches: Sequence[int], mode: str, unet: M
             for whose, net in networks.items()
         }
         times = dict(zip(networks, attempt(found, runs, bench).values(), strict=True))
-        labels = {whose: label(found, net, bench.precision, mode, times, whose) for whose, net in networks.items()}
+        labels = {whose: label(net, mode) for whose, net in networks.items()}
+        times = {whose: ms if as_asked(networks[whose], mode) else None for whose, ms in times.items()}
         for whose, what in names.items():
             ratio, ms = None, times.get(whose)
             ours, theirs = times.get("ours"), times.get("diffusers")
@@ -84,22 +86,22 @@ def level(bench: Bench, width: int, batches: Sequence[int], mode: str, unet: Map
     for batch in batches:
         x, logsnr = inputs(batch, bench.size, bench.device)
         name = f"level w{width} batch {batch} {mode}"
-        times = attempt(found, {name: lambda x=x, at=logsnr: net(x, at)}, bench)
-        text = label(found, net, bench.precision, mode, times, name)
-        found.rows.append(row("level", text, times[name], width=width, batch=batch, flops=flops))
+        (ms,) = attempt(found, {name: lambda x=x, at=logsnr: net(x, at)}, bench).values()
+        ms = ms if as_asked(net, mode) else None
+        found.rows.append(row("level", label(net, mode), ms, width=width, batch=batch, flops=flops))
     return found
 
 
-def label(
-    found: Found, net: Any, precision: str, mode: str, times: dict[str, float | None], key: str
-) -> str:
-    """What a network really ran with; one that was to be compiled and was not gives no time."""
-    if times[key] is None:
-        return f"{precision} {mode}"
-    if mode in ("compiled", "tuned") and "compiled" not in net.mode:
-        times[key] = None
-        return f"{precision} {mode}"
-    return net.mode + (" (tuned)" if mode == "tuned" else "")
+def as_asked(net: FastDenoiser, mode: str) -> bool:
+    """Whether a network that was to be compiled is; FastDenoiser itself goes on eagerly where that fails."""
+    return mode not in ("compiled", "tuned") or "compiled" in net.mode
+
+
+def label(net: FastDenoiser, mode: str) -> str:
+    """Precision, and what a network runs with, by now; what it was asked to where it cannot."""
+    if not as_asked(net, mode):
+        return f"{net.precision} {mode}"
+    return net.mode + (", tuned" if mode == "tuned" else "")
 
 
 def attempt(found: Found, functions: Mapping[str, Callable[[], object]], bench: Bench) -> dict[str, float | None]:

@@ -93,9 +93,7 @@ class Results:
                         if own.get("part") == entry["part"]:
                             facts.setdefault(kind, []).append({k: v for k, v in own.items() if k != "part"})
                 found = Found(rows, facts, entry["skipped"])
-                kept[entry["part"]] = Kept(
-                    entry["settings"], entry["code"], entry["commit"], entry["seconds"], found
-                )
+                kept[entry["part"]] = Kept(entry["settings"], entry["code"], entry["commit"], entry["seconds"], found)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return  # no file, or not one of ours
         for part, entry in kept.items():
@@ -133,6 +131,7 @@ class Results:
                 }
             )
         add_fractions(rows)
+        add_training_ratios(rows)
         facts["cheapest_to_top"] = cheapest_to_top(rows)
         return {**self.head, "facts": facts, "parts": parts, "rows": rows}
 
@@ -151,6 +150,15 @@ def add_fractions(rows: list[Row]) -> None:
         r["fraction_of_matmul"] = r["tflops"] / peak if r["tflops"] is not None and peak else None
 
 
+def add_training_ratios(rows: list[Row]) -> None:
+    """ratio_to_diffusers of the rows "train", from "train_diffusers" of the same width, batch and precision."""
+    theirs = {(r["width"], r["batch"], r["mode"]): r["ms"] for r in rows if r["what"] == "train_diffusers"}
+    for r in rows:
+        other = theirs.get((r["width"], r["batch"], r["mode"]))
+        if r["what"] == "train" and r["ms"] and other:
+            r["ratio_to_diffusers"] = other / r["ms"]
+
+
 def cheapest_to_top(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """How many times the largest level's seconds and FLOPs are those of the cheapest, for each batch size and mode."""
     out = []
@@ -165,9 +173,9 @@ def cheapest_to_top(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return out
 
 
-def file_name(device_model: str) -> str:
-    """A device's model as a file name: letters, digits and dashes."""
-    return re.sub(r"[^A-Za-z0-9]+", "-", device_model).strip("-") + ".json"
+def file_name(device_model: str, size: str = "") -> str:
+    """A device's model, and a size that is not the usual one there, as a file name: letters, digits and dashes."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", f"{device_model} {size}").strip("-") + ".json"
 
 
 def digest(value: Any) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..compilation import first_line
 from ..cost import flops_per_evaluation
 from ..drift import Drift, Multilevel, SingleLevel
 from ..errors import SlowPath
@@ -18,7 +19,7 @@ from ..noise import path_increments
 from ..probabilities import constant_probabilities, draw_coins
 from ..process import Process
 from ..samplers import sample
-from .forward import Bench, attempt, label
+from .forward import Bench, as_asked, attempt
 from .networks import denoiser_of, fast
 from .record import Found, row
 from .timing import measure
@@ -46,22 +47,23 @@ def sampler(
     unet: Mapping[str, Any],
     mode: str,
     steps: int,
-    batches: Sequence[int],
+    batch: int,
     knob: float,
+    repeats: int,
 ) -> Found:
     """DDPM with the largest level and ML-EM with two kinds of coins; rows of three kinds:
 
     sampler: the whole call, with its random numbers; sampler_loop: without the drawing of noise (ledger.seconds);
     sampler_networks: the very network calls that the sampler made, of the same sizes and in the same order, alone.
     """
-    found = Found()
+    found, bench = Found(), replace(bench, repeats=repeats)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", SlowPath)
         nets, levels = [], []
         for width in widths:
             denoiser = denoiser_of("ours", width, bench.size, unet, bench.device)
             flops = flops_per_evaluation(denoiser, bench.size)
-            nets.append(fast(denoiser, bench.precision, mode, f"w{width}", max(batches)))
+            nets.append(fast(denoiser, bench.precision, mode, f"w{width}", batch))
             levels.append(Level(f"w{width}", nets[-1], flops))
         p = constant_probabilities([level.flops for level in levels], GAMMA, knob)
 
@@ -72,9 +74,8 @@ def sampler(
                 "ML-EM, systematic coins": Multilevel(tuple(family), p, "systematic"),
             }
 
-        for batch in batches:
-            for name in drifts(levels):
-                _one(found, bench, process, levels, nets, drifts, name, steps, batch, mode)
+        for name in drifts(levels):
+            _one(found, bench, process, levels, nets, drifts, name, steps, batch, mode)
     for warning in caught:
         if issubclass(warning.category, SlowPath):
             found.note(str(warning.message))
@@ -101,8 +102,6 @@ def _one(
     noting = [Level(v.name, _Noting(k, v.denoise, calls), v.flops) for k, v in enumerate(levels)]
     loops: list[float] = []
     try:
-        if name.startswith("DDPM"):
-            calls = noting[-1].denoise.calls  # type: ignore[attr-defined]
         _, ledger = sample(drifts(noting)[name], grid, "sde", "ddpm", seeds, shape, bench.device)
         flops = ledger.flops_per_image
         x = torch.randn(batch, *shape, device=bench.device)
@@ -118,8 +117,7 @@ def _one(
                     levels[k].denoise(x[:count], at.expand(count))
 
         networks()
-        ran = {label(found, net, bench.precision, mode, {"": 1.0}, "") for net in nets}
-        if all(("compiled" in r) == (mode in ("compiled", "tuned")) for r in ran):
+        if all(as_asked(net, mode) for net in nets):
             times["sampler"], times["sampler_networks"] = measure([whole, networks], bench.device, bench.repeats)
             del loops[:1]  # of the call that measure() makes to see how long it takes
             times["sampler_loop"] = sorted(loops)[len(loops) // 2] if bench.device.type == "cuda" else min(loops)
@@ -129,7 +127,7 @@ def _one(
             }
             found.add("sampler_overhead", drift=name, batch=batch, steps=steps, calls=len(calls), **overhead)
     except Exception as error:
-        found.note(f"sampler, {name}, batch {batch}: {str(error).splitlines()[0] if str(error) else error!r}")
+        found.note(f"sampler, {name}, batch {batch}: {first_line(error)}.")
     for what, ms in times.items():
         found.rows.append(row(what, f"{bench.precision} {mode}, {text}", ms, width=width, batch=batch, flops=flops))
 
@@ -143,7 +141,9 @@ def noise(bench: Bench, process: Process, steps: int, batches: Sequence[int], le
     for batch in batches:
         seeds = range(batch)
         functions: dict[str, Callable[[], object]] = {
-            f"coins {kind}, {steps} steps, {levels} levels": lambda kind=kind, seeds=seeds: draw_coins(table, seeds, kind)
+            f"coins {kind}, {steps} steps, {levels} levels": lambda kind=kind, seeds=seeds: draw_coins(
+                table, seeds, kind
+            )
             for kind in ("independent", "systematic")
         }
         for count in dict.fromkeys((steps, process.base_steps)):

@@ -44,9 +44,7 @@ def measure(functions: Sequence[Callable[[], object]], device: torch.device, rep
                 stop.record()
                 own.append((start, stop))
         torch.cuda.synchronize(device)
-        return [
-            statistics.median(a.elapsed_time(b) for a, b in own) / n for own, n in zip(pairs, calls, strict=True)
-        ]
+        return [statistics.median(a.elapsed_time(b) for a, b in own) / n for own, n in zip(pairs, calls, strict=True)]
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(repeats):
         for function, count, own in zip(functions, calls, times, strict=True):

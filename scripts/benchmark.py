@@ -1,0 +1,120 @@
+"""How fast this repository runs here -> results/benchmark/<device model>.json and a table."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import common
+import hydra
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from mlem_diffusion.benchmark import record, table
+from mlem_diffusion.benchmark.plan import GROUPS, Part, parts_of, run_parts
+from mlem_diffusion.benchmark.timing import described
+from mlem_diffusion.errors import UserError
+
+
+def usual_size(stage: common.Stage) -> str:
+    return "full" if stage.device.type == "cuda" else "small"
+
+
+def plan(stage: common.Stage) -> tuple[str, dict[str, Any], list[Part]]:
+    """The size's name, its settings, and the parts."""
+    cfg = stage.cfg
+    name = usual_size(stage) if cfg.size == "auto" else str(cfg.size)
+    if name not in cfg.sizes:
+        raise UserError(f"size={name} is unknown; expected auto, {' or '.join(map(str, cfg.sizes))}.")
+    unknown = [g for g in cfg.only if g not in GROUPS]
+    if unknown:
+        raise UserError(f"only=[{', '.join(cfg.only)}] names no group; expected some of {', '.join(GROUPS)}.")
+    size: Any = OmegaConf.to_container(cfg.sizes[name], resolve=True)
+    unet: Any = OmegaConf.to_container(cfg.unet, resolve=True)
+    return name, size, parts_of(size, stage.process(), unet, list(cfg.family.widths), stage.device)
+
+
+def work(stage: common.Stage) -> None:
+    cfg = stage.cfg
+    name, size, parts = plan(stage)
+    torch.set_float32_matmul_precision("highest")  # float32 rows are float32, whatever training is set to
+    model = common.device_model(stage.device)
+    head = {
+        "device": model,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if stage.device.type == "cuda" else None,
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "commit": common.commit(),
+        "size": name,
+        "sizes": size,
+        "resolution": size["resolution"],
+        "timing": described(stage.device, size["repeats"]),
+        "diffusers": common.package_version("diffusers"),
+    }
+    file = record.file_name(model, "" if name == usual_size(stage) else name)
+    results = record.Results(stage.results / file, head, [p.name for p in parts])
+    code = record.code_digest()
+    results.load({p.name: p.settings for p in parts}, code, cfg.any_code)
+    wanted = [p for p in parts if not cfg.only or p.group in cfg.only]
+    if cfg.force:
+        for part in wanted:
+            results.kept.pop(part.name, None)
+    todo = [p for p in wanted if not results.finished(p.name)]
+    total = round(sum(p.seconds for p in todo))
+    if stage.cfg.dry_run:
+        for part in wanted:
+            kept = "measured before" if results.finished(part.name) else f"about {common.duration(part.seconds)}"
+            print(f"{part.name:<28} {kept}{', if there is time' if part.optional else ''}")
+        print(f"estimated cost of benchmark, size {name}: about {common.duration(total)} on {model}")
+        return
+    stage.catch_signals()
+    spent = 0.0
+
+    def time_left(minutes: float | None) -> float | None:
+        return None if minutes is None else 60 * minutes - (time.monotonic() - stage.started)
+
+    with common.bar("benchmark", total, unit="s") as progress:
+
+        def done(part: Part, found: record.Found) -> None:
+            nonlocal spent
+            spent += part.seconds
+            progress(min(round(spent), total), total)
+            kept = results.kept[part.name]
+            progress.tqdm.write(f"{part.name}: {len(found.rows)} rows, {kept.seconds:.0f} s")
+
+        complete = run_parts(
+            wanted,
+            results,
+            device=stage.device,
+            code=code,
+            commit=head["commit"],
+            spare=lambda: time_left(size["minutes"]),
+            seconds_left=lambda: time_left(cfg.max_minutes),
+            should_stop=stage.should_stop,
+            done=done,
+        )
+    if not complete:
+        left = sum(not results.finished(p.name) for p in wanted)
+        raise common.Stopped(f"stopped with {left} of {len(wanted)} parts left")
+    if not todo:
+        print("benchmark: everything has been measured before (ARGS=force=true measures again).")
+    print(table.report(results.document()))
+    print(f"benchmark: see {common.shown(results.path)}")
+
+
+@hydra.main(version_base=None, config_path=common.CONFIGS, config_name="benchmark")
+def main(cfg: DictConfig) -> None:
+    cfg.name = "benchmark"  # one folder for all devices
+    planning, cfg.dry_run = cfg.dry_run, False
+
+    def measure_or_plan(stage: common.Stage) -> None:
+        stage.cfg.dry_run = planning
+        if planning:
+            print(OmegaConf.to_yaml(OmegaConf.create(stage.plain()), resolve=True))
+        work(stage)
+
+    common.run("benchmark", cfg, measure_or_plan)
+
+
+if __name__ == "__main__":
+    main()

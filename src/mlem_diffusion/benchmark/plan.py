@@ -1,0 +1,209 @@
+"""Which parts a benchmark has, and doing them one after the other within the time there is."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..compilation import first_line
+from ..errors import UserError
+from ..process import Process
+from .forward import Bench, forward, level, matmul
+from .record import Found, Kept, Results, digest, row
+from .sampling import noise, sampler
+from .training import first_step, has_compiler, train
+
+GROUPS = ("matmul", "forward", "level", "noise", "sampler", "train", "first_step")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows that are measured together. seconds: roughly; optional: left out where time is short, with `empty` rows."""
+
+    name: str
+    group: str
+    seconds: float
+    settings: str
+    measure: Callable[[], Found]
+    empty: tuple[dict[str, Any], ...]
+    optional: bool = False
+
+
+def parts_of(
+    size: Mapping[str, Any],
+    process: Process,
+    unet: Mapping[str, Any],
+    widths: Sequence[int],
+    device: torch.device,
+) -> list[Part]:
+    """All parts of one size of configs/benchmark.yaml; unet and widths: an experiment's own family.
+
+    A group whose entry is null is left out. UserError for an unknown group or option.
+    """
+    unknown = sorted(set(size) - {*GROUPS, "resolution", "precision", "repeats", "minutes", "reference", "levels"})
+    if unknown:
+        raise UserError(f"benchmark: {', '.join(unknown)} is unknown; expected groups {', '.join(GROUPS)}.")
+    bench = Bench(device, size["resolution"], size["precision"], size["repeats"])
+    reference, family = dict(size["reference"]), list(size.get("levels") or widths)
+    out: list[Part] = []
+
+    def add(name: str, group: str, options: Mapping[str, Any], empty: dict[str, Any], run: Any, *args: Any) -> None:
+        # how long it takes and whether it may be left out do not change what it finds
+        kept = {k: v for k, v in options.items() if k not in ("seconds_about", "optional", "modes")}
+        settings = digest([group, repr(bench), kept, repr(args)])
+        out.append(
+            Part(
+                name,
+                group,
+                float(options["seconds_about"]),
+                settings,
+                partial(run, bench, *args),
+                (empty,),
+                bool(options.get("optional")),
+            )
+        )
+
+    for group in GROUPS:
+        o = size.get(group)
+        if o is None:
+            continue
+        if group == "matmul":
+            add("matmul", group, o, row("matmul", ""), matmul, o["side"], o["precisions"])
+        elif group == "forward":
+            for mode, own in o["modes"].items():
+                for width in o["widths"]:
+                    options = {**o, **own}
+                    empty = row("forward", f"{bench.precision} {mode}", width=width)
+                    name = f"forward w{width} {mode}"
+                    add(name, group, options, empty, forward, width, options["batches"], mode, reference)
+        elif group == "level":
+            for width in family:
+                empty = row("level", f"{bench.precision} {o['mode']}", width=width)
+                add(f"level w{width}", group, o, empty, level, width, o["batches"], o["mode"], dict(unet))
+        elif group == "noise":
+            add("noise", group, o, row("noise", ""), noise, process, o["steps"], o["batches"], len(family), o["knob"])
+        elif group == "sampler":
+            for batch in o["batches"]:
+                empty = row("sampler", f"{bench.precision} {o['mode']}", batch=batch)
+                shared = (process, family, dict(unet), o["mode"], o["steps"], batch, o["knob"], o["repeats"])
+                add(f"sampler batch {batch}", group, o, empty, sampler, *shared)
+        elif group == "train":
+            shape = {**reference, **o.get("unet", {})}
+            for precision in o["precisions"]:
+                for whose in ("ours", "diffusers"):
+                    empty = row("train" if whose == "ours" else "train_diffusers", precision, width=o["width"])
+                    add(
+                        f"train {precision} {whose}",
+                        group,
+                        o,
+                        empty,
+                        train,
+                        process,
+                        o["width"],
+                        o["batch"],
+                        o["seconds"],
+                        precision,
+                        whose,
+                        shape,
+                        o["compile"],
+                        o["images"],
+                    )
+        else:
+            shape, empty = {**reference, **o.get("unet", {})}, row("first_step", "cold", width=o["width"])
+            add("first_step", group, o, empty, first_step, o["width"], o["batch"], shape, o["compile"], o["timeout"])
+    # what may be left out comes last
+    return sorted(out, key=lambda part: part.optional)
+
+
+class _OutOfTime(BaseException):
+    """Not an Exception: nothing on the way may take it for a failure of its own."""
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float | None) -> Iterator[None]:
+    """_OutOfTime after so many seconds, where signals can be had."""
+    if seconds is None or not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise _OutOfTime
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def run_parts(
+    parts: Sequence[Part],
+    results: Results,
+    *,
+    device: torch.device,
+    code: str,
+    commit: str,
+    spare: Callable[[], float | None] = lambda: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    seconds_left: Callable[[], float | None] = lambda: None,
+    done: Callable[[Part, Found], None] = lambda part, found: None,
+) -> bool:
+    """Measure what `results` does not hold yet, and write it after every part; whether everything asked for is there.
+
+    spare: seconds for optional parts, which are skipped where they would not fit. seconds_left: seconds until this
+    call must end: a part that would not fit is left to the next call (the first part is always tried). A part that raises
+    leaves an empty row and one line, and the rest goes on.
+    """
+    first = True
+    for part in parts:
+        if results.finished(part.name):
+            continue
+        left = seconds_left()
+        if should_stop() or (left is not None and left < part.seconds and not first):
+            return False
+        first, start, limit = False, time.perf_counter(), spare() if part.optional else None
+        if part.optional and not has_compiler(device):
+            found = _empty(part, "torch.compile needs a C++ compiler here, and there is none")
+        elif limit is not None and limit < part.seconds:
+            found = _empty(
+                part, f"about {part.seconds:.0f} s would not have fitted; the same command measures it next time", True
+            )
+        else:
+            try:
+                with _time_limit(limit):
+                    found = part.measure()
+            except _OutOfTime:
+                found = _empty(part, f"not done after {limit:.0f} s; the same command tries again", True)
+            except UserError:
+                raise
+            except Exception as error:
+                found = _empty(part, first_line(error))
+        results.put(part.name, Kept(part.settings, code, commit, round(time.perf_counter() - start, 1), found))
+        _forget(device)
+        done(part, found)
+    return True
+
+
+def _empty(part: Part, why: str, skipped: bool = False) -> Found:
+    found = Found([dict(r) for r in part.empty], skipped=skipped)
+    found.note(f"{part.name}: {why}.")
+    return found
+
+
+def _forget(device: torch.device) -> None:
+    """Compiled programs, graphs and memory of the part before: each starts as a program of its own."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

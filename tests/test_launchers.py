@@ -1,0 +1,209 @@
+"""A level per job (submitit, joblib), several processes of one script, and images prepared by several jobs at once."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = """# @package _global_
+defaults: [smoke, _self_]
+name: tiny
+family: {widths: [2, 3], gaussian: false}
+train: {images: 256}
+"""
+SAMPLER = "sampler={dynamics: sde, step_rule: ddpm, drift: single, levels: w3, steps: 6}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder for everything, with an experiment of its own: overrides would name folders in a sweep."""
+
+    folder: Path
+
+    @property
+    def results(self) -> Path:
+        return self.folder / "results" / "tiny"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints" / "tiny"
+
+    def __call__(self, script: str, *more: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+        experiments = self.folder / "configs" / "experiment"
+        experiments.mkdir(parents=True, exist_ok=True)
+        (experiments / "tiny.yaml").write_text(TINY)
+        paths = [f"paths.{kind}='{self.folder}/{kind}/${{name}}'" for kind in ("results", "checkpoints", "data")]
+        sweep, more = [word for word in more if word == "-m"], tuple(word for word in more if word != "-m")
+        where = f"hydra.searchpath=['file://{self.folder}/configs']"
+        words = [f"{ROOT}/scripts/{script}.py", *sweep, where, "experiment=tiny", *paths, "threads=1", *more]
+        several = [f"{ROOT}/scripts/launch.py", str(processes)] if processes > 1 else []
+        return run([*several, *words], self.folder)
+
+
+def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    more = {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    command = [sys.executable, *words]
+    return subprocess.run(command, cwd=folder, env={**os.environ, **more}, capture_output=True, text=True, timeout=200)
+
+
+def level_per_job(place: Place, launcher: str, *more: str) -> None:
+    if importlib.util.find_spec(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher") is None:
+        pytest.skip(f"hydra's launcher for {launcher.split('_')[0]} is not installed")
+    done = place("train_levels", "-m", "only=w2,w3", f"hydra/launcher={launcher}", *more)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """Two levels trained by two jobs of submitit, on this machine."""
+    place = Place(tmp_path_factory.mktemp("jobs"))
+    level_per_job(place, "submitit_local", "hydra.launcher.timeout_min=5")
+    return place
+
+
+@pytest.fixture(scope="module")
+def trained(jobs: Place) -> tuple[Place, str]:
+    """The same after a plain run, and what that said."""
+    before = {path: path.stat().st_mtime_ns for path in jobs.checkpoints.rglob("*")}
+    assert [
+        name for name in ("provenance.json", "training.png", "metrics.jsonl") if (jobs.results / name).exists()
+    ] == []
+    done = jobs("train_levels")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {path: path.stat().st_mtime_ns for path in jobs.checkpoints.rglob("*")} == before
+    return jobs, done.stdout
+
+
+def test_jobs_share_one_folder_and_leave_what_belongs_to_all_alone(jobs):
+    assert sorted(path.name for path in jobs.checkpoints.iterdir()) == ["w2", "w3"]
+    for name in ("w2", "w3"):
+        folder = jobs.checkpoints / name
+        assert {"ema.safetensors", "metadata.json", "state.pt", "config.yaml"} <= {p.name for p in folder.iterdir()}
+        assert (jobs.results / "training" / f"{name}-0000000256-ema.png").is_file()
+    data = jobs.folder / "data" / "tiny"
+    assert sorted(path.name for path in data.iterdir()) == ["images.npy", "manifest.json", "split.npy"]
+    assert [path.name for path in data.parent.iterdir()] == ["tiny"]  # no lock is left
+
+
+def test_a_plain_run_finds_all_levels_trained(trained):
+    place, said = trained
+    assert said.splitlines()[:2] == ["w2: already trained.", "w3: already trained."]
+    for name in ("provenance.json", "training.png", "config-train_levels.yaml"):
+        assert (place.results / name).is_file(), name
+    records = [json.loads(line) for line in (place.results / "metrics.jsonl").read_text().splitlines()]
+    assert (
+        {r["level"] for r in records if "loss" in r}
+        == {r["level"] for r in records if "held_out_loss" in r}
+        == {"w2", "w3"}
+    )
+    assert all(r["stage"] == "train_levels" for r in records)
+    assert not list((place.results / "jobs").glob("*/metrics.jsonl"))  # taken over, once
+
+
+def test_joblib_trains_the_same(trained, tmp_path):
+    place = Place(tmp_path)
+    level_per_job(place, "joblib", "hydra.launcher.n_jobs=2")
+    for name in ("w2", "w3"):
+        a, b = (load_file(p.checkpoints / name / "ema.safetensors") for p in (place, trained[0]))
+        assert a.keys() == b.keys() and all(bool((a[key] == b[key]).all()) for key in a)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_level_that_is_not_there_is_one_sentence(trained, processes):
+    done = trained[0]("train_levels", "only=[w2,w9]", processes=processes)
+    sentence = "train_levels: only=['w2', 'w9']: there is no level w9; the family has w2, w3.\n"
+    assert (done.returncode, done.stderr, done.stdout) == (2, sentence, "")
+
+
+def test_a_dry_run_counts_the_levels_that_are_asked_for(trained):
+    done = trained[0]("train_levels", "only=w3", "dry_run=true")
+    assert done.returncode == 0 and "train w3" in done.stdout and "train w2" not in done.stdout
+
+
+def test_two_processes_draw_what_one_draws(trained):
+    place = trained[0]
+    pictures: list[dict[str, bytes]] = []
+    for processes in (1, 2):
+        done = place("sample", SAMPLER, "seeds='0-8'", "compare.batch=2", "force=true", processes=processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("sample: 9 images") == 1
+        pictures.append({path.name: path.read_bytes() for path in (place.results / "samples").glob("*.png")})
+        for path in (place.results / "samples").iterdir():
+            path.unlink()
+    assert len(pictures[0]) == 10 and pictures[0] == pictures[1]
+
+
+# ---------------------------------------------------------------------------------- how processes end
+
+ENDS = """
+import sys, time
+sys.path.insert(0, {scripts!r})
+import common, processes
+from mlem_diffusion import shards
+from mlem_diffusion.errors import UserError
+
+def work():
+    if shards.rank() == {failing}:
+        raise {error}
+    shards.gather({{shards.rank(): 1}})
+
+processes.together(work, lambda error: common.report("test", error), common.Stopped)
+"""
+
+
+@pytest.mark.parametrize(
+    ("failing", "error", "status", "said"),
+    [
+        (0, "UserError('A sentence.')", 2, "test: A sentence.\n"),
+        (1, "UserError('A sentence.')", 2, "test: A sentence.\n"),
+        ("shards.rank()", "UserError('A sentence.')", 2, "test: A sentence.\n"),
+        (1, "ZeroDivisionError('A bug')", 2, None),
+    ],
+)
+def test_an_error_on_one_process_ends_all_and_is_told_once(tmp_path, failing, error, status, said):
+    script = tmp_path / "script.py"
+    script.write_text(ENDS.format(scripts=str(ROOT / "scripts"), failing=failing, error=error))
+    done = run([f"{ROOT}/scripts/launch.py", "2", str(script)], tmp_path)
+    assert (done.returncode, done.stdout) == (status, "")
+    if said is None:
+        assert done.stderr.count("Traceback") == 1 and done.stderr.endswith("ZeroDivisionError: A bug\n")
+    else:
+        assert done.stderr == said
+
+
+# ----------------------------------------------------------------------------------------- one folder of images
+
+PREPARE = """
+import sys, time
+from pathlib import Path
+from mlem_diffusion import data
+folder, me = Path(sys.argv[1]), sys.argv[2]
+(folder / f"ready-{me}").touch()
+while not all((folder / f"ready-{other}").exists() for other in "01"):
+    time.sleep(0.01)
+drawn = []
+manifest = data.prepare("portraits", folder / "packed", name="p", size=8, holdout=20, count=600, progress=lambda *_: drawn.append(1))
+assert data.load(folder / "packed").manifest == manifest
+print(int(bool(drawn)))
+"""
+
+
+def test_two_processes_that_prepare_one_folder_draw_its_images_once(tmp_path):
+    command = [sys.executable, "-c", PREPARE, str(tmp_path)]
+    more: dict[str, Any] = {"env": {**os.environ, "PYTHONPATH": str(ROOT / "src")}, "text": True}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    started = [subprocess.Popen([*command, me], **pipes, **more) for me in "01"]
+    ended = [process.communicate(timeout=100) for process in started]
+    assert not any(process.returncode for process in started), ended
+    assert sorted(out.strip() for out, _ in ended) == ["0", "1"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["packed", "ready-0", "ready-1"]
