@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from mlem_diffusion.benchmark import record, table
-from mlem_diffusion.benchmark.plan import GROUPS, Part, parts_of, run_parts
+from mlem_diffusion.benchmark.plan import Part, chosen, parts_of, run_parts
 from mlem_diffusion.benchmark.timing import described
 from mlem_diffusion.errors import UserError
 
@@ -26,9 +26,6 @@ def plan(stage: common.Stage) -> tuple[str, dict[str, Any], list[Part]]:
     name = usual_size(stage) if cfg.size == "auto" else str(cfg.size)
     if name not in cfg.sizes:
         raise UserError(f"size={name} is unknown; expected auto, {' or '.join(map(str, cfg.sizes))}.")
-    unknown = [g for g in cfg.only if g not in GROUPS]
-    if unknown:
-        raise UserError(f"only=[{', '.join(cfg.only)}] names no group; expected some of {', '.join(GROUPS)}.")
     size: Any = OmegaConf.to_container(cfg.sizes[name], resolve=True)
     unet: Any = OmegaConf.to_container(cfg.unet, resolve=True)
     return name, size, parts_of(size, stage.process(), unet, list(cfg.family.widths), stage.device)
@@ -55,7 +52,7 @@ def work(stage: common.Stage) -> None:
     results = record.Results(stage.results / file, head, [p.name for p in parts])
     code = record.code_digest()
     results.load({p.name: p.settings for p in parts}, code, cfg.any_code)
-    wanted = [p for p in parts if not cfg.only or p.group in cfg.only]
+    wanted = chosen(parts, list(cfg.only))
     if cfg.force:
         for part in wanted:
             results.kept.pop(part.name, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from tqdm import tqdm
 from mlem_diffusion import data as datasets
 from mlem_diffusion import shards
 from mlem_diffusion.checkpoint import atomic_write, write_json
-from mlem_diffusion.errors import UserError
+from mlem_diffusion.errors import SlowPath, UserError
 from mlem_diffusion.evaluate import to_float
 from mlem_diffusion.family import describe, read_metadata
 from mlem_diffusion.process import Process
@@ -75,6 +76,7 @@ class Stage:
             torch.set_float32_matmul_precision("high")
         else:
             torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.benchmark = True  # batch sizes are few: the fastest convolutions are worth finding
         self._interrupted = 0.0  # when a signal came
 
     # ---- configuration -----------------------------------------------------------------------------------
@@ -238,6 +240,24 @@ class Stopped(Exception):
     """The work was asked to stop and has saved what it had; exit status 75 (try again)."""
 
 
+@contextlib.contextmanager
+def plain_warnings(name: str) -> Iterator[None]:
+    """Warnings meant for people are one line, without the place in the code."""
+    before = warnings.showwarning
+
+    def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, SlowPath):
+            print(f"{name}: {message}", file=sys.stderr)
+        else:
+            before(message, category, *where, **more)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
+
+
 def run(
     name: str,
     cfg: DictConfig,
@@ -274,10 +294,11 @@ def run(
         shards.dismiss()
 
     try:
-        if processes.count() == 1:
-            do()
-        else:
-            processes.together(do, lambda error: report(name, error), Stopped)
+        with plain_warnings(name):
+            if processes.count() == 1:
+                do()
+            else:
+                processes.together(do, lambda error: report(name, error), Stopped)
     except (UserError, Stopped, KeyboardInterrupt) as error:
         if isinstance(error, Stopped) and not is_main_process():
             sys.exit(75)

@@ -376,7 +376,7 @@ def test_an_interrupted_comparison_goes_on(done, here, tmp_path):
     for name in ("compare.csv", "speedup.json"):
         (place.results / name).unlink()
     run = here("sample_compare", place, "max_minutes=0")
-    assert run.code == 75 and "finished settings are kept" in run.complaint
+    assert run.code == 75 and "finished batches are kept" in run.complaint
     assert not (place.results / "compare.csv").exists()
     assert here("sample_compare", place).code == 0
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ from .errors import UserError
 from .extractors import Extractor
 from .levels import Level
 from .metrics import squared_errors, standard_error, to_uint8
-from .noise import path_increments
+from .noise import WINDOW_BYTES, path_increments
 from .plans import Plan
 from .probabilities import constant_probabilities
 from .process import Grid, Process
@@ -320,8 +321,8 @@ class NoiseCache:
         self.entries, self.kept = entries, {}
 
     def get(self, runner: Runner, steps: int, clock: str | None, seeds: Sequence[int]) -> Tensor | None:
-        if clock is None:
-            return None
+        if clock is None or 4 * (steps - 1) * len(seeds) * math.prod(runner.shape) > WINDOW_BYTES:
+            return None  # none, or too many to keep: the sampler draws them as it goes
         key = (steps, clock, seeds[0], len(seeds))
         if key not in self.kept:
             while len(self.kept) >= self.entries:

@@ -124,6 +124,16 @@ def parts_of(
     return sorted(out, key=lambda part: part.optional)
 
 
+def chosen(parts: Sequence[Part], only: Sequence[str]) -> list[Part]:
+    """The parts of these groups, or all where none is named; UserError for a group that does not exist."""
+    unknown = [group for group in only if group not in GROUPS]
+    if unknown:
+        raise UserError(
+            f"only: {', '.join(unknown)} is no group of the benchmark; expected some of {', '.join(GROUPS)}."
+        )
+    return [part for part in parts if not only or part.group in only]
+
+
 class _OutOfTime(BaseException):
     """Not an Exception: nothing on the way may take it for a failure of its own."""
 

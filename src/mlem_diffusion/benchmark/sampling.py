@@ -104,6 +104,8 @@ def _one(
     try:
         _, ledger = sample(drifts(noting)[name], grid, "sde", "ddpm", seeds, shape, bench.device)
         flops = ledger.flops_per_image
+        if len(calls) != sum(ledger.launches):
+            raise RuntimeError(f"{len(calls)} calls were seen, but the ledger counts {sum(ledger.launches)}")
         x = torch.randn(batch, *shape, device=bench.device)
         at = torch.zeros((), device=bench.device)
         drift = drifts(levels)[name]
