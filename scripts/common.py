@@ -76,7 +76,7 @@ class Stage:
             torch.set_float32_matmul_precision("high")
         else:
             torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cudnn.benchmark = True  # batch sizes are few: the fastest convolutions are worth finding
+        torch.backends.cudnn.benchmark = bool(cfg.autotune)
         self._interrupted = 0.0  # when a signal came
 
     # ---- configuration -----------------------------------------------------------------------------------
@@ -247,7 +247,8 @@ def plain_warnings(name: str) -> Iterator[None]:
 
     def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
         if issubclass(category, SlowPath):
-            print(f"{name}: {message}", file=sys.stderr)
+            if is_main_process():
+                print(f"{name}: {message}", file=sys.stderr)
         else:
             before(message, category, *where, **more)
 

@@ -349,3 +349,21 @@ def test_odd_but_valid_gamma(results: Path) -> None:
     assert "Harder than Monte Carlo: no" in make_page(results).text
     (results / "gamma.json").write_text('{"estimates": null, "htmc": null, "loss": NaN}')
     assert "Harder than Monte Carlo: undetermined" in make_page(results).text
+
+
+def test_precision_is_shown_where_it_was_checked(results: Path) -> None:
+    content = {
+        "logsnr": [-1.0, 1.0],
+        "levels": [{"level": "w4", "rms_rounding": [0.001, 0.003], "rms_difference": [0.1, 0.1], "worst_ratio": 0.031}],
+        "samples": 48,
+        "settings": [
+            {"dynamics": "sde", "setting": "DDPM, w4, 8 steps", "gflops": 1.0, "error_float32": 0.02, "error_bf16": 0.0202,
+             "change": 0.0002, "change_se": 0.0001}
+        ],
+        "speedup": {p: {"sde": {"plain": {"max": None, "lower95": None}, "best": {"max": 2.5, "lower95": 2.1}}} for p in ("float32", "bf16")},
+    }  # fmt: skip
+    assert "Precision: bf16" not in make_page(results).text
+    (results / "precision.json").write_text(json.dumps(content))
+    text = make_page(results).text
+    for part in ("Precision: bf16 against float32", "0.031", "+1.00% ± 1.00%", "48 samples", "2.50 (≥ 2.10)", "not reached"):
+        assert part in text, part

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .report_precision import precision_section
 from .tables import (
     BASELINES,
     COLUMNS,
@@ -109,6 +110,10 @@ def write_report(results_dir: Path, *, title: str) -> Path:
         hierarchy=hierarchy,
         findings=_findings(diagnostics or {}),
         levels=_levels_section(results_dir, notices),
+        precision=precision_section(_load_json(results_dir / "precision.json", notices)),
+        precision_picture=_load_image(results_dir / "precision.png", notices)
+        if (results_dir / "precision.png").is_file()
+        else None,
         methods=_methods_table(results_dir, notices) if (results_dir / "method.json").is_file() else None,
         folders={name: [image for image in images if image] for name, images in folders.items()},
         provenance=_provenance_tables(provenance),
