@@ -44,7 +44,8 @@ def frontier_settings(rows: list[dict[str, Any]]) -> list[Setting]:
 def run_in(stage: common.Stage, precision: str, settings: list[Setting]) -> list[speedup.Setting]:
     """The settings in one precision, each against the reference in the same one, without distances."""
     whole = stage.cfg
-    stage.cfg = OmegaConf.merge(whole, {"precision": precision, "compare": {"n": compared(whole)}})
+    changed: Any = OmegaConf.merge(whole, {"precision": precision, "compare": {"n": compared(whole)}})
+    stage.cfg = changed
     stage.cfg.metrics = {"_target_": None}
     try:
         runner, _ = run_settings.make_runner(stage)

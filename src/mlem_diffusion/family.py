@@ -25,7 +25,8 @@ def shape_of(unet: Mapping[str, Any], width: int) -> dict[str, Any]:
     """The UNet's arguments at a width, the family's one knob. unet["narrow"] lists changes for narrow levels, such as
     {upto: 32, patch: 2, multipliers: [2, 2]}: the first entry whose `upto` is not below the width applies."""
     shape = {key: value for key, value in unet.items() if key != "narrow"}
-    for entry in sorted(unet.get("narrow") or (), key=lambda entry: entry["upto"]):
+    entries: Any = unet.get("narrow") or ()
+    for entry in sorted(entries, key=lambda entry: entry["upto"]):
         if width <= entry["upto"]:
             return shape | {key: value for key, value in entry.items() if key != "upto"}
     return shape

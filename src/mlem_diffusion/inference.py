@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -130,14 +132,15 @@ class FastDenoiser:
 
 def _forward_mode(x: Tensor) -> bool:
     """Whether forward derivatives or another functorch transform pass through x."""
-    return forward_ad._current_level >= 0 or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return forward_ad._current_level >= 0 or torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore
 
 
 class _Graph:
-    """One captured evaluation with buffers that stay in place. All graphs of a process share one memory pool: they are
-    replayed one after the other, and their results are copied out at once."""
+    """One captured evaluation with buffers that stay in place. All graphs alive share one memory pool: they are replayed one
+    after the other, and their results are copied out at once."""
 
-    pool = None
+    pool: Any = None
+    alive: ClassVar[weakref.WeakSet[_Graph]] = weakref.WeakSet()
 
     def __init__(
         self,
@@ -147,7 +150,8 @@ class _Graph:
         rows: int,
         device: torch.device,
     ):
-        _Graph.pool = _Graph.pool or torch.cuda.graph_pool_handle()
+        if not _Graph.alive:  # the allocator gives up a pool with its last graph
+            _Graph.pool = torch.cuda.graph_pool_handle()
         # zeros, and overwritten from the front: padding is old but finite samples
         self.x = torch.zeros(bucket, *shape, device=device)
         self.logsnr = torch.zeros(rows, device=device)
@@ -160,6 +164,7 @@ class _Graph:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=_Graph.pool):
             self.out = run(self.x, self.logsnr).float().contiguous()  # as the sampler's other tensors
+        _Graph.alive.add(self)
 
     def __call__(self, x: Tensor, logsnr: Tensor) -> Tensor:
         self.x[: len(x)].copy_(x)
