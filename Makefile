@@ -14,7 +14,7 @@ RUN = $(BIN)/python scripts/$(1).py $(SWEEP) $(call OVERRIDES,$(2))
 SEVERAL = $(BIN)/python $(if $(filter-out 1,$(NPROC)),scripts/launch.py $(NPROC) )scripts/$(1).py $(SWEEP) $(call OVERRIDES,$(2))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup demo data train-levels measure-gamma optimise sample-compare report sample check-precision verify-rates benchmark test lint format clean
+.PHONY: help setup demo data train-levels measure-gamma optimise sample-compare report sample publish check-precision verify-rates benchmark test lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets and their variables
@@ -72,6 +72,9 @@ report: setup  ## results/EXPERIMENT/report.html
 
 sample: setup  ## PNGs and a grid with the best known sampler: make sample SEEDS=0-63
 	@$(call SEVERAL,sample,"seeds='$(SEEDS)'")
+
+publish: setup  ## trained levels -> checkpoints/EXPERIMENT/published: bf16 weights and model card, to be committed
+	@$(call RUN,publish)
 
 check-precision: setup  ## what bf16 rounds away per level and noise level, and whether it moves the comparison -> precision.json
 	@$(call RUN,check_precision)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -29,11 +30,11 @@ from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 from mlem_diffusion import data as datasets
-from mlem_diffusion import shards
+from mlem_diffusion import published, shards
 from mlem_diffusion.checkpoint import atomic_write, write_json
 from mlem_diffusion.errors import SlowPath, UserError
 from mlem_diffusion.evaluate import to_float
-from mlem_diffusion.family import describe, read_metadata
+from mlem_diffusion.family import at_width, describe, level_name, read_metadata
 from mlem_diffusion.process import Process
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,8 +68,10 @@ class Stage:
             ROOT / cfg.paths[k] for k in ("data", "checkpoints", "results")
         )
         self._unswept_results = unswept["results"]
-        if name != "train_levels" and not self.checkpoints.is_dir():
-            self.checkpoints = unswept["checkpoints"]  # a sweep over what follows training shares the levels
+        if name not in ("train_levels", "publish"):
+            if not self.checkpoints.is_dir():
+                self.checkpoints = unswept["checkpoints"]  # a sweep over what follows training shares the levels
+            self.checkpoints = published.levels_folder(self.checkpoints, [level_name(w) for w in cfg.family.widths])
         self.device = usable_device(cfg.device)
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
@@ -109,6 +112,22 @@ class Stage:
             self.prepare_data()
         return datasets.load(self.data_dir)
 
+    @functools.cached_property
+    def published(self) -> dict[str, Any] | None:
+        """family.json where the levels in use are published ones (published.py), else None."""
+        return published.read_index(self.checkpoints)
+
+    def data_if_needed(self) -> datasets.ImageData | None:
+        """As `data`; None where it has not been prepared and the levels are published ones, which do without."""
+        prepared = (self.data_dir / "manifest.json").is_file()
+        return self.data() if prepared or self.published is None else None
+
+    def manifest(self, images: datasets.ImageData | None) -> dict[str, Any]:
+        """What the images are, also where the published levels say it; empty for a family without images."""
+        if images is not None:
+            return images.manifest
+        return (self.published or {}).get("data", {}) if self.cfg.family.callable is None else {}
+
     def held_out(self, images: datasets.ImageData) -> torch.Tensor:
         """The held-out images [M,3,S,S] in [-1, 1] on which denoising errors are measured."""
         return to_float(images.images[images.held_out()[: self.cfg.gamma.images]], self.device)
@@ -131,10 +150,10 @@ class Stage:
         widths, size, target = self.cfg.family.widths, self.cfg.data.size, self.cfg.family.target
         return [describe(w, size, data_rms, {str(k): v for k, v in unet.items()}, target) for w in widths]
 
-    def levels_of(self, images: datasets.ImageData) -> list[dict[str, Any]]:
-        """metadata.json of every level, all trained on these images."""
+    def levels_of(self, images: datasets.ImageData | None) -> list[dict[str, Any]]:
+        """metadata.json of every level, all trained on these images (where there are any: `data_if_needed`)."""
         metadata = read_metadata(self.checkpoints, self.cfg.family.widths)
-        if any(m["data_sha256"] != images.manifest["sha256"] for m in metadata):
+        if images is not None and any(m["data_sha256"] != images.manifest["sha256"] for m in metadata):
             raise UserError(
                 f"{shown(self.data_dir)} is not the data set that the levels in {shown(self.checkpoints)} were trained on."
             )
@@ -153,6 +172,11 @@ class Stage:
     def fingerprint(self, groups: tuple[str, ...], **inputs: Any) -> str:
         """Hash of the configuration groups and input artefacts that a stage depends on."""
         config = self.plain(*groups)
+        if isinstance(train := config.get("train"), dict):
+            if "width" in inputs:  # what one level is trained by, whatever the others are
+                config["train"] = at_width(train, inputs["width"])
+            elif not train.get("narrow"):
+                train.pop("narrow", None)
         for key in ("log_every", "save_every", "compile", "graph"):  # how training is watched, not what is trained
             config.get("train", {}).pop(key, None)
         text = json.dumps([config, inputs], sort_keys=True, default=str)

@@ -7,28 +7,45 @@ from typing import Any
 import common
 import hydra
 import numpy as np
+import training_plan
 from omegaconf import DictConfig
 
 from mlem_diffusion.checkpoint import write_json
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.evaluate import denoising_errors, noise_levels
-from mlem_diffusion.family import load_family, read_metadata
+from mlem_diffusion.evaluate import family_pairs, noise_levels, split_by_kind, squared_differences
+from mlem_diffusion.family import load_family, load_level, read_metadata, read_repeats
+from mlem_diffusion.level_quality import differences_fall, overfitting_warnings
 from mlem_diffusion.plot_gamma import plot_gamma
 from mlem_diffusion.scaling import LevelErrors, estimate, hierarchy_warnings
+from mlem_diffusion.seeds import Repeat, as_json, repeat_pairs, seed_spread
 from mlem_diffusion.tracking import Tracker
 
 
-def measure(stage: common.Stage, images: Any, snapshot: int | None, label: str) -> LevelErrors:
-    """Errors of the family at one training length on held-out images."""
+def measure(stage: common.Stage, images: Any, snapshot: int, label: str) -> tuple[LevelErrors, list[Repeat]]:
+    """Errors of the family, and of its levels that were trained again, at one training length on held-out images."""
     cfg, process = stage.cfg, stage.process()
     metadata = read_metadata(stage.checkpoints, cfg.family.widths)
     levels = load_family(stage.checkpoints, cfg.family.widths, stage.device, "float32", snapshot, compile="off")
+    count, again = len(levels), read_repeats(stage.checkpoints, training_plan.repeated(stage))
+    for m in again:
+        levels.append(load_level(stage.checkpoints / m["name"], m, stage.device, "float32", snapshot, compile="off"))
+    index = [list(cfg.family.widths).index(m["width"]) for m in again]
+    pairs, own = family_pairs(count), repeat_pairs(count, index)
     held_out = stage.held_out(images)
     logsnr = noise_levels(process, cfg.gamma.noise_levels)
     with common.bar(label, len(logsnr), unit="noise level") as progress:
-        loss, previous, largest = denoising_errors(levels, held_out, logsnr, cfg.gamma.seed, cfg.gamma.batch, progress)
-    seen = [m["images"] if snapshot is None else m["snapshots"][snapshot]["images"] for m in metadata]
-    return LevelErrors(
+        found = squared_differences(
+            levels, [*pairs, *(p for group in own for p in group)], held_out, logsnr, cfg.gamma.seed, cfg.gamma.batch, progress
+        )  # fmt: skip
+    loss, previous, largest = split_by_kind(found, count)
+    repeats, start = [], len(pairs)
+    for m, level, group in zip(again, index, own, strict=True):
+        part = list(found[start : start + len(group)])
+        start += len(group)
+        to_lower = part[3] if len(part) > 3 else None
+        repeats.append(Repeat(level, m["train_seed"], part[0], to_lower, to_upper=part[2], to_largest=part[1]))
+    seen = [m["snapshots"][snapshot]["images"] for m in metadata]
+    errors = LevelErrors(
         widths=[m["width"] for m in metadata],
         names=[m["name"] for m in metadata],
         flops=np.array([m["flops"] for m in metadata]),
@@ -39,6 +56,26 @@ def measure(stage: common.Stage, images: Any, snapshot: int | None, label: str) 
         to_previous=previous,
         to_largest=largest,
     )
+    return errors, repeats
+
+
+def estimates(stage: common.Stage, errors: LevelErrors, repeats: list[Repeat]) -> dict[str, Any]:
+    """gamma at one training length, with what levels trained again add to its intervals, and how good the hierarchy is."""
+    options = {"seed": stage.cfg.gamma.seed, "bootstrap": stage.cfg.gamma.bootstrap}
+    found = estimate(errors, **options)
+    if repeats:
+        without = {name: e["interval"] for name, e in found["estimates"].items()}
+        spread = seed_spread(errors, repeats)
+        found = estimate(errors, between=spread.variance, **options)
+        found["between_seeds"] = as_json(errors, repeats, spread)
+        for name, entry in found["estimates"].items():
+            entry["interval_without_seeds"] = without[name]
+            entry["log_error_sd_between_seeds"] = found["between_seeds"]["log_error_sd"][name]
+    falls, warnings = differences_fall(errors), hierarchy_warnings(errors)
+    if falls["violations"]:
+        count = f"{len(falls['violations'])} of {falls['checks']} checks"
+        warnings.append(f"Squared differences between levels rise with the level in {count} (differences_fall).")
+    return {**found, "differences_fall": falls, "warnings": warnings}
 
 
 def work(stage: common.Stage) -> None:
@@ -46,19 +83,23 @@ def work(stage: common.Stage) -> None:
     metadata = stage.levels_of(images)
     if len(metadata) < 3:
         raise UserError("gamma needs at least three levels (family.widths), better seven.")
-    fingerprint = stage.fingerprint(("process", "gamma"), levels=[m["weights_sha256"] for m in metadata])
+    trained = [*metadata, *read_repeats(stage.checkpoints, training_plan.repeated(stage))]
+    fingerprint = stage.fingerprint(("process", "gamma"), levels=[m["weights_sha256"] for m in trained])
     if stage.finished(fingerprint, ["gamma.json", "gamma.png"]):
         return
-    lengths = []
-    for i in range(min(len(m["snapshots"]) for m in metadata)):
-        errors = measure(stage, images, i, f"training length {i + 1}")
-        found = estimate(errors, seed=cfg.gamma.seed, bootstrap=cfg.gamma.bootstrap)
+    lengths, losses = [], []
+    count = min(len(m["snapshots"]) for m in trained)
+    for i in range(count):  # counted from the end: every level's last is its final one
+        errors, repeats = measure(stage, images, i - count, f"training length {i + 1}")
+        losses.append(errors.loss @ errors.weights)
         fraction = round(errors.images[0] / metadata[0]["images"], 3)
-        lengths.append({"fraction": fraction, "images": errors.images, **found, "warnings": hierarchy_warnings(errors)})
+        lengths.append({"fraction": fraction, "images": errors.images, **estimates(stage, errors, repeats)})
     last = lengths[-1]
     for entry in lengths:  # the last length stands at the top level already
         entry.pop("per_noise_level", None) if entry is not last else None
     result = {k: v for k, v in last.items() if k not in ("fraction", "images")}
+    overfitting = overfitting_warnings([m["name"] for m in metadata], [e["images"] for e in lengths], losses)
+    result["warnings"] = [*result["warnings"], *overfitting]
     result |= {
         "unit": "FLOPs",
         "pooling": "mean squared error of the drift in log-SNR: weights alpha^2 d(logsnr) over the sampler's range",
@@ -74,6 +115,8 @@ def work(stage: common.Stage) -> None:
         tracker.image("gamma", stage.results / "gamma.png")
     for name, e in result["estimates"].items():
         print(f"gamma ({name}): {e['gamma'] and round(e['gamma'], 2)}, 95% interval {e['interval']}")
+    for name, sd in result.get("between_seeds", {}).get("log_error_sd", {}).items():
+        print(f"between training seeds, log error ({name}): standard deviation {sd:.2g}, in the interval above")
     print(f"harder than Monte Carlo (gamma > 2): {result['htmc']}. {result.get('htmc_reason', '')}")
     for warning in result["warnings"]:
         print(f"warning: {warning}")
@@ -81,9 +124,10 @@ def work(stage: common.Stage) -> None:
 
 
 def cost(stage: common.Stage) -> list[tuple[str, float, float]]:
-    levels, seconds = stage.describe_levels(), common.seconds_per_evaluation(stage, 16)
+    seconds = dict(zip(stage.cfg.family.widths, common.seconds_per_evaluation(stage, 16), strict=True))
     count = len(stage.cfg.train.snapshots) * stage.cfg.gamma.images * stage.cfg.gamma.noise_levels
-    return [(f"evaluate {v['name']}", v["flops"] * count, s * count) for v, s in zip(levels, seconds, strict=True)]
+    levels = training_plan.describe(stage)
+    return [(f"evaluate {v['name']}", v["flops"] * count, seconds[v["width"]] * count) for v in levels]
 
 
 @hydra.main(version_base=None, config_path=common.CONFIGS, config_name="measure_gamma")

@@ -320,7 +320,7 @@ def work(stage: common.Stage) -> None:
         for name in ["gains", "levels", *(path.stem for path in sorted(stage.results.glob("diagnostics-*.png")))]:
             tracker.image(name, Path(stage.results / f"{name}.png"))
     print(f"{len(chosen)} of {len(tried)} plans selected; calibration and selection cost {spent / 1e12:.3g} TFLOP.")
-    stage.record(fingerprint, images.manifest if images else {}, plans=len(chosen))
+    stage.record(fingerprint, stage.manifest(images), plans=len(chosen))
 
 
 def cost(stage: common.Stage) -> list[tuple[str, float, float]]:

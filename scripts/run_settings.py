@@ -12,7 +12,7 @@ import side_by_side
 import torch
 from omegaconf import OmegaConf
 
-from mlem_diffusion import batches, shards
+from mlem_diffusion import batches, published, shards
 from mlem_diffusion.checkpoint import read_json
 from mlem_diffusion.compare import NoiseCache, Runner, Setting
 from mlem_diffusion.data import ImageData
@@ -21,6 +21,7 @@ from mlem_diffusion.extractors import Extractor
 from mlem_diffusion.family import load_family
 from mlem_diffusion.gaussian import fit_gaussian, load_gaussian
 from mlem_diffusion.levels import Level
+from mlem_diffusion.metrics import Statistics
 from mlem_diffusion.plans import load_plans
 
 GAUSSIAN = "gauss"  # name of the linear Gaussian denoiser among the levels
@@ -57,12 +58,12 @@ def load_levels(stage: common.Stage) -> tuple[dict[str, Level], dict[str, Any], 
     if cfg.family.callable is not None:
         levels = {level.name: level for level in common.build(cfg.family.callable)}
         return levels, {"callable": stage.plain("family")}, tuple(cfg.family.shape), None
-    images = stage.data()
+    images = stage.data_if_needed()
     metadata = stage.levels_of(images)
     loaded = load_family(
         stage.checkpoints, cfg.family.widths, stage.device, cfg.precision, compile=cfg.compile, batch=cfg.compare.batch
     )
-    inputs = {"levels": [m["weights_sha256"] for m in metadata], "data": images.manifest["sha256"]}
+    inputs = {"levels": [m["weights_sha256"] for m in metadata], "data": metadata[0]["data_sha256"]}
     if cfg.family.gaussian:
         gauss = gaussian_level(stage, images)
         if gauss.flops < loaded[0].flops:  # dearer than the first network it is of no use
@@ -71,14 +72,33 @@ def load_levels(stage: common.Stage) -> tuple[dict[str, Level], dict[str, Any], 
     return {level.name: level for level in loaded}, inputs, (3, cfg.data.size, cfg.data.size), images
 
 
-def gaussian_level(stage: common.Stage, images: ImageData) -> Level:
-    """The linear Gaussian denoiser of the training images, fitted once and kept in the cache."""
+def gaussian_level(stage: common.Stage, images: ImageData | None) -> Level:
+    """The linear Gaussian denoiser of the training images: the published one, or fitted once and kept in the cache."""
+    found = (stage.published or {}).get("gaussian")
+    if found is not None and found["asked_rank"] == stage.cfg.family.gaussian_rank:
+        return load_gaussian(stage.checkpoints / found["file"], stage.device).as_level(GAUSSIAN)
+    if images is None:
+        raise UserError(
+            f"A Gaussian level with family.gaussian_rank={stage.cfg.family.gaussian_rank} is not among the published ones and "
+            "has to be fitted to the training images: prepare them (make data), or say family.gaussian=false."
+        )
     path = (
         stage.results / "cache" / f"gauss-{images.manifest['sha256'][:12]}-{stage.cfg.family.gaussian_rank}.safetensors"
     )
     if not path.is_file():
         fit_gaussian(images.images[images.train()], stage.cfg.family.gaussian_rank).save(path)
     return load_gaussian(path, stage.device).as_level(GAUSSIAN)
+
+
+def published_statistics(stage: common.Stage, extractor: Extractor) -> tuple[Statistics, float | None] | None:
+    """Statistics of the training images' features, and the real-against-real distance for compare.n images where that is
+    known, as published with the levels; None where there are none by this extractor."""
+    found = (stage.published or {}).get("statistics")
+    if found is None or (found["name"], found["identity"]) != (extractor.name, extractor.identity or extractor.key):
+        return None
+    floor, asked = found["floor"], (stage.cfg.compare.n, stage.cfg.compare.seed)
+    statistics = published.load_statistics(stage.checkpoints / found["file"])
+    return statistics, floor["distance"] if (floor["n"], floor["seed"]) == asked else None
 
 
 def names_of(levels: Iterable[str]) -> tuple[list[str], tuple[str, ...]]:
@@ -92,6 +112,8 @@ def make_runner(stage: common.Stage) -> tuple[Runner, ImageData | None]:
     cfg, select = stage.cfg, stage.name == "optimise"
     levels, inputs, shape, images = load_levels(stage)
     extractor = None if select else make_extractor(stage)
+    if extractor is not None and images is None and stage.published and published_statistics(stage, extractor) is None:
+        extractor = None  # nothing to compare with
     gamma = 2.5 if select else used_gamma(stage)  # constant probabilities are not used when plans are selected
     inputs |= {"gamma": gamma, "extractor": extractor.key if extractor else None}
     where = stage.results / "cache" / "candidates.json" if select else stage.find("plans.json")

@@ -16,12 +16,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from mlem_diffusion import batches, shards, speedup
 from mlem_diffusion.checkpoint import atomic_write, write_json
-from mlem_diffusion.compare import Setting, best_setting, row_of, setting_of, settings_of
+from mlem_diffusion.compare import Runner, Setting, best_setting, row_of, setting_of, settings_of
 from mlem_diffusion.data import ImageData
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.extractors import Extractor
 from mlem_diffusion.grids import comparison_grid
 from mlem_diffusion.metrics import (
+    Statistics,
     distance_floor,
     feature_statistics,
     frechet_distance,
@@ -35,6 +36,19 @@ from mlem_diffusion.tracking import Tracker
 from mlem_diffusion.verdicts import verdicts
 
 OUTPUTS = ["compare.csv", "compare.png", "speedup.json"]
+
+
+def real_statistics(stage: common.Stage, runner: Runner, images: ImageData | None) -> tuple[Statistics, float | None]:
+    """Statistics of all training images' features, and the real-against-real distance for as many images as are sampled
+    (None where that is not known): of the images, or without them the published ones."""
+    assert runner.extractor is not None
+    if images is not None:
+        real = real_features(stage, images, runner.extractor, runner.cache)
+        return feature_statistics(real), distance_floor(real, stage.cfg.compare.n, stage.cfg.compare.seed)
+    found = run_settings.published_statistics(stage, runner.extractor)
+    if found is None:
+        raise UserError("This family has no training images, so there is no distance to them: say metrics=none.")
+    return found
 
 
 def real_features(stage: common.Stage, images: ImageData, extractor: Extractor, cache: Path) -> np.ndarray:
@@ -136,14 +150,12 @@ def work(stage: common.Stage) -> None:
         {"seed": runner.seeds[0], "n": config["n"], "distance": None, "distance_name": "", "distance_floor": None},
     )
     if runner.extractor is not None:
-        if images is None:
-            raise UserError("This family has no training images, so there is no distance to them: say metrics=none.")
-        real = real_features(stage, images, runner.extractor, runner.cache)
-        statistics = feature_statistics(real)
-        shared |= {
-            "distance_name": runner.extractor.name,
-            "distance_floor": distance_floor(real, config["n"], config["seed"]),
-        }
+        statistics, floor = real_statistics(stage, runner, images)
+        shared |= {"distance_name": runner.extractor.name, "distance_floor": floor}
+    elif cfg.metrics.get("_target_") is not None:
+        print(
+            "sample_compare: no distances, since the images are not here and no such statistics of them are published."
+        )
     rows, measured, pictures = [], [], {}
     for setting, found in zip(settings, run_settings.run_all(stage, runner, settings), strict=True):
         row = row_of(setting, found["costs"], **shared)
@@ -184,8 +196,9 @@ def work(stage: common.Stage) -> None:
     tell(result)
     count = side_by_side.worker_count(cfg.workers, stage.device, len(settings))
     workers = {"workers": count, "threads_per_worker": side_by_side.threads_per_worker(count)}
-    manifest = images.manifest if images else {}
-    stage.record(fingerprint, manifest, gamma_used=runner.gamma, settings=len(rows), left_out=left_out, **workers)
+    stage.record(
+        fingerprint, stage.manifest(images), gamma_used=runner.gamma, settings=len(rows), left_out=left_out, **workers
+    )
 
 
 def pick_for_grid(rows: list[dict], pictures: dict, dynamics: str) -> list[tuple[str, Any]]:

@@ -19,28 +19,32 @@ import numpy as np
 import side_by_side
 import torch
 import torch.distributed as dist
+import training_plan
 from omegaconf import DictConfig, OmegaConf
 
-from mlem_diffusion import shards
+from mlem_diffusion import published, shards
 from mlem_diffusion.checkpoint import atomic_write, read_json, write_json
 from mlem_diffusion.data import ImageData
 from mlem_diffusion.drift import SingleLevel
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.evaluate import denoising_errors, noise_levels
-from mlem_diffusion.family import as_level, build_denoiser, level_name, read_metadata
+from mlem_diffusion.family import as_level, build_denoiser, read_metadata
 from mlem_diffusion.grids import save_grid
 from mlem_diffusion.metrics import to_uint8
 from mlem_diffusion.plot_compare import plot_training
 from mlem_diffusion.samplers import sample
 from mlem_diffusion.tracking import Tracker
-from mlem_diffusion.train import Interrupted, TrainConfig, train_level
+from mlem_diffusion.train import Interrupted, train_level
+from mlem_diffusion.watch import snapshot_losses
 
 GROUPS = ("process", "unet", "train")
+WATCHED = 256  # held-out images on which every snapshot is measured
 JOBS = "jobs"  # folder in the results: records of jobs that train some levels only, one folder each
 
 
-def level_fingerprint(stage: common.Stage, level: dict[str, Any], images: ImageData) -> str:
-    return stage.fingerprint(GROUPS, width=level["width"], target=level["target"], data=images.manifest["sha256"])
+def level_fingerprint(stage: common.Stage, level: dict[str, Any], data_sha256: str) -> str:
+    own = {key: level[key] for key in ("width", "target", "train_seed") if key in level}
+    return stage.fingerprint(GROUPS, data=data_sha256, **own)
 
 
 def is_trained(folder: Path, fingerprint: str) -> bool:
@@ -75,8 +79,8 @@ def train_one(
 ) -> dict[str, Any]:
     """Train one level unless that has been done; returns its metadata. position: the progress bar's line."""
     cfg, folder, process = stage.cfg, stage.checkpoints / level["name"], stage.process()
-    config: TrainConfig = common.build(cfg.train)
-    fingerprint = level_fingerprint(stage, level, images)
+    config = training_plan.train_config(stage, level)
+    fingerprint = level_fingerprint(stage, level, images.manifest["sha256"])
     trained = shards.from_main(lambda: is_trained(folder, fingerprint))
     if trained:
         print(f"{level['name']}: already trained.") if common.is_main_process() else None
@@ -87,7 +91,6 @@ def train_one(
 
     unet: Any = OmegaConf.to_container(cfg.unet, resolve=True)
     denoiser = build_denoiser(level["width"], level["size"], level["data_rms"], unet, level["target"], config.seed)
-    snapshots: list[dict[str, Any]] = []
     shape, seeds = (3, level["size"], level["size"]), list(range(16))
 
     def on_snapshot(seen: int, ema: Any) -> None:
@@ -112,7 +115,7 @@ def train_one(
         started = time.monotonic()
         ema = train_level(
             denoiser, train_images, process, config, folder, width=level["width"], device=stage.device,
-            report=report, snapshot=on_snapshot, should_stop=stage.should_stop,
+            report=report, snapshot=None if "train_seed" in level else on_snapshot, should_stop=stage.should_stop,
         )  # fmt: skip
     if not common.is_main_process():
         return level
@@ -121,11 +124,14 @@ def train_one(
     loss, _, _ = denoising_errors(
         [as_level(level["name"], ema, level["flops"], cfg.precision, compile="off")], held_out, logsnr, seed=1
     )
-    for file in sorted(folder.glob("ema-*.safetensors")):
-        snapshots.append({"images": int(file.stem.removeprefix("ema-")), "file": file.name})
+    snapshots = snapshot_losses(
+        ema, sorted(folder.glob("ema-*.safetensors")), held_out[:WATCHED], logsnr, process.drift_weights(logsnr),
+        precision=cfg.precision,
+    )  # fmt: skip
     metadata = {
         **level,
         "images": state["images"],
+        "train": {k: v for k, v in training_plan.settings(stage, level).items() if not k.startswith("_")},
         "data_sha256": images.manifest["sha256"],
         "logsnr_range": [process.logsnr_min, process.logsnr_max],
         "fingerprint": fingerprint,
@@ -148,6 +154,13 @@ def wait_for_all() -> None:
 def work(stage: common.Stage) -> None:
     """Every one of several processes does this: each trains on its part of every batch."""
     chosen = chosen_levels(stage)
+    if shards.from_main(lambda: is_published(stage, chosen)):
+        if common.is_main_process():
+            where = common.shown(stage.checkpoints / published.FOLDER)
+            print(
+                f"train_levels: the levels are there already, published in {where}/ (ARGS=overwrite=true trains them anew)."
+            )
+        return
     images = stage.data()  # draws the procedural images on first use, one process while others wait
     if stage.cfg.only is None:
         train_all(stage, images)
@@ -155,9 +168,32 @@ def work(stage: common.Stage) -> None:
         train_some(stage, images, chosen)
 
 
+def is_published(stage: common.Stage, chosen: list[str]) -> bool:
+    """Whether these levels lie published in the experiment's folder, and none has been begun here; where levels of the
+    family are among them, those that are trained again need not be there. UserError where they are of another configuration
+    or data set than asked for. Needs no images."""
+    folder = stage.checkpoints / published.FOLDER
+    wanted = [level for level in training_plan.describe(stage) if level["name"] in chosen]
+    there = [level for level in wanted if (folder / level["name"] / "metadata.json").is_file()]
+    missing = [level for level in wanted if level not in there and "train_seed" not in level]
+    begun = any((stage.checkpoints / name / "fingerprint.txt").is_file() for name in chosen)
+    if stage.cfg.overwrite or begun or missing or not there or published.read_index(folder) is None:
+        return False
+    prepared = stage.data_dir / "manifest.json"
+    for level in there:
+        found = read_json(folder / level["name"] / "metadata.json", "publish the family again")
+        data = read_json(prepared, "prepare the images again")["sha256"] if prepared.is_file() else found["data_sha256"]
+        if found["fingerprint"] != level_fingerprint(stage, level, data):
+            raise UserError(
+                f"{common.shown(folder)} holds published levels of another configuration or data set; "
+                "give this run another name (name=...), or ARGS=overwrite=true to train anew."
+            )
+    return True
+
+
 def chosen_levels(stage: common.Stage) -> list[str]:
     """Names of the levels to train: all, or those that `only` names; UserError for one that the family does not have."""
-    names, only = [level_name(width) for width in stage.cfg.family.widths], stage.cfg.only
+    names, only = training_plan.names(stage), stage.cfg.only
     wanted = names if only is None else [only] if isinstance(only, str) else list(only)
     missing = [name for name in wanted if name not in names]
     if missing or not wanted:
@@ -170,7 +206,7 @@ def train_some(stage: common.Stage, images: ImageData, names: list[str]) -> None
     """Train some levels of the family, perhaps beside other jobs that train the rest: writes these levels' checkpoints and
     pictures, and records in a folder of their own. What belongs to all is made by a later run without `only`."""
     stage.catch_signals()
-    levels = [level for level in stage.describe_levels(images.manifest["rms"]) if level["name"] in names]
+    levels = [level for level in training_plan.describe(stage, images.manifest["rms"]) if level["name"] in names]
     missing = shards.from_main(lambda: [v for v in levels if not is_trained_here(stage, v, images)])
     for level in levels:
         if level not in missing and common.is_main_process():
@@ -185,7 +221,7 @@ def train_some(stage: common.Stage, images: ImageData, names: list[str]) -> None
 
 
 def is_trained_here(stage: common.Stage, level: dict[str, Any], images: ImageData) -> bool:
-    return is_trained(stage.checkpoints / level["name"], level_fingerprint(stage, level, images))
+    return is_trained(stage.checkpoints / level["name"], level_fingerprint(stage, level, images.manifest["sha256"]))
 
 
 @contextmanager
@@ -209,8 +245,10 @@ def recorded(stage: common.Stage, levels: list[dict[str, Any]], folder: Path) ->
 
 
 def train_all(stage: common.Stage, images: ImageData) -> None:
-    levels = stage.describe_levels(images.manifest["rms"])
-    fingerprint = stage.fingerprint((*GROUPS, "family"), data=images.manifest["sha256"])
+    levels = training_plan.describe(stage, images.manifest["rms"])
+    repeats = training_plan.repeated(stage)
+    inputs = {"data": images.manifest["sha256"], **({"repeats": repeats} if repeats else {})}
+    fingerprint = stage.fingerprint((*GROUPS, "family"), **inputs)
     if shards.from_main(lambda: all(is_trained_here(stage, v, images) for v in levels)) and shards.from_main(
         lambda: stage.finished(fingerprint, ["training.png"])
     ):
@@ -219,7 +257,7 @@ def train_all(stage: common.Stage, images: ImageData) -> None:
     with recorded(stage, levels, stage.results) as tracker:
         metadata = []
         if (workers := side_by_side.worker_count(stage.cfg.workers, stage.device, len(levels))) > 1:
-            expensive_first = sorted(levels, key=lambda level: -level["flops"])
+            expensive_first = sorted(levels, key=lambda v: -v["flops"] * training_plan.settings(stage, v)["images"])
             tasks = [(stage, level, line) for line, level in enumerate(expensive_first)]
             side_by_side.run(train_in_worker, tasks, workers, stage.should_stop)
             metadata = read_metadata(stage.checkpoints, stage.cfg.family.widths)
@@ -232,7 +270,7 @@ def train_all(stage: common.Stage, images: ImageData) -> None:
                 wait_for_all()
         if tracker is not None:
             collect_jobs(stage, tracker)
-            publish(stage, metadata, tracker)
+            publish(stage, [m for m in metadata if "train_seed" not in m], tracker)
     if common.is_main_process():
         stage.record(fingerprint, images.manifest)
 
@@ -273,18 +311,15 @@ def train_in_worker(stage: common.Stage, level: dict[str, Any], position: int) -
 
 
 def estimate(stage: common.Stage) -> list[tuple[str, float, float]]:
-    levels, images, chosen = stage.describe_levels(), stage.cfg.train.images, chosen_levels(stage)
-    seconds = common.seconds_per_evaluation(stage, 16)
-    # a backward pass costs twice the forward pass
-    return [
-        (
-            f"train {v['name']} ({v['parameters']:,} parameters) on {images:,} images",
-            3 * v["flops"] * images,
-            3 * s * images,
-        )
-        for v, s in zip(levels, seconds, strict=True)
-        if v["name"] in chosen
-    ]
+    seconds = dict(zip(stage.cfg.family.widths, common.seconds_per_evaluation(stage, 16), strict=True))
+    chosen, rows = chosen_levels(stage), []
+    for v in training_plan.describe(stage):
+        if v["name"] in chosen:
+            images = training_plan.settings(stage, v)["images"]
+            what = f"train {v['name']} ({v['parameters']:,} parameters) on {images:,} images"
+            # a backward pass costs twice the forward pass
+            rows.append((what, 3 * v["flops"] * images, 3 * seconds[v["width"]] * images))
+    return rows
 
 
 @hydra.main(version_base=None, config_path=common.CONFIGS, config_name="train_levels")

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from mlem_diffusion.compare import settings_of
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.extractors import Extractor
-from mlem_diffusion.family import build_denoiser, describe, level_name
+from mlem_diffusion.family import at_width, build_denoiser, describe, level_name
 from mlem_diffusion.optimise import METHODS
 from mlem_diffusion.process import Process
 from mlem_diffusion.step_rules import REFERENCE_RULE, STEP_RULES
@@ -76,10 +76,13 @@ def test_every_experiment_composes_with_every_script(root, experiment):
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_instantiates(experiment):
     cfg = configuration("sample_compare", f"experiment={experiment}")
-    process, train = instantiate(cfg.process), instantiate(cfg.train)
-    assert isinstance(process, Process) and isinstance(train, TrainConfig)
-    assert np.all(np.diff(process.grid().logsnr) > 0)
-    assert train.images == cfg.train.images and max(train.snapshots) == 1.0 and len(train.snapshots) >= 3
+    process = instantiate(cfg.process)
+    assert isinstance(process, Process) and np.all(np.diff(process.grid().logsnr) > 0)
+    for width in cfg.family.widths:
+        train = instantiate(at_width(plain(cfg.train), width))
+        assert isinstance(train, TrainConfig) and max(train.snapshots) == 1.0 and len(train.snapshots) >= 3
+        if not cfg.train.narrow:
+            assert train.images == cfg.train.images
     widths = list(cfg.family.widths)
     assert widths == sorted(set(widths))
     unet = plain(cfg.unet)
@@ -276,6 +279,7 @@ def test_an_experiment_that_is_not_there_is_named():
 def test_the_defaults_of_the_configuration_are_those_of_the_code():
     cfg = plain(configuration("train_levels").train)
     cfg.pop("_target_")
+    assert cfg.pop("narrow") == []
     assert TrainConfig(**cfg) == TrainConfig()
 
 

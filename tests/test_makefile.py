@@ -22,6 +22,7 @@ STAGES = {
     "sample-compare": "sample_compare",
     "report": "report",
     "sample": "sample",
+    "publish": "publish",
 }
 OWN = (
     "EXPERIMENT",

@@ -365,5 +365,12 @@ def test_precision_is_shown_where_it_was_checked(results: Path) -> None:
     assert "Precision: bf16" not in make_page(results).text
     (results / "precision.json").write_text(json.dumps(content))
     text = make_page(results).text
-    for part in ("Precision: bf16 against float32", "0.031", "+1.00% ± 1.00%", "48 samples", "2.50 (≥ 2.10)", "not reached"):
+    for part in (
+        "Precision: bf16 against float32",
+        "0.031",
+        "+1.00% ± 1.00%",
+        "48 samples",
+        "2.50 (≥ 2.10)",
+        "not reached",
+    ):
         assert part in text, part

@@ -55,9 +55,14 @@ def read_json(path: Path, hint: str) -> Any:
         raise UserError(f"{path} is not valid JSON ({error}): {hint}.") from error
 
 
-def save_weights(path: Path, module: nn.Module) -> None:
-    """Float32 parameters and buffers of an (uncompiled) module as safetensors."""
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in module.state_dict().items()}
+def save_weights(path: Path, module: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Parameters and buffers of an (uncompiled) module as safetensors. dtype: parameters, not buffers, are rounded to it;
+    `load_weights` gives them back in the module's own."""
+    kinds = {name: dtype for name, _ in module.named_parameters()} if dtype is not None else {}
+    tensors = {
+        name: value.detach().cpu().to(kinds.get(name, value.dtype)).contiguous().clone()
+        for name, value in module.state_dict().items()
+    }
     atomic_write(path, lambda p: save_file(tensors, p))
 
 

@@ -26,7 +26,6 @@ def noise_levels(process: Process, count: int) -> np.ndarray:
     return np.concatenate([[process.logsnr_min], inner, [process.logsnr_max]])
 
 
-@torch.no_grad()
 def denoising_errors(
     levels: Sequence[Level],
     images: Tensor,
@@ -40,13 +39,39 @@ def denoising_errors(
     Returns loss [K, M, S] = |f^k - x0|^2, to_previous [K-1, M, S] = |f^k - f^{k-1}|^2 and
     to_largest [K-1, M, S] = |f^k - f^K|^2, means over channels and pixels.
     """
-    k, m, s = len(levels), len(images), len(logsnr)
-    loss, to_previous = np.zeros((k, m, s)), np.zeros((max(k - 1, 0), m, s))
-    to_largest = np.zeros_like(to_previous)
+    pairs = family_pairs(len(levels))
+    found = squared_differences(levels, pairs, images, logsnr, seed, batch, progress)
+    return split_by_kind(found, len(levels))
 
-    def squares(a: Tensor, b: Tensor) -> np.ndarray:
-        return (a - b).double().square().flatten(1).mean(1).cpu().numpy()
 
+Pair = tuple[int, int | None]  # two levels, by index; None: the clean image
+
+
+def family_pairs(levels: int) -> list[Pair]:
+    """The pairs of a family: each level and the image, each and the one below, each and the largest."""
+    loss: list[Pair] = [(k, None) for k in range(levels)]
+    return loss + [(k, k - 1) for k in range(1, levels)] + [(k, levels - 1) for k in range(levels - 1)]
+
+
+def split_by_kind(found: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values for `family_pairs` [3K-2, ...] as loss [K, ...], to_previous [K-1, ...] and to_largest [K-1, ...]."""
+    return found[:levels], found[levels : 2 * levels - 1], found[2 * levels - 1 : 3 * levels - 2]
+
+
+@torch.no_grad()
+def squared_differences(
+    levels: Sequence[Level],
+    pairs: Sequence[Pair],
+    images: Tensor,
+    logsnr: np.ndarray,
+    seed: int = 0,
+    batch: int = 128,
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """Per-image mean squared differences [pairs, M, S] of levels' outputs for images [M,C,H,W] in [-1, 1] at log-SNRs [S],
+    means over channels and pixels. Every level is evaluated once, on the same noise."""
+    m, s = len(images), len(logsnr)
+    out = np.zeros((len(pairs), m, s))
     for j, value in enumerate(logsnr):
         for start in range(0, m, batch):
             part = slice(start, min(start + batch, m))
@@ -56,12 +81,9 @@ def denoising_errors(
             level_logsnr = torch.full((1,), float(value), device=x0.device).expand(len(x0))
             x = add_noise(x0, initial_noise(seeds, tuple(x0.shape[1:]), x0.device), level_logsnr)
             outputs = [level.denoise(x, level_logsnr).float() for level in levels]
-            for i, output in enumerate(outputs):
-                loss[i, part, j] = squares(output, x0)
-                if i:
-                    to_previous[i - 1, part, j] = squares(output, outputs[i - 1])
-                if i < k - 1:
-                    to_largest[i, part, j] = squares(output, outputs[-1])
+            for i, (first, second) in enumerate(pairs):
+                other = x0 if second is None else outputs[second]
+                out[i, part, j] = (outputs[first] - other).double().square().flatten(1).mean(1).cpu().numpy()
         if progress is not None:
             progress(j + 1, s)
-    return loss, to_previous, to_largest
+    return out

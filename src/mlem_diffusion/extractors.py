@@ -30,13 +30,15 @@ class Extractor:
 
     `name` is what the distance is called in tables and figures, `key` identifies weights and settings in
     caches, `compute` maps uint8 [N, 3, H, W] on the CPU to [N, D] on any device, `batch` is the number of
-    images per call.
+    images per call. `identity` is a key that is the same on every device, for statistics that travel; where
+    it is empty, `key` is that.
     """
 
     name: str
     key: str
     compute: Callable[[Tensor], Any]
     batch: int = 256
+    identity: str = ""
 
     def features(self, images_u8: Tensor | np.ndarray) -> Tensor:
         """Float32 features [N, D] on the CPU of uint8 images [N, 3, H, W].
@@ -93,7 +95,8 @@ def light(dim: int = 64, seed: int = 0, device: str = "cpu", batch: int = 64) ->
     for array in weights:
         digest.update(array.tobytes())
     tensors = [torch.from_numpy(array).to(device) for array in weights]
-    return Extractor("FD-random-conv", digest.hexdigest()[:16], lambda images: _light_features(images, tensors), batch)
+    key, identity = digest.hexdigest()[:16], f"random-conv-1/{dim}/{seed}"
+    return Extractor("FD-random-conv", key, lambda images: _light_features(images, tensors), batch, identity)
 
 
 _FIRST, _SECOND, _SCALES, _CELLS = 16, 32, 3, 4
@@ -154,7 +157,8 @@ def inception(weights: str | None = None, device: str = "cpu", batch: int = 64) 
     network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
     network = network.to(device).eval()
     key = f"inception-{INCEPTION_SHA256[:12]}-{torch.device(device).type}"
-    return Extractor("FID", key, lambda images: network(images.to(device))[0], batch)
+    identity = f"inception-{INCEPTION_SHA256}"
+    return Extractor("FID", key, lambda images: network(images.to(device))[0], batch, identity)
 
 
 def _sha256(path: Path) -> str:

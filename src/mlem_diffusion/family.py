@@ -10,8 +10,10 @@ import torch
 
 from .checkpoint import load_weights, read_json
 from .cost import flops_per_evaluation
+from .errors import UserError
 from .inference import FastDenoiser
 from .levels import Level, check_family
+from .published import read_index
 from .unet import Denoiser, UNet
 
 _HINT = "run make train-levels with the same EXPERIMENT first"
@@ -21,15 +23,28 @@ def level_name(width: int) -> str:
     return f"w{width}"
 
 
-def shape_of(unet: Mapping[str, Any], width: int) -> dict[str, Any]:
-    """The UNet's arguments at a width, the family's one knob. unet["narrow"] lists changes for narrow levels, such as
-    {upto: 32, patch: 2, multipliers: [2, 2]}: the first entry whose `upto` is not below the width applies."""
-    shape = {key: value for key, value in unet.items() if key != "narrow"}
-    entries: Any = unet.get("narrow") or ()
+def at_width(settings: Mapping[str, Any], width: int) -> dict[str, Any]:
+    """Settings at a width, the family's one knob. settings["narrow"] lists changes for narrow levels, such as
+    {upto: 32, images: 500000}: the first entry whose `upto` is not below the width applies. UserError for an entry
+    without `upto`."""
+    plain = {key: value for key, value in settings.items() if key != "narrow"}
+    entries: Any = settings.get("narrow") or ()
+    if any(not isinstance(entry, Mapping) or "upto" not in entry for entry in entries):
+        raise UserError("Every entry of a list `narrow` needs `upto`, the largest width that it applies to.")
     for entry in sorted(entries, key=lambda entry: entry["upto"]):
         if width <= entry["upto"]:
-            return shape | {key: value for key, value in entry.items() if key != "upto"}
-    return shape
+            return plain | {key: value for key, value in entry.items() if key != "upto"}
+    return plain
+
+
+def shape_of(unet: Mapping[str, Any], width: int) -> dict[str, Any]:
+    """The UNet's arguments at a width (`at_width`)."""
+    return at_width(unet, width)
+
+
+def repeat_name(name: str, seed: int) -> str:
+    """Folder of a level that was trained once more, from another seed."""
+    return f"{name}-seed{seed}"
 
 
 def build_denoiser(
@@ -54,7 +69,9 @@ def as_level(
 
 
 def read_metadata(directory: Path, widths: Sequence[int]) -> list[dict[str, Any]]:
-    """metadata.json of each level, cheap to expensive; UserError for a level that is not fully trained."""
+    """metadata.json of each level, cheap to expensive; UserError for a level that is not fully trained, and in a published
+    folder for a file that has changed since (`published.read_index`)."""
+    read_index(directory)
     return [read_json(directory / level_name(width) / "metadata.json", _HINT) for width in widths]
 
 
@@ -69,16 +86,35 @@ def load_family(
 ) -> list[Level]:
     """The levels of a trained family, ready to sample (`as_level`; batch: the usual batch size). snapshot: index into each
     level's snapshots; None: the final EMA."""
-    levels = []
-    for width, metadata in zip(widths, read_metadata(directory, widths), strict=True):
-        denoiser = build_denoiser(
-            metadata["width"], metadata["size"], metadata["data_rms"], metadata["unet"], metadata["target"]
-        )
-        weights = "ema.safetensors" if snapshot is None else metadata["snapshots"][snapshot]["file"]
-        load_weights(directory / level_name(width) / weights, denoiser)
-        levels.append(as_level(metadata["name"], denoiser.to(device), metadata["flops"], precision, compile, batch))
+    levels = [
+        load_level(directory / level_name(width), metadata, device, precision, snapshot, compile, batch)
+        for width, metadata in zip(widths, read_metadata(directory, widths), strict=True)
+    ]
     check_family(levels)
     return levels
+
+
+def load_level(
+    folder: Path,
+    metadata: Mapping[str, Any],
+    device: torch.device | str = "cpu",
+    precision: str = "float32",
+    snapshot: int | None = None,
+    compile: str = "auto",
+    batch: int | None = None,
+) -> Level:
+    """One trained level, by the content of its metadata.json; the rest as in `load_family`."""
+    denoiser = build_denoiser(
+        metadata["width"], metadata["size"], metadata["data_rms"], metadata["unet"], metadata["target"]
+    )
+    final = metadata.get("weights_file", "ema.safetensors")
+    load_weights(folder / (final if snapshot is None else metadata["snapshots"][snapshot]["file"]), denoiser)
+    return as_level(metadata["name"], denoiser.to(device), metadata["flops"], precision, compile, batch)
+
+
+def read_repeats(directory: Path, wanted: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+    """metadata.json of each (width, training seed) that was trained again."""
+    return [read_json(directory / repeat_name(level_name(w), seed) / "metadata.json", _HINT) for w, seed in wanted]
 
 
 def describe(width: int, size: int, data_rms: float, unet: Mapping[str, Any], target: str) -> dict[str, Any]:

@@ -45,15 +45,22 @@ def grid_minimum(values: np.ndarray, grid: np.ndarray) -> float:
 
 
 def profile_interval(
-    rss: Callable[[np.ndarray], np.ndarray], grid: np.ndarray, best: float, rss_min: float, dof: int
+    rss: Callable[[np.ndarray], np.ndarray],
+    grid: np.ndarray,
+    best: float,
+    rss_min: float,
+    dof: int,
+    between: float = 0.0,
 ) -> Interval:
-    """All s with RSS(s) <= RSS_min (1 + t^2 / dof), turned into gamma; (0, None) without a degree of freedom."""
+    """All s with RSS(s) <= RSS_min + t^2 v, turned into gamma; (0, None) without a degree of freedom. v is the variance of
+    the residuals, RSS_min / dof, and at least `between`, the part of it that repeated training has shown."""
     if dof < 1:
         return (0.0, None)
     from scipy.optimize import brentq
     from scipy.stats import t as t_distribution
 
-    limit = rss_min * (1 + float(t_distribution.ppf((1 + CONFIDENCE) / 2, dof)) ** 2 / dof)
+    t_squared = float(t_distribution.ppf((1 + CONFIDENCE) / 2, dof)) ** 2
+    limit = rss_min * (1 + t_squared / dof) if between * dof <= rss_min else rss_min + t_squared * between
     inside = np.append(grid[rss(grid) <= limit], best)
 
     def excess(s: float) -> float:
@@ -84,12 +91,13 @@ def bootstrap_interval(
     covariance: np.ndarray | None,
     repeats: int,
     seed: int,
+    between: float = 0.0,
 ) -> Interval | None:
     """Percentile interval of refits to fitted values with fresh scatter, drawn as relative normal errors.
 
     The scatter's variance is itself drawn (RSS / chi^2(dof)), since a few residuals say little about it; the
-    measurement covariance comes on top, which counts its uncorrelated part twice and so errs on the wide
-    side. `refit` turns values [n] into s, or NaN where any s fits. None without repeats or degrees of freedom.
+    measurement covariance and the variance `between` training seeds come on top, which counts their uncorrelated
+    part twice and so errs on the wide side. `refit` turns values [n] into s, or NaN where any s fits. None without repeats or degrees of freedom.
     """
     if repeats < 1 or dof < 1:
         return None
@@ -100,6 +108,8 @@ def bootstrap_interval(
     if covariance is not None:
         relative = np.asarray(covariance, dtype=np.float64) / np.outer(observed, observed)
         noise += rng.multivariate_normal(np.zeros(n), relative, repeats, method="eigh", check_valid="ignore")
+    if between > 0:
+        noise += np.sqrt(between) * rng.standard_normal((repeats, n))
     found = np.array([refit(values) for values in fitted * np.exp(noise)])
     # NaN: the resampled values are flat, so any exponent goes; such a draw counts at both ends.
     tail = (1 - CONFIDENCE) / 2

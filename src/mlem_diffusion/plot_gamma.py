@@ -22,13 +22,18 @@ def plot_gamma(result: dict[str, Any], path: Path, title: str = "") -> None:
 
     `result` is what `scaling.estimate` returns, with an optional list "training_lengths" of {"fraction",
     "images", "estimates", "levels", "points"}, in order of training; without it the two lower panels show the
-    one length there is.
+    one length there is. Where it holds "differences_fall" (`level_quality`), a third row shows it.
     """
     from matplotlib.figure import Figure
 
     lengths = result.get("training_lengths") or [{**result, "fraction": 1.0}]
-    figure = Figure(figsize=(13, 9.5), dpi=150, layout="constrained")
-    axes = figure.subplots(2, 2)
+    falls = result.get("differences_fall")
+    rows = 3 if falls else 2
+    figure = Figure(figsize=(13, 4.75 * rows), dpi=150, layout="constrained")
+    axes = figure.subplots(rows, 2)
+    if falls:
+        _draw_ratios(axes[2, 0], falls, "to_largest", "$E|f^k-f^K|^2$")
+        _draw_ratios(axes[2, 1], falls, "to_previous", "$E|f^k-f^{k-1}|^2$")
     _draw_fits(axes[0, 0], result)
     _draw_noise_levels(axes[0, 1], result)
     _draw_lengths(axes[1, 0], lengths)
@@ -181,6 +186,28 @@ def _draw_losses(ax: Any, lengths: list[dict[str, Any]]) -> None:
     _decimal_ticks(ax.xaxis)
     _decimal_ticks(ax.yaxis)
     ax.legend(loc="upper right", fontsize=9, title="training length", title_fontsize=9)
+
+
+def _draw_ratios(ax: Any, falls: dict[str, Any], kind: str, what: str) -> None:
+    """Ratios of neighbouring squared differences by noise level; crosses where one rises beyond two standard errors."""
+    from matplotlib import colormaps
+
+    x, rows = falls["noise_levels"], falls[kind]
+    bad = {(*v["levels"], v["logsnr"]) for v in falls["violations"] if v["kind"] == kind}
+    for i, (pair, ratio) in enumerate(zip(rows["pairs"], rows["ratio"], strict=True)):
+        colour = colormaps["viridis"](0.9 * i / max(len(rows["pairs"]) - 1, 1))
+        ax.plot(x, ratio, "o-", color=colour, ms=4, lw=1.2, label=f"{pair[1]} / {pair[0]}")
+        hit = [(a, r) for a, r in zip(x, ratio, strict=True) if (*pair, a) in bad]
+        if hit:
+            ax.plot(*zip(*hit, strict=True), "x", color="#D55E00", ms=10, mew=2, ls="none")
+    ax.axhline(1.0, color="0.25", lw=1, zorder=0)
+    ax.set_yscale("log")
+    _decimal_ticks(ax.yaxis)
+    ax.set_xlabel("log-SNR  $\\log(\\alpha^2/\\sigma^2)$   (noisy → clean)")
+    ax.set_ylabel("later level / earlier level")
+    ax.set_title(f"Does {what} fall with the level? (crosses: it rises, beyond 2 s.e.)", fontsize=11)
+    _grid(ax)
+    ax.legend(fontsize=9, ncols=2)
 
 
 def _length_label(entry: dict[str, Any]) -> str:

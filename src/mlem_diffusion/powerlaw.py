@@ -19,7 +19,9 @@ geometric mean first: any constant factor, such as MACs for FLOPs, leaves gamma 
 What the intervals cover. They are 95% intervals for the exponent of *these* trained levels, under the law
 above with scatter about it that is independent from level to level. They contain the scatter of the levels
 about the law (training noise of each level counts here, since every level is a separate run) and the finite
-number of held-out images. They do not contain what all levels share: a second family trained from other
+number of held-out images. A few points may happen to lie closer to the law than training repeats: where levels
+were trained from several seeds, their spread (`between`) is the least scatter that an interval assumes. They do
+not contain what all levels share: a second family trained from other
 seeds, on other data or for longer may give another gamma by more than this, and a law that bends (levels not
 yet converged) is not a matter of scatter at all.
 """
@@ -79,13 +81,15 @@ def fit_loss(
     loss: np.ndarray,
     *,
     covariance: np.ndarray | None = None,
+    between: float = 0.0,
     bootstrap: int = 0,
     seed: int = 0,
 ) -> Fit:
     """Fit L_k = L_inf + a T_k^(-2/gamma) with L_inf >= 0 and a >= 0 to the losses of K levels (equation (a)).
 
     flops [K] per evaluation, loss [K], covariance [K, K] of the measured losses over held-out images
-    (optional). Relative residuals, t(K-3) interval. gamma is None if the losses do not fall measurably (see
+    (optional), between: variance of each value's logarithm between training seeds, where it has been measured
+    (`seeds`). Relative residuals, t(K-3) interval. gamma is None if the losses do not fall measurably (see
     `_falls`).
     """
     t, y = _checked(flops, loss)
@@ -109,8 +113,8 @@ def fit_loss(
     s, rss = minimise(rss_of, _POSITIVE_GRID)
     floor, a = (float(v[0]) for v in _floor_and_amplitude(np.array([s]), log_tau, y, rel)[:2])
     fitted = floor + a * np.exp(-s * log_tau)
-    profile = profile_interval(rss_of, _POSITIVE_GRID, s, rss, dof)
-    booted = bootstrap_interval(refit, y, fitted, rss, dof, covariance, bootstrap, seed)
+    profile = profile_interval(rss_of, _POSITIVE_GRID, s, rss, dof, between)
+    booted = bootstrap_interval(refit, y, fitted, rss, dof, covariance, bootstrap, seed, between)
     rss_flat = rss_of_constant(y)
     note, falls = "", a > 0 and rss < rss_flat * (1 - 1e-9) and _falls(log_tau, y, rss, rss_flat)
     if not falls:
@@ -161,16 +165,17 @@ def fit_differences(
     values: np.ndarray,
     *,
     covariance: np.ndarray | None = None,
+    between: float = 0.0,
     bootstrap: int = 0,
     seed: int = 0,
 ) -> Fit:
     """Fit E|f^k - f^(k-1)|^2 = a (T_(k-1)^(-2/gamma) - T_k^(-2/gamma)), k = 2..K (equation (b)).
 
     On a log scale. flops [K] per evaluation, values [K-1], covariance [K-1, K-1] of the values over held-out
-    images (optional). t(K-3) interval (K-1 points, two unknowns).
+    images (optional), between as in `fit_loss`. t(K-3) interval (K-1 points, two unknowns).
     """
     t = np.asarray(flops, dtype=np.float64)
-    return _fit_between(t, t[1:], values, covariance, bootstrap, seed)
+    return _fit_between(t, t[1:], values, covariance, between, bootstrap, seed)
 
 
 def fit_to_largest(
@@ -178,6 +183,7 @@ def fit_to_largest(
     values: np.ndarray,
     *,
     covariance: np.ndarray | None = None,
+    between: float = 0.0,
     bootstrap: int = 0,
     seed: int = 0,
 ) -> Fit:
@@ -187,7 +193,7 @@ def fit_to_largest(
     way that the profile interval does not see; `fit_differences` has less of this.
     """
     t = np.asarray(flops, dtype=np.float64)
-    return _fit_between(t, t[-1:], values, covariance, bootstrap, seed)
+    return _fit_between(t, t[-1:], values, covariance, between, bootstrap, seed)
 
 
 def _fit_between(
@@ -195,6 +201,7 @@ def _fit_between(
     upper: np.ndarray,
     values: np.ndarray,
     covariance: np.ndarray | None,
+    between: float,
     bootstrap: int,
     seed: int,
 ) -> Fit:
@@ -228,8 +235,8 @@ def _fit_between(
     log_model = log_shape(np.array([s]))[0]
     log_b = float((np.log(y) - log_model).mean())  # log of a s, in units of the geometric mean FLOPs
     fitted = np.exp(log_b + log_model)
-    profile = profile_interval(rss_of, _GRID, s, rss, dof)
-    booted = bootstrap_interval(refit, y, fitted, rss, dof, covariance, bootstrap, seed)
+    profile = profile_interval(rss_of, _GRID, s, rss, dof, between)
+    booted = bootstrap_interval(refit, y, fitted, rss, dof, covariance, bootstrap, seed, between)
     note, falls = "", s > S_MIN
     if not falls:
         note = "The differences between levels do not fall with FLOPs: no finite exponent."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,12 +67,15 @@ class LevelErrors:
             raise UserError("Level errors: squared errors cannot be negative.")
 
 
-def estimate(errors: LevelErrors, *, seed: int = 0, bootstrap: int = 400) -> dict[str, Any]:
+def estimate(
+    errors: LevelErrors, *, seed: int = 0, bootstrap: int = 400, between: Mapping[str, float] | None = None
+) -> dict[str, Any]:
     """The three estimates of gamma, pooled with `errors.weights` and at every noise level, ready for JSON.
 
     Keys: unit, estimates (loss_fit, differences, to_largest), htmc, htmc_reason, levels, points (pooled
     values with standard errors over images, for plots), per_noise_level (no bootstrap there, so intervals are
-    profile intervals). Amplitudes are for T in GFLOP. Raises UserError with fewer than three levels.
+    profile intervals). Amplitudes are for T in GFLOP. between: by estimate, the variance of each value's logarithm
+    between training seeds (`seeds.seed_spread`), which enters the pooled intervals. Raises UserError with fewer than three levels.
     """
     if len(errors.names) < 3:
         raise UserError("Estimating gamma needs at least three levels; seven or more give useful intervals.")
@@ -82,6 +86,7 @@ def estimate(errors: LevelErrors, *, seed: int = 0, bootstrap: int = 400) -> dic
             errors.flops,
             values.mean(1),
             covariance=np.cov(values) / values.shape[1],
+            between=(between or {}).get(name, 0.0),
             bootstrap=bootstrap,
             seed=seed,
         )

@@ -1,0 +1,258 @@
+"""A trained family -> checkpoints/<experiment>/published/: bf16 weights, what else sampling takes from the images, model card."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import common
+import hydra
+import run_settings
+import sample_compare
+import torch
+import training_plan
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from mlem_diffusion import published
+from mlem_diffusion.checkpoint import load_weights, save_weights, write_json
+from mlem_diffusion.data import ImageData
+from mlem_diffusion.errors import UserError
+from mlem_diffusion.evaluate import denoising_errors, noise_levels
+from mlem_diffusion.family import as_level, build_denoiser, level_name, read_repeats, repeat_name
+from mlem_diffusion.metrics import distance_floor, feature_statistics, standard_error
+from mlem_diffusion.model_card import write_card
+from mlem_diffusion.unet import Denoiser
+
+TRAINING = ("data", "process", "unet", "train", "family")  # groups of the configuration that decide what is trained
+KEPT = ("data", "process", "train")  # and those of them that metadata.json does not hold yet
+
+
+def work(stage: common.Stage) -> None:
+    if stage.cfg.family.callable is not None:
+        raise UserError("The levels of this experiment are functions of your own: there are no weights to publish.")
+    images = stage.data()
+    metadata = stage.levels_of(images)
+    published.check_size(2 * sum(m["parameters"] for m in metadata), "The weights")
+    networks = [trained(stage, m, stage.checkpoints / m["name"] / "ema.safetensors") for m in metadata]
+    repeats = trained_again(stage)
+    with replacing(stage.checkpoints / published.FOLDER) as folder:
+        for m, network in zip(metadata, networks, strict=True):
+            write_level(stage, folder / m["name"], m, network)
+        checked = rounding(stage, metadata, networks, folder, images)
+        for m, found in zip(metadata, checked, strict=True):
+            path = folder / m["name"]
+            write_json(path / "metadata.json", entry(stage, m, path) | {"rounding": found})
+        for m in repeats:
+            path, weights = folder / m["name"], stage.checkpoints / m["name"] / "ema.safetensors"
+            write_level(stage, path, m, trained(stage, m, weights))
+            write_json(path / "metadata.json", entry(stage, m, path))
+        index = {
+            "format": 1,
+            "experiment": str(stage.cfg.name),
+            "title": stage.cfg.title,
+            "levels": [m["name"] for m in metadata],
+            "repeats": [m["name"] for m in repeats],
+            "gaussian": write_gaussian(stage, folder, images) if stage.cfg.family.gaussian else None,
+            "statistics": write_statistics(stage, folder, images) if stage.cfg.publish.statistics else None,
+            "data": images.manifest,
+            "training": training_record(stage, metadata[-1]["name"]),
+            "published": {"commit": common.commit(), "date": time.strftime("%Y-%m-%d", time.gmtime())},
+        }
+        index = published.write_index(folder, index)
+        write_card(folder, index)
+        published.check_size(size := published.size_of(folder), "The files")
+    where = common.shown(stage.checkpoints / published.FOLDER)
+    print(f"publish: {len(metadata)} levels, {size / 1e6:.2f} MB in {where}/; its {published.CARD} is the model card.")
+
+
+def trained_again(stage: common.Stage) -> list[dict[str, Any]]:
+    """metadata.json of the cheapest levels' other training seeds, which gamma's intervals need, where they are trained."""
+    wanted = [
+        (width, seed)
+        for width, seed in training_plan.repeated(stage)
+        if (stage.checkpoints / repeat_name(level_name(width), seed) / "metadata.json").is_file()
+    ]
+    return read_repeats(stage.checkpoints, wanted)
+
+
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the target's place at the end; after an error the target is as it was."""
+    partial, old = (target.with_name(f".{target.name}.{kind}-{os.getpid()}") for kind in ("partial", "old"))
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if target.exists():
+            os.replace(target, old)
+        os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def trained(stage: common.Stage, m: dict[str, Any], path: Path) -> Denoiser:
+    """The level's network with the weights of a file; UserError where these are not those that its metadata speak of."""
+    if path.name == "ema.safetensors" and path.is_file() and published.sha256_of(path) != m["weights_sha256"]:
+        raise UserError(
+            f"{common.shown(path)} is not the file that its metadata.json describes: train this level again."
+        )
+    network = build_denoiser(m["width"], m["size"], m["data_rms"], m["unet"], m["target"])
+    load_weights(path, network)
+    return network
+
+
+def write_level(stage: common.Stage, folder: Path, m: dict[str, Any], network: Denoiser) -> None:
+    save_weights(folder / published.WEIGHTS, network, torch.bfloat16)
+    for snapshot in m["snapshots"][:-1] if stage.cfg.publish.snapshots else []:
+        then = trained(stage, m, stage.checkpoints / m["name"] / snapshot["file"])
+        save_weights(folder / rounded_name(snapshot["file"]), then, torch.bfloat16)
+
+
+def rounded_name(file: str) -> str:
+    return f"{Path(file).stem}-bf16.safetensors"
+
+
+def entry(stage: common.Stage, m: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """metadata.json of a published level: that of training, where the last snapshot is the final weights, with the
+    configuration that it was trained by."""
+    snapshots = [{**s, "file": rounded_name(s["file"])} for s in m["snapshots"][:-1] if stage.cfg.publish.snapshots]
+    config = configuration(stage, m["name"])
+    return {
+        **m,
+        "snapshots": [*snapshots, {**m["snapshots"][-1], "file": published.WEIGHTS}],
+        "weights_file": published.WEIGHTS,
+        "weights_dtype": "bfloat16",
+        "weights_sha256": published.sha256_of(folder / published.WEIGHTS),
+        "trained_weights_sha256": m["weights_sha256"],
+        "config": {key: config[key] for key in KEPT},
+    }
+
+
+def configuration(stage: common.Stage, name: str) -> dict[str, Any]:
+    """The resolved configuration that a level was trained by."""
+    config: Any = OmegaConf.to_container(OmegaConf.load(stage.checkpoints / name / "config.yaml"))
+    return config
+
+
+def rounding(
+    stage: common.Stage, metadata: list[dict[str, Any]], networks: list[Denoiser], folder: Path, images: ImageData
+) -> list[dict[str, Any]]:
+    """What rounding the weights changes, per level: the held-out loss, and the output, beside the difference of
+    neighbouring levels. Means over held-out images, noise levels along the sampler's path, channels and pixels."""
+    levels = []
+    for m, network in zip(metadata, networks, strict=True):
+        rounded = trained(stage, m, folder / m["name"] / published.WEIGHTS)
+        levels += [as_level(f"{m['name']}-{i}", net.to(stage.device), m["flops"], compile="off")
+                   for i, net in enumerate((network, rounded))]  # fmt: skip
+    held_out = stage.held_out(images)[: stage.cfg.publish.images]
+    logsnr = noise_levels(stage.process(), stage.cfg.gamma.noise_levels)
+    with common.bar("rounding", len(logsnr), unit="noise level") as progress:
+        loss, steps, _ = denoising_errors(levels, held_out, logsnr, 1, stage.cfg.gamma.batch, progress)
+    loss, steps = loss.mean(2), steps.mean(2)  # [2 K, M] and [2 K - 1, M]
+    found = []
+    for k in range(len(metadata)):
+        own, rounded = loss[2 * k], loss[2 * k + 1]
+        found.append(
+            {
+                "images": len(held_out),
+                "logsnr": list(logsnr),
+                "loss": float(own.mean()),
+                "loss_rounded": float(rounded.mean()),
+                "loss_change": float((rounded - own).mean() / own.mean()),
+                "loss_change_se": standard_error(rounded - own) / float(own.mean()),
+                "squared_change": float(steps[2 * k].mean()),
+                # to the level below as published
+                "squared_difference": float(steps[2 * k - 1].mean()) if k else None,
+            }
+        )
+    return found
+
+
+def write_gaussian(stage: common.Stage, folder: Path, images: ImageData) -> dict[str, Any]:
+    gaussian: Any = run_settings.gaussian_level(stage, images).denoise
+    gaussian.save(folder / published.GAUSSIAN)
+    return {
+        "file": published.GAUSSIAN,
+        "asked_rank": stage.cfg.family.gaussian_rank,
+        "rank": gaussian.rank,
+        "explained": gaussian.explained,
+        "flops": gaussian.flops,
+        "images": gaussian.images,
+    }
+
+
+def write_statistics(stage: common.Stage, folder: Path, images: ImageData) -> dict[str, Any] | None:
+    """Mean and covariance of the training images' features; None where the experiment has no distances."""
+    extractor = run_settings.make_extractor(stage)
+    if extractor is None:
+        return None
+    features = sample_compare.real_features(stage, images, extractor, stage.results / "cache")
+    statistics = feature_statistics(features)
+    published.save_statistics(folder / published.STATISTICS, statistics)
+    n, seed = stage.cfg.compare.n, stage.cfg.compare.seed
+    return {
+        "file": published.STATISTICS,
+        "name": extractor.name,
+        "identity": extractor.identity or extractor.key,
+        "images": statistics.n,
+        "dimensions": len(statistics.mean),
+        "data_sha256": images.manifest["sha256"],
+        "floor": {"n": n, "seed": seed, "distance": distance_floor(features, n, seed)},
+    }
+
+
+def training_record(stage: common.Stage, name: str) -> dict[str, Any]:
+    """When, where, from which commit and with which arguments the family was trained, as far as that is on record."""
+    noted = stage.read_provenance().get("stages", {}).get("train_levels", {})
+    experiment = HydraConfig.get().runtime.choices.get("experiment")
+    return {
+        **{key: noted.get(key) for key in ("commit", "finished", "device")},
+        "experiment": experiment,
+        "arguments": arguments(experiment, configuration(stage, name)),
+    }
+
+
+def arguments(experiment: str | None, config: dict[str, Any]) -> list[str]:
+    """What has to be passed as ARGS to train by this configuration from that experiment file."""
+    composed = hydra.compose("train_levels", [f"experiment={experiment}"] if experiment else [])
+    usual: Any = OmegaConf.to_container(OmegaConf.masked_copy(composed, ["name", *TRAINING]))
+    usual["data"]["source"] = config["data"]["source"]  # passed as SOURCE
+    before, now = flat(usual), flat({key: config[key] for key in ("name", *TRAINING)})
+    return [f"{key}={written(value)}" for key, value in now.items() if before.get(key, ...) != value]
+
+
+def written(value: Any) -> str:
+    """A value as Hydra reads it, without blanks."""
+    if isinstance(value, list):
+        return f"[{','.join(map(written, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{written(v)}" for key, v in value.items()) + "}"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
+
+
+def cost(stage: common.Stage) -> list[tuple[str, float, float]]:
+    seconds, count = common.seconds_per_evaluation(stage, 16), stage.cfg.publish.images * stage.cfg.gamma.noise_levels
+    rows = zip(stage.describe_levels(), seconds, strict=True)
+    return [(f"check rounding of {v['name']}", 2 * v["flops"] * count, 2 * s * count) for v, s in rows]
+
+
+@hydra.main(version_base=None, config_path=common.CONFIGS, config_name="publish")
+def main(cfg: DictConfig) -> None:
+    common.run("publish", cfg, work, cost)
+
+
+if __name__ == "__main__":
+    main()
