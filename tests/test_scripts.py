@@ -578,6 +578,23 @@ def best_by_plan(place: Place, kind: str) -> dict[str, Any]:
     return entry
 
 
+def test_precision_is_checked_level_by_level_and_on_the_frontier(done, here, tmp_path):
+    place = done[0].copy_to(tmp_path)
+    run = here("check_precision", place, "workers=1")
+    assert run.code == 0, run.err
+    found = strict(place.results / "precision.json")
+    assert [level["level"] for level in found["levels"]] == ["w2", "w3", "w4", "w5", "w6"]
+    assert all(0 < level["worst_ratio"] < 10 for level in found["levels"])  # bf16 is not float32, nor nonsense
+    assert found["samples"] == 16 and {row["dynamics"] for row in found["settings"]} == {"sde", "ode"}
+    for row in found["settings"]:
+        assert row["change"] == pytest.approx(row["error_bf16"] - row["error_float32"])
+        assert abs(row["change"]) < 0.3 * row["error_float32"] + 1e-4
+    assert (place.results / "precision.png").is_file()
+    assert set(found["speedup"]) == {"float32", "bf16"}
+    assert "precision: float32" in (place.results / "config-check_precision.yaml").read_text()
+    assert "already done" in here("check_precision", place).out
+
+
 @pytest.mark.parametrize("kind", ["quadrature", "independent"])
 def test_the_best_sampler_may_be_a_plan(done, here, tmp_path, kind):
     place = done[0].copy_to(tmp_path / "planned")
