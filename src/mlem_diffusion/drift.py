@@ -198,7 +198,7 @@ class Schedule:
     def __call__(self, j: int, x: Tensor, logsnr: float) -> Tensor:
         """The j-th estimate at x [B, ...]. Samples share the log-SNR, which every level gets as [B] with stride 0."""
         if self.on_device is None:
-            table = torch.as_tensor(self.weights, dtype=x.dtype).to(x.device)
+            table = torch.tensor(self.weights, dtype=x.dtype).to(x.device)  # a copy: the weights may be read-only
             self.on_device = table, torch.as_tensor(self.positions).to(x.device)
         table, positions = self.on_device
         estimate, noise_level = None, torch.full((1,), logsnr, dtype=torch.float32, device=x.device)
