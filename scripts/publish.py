@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -228,11 +230,13 @@ def arguments(experiment: str | None, config: dict[str, Any]) -> list[str]:
 
 
 def written(value: Any) -> str:
-    """A value as Hydra reads it, without blanks."""
+    """A value as Hydra reads it; blanks only within quotes."""
     if isinstance(value, list):
         return f"[{','.join(map(written, value))}]"
     if isinstance(value, dict):
         return "{" + ",".join(f"{key}:{written(v)}" for key, v in value.items()) + "}"
+    if isinstance(value, str) and not re.fullmatch(r"[\w./:+-]*", value):
+        return json.dumps(value)  # Hydra's quotes are JSON's
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

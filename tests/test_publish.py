@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,10 +22,11 @@ import numpy as np
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 from safetensors.torch import load_file
 
-from mlem_diffusion import published
+from mlem_diffusion import model_card, published
 from mlem_diffusion.checkpoint import load_weights, save_weights
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.family import build_denoiser, load_family, read_metadata
@@ -424,3 +426,16 @@ def test_parameters_alone_are_rounded(tmp_path: Path):
     assert found.weight.dtype == torch.float32
     assert torch.equal(found.weight, network.weight.detach().bfloat16().float())
     assert torch.equal(found.running_mean, network.running_mean)  # pyright: ignore
+
+
+def test_the_commands_on_the_card_reach_hydra_as_they_were_meant():
+    import publish
+
+    note = ', "whole" frames'
+    training = {"experiment": "demo", "arguments": [f"data.note={publish.written(note)}", "family.widths=[4,8]"]}
+    index = {"training": training, "data": {"source": {"kind": "zip", "name": "a.zip"}}}
+    given = shlex.split(model_card.commands(index)[1])[-1]
+    found = [OverridesParser.create().parse_override(text) for text in shlex.split(given.removeprefix("ARGS="))]
+    assert [(override.key_or_group, override.value()) for override in found] == [
+        ("data.note", note), ("family.widths", [4, 8]),
+    ]  # fmt: skip

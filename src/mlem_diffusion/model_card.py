@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -76,13 +77,13 @@ def commands(index: dict[str, Any]) -> list[str]:
     """The commands that make the family from the images."""
     training, source = index["training"], index["data"]["source"]
     experiment = f"EXPERIMENT={training['experiment'] or index['experiment']}"
-    changed = [argument.replace('"', '\\"') for argument in training["arguments"]]
+    changed = [shlex.quote(argument).replace('"', '\\"') for argument in training["arguments"]]
     extra = f' ARGS="{" ".join(changed)}"' if changed else ""
     named = (
         ""
         if source["kind"] == "portraits"
         else f" SOURCE={'download' if source['kind'] == 'download' else source['name']}"
     )
-    data = [argument for argument in changed if argument.startswith("data.")]
+    data = [argument for argument in changed if argument.lstrip("'").startswith("data.")]
     prepare = f"make data {experiment}{named}" + (f' ARGS="{" ".join(data)}"' if data else "")
     return [prepare, f"make train-levels {experiment}{extra}", f"make publish {experiment}{extra}"]
