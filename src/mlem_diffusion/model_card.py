@@ -77,7 +77,7 @@ def commands(index: dict[str, Any]) -> list[str]:
     """The commands that make the family from the images."""
     training, source = index["training"], index["data"]["source"]
     experiment = f"EXPERIMENT={training['experiment'] or index['experiment']}"
-    changed = [shlex.quote(argument).replace('"', '\\"') for argument in training["arguments"]]
+    changed = [shlex.quote(argument).replace("\\", "\\\\").replace('"', '\\"') for argument in training["arguments"]]
     extra = f' ARGS="{" ".join(changed)}"' if changed else ""
     named = (
         ""
