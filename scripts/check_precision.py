@@ -13,10 +13,10 @@ import run_settings
 from omegaconf import DictConfig, OmegaConf
 
 from mlem_diffusion import speedup
-from mlem_diffusion.checkpoint import write_json
 from mlem_diffusion.compare import Setting, row_of, setting_from
 from mlem_diffusion.evaluate import noise_levels
 from mlem_diffusion.family import load_family
+from mlem_diffusion.files import write_json
 from mlem_diffusion.precision import plot_precision, precision_errors
 from mlem_diffusion.tables import BASELINES, describe, frontier, read_rows
 
@@ -55,6 +55,12 @@ def run_in(stage: common.Stage, precision: str, settings: list[Setting]) -> list
     return [
         speedup.Setting(row_of(s, f["costs"]), f["errors"], f["clusters"]) for s, f in zip(settings, found, strict=True)
     ]
+
+
+def finite_in_both(measured: dict[str, list[speedup.Setting]]) -> dict[str, list[speedup.Setting]]:
+    """Without the settings that diverged in either precision."""
+    good = [all(s.row["error"] is not None for s in pair) for pair in zip(*measured.values(), strict=True)]
+    return {p: [s for s, fine in zip(found, good, strict=True) if fine] for p, found in measured.items()}
 
 
 def side_by_side_rows(exact: list[speedup.Setting], rounded: list[speedup.Setting]) -> list[dict[str, Any]]:
@@ -110,7 +116,7 @@ def work(stage: common.Stage) -> None:
     result: dict[str, Any] = found.to_json()
     if rows:
         settings = frontier_settings(rows)
-        measured = {p: run_in(stage, p, settings) for p in PRECISIONS}
+        measured = finite_in_both({p: run_in(stage, p, settings) for p in PRECISIONS})
         result["settings"] = side_by_side_rows(measured["float32"], measured["bf16"])
         result["samples"] = compared(cfg)
         result["speedup"] = {p: speedups_of(measured[p], stage) for p in PRECISIONS}
@@ -122,7 +128,7 @@ def work(stage: common.Stage) -> None:
     else:
         print("compare.csv is not there, so no settings were run in both precisions (make sample-compare first).")
     write_json(stage.results / "precision.json", result)
-    stage.record(fingerprint, images.manifest)
+    stage.record(fingerprint, ["precision.json", "precision.png"], images.manifest)
 
 
 @hydra.main(version_base=None, config_path=common.CONFIGS, config_name="check_precision")

@@ -3,38 +3,42 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
 import os
 import platform
-import signal
 import subprocess
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import interrupts  # answers signals while the rest is imported
 import processes
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
+from interrupts import StopNow, Stopped
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 from mlem_diffusion import data as datasets
 from mlem_diffusion import published, shards
-from mlem_diffusion.checkpoint import atomic_write, write_json
 from mlem_diffusion.errors import SlowPath, UserError
 from mlem_diffusion.evaluate import to_float
 from mlem_diffusion.family import at_width, describe, level_name, read_metadata
+from mlem_diffusion.files import read_json, sha256_of, write_json, write_text
+from mlem_diffusion.locks import FolderLock
+from mlem_diffusion.memory import is_out_of_memory
 from mlem_diffusion.process import Process
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,7 +84,12 @@ class Stage:
         else:
             torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = bool(cfg.autotune)
-        self._interrupted = 0.0  # when a signal came
+        self._interrupts = interrupts.Interrupts()
+        self._lock: FolderLock | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For workers, whose parent has the folder and answers the signals."""
+        return {**self.__dict__, "_lock": None, "_interrupts": interrupts.Interrupts()}
 
     # ---- configuration -----------------------------------------------------------------------------------
 
@@ -183,50 +192,76 @@ class Stage:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def finished(self, fingerprint: str, outputs: list[str]) -> bool:
-        """Whether this stage was completed here before from the same inputs; says so.
+        """Whether this stage was completed here before from the same inputs, and its files are still those; says so.
 
         The note of it lies in the cache, which is never committed: a fresh clone recomputes the published results.
         """
-        done = self._done().get(self.name) == fingerprint and all((self.results / name).is_file() for name in outputs)
-        if done and not self.cfg.force:
+        noted = self._done().get(self.name)
+        if self.cfg.force or not isinstance(noted, dict) or noted["fingerprint"] != fingerprint:
+            return False
+        written = noted["outputs"]
+        changed = [name for name in {**dict.fromkeys(outputs), **written} if not self._is_as_written(name, written)]
+        if changed:
+            print(f"{self.name}: {changed[0]} is not as it was written, so it is done again.")
+        else:
             print(f"{self.name}: already done, nothing has changed (ARGS=force=true does it again).")
-        return done and not self.cfg.force
+        return not changed
 
-    def mark_done(self, fingerprint: str) -> None:
-        write_json(self.results / "cache" / "done.json", {**self._done(), self.name: fingerprint})
+    def _is_as_written(self, name: str, written: dict[str, str]) -> bool:
+        path = self.results / name
+        return name in written and path.is_file() and sha256_of(path) == written[name]
 
-    def _done(self) -> dict[str, str]:
+    def mark_done(self, fingerprint: str, outputs: Iterable[str] = ()) -> dict[str, str]:
+        """Note that the stage is done, with the SHA-256 of what it wrote (names in the results folder), which is returned."""
+        written = {name: sha256_of(self.results / name) for name in outputs}
+        entry = {"fingerprint": fingerprint, "outputs": written}
+        write_json(self.results / "cache" / "done.json", {**self._done(), self.name: entry})
+        return written
+
+    def _done(self) -> dict[str, Any]:
         try:
-            return json.loads((self.results / "cache" / "done.json").read_text())
-        except (OSError, ValueError):
+            return read_json(self.results / "cache" / "done.json", "")
+        except UserError:  # all is done again
             return {}
 
     def read_provenance(self) -> dict[str, Any]:
+        """provenance.json; empty where there is none yet."""
         path = self.results / "provenance.json"
-        try:
-            return json.loads(path.read_text())
-        except (OSError, ValueError):
+        if not path.is_file():
             return {}
+        return read_json(path, "restore it (git checkout), or delete it: the stages note again what they do")
+
+    def written(self, *patterns: str) -> list[str]:
+        """Names of the files in the results folder that match, sorted."""
+        found = (p for pattern in patterns for p in sorted(self.results.glob(pattern)) if p.is_file())
+        return [p.relative_to(self.results).as_posix() for p in found]
 
     def find(self, name: str) -> Path:
         """An artefact of an earlier stage: this job's own, or in a sweep the one that all jobs share."""
         own, shared = self.results / name, self._unswept_results / name
         return shared if shared.is_file() and not own.is_file() else own
 
-    def record(self, fingerprint: str, manifest: dict[str, Any] | None = None, **facts: Any) -> None:
-        """Write provenance.json (one entry per stage) and config-<stage>.yaml."""
-        stages = self.read_provenance().get("stages", {})
+    def record(
+        self, fingerprint: str, outputs: Iterable[str], manifest: dict[str, Any] | None = None, **facts: Any
+    ) -> None:
+        """Write provenance.json (one entry per stage, with the SHA-256 of its outputs) and config-<stage>.yaml."""
+        config = f"config-{self.name}.yaml"
+        write_text(self.results / config, OmegaConf.to_yaml(OmegaConf.create(self.plain())))
+        before = self.read_provenance()
+        stages = before.get("stages", {})
         seconds = round(time.monotonic() - self.started, 1)
+        written = {name: sha256_of(self.results / name) for name in (*outputs, config)}
         stages[self.name] = {
             "seconds": seconds,
             "finished": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
             "commit": commit(),
             "device": device_model(self.device),
             **facts,
+            "outputs": written,
         }
         provenance = {
             "experiment": self.cfg.name,
-            "data": manifest if manifest is not None else self.read_provenance().get("data", {}),
+            "data": manifest if manifest is not None else before.get("data", {}),
             "commit": commit(),
             "device": device_model(self.device),
             "cpu": cpu_model(),
@@ -237,31 +272,36 @@ class Stage:
             "config": self.plain(),
         }
         write_json(self.results / "provenance.json", provenance)
-        text = OmegaConf.to_yaml(OmegaConf.create(self.plain()))
-        atomic_write(self.results / f"config-{self.name}.yaml", lambda p: p.write_text(text))
-        self.mark_done(fingerprint)
+        self.mark_done(fingerprint, written)
         print(f"{self.name}: done in {seconds:.0f} s; see {shown(self.results)}/")
 
-    # ---- stopping ----------------------------------------------------------------------------------------
+    # ---- alone, and stopping -----------------------------------------------------------------------------
+
+    def take_folder(self, shared: bool = False) -> None:
+        """Have the results folder alone, or with others that share it; UserError where that cannot be. Looks also at what every
+        stage will have to add to."""
+        lock = FolderLock(self.results, self.name, shown(self.results), file="cache/.lock")
+        lock.take(shared)
+        self._lock = lock
+        self.read_provenance()
+
+    def give_folder(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def should_stop(self) -> bool:
         """True after SIGINT or SIGTERM, or once max_minutes have passed: the work saves its state and stops."""
         limit = self.cfg.max_minutes
-        return bool(self._interrupted) or (limit is not None and time.monotonic() - self.started > 60 * limit)
+        return bool(self._interrupts.asked) or (limit is not None and time.monotonic() - self.started > 60 * limit)
 
-    def catch_signals(self) -> None:
-        def handle(number: int, frame: Any) -> None:
-            # the second time means now; launchers often deliver one signal twice
-            if self._interrupted and time.monotonic() - self._interrupted > 2:
-                raise KeyboardInterrupt
-            self._interrupted = self._interrupted or time.monotonic()
+    def catch_signals(self, patient: bool = True) -> None:
+        """Answer SIGINT and SIGTERM; patient: the work asks `should_stop` and is given some seconds (interrupts.py)."""
+        self._interrupts.begin(patient)
 
-        signal.signal(signal.SIGINT, handle)
-        signal.signal(signal.SIGTERM, handle)
-
-
-class Stopped(Exception):
-    """The work was asked to stop and has saved what it had; exit status 75 (try again)."""
+    def let_signals_be(self) -> None:
+        """Signals do what they did before."""
+        self._interrupts.end()
 
 
 @contextlib.contextmanager
@@ -289,11 +329,12 @@ def run(
     work: Callable[[Stage], None],
     estimate: Callable[[Stage], list[tuple[str, float, float]]] | None = None,
     everyone: bool = False,
+    writes_results: bool = True,
 ) -> None:
     """Do a stage, or print what it would do. Errors meant for people become one line and exit status 2.
 
     estimate: rows (what, FLOPs, seconds on this device). Of several processes the main one does the work, and the others
-    what it asks of them (shards.py); everyone: all do the work.
+    what it asks of them (shards.py); everyone: all do the work. writes_results: it has the results folder alone.
     """
     # torch itself still compiles its rules for forward derivatives with it
     warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated", category=FutureWarning)
@@ -304,10 +345,19 @@ def run(
             if is_main_process():
                 show_cost(stage, estimate)
             return
+        stage.catch_signals(patient=processes.count() > 1)
+        try:
+            if writes_results and is_main_process():
+                stage.take_folder(shared=cfg.only is not None and name == "train_levels")
+            begin(stage)
+        finally:
+            stage.give_folder()
+        stage.let_signals_be()
+
+    def begin(stage: Stage) -> None:
         if processes.count() == 1 or everyone:
             work(stage)
             return
-        stage.catch_signals()  # all stop after the same batch
         if not is_main_process():
             shards.serve(stage)
             return
@@ -324,25 +374,50 @@ def run(
                 do()
             else:
                 processes.together(do, lambda error: report(name, error), Stopped)
-    except (UserError, Stopped, KeyboardInterrupt) as error:
+    except (UserError, Stopped, KeyboardInterrupt, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, Stopped) and not is_main_process():
-            sys.exit(75)
+            sys.exit(interrupts.TRY_AGAIN)
         sys.exit(report(name, error))
 
 
 def report(name: str, error: BaseException) -> int:
     """Say what ended the stage, in one line where it is meant for people; the exit status."""
+
+    def say(text: str, status: int) -> int:
+        print(f"{name}: {text}", file=sys.stderr)
+        return status
+
     if isinstance(error, UserError):
-        print(f"{name}: {error}", file=sys.stderr)
-        return 2
+        return say(str(error), 2)
     if isinstance(error, Stopped):
-        print(f"{name}: {error}, run the same command again to go on.", file=sys.stderr)
-        return 75
+        return say(f"{error}, run the same command again to go on.", interrupts.TRY_AGAIN)
+    if isinstance(error, StopNow):
+        return say("stopped; what was finished is kept, run the same command again to go on.", interrupts.TRY_AGAIN)
     if isinstance(error, KeyboardInterrupt):
-        print(f"{name}: stopped; run the same command again to go on.", file=sys.stderr)
-        return 130
+        return say("stopped; run the same command again to go on.", 130)
+    if isinstance(error, OSError) and error.errno in _SYSTEM_ERRORS:
+        where = f" ({error.filename})" if error.filename else ""
+        return say(f"{_SYSTEM_ERRORS[error.errno]}{where}: see to it and run the same command again.", 2)
+    if is_out_of_memory(error):
+        return say(
+            "there is not enough memory: take smaller batches (compare.batch, gamma.batch, train.batch) or fewer workers "
+            "(ARGS=workers=1).",
+            2,
+        )
     traceback.print_exception(error)
     return 1
+
+
+# what machines do to runs, as people know it
+_SYSTEM_ERRORS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the disk cannot be written",
+    errno.EACCES: "a file may not be read or written",
+    errno.EPERM: "a file may not be read or written",
+    errno.EIO: "the disk does not answer as it should",
+    errno.EMFILE: "too many files are open",
+}
 
 
 def show_cost(stage: Stage, estimate: Callable[[Stage], list[tuple[str, float, float]]] | None) -> None:

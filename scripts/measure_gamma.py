@@ -10,15 +10,17 @@ import numpy as np
 import training_plan
 from omegaconf import DictConfig
 
-from mlem_diffusion.checkpoint import write_json
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.evaluate import family_pairs, noise_levels, split_by_kind, squared_differences
-from mlem_diffusion.family import load_family, load_level, read_metadata, read_repeats
+from mlem_diffusion.family import identity_of, load_family, load_level, read_metadata, read_repeats
+from mlem_diffusion.files import write_json
 from mlem_diffusion.level_quality import differences_fall, overfitting_warnings
 from mlem_diffusion.plot_gamma import plot_gamma
 from mlem_diffusion.scaling import LevelErrors, estimate, hierarchy_warnings
 from mlem_diffusion.seeds import Repeat, as_json, repeat_pairs, seed_spread
 from mlem_diffusion.tracking import Tracker
+
+OUTPUTS = ["gamma.json", "gamma.png"]
 
 
 def measure(stage: common.Stage, images: Any, snapshot: int, label: str) -> tuple[LevelErrors, list[Repeat]]:
@@ -85,7 +87,7 @@ def work(stage: common.Stage) -> None:
         raise UserError("gamma needs at least three levels (family.widths), better seven.")
     trained = [*metadata, *read_repeats(stage.checkpoints, training_plan.repeated(stage))]
     fingerprint = stage.fingerprint(("process", "gamma"), levels=[m["weights_sha256"] for m in trained])
-    if stage.finished(fingerprint, ["gamma.json", "gamma.png"]):
+    if stage.finished(fingerprint, OUTPUTS):
         return
     lengths, losses = [], []
     count = min(len(m["snapshots"]) for m in trained)
@@ -104,6 +106,7 @@ def work(stage: common.Stage) -> None:
         "unit": "FLOPs",
         "pooling": "mean squared error of the drift in log-SNR: weights alpha^2 d(logsnr) over the sampler's range",
         "weights_used": "EMA",
+        "made_with": identity_of(metadata),
         "held_out_images": len(images.held_out()[: cfg.gamma.images]),
         "training_lengths": [{k: v for k, v in e.items() if k != "per_noise_level"} for e in lengths],
     }
@@ -120,7 +123,7 @@ def work(stage: common.Stage) -> None:
     print(f"harder than Monte Carlo (gamma > 2): {result['htmc']}. {result.get('htmc_reason', '')}")
     for warning in result["warnings"]:
         print(f"warning: {warning}")
-    stage.record(fingerprint, images.manifest)
+    stage.record(fingerprint, OUTPUTS, images.manifest)
 
 
 def cost(stage: common.Stage) -> list[tuple[str, float, float]]:

@@ -14,11 +14,11 @@ import run_settings
 import torch
 from omegaconf import DictConfig
 
-from mlem_diffusion.checkpoint import read_json, write_json
 from mlem_diffusion.compare import Runner, Setting, setting_of
 from mlem_diffusion.diagnostics import diagnose, table
 from mlem_diffusion.drift import Multilevel
 from mlem_diffusion.errors import UserError
+from mlem_diffusion.files import kept, read_json, write_json
 from mlem_diffusion.gains import Effects, measure_effects
 from mlem_diffusion.learned import learn_probabilities
 from mlem_diffusion.optimise import plan_for_cost, plans
@@ -52,7 +52,8 @@ def effects_of(stage: common.Stage, runner: Runner, dynamics: str, rule: str) ->
     facts = [o.seed, o.calibrate, o.probes, o.calibrate_steps, dynamics, rule]
     key = stage.fingerprint(("process",), runner=runner.key, facts=facts)[:20]
     path = runner.cache / f"effects-{key}.npz"
-    if not path.is_file():
+
+    def measure() -> None:
         with common.bar(f"gains {dynamics} {rule}", o.calibrate) as progress:
             seeds = range(o.seed, o.seed + o.calibrate)
             grid = runner.process.grid(o.calibrate_steps)
@@ -60,7 +61,8 @@ def effects_of(stage: common.Stage, runner: Runner, dynamics: str, rule: str) ->
             measure_effects(
                 family, grid, dynamics, rule, seeds, runner.shape, runner.device, o.probes, runner.batch, watched(stage, progress)
             ).save(path)  # fmt: skip
-    return Effects.load(path)
+
+    return kept(path, Effects.load, measure)
 
 
 def check(stage: common.Stage) -> None:
@@ -77,9 +79,15 @@ def timed(stage: common.Stage, runner: Runner) -> dict[str, Any]:
     where = {"batch": batch, "device": common.device_model(runner.device), "threads": torch.get_num_threads()}
     key = stage.fingerprint(("precision",), runner=runner.key, **where)[:20]
     path = runner.cache / f"seconds-{key}.json"
-    if not path.is_file():
+
+    def measure() -> None:
         seconds = seconds_per_image(family, runner.shape, batch, runner.device)
         write_json(path, {"seconds": dict(zip(runner.levels, seconds, strict=True)), **where})
+
+    return kept(path, read_kept, measure)
+
+
+def read_kept(path: Path) -> dict[str, Any]:
     return read_json(path, "run make optimise again")
 
 
@@ -112,7 +120,8 @@ def learned_plans(
         facts += [] if o.cost == "flops" else [costs.tolist()]
         key = stage.fingerprint(("process",), runner=runner.key, facts=facts)[:20]
         path = runner.cache / f"learned-{key}.json"
-        if not path.is_file():
+
+        def learn(path: Path = path, cost: float = cost, wanted: float = wanted, nearest: Plan = nearest) -> None:
             with common.bar(f"learn {dynamics} {rule}, cost {cost:g}", o.learned.iterations, "iteration") as progress:
                 found = learn_probabilities(
                     family, grid, dynamics, rule, runner.shape, runner.device, expected_flops=wanted,
@@ -120,7 +129,8 @@ def learned_plans(
                     draws=o.learned.draws, costs=costs.tolist(), progress=watched(stage, progress),
                 )  # fmt: skip
             write_json(path, {"p": found.p.tolist(), "flops": found.flops})
-        found = read_json(path, "run make optimise again")
+
+        found = kept(path, read_kept, learn)
         spent += found["flops"]
         p = np.array(found["p"])
         out.append(_plain_plan("learned", tuple(runner.levels), steps, p, family, effects.on(grid.logsnr), costs))
@@ -262,6 +272,8 @@ def work(stage: common.Stage) -> None:
     # ---- what levels achieve alone, then plans from gains ---------------------------------------------------
     alone = singles(stage, runner)
     errors = [found["costs"]["error"] for found in run_settings.run_all(stage, runner, alone, "levels alone")]
+    fit = [i for i, error in enumerate(errors) if error is not None]  # others diverged
+    alone, errors = [alone[i] for i in fit], [errors[i] for i in fit]
     index = {name: i for i, name in enumerate(runner.levels)}
     by_rule, rules = {}, []
     for rule in o.rules:
@@ -312,7 +324,7 @@ def work(stage: common.Stage) -> None:
         for s, e in zip(alone, errors, strict=True)
     ]
     facts = {"calibration": calibration, "seeds_used": seeds_used, "tried": len(tried), "alone": levels_alone}
-    facts |= {"cost_unit": o.cost, "timing": timing}
+    facts |= {"cost_unit": o.cost, "timing": timing, "made_with": runner.made_with}
     save_plans(stage.results / "plans.json", chosen, **facts)
     plot_gains(all_effects, stage.results / "gains.png", cfg.title)
     with Tracker(stage.results, stage.name, stage.plain(), **cfg.tracking, fresh=True) as tracker:
@@ -320,7 +332,9 @@ def work(stage: common.Stage) -> None:
         for name in ["gains", "levels", *(path.stem for path in sorted(stage.results.glob("diagnostics-*.png")))]:
             tracker.image(name, Path(stage.results / f"{name}.png"))
     print(f"{len(chosen)} of {len(tried)} plans selected; calibration and selection cost {spent / 1e12:.3g} TFLOP.")
-    stage.record(fingerprint, stage.manifest(images), plans=len(chosen))
+    stage.record(
+        fingerprint, [*OUTPUTS, *stage.written("diagnostics-*.png")], stage.manifest(images), plans=len(chosen)
+    )
 
 
 def cost(stage: common.Stage) -> list[tuple[str, float, float]]:

@@ -20,19 +20,20 @@ import torch
 import training_plan
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from train_levels import TRAINING
 
 from mlem_diffusion import published
-from mlem_diffusion.checkpoint import load_weights, save_weights, write_json
+from mlem_diffusion.checkpoint import load_weights, save_weights
 from mlem_diffusion.data import ImageData
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.evaluate import denoising_errors, noise_levels
 from mlem_diffusion.family import as_level, build_denoiser, level_name, read_repeats, repeat_name
+from mlem_diffusion.files import sha256_of, write_json
 from mlem_diffusion.metrics import distance_floor, feature_statistics, standard_error
 from mlem_diffusion.model_card import write_card
 from mlem_diffusion.unet import Denoiser
 
-TRAINING = ("data", "process", "unet", "train", "family")  # groups of the configuration that decide what is trained
-KEPT = ("data", "process", "train")  # and those of them that metadata.json does not hold yet
+KEPT = ("data", "process", "train")  # groups of the configuration that the rest of metadata.json does not tell
 
 
 def work(stage: common.Stage) -> None:
@@ -41,7 +42,9 @@ def work(stage: common.Stage) -> None:
     images = stage.data()
     metadata = stage.levels_of(images)
     published.check_size(2 * sum(m["parameters"] for m in metadata), "The weights")
-    networks = [trained(stage, m, stage.checkpoints / m["name"] / "ema.safetensors") for m in metadata]
+    networks = [
+        trained(stage, m, stage.checkpoints / m["name"] / "ema.safetensors", m["weights_sha256"]) for m in metadata
+    ]
     repeats = trained_again(stage)
     with replacing(stage.checkpoints / published.FOLDER) as folder:
         for m, network in zip(metadata, networks, strict=True):
@@ -52,7 +55,7 @@ def work(stage: common.Stage) -> None:
             write_json(path / "metadata.json", entry(stage, m, path) | {"rounding": found})
         for m in repeats:
             path, weights = folder / m["name"], stage.checkpoints / m["name"] / "ema.safetensors"
-            write_level(stage, path, m, trained(stage, m, weights))
+            write_level(stage, path, m, trained(stage, m, weights, m["weights_sha256"]))
             write_json(path / "metadata.json", entry(stage, m, path))
         index = {
             "format": 1,
@@ -63,7 +66,7 @@ def work(stage: common.Stage) -> None:
             "gaussian": write_gaussian(stage, folder, images) if stage.cfg.family.gaussian else None,
             "statistics": write_statistics(stage, folder, images) if stage.cfg.publish.statistics else None,
             "data": images.manifest,
-            "training": training_record(stage, metadata[-1]["name"]),
+            "training": training_record(stage, metadata[-1]["config"]),
             "published": {"commit": common.commit(), "date": time.strftime("%Y-%m-%d", time.gmtime())},
         }
         index = published.write_index(folder, index)
@@ -98,21 +101,17 @@ def replacing(target: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def trained(stage: common.Stage, m: dict[str, Any], path: Path) -> Denoiser:
+def trained(stage: common.Stage, m: dict[str, Any], path: Path, sha256: str | None = None) -> Denoiser:
     """The level's network with the weights of a file; UserError where these are not those that its metadata speak of."""
-    if path.name == "ema.safetensors" and path.is_file() and published.sha256_of(path) != m["weights_sha256"]:
-        raise UserError(
-            f"{common.shown(path)} is not the file that its metadata.json describes: train this level again."
-        )
     network = build_denoiser(m["width"], m["size"], m["data_rms"], m["unet"], m["target"])
-    load_weights(path, network)
+    load_weights(path, network, sha256)
     return network
 
 
 def write_level(stage: common.Stage, folder: Path, m: dict[str, Any], network: Denoiser) -> None:
     save_weights(folder / published.WEIGHTS, network, torch.bfloat16)
     for snapshot in m["snapshots"][:-1] if stage.cfg.publish.snapshots else []:
-        then = trained(stage, m, stage.checkpoints / m["name"] / snapshot["file"])
+        then = trained(stage, m, stage.checkpoints / m["name"] / snapshot["file"], snapshot["sha256"])
         save_weights(folder / rounded_name(snapshot["file"]), then, torch.bfloat16)
 
 
@@ -123,23 +122,22 @@ def rounded_name(file: str) -> str:
 def entry(stage: common.Stage, m: dict[str, Any], folder: Path) -> dict[str, Any]:
     """metadata.json of a published level: that of training, where the last snapshot is the final weights, with the
     configuration that it was trained by."""
-    snapshots = [{**s, "file": rounded_name(s["file"])} for s in m["snapshots"][:-1] if stage.cfg.publish.snapshots]
-    config = configuration(stage, m["name"])
+    *earlier, last = m["snapshots"]
+    files = [rounded_name(s["file"]) for s in earlier if stage.cfg.publish.snapshots]
+    snapshots = [
+        {**s, "file": file, "sha256": sha256_of(folder / file)}
+        for s, file in zip([*earlier[: len(files)], last], [*files, published.WEIGHTS], strict=True)
+    ]
+    config = m["config"]
     return {
         **m,
-        "snapshots": [*snapshots, {**m["snapshots"][-1], "file": published.WEIGHTS}],
+        "snapshots": snapshots,
         "weights_file": published.WEIGHTS,
         "weights_dtype": "bfloat16",
-        "weights_sha256": published.sha256_of(folder / published.WEIGHTS),
+        "weights_sha256": sha256_of(folder / published.WEIGHTS),
         "trained_weights_sha256": m["weights_sha256"],
         "config": {key: config[key] for key in KEPT},
     }
-
-
-def configuration(stage: common.Stage, name: str) -> dict[str, Any]:
-    """The resolved configuration that a level was trained by."""
-    config: Any = OmegaConf.to_container(OmegaConf.load(stage.checkpoints / name / "config.yaml"))
-    return config
 
 
 def rounding(
@@ -209,14 +207,14 @@ def write_statistics(stage: common.Stage, folder: Path, images: ImageData) -> di
     }
 
 
-def training_record(stage: common.Stage, name: str) -> dict[str, Any]:
+def training_record(stage: common.Stage, config: dict[str, Any]) -> dict[str, Any]:
     """When, where, from which commit and with which arguments the family was trained, as far as that is on record."""
     noted = stage.read_provenance().get("stages", {}).get("train_levels", {})
     experiment = HydraConfig.get().runtime.choices.get("experiment")
     return {
         **{key: noted.get(key) for key in ("commit", "finished", "device")},
         "experiment": experiment,
-        "arguments": arguments(experiment, configuration(stage, name)),
+        "arguments": arguments(experiment, config),
     }
 
 

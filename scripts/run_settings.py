@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import common
@@ -13,29 +14,32 @@ import torch
 from omegaconf import OmegaConf
 
 from mlem_diffusion import batches, published, shards
-from mlem_diffusion.checkpoint import read_json
 from mlem_diffusion.compare import NoiseCache, Runner, Setting
 from mlem_diffusion.data import ImageData
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.extractors import Extractor
-from mlem_diffusion.family import load_family
+from mlem_diffusion.family import identity_of, load_family
+from mlem_diffusion.files import Damaged, kept, make_again, read_json
 from mlem_diffusion.gaussian import fit_gaussian, load_gaussian
 from mlem_diffusion.levels import Level
 from mlem_diffusion.metrics import Statistics
-from mlem_diffusion.plans import load_plans
+from mlem_diffusion.plans import Plan, load_plans
 
 GAUSSIAN = "gauss"  # name of the linear Gaussian denoiser among the levels
 
 
-def used_gamma(stage: common.Stage) -> float:
-    """gamma of the constant probabilities: the number in the configuration, or as measured."""
+def used_gamma(stage: common.Stage, made_with: dict[str, Any] | None) -> float:
+    """gamma of the constant probabilities: the number in the configuration, or as measured with these levels."""
     if stage.cfg.compare.gamma != "auto":
         try:
             return float(stage.cfg.compare.gamma)
         except ValueError as error:
             raise UserError(f"compare.gamma = {stage.cfg.compare.gamma} is neither a number nor auto.") from error
     hint = "run make measure-gamma with the same EXPERIMENT first, or set compare.gamma"
-    estimates = read_json(stage.find("gamma.json"), hint)["estimates"]
+    path = stage.find("gamma.json")
+    content = read_json(path, hint)
+    check_made_with(stage, content, made_with, path, "make measure-gamma")
+    estimates = content["estimates"]
     for name in ("differences", "to_largest", "loss_fit"):
         if estimates[name]["gamma"] is not None:
             return float(estimates[name]["gamma"])
@@ -57,13 +61,14 @@ def load_levels(stage: common.Stage) -> tuple[dict[str, Level], dict[str, Any], 
     cfg = stage.cfg
     if cfg.family.callable is not None:
         levels = {level.name: level for level in common.build(cfg.family.callable)}
-        return levels, {"callable": stage.plain("family")}, tuple(cfg.family.shape), None
+        return levels, {"callable": stage.plain("family"), "made_with": None}, tuple(cfg.family.shape), None
     images = stage.data_if_needed()
     metadata = stage.levels_of(images)
     loaded = load_family(
         stage.checkpoints, cfg.family.widths, stage.device, cfg.precision, compile=cfg.compile, batch=cfg.compare.batch
     )
-    inputs = {"levels": [m["weights_sha256"] for m in metadata], "data": metadata[0]["data_sha256"]}
+    inputs: dict[str, Any] = {"levels": [m["weights_sha256"] for m in metadata], "data": metadata[0]["data_sha256"]}
+    inputs["made_with"] = identity_of(metadata)
     if cfg.family.gaussian:
         gauss = gaussian_level(stage, images)
         if gauss.flops < loaded[0].flops:  # dearer than the first network it is of no use
@@ -76,7 +81,7 @@ def gaussian_level(stage: common.Stage, images: ImageData | None) -> Level:
     """The linear Gaussian denoiser of the training images: the published one, or fitted once and kept in the cache."""
     found = (stage.published or {}).get("gaussian")
     if found is not None and found["asked_rank"] == stage.cfg.family.gaussian_rank:
-        return load_gaussian(stage.checkpoints / found["file"], stage.device).as_level(GAUSSIAN)
+        return load_gaussian(stage.checkpoints / found["file"], stage.device, sealed=False).as_level(GAUSSIAN)
     if images is None:
         raise UserError(
             f"A Gaussian level with family.gaussian_rank={stage.cfg.family.gaussian_rank} is not among the published ones and "
@@ -85,9 +90,12 @@ def gaussian_level(stage: common.Stage, images: ImageData | None) -> Level:
     path = (
         stage.results / "cache" / f"gauss-{images.manifest['sha256'][:12]}-{stage.cfg.family.gaussian_rank}.safetensors"
     )
-    if not path.is_file():
-        fit_gaussian(images.images[images.train()], stage.cfg.family.gaussian_rank).save(path)
-    return load_gaussian(path, stage.device).as_level(GAUSSIAN)
+    found = kept(
+        path,
+        lambda p: load_gaussian(p, stage.device),
+        lambda: fit_gaussian(images.images[images.train()], stage.cfg.family.gaussian_rank).save(path),
+    )
+    return found.as_level(GAUSSIAN)
 
 
 def published_statistics(stage: common.Stage, extractor: Extractor) -> tuple[Statistics, float | None] | None:
@@ -107,6 +115,16 @@ def names_of(levels: Iterable[str]) -> tuple[list[str], tuple[str, ...]]:
     return [name for name in levels if name != GAUSSIAN], tuple(n for n in levels if n == GAUSSIAN)
 
 
+def check_enough(extractor: Extractor, n: int, shape: tuple[int, ...]) -> None:
+    """Raise UserError where n images are too few for a Frechet distance by this extractor, before any is drawn."""
+    dimensions = extractor.features(torch.zeros(1, *shape, dtype=torch.uint8)).shape[1]
+    if n <= dimensions:
+        raise UserError(
+            f"compare.n={n} images are too few for {extractor.name}, which has {dimensions} features: the covariance would be "
+            f"singular. Say compare.n={dimensions + 1} or more, or metrics=light, light32 or none."
+        )
+
+
 def make_runner(stage: common.Stage) -> tuple[Runner, ImageData | None]:
     """What all settings of this stage share, from the artefacts of the stages before; and the images."""
     cfg, select = stage.cfg, stage.name == "optimise"
@@ -114,19 +132,57 @@ def make_runner(stage: common.Stage) -> tuple[Runner, ImageData | None]:
     extractor = None if select else make_extractor(stage)
     if extractor is not None and images is None and stage.published and published_statistics(stage, extractor) is None:
         extractor = None  # nothing to compare with
-    gamma = 2.5 if select else used_gamma(stage)  # constant probabilities are not used when plans are selected
+    if extractor is not None and not cfg.dry_run:
+        check_enough(extractor, cfg.compare.n, shape)
+    made_with = inputs.pop("made_with")
+    gamma = (
+        2.5 if select else used_gamma(stage, made_with)
+    )  # constant probabilities are not used when plans are selected
     inputs |= {"gamma": gamma, "extractor": extractor.key if extractor else None}
     where = stage.results / "cache" / "candidates.json" if select else stage.find("plans.json")
-    plans = load_plans(where)[0] if where.is_file() and (select or cfg.compare.plans != "none") else {}
+    plans = plans_there(stage, where, made_with) if where.is_file() and (select or cfg.compare.plans != "none") else {}
     first, count = (cfg.optimise.seed, cfg.optimise.n_select) if select else (cfg.compare.seed, cfg.compare.n)
     runner = Runner(
         levels=levels, process=stage.process(), gamma=gamma, shape=shape, seeds=list(range(first, first + count)),
         n_reference=count if select else min(cfg.compare.n_reference, count), batch=cfg.compare.batch,
         device=stage.device, extractor=extractor, cache=stage.results / "cache", grid_images=cfg.compare.grid_images,
         key=stage.fingerprint(("process", "precision"), **inputs, device=stage.device.type), plans=plans,
-        reference_steps=cfg.optimise.reference_steps if select else None,
+        reference_steps=cfg.optimise.reference_steps if select else None, made_with=made_with,
     )  # fmt: skip
     return runner, images
+
+
+def plans_there(stage: common.Stage, path: Path, made_with: dict[str, Any] | None) -> dict[str, Plan]:
+    """Plans by id; damaged candidates are made again."""
+    if stage.name != "optimise":
+        plans, content = load_plans(path)
+        check_made_with(stage, content, made_with, path, "make optimise")
+        return plans
+    try:
+        return load_plans(path)[0]
+    except Damaged as error:
+        make_again(error)
+        return {}
+
+
+def check_made_with(
+    stage: common.Stage, content: dict[str, Any], levels: dict[str, Any] | None, path: Path, target: str
+) -> None:
+    """Raise UserError where an artefact was made with other levels, or levels trained on other images, than these. levels:
+    `family.identity_of`, None for a family that is not trained."""
+    made_with = content.get("made_with")
+    if levels is None or made_with == levels:
+        return
+    what = common.shown(path)
+    again = f"run {target} EXPERIMENT={stage.cfg.name} again"
+    if made_with is None:
+        raise UserError(f"{what} does not say which levels it was made with: {again}.")
+    if made_with["data"] != levels["data"]:
+        raise UserError(f"{what} was made with levels of other images than those that are there now: {again}.")
+    names = [name for name, sha256 in levels["levels"].items() if made_with["levels"].get(name) != sha256]
+    raise UserError(
+        f"{what} was made with other levels than those that are there now ({', '.join(names)} differ): {again}."
+    )
 
 
 def priced_levels(stage: common.Stage) -> tuple[dict[str, Level], dict[str, float]]:
@@ -174,8 +230,27 @@ def run_in_worker(stage: common.Stage, dynamics: str, settings: list[Setting]) -
 def run_all(
     stage: common.Stage, runner: Runner, settings: Sequence[Setting], label: str = "compare"
 ) -> list[dict[str, Any]]:
-    """What Runner.read gives for every setting, once all are run, with progress and time left by expected FLOPs; stops
-    between batches when asked. Finished settings are read from the cache. Several processes share the batches."""
+    """What Runner.read gives for every setting, once all are run; stops between batches when asked. Finished settings are read
+    from the cache, and run again where that is damaged. Several processes share the batches."""
+    found: dict[Setting, dict[str, Any]] = {}
+    for _ in range(3):
+        try:
+            run_missing(stage, runner, [s for s in settings if s not in found], label)
+        except Damaged as error:  # a reference
+            make_again(error)
+            continue
+        for setting in settings:
+            try:
+                found[setting] = found.get(setting) or runner.read(setting)
+            except Damaged as error:
+                make_again(error)
+        if len(found) == len(set(settings)):
+            break
+    return [found.get(setting) or runner.read(setting) for setting in settings]
+
+
+def run_missing(stage: common.Stage, runner: Runner, settings: Sequence[Setting], label: str) -> None:
+    """Run what is not in the cache, with progress and time left by expected FLOPs."""
     n, largest = len(runner.seeds), list(runner.levels.values())[-1]
     dynamics = sorted({s.dynamics for s in settings})
     reference_cost = len(runner.reference_grid.logsnr) * largest.flops * runner.n_reference / 1e9
@@ -202,7 +277,6 @@ def run_all(
                 missing.sort(key=lambda s: -costs[s])
             shards.ask(help_measure, _facts(runner), dynamics, missing)
             measure(stage, runner, dynamics, missing, lambda setting: advance(setting, by_batch=True))
-    return [runner.read(setting) for setting in settings]
 
 
 def measure(

@@ -13,12 +13,12 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from mlem_diffusion import shards
-from mlem_diffusion.checkpoint import read_json, write_json
 from mlem_diffusion.compare import Setting, setting_from
 from mlem_diffusion.cost import Ledger
 from mlem_diffusion.drift import Drift
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.family import level_name, load_family, read_metadata
+from mlem_diffusion.family import identity_of, level_name, load_family, read_metadata
+from mlem_diffusion.files import atomic_write, read_json, write_json
 from mlem_diffusion.grids import save_grid
 from mlem_diffusion.levels import Level
 from mlem_diffusion.metrics import to_uint8
@@ -56,6 +56,9 @@ def choose(stage: common.Stage) -> tuple[Setting, float]:
     path = stage.find("best.json")
     if path.is_file():
         best = read_json(path, "run make sample-compare again")
+        if stage.cfg.family.callable is None:
+            levels = identity_of(read_metadata(stage.checkpoints, stage.cfg.family.widths))
+            run_settings.check_made_with(stage, best, levels, path, "make sample-compare")
         return setting_from(best), best["gamma"]
     print("sample: no comparison has been run, so the sampler is DPM-Solver++(2M), 20 steps, largest level.")
     return Setting("ode", "dpmpp_2m", "single", (level_name(stage.cfg.family.widths[-1]),), 20), 2.5
@@ -119,7 +122,8 @@ def work(stage: common.Stage) -> None:
     levels, inputs, shape = load_levels(stage, setting)
     drift = setting.build(levels, gamma, plans_of(stage, setting))
     fingerprint = stage.fingerprint(("process", "precision"), setting=setting, gamma=gamma, seeds=seeds, inputs=inputs)
-    if stage.finished(fingerprint, ["samples/grid.png", *(f"samples/{seed:06d}.png" for seed in seeds)]):
+    outputs = ["samples/grid.png", *(f"samples/{seed:06d}.png" for seed in seeds)]
+    if stage.finished(fingerprint, outputs):
         return
     stage.catch_signals()
     folder, total, parts = stage.results / "samples", Ledger([v.flops for v in drift.levels]), []
@@ -129,7 +133,8 @@ def work(stage: common.Stage) -> None:
         def take(found: dict[int, tuple[torch.Tensor, Ledger]]) -> None:
             for number, (pixels, ledger) in found.items():
                 for seed, image in zip(seeds[number * cfg.compare.batch :], pixels, strict=False):
-                    Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{seed:06d}.png")
+                    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+                    atomic_write(folder / f"{seed:06d}.png", lambda p, picture=picture: picture.save(p, format="PNG"))
                 total.add(ledger)
                 parts.append(pixels)
             progress(total.images, len(seeds))
@@ -147,7 +152,7 @@ def work(stage: common.Stage) -> None:
     }
     row = {**setting.__dict__, "levels": "+".join(setting.levels)}
     write_json(folder / "samples.json", {"setting": row, "gamma": gamma, "seeds": seeds, "per_image": facts})
-    stage.mark_done(fingerprint)
+    stage.mark_done(fingerprint, outputs)
     where = common.shown(folder)
     print(f"sample: {len(seeds)} images in {where}/ with {describe(row)}: ", end="")
     print(f"{facts['gflops']:.3g} GFLOP and {facts['seconds']:.3g} s per image; grid.png shows them.")

@@ -15,11 +15,11 @@ import side_by_side
 from omegaconf import DictConfig, OmegaConf
 
 from mlem_diffusion import batches, shards, speedup
-from mlem_diffusion.checkpoint import atomic_write, write_json
 from mlem_diffusion.compare import Runner, Setting, best_setting, row_of, setting_of, settings_of
 from mlem_diffusion.data import ImageData
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.extractors import Extractor
+from mlem_diffusion.files import kept, read_arrays, write_arrays, write_json
 from mlem_diffusion.grids import comparison_grid
 from mlem_diffusion.metrics import (
     Statistics,
@@ -54,11 +54,13 @@ def real_statistics(stage: common.Stage, runner: Runner, images: ImageData | Non
 def real_features(stage: common.Stage, images: ImageData, extractor: Extractor, cache: Path) -> np.ndarray:
     """Features [N, D] of all training images, kept in the cache: Inception needs hours for them on a CPU."""
     key = hashlib.sha256(f"{images.manifest['sha256']} {extractor.key}".encode()).hexdigest()[:20]
-    path = cache / f"real-{key}.npy"
-    if not path.is_file():
+    path = cache / f"real-{key}.npz"
+
+    def make() -> None:
         shards.ask(help_extract, path)
         extract(stage, images, extractor, path)
-    return np.load(path)
+
+    return kept(path, lambda p: read_arrays(p, "run make sample-compare again")["features"], make)
 
 
 def extract(stage: common.Stage, images: ImageData, extractor: Extractor, path: Path, chunk: int = 1024) -> None:
@@ -69,11 +71,7 @@ def extract(stage: common.Stage, images: ImageData, extractor: Extractor, path: 
         return {"features": extractor.features(images.images[train[i * chunk : (i + 1) * chunk]]).numpy()}
 
     def write(arrays: batches.Arrays) -> None:
-        def save(temporary: Path) -> None:
-            with temporary.open("wb") as file:
-                np.save(file, arrays["features"])
-
-        atomic_write(path, save)
+        write_arrays(path, arrays, compress=False)
 
     job, done = batches.Job(path, -(-len(train) // chunk), work, write), 0
     with common.bar("features of the real images", len(train)) as progress:
@@ -159,8 +157,10 @@ def work(stage: common.Stage) -> None:
     rows, measured, pictures = [], [], {}
     for setting, found in zip(settings, run_settings.run_all(stage, runner, settings), strict=True):
         row = row_of(setting, found["costs"], **shared)
+        has_diverged = "diverged" in row
         if statistics is not None:
-            row["distance"] = frechet_distance(found["features"], statistics)
+            if not has_diverged:
+                row["distance"] = frechet_distance(found["features"], statistics)
             pictures[key_of(row)] = found["images"]
         if setting.plan:
             plan = runner.plans[setting.plan]
@@ -168,6 +168,11 @@ def work(stage: common.Stage) -> None:
         if setting in planned.selected:
             row["selected_error"] = planned.selected[setting]
         rows.append(row)
+        if has_diverged:
+            print(
+                f"sample_compare: {describe(row)} diverged in {row['diverged']} of {row['n']} samples: no error, no distance."
+            )
+            continue
         measured.append(speedup.Setting(row, found["errors"], found["clusters"], found.get("features")))
 
     # ---- artefacts ---------------------------------------------------------------------------------------
@@ -184,7 +189,7 @@ def work(stage: common.Stage) -> None:
         write_json(stage.results / "method.json", found)
     if statistics is not None:
         best = {k: v for k, v in best_setting(rows).items() if k != "seed"}
-        write_json(stage.results / "best.json", best | {"gamma": runner.gamma})
+        write_json(stage.results / "best.json", best | {"gamma": runner.gamma, "made_with": runner.made_with})
         for dynamics in result:
             pictures[dynamics, "reference"] = to_uint8(runner.read_reference(dynamics)[: runner.grid_images]).numpy()
             comparison_grid(pick_for_grid(rows, pictures, dynamics), stage.results / "grids" / f"{dynamics}.png")
@@ -196,8 +201,16 @@ def work(stage: common.Stage) -> None:
     tell(result)
     count = side_by_side.worker_count(cfg.workers, stage.device, len(settings))
     workers = {"workers": count, "threads_per_worker": side_by_side.threads_per_worker(count)}
+    outputs = [*OUTPUTS, *stage.written("method.json", "best.json", "grids/*.png")]
     stage.record(
-        fingerprint, stage.manifest(images), gamma_used=runner.gamma, settings=len(rows), left_out=left_out, **workers
+        fingerprint,
+        outputs,
+        stage.manifest(images),
+        made_with=runner.made_with,
+        gamma_used=runner.gamma,
+        settings=len(rows),
+        left_out=left_out,
+        **workers,
     )
 
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import multiprocessing
-import signal
+import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait as wait_for
 from typing import Any
 
+import interrupts  # a worker's signals, before anything else
 import torch
 import torch.distributed as dist
+
+from mlem_diffusion.errors import UserError
 
 stop_requested: Callable[[], bool] = bool  # in a worker: whether the parent asked it to stop
 
@@ -38,29 +44,56 @@ def run(
     """function(*task) for every task, `workers` at a time, in order; the first error stops the others and is raised.
 
     function must be importable; it should look at `stop_requested` now and then. on_done(task) runs in this process.
+    UserError where a worker is killed.
     """
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
     with ProcessPoolExecutor(workers, context, _start_worker, (stop, threads_per_worker(workers))) as pool:
         futures = {pool.submit(function, *task): task for task in tasks}
-        pending = set(futures)
-        while pending:
-            done, pending = wait(pending, timeout=0.5, return_when=FIRST_EXCEPTION)
+        try:
+            _collect(futures, stop, should_stop, on_done)
+        except BrokenProcessPool as error:
             if should_stop():
+                raise interrupts.Stopped("stopped as asked; what was finished is kept") from error
+            raise UserError(
+                "A worker process was killed, perhaps for want of memory: run the same command again to go on, with "
+                "ARGS=workers=1 where memory is short."
+            ) from error
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():  # their files are whole at any moment
+                worker.kill()
+            raise
+
+
+def _collect(
+    futures: dict[Any, tuple], stop: Any, should_stop: Callable[[], bool], on_done: Callable[[tuple], object] | None
+) -> None:
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, timeout=0.5, return_when=FIRST_EXCEPTION)
+        if should_stop():
+            stop.set()
+        for future in done:
+            error = future.exception()
+            if error is not None:
                 stop.set()
-            for future in done:
-                error = future.exception()
-                if error is not None:
-                    stop.set()
-                    wait([other for other in pending if not other.cancel()])
-                    raise error
-                if on_done is not None:
-                    on_done(futures[future])
+                wait([other for other in pending if not other.cancel()])
+                raise error
+            if on_done is not None:
+                on_done(futures[future])
 
 
 def _start_worker(stop: Any, threads: int) -> None:
     global stop_requested
     stop_requested = stop.is_set
-    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the parent too, which asks the workers
-        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would go on beside the run that takes its place."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait_for([parent.sentinel])
+        os._exit(interrupts.TRY_AGAIN)

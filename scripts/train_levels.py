@@ -5,8 +5,6 @@ With one process per GPU, launch.py or torchrun: torchrun --nproc-per-node 8 scr
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,13 +21,15 @@ import training_plan
 from omegaconf import DictConfig, OmegaConf
 
 from mlem_diffusion import published, shards
-from mlem_diffusion.checkpoint import atomic_write, read_json, write_json
+from mlem_diffusion.checkpoint import AGAIN, check_weights, load_state
 from mlem_diffusion.data import ImageData
 from mlem_diffusion.drift import SingleLevel
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.evaluate import denoising_errors, noise_levels
-from mlem_diffusion.family import as_level, build_denoiser, read_metadata
+from mlem_diffusion.family import as_level, build_denoiser, read_metadata, weights_of
+from mlem_diffusion.files import read_json, sha256_of, write_json, write_text
 from mlem_diffusion.grids import save_grid
+from mlem_diffusion.locks import FolderLock
 from mlem_diffusion.metrics import to_uint8
 from mlem_diffusion.plot_compare import plot_training
 from mlem_diffusion.samplers import sample
@@ -37,9 +37,13 @@ from mlem_diffusion.tracking import Tracker
 from mlem_diffusion.train import Interrupted, train_level
 from mlem_diffusion.watch import snapshot_losses
 
+TRAINING = ("data", "process", "unet", "train", "family")  # groups of the configuration that decide what is trained
 GROUPS = ("process", "unet", "train")
 WATCHED = 256  # held-out images on which every snapshot is measured
-JOBS = "jobs"  # folder in the results: records of jobs that train some levels only, one folder each
+JOBS = "jobs"  # folder in the results: records of levels that other processes train, one folder each
+STATE = "state.pt"
+ANEW = "train this level anew (ARGS=overwrite=true)"
+CLAIM = "claim.json"  # in a level's folder: the fingerprint of what is trained there
 
 
 def level_fingerprint(stage: common.Stage, level: dict[str, Any], data_sha256: str) -> str:
@@ -47,26 +51,56 @@ def level_fingerprint(stage: common.Stage, level: dict[str, Any], data_sha256: s
     return stage.fingerprint(GROUPS, data=data_sha256, **own)
 
 
-def is_trained(folder: Path, fingerprint: str) -> bool:
-    marker = folder / "fingerprint.txt"
-    same = marker.is_file() and marker.read_text() == fingerprint
-    return same and (folder / "metadata.json").is_file()
+def is_trained(stage: common.Stage, folder: Path, fingerprint: str) -> bool:
+    """Whether the level was trained to the end by this configuration, and its files are still those. Damaged ones that its
+    state can replace count as not yet written; UserError for others, unless they are to be overwritten."""
+    if not (folder / "metadata.json").is_file():
+        return False
+    try:
+        metadata = read_json(folder / "metadata.json", AGAIN)
+        if metadata["fingerprint"] != fingerprint:
+            return False
+        check_weights(folder / weights_of(metadata)[0], metadata["weights_sha256"])
+    except UserError as error:
+        if stage.cfg.overwrite or (folder / STATE).is_file():
+            return False
+        raise error
+    for i in range(len(metadata["snapshots"])):
+        file, sha256 = weights_of(metadata, i)
+        try:
+            check_weights(folder / file, str(sha256), ANEW)
+        except UserError:
+            if not stage.cfg.overwrite:
+                raise
+            return False
+    return True
 
 
 def claim_folder(stage: common.Stage, folder: Path, fingerprint: str) -> None:
     """Make the level's folder ready for this configuration: to begin, or to go on where it stands."""
-    marker = folder / "fingerprint.txt"
-    if marker.is_file() and marker.read_text() != fingerprint:
-        if not stage.cfg.overwrite:
-            raise UserError(
-                f"{common.shown(folder)} holds a level of another configuration or data set; "
-                "give this run another name (name=...), or ARGS=overwrite=true to train it anew."
-            )
+    if stage.cfg.overwrite and not can_go_on(folder, fingerprint):
         for file in folder.iterdir():
-            file.unlink()
-    atomic_write(marker, lambda p: p.write_text(fingerprint))
-    text = OmegaConf.to_yaml(OmegaConf.create(stage.plain()))
-    atomic_write(folder / "config.yaml", lambda p: p.write_text(text))
+            if file.name != ".lock":
+                file.unlink()
+    marker = folder / CLAIM
+    if marker.is_file() and read_json(marker, ANEW)["fingerprint"] != fingerprint:
+        raise UserError(
+            f"{common.shown(folder)} holds a level of another configuration or data set; "
+            "give this run another name (name=...), or ARGS=overwrite=true to train it anew."
+        )
+    write_json(marker, {"fingerprint": fingerprint})
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(stage.plain())))
+
+
+def can_go_on(folder: Path, fingerprint: str) -> bool:
+    """Whether the folder is this configuration's and its state and snapshots are undamaged."""
+    try:
+        state = load_state(folder / STATE)
+        for file, sha256 in (state or {}).get("snapshots", {}).items():
+            check_weights(folder / file, sha256)
+        return read_json(folder / CLAIM, ANEW)["fingerprint"] == fingerprint
+    except UserError:
+        return False
 
 
 def train_one(
@@ -78,17 +112,35 @@ def train_one(
     position: int = 0,
 ) -> dict[str, Any]:
     """Train one level unless that has been done; returns its metadata. position: the progress bar's line."""
-    cfg, folder, process = stage.cfg, stage.checkpoints / level["name"], stage.process()
-    config = training_plan.train_config(stage, level)
+    folder = stage.checkpoints / level["name"]
     fingerprint = level_fingerprint(stage, level, images.manifest["sha256"])
-    trained = shards.from_main(lambda: is_trained(folder, fingerprint))
+    trained = shards.from_main(lambda: is_trained(stage, folder, fingerprint))
     if trained:
         print(f"{level['name']}: already trained.") if common.is_main_process() else None
-        return read_json(folder / "metadata.json", "train it again")
-    if common.is_main_process():
-        claim_folder(stage, folder, fingerprint)
-    wait_for_all()  # and no process reads the folder before that
+        return read_json(folder / "metadata.json", AGAIN)
+    lock = FolderLock(folder, f"training of {level['name']}", common.shown(folder))
+    try:
+        if common.is_main_process():
+            lock.take()
+            claim_folder(stage, folder, fingerprint)
+        wait_for_all()  # and no process reads the folder before that
+        return train_claimed(stage, level, images, held_out, tracker, position, fingerprint)
+    finally:
+        lock.release()
 
+
+def train_claimed(
+    stage: common.Stage,
+    level: dict[str, Any],
+    images: ImageData,
+    held_out: torch.Tensor,
+    tracker: Tracker | None,
+    position: int,
+    fingerprint: str,
+) -> dict[str, Any]:
+    """`train_one` in a folder that this process has."""
+    cfg, folder, process = stage.cfg, stage.checkpoints / level["name"], stage.process()
+    config = training_plan.train_config(stage, level)
     unet: Any = OmegaConf.to_container(cfg.unet, resolve=True)
     denoiser = build_denoiser(level["width"], level["size"], level["data_rms"], unet, level["target"], config.seed)
     shape, seeds = (3, level["size"], level["size"]), list(range(16))
@@ -112,20 +164,26 @@ def train_one(
             if tracker is not None:
                 tracker.log({"level": level["name"], **record})
 
+        def resume(seen: int) -> None:
+            if tracker is not None:  # what came after the saved state is recorded once more
+                tracker.rewind(level["name"], seen)
+
         started = time.monotonic()
         ema = train_level(
             denoiser, train_images, process, config, folder, width=level["width"], device=stage.device,
             report=report, snapshot=None if "train_seed" in level else on_snapshot, should_stop=stage.should_stop,
+            on_resume=resume, identity=fingerprint,
         )  # fmt: skip
     if not common.is_main_process():
         return level
-    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    state: Any = load_state(folder / STATE)
     logsnr = noise_levels(process, cfg.gamma.noise_levels)
     loss, _, _ = denoising_errors(
         [as_level(level["name"], ema, level["flops"], cfg.precision, compile="off")], held_out, logsnr, seed=1
     )
     snapshots = snapshot_losses(
-        ema, sorted(folder.glob("ema-*.safetensors")), held_out[:WATCHED], logsnr, process.drift_weights(logsnr),
+        ema, {folder / name: state["snapshots"][name] for name in sorted(state["snapshots"])}, held_out[:WATCHED], logsnr,
+        process.drift_weights(logsnr),
         precision=cfg.precision,
     )  # fmt: skip
     metadata = {
@@ -135,10 +193,11 @@ def train_one(
         "data_sha256": images.manifest["sha256"],
         "logsnr_range": [process.logsnr_min, process.logsnr_max],
         "fingerprint": fingerprint,
-        "weights_sha256": hashlib.sha256((folder / "ema.safetensors").read_bytes()).hexdigest(),
+        "weights_sha256": sha256_of(folder / "ema.safetensors"),
         "snapshots": snapshots,
         "history": state["history"],
         "held_out": {"images": len(held_out), "logsnr": list(logsnr), "loss": list(loss[0].mean(axis=0))},
+        "config": stage.plain("name", *TRAINING),
         "device": common.device_model(stage.device),
         "seconds_last_run": round(time.monotonic() - started, 1),
     }
@@ -176,12 +235,12 @@ def is_published(stage: common.Stage, chosen: list[str]) -> bool:
     wanted = [level for level in training_plan.describe(stage) if level["name"] in chosen]
     there = [level for level in wanted if (folder / level["name"] / "metadata.json").is_file()]
     missing = [level for level in wanted if level not in there and "train_seed" not in level]
-    begun = any((stage.checkpoints / name / "fingerprint.txt").is_file() for name in chosen)
+    begun = any((stage.checkpoints / name / CLAIM).is_file() for name in chosen)
     if stage.cfg.overwrite or begun or missing or not there or published.read_index(folder) is None:
         return False
     prepared = stage.data_dir / "manifest.json"
     for level in there:
-        found = read_json(folder / level["name"] / "metadata.json", "publish the family again")
+        found = read_json(folder / level["name"] / "metadata.json", "publish the family again", sealed=False)
         data = read_json(prepared, "prepare the images again")["sha256"] if prepared.is_file() else found["data_sha256"]
         if found["fingerprint"] != level_fingerprint(stage, level, data):
             raise UserError(
@@ -221,7 +280,9 @@ def train_some(stage: common.Stage, images: ImageData, names: list[str]) -> None
 
 
 def is_trained_here(stage: common.Stage, level: dict[str, Any], images: ImageData) -> bool:
-    return is_trained(stage.checkpoints / level["name"], level_fingerprint(stage, level, images.manifest["sha256"]))
+    return is_trained(
+        stage, stage.checkpoints / level["name"], level_fingerprint(stage, level, images.manifest["sha256"])
+    )
 
 
 @contextmanager
@@ -231,7 +292,7 @@ def recorded(stage: common.Stage, levels: list[dict[str, Any]], folder: Path) ->
     if not common.is_main_process():
         tracker = None
     else:
-        fresh = not any((stage.checkpoints / v["name"] / "state.pt").is_file() for v in levels)
+        fresh = not any((stage.checkpoints / v["name"] / STATE).is_file() for v in levels)
         for picture in [p for v in levels for p in (stage.results / "training").glob(f"{v['name']}-*.png") if fresh]:
             picture.unlink()
         tracker = Tracker(folder, stage.name, stage.plain(), **stage.cfg.tracking, fresh=fresh)
@@ -272,7 +333,7 @@ def train_all(stage: common.Stage, images: ImageData) -> None:
             collect_jobs(stage, tracker)
             publish(stage, [m for m in metadata if "train_seed" not in m], tracker)
     if common.is_main_process():
-        stage.record(fingerprint, images.manifest)
+        stage.record(fingerprint, ["training.png"], images.manifest)
 
 
 def publish(stage: common.Stage, metadata: list[dict[str, Any]], tracker: Tracker) -> None:
@@ -285,12 +346,9 @@ def publish(stage: common.Stage, metadata: list[dict[str, Any]], tracker: Tracke
 
 
 def collect_jobs(stage: common.Stage, tracker: Tracker) -> None:
-    """Take over the records of jobs that trained some levels only."""
+    """Take over the records of processes that trained one level."""
     for path in sorted((stage.results / JOBS).glob("*/metrics.jsonl")):
-        for line in path.read_text().splitlines():
-            record = json.loads(line)
-            tracker.log({name: value for name, value in record.items() if name != "stage"})
-        path.unlink()
+        tracker.take_over(path)
 
 
 def mirror_workers(stage: common.Stage, metadata: list[dict[str, Any]], tracker: Tracker) -> None:
@@ -306,7 +364,7 @@ def train_in_worker(stage: common.Stage, level: dict[str, Any], position: int) -
     """One of several levels that train at a time, each in a process of its own."""
     stage.should_stop = side_by_side.stop_requested
     images = stage.data()
-    with Tracker(stage.results, stage.name, {}, mode="disabled") as tracker:
+    with Tracker(stage.results / JOBS / level["name"], stage.name, {}, mode="disabled") as tracker:
         train_one(stage, level, images, stage.held_out(images), tracker, position)
 
 

@@ -18,14 +18,16 @@ import numpy as np
 from omegaconf import DictConfig
 
 from mlem_diffusion import rates
-from mlem_diffusion.checkpoint import atomic_write, write_json
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.exponents import MIN_POINTS, bars, exponent_entry, point, step_size_entry, towards_limit
+from mlem_diffusion.files import write_json, write_text
 from mlem_diffusion.plot_rates import plot_rates
 from mlem_diffusion.rates import Setting
 from mlem_diffusion.tracking import Tracker
 
 Squared = dict[str, dict[Setting, np.ndarray]]  # dynamics -> setting -> squared errors of all replicates
+
+OUTPUTS = ["rates.json", "rates.png", "rates.csv"]
 
 
 def check(cfg: DictConfig) -> None:
@@ -144,7 +146,7 @@ def write_csv(path: Any, rows: list[dict[str, Any]]) -> None:
     writer.writeheader()
     for row in rows:
         writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-    atomic_write(path, lambda p: p.write_text(text.getvalue()))
+    write_text(path, text.getvalue())
 
 
 def say(result: dict[str, Any], dynamics: Sequence[str]) -> None:
@@ -180,7 +182,7 @@ def work(stage: common.Stage) -> None:
     r = stage.cfg.rates
     check(stage.cfg)
     fingerprint = stage.fingerprint(("rates",))
-    if stage.finished(fingerprint, ["rates.json", "rates.png", "rates.csv"]):
+    if stage.finished(fingerprint, OUTPUTS):
         return
     judge_seeds = sorted(r.judge_seeds)
     pilot = rates.pilot_settings(r.grid, r.levels, r.poisson.events)
@@ -208,7 +210,7 @@ def work(stage: common.Stage) -> None:
         tracker.log({f"exponent/{name}": value for name, value in found.items()})
         tracker.image("rates", stage.results / "rates.png")
     say(result, r.dynamics)
-    stage.record(fingerprint)
+    stage.record(fingerprint, OUTPUTS)
 
 
 @hydra.main(version_base=None, config_path=common.CONFIGS, config_name="verify_rates")

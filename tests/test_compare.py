@@ -15,7 +15,6 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from mlem_diffusion.checkpoint import write_json
 from mlem_diffusion.compare import (
     NoiseCache,
     Runner,
@@ -28,6 +27,7 @@ from mlem_diffusion.compare import (
 )
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.extractors import Extractor
+from mlem_diffusion.files import write_json
 from mlem_diffusion.levels import Level
 from mlem_diffusion.plans import Plan
 from mlem_diffusion.process import LinearSchedule, Process

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from . import shards
-from .checkpoint import write_arrays
+from .files import Damaged, make_again, read_arrays, write_arrays
 
 Arrays = dict[str, np.ndarray]
 
@@ -46,7 +46,9 @@ def run(
     Collective: every process calls it with the same jobs. progress(job number) is called on the main process once for
     each batch of the unfinished jobs. Raises shards.Interrupted between batches.
     """
-    kept = shards.from_main(lambda: [_kept(job) for job in jobs])  # numbers of batches; None: the file is there
+    found = [_kept(job) for job in jobs] if shards.is_main() else []
+    # numbers of batches; None: the file is there
+    kept = shards.from_main(lambda: [None if have is None else sorted(have) for have in found])
     todo = [(j, i) for j, have in enumerate(kept) if have is not None for i in range(jobs[j].count) if i not in have]
     parts: list[dict[int, Arrays]] = [{} for _ in jobs]
 
@@ -59,8 +61,8 @@ def run(
             _finish_or_keep(jobs[j], parts[j], [i for k, i in found if k == j])
 
     if shards.is_main():
-        for j, have in enumerate(kept):
-            take({(j, i): _read(jobs[j].part(i)) for i in have or ()})
+        for j, have in enumerate(found):
+            take({(j, i): arrays for i, arrays in (have or {}).items()})
     shards.deal(
         todo,
         lambda item: jobs[item[0]].work(item[1]),
@@ -69,13 +71,18 @@ def run(
     )
 
 
-def _kept(job: Job) -> list[int] | None:
-    return None if job.path.is_file() else [i for i in range(job.count) if job.part(i).is_file()]
-
-
-def _read(path: Path) -> Arrays:
-    with np.load(path) as stored:
-        return {name: stored[name] for name in stored.files}
+def _kept(job: Job) -> dict[int, Arrays] | None:
+    """The batches that an earlier run kept; None where the whole file is there."""
+    if job.path.is_file():
+        return None
+    found = {}
+    for i in range(job.count):
+        if job.part(i).is_file():
+            try:
+                found[i] = read_arrays(job.part(i), "remove it")
+            except Damaged as error:
+                make_again(error)
+    return found
 
 
 def _finish_or_keep(job: Job, parts: dict[int, Arrays], new: list[int]) -> None:
@@ -83,7 +90,7 @@ def _finish_or_keep(job: Job, parts: dict[int, Arrays], new: list[int]) -> None:
     if len(parts) < job.count:
         for i in new:
             if not job.part(i).is_file():
-                write_arrays(job.part(i), **parts[i])
+                write_arrays(job.part(i), parts[i])
         return
     job.write({name: np.concatenate([parts[i][name] for i in range(job.count)]) for name in parts[0]})
     parts.clear()

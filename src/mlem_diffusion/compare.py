@@ -20,11 +20,11 @@ from torch import Tensor
 
 from . import batches, shards
 from .batches import Arrays, Job
-from .checkpoint import write_arrays
 from .cost import Ledger
 from .drift import Drift, Multilevel, SingleLevel, Stitched
 from .errors import UserError
 from .extractors import Extractor
+from .files import read_arrays, write_arrays
 from .levels import Level
 from .metrics import squared_errors, standard_error, to_uint8
 from .noise import WINDOW_BYTES, path_increments
@@ -33,6 +33,8 @@ from .probabilities import constant_probabilities
 from .process import Grid, Process
 from .samplers import sample
 from .step_rules import REFERENCE_RULE, STEP_RULES, step_rule_of
+
+_REMOVE = "remove it and run the same command again"  # a damaged file of the cache
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,7 @@ class Runner:
     grid_images: int = 12
     plans: Mapping[str, Plan] = field(default_factory=dict)
     reference_steps: int | None = None  # None: the base grid
+    made_with: Mapping[str, Any] | None = None  # family.identity_of its levels, which artefacts note
 
     @property
     def reference_grid(self) -> Grid:
@@ -222,11 +225,17 @@ class Runner:
             images, _ = sample(drift, grid, dynamics, rule, seeds, self.shape, self.device)
             return {"images": images.cpu().numpy()}
 
-        return Job(path, -(-self.n_reference // self.batch), work, lambda arrays: write_arrays(path, **arrays))
+        return Job(path, -(-self.n_reference // self.batch), work, lambda arrays: write_arrays(path, arrays))
 
     def read_reference(self, dynamics: str) -> Tensor:
         """What `reference` wrote."""
-        return torch.from_numpy(np.load(self.reference_path(dynamics))["images"])
+        images = read_arrays(self.reference_path(dynamics), _REMOVE)["images"]
+        if not np.isfinite(images).all():
+            raise UserError(
+                f"The reference of the {dynamics.upper()}, the largest level on the finest grid, is not finite: there is nothing to "
+                "compare with. Train the largest level longer or with a lower train.lr."
+            )
+        return torch.from_numpy(images)
 
     def reference(
         self,
@@ -262,24 +271,26 @@ class Runner:
             images = images.cpu()
             compared = reference[start : start + len(seeds)]
             out = {
+                "diverged": diverged(images),
                 "errors": squared_errors(images[: len(compared)], compared) if len(compared) else np.empty(0),
                 "clusters": np.array(drift.clusters(seeds)),
                 "evaluations": ledger.per_sample,
                 "seconds": np.array([ledger.seconds]),
             }
             if self.extractor is not None:
-                pixels = to_uint8(images)
+                pixels = to_uint8(images.nan_to_num())
                 out["features"] = self.extractor.features(pixels).numpy()
                 out["images"] = pixels[: max(0, self.grid_images - start)].numpy()
             return out
 
         def write(arrays: Arrays) -> None:
-            error = arrays["errors"]
+            error, lost = arrays["errors"], int(arrays["diverged"].sum())
             total = Ledger([level.flops for level in drift.levels], len(self.seeds), float(arrays["seconds"].sum()))
             total.per_sample = arrays["evaluations"]
             costs = {
-                "error": float(error.mean()),
-                "error_se": finite(standard_error(error, arrays["clusters"][: len(error)])),
+                # nothing can be said of the mean where one sample has no error
+                "error": None if lost else float(error.mean()),
+                "error_se": None if lost else finite(standard_error(error, arrays["clusters"][: len(error)])),
                 "network_calls": total.calls_per_image,
                 "gflops_expected": drift.expected_flops(setting.evaluations(self.process)) / 1e9,
                 "gflops_realised": total.flops_per_image / 1e9,
@@ -287,15 +298,17 @@ class Runner:
                 # in the samples that the error is taken over
                 "n_fires_top": int(total.per_sample[: len(error), -1].sum()),
             }
+            if lost:
+                costs["diverged"] = lost
             kept = {name: arrays[name] for name in ("errors", "clusters", "features", "images") if name in arrays}
-            write_arrays(path, costs=json.dumps(costs), **kept)
+            write_arrays(path, {"costs": json.dumps(costs), **kept})
 
         return Job(path, -(-len(self.seeds) // self.batch), work, write)
 
     def read(self, setting: Setting) -> dict[str, Any]:
         """Row values, errors [n_reference], clusters, features [n, D] and the first images of a finished setting."""
-        stored = np.load(self._path("setting", asdict(setting)))
-        return {name: json.loads(str(stored[name])) if name == "costs" else stored[name] for name in stored.files}
+        stored: dict[str, Any] = read_arrays(self._path("setting", asdict(setting)), _REMOVE)
+        return stored | {"costs": json.loads(str(stored["costs"]))}
 
     def run(
         self,
@@ -307,6 +320,14 @@ class Runner:
         """The same, of a setting that is run unless it is finished. Collective, and stops, as `reference`."""
         batches.run([self.setting_job(setting, reference, noise)], should_stop)
         return shards.from_main(lambda: self.read(setting))
+
+
+ABSURD = 1e3  # of pixels in [-1, 1]: no sampler that works comes near it
+
+
+def diverged(images: Tensor) -> np.ndarray:
+    """Which images [N, C, H, W] hold a value that is not finite or absurdly large: bool [N]."""
+    return ~(images.abs().flatten(1).amax(1) < ABSURD).numpy()
 
 
 def finite(value: float) -> float | None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, JpegImagePlugin, PngImagePlugin
 
 try:
     import fcntl
@@ -31,11 +31,12 @@ except ImportError:  # Windows
 
 from mlem_diffusion import archives, portraits
 from mlem_diffusion.errors import UserError
+from mlem_diffusion.files import Damaged, read_json, write_json
 
 CROPS = ("celeba", "square", "none")
 RESIZE = "Pillow bicubic, antialiased (the filter widens with the reduction), after cropping"
 DEFAULT_PORTRAITS = 8000  # how many the embedded source draws when `count` is not given
-_FORMAT = 1  # of the prepared folder; part of the fingerprint, so that a change prepares anew
+_FORMAT = 2  # of the prepared folder; part of the fingerprint, so that a change prepares anew
 _ASPECT = 178 / 218  # width : height of aligned CelebA images
 
 Progress = Callable[[int, int], None]
@@ -154,29 +155,30 @@ def prepare(
                 "resize": RESIZE if listed else f"none: drawn at {size}x{size}",
                 "split": split_record,
                 "sha256": array_sha256,
+                "split_sha256": hashlib.sha256(split.tobytes()).hexdigest(),
                 "mean": mean,
                 "rms": rms,
                 "skipped": [names[row] for row in skipped],
                 "fingerprint": fingerprint,
             }
-            (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+            write_json(folder / "manifest.json", manifest)
             _publish(folder, destination)
     return manifest
 
 
 def load(destination: Path) -> ImageData:
-    """Open a prepared folder (the images stay on disk, memory-mapped).
+    """Open a prepared folder (the images stay on disk, memory-mapped), all its files checked by hash.
 
     Raises UserError when it is missing, incomplete, or its files do not agree with the manifest.
     """
     destination = Path(destination)
-    again = "run `make data SOURCE=...` (portraits, download, or a path) to prepare it"
+    again = "run `make data SOURCE=...` (portraits, download, or a path) to prepare it anew"
     missing = [f for f in ("manifest.json", "images.npy", "split.npy") if not (destination / f).is_file()]
     if missing:
         state = "is incomplete" if len(missing) < 3 else "is not there"
         raise UserError(f"The prepared data set {destination} {state} (no {', '.join(missing)}): {again}.")
     try:
-        manifest = json.loads((destination / "manifest.json").read_text())
+        manifest = read_json(destination / "manifest.json", again)
         images = np.load(destination / "images.npy", mmap_mode="r")
         split = np.load(destination / "split.npy")
         shape = (manifest["count"], 3, *manifest["size"])
@@ -188,7 +190,18 @@ def load(destination: Path) -> ImageData:
             f"{list(images.shape)} {images.dtype}, split {list(split.shape)}, "
             f"manifest {list(shape)}): {again}."
         )
+    for name, array, sha256 in (("images", images, manifest["sha256"]), ("split", split, manifest["split_sha256"])):
+        if _array_sha256(array) != sha256:
+            file = destination / f"{name}.npy"
+            raise Damaged(file, f"{file} is damaged: it is not what the manifest speaks of: {again}.")
     return ImageData(images, split, manifest)
+
+
+def _array_sha256(array: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for start in range(0, len(array), 512):
+        digest.update(array[start : start + 512].tobytes())
+    return digest.hexdigest()
 
 
 def _sha256_of(value: object) -> str:
@@ -260,15 +273,38 @@ class _BrokenImage(Exception):
     pass
 
 
+# More than any camera's picture that is worth a few pixels; decoding takes some ten bytes for each.
+_MAX_PIXELS, _MAX_SIDE = 64_000_000, 32_768
+_MAX_WAITING = 256 << 20  # bytes of image files read ahead of the decoders
+
+
+def _open_image(data: bytes) -> Image.Image:
+    """Not Image.open: it warns of large images, and no thread can silence a warning for itself alone."""
+    if data.startswith(b"\x89PNG"):
+        image = PngImagePlugin.PngImageFile(io.BytesIO(data))
+    elif data.startswith(b"\xff\xd8\xff"):
+        image = JpegImagePlugin.JpegImageFile(io.BytesIO(data))
+    else:
+        raise _BrokenImage("not a JPEG or PNG image")
+    width, height = image.size
+    if width * height > _MAX_PIXELS or max(width, height) > _MAX_SIDE:
+        raise _BrokenImage(f"{width}x{height} pixels are more than an image here may have")
+    return image
+
+
 def _decode(data: bytes, size: int, crop: str) -> tuple[np.ndarray, str]:
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+        image = _open_image(data)
+        if image.format == "PNG":
+            # Loading does not look at the checksums of the pixel data: a flipped bit could pass as another picture.
+            image.verify()
+            image = _open_image(data)
+        with image:
             rgb = _to_rgb(image)
-    except MemoryError:
+    except (MemoryError, _BrokenImage):
         raise
     except Exception as error:  # damaged files raise nearly anything
-        unknown = isinstance(error, Image.UnidentifiedImageError)
-        raise _BrokenImage("not a JPEG or PNG image" if unknown else str(error)) from error
+        raise _BrokenImage(archives.reason(error)) from error
     treated, done = treat(rgb, size, crop)
     return np.asarray(treated).transpose(2, 0, 1), done
 
@@ -304,23 +340,31 @@ def _pack(
         except _BrokenImage as problem:
             if not skip_broken:
                 raise UserError(
-                    f"{name} in {source.path.name} is broken ({problem}): replace it, or leave broken images "
-                    f"out with data.skip_broken=true."
+                    f"{archives.shown(name)} in {source.path.name} is broken ({problem}): replace it, or leave "
+                    f"broken images out with data.skip_broken=true."
                 ) from None
             skipped.append(rows[name])
+        except MemoryError as error:
+            raise UserError(
+                f"{archives.shown(name)} in {source.path.name} cannot be decoded, memory ran out: close other programs."
+            ) from error
         if progress:
             progress(treatment.total() + len(skipped), len(names))
 
     pool = ThreadPoolExecutor(_workers())  # Pillow releases the interpreter lock while it decodes and resizes
     try:
-        waiting: deque[tuple[str, Future | str]] = deque()
+        waiting: deque[tuple[str, Future | str, int]] = deque()
+        ahead = 0
         for member in archives.read_members(source, names):
             job = member.problem if member.data is None else pool.submit(_decode, member.data, size, crop)
-            waiting.append((member.name, job))
-            if len(waiting) > 16 * _workers():
-                finish(*waiting.popleft())
+            waiting.append((member.name, job, len(member.data or b"")))
+            ahead += waiting[-1][2]
+            while len(waiting) > 16 * _workers() or ahead > _MAX_WAITING:
+                name, result, length = waiting.popleft()
+                finish(name, result)
+                ahead -= length
         while waiting:
-            finish(*waiting.popleft())
+            finish(*waiting.popleft()[:2])
     finally:
         pool.shutdown(cancel_futures=True)
     if len(skipped) == len(names):

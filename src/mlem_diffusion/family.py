@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from .checkpoint import load_weights, read_json
+from .checkpoint import AGAIN, load_weights
 from .cost import flops_per_evaluation
 from .errors import UserError
+from .files import Damaged, read_json
 from .inference import FastDenoiser
 from .levels import Level, check_family
 from .published import read_index
@@ -69,10 +70,36 @@ def as_level(
 
 
 def read_metadata(directory: Path, widths: Sequence[int]) -> list[dict[str, Any]]:
-    """metadata.json of each level, cheap to expensive; UserError for a level that is not fully trained, and in a published
-    folder for a file that has changed since (`published.read_index`)."""
-    read_index(directory)
-    return [read_json(directory / level_name(width) / "metadata.json", _HINT) for width in widths]
+    """metadata.json of each level, cheap to expensive; UserError for a level that is not fully trained or damaged, and in a
+    published folder for a file that has changed since (`published.read_index`)."""
+    is_published = read_index(directory) is not None
+    return [_read_level(directory / level_name(width), not is_published) for width in widths]
+
+
+def _read_level(folder: Path, sealed: bool) -> dict[str, Any]:
+    path = folder / "metadata.json"
+    metadata = read_json(path, _HINT if not path.is_file() else AGAIN, sealed)
+    if metadata.get("name") != folder.name:
+        raise Damaged(path, f"{path} speaks of another level ({metadata.get('name')}): {AGAIN}.")
+    return metadata
+
+
+def weights_of(metadata: Mapping[str, Any], snapshot: int | None = None) -> tuple[str, str | None]:
+    """File name and SHA-256 of a level's final weights, or of one of its snapshots; no hash where a published family's index
+    holds it."""
+    if snapshot is None:
+        return metadata.get("weights_file", "ema.safetensors"), metadata["weights_sha256"]
+    entry = metadata["snapshots"][snapshot]
+    return entry["file"], entry.get("sha256")
+
+
+def identity_of(metadata: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What artefacts note of the levels that they were made with: the hash of each one's weights as trained (publishing rounds
+    them) and of the images."""
+    return {
+        "levels": {m["name"]: m.get("trained_weights_sha256", m["weights_sha256"]) for m in metadata},
+        "data": metadata[0]["data_sha256"],
+    }
 
 
 def load_family(
@@ -107,14 +134,15 @@ def load_level(
     denoiser = build_denoiser(
         metadata["width"], metadata["size"], metadata["data_rms"], metadata["unet"], metadata["target"]
     )
-    final = metadata.get("weights_file", "ema.safetensors")
-    load_weights(folder / (final if snapshot is None else metadata["snapshots"][snapshot]["file"]), denoiser)
+    file, sha256 = weights_of(metadata, snapshot)
+    load_weights(folder / file, denoiser, sha256)
     return as_level(metadata["name"], denoiser.to(device), metadata["flops"], precision, compile, batch)
 
 
 def read_repeats(directory: Path, wanted: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
     """metadata.json of each (width, training seed) that was trained again."""
-    return [read_json(directory / repeat_name(level_name(w), seed) / "metadata.json", _HINT) for w, seed in wanted]
+    is_published = read_index(directory) is not None
+    return [_read_level(directory / repeat_name(level_name(w), seed), not is_published) for w, seed in wanted]
 
 
 def describe(width: int, size: int, data_rms: float, unet: Mapping[str, Any], target: str) -> dict[str, Any]:

@@ -18,13 +18,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoint import write_arrays
 from .errors import UserError
+from .files import read_arrays, write_arrays
 from .levels import Level, check_family
 from .noise import initial_noise, path_increments, stream_seed
 from .process import Grid
@@ -86,13 +87,12 @@ class Effects:
         facts = {"names": self.names, "dynamics": self.dynamics, "step_rule": self.step_rule}
         facts |= {"flops_spent": self.flops_spent, "seconds": self.seconds}
         arrays = {"flops": self.flops, "logsnr": self.logsnr, "values": self.values, "squares": self.squares}
-        write_arrays(path, facts=np.array(json.dumps(facts)), **arrays)
+        write_arrays(path, {"facts": json.dumps(facts), **arrays})
 
     @staticmethod
     def load(path: Path) -> Effects:
-        with np.load(path, allow_pickle=False) as stored:
-            facts = json.loads(str(stored["facts"]))
-            arrays = {name: stored[name] for name in ("flops", "logsnr", "values", "squares")}
+        arrays: dict[str, Any] = read_arrays(path, "measure the gains again")
+        facts: dict[str, Any] = json.loads(str(arrays.pop("facts")))
         return Effects(names=tuple(facts.pop("names")), **facts, **arrays)
 
 

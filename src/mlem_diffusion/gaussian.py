@@ -8,18 +8,19 @@ PCA, Tipping and Bishop 1999), so an evaluation is two thin matrix products.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .checkpoint import atomic_write
 from .errors import UserError
+from .files import SEAL, Damaged, atomic_write
 from .levels import Level
 from .process import expand
 
@@ -89,23 +90,35 @@ class GaussianDenoiser(nn.Module):
         return Level(name, self, self.flops)
 
     def save(self, path: Path) -> None:
-        """One safetensors file: the tensors, and the number of images it was fitted on as metadata."""
+        """One safetensors file: the tensors, and as metadata the number of images it was fitted on and the hash of all that."""
         tensors = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
-        metadata = {"kind": "gaussian", "images": str(self.images)}
+        metadata = {"kind": "gaussian", "images": str(self.images), SEAL: _sha256(tensors, self.images)}
         atomic_write(path, lambda p: save_file(tensors, p, metadata=metadata))
 
 
-def load_gaussian(path: Path, device: torch.device | str = "cpu") -> GaussianDenoiser:
-    """What `save` wrote; UserError for a missing or foreign file."""
+def load_gaussian(path: Path, device: torch.device | str = "cpu", sealed: bool = True) -> GaussianDenoiser:
+    """What `save` wrote; UserError for a missing, foreign or damaged file. sealed: refuse one without its hash; false where
+    the file has been checked otherwise (published families)."""
     if not path.is_file():
         raise UserError(f"{path} is not there: fit the Gaussian level first.")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             parts = {name: file.get_tensor(name) for name in ("mean", "basis", "variances", "residual")}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a saved Gaussian denoiser.") from error
-    return GaussianDenoiser(**parts, images=int(metadata.get("images", 0))).to(device)
+        images = int(metadata.get("images", 0))
+        if sealed and metadata.get(SEAL) != _sha256(parts, images):
+            raise ValueError("its hash is another")
+        return GaussianDenoiser(**parts, images=images).to(device)
+    except Exception as error:  # damaged files raise nearly anything
+        raise Damaged(path, f"{path} is not a saved Gaussian denoiser, or damaged: fit it again.") from error
+
+
+def _sha256(tensors: Mapping[str, Tensor], images: int) -> str:
+    digest = hashlib.sha256(str(images).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()
 
 
 def fit_gaussian(

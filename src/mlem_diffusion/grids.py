@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .errors import UserError
+from .files import atomic_write
 
 if TYPE_CHECKING:
     import torch
@@ -110,6 +111,5 @@ def _enlarge(images: np.ndarray, scale: int) -> np.ndarray:
 
 def _save(image: Image.Image, path: Path) -> Path:
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, format="PNG", optimize=True)
+    atomic_write(path, lambda p: image.save(p, format="PNG", optimize=True))
     return path

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import atomic_write, read_json
+from .files import atomic_write, read_json
 from .published import CARD, LIMIT
 
 WATCHED = (
@@ -31,7 +31,7 @@ def write_card(folder: Path, index: dict[str, Any]) -> Path:
     )
     environment.filters["shape"] = shape_in_words
     template = (files("mlem_diffusion") / "templates" / "model_card.md.jinja").read_text(encoding="utf-8")
-    levels = [read_json(folder / name / "metadata.json", "publish the family again") for name in index["levels"]]
+    levels = [read_json(folder / name / "metadata.json", "publish the family again", False) for name in index["levels"]]
     for level in levels:
         level["loss"] = float(np.mean(level["held_out"]["loss"]))
     kind = index["data"]["source"]["kind"]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import read_json, write_arrays, write_json
 from .drift import Drift, Multilevel, Quadrature, SingleLevel
 from .errors import UserError
+from .files import Damaged, read_arrays, read_json, write_arrays, write_json
 from .levels import Level
 
 
@@ -101,7 +99,7 @@ def save_plans(path: Path, plans: Sequence[tuple[Plan, Mapping[str, Any]]], **fa
         values = {k: v for k, v in asdict(plan).items() if k != "table"}
         described.append({"id": plan.id, **values, **more})
     tables = {plan.id: plan.table.astype(np.float32) for plan, _ in plans}
-    write_arrays(path.with_suffix(".npz"), **tables)
+    write_arrays(path.with_suffix(".npz"), tables)
     write_json(path, {**facts, "plans": described})
 
 
@@ -111,13 +109,13 @@ def load_plans(path: Path) -> tuple[dict[str, Plan], dict[str, Any]]:
     names = Plan.__dataclass_fields__.keys() - {"table", "seconds"}
     out = {}
     try:
-        with np.load(path.with_suffix(".npz"), allow_pickle=False) as tables:
-            for entry in content["plans"]:
-                values: dict[str, Any] = {k: entry[k] for k in names} | {"levels": tuple(entry["levels"])}
-                plan = Plan(table=tables[entry["id"]], seconds=entry.get("seconds"), **values)
-                if plan.id != entry["id"]:
-                    raise UserError(f"{path.name} and its tables do not belong together; run make optimise again.")
-                out[plan.id] = plan
-    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"The tables of {path.name} are missing or broken; run make optimise again.") from error
+        tables = read_arrays(path.with_suffix(".npz"), "run make optimise again")
+        for entry in content["plans"]:
+            values: dict[str, Any] = {k: entry[k] for k in names} | {"levels": tuple(entry["levels"])}
+            plan = Plan(table=tables[entry["id"]], seconds=entry.get("seconds"), **values)
+            if plan.id != entry["id"]:
+                raise KeyError(entry["id"])
+            out[plan.id] = plan
+    except (KeyError, TypeError, ValueError) as error:
+        raise Damaged(path, f"{path} and its tables do not belong together; run make optimise again.") from error
     return out, content

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import UserError
+from .files import atomic_write
 from .tables import DYNAMICS_NAMES, STEP_RULE_NAMES, Row, frontier, method_of, pool_seeds, trusted
 
 if TYPE_CHECKING:
@@ -369,6 +370,5 @@ def _thousands(value: float, _position: int | None = None) -> str:
 
 def _save(figure: Figure, path: Path) -> Path:
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, format="png", metadata={"Software": None})
+    atomic_write(path, lambda p: figure.savefig(p, dpi=130, format="png", metadata={"Software": None}))
     return path

@@ -9,6 +9,7 @@ import numpy as np
 
 from .diagnostics import Diagnostics, pooled
 from .errors import UserError
+from .files import atomic_write
 from .level_statistics import Statistics, standard_error
 from .plot_compare import _shades
 from .plot_gamma import STYLES, _decimal_ticks, _grid
@@ -32,8 +33,7 @@ def plot_diagnostics(d: Diagnostics, path: Path, title: str = "") -> None:
     _draw_levels(right, d.statistics)
     where = f"{d.samples} trajectories of {d.names[-1]}, {d.dynamics.upper()}, {d.step_rule}"
     figure.suptitle(f"{title}: {where}" if title else where, fontsize=12)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    atomic_write(path, lambda p: figure.savefig(p, format="png"))
 
 
 def _draw_noise_levels(ax: Any, s: Statistics) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .files import atomic_write
 from .gains import Effects
 from .tables import DYNAMICS_NAMES, STEP_RULE_NAMES
 
@@ -51,5 +52,4 @@ def plot_gains(all_effects: Sequence[Effects], path: Path, title: str = "") -> N
     axes[0, 0].legend(fontsize=8.5, frameon=False)
     if title:
         figure.suptitle(title, fontsize=12)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    atomic_write(path, lambda p: figure.savefig(p, format="png"))

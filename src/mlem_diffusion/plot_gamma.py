@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from .files import atomic_write
+
 # Okabe-Ito colours, told apart by colour-blind readers; each estimate also has its own marker.
 STYLES: dict[str, tuple[str, str, str]] = {
     "loss_fit": ("#0072B2", "o", "loss $-$ fitted floor"),
@@ -52,8 +54,7 @@ def plot_gamma(result: dict[str, Any], path: Path, title: str = "") -> None:
     )
     if title:
         figure.suptitle(title, fontsize=13)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    atomic_write(path, lambda p: figure.savefig(p, format="png"))
 
 
 def _text(estimate: dict[str, Any]) -> str:

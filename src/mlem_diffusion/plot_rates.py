@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from .files import atomic_write
+
 # Okabe-Ito colours, told apart by colour-blind readers; each method also has its own marker and line.
 STYLES: dict[str, tuple[str, str, str, str]] = {
     "em": ("#0072B2", "o", "-", "EM"),
@@ -44,8 +46,7 @@ def plot_rates(result: dict[str, Any], rows: Sequence[dict[str, Any]], path: Pat
     for ax, name in zip(panels[1:], dynamics, strict=True):
         _draw_step_size(ax, result["step_size"][name])
         ax.set_title(f"Step size, {DYNAMICS[name]} (γ = 2.5, fires held fixed)", fontsize=11)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    atomic_write(path, lambda p: figure.savefig(p, format="png"))
 
 
 def _draw_costs(ax: Any, rows: Sequence[dict[str, Any]], entries: dict[str, Any]) -> None:

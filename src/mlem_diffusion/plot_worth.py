@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .files import atomic_write
 from .tables import DYNAMICS_NAMES, STEP_RULE_NAMES
 
 _UNITS = {"flops": ("#0072B2", "o", "FLOPs"), "seconds": ("#D55E00", "s", "seconds")}  # Okabe-Ito, as in plot_gamma
@@ -32,8 +33,7 @@ def plot_worth(content: dict[str, Any], path: Path, title: str = "") -> None:
         right[0].set_ylabel("cost without the level / cost with it")
     if title:
         figure.suptitle(title, fontsize=12)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    atomic_write(path, lambda p: figure.savefig(p, format="png"))
 
 
 def _draw_shares(ax: Any, levels: list[dict[str, Any]]) -> None:

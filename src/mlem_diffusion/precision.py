@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
+from .files import atomic_write
 from .levels import Level
 from .noise import initial_noise
 from .process import add_noise
@@ -103,5 +104,4 @@ def plot_precision(found: PrecisionErrors, path: Path, *, precision: str, title:
         ax.set_xlabel("log-SNR (noise to data)")
         ax.grid(alpha=0.25)
     figure.suptitle(f"{title}: what {precision} rounds away" if title else f"What {precision} rounds away", fontsize=12)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    atomic_write(path, lambda p: figure.savefig(p, format="png"))

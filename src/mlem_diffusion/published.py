@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import read_json, write_arrays, write_json
 from .errors import UserError
+from .files import load_arrays, read_json, sha256_of, write_arrays, write_json
 from .metrics import Statistics
 
 FOLDER, INDEX, CARD = "published", "family.json", "README.md"
@@ -24,10 +24,6 @@ WEIGHTS, GAUSSIAN, STATISTICS = "ema-bf16.safetensors", "gauss.safetensors", "st
 LIMIT = 60_000_000  # bytes of a published family: it is committed as it is
 _DOUBLE = 512  # features up to which statistics are kept in float64
 _RESTORE = "restore it (git checkout), or publish the family again (make publish)"
-
-
-def sha256_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def levels_folder(directory: Path, names: Sequence[str]) -> Path:
@@ -72,8 +68,8 @@ def read_index(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        index = read_json(path, _RESTORE)
-    except (UserError, UnicodeDecodeError) as error:
+        index = read_json(path, _RESTORE, sealed=False)
+    except UserError as error:
         raise UserError(f"{path} is damaged: {_RESTORE}.") from error
     if not isinstance(index, dict) or index.get("sha256") != _own(index):
         raise UserError(f"{path} has been changed since it was published: {_RESTORE}.")
@@ -95,13 +91,13 @@ def save_statistics(path: Path, statistics: Statistics) -> None:
     """Mean [D], upper triangle of the covariance and number of images as npz; float32 where there are many features."""
     kind = np.float64 if len(statistics.mean) <= _DOUBLE else np.float32
     upper = statistics.cov[np.triu_indices(len(statistics.mean))]
-    write_arrays(path, mean=statistics.mean.astype(kind), upper=upper.astype(kind), n=np.array(statistics.n))
+    write_arrays(path, {"mean": statistics.mean.astype(kind), "upper": upper.astype(kind), "n": statistics.n})
 
 
 def load_statistics(path: Path) -> Statistics:
     """What `save_statistics` wrote, in float64."""
-    with np.load(path) as arrays:
-        mean, upper, n = arrays["mean"].astype(np.float64), arrays["upper"].astype(np.float64), int(arrays["n"])
+    arrays = load_arrays(path, _RESTORE)
+    mean, upper, n = arrays["mean"].astype(np.float64), arrays["upper"].astype(np.float64), int(arrays["n"])
     cov = np.zeros((len(mean), len(mean)))
     cov[np.triu_indices(len(mean))] = upper
     return Statistics(mean, cov + np.triu(cov, 1).T, n)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import base64
-import json
+import csv
+import io
 import math
-import os
 import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from .errors import UserError
+from .files import Damaged, read_json, sha256_of, write_text
 from .report_precision import precision_section
 from .tables import (
     BASELINES,
@@ -59,28 +62,27 @@ def write_report(results_dir: Path, *, title: str) -> Path:
     """Write results_dir/report.html: every image and style inline, no network, no script.
 
     Reads gamma.json, speedup.json, best.json, provenance.json, levels.json, compare.csv, config-*.yaml, the figures
-    gamma.png, compare.png and training.png, and the pictures in grids/ and training/. What is absent or
-    unreadable is said in words on the page. Raises UserError when the folder holds none of them.
+    gamma.png, compare.png and training.png, and the pictures in grids/ and training/. What is absent is said in words on
+    the page. Raises UserError when the folder holds none of them, when one is damaged or not what its stage wrote, and
+    when gamma and comparison are of different levels.
     """
     import jinja2
 
     results_dir = Path(results_dir)
     notices: list[str] = []
-    documents = {
-        name: _load_json(results_dir / f"{name}.json", notices) for name in ("gamma", "speedup", "best", "provenance")
-    }
+    documents = {name: _load_json(results_dir / f"{name}.json") for name in ("gamma", "speedup", "best", "provenance")}
     gamma, speedup, provenance = (documents[name] or {} for name in ("gamma", "speedup", "provenance"))
-    rows = _load_rows(results_dir / "compare.csv", notices)
-    figures = {name: _load_image(results_dir / f"{name}.png", notices) for name in ("gamma", "compare", "training")}
+    _check_written(results_dir, provenance)
+    _check_levels(results_dir, gamma, provenance)
+    rows = _load_rows(results_dir / "compare.csv")
+    figures = {name: _load_image(results_dir / f"{name}.png") for name in ("gamma", "compare", "training")}
     hierarchy = [
         picture
         for path in [results_dir / "gains.png", *sorted(results_dir.glob("diagnostics-*.png"))]
-        if path.is_file() and (picture := _load_image(path, notices))
+        if path.is_file() and (picture := _load_image(path))
     ]
-    diagnostics = _load_json(results_dir / "diagnostics.json", notices) if hierarchy else None
-    folders = {
-        name: [_load_image(path, notices) for path in _pictures(results_dir / name)] for name in ("grids", "training")
-    }
+    diagnostics = _load_json(results_dir / "diagnostics.json") if hierarchy else None
+    folders = {name: [_load_image(path) for path in _pictures(results_dir / name)] for name in ("grids", "training")}
     configs = [(path.name, path.read_text("utf-8", "replace")) for path in sorted(results_dir.glob("config-*.yaml"))]
     if not (any(documents.values()) or rows or any(figures.values()) or any(folders.values()) or configs):
         raise UserError(
@@ -109,58 +111,72 @@ def write_report(results_dir: Path, *, title: str) -> Path:
         figures=figures,
         hierarchy=hierarchy,
         findings=_findings(diagnostics or {}),
-        levels=_levels_section(results_dir, notices),
-        precision=precision_section(_load_json(results_dir / "precision.json", notices)),
-        precision_picture=_load_image(results_dir / "precision.png", notices)
+        levels=_levels_section(results_dir),
+        precision=precision_section(_load_json(results_dir / "precision.json")),
+        precision_picture=_load_image(results_dir / "precision.png")
         if (results_dir / "precision.png").is_file()
         else None,
-        methods=_methods_table(results_dir, notices) if (results_dir / "method.json").is_file() else None,
+        methods=_methods_table(results_dir) if (results_dir / "method.json").is_file() else None,
         folders={name: [image for image in images if image] for name, images in folders.items()},
         provenance=_provenance_tables(provenance),
         configs=configs,
     )
     path = results_dir / "report.html"
-    partial = path.with_name("report.html.partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, page)
     return path
 
 
 # ---- reading ----
 
 
-def _load_json(path: Path, notices: list[str]) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError):
-        content = None
-    if not isinstance(content, dict):
-        notices.append(f"{path.name} cannot be read: remove it and run its stage again")
-        return None
-    return content
+_AGAIN = "remove it and run its stage again"
 
 
-def _load_rows(path: Path, notices: list[str]) -> list[Row]:
+def _check_written(results_dir: Path, provenance: dict[str, Any]) -> None:
+    """Raise Damaged for a file that is not what the stage wrote that provenance.json names."""
+    for stage, entry in (provenance.get("stages") or {}).items():
+        for name, sha256 in entry.get("outputs", {}).items():
+            path = results_dir / name
+            if path.is_file() and sha256_of(path) != sha256:
+                target = stage.replace("_", "-")
+                raise Damaged(
+                    path, f"{path} is not what {target} wrote: run make {target} EXPERIMENT={results_dir.name} again."
+                )
+
+
+def _check_levels(results_dir: Path, gamma: dict[str, Any], provenance: dict[str, Any]) -> None:
+    """Raise UserError where gamma and comparison were made with different levels."""
+    compared = ((provenance.get("stages") or {}).get("sample_compare") or {}).get("made_with")
+    if gamma.get("made_with") and compared and gamma["made_with"] != compared:
+        raise UserError(
+            f"{results_dir / 'gamma.json'} and the comparison beside it were made with different levels: run make measure-gamma "
+            f"and make sample-compare EXPERIMENT={results_dir.name} again."
+        )
+
+
+def _load_json(path: Path) -> dict[str, Any] | None:
+    return read_json(path, _AGAIN) if path.is_file() else None
+
+
+def _load_rows(path: Path) -> list[Row]:
     if not path.is_file():
         return []
     try:
         return read_rows(path)
-    except (UserError, ValueError, OSError) as problem:
-        notices.append(f"compare.csv cannot be read ({str(problem).rstrip('.')}): remove it and run its stage again")
-        return []
+    except (UserError, ValueError, csv.Error) as problem:
+        raise Damaged(path, f"{path} cannot be read ({str(problem).rstrip('.')}): {_AGAIN}.") from problem
 
 
-def _load_image(path: Path, notices: list[str]) -> dict[str, Any] | None:
-    """A PNG as a data URI with its size in pixels, or None (with a notice when there is a file that is not
-    a PNG)."""
+def _load_image(path: Path) -> dict[str, Any] | None:
+    """A PNG as a data URI with its size in pixels; None where there is none, Damaged where it is not whole."""
     if not path.is_file():
         return None
     content = path.read_bytes()
-    if content[:8] != b"\x89PNG\r\n\x1a\n" or len(content) < 45:
-        notices.append(f"{path.name} is not a readable PNG")
-        return None
+    try:
+        with Image.open(io.BytesIO(content), formats=("PNG",)) as picture:
+            picture.verify()  # every chunk has a checksum
+    except Exception as error:  # damaged files raise nearly anything
+        raise Damaged(path, f"{path} is not a readable PNG: {_AGAIN}.") from error
     return {
         "name": path.stem,
         "uri": "data:image/png;base64," + base64.b64encode(content).decode("ascii"),
@@ -231,9 +247,9 @@ def _findings(diagnostics: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
-def _levels_section(results_dir: Path, notices: list[str]) -> dict[str, Any] | None:
+def _levels_section(results_dir: Path) -> dict[str, Any] | None:
     """What levels.json says about each level: figure, table, and which levels are kept; None without it."""
-    content = _load_json(results_dir / "levels.json", notices)
+    content = _load_json(results_dir / "levels.json")
     if not content:
         return None
     body, units = [], ("flops", "seconds")
@@ -255,7 +271,7 @@ def _levels_section(results_dir: Path, notices: list[str]) -> dict[str, Any] | N
     columns = ("level", "MFLOP", "share", "ms per image", "share", *worths, "kept in FLOPs", "kept in seconds")
     return {
         "table": as_table(columns, body),
-        "picture": _load_image(results_dir / "levels.png", notices),
+        "picture": _load_image(results_dir / "levels.png"),
         "kept": [
             (_UNITS[unit], " + ".join(content["kept"][unit]), ", ".join(e["name"] for e in content["removed"][unit]))
             for unit in units
@@ -265,10 +281,10 @@ def _levels_section(results_dir: Path, notices: list[str]) -> dict[str, Any] | N
     }
 
 
-def _methods_table(results_dir: Path, notices: list[str]) -> dict[str, Any] | None:
+def _methods_table(results_dir: Path) -> dict[str, Any] | None:
     """Speed-ups of each estimator in method.json: largest lower bound, and the window of at least 2."""
     body = []
-    for rule, entry in (_load_json(results_dir / "method.json", notices) or {}).items():
+    for rule, entry in (_load_json(results_dir / "method.json") or {}).items():
         for name, found in entry.get("against_em", {}).items():
             other = entry.get("against_all_baselines", {}).get(name, {})
             two = next((w for w in found.get("windows", []) if w["least"] == 2), None)

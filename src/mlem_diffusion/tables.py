@@ -10,12 +10,13 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .files import write_text
 
 Row = dict[str, Any]
 
@@ -26,7 +27,7 @@ COLUMNS = [
     "n", "network_calls", "gflops_expected", "gflops_realised", "seconds",
 ]
 # fmt: on
-EXTRA_COLUMNS = ["n_fires_top", "plan", "predicted", "jump", "selected_error"]
+EXTRA_COLUMNS = ["n_fires_top", "plan", "predicted", "jump", "selected_error", "diverged"]
 
 _TEXT = {"dynamics", "step_rule", "drift", "probabilities", "coins", "levels", "distance_name", "plan"}
 _WHOLE = {"steps", "n", "seed"}
@@ -63,13 +64,11 @@ def write_rows(rows: Iterable[Row], csv_path: Path) -> Path:
             raise UserError(f"A row for {csv_path.name} lacks the column(s) {', '.join(missing)}.")
     extra = [name for name in EXTRA_COLUMNS if any(name in row for row in rows)]
     extra += sorted({name for row in rows for name in row} - set(COLUMNS) - set(extra))
-    csv_path.parent.mkdir(parents=True, exist_ok=True)
-    partial = csv_path.with_name(csv_path.name + ".partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS + extra)
-        writer.writerows([_to_field(row.get(name)) for name in COLUMNS + extra] for row in rows)
-    os.replace(partial, csv_path)
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS + extra)
+    writer.writerows([_to_field(row.get(name)) for name in COLUMNS + extra] for row in rows)
+    write_text(csv_path, text.getvalue())
     return csv_path
 
 

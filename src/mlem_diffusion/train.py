@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,9 @@ from torch import Tensor
 
 from .checkpoint import load_state, save_state, save_weights
 from .compilation import wants
-from .errors import UserError
+from .errors import SlowPath, UserError
+from .files import Damaged
+from .memory import is_out_of_memory
 from .noise import training_generator
 from .process import Process
 from .train_step import GRAPHS, PRECISIONS, TrainStep, has_dropout
@@ -68,10 +71,6 @@ class TrainConfig:
 
 class Interrupted(Exception):
     """Training was stopped from outside after saving its state."""
-
-
-def _diverged(width: int, loss: float, images: int) -> str:
-    return f"The loss of width {width} is {loss} after {images} images: lower train.lr and train again."
 
 
 def ema_decay(config: TrainConfig, images: int) -> float:
@@ -127,6 +126,8 @@ def train_level(
     snapshot: Callable[[int, Denoiser], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     on_first_step: Callable[[float], None] | None = None,
+    on_resume: Callable[[int], None] | None = None,
+    identity: str = "",
 ) -> Denoiser:
     """Train one level and return its EMA denoiser.
 
@@ -134,9 +135,11 @@ def train_level(
     state.pt, ema-<images>.safetensors at the snapshots and ema.safetensors at the end; a state found there is resumed.
     report gets {"images", "loss", "lr"} every log_every images; snapshot(images seen, EMA denoiser) is called at each
     snapshot on rank 0; on_first_step(seconds), once, when the first step of this call has been computed: the seconds
-    since the call, with compilation.
-    Raises Interrupted (state saved) when should_stop() turns true, UserError for an impossible configuration and when the
-    loss is no longer finite.
+    since the call, with compilation; on_resume(images seen), once, before the first step. identity: names what is trained from
+    what; a state that carries another is refused. Where a batch does not fit in memory its micro-batches are halved, with one
+    SlowPath warning: the same draws, the same updates up to rounding.
+    Raises Interrupted (state saved) when should_stop() turns true, UserError for an impossible configuration, for a foreign
+    or damaged state, and when the loss or a weight is no longer finite; the last saved state stays, and is always finite.
     """
     entered = time.monotonic()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -148,21 +151,29 @@ def train_level(
     # ---- model, EMA, optimiser -------------------------------------------------------------------------------
     denoiser = denoiser.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
-    train_step = TrainStep(
-        denoiser, ema, clip=config.clip, precision=config.precision, compile=config.compile, graph=config.graph,
-        accumulate=config.accumulate, world=world, name=f"Training of width {width}",
-    )  # fmt: skip
-    seen, history, counted, last_log = 0, [], 0, 0
+
+    def make_step(accumulate: int) -> TrainStep:
+        return TrainStep(
+            denoiser, ema, clip=config.clip, precision=config.precision, compile=config.compile, graph=config.graph,
+            accumulate=accumulate, world=world, name=f"Training of width {width}",
+        )  # fmt: skip
+
+    accumulate = config.accumulate
+    train_step = make_step(accumulate)
+    seen, history, counted, last_log, kept = 0, [], 0, 0, {}
     state = load_state(directory / "state.pt")
     if state is not None:
+        foreign = f"{directory / 'state.pt'} is not the state of this network; delete it to train this level again."
+        if state.get("identity", "") != identity:
+            raise Damaged(directory / "state.pt", foreign)
         try:
             train_step.load_state_dict(state)
-            seen, history = state["images"], state["history"]
+            seen, history, kept = state["images"], state["history"], state["snapshots"]
             counted, last_log = state["counted"], state["last_log"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"{directory / 'state.pt'} is not the state of this network; delete it to train this level again."
-            ) from error
+            raise Damaged(directory / "state.pt", foreign) from error
+    if on_resume is not None and rank == 0:
+        on_resume(seen)
 
     # ---- data ------------------------------------------------------------------------------------------------
     data = torch.as_tensor(np.asarray(images) if isinstance(images, np.ndarray) else images)
@@ -172,10 +183,49 @@ def train_level(
     # a snapshot is due at the first step at or past its fraction
     due = [s for s in sorted(f * config.images for f in config.snapshots) if s > seen]
 
+    def progress() -> dict[str, Any]:
+        return {"images": seen, "history": history, "counted": counted, "last_log": last_log, "snapshots": kept}
+
     def save() -> None:
+        check_finite()
         if rank == 0:
-            progress = {"images": seen, "history": history, "counted": counted, "last_log": last_log}
-            save_state(directory / "state.pt", {**train_step.state_dict(), **progress})
+            save_state(directory / "state.pt", {**train_step.state_dict(), **progress(), "identity": identity})
+
+    def check_finite() -> None:
+        if not train_step.is_finite():
+            raise UserError(_diverged(width, train_step, config, directory / "state.pt"))
+
+    def advance(batch: tuple[Tensor, Tensor, Tensor], lr: float, decay: float) -> None:
+        """One step, in smaller parts where it does not fit in memory."""
+        nonlocal train_step, accumulate
+        while True:
+            failed: Exception | None = None
+            try:
+                train_step(batch, lr, decay)
+                return
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                failed = error.with_traceback(None)  # its frames hold the memory
+            micro = config.batch // world // accumulate
+            if world > 1 or micro % 2 or train_step.updating:
+                more = f"train.accumulate={2 * accumulate}" if micro % 2 == 0 else "a smaller train.batch"
+                raise UserError(
+                    f"{micro} images at a time do not fit in the memory of {device} at width {width}: say {more}."
+                ) from failed
+            accumulate *= 2
+            warnings.warn(
+                f"Training of width {width}: {micro} images at a time do not fit in memory; it goes on with {micro // 2}, "
+                f"{accumulate} times per step: the same batch of {config.batch}.",
+                SlowPath,
+                stacklevel=2,
+            )
+            before = train_step.state_dict()
+            del train_step  # and its memory
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            train_step = make_step(accumulate)
+            train_step.load_state_dict(before)
 
     def stop_requested(step: int) -> bool:
         wanted = should_stop is not None and should_stop()
@@ -189,7 +239,6 @@ def train_level(
 
     # ---- loop ------------------------------------------------------------------------------------------------
     dropout = has_dropout(denoiser)
-    running = train_step.running
     last_save = time.monotonic()
     while seen < config.images:  # between logs, saves and snapshots nothing waits for the device
         batch = draw_batch(data, config, process, level_table, seen // config.batch, rank, world)
@@ -199,7 +248,7 @@ def train_level(
                 training_generator(torch.device("cpu"), config.seed, seen // config.batch, rank).initial_seed()
             )
         seen += config.batch
-        train_step(batch, lr, ema_decay(config, seen))
+        advance(batch, lr, ema_decay(config, seen))
         counted += 1
         if on_first_step is not None:
             float(train_step.loss)  # waits for the device
@@ -209,12 +258,13 @@ def train_level(
 
         finished = seen >= config.images
         if seen - last_log >= config.log_every or finished:
+            running = train_step.running
             if world > 1:
                 dist.all_reduce(running, op=dist.ReduceOp.AVG if device.type == "cuda" else dist.ReduceOp.SUM)
                 running /= 1 if device.type == "cuda" else world
             mean = float(running) / counted
             if not np.isfinite(mean):
-                raise UserError(_diverged(width, mean, seen))
+                raise UserError(_diverged(width, train_step, config, directory / "state.pt"))
             history.append({"images": seen, "loss": mean})
             if report is not None and rank == 0:
                 report({"images": seen, "loss": mean, "lr": lr})
@@ -222,10 +272,10 @@ def train_level(
             counted, last_log = 0, seen
         if due and seen >= due[0]:
             due = [s for s in due if s > seen]
-            if not torch.isfinite(train_step.loss):
-                raise UserError(_diverged(width, float(train_step.loss), seen))
+            check_finite()
             if rank == 0:
-                save_weights(directory / f"ema-{seen:010d}.safetensors", ema)
+                file = f"ema-{seen:010d}.safetensors"
+                kept[file] = save_weights(directory / file, ema)
                 if snapshot is not None:
                     snapshot(seen, ema)
         if not finished and stop_requested(seen // config.batch):
@@ -239,3 +289,16 @@ def train_level(
     if rank == 0:
         save_weights(directory / "ema.safetensors", ema)
     return ema
+
+
+def _diverged(width: int, train_step: TrainStep, config: TrainConfig, state: Path) -> str:
+    """What is known of the first loss or weight that was not finite."""
+    trouble = train_step.trouble()
+    if trouble is None:
+        what = f"The weights of width {width} are no longer finite"
+    else:
+        step, share, logsnr = trouble
+        where = "at every noise level" if share == 1 else f"for {share:.1%} of the batch, first at log-SNR {logsnr:.3g}"
+        what = f"The loss of width {width} is not finite at step {step} ({step * config.batch} images), {where}"
+    saved = f"; the last good state is kept in {state}" if state.is_file() else ""
+    return f"{what}{saved}: lower train.lr and train again (ARGS='overwrite=true train.lr=...')."

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .compilation import compiled, first_line, options, wants
 from .errors import SlowPath, UserError
 from .graphed_step import GraphedStep
+from .memory import is_out_of_memory
 from .process import add_noise
 from .unet import Denoiser
 
@@ -54,14 +55,14 @@ def wants_graph(setting: str, denoiser: nn.Module, device: torch.device, world: 
 
 
 class LossModule(nn.Module):
-    """The forward pass that is compiled and distributed: clean batch, noise, log-SNR -> scalar loss."""
+    """The forward pass that is compiled and distributed: clean batch, noise, log-SNR -> losses [B]."""
 
     def __init__(self, denoiser: Denoiser):
         super().__init__()
         self.denoiser = denoiser
 
     def forward(self, x0: Tensor, noise: Tensor, logsnr: Tensor) -> Tensor:
-        return self.denoiser.loss(add_noise(x0, noise, logsnr), x0, logsnr).mean()
+        return self.denoiser.loss(add_noise(x0, noise, logsnr), x0, logsnr)
 
 
 def bf16_copy(denoiser: Denoiser) -> Denoiser:
@@ -116,6 +117,11 @@ class TrainStep:
         self.precision = choose_precision(precision, self.device)
         self.running = torch.zeros((), device=self.device)
         self.loss = self.running.clone()
+        self.updating = False  # whether the step that failed had begun to change weights
+        # of the first step whose loss was not finite: steps since the start, share of the batch, log-SNR of the first such
+        # image; on the device, so that nothing waits for it
+        self._steps = torch.zeros((), device=self.device, dtype=torch.int64)
+        self._trouble = torch.full((3,), -1.0, device=self.device, dtype=torch.float64)
 
         # ---- rates and optimiser
         graphed = wants_graph(graph, denoiser, self.device, world)
@@ -155,6 +161,7 @@ class TrainStep:
             self._static_step = GraphedStep(self.static_step, self.device, name)
 
     def __call__(self, batch: Sequence[Tensor], lr: float, decay: float) -> None:
+        self.updating = False
         self._set_rates(lr, decay)
         self._static_step(batch)
 
@@ -170,6 +177,7 @@ class TrainStep:
     def static_step(self, batch: Sequence[Tensor]) -> None:
         """The step with the rates as they are set: what a CUDA graph captures, and what runs where there is none."""
         loss = self._accumulated(batch)
+        self.updating = True
         nn.utils.clip_grad_norm_(self.masters, self.clip)
         self.optimiser.step()
         with torch.no_grad():
@@ -181,7 +189,9 @@ class TrainStep:
                 torch._foreach_lerp_(self.averages, self.masters, self._new_weight)
             self._refresh_copy()
             self.running += loss
+            self._steps += 1
         self.loss = loss
+        self.updating = False
 
     def _accumulated(self, batch: Sequence[Tensor]) -> Tensor:
         """Gradients of the whole batch in the masters' .grad; returns the mean loss."""
@@ -213,9 +223,9 @@ class TrainStep:
         eager, self._eager = self._eager, None
         try:  # the backward pass is compiled when it first runs, beyond the reach of what guards the forward pass
             return self._pass(self.forward, part)
-        except torch.cuda.OutOfMemoryError:
-            raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             self._forget_gradients()  # nothing was added up before: this is the first pass of all
             loss = self._pass(eager, part)  # an error of the network's own is raised here
             self.forward = eager
@@ -225,11 +235,31 @@ class TrainStep:
 
     def _pass(self, forward: Callable[..., Tensor], part: Sequence[Tensor]) -> Tensor:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "autocast"):
-            loss = forward(*part)
+            losses = forward(*part)
+        loss = losses.mean()
+        self._watch(losses.detach(), part[2])
         if self.accumulate > 1:
             loss = loss / self.accumulate
         loss.backward()
         return loss.detach()
+
+    def _watch(self, losses: Tensor, logsnr: Tensor) -> None:
+        bad = ~torch.isfinite(losses)
+        found = torch.stack([self._steps.double() + 1, bad.double().mean(), logsnr[bad.int().argmax()].double()])
+        first = bad.any() & (self._trouble[0] < 0)
+        self._trouble.copy_(torch.where(first, found, self._trouble))
+
+    def trouble(self) -> tuple[int, float, float] | None:
+        """(step, counted from 1; share of the micro-batch; log-SNR of its first image that failed) of the first loss that was not
+        finite; None where all were. Waits for the device."""
+        step, share, logsnr = self._trouble.tolist()
+        return None if step < 0 else (int(step), share, logsnr)
+
+    def is_finite(self) -> bool:
+        """Whether the losses since the last log, and all weights and moments, are finite. Waits for the device."""
+        moments = [t for state in self.optimiser.state.values() for t in state.values() if isinstance(t, Tensor)]
+        tensors = [self.running, *self.masters, *self.averages, *moments]
+        return bool(torch.stack([torch.isfinite(t).all() for t in tensors]).all())
 
     def _refresh_copy(self) -> None:
         if self.has_copy:
@@ -245,6 +275,7 @@ class TrainStep:
             "ema": self.ema.state_dict(),
             "optimiser": optimiser,
             "running": float(self.running),
+            "steps": int(self._steps),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -258,4 +289,5 @@ class TrainStep:
             self.optimiser.param_groups[0]["lr"] = self._rates[0]  # load_state_dict copies the tensor
         self._set_rates(float(state["optimiser"]["param_groups"][0]["lr"]), 0.0)
         self.running.fill_(float(state["running"]))
+        self._steps.fill_(int(state["steps"]))
         self._refresh_copy()

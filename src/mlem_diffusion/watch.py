@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from .family import as_level
 
 def snapshot_losses(
     denoiser: torch.nn.Module,
-    files: Sequence[Path],
+    files: Mapping[Path, str],
     held_out: Tensor,
     logsnr: np.ndarray,
     weights: np.ndarray,
@@ -27,14 +27,14 @@ def snapshot_losses(
     batch: int = 128,
     seed: int = 1,
 ) -> list[dict[str, Any]]:
-    """One entry per snapshot file (ema-<images>.safetensors), in their order: images seen, file, and held_out_loss, the
+    """One entry per snapshot file (ema-<images>.safetensors, with its SHA-256), in their order: images seen, file, sha256, and held_out_loss, the
     mean squared error of the denoised images (pixels in [-1, 1]), pooled over the noise levels logsnr [S] with weights
     [S] that sum to 1, with held_out_rise, the change since the snapshot before, and its standard error over the held-out
     images [M,3,H,W] (both None for the first). All snapshots see the same images and noise."""
     entries, before = [], None
     network = copy.deepcopy(denoiser)
-    for file in files:
-        load_weights(file, network)
+    for file, sha256 in files.items():
+        load_weights(file, network, sha256)
         level = as_level(file.stem, network, 1.0, precision, compile="off")
         loss = denoising_errors([level], held_out, logsnr, seed, batch)[0][0] @ weights  # [M]
         rise = None if before is None else loss - before
@@ -42,6 +42,7 @@ def snapshot_losses(
             {
                 "images": int(file.stem.removeprefix("ema-")),
                 "file": file.name,
+                "sha256": sha256,
                 "held_out_loss": float(loss.mean()),
                 "held_out_rise": None if rise is None else float(rise.mean()),
                 "held_out_rise_se": None if rise is None else float(rise.std(ddof=1) / np.sqrt(len(rise))),

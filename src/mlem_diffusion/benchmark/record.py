@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import write_json
+from ..files import write_json
 
 COLUMNS = (
     "what", "width", "batch", "mode", "ms", "tflops", "fraction_of_matmul", "images_per_s", "ratio_to_diffusers",

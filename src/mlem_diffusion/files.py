@@ -1,0 +1,240 @@
+"""Files that a run writes and reads back: each appears whole or not at all, and is checked before it is believed.
+
+JSON objects carry the SHA-256 of their content; npz and torch files, which are zip archives, carry that of their bytes as
+the archive's comment, so other programs read them as ever. Of weights the hash stands in metadata.json. A file that is not
+what was written raises Damaged, with what to do about it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from .errors import SlowPath, UserError
+
+T = TypeVar("T")
+
+SEAL = "content_sha256"  # key of a JSON object's own hash
+_END = b"PK\x05\x06"  # begins a zip archive's last record, 22 bytes where there is no comment
+_DIGEST = 64  # characters of a hexadecimal SHA-256
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Damaged(UserError):
+    """The file at `path` is not what was written there."""
+
+    def __init__(self, path: Path, text: str):
+        super().__init__(text)
+        self.path = path
+
+    def __reduce__(self) -> tuple:  # it travels between processes
+        return type(self), (self.path, str(self))
+
+
+def make_again(error: Damaged) -> None:
+    """Remove a damaged file of a cache, and say that what it held is computed again."""
+    error.path.unlink(missing_ok=True)
+    warnings.warn(f"{error.path} was damaged, so it is made again.", SlowPath, stacklevel=3)
+
+
+def kept(path: Path, read: Callable[[Path], T], make: Callable[[], object]) -> T:
+    """read(path) of a file in a cache, made first where it is not there, and again where it is damaged."""
+    for _ in range(2):
+        if not path.is_file():
+            make()
+        try:
+            return read(path)
+        except Damaged as error:
+            make_again(error)
+    make()
+    return read(path)
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's bytes, read in pieces."""
+    return _sha256(path, path.stat().st_size)
+
+
+def _sha256(path: Path, size: int, digest: hashlib._Hash | None = None) -> str:
+    digest = digest or hashlib.sha256()
+    with path.open("rb") as file:
+        while size > 0 and (block := file.read(min(size, 1 << 20))):
+            digest.update(block)
+            size -= len(block)
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
+    """Call write(temporary path), then rename over `path`: a stop at any moment, of the machine too, leaves the old file or the
+    new one. UserError where the disk is full or the place cannot be written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        _to_disk(temporary)
+        os.replace(temporary, path)
+        _to_disk(path.parent)
+    except Exception as error:
+        raise _explained(error, path) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems do not offer it for folders
+            raise
+    finally:
+        os.close(handle)
+
+
+def _explained(error: Exception, path: Path) -> Exception:
+    """A UserError for a disk that is full or cannot be written; other errors as they are. Libraries wrap the system's error in
+    their own, or lose it."""
+    if isinstance(error, UserError):
+        return error
+    number = error.errno if isinstance(error, OSError) else None
+    with contextlib.suppress(OSError):
+        if number in _FULL or "os error 28" in str(error) or (number is None and _free(path.parent) < 2**16):
+            return UserError(
+                f"The disk that holds {path.parent} is full, so {path.name} could not be written: make room and run the same "
+                "command again."
+            )
+    if isinstance(error, OSError):
+        return UserError(
+            f"{path} cannot be written ({error.strerror or error}): make its folder writable, or choose another (paths.*)."
+        )
+    return error
+
+
+def _free(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what writers that were killed left below the folder. Only for who has it alone (locks.py)."""
+    for left in [*folder.rglob(".*.partial")]:
+        with contextlib.suppress(OSError):
+            left.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """UTF-8, atomic."""
+    atomic_write(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+# --------------------------------------------------------------------------------------------------- JSON
+
+
+def content_sha256(content: dict[str, Any]) -> str:
+    """Of a JSON object without its seal, whatever the order of its keys."""
+    own = {key: value for key, value in content.items() if key != SEAL}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Strict JSON (no NaN), two-space indent, atomic. An object gets its own hash as the last key; anything but an object is
+    written without."""
+    if isinstance(value, dict):
+        plain = json.loads(json.dumps(value, allow_nan=False))  # as it will be read back
+        value = plain | {SEAL: content_sha256(plain)}
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, hint: str, sealed: bool = True) -> Any:
+    """What write_json was given. hint: what to run where the file is missing or damaged. sealed: refuse an object without its
+    hash; false for files that are checked otherwise (published families)."""
+    if not path.is_file():
+        raise UserError(f"{path} is not there: {hint}.")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise Damaged(path, f"{path} is not valid JSON ({error}): {hint}.") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
+    if not isinstance(content, dict):
+        if sealed:
+            raise Damaged(path, f"{path} does not hold what was written there: {hint}.")
+        return content
+    seal = content.pop(SEAL, None)
+    if seal is None and sealed:
+        raise Damaged(path, f"{path} does not carry its checksum ({SEAL}), so it may be anything: {hint}.")
+    if seal is not None and seal != content_sha256(content):
+        raise Damaged(path, f"{path} has been changed or damaged since it was written: {hint}.")
+    return content
+
+
+# ------------------------------------------------------------------------------------------ zip-based files
+
+
+def seal_zip(path: Path, name: str) -> None:
+    """Put the SHA-256 of the archive's bytes, and of the name that it will have, behind it as its comment."""
+    with path.open("r+b") as file:
+        file.seek(-22, os.SEEK_END)
+        end = file.read(22)
+        if not end.startswith(_END) or end[20:] != b"\0\0":
+            raise ValueError(f"{path} is not a zip archive without a comment.")
+        file.seek(-2, os.SEEK_END)
+        file.write(_DIGEST.to_bytes(2, "little"))
+    digest = _sha256(path, path.stat().st_size, hashlib.sha256(name.encode()))
+    with path.open("ab") as file:
+        file.write(digest.encode())
+
+
+def check_zip(path: Path, hint: str) -> None:
+    """Raise Damaged unless the bytes are those that seal_zip saw under this name, and UserError where there is no file."""
+    if not path.is_file():
+        raise UserError(f"{path} is not there: {hint}.")
+    try:
+        size = path.stat().st_size - _DIGEST
+        with path.open("rb") as file:
+            file.seek(max(size, 0))
+            expected = file.read()
+        if size > 0 and _sha256(path, size, hashlib.sha256(path.name.encode())).encode() == expected:
+            return
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
+    raise Damaged(path, f"{path} is damaged, or not the file of this name: {hint}.")
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any], compress: bool = True) -> None:
+    """An npz, atomic and sealed."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # an open file: numpy would append .npz to the temporary name
+            (np.savez_compressed if compress else np.savez)(file, **arrays)
+        seal_zip(temporary, path.name)
+
+    atomic_write(path, write)
+
+
+def read_arrays(path: Path, hint: str) -> dict[str, np.ndarray]:
+    """What write_arrays was given; Damaged where it is not. No pickled objects."""
+    check_zip(path, hint)
+    return load_arrays(path, hint)
+
+
+def load_arrays(path: Path, hint: str) -> dict[str, np.ndarray]:
+    """The arrays of an npz whose bytes have been checked otherwise."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except Exception as error:  # damaged archives raise nearly anything
+        raise Damaged(path, f"{path} cannot be read: {hint}.") from error
