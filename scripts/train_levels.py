@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -297,12 +297,10 @@ def recorded(stage: common.Stage, levels: list[dict[str, Any]], folder: Path) ->
             picture.unlink()
         tracker = Tracker(folder, stage.name, stage.plain(), **stage.cfg.tracking, fresh=fresh)
     try:
-        yield tracker
+        with tracker or nullcontext():
+            yield tracker
     except Interrupted as error:
         raise common.Stopped(f"{error}; its state is saved") from error
-    finally:
-        if tracker is not None:
-            tracker.finish()
 
 
 def train_all(stage: common.Stage, images: ImageData) -> None:
@@ -323,7 +321,7 @@ def train_all(stage: common.Stage, images: ImageData) -> None:
             side_by_side.run(train_in_worker, tasks, workers, stage.should_stop)
             metadata = read_metadata(stage.checkpoints, stage.cfg.family.widths)
             if tracker is not None:
-                mirror_workers(stage, metadata, tracker)
+                mirror_pictures(stage, metadata, tracker)
         else:
             held_out = stage.held_out(images)
             for level in levels:
@@ -340,22 +338,27 @@ def publish(stage: common.Stage, metadata: list[dict[str, Any]], tracker: Tracke
     """What belongs to all levels: the figure of their losses, and the losses in the records."""
     shown = [{**m, "logsnr": m["held_out"]["logsnr"], "held_out": m["held_out"]["loss"]} for m in metadata]
     tracker.image("training", Path(plot_training(shown, stage.results / "training.png", title=stage.cfg.title)))
-    for m in metadata:
-        loss = float(np.mean(m["held_out"]["loss"]))
-        tracker.log({"level": m["name"], "held_out_loss": loss, "images": m["images"]})
+    tracker.settle(
+        [
+            {"level": m["name"], "held_out_loss": float(np.mean(m["held_out"]["loss"])), "images": m["images"]}
+            for m in metadata
+        ]
+    )
 
 
 def collect_jobs(stage: common.Stage, tracker: Tracker) -> None:
     """Take over the records of processes that trained one level."""
     for path in sorted((stage.results / JOBS).glob("*/metrics.jsonl")):
         tracker.take_over(path)
+        with suppress(OSError):  # other things may lie there
+            path.parent.rmdir()
+    with suppress(OSError):
+        (stage.results / JOBS).rmdir()
 
 
-def mirror_workers(stage: common.Stage, metadata: list[dict[str, Any]], tracker: Tracker) -> None:
-    """Send to W&B what the workers wrote to files: loss curves and sample grids."""
+def mirror_pictures(stage: common.Stage, metadata: list[dict[str, Any]], tracker: Tracker) -> None:
+    """Send to W&B the sample grids that workers wrote to files."""
     for level in metadata:
-        for record in level["history"]:
-            tracker.mirror({f"{level['name']}/loss": record["loss"], f"{level['name']}/images": record["images"]})
         for picture in sorted((stage.results / "training").glob(f"{level['name']}-*.png")):
             tracker.image(f"{level['name']}/samples-ema", picture)
 

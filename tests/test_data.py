@@ -144,6 +144,24 @@ def test_later_duplicates_in_an_archive_win(tmp_path: Path) -> None:
     assert np.array_equal(data.load(tmp_path / "packed").images[0].transpose(1, 2, 0), noise(77))
 
 
+def test_later_duplicates_in_a_zip_win(tmp_path: Path) -> None:
+    source = write_zip(tmp_path / "a.zip", faces(5, ""))
+    with zipfile.ZipFile(source, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("000001.png", encode(noise(77)))
+    assert prepare(source, tmp_path / "packed")["count"] == 5
+    assert np.array_equal(data.load(tmp_path / "packed").images[0].transpose(1, 2, 0), noise(77))
+
+
+def test_the_first_frame_of_an_animation_counts(tmp_path: Path) -> None:
+    first, *others = [Image.fromarray(noise(i)) for i in range(3)]
+    files = {}
+    for i, default in enumerate((False, True, False)):
+        first.save(buffer := io.BytesIO(), "PNG", save_all=True, append_images=others, default_image=default)
+        files[f"{i}.png"] = buffer.getvalue()
+    prepare(write_folder(tmp_path / "a", files), tmp_path / "packed", holdout=1)
+    assert (data.load(tmp_path / "packed").images == noise(0).transpose(2, 0, 1)).all()
+
+
 def test_count_keeps_the_first_names(tmp_path: Path) -> None:
     source = write_zip(tmp_path / "a.zip", faces())
     assert prepare(source, tmp_path / "packed", count=7)["count"] == 7
@@ -303,6 +321,25 @@ def test_partition_that_does_not_fit(tmp_path: Path) -> None:
     assert split["method"] == "seeded" and "other images" in split["note"]
     beside.write_bytes(PARTITION[:50])
     assert_refused(source, tmp_path / "part", "list_eval_partition.txt", "of 12 images")
+
+
+@pytest.mark.parametrize("kind", ["zip", "folder"])
+def test_a_broken_partition_list_is_not_passed_over(tmp_path: Path, kind: str) -> None:
+    name = "list_eval_partition.txt"
+    if kind == "zip":  # a seeded split instead would be another data set
+        source = write_zip(tmp_path / "a.zip", faces() | {name: PARTITION})
+        source.write_bytes(source.read_bytes().replace(b"000007.jpg 0", b"000007.jpg 1"))
+    else:
+        source = write_folder(tmp_path / "a", faces())
+        (source / name).symlink_to("nowhere")
+    assert_refused(source, tmp_path / "packed", name, "broken", "fetch it again")
+
+
+def test_a_partition_list_beside_that_is_none(tmp_path: Path) -> None:
+    source = write_zip(tmp_path / "a.zip", faces())
+    (tmp_path / "list_eval_partition.txt").touch()
+    os.truncate(tmp_path / "list_eval_partition.txt", archives.MAX_FILE + 1)  # takes no space
+    assert_refused(source, tmp_path / "packed", "list_eval_partition.txt", "larger than", "take it away")
 
 
 def test_seeded_split_is_reproducible(tmp_path: Path) -> None:
@@ -484,6 +521,48 @@ def test_encrypted_zip(tmp_path: Path) -> None:
             at = raw.find(signature, at + 4)
     source.write_bytes(raw)
     assert_refused(source, tmp_path / "packed", "encrypted", "password")
+
+
+def test_zip_with_a_rare_method(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("000001.png", encode(noise(1)))
+    assert_refused(tmp_path / "a.zip", tmp_path / "packed", "a.zip", "000001.png", "unpack it and give the folder")
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar", "folder"])
+def test_names_that_would_break_a_sentence(tmp_path: Path, kind: str) -> None:
+    files = faces(6, "") | {"new\nline\x1b[31m.png": b"not an image"}
+    writer = {"zip": write_zip, "tar": write_tar, "folder": write_folder}[kind]
+    source = writer(tmp_path / "source", files)
+    assert_refused(source, tmp_path / "packed", "new\\nline\\x1b[31m.png in source is broken")
+
+
+@pytest.mark.parametrize(("width", "height"), [(9000, 8000), (32769, 1), (1, 32769)])
+def test_too_large_pictures(tmp_path: Path, recwarn: pytest.WarningsRecorder, width: int, height: int) -> None:
+    buffer = io.BytesIO()
+    Image.new("1", (width, height)).save(buffer, "PNG")
+    source = write_zip(tmp_path / "a.zip", faces() | {"large.png": buffer.getvalue()})
+    assert_refused(source, tmp_path / "packed", f"large.png in a.zip is broken ({width}x{height} pixels")
+    assert prepare(source, tmp_path / "packed", skip_broken=True)["skipped"] == ["large.png"]
+    assert not recwarn.list
+
+
+def test_little_is_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large images wait for the decoders, not in memory."""
+    monkeypatch.setattr(data, "_MAX_WAITING", 1000)
+    waiting = []
+    read = archives.read_members
+
+    def watch(source: archives.Source, names: list[str]):
+        for member in read(source, names):
+            waiting.append(member.name)
+            yield member
+
+    monkeypatch.setattr(archives, "read_members", watch)
+    most = []
+    progress = lambda done, total: most.append(len(waiting) - done)  # noqa: E731
+    prepare(write_zip(tmp_path / "a.zip", faces(40)), tmp_path / "packed", progress=progress)
+    assert max(most) <= 2
 
 
 def test_disk_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

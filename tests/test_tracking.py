@@ -348,7 +348,7 @@ def test_a_wandb_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path, fa
     process, feeder, started = process_of(tracker), tracker.wandb.feeder, time.monotonic()  # type: ignore[union-attr]
     with pytest.warns(UserWarning) as caught:
         tracker.finish()
-    assert 0.9 < time.monotonic() - started < 3
+    assert 0.9 < time.monotonic() - started < 5
     assert [str(w.message) for w in caught] == ["W&B did not finish within 1 s; metrics.jsonl is complete."]
     assert process.returncode == -signal.SIGKILL and not feeder.is_alive()
     assert process.stdin.closed and process.stdout.closed

@@ -282,15 +282,21 @@ def _check_directory(path: Path, entries: list[zipfile.ZipInfo]) -> None:
         if not agrees:
             raise zipfile.BadZipFile(f"its table of contents lists {here} files, its end record says otherwise")
         for info in sorted(entries, key=lambda info: info.header_offset):
-            name = info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
+            length = len(info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437"))
             file.seek(info.header_offset)
-            header = file.read(30 + len(name))
-            if header[:4] != b"PK\3\4" or header[26:28] != len(name).to_bytes(2, "little") or header[30:] != name:
+            header = file.read(30 + length)
+            name = header[30:].decode("utf-8" if header[7] & 8 else "cp437")
+            fits = header[:4] == b"PK\3\4" and header[26:28] == length.to_bytes(2, "little")
+            if not fits or name != info.orig_filename:
                 raise zipfile.BadZipFile(f"its table of contents does not fit the file {shown(info.orig_filename)}")
 
 
 def _list_tar(path: Path) -> dict[str, tuple[int, int]]:
-    """Offset and size of every file. Of members with the same name the last one counts, as when unpacking."""
+    """Offset and size of every file. Of members with the same name the last one counts, as when unpacking.
+
+    What no reader can notice, since a tar without compression has no checksum for it: damage inside names of more than
+    100 bytes, and last members overwritten with zeros from their headers to their ends.
+    """
     places = {}
     with _unpacked(path) as file:
         headers = _Headers(file)

@@ -9,6 +9,7 @@ PCA, Tipping and Bishop 1999), so an evaluation is two thin matrix products.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -92,7 +93,8 @@ class GaussianDenoiser(nn.Module):
     def save(self, path: Path) -> None:
         """One safetensors file: the tensors, and as metadata the number of images it was fitted on and the hash of all that."""
         tensors = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
-        metadata = {"kind": "gaussian", "images": str(self.images), SEAL: _sha256(tensors, self.images)}
+        # one entry: safetensors writes several in no fixed order
+        metadata = {"gaussian": json.dumps({"images": self.images, SEAL: _sha256(tensors, self.images)})}
         atomic_write(path, lambda p: save_file(tensors, p, metadata=metadata))
 
 
@@ -105,8 +107,9 @@ def load_gaussian(path: Path, device: torch.device | str = "cpu", sealed: bool =
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             parts = {name: file.get_tensor(name) for name in ("mean", "basis", "variances", "residual")}
-        images = int(metadata.get("images", 0))
-        if sealed and metadata.get(SEAL) != _sha256(parts, images):
+        facts = json.loads(metadata.get("gaussian", "{}")) or metadata  # files of the first format name them one by one
+        images = int(facts.get("images", 0))
+        if sealed and facts.get(SEAL) != _sha256(parts, images):
             raise ValueError("its hash is another")
         return GaussianDenoiser(**parts, images=images).to(device)
     except Exception as error:  # damaged files raise nearly anything

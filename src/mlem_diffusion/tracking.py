@@ -13,24 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from . import wandb_mirror
-from .checkpoint import atomic_write
 from .errors import UserError
+from .files import atomic_write
 
 try:
     import fcntl
 except ImportError:  # Windows: no locks
     fcntl = None
 
-
 PATIENCE = wandb_mirror.PATIENCE
+HURRY = 2.0  # the same where the work was stopped or has failed
 
 
 class Tracker:
     """Appends one JSON object per record to metrics.jsonl and sends the same to W&B.
 
     mode: "offline", "online" or "disabled", as WANDB_MODE. fresh: drop what an earlier run of this
-    stage recorded. W&B runs in a process of its own (wandb_mirror.py), for which nothing waits but `finish`, and that not
-    for long. Its failure becomes a warning: the record goes on.
+    stage recorded. W&B runs in a process of its own (wandb_mirror.py), for which nothing waits but `finish`, at most
+    PATIENCE seconds. Its failure becomes one warning: the record goes on.
     """
 
     def __init__(
@@ -77,6 +77,13 @@ class Tracker:
         if path.is_file():
             self._send({"image": {key: str(path.absolute())}})
 
+    def settle(self, records: Sequence[dict[str, Any]]) -> None:
+        """Log records that an interrupted run may have logged already: none of them is there twice."""
+        with _alone(self.path.parent):
+            self._rewrite(lambda _: True, [self._line(record) for record in records])
+        for record in records:
+            self._send({"log": record})
+
     def rewind(self, level: str, images: int) -> None:
         """Drop this stage's records of a level that were made after so many images: training goes on from there, and
         records them again."""
@@ -122,15 +129,15 @@ class Tracker:
             self.dropped = True
             warnings.warn("W&B cannot keep up and misses records; metrics.jsonl has them all.", stacklevel=3)
 
-    def finish(self) -> None:
-        """Waits for W&B, PATIENCE seconds at most."""
+    def finish(self, patience: float = PATIENCE) -> None:
+        """Let W&B finish within so many seconds, or end it."""
         if self.wandb is None:
             return
         mirror, self.wandb = self.wandb, None
         try:
-            reason = mirror.finish(PATIENCE)
+            reason = mirror.finish(patience)
         except TimeoutError:
-            warnings.warn(f"W&B did not finish within {PATIENCE:g} s; metrics.jsonl is complete.", stacklevel=2)
+            warnings.warn(f"W&B did not finish within {patience:g} s; metrics.jsonl is complete.", stacklevel=2)
             return
         if reason is not None:
             _off(reason)
@@ -138,8 +145,8 @@ class Tracker:
     def __enter__(self) -> Tracker:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.finish()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.finish(PATIENCE if kind is None else HURRY)
 
 
 def _off(reason: str) -> None:
@@ -188,7 +195,7 @@ def _records(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict):
             found.append((line + b"\n", record))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "scripts")]
 
-import ledger  # noqa: E402  (beside this file)
+import ledger  # noqa: E402  (beside this file, as the next)
+from pipeline import Forker, Place  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,3 +46,51 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(found.table())
         if os.environ.get("FAULTS") == "whole":
             found.write(ROOT / "results" / "faults")
+
+
+# ------------------------------------------------------------------------------------------------ the pipeline
+
+
+@pytest.fixture(scope="session")
+def forkers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Forker]]:
+    """One per core."""
+    started = [Forker(tmp_path_factory.mktemp("forker")) for _ in range(2)]
+    yield started
+    for forker in started:
+        forker.close()
+
+
+@pytest.fixture(scope="session")
+def forker(forkers: list[Forker]) -> Forker:
+    return forkers[0]
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The pipeline, uninterrupted: the place before any stage and after each, and how long each took."""
+
+    after: dict[str, Place]
+    seconds: dict[str, float]
+
+    def before(self, stage: str) -> Place:
+        names = list(self.after)
+        return self.after[names[names.index(stage) - 1]]
+
+
+@pytest.fixture(scope="session")
+def stages(tmp_path_factory: pytest.TempPathFactory, forker: Forker) -> Stages:
+    """prepare_data, train_levels, measure_gamma, sample_compare; then what else reads and writes: optimise, sample, report."""
+    base = tmp_path_factory.mktemp("pipeline")
+    place = Place(base / "nothing")
+    place.folder.mkdir()
+    after, seconds = {"nothing": place}, {}
+    for stage in ("prepare_data", "train_levels", "measure_gamma", "sample_compare", "optimise"):
+        place = place.copy_to(base / stage)
+        run = forker(stage, place.arguments())
+        assert run.code == 0, str(run)
+        after[stage], seconds[stage] = place, run.seconds
+    place = place.copy_to(base / "everything")
+    for stage in ("sample_compare", "sample", "report"):  # the comparison now with plans
+        run = forker(stage, place.arguments(*(["seeds='0-3'"] if stage == "sample" else [])))
+        assert run.code == 0, str(run)
+    return Stages({**after, "everything": place}, seconds)
