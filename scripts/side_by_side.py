@@ -59,9 +59,10 @@ def run(
                 "A worker process was killed, perhaps for want of memory: run the same command again to go on, with "
                 "ARGS=workers=1 where memory is short."
             ) from error
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for worker in multiprocessing.active_children():  # their files are whole at any moment
+        except Exception:  # the others have been asked to stop, and have
+            raise
+        except BaseException:  # now: their files are whole at any moment
+            for worker in multiprocessing.active_children():
                 worker.kill()
             raise
 

@@ -33,6 +33,7 @@ from mlem_diffusion.benchmark.record import (
 from mlem_diffusion.benchmark.timing import measure
 from mlem_diffusion.cost import flops_per_evaluation
 from mlem_diffusion.errors import UserError
+from mlem_diffusion.files import read_json
 from mlem_diffusion.process import LinearSchedule, Process
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,7 +77,7 @@ def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     parts = plan.parts_of(SIZE, PROCESS, TINY, [4, 8, 12], CPU)
     results = results_in(tmp_path_factory.mktemp("benchmark"), parts)
     assert run(parts, results)
-    return json.loads(results.path.read_text())
+    return read_json(results.path, "")
 
 
 def test_every_row_has_exactly_the_columns(document: dict[str, Any]) -> None:
@@ -196,7 +197,7 @@ def test_a_failing_part_leaves_an_empty_row_and_the_rest_goes_on(tmp_path: Path)
     parts = [part("a", fail), part("b", lambda: Found([row("level", "float32 eager", 2.0, width=8, batch=4)]))]
     results = results_in(tmp_path, parts)
     assert run(parts, results)
-    written = json.loads(results.path.read_text())
+    written = read_json(results.path, "")
     assert [r["ms"] for r in written["rows"]] == [None, 2.0]
     assert written["facts"]["notes"] == [{"part": "a", "text": "a: it broke."}]
 
@@ -218,7 +219,7 @@ def test_a_rerun_goes_on_where_the_last_one_stopped(tmp_path: Path) -> None:
     again = results_in(tmp_path, parts)
     again.load(dict.fromkeys("abc", "s"), "c")
     assert run(parts, again) and calls == ["a", "b", "c"]
-    assert again.document() == json.loads(again.path.read_text())
+    assert again.document() == read_json(again.path, "")
     assert [r["ms"] for r in again.document()["rows"]] == [1, 2, 3]
     assert [e["by"] for e in again.document()["facts"]["seen"]] == ["a", "b", "c"]
 

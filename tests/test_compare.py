@@ -415,18 +415,18 @@ def test_gamma_is_the_first_estimate_that_is_finite(tmp_path, found, expected):
     write_json(
         tmp_path / "gamma.json", {"estimates": {k: {"gamma": v, "interval": [1, None]} for k, v in found.items()}}
     )
-    assert used_gamma(stage_with(tmp_path, "auto")) == expected
-    assert used_gamma(stage_with(tmp_path, 4)) == 4.0  # a number in the configuration comes first
+    assert used_gamma(stage_with(tmp_path, "auto"), None) == expected
+    assert used_gamma(stage_with(tmp_path, 4), None) == 4.0  # a number in the configuration comes first
 
 
 def test_gamma_that_is_missing_is_one_sentence(tmp_path):
     from run_settings import used_gamma
 
     with pytest.raises(UserError, match="make measure-gamma"):
-        used_gamma(stage_with(tmp_path, "auto"))
+        used_gamma(stage_with(tmp_path, "auto"), None)
     none = {"gamma": None, "interval": [None, None]}
     write_json(tmp_path / "gamma.json", {"estimates": dict.fromkeys(("differences", "to_largest", "loss_fit"), none)})
     with pytest.raises(UserError, match=r"set compare\.gamma to a number"):
-        used_gamma(stage_with(tmp_path, "auto"))
+        used_gamma(stage_with(tmp_path, "auto"), None)
     with pytest.raises(UserError, match="neither a number nor auto"):
-        used_gamma(stage_with(tmp_path, "automatic"))
+        used_gamma(stage_with(tmp_path, "automatic"), None)

@@ -17,6 +17,7 @@ from PIL import Image
 
 from mlem_diffusion import archives, data
 from mlem_diffusion.errors import UserError
+from mlem_diffusion.files import read_json
 
 Files = dict[str, bytes]
 
@@ -107,7 +108,7 @@ def test_every_kind_of_source_gives_the_same_array(tmp_path: Path, kind: str) ->
     assert isinstance(loaded.images, np.memmap) and not loaded.images.flags.writeable
     expected = np.stack([noise(i).transpose(2, 0, 1) for i in range(1, 13)])
     assert np.array_equal(loaded.images, expected)  # sorted by name, unchanged byte for byte
-    assert loaded.manifest == manifest == json.loads((tmp_path / "packed/manifest.json").read_text())
+    assert loaded.manifest == manifest == read_json(tmp_path / "packed/manifest.json", "")
     assert calls == [(i, 12) for i in range(1, 13)]
     assert manifest["count"] == 12 and manifest["size"] == [16, 16]
     assert manifest["treatment"] == {"already 16x16: unchanged": 12}

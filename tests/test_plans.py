@@ -13,6 +13,7 @@ from toys import toy_family
 from mlem_diffusion.compare import Setting, setting_of
 from mlem_diffusion.drift import Multilevel, Quadrature, SingleLevel
 from mlem_diffusion.errors import UserError
+from mlem_diffusion.files import write_json
 from mlem_diffusion.plans import Plan, choose, frontier, load_plans, save_plans
 
 FAMILY = toy_family()
@@ -128,7 +129,7 @@ def test_unknown_predictions_survive_too(tmp_path: Path) -> None:
     assert load_plans(tmp_path / "plans.json")[0][plan.id].seconds == 0.25
     content = json.loads((tmp_path / "plans.json").read_text())
     del content["plans"][0]["seconds"]  # a file of before plans had any
-    (tmp_path / "plans.json").write_text(json.dumps(content))
+    write_json(tmp_path / "plans.json", content)
     assert load_plans(tmp_path / "plans.json")[0][plan.id].seconds is None
 
 
@@ -152,12 +153,12 @@ def spoil(path: Path, how: str) -> None:
         path.with_name("other.npz").replace(tables)
     elif how == "another number of steps":
         content["plans"][0]["steps"] = 7
-        path.write_text(json.dumps(content))
+        write_json(path, content)
     elif how == "a field is missing":
         content["plans"][0].pop("cost")
-        path.write_text(json.dumps(content))
+        write_json(path, content)
     elif how == "another format":
-        path.write_text(json.dumps({"plans": {"a": 1}}))
+        write_json(path, {"plans": {"a": 1}})
     elif how == "a list":
         path.write_text("[]")
     else:

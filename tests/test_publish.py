@@ -30,6 +30,7 @@ from mlem_diffusion import model_card, published
 from mlem_diffusion.checkpoint import load_weights, save_weights
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.family import build_denoiser, load_family, read_metadata
+from mlem_diffusion.files import read_json
 from mlem_diffusion.metrics import Statistics, frechet_distance
 from mlem_diffusion.portraits import render
 
@@ -38,7 +39,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 WIDTHS = [2, 3, 4]
 LEVELS = [f"w{width}" for width in WIDTHS]
 FEW = [
-    "compare.gamma=2.5", "compare.n=16", "compare.n_reference=8", "compare.stitched=[]",
+    "compare.gamma=2.5", "compare.n=20", "compare.n_reference=8", "compare.stitched=[]",
     "compare.baselines=[{dynamics: ode, step_rule: ddim, levels: all, steps: [4, 8]}]",
     "compare.ml_em=[{dynamics: ode, step_rule: ddim, families: [all], coins: [systematic], knobs: [4], steps: [16]}]",
 ]  # fmt: skip
@@ -271,7 +272,7 @@ def test_a_clone_compares_with_the_distances_that_the_images_give(done: Place, c
     assert len(rows) > 8 and all(float(row["distance"]) > 0 and float(row["distance_floor"]) > 0 for row in rows)
     assert any("gauss" in row["levels"] for row in rows)
     provenance = json.loads((clone.results / "provenance.json").read_text())
-    assert provenance["data"] == json.loads((done.folder / "data" / "manifest.json").read_text())
+    assert provenance["data"] == read_json(done.folder / "data" / "manifest.json", "")
     # the same levels beside the images
     beside = Place(clone.folder / "beside")
     shutil.copytree(done.published, beside.published)
@@ -286,7 +287,7 @@ def test_without_statistics_there_are_no_distances_and_that_is_said(clone: Place
     assert found.code == 0, found.err
     assert found.out.count("no distances, since the images are not here") == 1
     assert all(row["distance"] == "" for row in rows_of(clone))
-    assert here("sample_compare", clone, "metrics.seed=0", "compare.n=12").code == 0
+    assert here("sample_compare", clone, "metrics.seed=0", "compare.n=18").code == 0
     rows = rows_of(clone)  # distances, but the floor is that of other numbers of images
     assert all(row["distance"] and not row["distance_floor"] for row in rows)
 
@@ -395,7 +396,7 @@ def test_weights_that_are_not_those_of_the_metadata_are_not_published(
     network = build_denoiser(3, 8, 0.5, json.loads((place.checkpoints / "w3/metadata.json").read_text())["unet"], "v")
     save_weights(place.checkpoints / "w3" / "ema.safetensors", network)
     found = here("publish", place)
-    assert found.code == 2 and "w3/ema.safetensors is not the file" in found.complaint
+    assert found.code == 2 and "w3/ema.safetensors is damaged, or not the file" in found.complaint
     assert not place.published.exists()
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mlem_diffusion.errors import UserError
+from mlem_diffusion.files import sha256_of, write_json
 from mlem_diffusion.grids import save_grid
 from mlem_diffusion.report import write_report
 from mlem_diffusion.tables import COLUMNS, write_rows
@@ -126,7 +127,7 @@ def results(tmp_path: Path) -> Path:
         ("provenance", PROVENANCE),
         ("best", {"C": 0.5}),
     ):
-        (folder / f"{name}.json").write_text(json.dumps(content))
+        write_json(folder / f"{name}.json", content)
     for name in (
         "gamma",
         "compare",
@@ -198,7 +199,7 @@ def test_levels_have_a_section_of_their_own(results: Path) -> None:
         "removed": {"flops": [], "seconds": [{"name": "w4", "worth": worth}]},
         "tolerance": {"mean": 0.02, "largest": 0.1}, "batch": 96, "device": "a <large> GPU", "threads": 1,
     }  # fmt: skip
-    (results / "levels.json").write_text(json.dumps(content))
+    write_json(results / "levels.json", content)
     save_grid(PIXELS, results / "levels.png")
     page = make_page(results)
     assert "Levels: FLOPs, seconds and worth" in page.text and "batches of 96 on a <large> GPU" in page.text
@@ -208,7 +209,8 @@ def test_levels_have_a_section_of_their_own(results: Path) -> None:
     assert "more than 2.0% on geometric average" in page.text
     assert len([tag for tag, _ in page.tags if tag == "img"]) == 7
     (results / "levels.json").write_text("{")
-    assert "levels.json cannot be read" in make_page(results).text
+    with pytest.raises(UserError, match=r"levels\.json is not valid JSON .*: remove it and run its stage again"):
+        make_page(results)
 
 
 def test_summary_is_in_words(results: Path) -> None:
@@ -270,7 +272,7 @@ def test_names_are_escaped(results: Path) -> None:
     for name in ("provenance", "gamma"):
         content = json.loads((results / f"{name}.json").read_text())
         content |= {"experiment": evil, "htmc_reason": evil, "warnings": [evil], evil: {evil: evil}}
-        (results / f"{name}.json").write_text(json.dumps(content))
+        write_json(results / f"{name}.json", content)
     write_rows([make_row(levels=evil, distance_name='"><img src=x>')], results / "compare.csv")
     (results / "grids" / 'a"onload="x.png').write_bytes((results / "gamma.png").read_bytes())
     page = make_page(results, title=evil)
@@ -314,16 +316,49 @@ def test_nothing_at_all_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_damaged_artefacts_are_said(results: Path) -> None:
-    (results / "gamma.json").write_text('{"estimates": ')
-    (results / "speedup.json").write_text("[1, 2]")
-    (results / "compare.csv").write_text("a,b\n1,2\n")
-    (results / "compare.png").write_bytes(b"")
-    (results / "provenance.json").write_bytes(b"\xff\xfe\x00")
-    text = make_page(results).text
-    for name in ("gamma.json", "speedup.json", "compare.csv", "provenance.json"):
-        assert f"{name} cannot be read" in text
-    assert "compare.png is not a readable PNG" in text
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("gamma.json", b'{"estimates": ', "is not valid JSON"),
+        ("gamma.json", b'{"estimates": {}}', "does not carry its checksum"),
+        ("speedup.json", b"[1, 2]", "does not hold what was written there"),
+        ("provenance.json", b"\xff\xfe\x00", "is not valid JSON"),
+        ("compare.csv", b"a,b\n1,2\n", "cannot be read"),
+        ("compare.png", b"", "is not a readable PNG"),
+    ],
+)
+def test_damaged_artefacts_are_refused(results: Path, name: str, content: bytes, what: str) -> None:
+    (results / name).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        make_page(results)
+    text = str(error.value)
+    assert f"{results / name} {what}" in text and "run its stage again" in text and "\n" not in text
+
+
+def test_a_picture_with_one_wrong_bit_is_refused(results: Path) -> None:
+    content = bytearray((results / "gamma.png").read_bytes())
+    content[len(content) // 2] ^= 1
+    (results / "gamma.png").write_bytes(content)
+    with pytest.raises(UserError, match=r"gamma\.png is not a readable PNG"):
+        make_page(results)
+
+
+def test_what_a_stage_did_not_write_is_refused(results: Path) -> None:
+    table = results / "compare.csv"
+    stages = {"sample_compare": {"seconds": 1.0, "outputs": {"compare.csv": sha256_of(table)}}}
+    write_json(results / "provenance.json", {**PROVENANCE, "stages": stages})
+    make_page(results)
+    table.write_text(table.read_text().replace("0.02", "0.03"))
+    with pytest.raises(UserError, match=r"compare\.csv is not what sample-compare wrote: run make sample-compare"):
+        make_page(results)
+
+
+def test_gamma_of_other_levels_is_refused(results: Path) -> None:
+    stages = {"sample_compare": {"seconds": 1.0, "made_with": {"levels": {"w4": "a"}, "data": "d"}}}
+    write_json(results / "provenance.json", {**PROVENANCE, "stages": stages})
+    write_json(results / "gamma.json", {**GAMMA, "made_with": {"levels": {"w4": "b"}, "data": "d"}})
+    with pytest.raises(UserError, match="were made with different levels"):
+        make_page(results)
 
 
 @pytest.mark.parametrize("empty", [None, {}, EMPTY_ENTRY])
@@ -331,10 +366,10 @@ def test_null_speed_ups(results: Path, empty: Any) -> None:
     speedup = copy.deepcopy(SPEEDUP)
     for method in ("plain", "best"):
         speedup["sde"][method] = {"error": {"flops": empty, "seconds": empty}}  # type: ignore[index]
-    (results / "speedup.json").write_text(json.dumps(speedup))
+    write_json(results / "speedup.json", speedup)
     text = make_page(results).text
     assert "Plain ML-EM: no speed-up, since it never reaches an error of the baselines' frontier." in text
-    (results / "speedup.json").write_text(json.dumps({"sde": {"plain": None, "best": None}, "ode": None}))
+    write_json(results / "speedup.json", {"sde": {"plain": None, "best": None}, "ode": None})
     assert "Plain ML-EM: not measured." in make_page(results).text
 
 
@@ -345,9 +380,9 @@ def test_odd_but_valid_gamma(results: Path) -> None:
         "levels": None,
         "warnings": None,
     }
-    (results / "gamma.json").write_text(json.dumps(odd))
+    write_json(results / "gamma.json", odd)
     assert "Harder than Monte Carlo: no" in make_page(results).text
-    (results / "gamma.json").write_text('{"estimates": null, "htmc": null, "loss": NaN}')
+    write_json(results / "gamma.json", {"estimates": None, "htmc": None, "loss": None})
     assert "Harder than Monte Carlo: undetermined" in make_page(results).text
 
 
@@ -363,7 +398,7 @@ def test_precision_is_shown_where_it_was_checked(results: Path) -> None:
         "speedup": {p: {"sde": {"plain": {"max": None, "lower95": None}, "best": {"max": 2.5, "lower95": 2.1}}} for p in ("float32", "bf16")},
     }  # fmt: skip
     assert "Precision: bf16" not in make_page(results).text
-    (results / "precision.json").write_text(json.dumps(content))
+    write_json(results / "precision.json", content)
     text = make_page(results).text
     for part in (
         "Precision: bf16 against float32",

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from mlem_diffusion.checkpoint import save_weights
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.family import at_width, build_denoiser, describe
+from mlem_diffusion.files import sha256_of
 from mlem_diffusion.watch import snapshot_losses
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -131,7 +132,11 @@ def test_losses_at_the_snapshots_show_a_rise(tmp_path):
     save_weights(tmp_path / "ema-0000000020.safetensors", denoiser)
     held_out = torch.rand(12, 3, 8, 8) * 2 - 1
     found = snapshot_losses(
-        denoiser, sorted(tmp_path.glob("ema-*")), held_out, np.array([-2.0, 2.0]), np.array([0.5, 0.5])
+        denoiser,
+        {path: sha256_of(path) for path in sorted(tmp_path.glob("ema-*"))},
+        held_out,
+        np.array([-2.0, 2.0]),
+        np.array([0.5, 0.5]),
     )
     assert [f["images"] for f in found] == [10, 20] and found[0]["held_out_rise"] is None
     assert found[1]["held_out_rise"] == pytest.approx(found[1]["held_out_loss"] - found[0]["held_out_loss"])

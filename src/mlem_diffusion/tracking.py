@@ -129,8 +129,9 @@ class Tracker:
             self.dropped = True
             warnings.warn("W&B cannot keep up and misses records; metrics.jsonl has them all.", stacklevel=3)
 
-    def finish(self, patience: float = PATIENCE) -> None:
-        """Let W&B finish within so many seconds, or end it."""
+    def finish(self, patience: float | None = None) -> None:
+        """Let W&B finish within so many seconds (PATIENCE), or end it."""
+        patience = PATIENCE if patience is None else patience
         if self.wandb is None:
             return
         mirror, self.wandb = self.wandb, None
@@ -146,7 +147,7 @@ class Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.finish(PATIENCE if kind is None else HURRY)
+        self.finish(None if kind is None else HURRY)
 
 
 def _off(reason: str) -> None:

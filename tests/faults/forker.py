@@ -26,7 +26,7 @@ SCRIPTS = (
 
 def touches(event: str, arguments: tuple) -> bool:
     if event == "open":
-        path, mode, flags = arguments
+        path, _, flags = arguments
         return bool(flags & (os.O_WRONLY | os.O_RDWR)) and not str(path).startswith(("/dev", "/proc"))
     return event in WRITING
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files import write_json
+from ..errors import UserError
+from ..files import read_json, write_json
 
 COLUMNS = (
     "what", "width", "batch", "mode", "ms", "tflops", "fraction_of_matmul", "images_per_s", "ratio_to_diffusers",
@@ -80,7 +81,7 @@ class Results:
     def load(self, settings: Mapping[str, str], code: str, any_code: bool = False) -> None:
         """Keep from the file what was measured with the same device, versions, settings (by part) and code."""
         try:
-            old = json.loads(self.path.read_text())
+            old = read_json(self.path, "")
             if any(old[key] != self.head[key] for key in ("device", "torch", "cuda", "size")):
                 return
             kept, start = {}, 0
@@ -94,7 +95,7 @@ class Results:
                             facts.setdefault(kind, []).append({k: v for k, v in own.items() if k != "part"})
                 found = Found(rows, facts, entry["skipped"])
                 kept[entry["part"]] = Kept(entry["settings"], entry["code"], entry["commit"], entry["seconds"], found)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (UserError, ValueError, KeyError, TypeError, AttributeError):
             return  # no file, or not one of ours
         for part, entry in kept.items():
             if settings.get(part) == entry.settings and (any_code or code == entry.code):
