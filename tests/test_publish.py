@@ -232,7 +232,7 @@ def test_the_card_says_what_the_metadata_say(done: Place):
         assert figure in card
     assert "96 training images and 32 held-out ones" in card and "log-SNR\n  -9.0 to 9.0" in card
     assert f"{index['gaussian']['rank']} principal directions" in card
-    assert f"n = 16: {index['statistics']['floor']['distance']:.4g}" in card
+    assert f"n = 20: {index['statistics']['floor']['distance']:.4g}" in card
     assert "non-commercial research only" in card and "license: other" in card
     assert "* w2-seed7: the same levels trained again" in card
     assert "already 8x8: unchanged: 128 images" in card and "taken whole" in card

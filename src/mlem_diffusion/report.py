@@ -107,7 +107,7 @@ def write_report(results_dir: Path, *, title: str) -> Path:
         distance_note=_distance_note(rows),
         frontiers=_frontier_tables(rows),
         comparison=_comparison_table(rows),
-        best=flat_table(documents["best"]),
+        best=flat_table({k: v for k, v in (documents["best"] or {}).items() if k != "made_with"} or None),
         figures=figures,
         hierarchy=hierarchy,
         findings=_findings(diagnostics or {}),
@@ -544,7 +544,7 @@ def _provenance_tables(provenance: dict[str, Any]) -> list[tuple[str, dict[str, 
 
 
 def _stages_table(stages: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
-    """A line per stage; the fingerprint, which only the scripts compare, is not shown."""
+    """A line per stage; hashes, which only programs compare, are not shown."""
     shown = ("finished", "commit", "device")
     return as_table(
         ("stage", "time", *shown, "further"),
@@ -553,7 +553,7 @@ def _stages_table(stages: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
                 name.replace("_", " "),
                 _duration(stage.get("seconds")),
                 *(str(stage.get(key) or "–") for key in shown),
-                _further(stage, ("seconds", "fingerprint", *shown)),
+                _further(stage, ("seconds", "fingerprint", "outputs", "made_with", *shown)),
             )
             for name, stage in stages.items()
         ),

@@ -1,8 +1,9 @@
-"""Calls in Python source that can run code from data, found by reading it."""
+"""Calls in Python source that can run code from data, found by reading it; and what such a call would run."""
 
 from __future__ import annotations
 
 import ast
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,13 +19,20 @@ NEVER = {
 INSTANTIATES = "scripts/common.py"  # the one file that may build objects from a configuration
 
 
+def run(command: str) -> int:
+    """What configurations and pickles name that are to be harmful."""
+    return os.system(command)
+
+
 def full_names(tree: ast.AST) -> dict[str, str]:
     """Local name -> what it was imported as."""
     names = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                names[alias.asname or alias.name.split(".")[0]] = alias.name if alias.asname else alias.name.split(".")[0]
+                names[alias.asname or alias.name.split(".")[0]] = (
+                    alias.name if alias.asname else alias.name.split(".")[0]
+                )
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             for alias in node.names:
                 names[alias.asname or alias.name] = f"{node.module}.{alias.name}"

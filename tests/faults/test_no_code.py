@@ -15,6 +15,7 @@ import pickle
 import random
 import shutil
 import tarfile
+import textwrap
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -52,8 +53,8 @@ class Payload:
 
 
 def target(command: str) -> dict[str, Any]:
-    """Instantiated by Hydra, it runs a command."""
-    return {"_target_": "os.system", "command": command, "_args_": [], "_partial_": False}
+    """Instantiated by Hydra, it runs a command. Newer versions of Hydra refuse os.system itself."""
+    return {"_target_": "no_code.run", "command": command}
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def note(place: Place, *names: str) -> None:
     """Write into provenance.json that these results are what their stages wrote."""
 
     def change(content: dict[str, Any]) -> None:
-        for entry in content["stages"].values():
+        for entry in content["stages"].values() if "provenance.json" not in names else ():
             entry["outputs"] |= {n: sha256_of(place.results / n) for n in names if n in entry["outputs"]}
 
     rewrite(place.results / "provenance.json", change)
@@ -160,7 +161,7 @@ TRAIN = ("only=w2", "workers=1")
 @attack("pickle as resume state", "train_levels", *TRAIN)
 def a_plain_pickle(place: Place, command: str) -> None:
     path = untrained(place)
-    replace(path, sealed(path, pickle.dumps(Payload(command))))
+    replace(path, sealed(path, pickle.dumps(Payload(command), protocol=2)))  # of later ones torch warns
 
 
 @attack("pickle as resume state", "train_levels", *TRAIN)
@@ -306,7 +307,7 @@ def added(path: Callable[[Place], Path]) -> Plant:
     def plant(place: Place, command: str) -> None:
         more = {**target(command), "more": target(command), "callable": target(command), "family": target(command)}
         rewrite(path(place), lambda content: content.update(more))
-        note(place, "gamma.json", "plans.json", "best.json") if (place.results / "provenance.json").is_file() else None
+        note(place, path(place).name)
 
     return plant
 
@@ -316,7 +317,7 @@ def instead(path: Callable[[Place], Path], *keys: str) -> Plant:
 
     def plant(place: Place, command: str) -> None:
         rewrite(path(place), lambda content: content.update({key: target(command) for key in keys or content}))
-        note(place, "gamma.json", "plans.json", "best.json") if (place.results / "provenance.json").is_file() else None
+        note(place, path(place).name)
 
     return plant
 
@@ -388,14 +389,16 @@ def an_index(place: Place, command: str) -> None:
 
 @attack("targets in published JSON", "sample", "seeds='0-1'", place="published")
 def an_index_of_targets(place: Place, command: str) -> None:
-    rewrite(published_of(place) / "family.json", lambda content: content.update(dict.fromkeys(content, target(command))))
+    rewrite(
+        published_of(place) / "family.json", lambda content: content.update(dict.fromkeys(content, target(command)))
+    )
     index_again(place)
 
 
 YAML = (
     '!!python/object/apply:os.system ["{0}"]\n',
     'name: !!python/object/apply:os.system ["{0}"]\nhome: ${{oc.env:WORD}}\n',
-    "name: smoke\nfamily:\n  callable:\n    _target_: os.system\n    command: '{0}'\nhome: ${{oc.env:WORD}}\n",
+    "name: smoke\nfamily:\n  callable:\n    _target_: no_code.run\n    command: '{0}'\nhome: ${{oc.env:WORD}}\n",
 )
 
 
@@ -436,10 +439,13 @@ def yaml_where_training_goes_on(place: Place, command: str) -> None:
 @attack("records", "train_levels", *TRAIN)
 def metrics(place: Place, command: str) -> None:
     untrained(place)
-    lines = [{**target(command), "stage": "train_levels", "level": "w2", "images": target(command)}, [target(command)], MARKUP]
+    lines = [
+        {**target(command), "stage": "train_levels", "level": "w2", "images": target(command)},
+        [target(command)],
+        MARKUP,
+    ]
     text = "".join(json.dumps(line) + "\n" for line in lines) + f"!!python/object/apply:os.system ['{command}']\n"
-    replace(place.results / "jobs" / "w2" / "metrics.jsonl", text.encode()) if (place.results / "jobs").mkdir() else None
-    (place.results / "jobs" / "w2").mkdir()
+    (place.results / "jobs" / "w2").mkdir(parents=True)
     replace(place.results / "jobs" / "w2" / "metrics.jsonl", text.encode())
     replace(place.results / "metrics.jsonl", text.encode())
 
@@ -461,7 +467,9 @@ def markup(command: str) -> str:
 def everywhere(value: Any, text: str) -> Any:
     """Every string replaced that is no hash or kind that readers look up."""
     if isinstance(value, dict):
-        return {k: v if k in ("outputs", "made_with", "unit", "dynamics") else everywhere(v, text) for k, v in value.items()}
+        return {
+            k: v if k in ("outputs", "made_with", "unit", "dynamics") else everywhere(v, text) for k, v in value.items()
+        }
     if isinstance(value, list):
         return [everywhere(v, text) for v in value]
     return text if isinstance(value, str) else value
@@ -658,7 +666,7 @@ def test_attacks_are_real(tmp_path):
         "torch": lambda command: torch.load(io.BytesIO(torch_pickle(command)), weights_only=False),
         "numpy": lambda command: np.load(io.BytesIO(npy(objects(command))), allow_pickle=True),
         "yaml": lambda command: yaml.unsafe_load(YAML[0].format(command)),
-        "hydra": lambda command: instantiate({"_target_": "os.system", "command": command}),
+        "hydra": lambda command: instantiate(target(command)),
     }
     for name, read in readers.items():
         sentinel = tmp_path / name
@@ -700,8 +708,10 @@ def test_templates_escape_what_they_show():
 
 def test_planted_calls_are_found(count):
     for text in PLANTED:
-        found = list(violations(f"def read(path):\n    {text}\n".replace("\n", "\n    ").rstrip(), "src/planted.py"))
+        found = list(violations("def read(path):\n" + textwrap.indent(text, "    "), "src/planted.py"))
         count(3, "planted calls, found in the source", bool(found), text)
-    harmless = "import re, torch, numpy as np\nre.compile(x)\nnp.load(p)\ntorch.load(p, weights_only=True)\nmodel.eval()\n"
+    harmless = (
+        "import re, torch, numpy as np\nre.compile(x)\nnp.load(p)\ntorch.load(p, weights_only=True)\nmodel.eval()\n"
+    )
     assert not list(violations(harmless, "src/planted.py"))
     assert not list(violations("from hydra.utils import instantiate\ninstantiate(x)\n", "scripts/common.py"))
