@@ -14,7 +14,7 @@ RUN = $(BIN)/python scripts/$(1).py $(SWEEP) $(call OVERRIDES,$(2))
 SEVERAL = $(BIN)/python $(if $(filter-out 1,$(NPROC)),scripts/launch.py $(NPROC) )scripts/$(1).py $(SWEEP) $(call OVERRIDES,$(2))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup demo data train-levels measure-gamma optimise sample-compare report sample publish check-precision verify-rates benchmark test lint format clean
+.PHONY: help setup demo data train-levels measure-gamma optimise sample-compare report sample publish check-precision verify-rates benchmark test test-faults lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets and their variables
@@ -81,6 +81,9 @@ check-precision: setup  ## what bf16 rounds away per level and noise level, and 
 
 test: $(VENV)/.installed-test  ## the tests
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-faults: $(VENV)/.installed-test  ## inject every fault, not a sample of them: half an hour; ends with the table -> results/faults
+	@FAULTS=whole $(BIN)/python -m pytest tests/faults $(ARGS)
 
 verify-rates: setup  ## exponents of cost against error on a problem with a known answer; minutes on two CPU cores
 	@$(BIN)/python scripts/verify_rates.py $(SWEEP) $(DRY) $(filter-out -m --multirun,$(ARGS))

@@ -33,10 +33,11 @@ from tqdm import tqdm
 
 from mlem_diffusion import data as datasets
 from mlem_diffusion import published, shards
+from mlem_diffusion.checkpoint import AGAIN
 from mlem_diffusion.errors import SlowPath, UserError
 from mlem_diffusion.evaluate import to_float
 from mlem_diffusion.family import at_width, describe, level_name, read_metadata
-from mlem_diffusion.files import read_json, sha256_of, write_json, write_text
+from mlem_diffusion.files import read_json, sha256_of, understood, write_json, write_text
 from mlem_diffusion.locks import FolderLock
 from mlem_diffusion.memory import is_out_of_memory
 from mlem_diffusion.process import Process
@@ -164,15 +165,17 @@ class Stage:
         metadata = read_metadata(self.checkpoints, self.cfg.family.widths)
         if images is not None and any(m["data_sha256"] != images.manifest["sha256"] for m in metadata):
             raise UserError(
-                f"{shown(self.data_dir)} is not the data set that the levels in {shown(self.checkpoints)} were trained on."
+                f"{shown(self.data_dir)} is not the data set that the levels in {shown(self.checkpoints)} were trained on: prepare "
+                "that one (make data), or train them anew (make train-levels ARGS=overwrite=true)."
             )
         wanted = (self.cfg.process.logsnr_min, self.cfg.process.logsnr_max)
         for m in metadata:
-            low, high = m["logsnr_range"]
+            with understood(self.checkpoints / m["name"] / "metadata.json", AGAIN):
+                low, high = map(float, m["logsnr_range"])
             if wanted[0] < low or wanted[1] > high:
                 raise UserError(
                     f"{m['name']} was trained for log-SNR {low:g} to {high:g}, so it cannot be used from "
-                    f"{wanted[0]:g} to {wanted[1]:g} (process.logsnr_min, logsnr_max)."
+                    f"{wanted[0]:g} to {wanted[1]:g}: take process.logsnr_min and process.logsnr_max within that, or train it anew."
                 )
         return metadata
 
@@ -197,7 +200,7 @@ class Stage:
         The note of it lies in the cache, which is never committed: a fresh clone recomputes the published results.
         """
         noted = self._done().get(self.name)
-        if self.cfg.force or not isinstance(noted, dict) or noted["fingerprint"] != fingerprint:
+        if self.cfg.force or not isinstance(noted, dict) or noted.get("fingerprint") != fingerprint:
             return False
         written = noted["outputs"]
         changed = [name for name in {**dict.fromkeys(outputs), **written} if not self._is_as_written(name, written)]
@@ -374,7 +377,7 @@ def run(
                 do()
             else:
                 processes.together(do, lambda error: report(name, error), Stopped)
-    except (UserError, Stopped, KeyboardInterrupt, OSError, MemoryError, RuntimeError) as error:
+    except (UserError, Stopped, KeyboardInterrupt, OSError, MemoryError, RuntimeError, ImportError) as error:
         if isinstance(error, Stopped) and not is_main_process():
             sys.exit(interrupts.TRY_AGAIN)
         sys.exit(report(name, error))
@@ -417,6 +420,7 @@ _SYSTEM_ERRORS = {
     errno.EPERM: "a file may not be read or written",
     errno.EIO: "the disk does not answer as it should",
     errno.EMFILE: "too many files are open",
+    errno.ENFILE: "too many files are open",
 }
 
 

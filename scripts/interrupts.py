@@ -5,7 +5,6 @@ Importing this in a script answers signals from then on, so it comes before what
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -84,9 +83,14 @@ def _is_script() -> bool:
     return Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent
 
 
-if multiprocessing.parent_process() is not None:  # a worker: its parent is told too, and asks it to stop
-    for _number in SIGNALS:
-        signal.signal(_number, signal.SIG_IGN)
+def leave_to_parent() -> None:
+    """In a worker: its parent is told too, and asks it to stop."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+if "__mp_main__" in sys.modules:  # so is the script called in a worker, which imports it while it starts
+    leave_to_parent()
 elif _is_script():
     for _number in SIGNALS:
         signal.signal(_number, _before_work)

@@ -219,6 +219,9 @@ def diagnosis(stage: common.Stage, runner: Runner) -> float:
                 runner.device, steps=o.diagnose.steps, batch=runner.batch, p=p, progress=watched(stage, progress),
             )  # fmt: skip
         print(table(found))
+        lost = [f.text for f in found.findings if f.severity == "error" and "not finite" in f.text]
+        if lost:
+            raise UserError(lost[0])
         saved[dynamics] = found.to_json()
         spent += found.flops_spent
         if found.statistics is not None:

@@ -19,12 +19,13 @@ from mlem_diffusion.data import ImageData
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.extractors import Extractor
 from mlem_diffusion.family import identity_of, load_family
-from mlem_diffusion.files import Damaged, kept, make_again, read_json
+from mlem_diffusion.files import Damaged, kept, make_again, read_json, understood
 from mlem_diffusion.gaussian import fit_gaussian, load_gaussian
 from mlem_diffusion.levels import Level
 from mlem_diffusion.metrics import Statistics
 from mlem_diffusion.plans import Plan, load_plans
 
+PUBLISH = "publish the family again (make publish)"
 GAUSSIAN = "gauss"  # name of the linear Gaussian denoiser among the levels
 
 
@@ -39,10 +40,11 @@ def used_gamma(stage: common.Stage, made_with: dict[str, Any] | None) -> float:
     path = stage.find("gamma.json")
     content = read_json(path, hint)
     check_made_with(stage, content, made_with, path, "make measure-gamma")
-    estimates = content["estimates"]
-    for name in ("differences", "to_largest", "loss_fit"):
-        if estimates[name]["gamma"] is not None:
-            return float(estimates[name]["gamma"])
+    with understood(path, hint):
+        estimates = content["estimates"]
+        for name in ("differences", "to_largest", "loss_fit"):
+            if estimates[name]["gamma"] is not None:
+                return float(estimates[name]["gamma"])
     raise UserError("No estimate in gamma.json is finite; set compare.gamma to a number.")
 
 
@@ -80,8 +82,9 @@ def load_levels(stage: common.Stage) -> tuple[dict[str, Level], dict[str, Any], 
 def gaussian_level(stage: common.Stage, images: ImageData | None) -> Level:
     """The linear Gaussian denoiser of the training images: the published one, or fitted once and kept in the cache."""
     found = (stage.published or {}).get("gaussian")
-    if found is not None and found["asked_rank"] == stage.cfg.family.gaussian_rank:
-        return load_gaussian(stage.checkpoints / found["file"], stage.device, sealed=False).as_level(GAUSSIAN)
+    with understood(stage.checkpoints / published.INDEX, PUBLISH):
+        if found is not None and found["asked_rank"] == stage.cfg.family.gaussian_rank:
+            return load_gaussian(stage.checkpoints / found["file"], stage.device, sealed=False).as_level(GAUSSIAN)
     if images is None:
         raise UserError(
             f"A Gaussian level with family.gaussian_rank={stage.cfg.family.gaussian_rank} is not among the published ones and "
@@ -177,9 +180,11 @@ def check_made_with(
     again = f"run {target} EXPERIMENT={stage.cfg.name} again"
     if made_with is None:
         raise UserError(f"{what} does not say which levels it was made with: {again}.")
-    if made_with["data"] != levels["data"]:
+    with understood(path, again):
+        same_images = made_with["data"] == levels["data"]
+        names = [name for name, sha256 in levels["levels"].items() if made_with["levels"].get(name) != sha256]
+    if not same_images:
         raise UserError(f"{what} was made with levels of other images than those that are there now: {again}.")
-    names = [name for name, sha256 in levels["levels"].items() if made_with["levels"].get(name) != sha256]
     raise UserError(
         f"{what} was made with other levels than those that are there now ({', '.join(names)} differ): {again}."
     )

@@ -18,7 +18,7 @@ from mlem_diffusion.cost import Ledger
 from mlem_diffusion.drift import Drift
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.family import identity_of, level_name, load_family, read_metadata
-from mlem_diffusion.files import atomic_write, read_json, write_json
+from mlem_diffusion.files import atomic_write, read_json, understood, write_json
 from mlem_diffusion.grids import save_grid
 from mlem_diffusion.levels import Level
 from mlem_diffusion.metrics import to_uint8
@@ -55,11 +55,13 @@ def choose(stage: common.Stage) -> tuple[Setting, float]:
             raise UserError(f"sampler lacks the key {error}; it takes the columns of compare.csv.") from error
     path = stage.find("best.json")
     if path.is_file():
-        best = read_json(path, "run make sample-compare again")
+        again = "run make sample-compare again"
+        best = read_json(path, again)
         if stage.cfg.family.callable is None:
             levels = identity_of(read_metadata(stage.checkpoints, stage.cfg.family.widths))
             run_settings.check_made_with(stage, best, levels, path, "make sample-compare")
-        return setting_from(best), best["gamma"]
+        with understood(path, again):
+            return setting_from(best), float(best["gamma"])
     print("sample: no comparison has been run, so the sampler is DPM-Solver++(2M), 20 steps, largest level.")
     return Setting("ode", "dpmpp_2m", "single", (level_name(stage.cfg.family.widths[-1]),), 20), 2.5
 

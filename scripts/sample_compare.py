@@ -19,7 +19,7 @@ from mlem_diffusion.compare import Runner, Setting, best_setting, row_of, settin
 from mlem_diffusion.data import ImageData
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.extractors import Extractor
-from mlem_diffusion.files import kept, read_arrays, write_arrays, write_json
+from mlem_diffusion.files import kept, read_arrays, understood, write_arrays, write_json
 from mlem_diffusion.grids import comparison_grid
 from mlem_diffusion.metrics import (
     Statistics,
@@ -115,17 +115,19 @@ def read_planned(stage: common.Stage) -> Planned:
     if stage.cfg.compare.plans == "none" or not path.is_file():
         return Planned()
     plans, content = load_plans(path)
-    used = set(content["seeds_used"])
+    with understood(path, "run make optimise again"):
+        used = set(map(int, content["seeds_used"]))
     if used & set(range(stage.cfg.compare.seed, stage.cfg.compare.seed + stage.cfg.compare.n)):
         raise UserError("The plans were selected on sample seeds that compare.seed and compare.n would judge them on.")
-    alone = {
-        Setting(e["dynamics"], e["step_rule"], "single", (e["level"],), e["steps"]): e["selected_error"]
-        for e in content["alone"]
-    }
-    settings = [setting_of(plans[e["id"]], e["dynamics"], e["step_rule"]) for e in content["plans"]]
-    selected = {s: e["selected_error"] for s, e in zip(settings, content["plans"], strict=True)}
-    unit = content.get("cost_unit", "flops")
-    return Planned(plans, settings, alone | selected, content["calibration"]["flops"], unit)
+    with understood(path, "run make optimise again"):
+        alone = {
+            Setting(e["dynamics"], e["step_rule"], "single", (e["level"],), e["steps"]): e["selected_error"]
+            for e in content["alone"]
+        }
+        settings = [setting_of(plans[e["id"]], e["dynamics"], e["step_rule"]) for e in content["plans"]]
+        selected = {s: e["selected_error"] for s, e in zip(settings, content["plans"], strict=True)}
+        unit = content.get("cost_unit", "flops")
+        return Planned(plans, settings, alone | selected, content["calibration"]["flops"], unit)
 
 
 def work(stage: common.Stage) -> None:

@@ -88,6 +88,7 @@ def _collect(
 def _start_worker(stop: Any, threads: int) -> None:
     global stop_requested
     stop_requested = stop.is_set
+    interrupts.leave_to_parent()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
 

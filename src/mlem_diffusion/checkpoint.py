@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .errors import UserError
-from .files import Damaged, atomic_write, check_zip, seal_zip, sha256_of
+from .files import Damaged, atomic_write, check_zip, is_the_systems, seal_zip, sha256_of
+from .memory import is_out_of_memory
 
 AGAIN = "run make train-levels again, which mends it where the level's state.pt is sound"
 
@@ -56,6 +57,8 @@ def load_weights(path: Path, module: nn.Module, sha256: str | None = None, hint:
     try:
         module.load_state_dict(load_file(path))
     except Exception as error:
+        if is_the_systems(error) or is_out_of_memory(error):
+            raise
         reason = _first_sentence(error)
         raise UserError(f"{path} does not fit the configured network ({reason}): {hint}.") from error
 
@@ -80,6 +83,8 @@ def load_state(path: Path) -> dict[str, Any] | None:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        if is_the_systems(error) or is_out_of_memory(error):
+            raise
         raise Damaged(path, f"{path} cannot be read ({_first_sentence(error)}): {hint}.") from error
 
 

@@ -89,15 +89,15 @@ def setting_from(values: Mapping[str, Any]) -> Setting:
     names = values["levels"]
     knob = values.get("cost_knob")
     return Setting(
-        dynamics=values["dynamics"],
-        step_rule=values["step_rule"],
-        drift=values["drift"],
+        dynamics=str(values["dynamics"]),
+        step_rule=str(values["step_rule"]),
+        drift=str(values["drift"]),
         levels=tuple(names.split("+") if isinstance(names, str) else names),
         steps=int(values["steps"]),
         probabilities=values.get("probabilities") or "",
         coins=values.get("coins") or "",
         cost_knob=None if knob in (None, "") else float(knob),
-        plan=values.get("plan") or "",
+        plan=str(values.get("plan") or ""),
     )
 
 

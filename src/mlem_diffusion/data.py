@@ -31,7 +31,7 @@ except ImportError:  # Windows
 
 from mlem_diffusion import archives, portraits
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.files import Damaged, read_json, write_json
+from mlem_diffusion.files import Damaged, is_the_systems, read_json, write_json
 
 CROPS = ("celeba", "square", "none")
 RESIZE = "Pillow bicubic, antialiased (the filter widens with the reduction), after cropping"
@@ -182,9 +182,12 @@ def load(destination: Path) -> ImageData:
         images = np.load(destination / "images.npy", mmap_mode="r")
         split = np.load(destination / "split.npy")
         shape = (manifest["count"], 3, *manifest["size"])
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        found = images.shape, images.dtype, split.shape
+    except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError) as error:
+        if is_the_systems(error):
+            raise
         raise UserError(f"The prepared data set {destination} is damaged ({error}): {again}.") from error
-    if images.shape != shape or images.dtype != np.uint8 or split.shape != shape[:1]:
+    if found != (shape, np.uint8, shape[:1]):
         raise UserError(
             f"The prepared data set {destination} does not agree with its manifest (images "
             f"{list(images.shape)} {images.dtype}, split {list(split.shape)}, "

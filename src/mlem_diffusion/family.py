@@ -11,7 +11,7 @@ import torch
 from .checkpoint import AGAIN, load_weights
 from .cost import flops_per_evaluation
 from .errors import UserError
-from .files import Damaged, read_json
+from .files import Damaged, read_json, understood
 from .inference import FastDenoiser
 from .levels import Level, check_family
 from .published import read_index
@@ -131,12 +131,14 @@ def load_level(
     batch: int | None = None,
 ) -> Level:
     """One trained level, by the content of its metadata.json; the rest as in `load_family`."""
-    denoiser = build_denoiser(
-        metadata["width"], metadata["size"], metadata["data_rms"], metadata["unet"], metadata["target"]
-    )
-    file, sha256 = weights_of(metadata, snapshot)
-    load_weights(folder / file, denoiser, sha256)
-    return as_level(metadata["name"], denoiser.to(device), metadata["flops"], precision, compile, batch)
+    with understood(folder / "metadata.json", AGAIN):
+        denoiser = build_denoiser(
+            metadata["width"], metadata["size"], metadata["data_rms"], metadata["unet"], metadata["target"]
+        )
+        file, sha256 = weights_of(metadata, snapshot)
+        path, flops = folder / file, float(metadata["flops"])
+    load_weights(path, denoiser, sha256)
+    return as_level(metadata["name"], denoiser.to(device), flops, precision, compile, batch)
 
 
 def read_repeats(directory: Path, wanted: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +27,8 @@ T = TypeVar("T")
 SEAL = "content_sha256"  # key of a JSON object's own hash
 _END = b"PK\x05\x06"  # begins a zip archive's last record, 22 bytes where there is no comment
 _DIGEST = 64  # characters of a hexadecimal SHA-256
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+_SHORT = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
 class Damaged(UserError):
@@ -39,6 +40,15 @@ class Damaged(UserError):
 
     def __reduce__(self) -> tuple:  # it travels between processes
         return type(self), (self.path, str(self))
+
+
+@contextlib.contextmanager
+def understood(path: Path, hint: str) -> Iterator[None]:
+    """Around what takes a file's content apart: Damaged where the file is whole but holds something else than belongs there."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise Damaged(path, f"{path} does not hold what belongs there: {hint}.") from error
 
 
 def make_again(error: Damaged) -> None:
@@ -112,7 +122,7 @@ def _explained(error: Exception, path: Path) -> Exception:
         return error
     number = error.errno if isinstance(error, OSError) else None
     with contextlib.suppress(OSError):
-        if number in _FULL or "os error 28" in str(error) or (number is None and _free(path.parent) < 2**16):
+        if number in FULL or "os error 28" in str(error) or (number is None and _free(path.parent) < 2**16):
             return UserError(
                 f"The disk that holds {path.parent} is full, so {path.name} could not be written: make room and run the same "
                 "command again."
@@ -122,6 +132,11 @@ def _explained(error: Exception, path: Path) -> Exception:
             f"{path} cannot be written ({error.strerror or error}): make its folder writable, or choose another (paths.*)."
         )
     return error
+
+
+def is_the_systems(error: Exception) -> bool:
+    """Whether it tells of a machine that is short of something, not of a file's content."""
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _SHORT)
 
 
 def _free(folder: Path) -> int:
@@ -237,4 +252,6 @@ def load_arrays(path: Path, hint: str) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
     except Exception as error:  # damaged archives raise nearly anything
+        if is_the_systems(error):
+            raise
         raise Damaged(path, f"{path} cannot be read: {hint}.") from error

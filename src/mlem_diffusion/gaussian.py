@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import UserError
-from .files import SEAL, Damaged, atomic_write
+from .files import SEAL, Damaged, atomic_write, is_the_systems
 from .levels import Level
+from .memory import is_out_of_memory
 from .process import expand
 
 # Up to this many dimensions the whole covariance is accumulated over all images and diagonalised exactly.
@@ -113,6 +114,8 @@ def load_gaussian(path: Path, device: torch.device | str = "cpu", sealed: bool =
             raise ValueError("its hash is another")
         return GaussianDenoiser(**parts, images=images).to(device)
     except Exception as error:  # damaged files raise nearly anything
+        if is_the_systems(error) or is_out_of_memory(error):
+            raise
         raise Damaged(path, f"{path} is not a saved Gaussian denoiser, or damaged: fit it again.") from error
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from .errors import UserError
-from .files import remove_partial
+from .files import FULL, is_the_systems, remove_partial
 
 try:
     import fcntl
@@ -40,9 +40,12 @@ class FolderLock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = self.path.open("a+")
         except OSError as error:
+            if is_the_systems(error):
+                raise
+            what = "make room on its disk" if error.errno in FULL else "make it writable"
             reason = error.strerror or error
             raise UserError(
-                f"{self.where} cannot be written ({reason}): make it writable, or choose another folder (paths.*)."
+                f"{self.where} cannot be written ({reason}): {what}, or choose another folder (paths.*)."
             ) from error
         until = time.monotonic() + patience
         while True:

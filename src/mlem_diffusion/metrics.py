@@ -171,7 +171,9 @@ def distance_floor(features_of_real: Features, n: int, seed: int, repeats: int =
     _check_count(n)
     features = _as_float64(features_of_real)
     if len(features) < n + 2 or repeats < 1:
-        raise UserError(f"The floor at n = {n} needs at least {n + 2} real images, but there are {len(features)}.")
+        raise UserError(
+            f"The floor at n = {n} needs at least {n + 2} real images, but there are {len(features)}: lower compare.n."
+        )
     rng = np.random.default_rng(seed)
     distances = []
     for _ in range(repeats):

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from .errors import UserError
-from .files import Damaged, read_json, sha256_of, write_text
+from .files import Damaged, read_json, sha256_of, understood, write_text
 from .report_precision import precision_section
 from .tables import (
     BASELINES,
@@ -72,7 +72,8 @@ def write_report(results_dir: Path, *, title: str) -> Path:
     notices: list[str] = []
     documents = {name: _load_json(results_dir / f"{name}.json") for name in ("gamma", "speedup", "best", "provenance")}
     gamma, speedup, provenance = (documents[name] or {} for name in ("gamma", "speedup", "provenance"))
-    _check_written(results_dir, provenance)
+    with understood(results_dir / "provenance.json", "restore it (git checkout), or delete it"):
+        _check_written(results_dir, provenance)
     _check_levels(results_dir, gamma, provenance)
     rows = _load_rows(results_dir / "compare.csv")
     figures = {name: _load_image(results_dir / f"{name}.png") for name in ("gamma", "compare", "training")}
@@ -94,6 +95,8 @@ def write_report(results_dir: Path, *, title: str) -> Path:
         if not (results_dir / name).exists()
     ]
 
+    with understood(results_dir / "levels.json", _AGAIN):
+        levels = _levels_section(results_dir)
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -111,7 +114,7 @@ def write_report(results_dir: Path, *, title: str) -> Path:
         figures=figures,
         hierarchy=hierarchy,
         findings=_findings(diagnostics or {}),
-        levels=_levels_section(results_dir),
+        levels=levels,
         precision=precision_section(_load_json(results_dir / "precision.json")),
         precision_picture=_load_image(results_dir / "precision.png")
         if (results_dir / "precision.png").is_file()

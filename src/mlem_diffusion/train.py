@@ -295,7 +295,8 @@ def _diverged(width: int, train_step: TrainStep, config: TrainConfig, state: Pat
     """What is known of the first loss or weight that was not finite."""
     trouble = train_step.trouble()
     if trouble is None:
-        what = f"The weights of width {width} are no longer finite"
+        step = train_step.state_dict()["steps"]
+        what = f"The weights of width {width} are not finite after step {step} ({step * config.batch} images), at every noise level"
     else:
         step, share, logsnr = trouble
         where = "at every noise level" if share == 1 else f"for {share:.1%} of the batch, first at log-SNR {logsnr:.3g}"

@@ -2,7 +2,7 @@
 
 One JSON object per line on stdin: script, arguments, environment, out, err (files), group (a process group of its own), and
 what is to go wrong inside: kill_at (SIGKILL itself at this event that touches a file), memory (bytes that may be added to the
-address space). Answers are lines too: {"pid"}, then {"status", "events"}.
+address space), files (that may be open at a time). Answers are lines too: {"pid"}, then {"status", "events"}.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ def child(order: dict, answer: int) -> None:
     if order.get("memory"):
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + order["memory"],) * 2)
+    if order.get("files"):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (order["files"],) * 2)
     code = 0
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
@@ -74,7 +76,15 @@ def child(order: dict, answer: int) -> None:
 def main() -> None:
     sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "src")]
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    for name in ("torch_fidelity", "jinja2", "matplotlib.figure", "PIL.Image", *SCRIPTS):
+    for name in (
+        "torch_fidelity",
+        "jinja2",
+        "scipy.linalg",
+        "scipy.special",
+        "matplotlib.figure",
+        "PIL.Image",
+        *SCRIPTS,
+    ):
         importlib.import_module(name)
     for line in sys.stdin:
         order = json.loads(line)

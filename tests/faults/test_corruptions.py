@@ -196,7 +196,7 @@ def test_random_corruptions_of_artefacts(places, forkers, count, whole, tmp_path
         assert run.code == 0, f"{reader.name}: {run}"
         wanted[reader.name] = results_of(place, reader)
         assert wanted[reader.name], reader.name
-    trials = 66 * len(READERS) if whole else 3 * len(READERS)
+    trials = 54 * len(READERS) if whole else 2 * len(READERS)
 
     def one(number: int) -> tuple[str, str]:
         return trial(number, 7, forkers[number % len(forkers)], places, wanted, tmp_path)

@@ -29,8 +29,8 @@ import torch
 import yaml
 from hydra.utils import instantiate
 from no_code import sources, violations
-from pipeline import ROOT, Forker, Place
 from PIL import Image
+from pipeline import ROOT, Forker, Place
 
 from mlem_diffusion.checkpoint import save_state
 from mlem_diffusion.files import SEAL, sha256_of, write_arrays, write_json
@@ -215,7 +215,9 @@ def weights_from_torch(place: Place, command: str) -> None:
 
 @attack("pickle as weights", "sample", "seeds='0-1'", place="published")
 def published_weights(place: Place, command: str) -> None:
-    replace(published_of(place) / "w4" / "ema-bf16.safetensors", torch_pickle(command))
+    path = published_of(place) / "w4" / "ema-bf16.safetensors"
+    replace(path, torch_pickle(command))
+    rewrite(path.with_name("metadata.json"), lambda content: content.update(weights_sha256=sha256_of(path)))
     index_again(place)
 
 
@@ -235,13 +237,13 @@ def a_cached_gaussian(place: Place, command: str) -> None:
 
 
 def object_arrays(pattern: str) -> Plant:
-    """The arrays of one file of the results replaced by pickled objects."""
+    """The arrays of these files of the results replaced by pickled objects."""
 
     def plant(place: Place, command: str) -> None:
-        path = sorted(place.results.glob(pattern))[0]
-        with np.load(path, allow_pickle=False) as stored:
-            names = stored.files
-        write_arrays(path, {name: objects(command) for name in names})
+        for path in place.results.glob(pattern):
+            with np.load(path, allow_pickle=False) as stored:
+                names = stored.files
+            write_arrays(path, {name: objects(command) for name in names})
 
     return plant
 

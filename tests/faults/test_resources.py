@@ -12,7 +12,6 @@ import shutil
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -139,3 +138,317 @@ def in_pairs(one: Callable[[int], tuple[str, str]], tasks: int) -> Iterator[tupl
     with ThreadPoolExecutor(2) as pool:
         halves = [pool.submit(lambda first: [one(n) for n in range(first, tasks, 2)], first) for first in (0, 1)]
         yield from itertools.chain(*(half.result() for half in halves))
+
+
+def test_disk_that_fills_up_on_the_way(stages, forkers, disks, count, whole, tmp_path):
+    """Another program writes meanwhile."""
+    rng = random.Random(6)
+    tasks = [stage for stage in STAGES[1:] for _ in range(3 if whole else 1)][: None if whole else 2]
+    moments = [rng.uniform(0.2, 0.8) * stages.seconds[stage] for stage in tasks]
+
+    def one(number: int) -> tuple[str, str]:
+        stage, disk, forker = tasks[number], disks[number % 2], forkers[number % 2]
+        disk.reset()
+        place = stages.before(stage).copy_to(disk.folder / "place")
+        timer = threading.Timer(moments[number], disk.leave, (0,))
+        timer.start()
+        run = go(forker, stage, place)
+        timer.cancel()
+        timer.join()
+        disk.make_room()
+        return stage, ended_well(run, FULL, place) or again(forker, stage, place, stages.after[stage].contents())
+
+    for stage, detail in in_pairs(one, len(tasks)):
+        count(5, f"disk fills up meanwhile, {stage}", not detail, detail)
+
+
+def test_no_room_for_more_files(stages, forkers, disks, count, whole, tmp_path):
+    """A disk with bytes left, and no place in its table of files."""
+    rng = random.Random(7)
+    tasks = [stage for stage in STAGES for _ in range(2 if whole else 1)][: None if whole else 2]
+    lefts = [rng.randint(0, 12) for _ in tasks]
+
+    def one(number: int) -> tuple[str, str]:
+        stage, disk, forker = tasks[number], disks[number % 2], forkers[number % 2]
+        disk.reset()
+        place = stages.before(stage).copy_to(disk.folder / "place")
+        disk.leave_files(lefts[number])
+        run = go(forker, stage, place)
+        disk.remount("nr_inodes=100000")
+        return stage, ended_well(run, FULL, place) or again(forker, stage, place, stages.after[stage].contents())
+
+    for stage, detail in in_pairs(one, len(tasks)):
+        count(5, f"no room for more files, {stage}", not detail, detail)
+
+
+# ---------------------------------------------------------------------------------------- folders that cannot be written
+
+READ_ONLY = re.compile(r"cannot be written|[Rr]ead-only")
+
+
+def test_read_only_disk(stages, forkers, disks, count, whole, tmp_path):
+    tasks = [*STAGES, *(MORE_STAGES if whole else ())][:: 1 if whole else 2]
+
+    def one(number: int) -> tuple[str, str]:
+        stage, disk, forker = tasks[number], disks[number % 2], forkers[number % 2]
+        disk.reset()
+        place = before(stages, stage).copy_to(disk.folder / "place")
+        disk.remount("ro")
+        run = go(forker, stage, place)
+        disk.remount("rw")
+        detail = ended_well(run, READ_ONLY, place, may_finish=False)
+        if detail or stage not in STAGES:
+            return stage, detail
+        return stage, again(forker, stage, place, stages.after[stage].contents())
+
+    for stage, detail in in_pairs(one, len(tasks)):
+        count(5, f"read-only disk, {stage}", not detail, detail)
+
+
+def test_only_one_folder_is_read_only(stages, forker, disks, count, tmp_path):
+    """data or checkpoints elsewhere than the results."""
+    for stage, kind in (("prepare_data", "data"), ("train_levels", "checkpoints")):
+        disk = disks[0]
+        disk.reset()
+        place = stages.before(stage).copy_to(tmp_path / stage)
+        (place.folder / kind).is_dir() and shutil.rmtree(place.folder / kind)
+        (place.folder / kind).symlink_to(disk.folder)
+        disk.remount("ro")
+        run = go(forker, stage, place)
+        disk.remount("rw")
+        detail = ended_well(run, READ_ONLY, place, may_finish=False)
+        if not detail and (run := go(forker, stage, place)).code != 0:
+            detail = f"not finished by the same command: {run}"
+        count(5, f"read-only {kind}", not detail, detail)
+
+
+def test_a_file_where_a_folder_should_be(stages, forker, count, tmp_path):
+    cases = (("train_levels", "results"), ("train_levels", "results/smoke"), ("train_levels", "checkpoints"), ("measure_gamma", "results/smoke/cache"))  # fmt: skip
+    for number, (stage, name) in enumerate(cases):
+        place = stages.before(stage).copy_to(tmp_path / str(number))
+        path = place.folder / name
+        path.is_dir() and shutil.rmtree(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("something else")
+        run = go(forker, stage, place)
+        detail = ended_well(run, READ_ONLY, place, may_finish=False)
+        path.unlink()
+        if not detail and (run := go(forker, stage, place)).code != 0:
+            detail = f"not finished by the same command: {run}"
+        count(5, "a file where a folder should be", not detail, f"{name}: {detail}")
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+WIDE = (
+    "data.size=32", "data.count=96", "data.holdout=32", "family.widths=[4]", "train.images=1024", "train.batch=512",
+    "train.log_every=512", "train.snapshots=[1.0]", "gamma.images=16", "workers=1",
+)  # fmt: skip
+HALVED = re.compile(r"(\d+) images at a time do not fit in memory; it goes on with (\d+)")
+MEMORY = re.compile(r"memory")
+
+
+def test_batches_that_do_not_fit_in_memory(forkers, count, whole, tmp_path):
+    """The allocator is refused what a whole batch needs: training goes on with parts of it, and what it trains is the same."""
+    data = Place(tmp_path / "data", [*WIDE])
+    data.folder.mkdir()
+    run = go(forkers[0], "prepare_data", data)
+    assert run.code == 0, str(run)
+    undisturbed = data.copy_to(tmp_path / "undisturbed")
+    run = go(forkers[0], "train_levels", undisturbed)
+    assert run.code == 0 and not HALVED.search(run.err), str(run)
+    limits = (500, 400, 300, 200, 120) if whole else (350, 200)
+
+    def one(number: int) -> tuple[str, str]:
+        place = data.copy_to(tmp_path / str(number))
+        run = go(forkers[number % 2], "train_levels", place, memory=limits[number] << 20)
+        what = f"{limits[number]} MB"
+        if run.code == 2 and MEMORY.search(last := run.lines[-1]) and "Traceback" not in run.err:
+            return "never", "" if "train.accumulate" in last or "smaller" in last else f"{what}: {run}"
+        if run.code != 0 or (limits[number] < 400 and not HALVED.search(run.err)):
+            return "halved", f"{what}: {run}"
+        return "halved", apart(undisturbed, place)
+
+    found = list(in_pairs(one, len(limits)))
+    assert any(kind == "halved" for kind, _ in found)
+    for kind, detail in found:
+        fault = "batch halved until it fits" if kind == "halved" else "no batch fits"
+        count(5, f"memory refused, {fault}", not detail, detail)
+
+
+def apart(wanted: Place, found: Place) -> str:
+    """How two trainings differ beyond rounding; empty where they do not."""
+    states: list[Any] = [load_state(place.checkpoints / "w4" / "state.pt") for place in (wanted, found)]
+    if states[0]["images"] != states[1]["images"]:
+        return "other images were seen"
+    if not np.allclose(*([h["loss"] for h in state["history"]] for state in states), rtol=1e-4):
+        return f"other losses: {[state['history'] for state in states]}"
+    for name, value in states[0]["ema"].items():
+        if not torch.allclose(value, states[1]["ema"][name], rtol=1e-3, atol=1e-4):
+            return f"{name} differs by {(value - states[1]['ema'][name]).abs().max():.2g}"
+    return ""
+
+
+def test_memory_that_is_too_small(stages, forkers, count, whole, tmp_path):
+    """Of any stage: one sentence, and the same command with more memory gives what it always gives."""
+    limits = (60, 30, 15, 8, 4) if whole else (15,)
+    stages_hurt = STAGES if whole else STAGES[1::2]
+    tasks = [(stage, mb) for stage in stages_hurt for mb in limits]
+
+    def one(number: int) -> tuple[str, str]:
+        (stage, mb), forker = tasks[number], forkers[number % 2]
+        place = stages.before(stage).copy_to(tmp_path / str(number))
+        run = go(forker, stage, place, "workers=1", memory=mb << 20)
+        said = [line for line in run.lines if not HALVED.search(line)]
+        fine = run.code == 2 and len(said) == 1 and MEMORY.search(said[0])
+        detail = "" if run.code == 0 or fine else f"{mb} MB, no such sentence: {run}"
+        return stage, detail or broken_files(place) or again(
+            forker, stage, place, stages.after[stage].contents(), "workers=1"
+        )
+
+    for stage, detail in in_pairs(one, len(tasks)):
+        count(5, f"memory refused, {stage}", not detail, detail)
+
+
+# ------------------------------------------------------------------------------------------------ two at a time
+
+IN_USE = re.compile(r"is in use by another run \((.+), process \d+ on .+\): wait for it, or stop it")
+
+
+class Beside:
+    """A run that goes on while others are started."""
+
+    def __init__(self, forker: Forker, stage: str, place: Place, *more: str):
+        self.pid = 0
+        self.pool = ThreadPoolExecutor(1)
+        started = threading.Event()
+
+        def during(pid: int) -> None:
+            self.pid = pid
+            started.set()
+
+        self.run: Future[Run] = self.pool.submit(forker, stage, place.arguments(*more), during)
+        assert started.wait(20)
+
+    def wait_for(self, path: Path, text: str) -> None:
+        """Until it has written its name into a lock."""
+        until = time.monotonic() + 60
+        while time.monotonic() < until and not self.run.done():
+            if path.is_file() and text in path.read_text():
+                return
+            time.sleep(0.02)
+        raise AssertionError(f"{text} has not taken {path}: {self.run.result() if self.run.done() else ''}")
+
+    def end(self) -> Run:
+        run = self.run.result(300)
+        self.pool.shutdown()
+        return run
+
+
+def refused(run: Run, holder: str) -> str:
+    found = IN_USE.search(run.sentence)
+    fine = run.code == 2 and found is not None and holder in found[1] and run.seconds < 10
+    return "" if fine else f"not refused: {run}"
+
+
+def test_two_runs_in_one_folder(stages, forkers, count, tmp_path):
+    first, second = forkers
+    long = ("workers=1", "train.images=6400", "train.save_every=1")
+    place = stages.before("train_levels").copy_to(tmp_path / "twice")
+    undisturbed = place.copy_to(tmp_path / "undisturbed")
+    holder = Beside(first, "train_levels", place, *long)
+    holder.wait_for(place.results / "cache" / ".lock", "train_levels")
+    for stage in ("train_levels", "sample_compare"):
+        detail = refused(second(stage, place.arguments(*long)), "train_levels")
+        count(5, f"{stage} beside train_levels", not detail, detail)
+    assert not holder.run.done()
+    run = holder.end()
+    alone = first("train_levels", undisturbed.arguments(*long))
+    assert alone.code == 0, str(alone)
+    detail = difference(undisturbed.contents(), place.contents()) if run.code == 0 else str(run)
+    count(5, "a run beside which others were refused", not detail, detail)
+
+
+def test_report_beside_a_comparison(stages, forkers, count, tmp_path):
+    place = stages.before("sample_compare").copy_to(tmp_path / "report")
+    holder = Beside(forkers[0], "sample_compare", place, "workers=1", "compare.n=512")
+    holder.wait_for(place.results / "cache" / ".lock", "sample_compare")
+    detail = refused(forkers[1]("report", place.arguments()), "sample_compare")
+    count(5, "report beside sample_compare", not detail, detail)
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.end()
+    run = forkers[1]("sample_compare", place.arguments())  # no lock of the dead stands in its way
+    detail = difference(stages.after["sample_compare"].contents(), place.contents()) if run.code == 0 else str(run)
+    count(5, "a run after one that was killed", run.code == 0, detail)
+
+
+def test_jobs_of_single_levels(stages, forkers, count, tmp_path):
+    """Beside each other where the levels differ."""
+    long = ("workers=1", "train.images=6400")
+    place = stages.before("train_levels").copy_to(tmp_path / "jobs")
+    holder = Beside(forkers[0], "train_levels", place, "only=w4", *long)
+    holder.wait_for(place.checkpoints / "w4" / ".lock", "training of w4")
+    detail = refused(forkers[1]("train_levels", place.arguments("only=w4", *long)), "w4")
+    count(5, "a level that another job trains", not detail, detail)
+    assert not holder.run.done()
+    run = forkers[1]("train_levels", place.arguments("only=w2", *long))
+    count(5, "another level than another job trains", run.code == 0, str(run))
+    run = holder.end()
+    count(5, "a job beside other jobs", run.code == 0, str(run))
+
+
+def test_two_preparations_of_one_data_set(stages, forkers, count, tmp_path):
+    """With results of their own: one draws the images, the other waits for them."""
+    shared = Place(tmp_path / "0")
+    shared.folder.mkdir()
+    other = f"paths.results='{tmp_path}/1/${{name}}'"
+    holder = Beside(forkers[0], "prepare_data", shared)
+    run = forkers[1]("prepare_data", shared.arguments(other))
+    runs = [holder.end(), run]
+    detail = "; ".join(str(run) for run in runs if run.code != 0 or run.lines)
+    wanted = {n: c for n, c in stages.after["prepare_data"].contents().items() if n.startswith("data")}
+    found = {n: c for n, c in shared.contents().items() if n.startswith("data")}
+    count(5, "two preparations of one data set", not (detail or difference(wanted, found)), detail)
+
+
+def test_a_worker_is_killed(stages, forkers, count, tmp_path):
+    for stage in ("train_levels", "sample_compare"):
+        place = stages.before(stage).copy_to(tmp_path / stage)
+        holder = Beside(forkers[0], stage, place, "workers=2")
+        workers: list[int] = []
+        while not workers and not holder.run.done():
+            time.sleep(0.2)
+            workers = [pid for pid in children(holder.pid) if is_alive(pid) and b"spawn_main" in command(pid)]
+        for pid in workers[:1]:
+            os.kill(pid, signal.SIGKILL)
+        run = holder.end()
+        detail = "" if run.code == 2 and "worker" in run.sentence else f"no such sentence: {run}"
+        detail = detail or again(forkers[0], stage, place, stages.after[stage].contents())
+        count(5, f"a worker is killed, {stage}", not detail, detail)
+
+
+def command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+# ------------------------------------------------------------------------------------------------ handles
+
+
+def test_too_few_file_handles(stages, forkers, count, whole, tmp_path):
+    limits = (64, 32, 20, 16, 14, 12, 10) if whole else (20, 12)
+    tasks = [(stage, n) for stage in STAGES[:: 1 if whole else 2] for n in limits]
+
+    def one(number: int) -> tuple[str, str]:
+        (stage, files), forker = tasks[number], forkers[number % 2]
+        place = stages.before(stage).copy_to(tmp_path / str(number))
+        run = go(forker, stage, place, f"workers={1 + number % 2}", files=files)
+        detail = ended_well(run, re.compile("[Tt]oo many (open )?files"), place)
+        return stage, f"{files} files: {detail}" if detail else again(
+            forker, stage, place, stages.after[stage].contents()
+        )
+
+    for stage, detail in in_pairs(one, len(tasks)):
+        count(5, f"too few file handles, {stage}", not detail, detail)
