@@ -18,6 +18,7 @@ from mlem_diffusion.evaluate import noise_levels
 from mlem_diffusion.family import load_family
 from mlem_diffusion.files import write_json
 from mlem_diffusion.precision import plot_precision, precision_errors
+from mlem_diffusion.provenance import check_written
 from mlem_diffusion.tables import BASELINES, describe, frontier, read_rows
 
 PRECISIONS = ("float32", "bf16")
@@ -91,6 +92,7 @@ def work(stage: common.Stage) -> None:
     cfg, images = stage.cfg, stage.data()
     metadata = stage.levels_of(images)
     table = stage.find("compare.csv")
+    check_written(table.parent, stage.read_provenance(), table.name)
     rows = read_rows(table) if table.is_file() else []
     inputs = {"levels": [m["weights_sha256"] for m in metadata], "rows": rows}
     fingerprint = stage.fingerprint(("process", "gamma", "compare"), **inputs)

@@ -38,8 +38,8 @@ class Interrupts:
         self._before: dict[Any, Any] = {}
 
     def begin(self, patient: bool = False) -> None:
-        """Answer signals from now on, for a piece of work that has not been asked to stop."""
-        self.asked, self.patient = 0.0, patient
+        """Answer signals from now on."""
+        self.patient = patient
         if threading.current_thread() is not threading.main_thread():
             return
         handlers = {number: self._handle for number in SIGNALS}

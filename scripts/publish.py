@@ -90,6 +90,8 @@ def trained_again(stage: common.Stage) -> list[dict[str, Any]]:
 def replacing(target: Path) -> Iterator[Path]:
     """A folder to fill, which takes the target's place at the end; after an error the target is as it was."""
     partial, old = (target.with_name(f".{target.name}.{kind}-{os.getpid()}") for kind in ("partial", "old"))
+    for left in target.parent.glob(f".{target.name}.*-*"):  # of runs that were killed
+        shutil.rmtree(left, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial

@@ -61,9 +61,8 @@ def run(
             ) from error
         except Exception:  # the others have been asked to stop, and have
             raise
-        except BaseException:  # now: their files are whole at any moment
-            for worker in multiprocessing.active_children():
-                worker.kill()
+        except BaseException:
+            kill_workers()
             raise
 
 
@@ -88,9 +87,20 @@ def _collect(
 def _start_worker(stop: Any, threads: int) -> None:
     global stop_requested
     stop_requested = stop.is_set
+    begin_worker()
+    torch.set_num_threads(threads)
+
+
+def begin_worker() -> None:
+    """In a worker: leave signals to the parent, and end with it."""
     interrupts.leave_to_parent()
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
+
+
+def kill_workers() -> None:
+    """Now: what they write is whole at any moment."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def _end_with_parent() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import multiprocessing
 import os
-import signal
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -15,6 +14,7 @@ from typing import Any
 import common
 import hydra
 import numpy as np
+import side_by_side
 from omegaconf import DictConfig
 
 from mlem_diffusion import rates
@@ -71,7 +71,7 @@ def simulate(stage: common.Stage, label: str, wanted: list[tuple[str, Sequence[i
     context = multiprocessing.get_context("spawn")
     with (
         common.bar(label, total, unit="step") as progress,
-        ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool,
+        ProcessPoolExecutor(workers, context, side_by_side.begin_worker) as pool,
     ):
         futures = {
             pool.submit(rates.measure, d, s, r.paths, r.levels, r.grid, part): (d, s, part) for d, s, part in tasks
@@ -83,8 +83,11 @@ def simulate(stage: common.Stage, label: str, wanted: list[tuple[str, Sequence[i
                     found.setdefault((dynamics, setting), {})[seed] = squared
                 done += work_of(part)
                 progress(done, total)
-        except BaseException:
+        except Exception:
             pool.shutdown(cancel_futures=True)
+            raise
+        except BaseException:
+            side_by_side.kill_workers()
             raise
     out: Squared = {}
     for (dynamics, setting), by_seed in found.items():

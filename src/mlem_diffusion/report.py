@@ -15,7 +15,8 @@ from typing import Any
 from PIL import Image
 
 from .errors import UserError
-from .files import Damaged, read_json, sha256_of, understood, write_text
+from .files import Damaged, read_json, understood, write_text
+from .provenance import check_same_levels, check_written
 from .report_precision import precision_section
 from .tables import (
     BASELINES,
@@ -73,8 +74,8 @@ def write_report(results_dir: Path, *, title: str) -> Path:
     documents = {name: _load_json(results_dir / f"{name}.json") for name in ("gamma", "speedup", "best", "provenance")}
     gamma, speedup, provenance = (documents[name] or {} for name in ("gamma", "speedup", "provenance"))
     with understood(results_dir / "provenance.json", "restore it (git checkout), or delete it"):
-        _check_written(results_dir, provenance)
-    _check_levels(results_dir, gamma, provenance)
+        check_written(results_dir, provenance)
+    check_same_levels(results_dir, gamma, provenance)
     rows = _load_rows(results_dir / "compare.csv")
     figures = {name: _load_image(results_dir / f"{name}.png") for name in ("gamma", "compare", "training")}
     hierarchy = [
@@ -133,28 +134,6 @@ def write_report(results_dir: Path, *, title: str) -> Path:
 
 
 _AGAIN = "remove it and run its stage again"
-
-
-def _check_written(results_dir: Path, provenance: dict[str, Any]) -> None:
-    """Raise Damaged for a file that is not what the stage wrote that provenance.json names."""
-    for stage, entry in (provenance.get("stages") or {}).items():
-        for name, sha256 in entry.get("outputs", {}).items():
-            path = results_dir / name
-            if path.is_file() and sha256_of(path) != sha256:
-                target = stage.replace("_", "-")
-                raise Damaged(
-                    path, f"{path} is not what {target} wrote: run make {target} EXPERIMENT={results_dir.name} again."
-                )
-
-
-def _check_levels(results_dir: Path, gamma: dict[str, Any], provenance: dict[str, Any]) -> None:
-    """Raise UserError where gamma and comparison were made with different levels."""
-    compared = ((provenance.get("stages") or {}).get("sample_compare") or {}).get("made_with")
-    if gamma.get("made_with") and compared and gamma["made_with"] != compared:
-        raise UserError(
-            f"{results_dir / 'gamma.json'} and the comparison beside it were made with different levels: run make measure-gamma "
-            f"and make sample-compare EXPERIMENT={results_dir.name} again."
-        )
 
 
 def _load_json(path: Path) -> dict[str, Any] | None:
