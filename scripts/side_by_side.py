@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import threading
@@ -49,9 +50,8 @@ def run(
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
     with ProcessPoolExecutor(workers, context, _start_worker, (stop, threads_per_worker(workers))) as pool:
-        futures = {pool.submit(function, *task): task for task in tasks}
         try:
-            _collect(futures, stop, should_stop, on_done)
+            _collect(_submit(pool, function, tasks), stop, should_stop, on_done)
         except BrokenProcessPool as error:
             if should_stop():
                 raise interrupts.Stopped("stopped as asked; what was finished is kept") from error
@@ -64,6 +64,16 @@ def run(
         except BaseException:
             kill_workers()
             raise
+
+
+def _submit(pool: ProcessPoolExecutor, function: Callable[..., Any], tasks: Sequence[tuple]) -> dict[Any, tuple]:
+    """The tasks by their futures; BrokenProcessPool also where a worker dies while it or the next one is started."""
+    try:
+        return {pool.submit(function, *task): task for task in tasks}
+    except OSError as error:
+        if error.errno not in (None, errno.EPIPE, errno.EBADF):
+            raise
+        raise BrokenProcessPool(str(error)) from error
 
 
 def _collect(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing.util
 import os
 import resource
 import runpy
@@ -67,6 +68,7 @@ def child(order: dict, answer: int) -> None:
     except BaseException:
         traceback.print_exc()
         code = 1
+    multiprocessing.util._exit_function()  # type: ignore[attr-defined]  # as at the end of any script
     sys.stdout.flush()
     sys.stderr.flush()
     os.write(answer, json.dumps({"events": count[0]}).encode())
