@@ -29,7 +29,7 @@ from hydra.utils import instantiate
 from interrupts import StopNow, Stopped
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from tqdm import tqdm
+from tqdm import TqdmMonitorWarning, tqdm
 
 from mlem_diffusion import data as datasets
 from mlem_diffusion import published, shards
@@ -341,6 +341,7 @@ def run(
     """
     # torch itself still compiles its rules for forward derivatives with it
     warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=TqdmMonitorWarning)  # bars do without where no thread can be started
 
     def do() -> None:
         stage = Stage(name, cfg)

@@ -33,7 +33,9 @@ def holder(folder: Path, kind: str = "alone") -> subprocess.Popen[str]:
 def test_the_second_is_refused_and_told_who_is_there(tmp_path: Path):
     process = holder(tmp_path)
     try:
-        with pytest.raises(UserError, match=rf"in use by another run \(a long run, process {process.pid} on .*wait for it"):
+        with pytest.raises(
+            UserError, match=rf"in use by another run \(a long run, process {process.pid} on .*wait for it"
+        ):
             FolderLock(tmp_path, "report").take(patience=0)
     finally:
         process.kill()

@@ -92,6 +92,8 @@ def prepare(
     Raises UserError for wrong input, a full disk, or a destination that cannot be written.
     """
     destination = Path(destination)
+    if destination.is_symlink():  # perhaps to another disk, where the files are then prepared
+        destination = destination.resolve()
     if crop not in CROPS:
         raise UserError(f"data.crop={crop} is unknown: use one of {', '.join(CROPS)}.")
     for key, value, least in (("size", size, 4), ("holdout", holdout, 1), ("count", count or 2, 2)):
@@ -141,7 +143,8 @@ def prepare(
                 _draw(folder, total, size, seed, progress)
                 treatment, skipped = {f"drawn at {size}x{size}": total}, []
             images = np.load(folder / "images.npy.partial", mmap_mode="r")
-            np.save(folder / "split.npy", split)
+            np.save(buffer := io.BytesIO(), split)  # numpy loses what is wrong with a full disk
+            (folder / "split.npy").write_bytes(buffer.getvalue())
             parts = np.bincount(split, minlength=3)
             split_record |= {part: int(n) for part, n in zip(("train", "valid", "test"), parts, strict=True)}
             mean, rms, array_sha256 = _statistics(images, split)

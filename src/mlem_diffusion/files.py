@@ -118,7 +118,7 @@ def _to_disk(path: Path) -> None:
 def _explained(error: Exception, path: Path) -> Exception:
     """A UserError for a disk that is full or cannot be written; other errors as they are. Libraries wrap the system's error in
     their own, or lose it."""
-    if isinstance(error, UserError):
+    if isinstance(error, UserError) or is_the_systems(error):
         return error
     number = error.errno if isinstance(error, OSError) else None
     with contextlib.suppress(OSError):
