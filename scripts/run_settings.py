@@ -256,6 +256,7 @@ def run_all(
 
 def run_missing(stage: common.Stage, runner: Runner, settings: Sequence[Setting], label: str) -> None:
     """Run what is not in the cache, with progress and time left by expected FLOPs."""
+    batches.remove_parts(runner.cache)
     n, largest = len(runner.seeds), list(runner.levels.values())[-1]
     dynamics = sorted({s.dynamics for s in settings})
     reference_cost = len(runner.reference_grid.logsnr) * largest.flops * runner.n_reference / 1e9

@@ -71,6 +71,13 @@ def run(
     )
 
 
+def remove_parts(folder: Path) -> None:
+    """Of files that are whole: a kill may come between writing these and removing their parts."""
+    for part in folder.glob("*-part[0-9]*.npz"):
+        if part.with_name(f"{part.stem.rpartition('-part')[0]}.npz").is_file():
+            part.unlink()
+
+
 def _kept(job: Job) -> dict[int, Arrays] | None:
     """The batches that an earlier run kept; None where the whole file is there."""
     if job.path.is_file():

@@ -20,15 +20,25 @@ sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "scripts")]
 import ledger  # noqa: E402  (beside this file, as the next)
 from pipeline import Forker, Place  # noqa: E402
 
+IS_WHOLE = os.environ.get("FAULTS") == "whole"
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ledger.KEY] = ledger.Ledger()
+    config.addinivalue_line("markers", "whole: left out of the short form")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = [item for item in items if item.get_closest_marker("whole") and not IS_WHOLE]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")
 def whole() -> bool:
     """Whether every fault is to be injected, not a sample of them."""
-    return os.environ.get("FAULTS") == "whole"
+    return IS_WHOLE
 
 
 @pytest.fixture
@@ -44,7 +54,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if found.rows:
         terminalreporter.section("faults")
         terminalreporter.write_line(found.table())
-        if os.environ.get("FAULTS") == "whole":
+        if IS_WHOLE:
             found.write(ROOT / "results" / "faults")
 
 

@@ -153,10 +153,11 @@ class Run:
 class Forker:
     """Starts scripts in no time (forker.py). One command at a time; for several, have several."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, **environment: str):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "PYTHONPATH": str(ROOT / "src")}
+        usual = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "PYTHONPATH": str(ROOT / "src")}
+        environment = {**os.environ, **usual, **environment}
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "tests" / "faults" / "forker.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             text=True, env=environment, cwd=ROOT,

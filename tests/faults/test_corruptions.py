@@ -170,10 +170,9 @@ def results_of(place: Place, reader: Reader) -> dict:
 
 
 def trial(
-    number: int, seed: int, forker: Forker, places: dict[str, Place], wanted: dict, folder: Path
+    number: int, reader: Reader, forker: Forker, places: dict[str, Place], wanted: dict, folder: Path
 ) -> tuple[str, str]:
-    rng = random.Random(1000 * seed + number)
-    reader = READERS[number % len(READERS)]
+    rng = random.Random(number)
     origin = places[reader.place]
     files = files_of(origin, reader)
     # kinds of files equally often, however many there are of each
@@ -189,17 +188,17 @@ def trial(
 
 
 def test_random_corruptions_of_artefacts(places, forkers, count, whole, tmp_path):
-    wanted = {}
-    for i, reader in enumerate(READERS):
+    wanted, readers = {}, READERS if whole else READERS[1::2]
+    for i, reader in enumerate(readers):
         place = places[reader.place].copy_to(tmp_path / f"undamaged-{i}", link=True)
         run = forkers[0](reader.stage, place.arguments(*reader.arguments))
         assert run.code == 0, f"{reader.name}: {run}"
         wanted[reader.name] = results_of(place, reader)
         assert wanted[reader.name], reader.name
-    trials = 54 * len(READERS) if whole else 2 * len(READERS)
+    trials = 54 * len(readers) if whole else 2 * len(readers)
 
     def one(number: int) -> tuple[str, str]:
-        return trial(number, 7, forkers[number % len(forkers)], places, wanted, tmp_path)
+        return trial(number, readers[number % len(readers)], forkers[number % len(forkers)], places, wanted, tmp_path)
 
     with ThreadPoolExecutor(len(forkers)) as pool:
         for name, detail in pool.map(one, range(trials)):

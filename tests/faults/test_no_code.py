@@ -647,7 +647,7 @@ def outcome(forker: Forker, origin: Place, attack: Attack, folder: Path) -> str:
 def test_attacks(places, forkers, count, whole, tmp_path):
     order = list(range(len(ATTACKS)))
     random.Random(5).shuffle(order)
-    chosen = sorted(order if whole else order[: len(order) // 4])
+    chosen = sorted(order if whole else order[: len(order) // 6])
 
     def one(number: int) -> tuple[str, str]:
         attack, folder = ATTACKS[chosen[number]], tmp_path / str(number)

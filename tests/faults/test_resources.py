@@ -101,7 +101,7 @@ def ended_well(run: Run, expected: re.Pattern[str], place: Place, may_finish: bo
 def test_disk_full(stages, forkers, disks, count, whole, tmp_path):
     """Before a stage begins its disk has only some bytes left, by chance between none and what the stage needs."""
     rng = random.Random(5)
-    times = dict.fromkeys(STAGES, 6 if whole else 1) | dict.fromkeys(MORE_STAGES, 3 if whole else 0)
+    times = dict.fromkeys(STAGES, 6) | dict.fromkeys(MORE_STAGES, 3) if whole else dict.fromkeys(STAGES[1:3], 1)
     tasks = [(stage, 1 + i % 2) for stage, n in times.items() for i in range(n)]
     rng.shuffle(tasks)
     shares = [rng.uniform(0, 0.9) for _ in tasks]
@@ -148,6 +148,7 @@ def in_pairs(one: Callable[[int], tuple[str, str]], tasks: int) -> Iterator[tupl
         yield from itertools.chain(*(half.result() for half in halves))
 
 
+@pytest.mark.whole
 def test_disk_that_fills_up_on_the_way(stages, forkers, disks, count, whole, tmp_path):
     """Another program writes meanwhile."""
     rng = random.Random(6)
@@ -170,6 +171,7 @@ def test_disk_that_fills_up_on_the_way(stages, forkers, disks, count, whole, tmp
         count(5, f"disk fills up meanwhile, {stage}", not detail, detail)
 
 
+@pytest.mark.whole
 def test_no_room_for_more_files(stages, forkers, disks, count, whole, tmp_path):
     """A disk with bytes left, and no place in its table of files."""
     rng = random.Random(7)
@@ -213,6 +215,7 @@ def test_read_only_disk(stages, forkers, disks, count, whole, tmp_path):
         count(5, f"read-only disk, {stage}", not detail, detail)
 
 
+@pytest.mark.whole
 def test_only_one_folder_is_read_only(stages, forker, disks, count, tmp_path):
     """data or checkpoints elsewhere than the results."""
     disk = disks[0]
@@ -228,6 +231,7 @@ def test_only_one_folder_is_read_only(stages, forker, disks, count, tmp_path):
         count(5, f"read-only {kind}", not detail, detail)
 
 
+@pytest.mark.whole
 def test_a_file_where_a_folder_should_be(stages, forker, count, whole, tmp_path):
     cases = (("train_levels", "results"), ("train_levels", "results/smoke"), ("train_levels", "checkpoints"), ("measure_gamma", "results/smoke/cache"))  # fmt: skip
     for number, (stage, name) in enumerate(cases if whole else cases[2:]):
@@ -254,32 +258,35 @@ HALVED = re.compile(r"(\d+) images at a time do not fit in memory; it goes on wi
 MEMORY = re.compile(r"memory")
 
 
-def test_batches_that_do_not_fit_in_memory(forkers, count, whole, tmp_path):
+def test_batches_that_do_not_fit_in_memory(count, whole, tmp_path):
     """The allocator is refused what a whole batch needs: training goes on with parts of it, and what it trains is the same."""
+    # as on a device, freed memory can be had again: glibc would keep blocks of this size in its heap
+    forker = Forker(tmp_path / "forker", MALLOC_MMAP_THRESHOLD_="131072")
     data = Place(tmp_path / "data", [*WIDE])
     data.folder.mkdir()
-    run = go(forkers[0], "prepare_data", data)
+    run = go(forker, "prepare_data", data)
     assert run.code == 0, str(run)
     undisturbed = data.copy_to(tmp_path / "undisturbed")
-    run = go(forkers[0], "train_levels", undisturbed)
+    run = go(forker, "train_levels", undisturbed)
     assert run.code == 0 and not HALVED.search(run.err), str(run)
-    limits = (500, 400, 300, 200, 120) if whole else (350, 200)
+    limits = (500, 400, 300, 200, 150, 100) if whole else (300,)
 
     def one(number: int) -> tuple[str, str]:
         place = data.copy_to(tmp_path / str(number))
-        run = go(forkers[number % 2], "train_levels", place, memory=limits[number] << 20)
+        run = go(forker, "train_levels", place, memory=limits[number] << 20)
         what = f"{limits[number]} MB"
         if run.code == 2 and MEMORY.search(last := run.lines[-1]) and "Traceback" not in run.err:
             return "never", "" if "train.accumulate" in last or "smaller" in last else f"{what}: {run}"
-        if run.code != 0 or (limits[number] < 400 and not HALVED.search(run.err)):
+        if run.code != 0 or (limits[number] <= 400 and not HALVED.search(run.err)):
             return "halved", f"{what}: {run}"
         return "halved", apart(undisturbed, place)
 
-    found = list(in_pairs(one, len(limits)))
+    found = [one(number) for number in range(len(limits))]
     assert any(kind == "halved" for kind, _ in found)
     for kind, detail in found:
         fault = "batch halved until it fits" if kind == "halved" else "no batch fits"
         count(5, f"memory refused, {fault}", not detail, detail)
+    forker.close()
 
 
 def apart(wanted: Place, found: Place) -> str:
@@ -295,6 +302,7 @@ def apart(wanted: Place, found: Place) -> str:
     return ""
 
 
+@pytest.mark.whole
 def test_memory_that_is_too_small(stages, forkers, count, whole, tmp_path):
     """Of any stage: one sentence, and the same command with more memory gives what it always gives."""
     limits = (60, 30, 15, 8, 4) if whole else (15,)
@@ -357,6 +365,7 @@ def refused(run: Run, holder: str) -> str:
     return "" if fine else f"not refused: {run}"
 
 
+@pytest.mark.whole
 def test_two_runs_in_one_folder(stages, forkers, count, tmp_path):
     first, second = forkers
     long = ("workers=1", "train.images=6400", "train.save_every=1")
@@ -375,6 +384,7 @@ def test_two_runs_in_one_folder(stages, forkers, count, tmp_path):
     count(5, "a run beside which others were refused", not detail, detail)
 
 
+@pytest.mark.whole
 def test_report_beside_a_comparison(stages, forkers, count, tmp_path):
     place = stages.before("sample_compare").copy_to(tmp_path / "report")
     holder = Beside(forkers[0], "sample_compare", place, "workers=1", "compare.n=120", "compare.bootstrap=5000")
@@ -388,6 +398,7 @@ def test_report_beside_a_comparison(stages, forkers, count, tmp_path):
     count(5, "a run after one that was killed", run.code == 0, detail)
 
 
+@pytest.mark.whole
 def test_jobs_of_single_levels(stages, forkers, count, tmp_path):
     """Beside each other where the levels differ."""
     long = ("workers=1", "train.images=6400")
@@ -417,6 +428,7 @@ def test_two_preparations_of_one_data_set(stages, forkers, count, tmp_path):
     count(5, "two preparations of one data set", not (detail or difference(wanted, found)), detail)
 
 
+@pytest.mark.whole
 def test_a_worker_is_killed(stages, forkers, count, tmp_path):
     for stage in ("train_levels", "sample_compare"):
         place = stages.before(stage).copy_to(tmp_path / stage)
@@ -443,6 +455,7 @@ def command(pid: int) -> bytes:
 # ------------------------------------------------------------------------------------------------ handles
 
 
+@pytest.mark.whole
 def test_too_few_file_handles(stages, forkers, count, whole, tmp_path):
     limits = (64, 32, 20, 16, 14, 12, 10) if whole else (20, 12)
     tasks = [(stage, n) for stage in STAGES[:: 1 if whole else 2] for n in limits]

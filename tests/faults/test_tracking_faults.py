@@ -168,11 +168,13 @@ def test_a_server_that_is_of_no_use(tmp_path: Path, count, whole: bool, behave):
     count(5, FAULT, not found, f"{behave.__name__}: {found}")
 
 
+@pytest.mark.whole
 def test_it_is_not_installed(tmp_path: Path, count):
     found = wrong(tmp_path, *run(tmp_path, "online", "absent"), "not installed")
     count(5, FAULT, not found, found)
 
 
+@pytest.mark.whole
 def test_it_cannot_be_imported(tmp_path: Path, count):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "wandb.py").write_text("raise ImportError('no such library')\n")

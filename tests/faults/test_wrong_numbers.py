@@ -329,6 +329,7 @@ def test_what_does_not_fit_is_refused(stages, other, forkers, count, whole, tmp_
             count(4, m.kind, not detail, detail)
 
 
+@pytest.mark.whole
 def test_gamma_of_levels_trained_since_the_comparison(stages, other, forker, count, tmp_path):
     place = stages.after["everything"].copy_to(tmp_path / "place", link=True)
     take(*LEVELS)(place, other)
@@ -350,6 +351,7 @@ def of_comparison(place: Place) -> dict[str, Any]:
     return {name: content_of(place.results / name) for name in COMPARED}
 
 
+@pytest.mark.whole
 def test_caches_of_other_levels_and_settings(stages, other, forker, count, whole, tmp_path):
     """Right numbers, whatever lies in the cache."""
     place = stages.after["everything"].copy_to(tmp_path / "place", link=True)
@@ -371,6 +373,7 @@ def test_caches_of_other_levels_and_settings(stages, other, forker, count, whole
         count(4, "caches of other levels and settings", not detail, f"{kind}s: {detail}")
 
 
+@pytest.mark.whole
 def test_more_compared_images_than_there_are(stages, forker, count, whole, tmp_path):
     """n_reference above n is n."""
     found = []
