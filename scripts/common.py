@@ -214,12 +214,14 @@ class Stage:
         path = self.results / name
         return name in written and path.is_file() and sha256_of(path) == written[name]
 
-    def mark_done(self, fingerprint: str, outputs: Iterable[str] = ()) -> dict[str, str]:
-        """Note that the stage is done, with the SHA-256 of what it wrote (names in the results folder), which is returned."""
-        written = {name: sha256_of(self.results / name) for name in outputs}
+    def hashes(self, outputs: Iterable[str]) -> dict[str, str]:
+        """SHA-256 of files in the results folder, by name."""
+        return {name: sha256_of(self.results / name) for name in outputs}
+
+    def mark_done(self, fingerprint: str, written: dict[str, str]) -> None:
+        """Note that the stage is done, with the hashes of what it wrote."""
         entry = {"fingerprint": fingerprint, "outputs": written}
         write_json(self.results / "cache" / "done.json", {**self._done(), self.name: entry})
-        return written
 
     def _done(self) -> dict[str, Any]:
         try:
@@ -253,7 +255,7 @@ class Stage:
         before = self.read_provenance()
         stages = before.get("stages", {})
         seconds = round(time.monotonic() - self.started, 1)
-        written = {name: sha256_of(self.results / name) for name in (*outputs, config)}
+        written = self.hashes((*outputs, config))
         stages[self.name] = {
             "seconds": seconds,
             "finished": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),

@@ -154,7 +154,7 @@ def work(stage: common.Stage) -> None:
     }
     row = {**setting.__dict__, "levels": "+".join(setting.levels)}
     write_json(folder / "samples.json", {"setting": row, "gamma": gamma, "seeds": seeds, "per_image": facts})
-    stage.mark_done(fingerprint, outputs)
+    stage.mark_done(fingerprint, stage.hashes(outputs))
     where = common.shown(folder)
     print(f"sample: {len(seeds)} images in {where}/ with {describe(row)}: ", end="")
     print(f"{facts['gflops']:.3g} GFLOP and {facts['seconds']:.3g} s per image; grid.png shows them.")

@@ -17,8 +17,10 @@ import torch
 
 from mlem_diffusion import batches, shards
 from mlem_diffusion.compare import NoiseCache, Runner, Setting
+from mlem_diffusion.errors import SlowPath
 from mlem_diffusion.extractors import Extractor
 from mlem_diffusion.family import as_level, build_denoiser
+from mlem_diffusion.files import read_arrays, write_arrays
 from mlem_diffusion.process import LinearSchedule, Process
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -200,6 +202,30 @@ def test_batches_that_were_kept_are_not_done_again(tmp_path):
         batches.run([job])
     assert done == [0, 1, 0, 2, 3] and written == [[0, 0, 1, 1, 2, 2, 3, 3]]
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_damaged_batch_is_done_again(tmp_path):
+    done: list[int] = []
+
+    def work(i: int) -> batches.Arrays:
+        done.append(i)
+        return {"x": np.full(2, i)}
+
+    job = batches.Job(tmp_path / "file.npz", 3, work, lambda arrays: write_arrays(tmp_path / "file.npz", arrays))
+    with pytest.raises(shards.Interrupted):
+        batches.run([job], lambda: len(done) == 2)
+    job.part(0).write_bytes(job.part(0).read_bytes()[:-5])
+    with pytest.warns(SlowPath, match="was damaged, so it is made again"):
+        batches.run([job])
+    assert done == [0, 1, 0, 2]
+    assert read_arrays(tmp_path / "file.npz", "")["x"].tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_parts_of_files_that_are_whole_are_removed(tmp_path):
+    for name in ("a.npz", "a-part000000.npz", "a-part000001.npz", "b-part000000.npz", "c-partly.npz"):
+        (tmp_path / name).write_bytes(b"")
+    batches.remove_parts(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "b-part000000.npz", "c-partly.npz"]
 
 
 def test_seconds_are_those_of_the_devices(tmp_path):
