@@ -53,7 +53,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     found = config.stash[ledger.KEY]
     if found.rows:
         terminalreporter.section("faults")
-        terminalreporter.write_line(found.table())
+        terminalreporter.write_line(ledger.table(found.lines()))
         if IS_WHOLE:
             found.write(ROOT / "results" / "faults")
 

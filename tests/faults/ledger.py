@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+
+from mlem_diffusion.files import write_json, write_text
 
 PROMISES = {
     1: "killed at any moment, nothing is lost",
@@ -31,33 +35,36 @@ class Ledger:
         row[0] += times
         row[1] += times * bool(survived)
 
-    def lines(self) -> list[tuple[str, str, int, int]]:
+    def lines(self) -> list[Line]:
         ordered = sorted(self.rows.items(), key=lambda item: item[0][0])
         return [(f"{p}. {PROMISES[p]}", fault, *counts) for (p, fault), counts in ordered]
 
-    def total(self) -> tuple[int, int]:
-        return sum(r[0] for r in self.rows.values()), sum(r[1] for r in self.rows.values())
-
-    def table(self) -> str:
-        """Markdown."""
-        body = [f"| {p} | {fault} | {injected:,} | {survived:,} |" for p, fault, injected, survived in self.lines()]
-        injected, survived = self.total()
-        head = ["| promise | fault | injected | survived |", "| --- | --- | ---: | ---: |"]
-        return "\n".join([*head, *body, f"| all | | {injected:,} | {survived:,} |"])
-
     def write(self, folder: Path) -> None:
-        """README.md and faults.json."""
-        folder.mkdir(parents=True, exist_ok=True)
-        when = time.strftime("%Y-%m-%d", time.gmtime())
-        names = ("promise", "fault", "injected", "survived")
-        facts = {"date": when, "python": platform.python_version(), "system": platform.system()}
-        rows = [dict(zip(names, line, strict=True)) for line in self.lines()]
-        (folder / "faults.json").write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
-        text = f"# Faults injected and survived\n\nWritten by `make test-faults` on {when}; what each fault is: tests/faults/.\n\n"
-        (folder / "README.md").write_text(text + self.table() + "\n")
+        """faults.json, and README.md with the table. Rows of an earlier run stay where this one did not inject the same faults
+        (`make test-faults ARGS="-k kills"`)."""
+        path, before = folder / "faults.json", []
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            before = json.loads(path.read_text())["rows"]
+        when, names = time.strftime("%Y-%m-%d", time.gmtime()), ("promise", "fault", "injected", "survived")
+        new = [{**dict(zip(names, line, strict=True)), "date": when} for line in self.lines()]
+        own = {(row["promise"], row["fault"]) for row in new}
+        rows = [row for row in before if (row["promise"], row["fault"]) not in own] + new
+        rows.sort(key=lambda row: row["promise"])
+        write_json(path, {"python": platform.python_version(), "system": platform.system(), "rows": rows})
+        text = "# Faults injected and survived\n\nWritten by `make test-faults`; what each fault is: tests/faults/.\n\n"
+        write_text(folder / "README.md", text + table([tuple(row[name] for name in names) for row in rows]) + "\n")
 
 
 KEY = pytest.StashKey[Ledger]()
+Line = tuple[str, str, int, int]
+
+
+def table(lines: Sequence[Line]) -> str:
+    """Markdown, with the sums."""
+    body = [f"| {promise} | {fault} | {injected:,} | {survived:,} |" for promise, fault, injected, survived in lines]
+    head = ["| promise | fault | injected | survived |", "| --- | --- | ---: | ---: |"]
+    injected, survived = (sum(line[i] for line in lines) for i in (2, 3))
+    return "\n".join([*head, *body, f"| all | | {injected:,} | {survived:,} |"])
 
 
 class Count:

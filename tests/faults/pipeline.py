@@ -68,14 +68,15 @@ class Place:
         shutil.copytree(self.folder, folder, copy_function=copy)
         return Place(folder, self.more)
 
-    def contents(self) -> dict[str, Any]:
-        """Everything in the folder, without times and dates."""
+    def contents(self, which: str = "") -> dict[str, Any]:
+        """Everything in the folder whose name matches the pattern, without times and dates."""
         files = (
             p
             for p in sorted(self.folder.rglob("*"))
             if p.is_file() and not p.name.endswith(".lock") and "wandb" not in p.parts
         )
-        return {str(p.relative_to(self.folder)): content_of(p) for p in files}
+        named = ((str(p.relative_to(self.folder)), p) for p in files)
+        return {name: content_of(p) for name, p in named if re.search(which, name)}
 
 
 def plain(value: Any) -> Any:
