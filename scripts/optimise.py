@@ -18,7 +18,7 @@ from mlem_diffusion.compare import Runner, Setting, setting_of
 from mlem_diffusion.diagnostics import diagnose, table
 from mlem_diffusion.drift import Multilevel
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.files import kept, read_json, write_json
+from mlem_diffusion.files import Damaged, kept, read_json, write_json
 from mlem_diffusion.gains import Effects, measure_effects
 from mlem_diffusion.learned import learn_probabilities
 from mlem_diffusion.optimise import plan_for_cost, plans
@@ -82,13 +82,22 @@ def timed(stage: common.Stage, runner: Runner) -> dict[str, Any]:
 
     def measure() -> None:
         seconds = seconds_per_image(family, runner.shape, batch, runner.device)
-        write_json(path, {"seconds": dict(zip(runner.levels, seconds, strict=True)), **where})
+        write_kept(path, {"seconds": dict(zip(runner.levels, seconds, strict=True)), **where})
 
     return kept(path, read_kept, measure)
 
 
+def write_kept(path: Path, content: dict[str, Any]) -> None:
+    """A JSON file of the cache, under the name that says what it depends on."""
+    write_json(path, {**content, "file": path.name})
+
+
 def read_kept(path: Path) -> dict[str, Any]:
-    return read_json(path, "run make optimise again")
+    """What write_kept was given; Damaged where it is another file's content."""
+    content = read_json(path, "run make optimise again")
+    if content.pop("file", None) != path.name:
+        raise Damaged(path, f"{path} holds another file's content: remove it and run make optimise again.")
+    return content
 
 
 def measured_plans(stage: common.Stage, runner: Runner, effects: Effects, costs: np.ndarray) -> list[Plan]:
@@ -128,7 +137,7 @@ def learned_plans(
                     start=nearest.table[0].astype(np.float64), iterations=o.learned.iterations, paths=o.learned.paths,
                     draws=o.learned.draws, costs=costs.tolist(), progress=watched(stage, progress),
                 )  # fmt: skip
-            write_json(path, {"p": found.p.tolist(), "flops": found.flops})
+            write_kept(path, {"p": found.p.tolist(), "flops": found.flops})
 
         found = kept(path, read_kept, learn)
         spent += found["flops"]

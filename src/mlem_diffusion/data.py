@@ -186,10 +186,13 @@ def load(destination: Path) -> ImageData:
         split = np.load(destination / "split.npy")
         shape = (manifest["count"], 3, *manifest["size"])
         found = images.shape, images.dtype, split.shape
-    except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # damaged headers raise nearly anything
         if is_the_systems(error):
             raise
-        raise UserError(f"The prepared data set {destination} is damaged ({error}): {again}.") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"The prepared data set {destination} is damaged ({reason}): {again}.") from error
     if found != (shape, np.uint8, shape[:1]):
         raise UserError(
             f"The prepared data set {destination} does not agree with its manifest (images "
