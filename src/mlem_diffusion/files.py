@@ -28,6 +28,7 @@ SEAL = "content_sha256"  # key of a JSON object's own hash
 _END = b"PK\x05\x06"  # begins a zip archive's last record, 22 bytes where there is no comment
 _DIGEST = 64  # characters of a hexadecimal SHA-256
 FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_WORDS = ("os error 28", os.strerror(errno.ENOSPC))  # safetensors', torch's
 _SHORT = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
@@ -122,7 +123,11 @@ def _explained(error: Exception, path: Path) -> Exception:
         return error
     number = error.errno if isinstance(error, OSError) else None
     with contextlib.suppress(OSError):
-        if number in FULL or "os error 28" in str(error) or (number is None and _free(path.parent) < 2**16):
+        if (
+            number in FULL
+            or any(word in str(error) for word in _FULL_WORDS)
+            or (number is None and _free(path.parent) < 2**16)
+        ):
             return UserError(
                 f"The disk that holds {path.parent} is full, so {path.name} could not be written: make room and run the same "
                 "command again."

@@ -29,8 +29,10 @@ SMALL = [
 ]  # fmt: skip
 # what tells of time, dates and machines, or follows from it
 TIMES = re.compile(r"second|finished|date|timing|commit|device|duration|content_sha256|^outputs$|^cpu$|threads|workers")
-TIMED = {"compare.png", "levels.png", "report.html"}  # pictures of seconds among other things
-NOISE = re.compile(r"\d+%\|| \[\d\d:\d\d|^\s*$|it/s\]|img/s\]")  # progress bars
+TIMED = {"compare.png", "levels.png", "report.html", "diagnostics.json"}  # they show seconds, or judge them
+NOISE = re.compile(
+    r"\d+%\|| \[\d\d:\d\d|^\s*$|it/s\]|img/s\]|resource_tracker"
+)  # progress bars, and what Python says of workers that were killed
 
 
 @dataclass
