@@ -82,7 +82,7 @@ check-precision: setup  ## what bf16 rounds away per level and noise level, and 
 test: $(VENV)/.installed-test  ## the tests
 	@$(BIN)/python -m pytest $(ARGS)
 
-test-faults: $(VENV)/.installed-test  ## inject every fault, not a sample of them: half an hour; ends with the table -> results/faults
+test-faults: $(VENV)/.installed-test  ## inject every fault, not a sample of them: up to an hour; ends with the table -> results/faults
 	@FAULTS=whole $(BIN)/python -m pytest tests/faults $(ARGS)
 
 verify-rates: setup  ## exponents of cost against error on a problem with a known answer; minutes on two CPU cores
