@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from .errors import UserError
@@ -28,7 +28,7 @@ def save_weights(path: Path, module: nn.Module, dtype: torch.dtype | None = None
 
     def write(temporary: Path) -> None:
         nonlocal found
-        save_file(tensors, temporary)
+        temporary.write_bytes(save(tensors))  # save_file would write to a temporary file of its own
         found = sha256_of(temporary)
 
     atomic_write(path, write)

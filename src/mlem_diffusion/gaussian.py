@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from .errors import UserError
@@ -96,7 +96,7 @@ class GaussianDenoiser(nn.Module):
         tensors = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
         # one entry: safetensors writes several in no fixed order
         metadata = {"gaussian": json.dumps({"images": self.images, SEAL: _sha256(tensors, self.images)})}
-        atomic_write(path, lambda p: save_file(tensors, p, metadata=metadata))
+        atomic_write(path, lambda p: p.write_bytes(save(tensors, metadata)))
 
 
 def load_gaussian(path: Path, device: torch.device | str = "cpu", sealed: bool = True) -> GaussianDenoiser:
