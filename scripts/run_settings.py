@@ -19,7 +19,7 @@ from mlem_diffusion.data import ImageData
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.extractors import Extractor
 from mlem_diffusion.family import identity_of, load_family
-from mlem_diffusion.files import Damaged, kept, make_again, read_json, understood
+from mlem_diffusion.files import Damaged, check_zip, kept, make_again, read_json, understood
 from mlem_diffusion.gaussian import fit_gaussian, load_gaussian
 from mlem_diffusion.levels import Level
 from mlem_diffusion.metrics import Statistics
@@ -239,11 +239,7 @@ def run_all(
     from the cache, and run again where that is damaged. Several processes share the batches."""
     found: dict[Setting, dict[str, Any]] = {}
     for _ in range(3):
-        try:
-            run_missing(stage, runner, [s for s in settings if s not in found], label)
-        except Damaged as error:  # a reference
-            make_again(error)
-            continue
+        run_missing(stage, runner, [s for s in settings if s not in found], label)
         for setting in settings:
             try:
                 found[setting] = found.get(setting) or runner.read(setting)
@@ -262,6 +258,12 @@ def run_missing(stage: common.Stage, runner: Runner, settings: Sequence[Setting]
     reference_cost = len(runner.reference_grid.logsnr) * largest.flops * runner.n_reference / 1e9
     costs = {s: runner.build(s).expected_flops(s.evaluations(runner.process)) * n / 1e9 for s in settings}
     missing = [s for s in settings if not runner.is_done(s)]
+    for d in dynamics:  # before other processes wait for what this one reads
+        try:
+            if runner.reference_path(d).is_file():
+                check_zip(runner.reference_path(d), "remove it")
+        except Damaged as error:
+            make_again(error)
     unmade = [d for d in dynamics if not runner.reference_path(d).is_file()]
     done, total = 0.0, sum(costs[s] for s in missing) + reference_cost * len(unmade)
     workers = side_by_side.worker_count(stage.cfg.workers, stage.device, len(settings))

@@ -61,10 +61,10 @@ def is_trained(stage: common.Stage, folder: Path, fingerprint: str) -> bool:
         if metadata["fingerprint"] != fingerprint:
             return False
         check_weights(folder / weights_of(metadata)[0], metadata["weights_sha256"])
-    except UserError as error:
+    except UserError:
         if stage.cfg.overwrite or (folder / STATE).is_file():
             return False
-        raise error
+        raise
     for i in range(len(metadata["snapshots"])):
         file, sha256 = weights_of(metadata, i)
         try:
