@@ -92,10 +92,11 @@ benchmark: EXPERIMENT := $(if $(filter file default,$(origin EXPERIMENT)),celeba
 benchmark: $(VENV)/.installed-test  ## speed of networks, training and samplers here -> results/benchmark; under three minutes on a CPU
 	@$(call RUN,benchmark)
 
-lint: $(VENV)/.installed-test  ## ruff (lint, format) and pyright
+lint: $(VENV)/.installed-test  ## ruff (lint, format), pyright and the import rule
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright --pythonpath $(BIN)/python
+	@$(BIN)/lint-imports --no-cache
 
 format: $(VENV)/.installed-test  ## let ruff rewrite the files
 	@$(BIN)/ruff check --fix .

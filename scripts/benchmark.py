@@ -5,48 +5,59 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import common
-import hydra
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from mlem_diffusion.benchmark import record, table
 from mlem_diffusion.benchmark.plan import Part, chosen, parts_of, run_parts
 from mlem_diffusion.benchmark.timing import described
-from mlem_diffusion.errors import UserError
+from mlem_diffusion.errors import Interrupted, UserError
+from mlem_diffusion.experiment.stage import (
+    Config,
+    Stage,
+    bar,
+    commit,
+    device_model,
+    duration,
+    entry_point,
+    package_version,
+    run_stage,
+    shown,
+    to_plain,
+    to_yaml,
+)
 
 
-def usual_size(stage: common.Stage) -> str:
+def usual_size(stage: Stage) -> str:
     return "full" if stage.device.type == "cuda" else "small"
 
 
-def plan(stage: common.Stage) -> tuple[str, dict[str, Any], list[Part]]:
+def plan(stage: Stage) -> tuple[str, dict[str, Any], list[Part]]:
     """The size's name, its settings, and the parts."""
     cfg = stage.cfg
     name = usual_size(stage) if cfg.size == "auto" else str(cfg.size)
     if name not in cfg.sizes:
         raise UserError(f"size={name} is unknown; expected auto, {' or '.join(map(str, cfg.sizes))}.")
-    size: Any = OmegaConf.to_container(cfg.sizes[name], resolve=True)
-    unet: Any = OmegaConf.to_container(cfg.unet, resolve=True)
+    size: Any = to_plain(cfg.sizes[name])
+    unet: Any = to_plain(cfg.unet)
     return name, size, parts_of(size, stage.process(), unet, list(cfg.family.widths), stage.device)
 
 
-def work(stage: common.Stage) -> None:
+def work(stage: Stage) -> None:
     cfg = stage.cfg
     name, size, parts = plan(stage)
     torch.set_float32_matmul_precision("highest")  # float32 rows are float32, whatever training is set to
-    model = common.device_model(stage.device)
+    model = device_model(stage.device)
     head = {
         "device": model,
         "torch": torch.__version__,
         "cuda": torch.version.cuda if stage.device.type == "cuda" else None,
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "commit": common.commit(),
+        "commit": commit(),
         "size": name,
         "sizes": size,
         "resolution": size["resolution"],
         "timing": described(stage.device, size["repeats"]),
-        "diffusers": common.package_version("diffusers"),
+        "diffusers": package_version("diffusers"),
     }
     file = record.file_name(model, "" if name == usual_size(stage) else name)
     results = record.Results(stage.results / file, head, [p.name for p in parts])
@@ -60,9 +71,9 @@ def work(stage: common.Stage) -> None:
     total = round(sum(p.seconds for p in todo))
     if stage.cfg.dry_run:
         for part in wanted:
-            kept = "measured before" if results.finished(part.name) else f"about {common.duration(part.seconds)}"
+            kept = "measured before" if results.finished(part.name) else f"about {duration(part.seconds)}"
             print(f"{part.name:<28} {kept}{', if there is time' if part.optional else ''}")
-        print(f"estimated cost of benchmark, size {name}: about {common.duration(total)} on {model}")
+        print(f"estimated cost of benchmark, size {name}: about {duration(total)} on {model}")
         return
     stage.catch_signals()
     spent = 0.0
@@ -70,7 +81,7 @@ def work(stage: common.Stage) -> None:
     def time_left(minutes: float | None) -> float | None:
         return None if minutes is None else 60 * minutes - (time.monotonic() - stage.started)
 
-    with common.bar("benchmark", total, unit="s") as progress:
+    with bar("benchmark", total, unit="s") as progress:
 
         def done(part: Part, found: record.Found) -> None:
             nonlocal spent
@@ -92,25 +103,25 @@ def work(stage: common.Stage) -> None:
         )
     if not complete:
         left = sum(not results.finished(p.name) for p in wanted)
-        raise common.Stopped(f"stopped with {left} of {len(wanted)} parts left")
+        raise Interrupted(f"stopped with {left} of {len(wanted)} parts left")
     if not todo:
         print("benchmark: everything has been measured before (ARGS=force=true measures again).")
     print(table.report(results.document()))
-    print(f"benchmark: see {common.shown(results.path)}")
+    print(f"benchmark: see {shown(results.path)}")
 
 
-@hydra.main(version_base=None, config_path=common.CONFIGS, config_name="benchmark")
-def main(cfg: DictConfig) -> None:
+@entry_point("benchmark")
+def main(cfg: Config) -> None:
     cfg.name = "benchmark"  # one folder for all devices
     planning, cfg.dry_run = cfg.dry_run, False
 
-    def measure_or_plan(stage: common.Stage) -> None:
+    def measure_or_plan(stage: Stage) -> None:
         stage.cfg.dry_run = planning
         if planning:
-            print(OmegaConf.to_yaml(OmegaConf.create(stage.plain()), resolve=True))
+            print(to_yaml(stage.plain()))
         work(stage)
 
-    common.run("benchmark", cfg, measure_or_plan)
+    run_stage("benchmark", cfg, measure_or_plan)
 
 
 if __name__ == "__main__":

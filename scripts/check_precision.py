@@ -6,26 +6,26 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import common
-import hydra
 import numpy as np
-import run_settings
-from omegaconf import DictConfig, OmegaConf
 
-from mlem_diffusion import speedup
-from mlem_diffusion.compare import Setting, row_of, setting_from
-from mlem_diffusion.evaluate import noise_levels
-from mlem_diffusion.family import load_family
+from mlem_diffusion.comparison import speedup
+from mlem_diffusion.comparison.settings import Setting, row_of, setting_from
+from mlem_diffusion.comparison.table import BASELINES, describe, read_rows, trusted
+from mlem_diffusion.experiment import sampler_runs
+from mlem_diffusion.experiment.provenance import check_written
+from mlem_diffusion.experiment.stage import Config, Stage, bar, entry_point, merged, run_stage
+from mlem_diffusion.figures.rounding import plot_precision
 from mlem_diffusion.files import write_json
-from mlem_diffusion.precision import plot_precision, precision_errors
-from mlem_diffusion.provenance import check_written
-from mlem_diffusion.tables import BASELINES, describe, frontier, read_rows
+from mlem_diffusion.gamma.denoising_errors import noise_levels
+from mlem_diffusion.models.family import load_family
+from mlem_diffusion.models.rounding import precision_errors
+from mlem_diffusion.statistics import frontier
 
 PRECISIONS = ("float32", "bf16")
 MOST = 6  # settings of one kind and dynamics
 
 
-def compared(cfg: DictConfig) -> int:
+def compared(cfg: Config) -> int:
     """Samples that are compared with the reference."""
     return min(cfg.compare.n, cfg.compare.n_reference)
 
@@ -35,22 +35,24 @@ def frontier_settings(rows: list[dict[str, Any]]) -> list[Setting]:
     chosen: dict[Setting, None] = {}
     for dynamics in dict.fromkeys(row["dynamics"] for row in rows):
         for is_baseline in (True, False):
-            mine = [r for r in rows if r["dynamics"] == dynamics and (r["drift"] in BASELINES) == is_baseline]
+            mine = [
+                r for r in rows if r["dynamics"] == dynamics and (r["drift"] in BASELINES) == is_baseline and trusted(r)
+            ]
             best = frontier(mine, "gflops_realised", "error")
             spread = np.unique(np.round(np.linspace(0, len(best) - 1, min(MOST, len(best)))).astype(int))
             chosen |= {setting_from(best[i]): None for i in spread}
     return list(chosen)
 
 
-def run_in(stage: common.Stage, precision: str, settings: list[Setting]) -> list[speedup.Setting]:
+def run_in(stage: Stage, precision: str, settings: list[Setting]) -> list[speedup.Setting]:
     """The settings in one precision, each against the reference in the same one, without distances."""
     whole = stage.cfg
-    changed: Any = OmegaConf.merge(whole, {"precision": precision, "compare": {"n": compared(whole)}})
+    changed: Any = merged(whole, {"precision": precision, "compare": {"n": compared(whole)}})
     stage.cfg = changed
     stage.cfg.metrics = {"_target_": None}
     try:
-        runner, _ = run_settings.make_runner(stage)
-        found = run_settings.run_all(stage, runner, settings, precision)
+        runner, _ = sampler_runs.make_runner(stage)
+        found = sampler_runs.run_all(stage, runner, settings, precision)
     finally:
         stage.cfg = whole
     return [
@@ -77,7 +79,7 @@ def side_by_side_rows(exact: list[speedup.Setting], rounded: list[speedup.Settin
     return out
 
 
-def speedups_of(settings: list[speedup.Setting], stage: common.Stage) -> dict[str, Any]:
+def speedups_of(settings: list[speedup.Setting], stage: Stage) -> dict[str, Any]:
     """{dynamics: {"plain" | "best": {"max", "lower95"} in FLOPs at equal error}} within these settings."""
     found = speedup.speedups(settings, seed=stage.cfg.compare.seed, replicates=stage.cfg.compare.bootstrap)
     return {
@@ -88,7 +90,7 @@ def speedups_of(settings: list[speedup.Setting], stage: common.Stage) -> dict[st
     }
 
 
-def work(stage: common.Stage) -> None:
+def work(stage: Stage) -> None:
     cfg, images = stage.cfg, stage.data()
     metadata = stage.levels_of(images)
     table = stage.find("compare.csv")
@@ -104,7 +106,7 @@ def work(stage: common.Stage) -> None:
         for p in PRECISIONS
     )
     logsnr = noise_levels(stage.process(), cfg.gamma.noise_levels)
-    with common.bar("rounding", len(logsnr), unit="noise level") as progress:
+    with bar("rounding", len(logsnr), unit="noise level") as progress:
         found = precision_errors(
             exact, rounded, stage.held_out(images), logsnr, cfg.gamma.seed, cfg.gamma.batch, progress
         )
@@ -133,9 +135,9 @@ def work(stage: common.Stage) -> None:
     stage.record(fingerprint, ["precision.json", "precision.png"], images.manifest)
 
 
-@hydra.main(version_base=None, config_path=common.CONFIGS, config_name="check_precision")
-def main(cfg: DictConfig) -> None:
-    common.run("check_precision", cfg, work)
+@entry_point("check_precision")
+def main(cfg: Config) -> None:
+    run_stage("check_precision", cfg, work)
 
 
 if __name__ == "__main__":

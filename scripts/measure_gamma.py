@@ -4,26 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-import common
-import hydra
 import numpy as np
-import training_plan
-from omegaconf import DictConfig
 
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.evaluate import family_pairs, noise_levels, split_by_kind, squared_differences
-from mlem_diffusion.family import identity_of, load_family, load_level, read_metadata, read_repeats
+from mlem_diffusion.experiment import training_plan
+from mlem_diffusion.experiment.stage import Config, Stage, bar, entry_point, run_stage, seconds_per_evaluation
+from mlem_diffusion.experiment.tracking import Tracker
+from mlem_diffusion.figures.gamma import plot_gamma
 from mlem_diffusion.files import write_json
-from mlem_diffusion.level_quality import differences_fall, overfitting_warnings
-from mlem_diffusion.plot_gamma import plot_gamma
-from mlem_diffusion.scaling import LevelErrors, estimate, hierarchy_warnings
-from mlem_diffusion.seeds import Repeat, as_json, repeat_pairs, seed_spread
-from mlem_diffusion.tracking import Tracker
+from mlem_diffusion.gamma.denoising_errors import family_pairs, noise_levels, split_by_kind, squared_differences
+from mlem_diffusion.gamma.estimate import LevelErrors, estimate, hierarchy_warnings
+from mlem_diffusion.gamma.level_quality import differences_fall, overfitting_warnings
+from mlem_diffusion.gamma.training_seeds import Repeat, as_json, repeat_pairs, seed_spread
+from mlem_diffusion.models.family import identity_of, load_family, load_level, read_metadata, read_repeats
 
 OUTPUTS = ["gamma.json", "gamma.png"]
 
 
-def measure(stage: common.Stage, images: Any, snapshot: int, label: str) -> tuple[LevelErrors, list[Repeat]]:
+def measure(stage: Stage, images: Any, snapshot: int, label: str) -> tuple[LevelErrors, list[Repeat]]:
     """Errors of the family, and of its levels that were trained again, at one training length on held-out images."""
     cfg, process = stage.cfg, stage.process()
     metadata = read_metadata(stage.checkpoints, cfg.family.widths)
@@ -35,7 +33,7 @@ def measure(stage: common.Stage, images: Any, snapshot: int, label: str) -> tupl
     pairs, own = family_pairs(count), repeat_pairs(count, index)
     held_out = stage.held_out(images)
     logsnr = noise_levels(process, cfg.gamma.noise_levels)
-    with common.bar(label, len(logsnr), unit="noise level") as progress:
+    with bar(label, len(logsnr), unit="noise level") as progress:
         found = squared_differences(
             levels, [*pairs, *(p for group in own for p in group)], held_out, logsnr, cfg.gamma.seed, cfg.gamma.batch, progress
         )  # fmt: skip
@@ -61,7 +59,7 @@ def measure(stage: common.Stage, images: Any, snapshot: int, label: str) -> tupl
     return errors, repeats
 
 
-def estimates(stage: common.Stage, errors: LevelErrors, repeats: list[Repeat]) -> dict[str, Any]:
+def estimates(stage: Stage, errors: LevelErrors, repeats: list[Repeat]) -> dict[str, Any]:
     """gamma at one training length, with what levels trained again add to its intervals, and how good the hierarchy is."""
     options = {"seed": stage.cfg.gamma.seed, "bootstrap": stage.cfg.gamma.bootstrap}
     found = estimate(errors, **options)
@@ -80,7 +78,7 @@ def estimates(stage: common.Stage, errors: LevelErrors, repeats: list[Repeat]) -
     return {**found, "differences_fall": falls, "warnings": warnings}
 
 
-def work(stage: common.Stage) -> None:
+def work(stage: Stage) -> None:
     cfg, images = stage.cfg, stage.data()
     metadata = stage.levels_of(images)
     if len(metadata) < 3:
@@ -126,16 +124,16 @@ def work(stage: common.Stage) -> None:
     stage.record(fingerprint, OUTPUTS, images.manifest)
 
 
-def cost(stage: common.Stage) -> list[tuple[str, float, float]]:
-    seconds = dict(zip(stage.cfg.family.widths, common.seconds_per_evaluation(stage, 16), strict=True))
+def cost(stage: Stage) -> list[tuple[str, float, float]]:
+    seconds = dict(zip(stage.cfg.family.widths, seconds_per_evaluation(stage, 16), strict=True))
     count = len(stage.cfg.train.snapshots) * stage.cfg.gamma.images * stage.cfg.gamma.noise_levels
     levels = training_plan.describe(stage)
     return [(f"evaluate {v['name']}", v["flops"] * count, seconds[v["width"]] * count) for v in levels]
 
 
-@hydra.main(version_base=None, config_path=common.CONFIGS, config_name="measure_gamma")
-def main(cfg: DictConfig) -> None:
-    common.run("measure_gamma", cfg, work, cost)
+@entry_point("measure_gamma")
+def main(cfg: Config) -> None:
+    run_stage("measure_gamma", cfg, work, cost)
 
 
 if __name__ == "__main__":

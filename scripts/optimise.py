@@ -7,46 +7,45 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import common
-import hydra
 import numpy as np
-import run_settings
 import torch
-from omegaconf import DictConfig
 
-from mlem_diffusion.compare import Runner, Setting, setting_of
-from mlem_diffusion.diagnostics import diagnose, table
-from mlem_diffusion.drift import Multilevel
-from mlem_diffusion.errors import UserError
+from mlem_diffusion.comparison.runner import Runner
+from mlem_diffusion.comparison.settings import Setting, setting_of
+from mlem_diffusion.errors import Interrupted, UserError
+from mlem_diffusion.experiment import sampler_runs
+from mlem_diffusion.experiment.stage import Config, Stage, bar, device_model, entry_point, run_stage
+from mlem_diffusion.experiment.tracking import Tracker
+from mlem_diffusion.figures.ablation import plot_worth
+from mlem_diffusion.figures.diagnostics import plot_diagnostics
+from mlem_diffusion.figures.gains import plot_gains
 from mlem_diffusion.files import Damaged, kept, read_json, write_json
-from mlem_diffusion.gains import Effects, measure_effects
-from mlem_diffusion.learned import learn_probabilities
-from mlem_diffusion.optimise import plan_for_cost, plans
-from mlem_diffusion.plans import Plan, frontier, save_plans
-from mlem_diffusion.plot_diagnostics import plot_diagnostics
-from mlem_diffusion.plot_gains import plot_gains
-from mlem_diffusion.plot_worth import plot_worth
-from mlem_diffusion.probabilities import constant_probabilities, knob_for_cost, measured_probabilities
-from mlem_diffusion.tracking import Tracker
-from mlem_diffusion.worth import Measured, levels_json, seconds_per_image, value_levels
-from mlem_diffusion.worth import table as worth_table
+from mlem_diffusion.multilevel.ablation import Measured, levels_json, seconds_per_image, value_levels
+from mlem_diffusion.multilevel.ablation import table as worth_table
+from mlem_diffusion.multilevel.diagnostics import diagnose, table
+from mlem_diffusion.multilevel.estimators import Multilevel
+from mlem_diffusion.multilevel.gains import Effects, measure_effects
+from mlem_diffusion.multilevel.learned import learn_probabilities
+from mlem_diffusion.multilevel.plan import Plan, frontier, save_plans
+from mlem_diffusion.multilevel.planner import plan_for_cost, plans
+from mlem_diffusion.multilevel.probabilities import constant_probabilities, knob_for_cost, measured_probabilities
 
 OUTPUTS = ["plans.json", "plans.npz", "gains.png", "diagnostics.json", "levels.json", "levels.png"]
 Candidates = dict[str, list[Plan]]  # by "method, probabilities"
 
 
-def watched(stage: common.Stage, progress: Any) -> Any:
+def watched(stage: Stage, progress: Any) -> Any:
     """The same progress callback, which also stops when the stage is asked to."""
 
     def call(done: int, total: int) -> None:
         progress(done, total)
         if stage.should_stop():
-            raise common.Stopped("stopped as asked; what was measured is kept")
+            raise Interrupted("stopped as asked; what was measured is kept")
 
     return call
 
 
-def effects_of(stage: common.Stage, runner: Runner, dynamics: str, rule: str) -> Effects:
+def effects_of(stage: Stage, runner: Runner, dynamics: str, rule: str) -> Effects:
     """Measured once, then read from the cache."""
     o = stage.cfg.optimise
     facts = [o.seed, o.calibrate, o.probes, o.calibrate_steps, dynamics, rule]
@@ -54,7 +53,7 @@ def effects_of(stage: common.Stage, runner: Runner, dynamics: str, rule: str) ->
     path = runner.cache / f"effects-{key}.npz"
 
     def measure() -> None:
-        with common.bar(f"gains {dynamics} {rule}", o.calibrate) as progress:
+        with bar(f"gains {dynamics} {rule}", o.calibrate) as progress:
             seeds = range(o.seed, o.seed + o.calibrate)
             grid = runner.process.grid(o.calibrate_steps)
             family = list(runner.levels.values())
@@ -65,18 +64,18 @@ def effects_of(stage: common.Stage, runner: Runner, dynamics: str, rule: str) ->
     return kept(path, Effects.load, measure)
 
 
-def check(stage: common.Stage) -> None:
+def check(stage: Stage) -> None:
     if stage.cfg.optimise.cost not in ("flops", "seconds"):
         raise UserError(f"optimise.cost = {stage.cfg.optimise.cost} is unknown; expected flops or seconds.")
 
 
-def timed(stage: common.Stage, runner: Runner) -> dict[str, Any]:
+def timed(stage: Stage, runner: Runner) -> dict[str, Any]:
     """{"seconds": per image of one evaluation of each level, "batch", "device", "threads"}: measured alone, once, then read from
     the cache, so that the same plans come out again."""
     family, batch = list(runner.levels.values()), stage.cfg.compare.batch
     if runner.device.type == "cpu":  # seconds per image hardly depend on it there, and large images would take long
         batch = max(1, min(batch, int(20e9 / family[-1].flops)))
-    where = {"batch": batch, "device": common.device_model(runner.device), "threads": torch.get_num_threads()}
+    where = {"batch": batch, "device": device_model(runner.device), "threads": torch.get_num_threads()}
     key = stage.fingerprint(("precision",), runner=runner.key, **where)[:20]
     path = runner.cache / f"seconds-{key}.json"
 
@@ -100,7 +99,7 @@ def read_kept(path: Path) -> dict[str, Any]:
     return content
 
 
-def measured_plans(stage: common.Stage, runner: Runner, effects: Effects, costs: np.ndarray) -> list[Plan]:
+def measured_plans(stage: Stage, runner: Runner, effects: Effects, costs: np.ndarray) -> list[Plan]:
     """The square-root law from measured differences, constant in time, at the wanted costs."""
     o, family = stage.cfg.optimise, list(runner.levels.values())
     weights = runner.process.drift_weights(effects.logsnr)
@@ -116,7 +115,7 @@ def measured_plans(stage: common.Stage, runner: Runner, effects: Effects, costs:
 
 
 def learned_plans(
-    stage: common.Stage, runner: Runner, effects: Effects, start: list[Plan], costs: np.ndarray
+    stage: Stage, runner: Runner, effects: Effects, start: list[Plan], costs: np.ndarray
 ) -> tuple[list[Plan], float]:
     """Probabilities learned by SGD from the measured ones of about the same cost; and the FLOPs spent."""
     o, family, out, spent = stage.cfg.optimise, list(runner.levels.values()), [], 0.0
@@ -131,7 +130,7 @@ def learned_plans(
         path = runner.cache / f"learned-{key}.json"
 
         def learn(path: Path = path, cost: float = cost, wanted: float = wanted, nearest: Plan = nearest) -> None:
-            with common.bar(f"learn {dynamics} {rule}, cost {cost:g}", o.learned.iterations, "iteration") as progress:
+            with bar(f"learn {dynamics} {rule}, cost {cost:g}", o.learned.iterations, "iteration") as progress:
                 found = learn_probabilities(
                     family, grid, dynamics, rule, runner.shape, runner.device, expected_flops=wanted,
                     start=nearest.table[0].astype(np.float64), iterations=o.learned.iterations, paths=o.learned.paths,
@@ -161,7 +160,7 @@ def _plain_plan(
 
 
 def candidates(
-    stage: common.Stage, runner: Runner, rule: Any, own: dict[tuple[int, int], float], costs: np.ndarray
+    stage: Stage, runner: Runner, rule: Any, own: dict[tuple[int, int], float], costs: np.ndarray
 ) -> tuple[Candidates, Effects, float]:
     """Predicted frontiers of all methods for one rule, thinned; the effects they rest on; and FLOPs spent on learning. costs [K]:
     of one evaluation of each level, in the unit to be saved."""
@@ -172,7 +171,7 @@ def candidates(
     bases = [b for b in o.bases if b is None or b < len(runner.levels) - 1]
     for method in rule.get("methods", o.methods):
         chosen: dict[str, Plan] = {}
-        with common.bar(f"plan {rule.dynamics} {rule.step_rule} {method}", len(grids), unit="grid") as progress:
+        with bar(f"plan {rule.dynamics} {rule.step_rule} {method}", len(grids), unit="grid") as progress:
             for base in bases:
                 best = plans(effects, method, grids, own, costs, base=base, progress=watched(stage, progress))
                 chosen |= {p.id: p for p in spread([p for p in best if len(p.levels) > 1], o.plans)}
@@ -204,7 +203,7 @@ def _with_own_error(plan: Plan, own: float | None) -> Plan:
     return plan if own is None or plan.added is None else replace(plan, predicted=own + plan.added)
 
 
-def singles(stage: common.Stage, runner: Runner) -> list[Setting]:
+def singles(stage: Stage, runner: Runner) -> list[Setting]:
     """Every level alone on every grid that plans may use: their errors are the floor of what is planned. The cheap levels
     are left out of fine grids, where they cost much and add nothing."""
     out = []
@@ -216,13 +215,13 @@ def singles(stage: common.Stage, runner: Runner) -> list[Setting]:
     return out
 
 
-def diagnosis(stage: common.Stage, runner: Runner) -> float:
+def diagnosis(stage: Stage, runner: Runner) -> float:
     """Print and save the diagnostics of the family; FLOPs spent."""
     o, family, spent, saved = stage.cfg.optimise, list(runner.levels.values()), 0.0, {}
     p = constant_probabilities([level.flops for level in family], gamma=2.5, knob=1.0)  # for the column of fires
     for dynamics in dict.fromkeys(rule.dynamics for rule in o.rules):
         rule = next(r.step_rule for r in o.rules if r.dynamics == dynamics)
-        with common.bar(f"diagnose {dynamics}", None) as progress:
+        with bar(f"diagnose {dynamics}", None) as progress:
             found = diagnose(
                 family, runner.process, dynamics, rule, list(range(o.seed, o.seed + o.diagnose.seeds)), runner.shape,
                 runner.device, steps=o.diagnose.steps, batch=runner.batch, p=p, progress=watched(stage, progress),
@@ -247,11 +246,11 @@ def priced(plan: Plan, runner: Runner, seconds: dict[str, float]) -> Plan:
     return replace(plan, cost=flops, seconds=float(np.dot(counts, [seconds[level.name] for level in drift.levels])))
 
 
-def valued_levels(stage: common.Stage, runner: Runner, timing: dict[str, Any], rules: list[Measured]) -> None:
+def valued_levels(stage: Stage, runner: Runner, timing: dict[str, Any], rules: list[Measured]) -> None:
     """Print what each level is worth, and write levels.json and levels.png."""
     o, names = stage.cfg.optimise, list(runner.levels)
     seconds = [timing["seconds"][name] for name in names]
-    with common.bar("worth of the levels", None, unit="family") as progress:
+    with bar("worth of the levels", None, unit="family") as progress:
         done = 0
 
         def told(what: str) -> None:
@@ -269,10 +268,10 @@ def valued_levels(stage: common.Stage, runner: Runner, timing: dict[str, Any], r
     print(worth_table(content))
 
 
-def work(stage: common.Stage) -> None:
+def work(stage: Stage) -> None:
     cfg, o = stage.cfg, stage.cfg.optimise
     check(stage)
-    runner, images = run_settings.make_runner(stage)
+    runner, images = sampler_runs.make_runner(stage)
     fingerprint = stage.fingerprint(("optimise",), runner=runner.key)
     if stage.finished(fingerprint, OUTPUTS):
         return
@@ -283,7 +282,7 @@ def work(stage: common.Stage) -> None:
 
     # ---- what levels achieve alone, then plans from gains ---------------------------------------------------
     alone = singles(stage, runner)
-    errors = [found["costs"]["error"] for found in run_settings.run_all(stage, runner, alone, "levels alone")]
+    errors = [found["costs"]["error"] for found in sampler_runs.run_all(stage, runner, alone, "levels alone")]
     fit = [i for i, error in enumerate(errors) if error is not None]  # others diverged
     alone, errors = [alone[i] for i in fit], [errors[i] for i in fit]
     index = {name: i for i, name in enumerate(runner.levels)}
@@ -308,10 +307,10 @@ def work(stage: common.Stage) -> None:
     save_plans(where, [(p, {}) for p in {p.id: p for p in pool}.values()])
 
     # ---- selection: run them --------------------------------------------------------------------------------
-    runner, _ = run_settings.make_runner(stage)  # with the candidates
+    runner, _ = sampler_runs.make_runner(stage)  # with the candidates
     tried = [setting_of(p, *key) for key, found in by_rule.items() for group in found.values() for p in group]
     tried = list(dict.fromkeys(tried))
-    costs = {s: f["costs"] for s, f in zip(tried, run_settings.run_all(stage, runner, tried, "plans"), strict=True)}
+    costs = {s: f["costs"] for s, f in zip(tried, sampler_runs.run_all(stage, runner, tried, "plans"), strict=True)}
     chosen = []
     for key, found in by_rule.items():
         for group in found.values():
@@ -349,11 +348,11 @@ def work(stage: common.Stage) -> None:
     )
 
 
-def cost(stage: common.Stage) -> list[tuple[str, float, float]]:
+def cost(stage: Stage) -> list[tuple[str, float, float]]:
     """Rows (what, FLOPs, seconds here); what the candidate plans will cost is known only once they are made: taken as a
     quarter of the largest level at every step of the middle grid."""
     check(stage)
-    o, (levels, seconds) = stage.cfg.optimise, run_settings.priced_levels(stage)
+    o, (levels, seconds) = stage.cfg.optimise, sampler_runs.priced_levels(stage)
     *_, largest = levels.values()
     everything = sum(level.flops for level in levels.values()), sum(seconds.values())
     top = largest.flops, seconds[largest.name]
@@ -376,9 +375,9 @@ def cost(stage: common.Stage) -> list[tuple[str, float, float]]:
     return out
 
 
-@hydra.main(version_base=None, config_path=common.CONFIGS, config_name="optimise")
-def main(cfg: DictConfig) -> None:
-    common.run("optimise", cfg, work, cost)
+@entry_point("optimise")
+def main(cfg: Config) -> None:
+    run_stage("optimise", cfg, work, cost)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,9 @@
 """Images -> data/<name>/: packed array, split and manifest."""
 
-import common
-import hydra
-from omegaconf import DictConfig
+from mlem_diffusion.experiment.stage import Config, Stage, entry_point, run_stage
 
 
-def work(stage: common.Stage) -> None:
+def work(stage: Stage) -> None:
     manifest = stage.prepare_data()
     split, size = manifest["split"], manifest["size"]
     print(
@@ -18,9 +16,9 @@ def work(stage: common.Stage) -> None:
         print(f"data: {len(manifest['skipped'])} broken image(s) skipped, listed in manifest.json.")
 
 
-@hydra.main(version_base=None, config_path=common.CONFIGS, config_name="prepare_data")
-def main(cfg: DictConfig) -> None:
-    common.run("prepare_data", cfg, work)
+@entry_point("prepare_data")
+def main(cfg: Config) -> None:
+    run_stage("prepare_data", cfg, work)
 
 
 if __name__ == "__main__":

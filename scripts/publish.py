@@ -12,31 +12,39 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import common
-import hydra
-import run_settings
 import sample_compare
 import torch
-import training_plan
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
 from train_levels import TRAINING
 
-from mlem_diffusion import published
-from mlem_diffusion.checkpoint import load_weights, save_weights
-from mlem_diffusion.data import ImageData
+from mlem_diffusion.comparison.frechet import distance_floor, feature_statistics, save_statistics
+from mlem_diffusion.data.images import ImageData
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.evaluate import denoising_errors, noise_levels
-from mlem_diffusion.family import as_level, build_denoiser, level_name, read_repeats, repeat_name
+from mlem_diffusion.experiment import sampler_runs, training_plan
+from mlem_diffusion.experiment.stage import (
+    Config,
+    Stage,
+    bar,
+    chosen_experiment,
+    commit,
+    composed,
+    entry_point,
+    run_stage,
+    seconds_per_evaluation,
+    shown,
+)
 from mlem_diffusion.files import sha256_of, write_json
-from mlem_diffusion.metrics import distance_floor, feature_statistics, standard_error
-from mlem_diffusion.model_card import write_card
-from mlem_diffusion.unet import Denoiser
+from mlem_diffusion.gamma.denoising_errors import denoising_errors, noise_levels
+from mlem_diffusion.models import published
+from mlem_diffusion.models.checkpoint import load_weights, save_weights
+from mlem_diffusion.models.family import as_level, build_denoiser, level_name, read_repeats, repeat_name
+from mlem_diffusion.models.model_card import write_card
+from mlem_diffusion.models.unet import Denoiser
+from mlem_diffusion.statistics import standard_error
 
 KEPT = ("data", "process", "train")  # groups of the configuration that the rest of metadata.json does not tell
 
 
-def work(stage: common.Stage) -> None:
+def work(stage: Stage) -> None:
     if stage.cfg.family.callable is not None:
         raise UserError("The levels of this experiment are functions of your own: there are no weights to publish.")
     images = stage.data()
@@ -67,16 +75,16 @@ def work(stage: common.Stage) -> None:
             "statistics": write_statistics(stage, folder, images) if stage.cfg.publish.statistics else None,
             "data": images.manifest,
             "training": training_record(stage, metadata[-1]["config"]),
-            "published": {"commit": common.commit(), "date": time.strftime("%Y-%m-%d", time.gmtime())},
+            "published": {"commit": commit(), "date": time.strftime("%Y-%m-%d", time.gmtime())},
         }
         index = published.write_index(folder, index)
         write_card(folder, index)
         published.check_size(size := published.size_of(folder), "The files")
-    where = common.shown(stage.checkpoints / published.FOLDER)
+    where = shown(stage.checkpoints / published.FOLDER)
     print(f"publish: {len(metadata)} levels, {size / 1e6:.2f} MB in {where}/; its {published.CARD} is the model card.")
 
 
-def trained_again(stage: common.Stage) -> list[dict[str, Any]]:
+def trained_again(stage: Stage) -> list[dict[str, Any]]:
     """metadata.json of the cheapest levels' other training seeds, which gamma's intervals need, where they are trained."""
     wanted = [
         (width, seed)
@@ -103,14 +111,14 @@ def replacing(target: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def trained(stage: common.Stage, m: dict[str, Any], path: Path, sha256: str | None = None) -> Denoiser:
+def trained(stage: Stage, m: dict[str, Any], path: Path, sha256: str | None = None) -> Denoiser:
     """The level's network with the weights of a file; UserError where these are not those that its metadata speak of."""
     network = build_denoiser(m["width"], m["size"], m["data_rms"], m["unet"], m["target"])
     load_weights(path, network, sha256)
     return network
 
 
-def write_level(stage: common.Stage, folder: Path, m: dict[str, Any], network: Denoiser) -> None:
+def write_level(stage: Stage, folder: Path, m: dict[str, Any], network: Denoiser) -> None:
     save_weights(folder / published.WEIGHTS, network, torch.bfloat16)
     for snapshot in m["snapshots"][:-1] if stage.cfg.publish.snapshots else []:
         then = trained(stage, m, stage.checkpoints / m["name"] / snapshot["file"], snapshot["sha256"])
@@ -121,7 +129,7 @@ def rounded_name(file: str) -> str:
     return f"{Path(file).stem}-bf16.safetensors"
 
 
-def entry(stage: common.Stage, m: dict[str, Any], folder: Path) -> dict[str, Any]:
+def entry(stage: Stage, m: dict[str, Any], folder: Path) -> dict[str, Any]:
     """metadata.json of a published level: that of training, where the last snapshot is the final weights, with the
     configuration that it was trained by."""
     *earlier, last = m["snapshots"]
@@ -143,7 +151,7 @@ def entry(stage: common.Stage, m: dict[str, Any], folder: Path) -> dict[str, Any
 
 
 def rounding(
-    stage: common.Stage, metadata: list[dict[str, Any]], networks: list[Denoiser], folder: Path, images: ImageData
+    stage: Stage, metadata: list[dict[str, Any]], networks: list[Denoiser], folder: Path, images: ImageData
 ) -> list[dict[str, Any]]:
     """What rounding the weights changes, per level: the held-out loss, and the output, beside the difference of
     neighbouring levels. Means over held-out images, noise levels along the sampler's path, channels and pixels."""
@@ -154,7 +162,7 @@ def rounding(
                    for i, net in enumerate((network, rounded))]  # fmt: skip
     held_out = stage.held_out(images)[: stage.cfg.publish.images]
     logsnr = noise_levels(stage.process(), stage.cfg.gamma.noise_levels)
-    with common.bar("rounding", len(logsnr), unit="noise level") as progress:
+    with bar("rounding", len(logsnr), unit="noise level") as progress:
         loss, steps, _ = denoising_errors(levels, held_out, logsnr, 1, stage.cfg.gamma.batch, progress)
     loss, steps = loss.mean(2), steps.mean(2)  # [2 K, M] and [2 K - 1, M]
     found = []
@@ -176,8 +184,8 @@ def rounding(
     return found
 
 
-def write_gaussian(stage: common.Stage, folder: Path, images: ImageData) -> dict[str, Any]:
-    gaussian: Any = run_settings.gaussian_level(stage, images).denoise
+def write_gaussian(stage: Stage, folder: Path, images: ImageData) -> dict[str, Any]:
+    gaussian: Any = sampler_runs.gaussian_level(stage, images).denoise
     gaussian.save(folder / published.GAUSSIAN)
     return {
         "file": published.GAUSSIAN,
@@ -189,14 +197,14 @@ def write_gaussian(stage: common.Stage, folder: Path, images: ImageData) -> dict
     }
 
 
-def write_statistics(stage: common.Stage, folder: Path, images: ImageData) -> dict[str, Any] | None:
+def write_statistics(stage: Stage, folder: Path, images: ImageData) -> dict[str, Any] | None:
     """Mean and covariance of the training images' features; None where the experiment has no distances."""
-    extractor = run_settings.make_extractor(stage)
+    extractor = sampler_runs.make_extractor(stage)
     if extractor is None:
         return None
     features = sample_compare.real_features(stage, images, extractor, stage.results / "cache")
     statistics = feature_statistics(features)
-    published.save_statistics(folder / published.STATISTICS, statistics)
+    save_statistics(folder / published.STATISTICS, statistics)
     n, seed = stage.cfg.compare.n, stage.cfg.compare.seed
     return {
         "file": published.STATISTICS,
@@ -209,10 +217,10 @@ def write_statistics(stage: common.Stage, folder: Path, images: ImageData) -> di
     }
 
 
-def training_record(stage: common.Stage, config: dict[str, Any]) -> dict[str, Any]:
+def training_record(stage: Stage, config: dict[str, Any]) -> dict[str, Any]:
     """When, where, from which commit and with which arguments the family was trained, as far as that is on record."""
     noted = stage.read_provenance().get("stages", {}).get("train_levels", {})
-    experiment = HydraConfig.get().runtime.choices.get("experiment")
+    experiment = chosen_experiment()
     return {
         **{key: noted.get(key) for key in ("commit", "finished", "device")},
         "experiment": experiment,
@@ -222,8 +230,7 @@ def training_record(stage: common.Stage, config: dict[str, Any]) -> dict[str, An
 
 def arguments(experiment: str | None, config: dict[str, Any]) -> list[str]:
     """What has to be passed as ARGS to train by this configuration from that experiment file."""
-    composed = hydra.compose("train_levels", [f"experiment={experiment}"] if experiment else [])
-    usual: Any = OmegaConf.to_container(OmegaConf.masked_copy(composed, ["name", *TRAINING]))
+    usual = composed("train_levels", experiment, ["name", *TRAINING])
     usual["data"]["source"] = config["data"]["source"]  # passed as SOURCE
     before, now = flat(usual), flat({key: config[key] for key in ("name", *TRAINING)})
     return [f"{key}={written(value)}" for key, value in now.items() if before.get(key, ...) != value]
@@ -247,15 +254,15 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def cost(stage: common.Stage) -> list[tuple[str, float, float]]:
-    seconds, count = common.seconds_per_evaluation(stage, 16), stage.cfg.publish.images * stage.cfg.gamma.noise_levels
+def cost(stage: Stage) -> list[tuple[str, float, float]]:
+    seconds, count = seconds_per_evaluation(stage, 16), stage.cfg.publish.images * stage.cfg.gamma.noise_levels
     rows = zip(stage.describe_levels(), seconds, strict=True)
     return [(f"check rounding of {v['name']}", 2 * v["flops"] * count, 2 * s * count) for v, s in rows]
 
 
-@hydra.main(version_base=None, config_path=common.CONFIGS, config_name="publish")
-def main(cfg: DictConfig) -> None:
-    common.run("publish", cfg, work, cost)
+@entry_point("publish")
+def main(cfg: Config) -> None:
+    run_stage("publish", cfg, work, cost)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,17 @@
 """results/<experiment>/ -> report.html: one self-contained page."""
 
-import common
-import hydra
-from omegaconf import DictConfig
-
-from mlem_diffusion.report import write_report
+from mlem_diffusion.experiment.report import write_report
+from mlem_diffusion.experiment.stage import Config, Stage, entry_point, run_stage, shown
 
 
-def work(stage: common.Stage) -> None:
+def work(stage: Stage) -> None:
     path = write_report(stage.results, title=stage.cfg.title or stage.cfg.name)
-    print(f"report: {common.shown(path)}")
+    print(f"report: {shown(path)}")
 
 
-@hydra.main(version_base=None, config_path=common.CONFIGS, config_name="report")
-def main(cfg: DictConfig) -> None:
-    common.run("report", cfg, work)
+@entry_point("report")
+def main(cfg: Config) -> None:
+    run_stage("report", cfg, work)
 
 
 if __name__ == "__main__":

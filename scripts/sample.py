@@ -5,26 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import common
-import hydra
-import run_settings
 import torch
-from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from mlem_diffusion import shards
-from mlem_diffusion.compare import Setting, setting_from
-from mlem_diffusion.cost import Ledger
-from mlem_diffusion.drift import Drift
+from mlem_diffusion import parallel
+from mlem_diffusion.comparison.settings import Setting, setting_from
+from mlem_diffusion.comparison.table import describe
+from mlem_diffusion.data.pixels import to_uint8
+from mlem_diffusion.diffusion.estimator import Drift
+from mlem_diffusion.diffusion.ledger import Ledger
+from mlem_diffusion.diffusion.level import Level
+from mlem_diffusion.diffusion.sampler import sample
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.family import identity_of, level_name, load_family, read_metadata
+from mlem_diffusion.experiment import sampler_runs
+from mlem_diffusion.experiment.stage import Config, Stage, bar, entry_point, is_mapping, run_stage, shown, to_plain
+from mlem_diffusion.figures.image_grid import save_grid
 from mlem_diffusion.files import atomic_write, read_json, understood, write_json
-from mlem_diffusion.grids import save_grid
-from mlem_diffusion.levels import Level
-from mlem_diffusion.metrics import to_uint8
-from mlem_diffusion.plans import Plan, load_plans
-from mlem_diffusion.samplers import sample
-from mlem_diffusion.tables import describe
+from mlem_diffusion.models.family import identity_of, level_name, load_family, read_metadata
+from mlem_diffusion.multilevel.plan import Plan, load_plans
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -42,13 +40,13 @@ def parse_seeds(text: str) -> list[int]:
     return list(dict.fromkeys(seeds))
 
 
-def choose(stage: common.Stage) -> tuple[Setting, float]:
+def choose(stage: Stage) -> tuple[Setting, float]:
     """The setting to sample with, and gamma of its probabilities."""
     given = stage.cfg.sampler
     if given != "best":
-        if not OmegaConf.is_dict(given):
+        if not is_mapping(given):
             raise UserError("sampler must be best, or the keys of a setting, such as sampler='{dynamics: ode, ...}'.")
-        values: Any = OmegaConf.to_container(given, resolve=True)
+        values: Any = to_plain(given)
         try:
             return setting_from(values), float(values.get("gamma", 2.5))
         except KeyError as error:
@@ -59,24 +57,24 @@ def choose(stage: common.Stage) -> tuple[Setting, float]:
         best = read_json(path, again)
         if stage.cfg.family.callable is None:
             levels = identity_of(read_metadata(stage.checkpoints, stage.cfg.family.widths))
-            run_settings.check_made_with(stage, best, levels, path, "make sample-compare")
+            sampler_runs.check_made_with(stage, best, levels, path, "make sample-compare")
         with understood(path, again):
             return setting_from(best), float(best["gamma"])
     print("sample: no comparison has been run, so the sampler is DPM-Solver++(2M), 20 steps, largest level.")
     return Setting("ode", "dpmpp_2m", "single", (level_name(stage.cfg.family.widths[-1]),), 20), 2.5
 
 
-def plans_of(stage: common.Stage, setting: Setting) -> dict[str, Plan]:
+def plans_of(stage: Stage, setting: Setting) -> dict[str, Plan]:
     """The plans that the setting's may be among; UserError where it names one and there are none any more."""
     return load_plans(stage.find("plans.json"))[0] if setting.plan else {}
 
 
-def load_levels(stage: common.Stage, setting: Setting) -> tuple[dict[str, Level], Any, tuple[int, ...]]:
+def load_levels(stage: Stage, setting: Setting) -> tuple[dict[str, Level], Any, tuple[int, ...]]:
     """The levels by name, what identifies them, and the shape of a picture. The images that a family was trained on are
     needed only where its Gaussian denoiser is one of the setting's levels."""
     cfg = stage.cfg
-    if cfg.family.callable is not None or run_settings.GAUSSIAN in setting.levels:
-        levels, inputs, shape, _ = run_settings.load_levels(stage)
+    if cfg.family.callable is not None or sampler_runs.GAUSSIAN in setting.levels:
+        levels, inputs, shape, _ = sampler_runs.load_levels(stage)
     else:
         loaded = load_family(
             stage.checkpoints,
@@ -94,31 +92,31 @@ def load_levels(stage: common.Stage, setting: Setting) -> tuple[dict[str, Level]
 
 
 def draw(
-    stage: common.Stage,
+    stage: Stage,
     setting: Setting,
     drift: Drift,
     shape: tuple[int, ...],
     seeds: list[int],
     take: Callable[[dict[int, tuple[torch.Tensor, Ledger]]], object],
 ) -> None:
-    """Sample in batches; take(batch number -> uint8 images [B, 3, H, W] and ledger) gets them in order. Collective (shards.py)."""
+    """Sample in batches; take(batch number -> uint8 images [B, 3, H, W] and ledger) gets them in order. Collective (parallel.py)."""
     grid, batch = stage.process().grid(setting.steps), stage.cfg.compare.batch
 
     def one(batch: list[int]) -> tuple[torch.Tensor, Ledger]:
         images, ledger = sample(drift, grid, setting.dynamics, setting.step_rule, batch, shape, stage.device)
         return to_uint8(images.cpu()), ledger
 
-    shards.deal([seeds[start : start + batch] for start in range(0, len(seeds), batch)], one, take, stage.should_stop)
+    parallel.deal([seeds[start : start + batch] for start in range(0, len(seeds), batch)], one, take, stage.should_stop)
 
 
-def help_draw(stage: common.Stage, setting: Setting, gamma: float, seeds: list[int]) -> None:
+def help_draw(stage: Stage, setting: Setting, gamma: float, seeds: list[int]) -> None:
     """`draw` in a process that helps the main one."""
     levels, _, shape = load_levels(stage, setting)
     drift = setting.build(levels, gamma, plans_of(stage, setting))
     draw(stage, setting, drift, shape, seeds, lambda found: None)
 
 
-def work(stage: common.Stage) -> None:
+def work(stage: Stage) -> None:
     cfg, seeds = stage.cfg, parse_seeds(stage.cfg.seeds)
     setting, gamma = choose(stage)
     levels, inputs, shape = load_levels(stage, setting)
@@ -130,7 +128,7 @@ def work(stage: common.Stage) -> None:
     stage.catch_signals()
     folder, total, parts = stage.results / "samples", Ledger([v.flops for v in drift.levels]), []
     folder.mkdir(parents=True, exist_ok=True)
-    with common.bar("sample", len(seeds)) as progress:
+    with bar("sample", len(seeds)) as progress:
 
         def take(found: dict[int, tuple[torch.Tensor, Ledger]]) -> None:
             for number, (pixels, ledger) in found.items():
@@ -141,11 +139,8 @@ def work(stage: common.Stage) -> None:
                 parts.append(pixels)
             progress(total.images, len(seeds))
 
-        shards.ask(help_draw, setting, gamma, seeds)
-        try:
-            draw(stage, setting, drift, shape, seeds, take)
-        except shards.Interrupted as error:
-            raise common.Stopped(f"stopped as asked after {total.images} images") from error
+        parallel.ask(help_draw, setting, gamma, seeds)
+        draw(stage, setting, drift, shape, seeds, take)
     save_grid(torch.cat(parts)[:1024], folder / "grid.png", scale=None)
     facts = {
         "gflops": total.flops_per_image / 1e9,
@@ -155,23 +150,23 @@ def work(stage: common.Stage) -> None:
     row = {**setting.__dict__, "levels": "+".join(setting.levels)}
     write_json(folder / "samples.json", {"setting": row, "gamma": gamma, "seeds": seeds, "per_image": facts})
     stage.mark_done(fingerprint, stage.hashes(outputs))
-    where = common.shown(folder)
+    where = shown(folder)
     print(f"sample: {len(seeds)} images in {where}/ with {describe(row)}: ", end="")
     print(f"{facts['gflops']:.3g} GFLOP and {facts['seconds']:.3g} s per image; grid.png shows them.")
 
 
-def cost(stage: common.Stage) -> list[tuple[str, float, float]]:
+def cost(stage: Stage) -> list[tuple[str, float, float]]:
     """Of the images asked for, with the sampler that would be used."""
     seeds, (setting, gamma) = parse_seeds(stage.cfg.seeds), choose(stage)
-    levels, seconds = run_settings.priced_levels(stage)
+    levels, seconds = sampler_runs.priced_levels(stage)
     drift, evaluations = setting.build(levels, gamma, plans_of(stage, setting)), setting.evaluations(stage.process())
     counts = zip(drift.levels, drift.expected_evaluations(evaluations) * len(seeds), strict=True)
     return [(f"sample with {v.name}", v.flops * count, seconds[v.name] * count) for v, count in counts]
 
 
-@hydra.main(version_base=None, config_path=common.CONFIGS, config_name="sample")
-def main(cfg: DictConfig) -> None:
-    common.run("sample", cfg, work, cost)
+@entry_point("sample")
+def main(cfg: Config) -> None:
+    run_stage("sample", cfg, work, cost)
 
 
 if __name__ == "__main__":

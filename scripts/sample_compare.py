@@ -7,92 +7,81 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import common
-import hydra
 import numpy as np
-import run_settings
-import side_by_side
-from omegaconf import DictConfig, OmegaConf
 
-from mlem_diffusion import batches, shards, speedup
-from mlem_diffusion.compare import Runner, Setting, best_setting, row_of, setting_of, settings_of
-from mlem_diffusion.data import ImageData
+from mlem_diffusion import parallel
+from mlem_diffusion.comparison import speedup
+from mlem_diffusion.comparison.features import Extractor
+from mlem_diffusion.comparison.frechet import Statistics, distance_floor, feature_statistics, frechet_distance
+from mlem_diffusion.comparison.runner import Runner
+from mlem_diffusion.comparison.settings import Setting, best_setting, row_of, setting_of, settings_of
+from mlem_diffusion.comparison.table import BASELINES, describe, for_figures, key_of, write_rows
+from mlem_diffusion.comparison.verdicts import verdicts
+from mlem_diffusion.data.images import ImageData
+from mlem_diffusion.data.pixels import to_uint8
+from mlem_diffusion.diffusion.step_rules import STEP_RULES
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.extractors import Extractor
+from mlem_diffusion.experiment import sampler_runs, side_by_side
+from mlem_diffusion.experiment.stage import Config, Stage, bar, entry_point, run_stage, to_plain
+from mlem_diffusion.experiment.tracking import Tracker
+from mlem_diffusion.figures.comparison import plot_compare
+from mlem_diffusion.figures.image_grid import comparison_grid
 from mlem_diffusion.files import kept, read_arrays, understood, write_arrays, write_json
-from mlem_diffusion.grids import comparison_grid
-from mlem_diffusion.metrics import (
-    Statistics,
-    distance_floor,
-    feature_statistics,
-    frechet_distance,
-    to_uint8,
-)
-from mlem_diffusion.plans import Plan, load_plans
-from mlem_diffusion.plot_compare import plot_compare
-from mlem_diffusion.step_rules import STEP_RULES
-from mlem_diffusion.tables import BASELINES, describe, frontier, key_of, write_rows
-from mlem_diffusion.tracking import Tracker
-from mlem_diffusion.verdicts import verdicts
+from mlem_diffusion.multilevel.plan import Plan, load_plans
+from mlem_diffusion.statistics import frontier
 
 OUTPUTS = ["compare.csv", "compare.png", "speedup.json"]
 
 
-def real_statistics(stage: common.Stage, runner: Runner, images: ImageData | None) -> tuple[Statistics, float | None]:
+def real_statistics(stage: Stage, runner: Runner, images: ImageData | None) -> tuple[Statistics, float | None]:
     """Statistics of all training images' features, and the real-against-real distance for as many images as are sampled
     (None where that is not known): of the images, or without them the published ones."""
     assert runner.extractor is not None
     if images is not None:
         real = real_features(stage, images, runner.extractor, runner.cache)
         return feature_statistics(real), distance_floor(real, stage.cfg.compare.n, stage.cfg.compare.seed)
-    found = run_settings.published_statistics(stage, runner.extractor)
+    found = sampler_runs.published_statistics(stage, runner.extractor)
     if found is None:
         raise UserError("This family has no training images, so there is no distance to them: say metrics=none.")
     return found
 
 
-def real_features(stage: common.Stage, images: ImageData, extractor: Extractor, cache: Path) -> np.ndarray:
+def real_features(stage: Stage, images: ImageData, extractor: Extractor, cache: Path) -> np.ndarray:
     """Features [N, D] of all training images, kept in the cache: Inception needs hours for them on a CPU."""
     key = hashlib.sha256(f"{images.manifest['sha256']} {extractor.key}".encode()).hexdigest()[:20]
     path = cache / f"real-{key}.npz"
 
     def make() -> None:
-        shards.ask(help_extract, path)
+        parallel.ask(help_extract, path)
         extract(stage, images, extractor, path)
 
     return kept(path, lambda p: read_arrays(p, "run make sample-compare again")["features"], make)
 
 
-def extract(stage: common.Stage, images: ImageData, extractor: Extractor, path: Path, chunk: int = 1024) -> None:
-    """Make the file of the real images' features; collective (shards.py)."""
+def extract(stage: Stage, images: ImageData, extractor: Extractor, path: Path, chunk: int = 1024) -> None:
+    """Make the file of the real images' features; collective (parallel.py)."""
     train = images.train()
 
-    def work(i: int) -> batches.Arrays:
+    def work(i: int) -> parallel.Arrays:
         return {"features": extractor.features(images.images[train[i * chunk : (i + 1) * chunk]]).numpy()}
 
-    def write(arrays: batches.Arrays) -> None:
+    def write(arrays: parallel.Arrays) -> None:
         write_arrays(path, arrays, compress=False)
 
-    job, done = batches.Job(path, -(-len(train) // chunk), work, write), 0
-    with common.bar("features of the real images", len(train)) as progress:
+    job, done = parallel.Job(path, -(-len(train) // chunk), work, write), 0
+    with bar("features of the real images", len(train)) as progress:
 
         def advance(_: int) -> None:
             nonlocal done
             done += 1
             progress(min(done * chunk, len(train)), len(train))
 
-        try:
-            batches.run([job], stage.should_stop, advance)
-        except shards.Interrupted as error:
-            if not shards.is_main():
-                raise
-            what = "stopped as asked while extracting the features of the real images"
-            raise common.Stopped(what) from error
+        parallel.run_jobs([job], stage.should_stop, advance)
 
 
-def help_extract(stage: common.Stage, path: Path) -> None:
+def help_extract(stage: Stage, path: Path) -> None:
     """`extract` in a process that helps the main one."""
-    extractor = run_settings.make_extractor(stage)
+    extractor = sampler_runs.make_extractor(stage)
     assert extractor is not None
     extract(stage, stage.data(), extractor, path)
 
@@ -109,7 +98,7 @@ class Planned:
     unit: str = "flops"
 
 
-def read_planned(stage: common.Stage) -> Planned:
+def read_planned(stage: Stage) -> Planned:
     """Empty where the optimiser has not run; UserError where its seeds are those to be judged on."""
     path = stage.find("plans.json")
     if stage.cfg.compare.plans == "none" or not path.is_file():
@@ -130,16 +119,16 @@ def read_planned(stage: common.Stage) -> Planned:
         return Planned(plans, settings, alone | selected, content["calibration"]["flops"], unit)
 
 
-def work(stage: common.Stage) -> None:
+def work(stage: Stage) -> None:
     cfg = stage.cfg
-    runner, images = run_settings.make_runner(stage)
+    runner, images = sampler_runs.make_runner(stage)
     fingerprint = stage.fingerprint(("compare",), runner=runner.key, plans=sorted(runner.plans))
     if stage.finished(fingerprint, OUTPUTS):
         return
     stage.catch_signals()
-    config: Any = OmegaConf.to_container(cfg.compare, resolve=True)
+    config: Any = to_plain(cfg.compare)
     planned = read_planned(stage)
-    names, beside = run_settings.names_of(runner.levels)
+    names, beside = sampler_runs.names_of(runner.levels)
     settings = list(dict.fromkeys(settings_of(config, names, runner.process.base_steps, beside) + planned.settings))
     # settings that share noise increments run next to each other
     settings.sort(key=lambda s: (s.dynamics, STEP_RULES[s.dynamics, s.step_rule].clock or "", s.steps))
@@ -157,7 +146,7 @@ def work(stage: common.Stage) -> None:
             "sample_compare: no distances, since the images are not here and no such statistics of them are published."
         )
     rows, measured, pictures = [], [], {}
-    for setting, found in zip(settings, run_settings.run_all(stage, runner, settings), strict=True):
+    for setting, found in zip(settings, sampler_runs.run_all(stage, runner, settings), strict=True):
         row = row_of(setting, found["costs"], **shared)
         has_diverged = "diverged" in row
         if statistics is not None:
@@ -179,7 +168,7 @@ def work(stage: common.Stage) -> None:
 
     # ---- artefacts ---------------------------------------------------------------------------------------
     write_rows(rows, stage.results / "compare.csv")
-    plot_compare(rows, stage.results / "compare.png", title=cfg.title)
+    plot_compare(for_figures(rows), stage.results / "compare.png", title=cfg.title)
     result = speedup.speedups(
         measured, reference=statistics, seed=config["seed"],
         replicates=config["bootstrap"], distance_replicates=config["distance_bootstrap"],
@@ -249,13 +238,13 @@ def tell(result: dict[str, Any]) -> None:
                 print(f"{dynamics}, {kind} ML-EM, FLOPs at equal {measure}: {text}")
 
 
-def cost(stage: common.Stage) -> list[tuple[str, float, float]]:
-    levels, seconds = run_settings.priced_levels(stage)
-    config: Any = OmegaConf.to_container(stage.cfg.compare, resolve=True)
+def cost(stage: Stage) -> list[tuple[str, float, float]]:
+    levels, seconds = sampler_runs.priced_levels(stage)
+    config: Any = to_plain(stage.cfg.compare)
     process, out = stage.process(), {}
     gamma = 2.5 if config["gamma"] == "auto" else float(config["gamma"])
     planned = read_planned(stage)
-    names, beside = run_settings.names_of(levels)
+    names, beside = sampler_runs.names_of(levels)
     for s in dict.fromkeys(settings_of(config, names, process.base_steps, beside) + planned.settings):
         drift, evaluations = s.build(levels, gamma, planned.plans), s.evaluations(process)
         per_level = zip(drift.levels, drift.expected_evaluations(evaluations), strict=True)
@@ -271,9 +260,9 @@ def cost(stage: common.Stage) -> list[tuple[str, float, float]]:
     return [(what, flops, time) for what, (flops, time) in out.items()]
 
 
-@hydra.main(version_base=None, config_path=common.CONFIGS, config_name="sample_compare")
-def main(cfg: DictConfig) -> None:
-    common.run("sample_compare", cfg, work, cost)
+@entry_point("sample_compare")
+def main(cfg: Config) -> None:
+    run_stage("sample_compare", cfg, work, cost)
 
 
 if __name__ == "__main__":

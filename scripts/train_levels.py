@@ -11,31 +11,41 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-import common
-import hydra
 import numpy as np
-import side_by_side
 import torch
 import torch.distributed as dist
-import training_plan
-from omegaconf import DictConfig, OmegaConf
 
-from mlem_diffusion import published, shards
-from mlem_diffusion.checkpoint import AGAIN, check_weights, load_state
-from mlem_diffusion.data import ImageData
-from mlem_diffusion.drift import SingleLevel
+from mlem_diffusion import parallel
+from mlem_diffusion.data.images import ImageData
+from mlem_diffusion.data.pixels import to_uint8
+from mlem_diffusion.diffusion.estimator import SingleLevel
+from mlem_diffusion.diffusion.sampler import sample
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.evaluate import denoising_errors, noise_levels
-from mlem_diffusion.family import as_level, build_denoiser, read_metadata, weights_of
+from mlem_diffusion.experiment import side_by_side, training_plan
+from mlem_diffusion.experiment.locks import FolderLock
+from mlem_diffusion.experiment.stage import (
+    Config,
+    Stage,
+    bar,
+    device_model,
+    entry_point,
+    is_main_process,
+    run_stage,
+    seconds_per_evaluation,
+    shown,
+    to_plain,
+    to_yaml,
+)
+from mlem_diffusion.experiment.tracking import Tracker
+from mlem_diffusion.figures.image_grid import save_grid
+from mlem_diffusion.figures.training import plot_training
 from mlem_diffusion.files import read_json, sha256_of, write_json, write_text
-from mlem_diffusion.grids import save_grid
-from mlem_diffusion.locks import FolderLock
-from mlem_diffusion.metrics import to_uint8
-from mlem_diffusion.plot_compare import plot_training
-from mlem_diffusion.samplers import sample
-from mlem_diffusion.tracking import Tracker
-from mlem_diffusion.train import Interrupted, train_level
-from mlem_diffusion.watch import snapshot_losses
+from mlem_diffusion.gamma.denoising_errors import denoising_errors, noise_levels
+from mlem_diffusion.gamma.snapshots import snapshot_losses
+from mlem_diffusion.models import published
+from mlem_diffusion.models.checkpoint import AGAIN, check_weights, load_state
+from mlem_diffusion.models.family import as_level, build_denoiser, read_metadata, weights_of
+from mlem_diffusion.training.loop import train_level
 
 TRAINING = ("data", "process", "unet", "train", "family")  # groups of the configuration that decide what is trained
 GROUPS = ("process", "unet", "train")
@@ -46,12 +56,12 @@ ANEW = "train this level anew (ARGS=overwrite=true)"
 CLAIM = "claim.json"  # in a level's folder: the fingerprint of what is trained there
 
 
-def level_fingerprint(stage: common.Stage, level: dict[str, Any], data_sha256: str) -> str:
+def level_fingerprint(stage: Stage, level: dict[str, Any], data_sha256: str) -> str:
     own = {key: level[key] for key in ("width", "target", "train_seed") if key in level}
     return stage.fingerprint(GROUPS, data=data_sha256, **own)
 
 
-def is_trained(stage: common.Stage, folder: Path, fingerprint: str) -> bool:
+def is_trained(stage: Stage, folder: Path, fingerprint: str) -> bool:
     """Whether the level was trained to the end by this configuration, and its files are still those. Damaged ones that its
     state can replace count as not yet written; UserError for others, unless they are to be overwritten."""
     if not (folder / "metadata.json").is_file():
@@ -76,7 +86,7 @@ def is_trained(stage: common.Stage, folder: Path, fingerprint: str) -> bool:
     return True
 
 
-def claim_folder(stage: common.Stage, folder: Path, fingerprint: str) -> None:
+def claim_folder(stage: Stage, folder: Path, fingerprint: str) -> None:
     """Make the level's folder ready for this configuration: to begin, or to go on where it stands."""
     if stage.cfg.overwrite and not can_go_on(folder, fingerprint):
         for file in folder.iterdir():
@@ -85,11 +95,11 @@ def claim_folder(stage: common.Stage, folder: Path, fingerprint: str) -> None:
     marker = folder / CLAIM
     if marker.is_file() and read_json(marker, ANEW)["fingerprint"] != fingerprint:
         raise UserError(
-            f"{common.shown(folder)} holds a level of another configuration or data set; "
+            f"{shown(folder)} holds a level of another configuration or data set; "
             "give this run another name (name=...), or ARGS=overwrite=true to train it anew."
         )
     write_json(marker, {"fingerprint": fingerprint})
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(stage.plain())))
+    write_text(folder / "config.yaml", to_yaml(stage.plain()))
 
 
 def can_go_on(folder: Path, fingerprint: str) -> bool:
@@ -104,7 +114,7 @@ def can_go_on(folder: Path, fingerprint: str) -> bool:
 
 
 def train_one(
-    stage: common.Stage,
+    stage: Stage,
     level: dict[str, Any],
     images: ImageData,
     held_out: torch.Tensor,
@@ -114,13 +124,13 @@ def train_one(
     """Train one level unless that has been done; returns its metadata. position: the progress bar's line."""
     folder = stage.checkpoints / level["name"]
     fingerprint = level_fingerprint(stage, level, images.manifest["sha256"])
-    trained = shards.from_main(lambda: is_trained(stage, folder, fingerprint))
+    trained = parallel.from_main(lambda: is_trained(stage, folder, fingerprint))
     if trained:
-        print(f"{level['name']}: already trained.") if common.is_main_process() else None
+        print(f"{level['name']}: already trained.") if is_main_process() else None
         return read_json(folder / "metadata.json", AGAIN)
-    lock = FolderLock(folder, f"training of {level['name']}", common.shown(folder))
+    lock = FolderLock(folder, f"training of {level['name']}", shown(folder))
     try:
-        if common.is_main_process():
+        if is_main_process():
             lock.take()
             claim_folder(stage, folder, fingerprint)
         wait_for_all()  # and no process reads the folder before that
@@ -130,7 +140,7 @@ def train_one(
 
 
 def train_claimed(
-    stage: common.Stage,
+    stage: Stage,
     level: dict[str, Any],
     images: ImageData,
     held_out: torch.Tensor,
@@ -141,7 +151,7 @@ def train_claimed(
     """`train_one` in a folder that this process has."""
     cfg, folder, process = stage.cfg, stage.checkpoints / level["name"], stage.process()
     config = training_plan.train_config(stage, level)
-    unet: Any = OmegaConf.to_container(cfg.unet, resolve=True)
+    unet: Any = to_plain(cfg.unet)
     denoiser = build_denoiser(level["width"], level["size"], level["data_rms"], unet, level["target"], config.seed)
     shape, seeds = (3, level["size"], level["size"]), list(range(16))
 
@@ -156,7 +166,7 @@ def train_claimed(
             tracker.image(f"{level['name']}/samples-ema", path)
 
     train_images = images.images[images.train()]
-    with common.bar(level["name"], config.images, position=position) as progress:
+    with bar(level["name"], config.images, position=position) as progress:
 
         def report(record: dict[str, Any]) -> None:
             progress(record["images"], config.images)
@@ -174,7 +184,7 @@ def train_claimed(
             report=report, snapshot=None if "train_seed" in level else on_snapshot, should_stop=stage.should_stop,
             on_resume=resume, identity=fingerprint,
         )  # fmt: skip
-    if not common.is_main_process():
+    if not is_main_process():
         return level
     state: Any = load_state(folder / STATE)
     logsnr = noise_levels(process, cfg.gamma.noise_levels)
@@ -198,7 +208,7 @@ def train_claimed(
         "history": state["history"],
         "held_out": {"images": len(held_out), "logsnr": list(logsnr), "loss": list(loss[0].mean(axis=0))},
         "config": stage.plain("name", *TRAINING),
-        "device": common.device_model(stage.device),
+        "device": device_model(stage.device),
         "seconds_last_run": round(time.monotonic() - started, 1),
     }
     write_json(folder / "metadata.json", metadata)
@@ -210,12 +220,12 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
-def work(stage: common.Stage) -> None:
+def work(stage: Stage) -> None:
     """Every one of several processes does this: each trains on its part of every batch."""
     chosen = chosen_levels(stage)
-    if shards.from_main(lambda: is_published(stage, chosen)):
-        if common.is_main_process():
-            where = common.shown(stage.checkpoints / published.FOLDER)
+    if parallel.from_main(lambda: is_published(stage, chosen)):
+        if is_main_process():
+            where = shown(stage.checkpoints / published.FOLDER)
             print(
                 f"train_levels: the levels are there already, published in {where}/ (ARGS=overwrite=true trains them anew)."
             )
@@ -227,7 +237,7 @@ def work(stage: common.Stage) -> None:
         train_some(stage, images, chosen)
 
 
-def is_published(stage: common.Stage, chosen: list[str]) -> bool:
+def is_published(stage: Stage, chosen: list[str]) -> bool:
     """Whether these levels lie published in the experiment's folder, and none has been begun here; where levels of the
     family are among them, those that are trained again need not be there. UserError where they are of another configuration
     or data set than asked for. Needs no images."""
@@ -244,13 +254,13 @@ def is_published(stage: common.Stage, chosen: list[str]) -> bool:
         data = read_json(prepared, "prepare the images again")["sha256"] if prepared.is_file() else found["data_sha256"]
         if found["fingerprint"] != level_fingerprint(stage, level, data):
             raise UserError(
-                f"{common.shown(folder)} holds published levels of another configuration or data set; "
+                f"{shown(folder)} holds published levels of another configuration or data set; "
                 "give this run another name (name=...), or ARGS=overwrite=true to train anew."
             )
     return True
 
 
-def chosen_levels(stage: common.Stage) -> list[str]:
+def chosen_levels(stage: Stage) -> list[str]:
     """Names of the levels to train: all, or those that `only` names; UserError for one that the family does not have."""
     names, only = training_plan.names(stage), stage.cfg.only
     wanted = names if only is None else [only] if isinstance(only, str) else list(only)
@@ -261,54 +271,51 @@ def chosen_levels(stage: common.Stage) -> list[str]:
     return [name for name in names if name in wanted]
 
 
-def train_some(stage: common.Stage, images: ImageData, names: list[str]) -> None:
+def train_some(stage: Stage, images: ImageData, names: list[str]) -> None:
     """Train some levels of the family, perhaps beside other jobs that train the rest: writes these levels' checkpoints and
     pictures, and records in a folder of their own. What belongs to all is made by a later run without `only`."""
     stage.catch_signals()
     levels = [level for level in training_plan.describe(stage, images.manifest["rms"]) if level["name"] in names]
-    missing = shards.from_main(lambda: [v for v in levels if not is_trained_here(stage, v, images)])
+    missing = parallel.from_main(lambda: [v for v in levels if not is_trained_here(stage, v, images)])
     for level in levels:
-        if level not in missing and common.is_main_process():
+        if level not in missing and is_main_process():
             print(f"{level['name']}: already trained.")
     held_out = stage.held_out(images)
     for level in missing:
         with recorded(stage, [level], stage.results / JOBS / level["name"]) as tracker:
             train_one(stage, level, images, held_out, tracker)
         wait_for_all()
-        if common.is_main_process():
-            print(f"{level['name']}: trained; see {common.shown(stage.checkpoints / level['name'])}/")
+        if is_main_process():
+            print(f"{level['name']}: trained; see {shown(stage.checkpoints / level['name'])}/")
 
 
-def is_trained_here(stage: common.Stage, level: dict[str, Any], images: ImageData) -> bool:
+def is_trained_here(stage: Stage, level: dict[str, Any], images: ImageData) -> bool:
     return is_trained(
         stage, stage.checkpoints / level["name"], level_fingerprint(stage, level, images.manifest["sha256"])
     )
 
 
 @contextmanager
-def recorded(stage: common.Stage, levels: list[dict[str, Any]], folder: Path) -> Iterator[Tracker | None]:
+def recorded(stage: Stage, levels: list[dict[str, Any]], folder: Path) -> Iterator[Tracker | None]:
     """The main process's tracker for these levels, which writes to the folder. Where none of them has begun, records and
-    pictures of earlier runs are dropped. An interruption becomes common.Stopped."""
-    if not common.is_main_process():
+    pictures of earlier runs are dropped."""
+    if not is_main_process():
         tracker = None
     else:
         fresh = not any((stage.checkpoints / v["name"] / STATE).is_file() for v in levels)
         for picture in [p for v in levels for p in (stage.results / "training").glob(f"{v['name']}-*.png") if fresh]:
             picture.unlink()
         tracker = Tracker(folder, stage.name, stage.plain(), **stage.cfg.tracking, fresh=fresh)
-    try:
-        with tracker or nullcontext():
-            yield tracker
-    except Interrupted as error:
-        raise common.Stopped(f"{error}; its state is saved") from error
+    with tracker or nullcontext():
+        yield tracker
 
 
-def train_all(stage: common.Stage, images: ImageData) -> None:
+def train_all(stage: Stage, images: ImageData) -> None:
     levels = training_plan.describe(stage, images.manifest["rms"])
     repeats = training_plan.repeated(stage)
     inputs = {"data": images.manifest["sha256"], **({"repeats": repeats} if repeats else {})}
     fingerprint = stage.fingerprint((*GROUPS, "family"), **inputs)
-    if shards.from_main(lambda: all(is_trained_here(stage, v, images) for v in levels)) and shards.from_main(
+    if parallel.from_main(lambda: all(is_trained_here(stage, v, images) for v in levels)) and parallel.from_main(
         lambda: stage.finished(fingerprint, ["training.png"])
     ):
         return
@@ -330,11 +337,11 @@ def train_all(stage: common.Stage, images: ImageData) -> None:
         if tracker is not None:
             collect_jobs(stage, tracker)
             publish(stage, [m for m in metadata if "train_seed" not in m], tracker)
-    if common.is_main_process():
+    if is_main_process():
         stage.record(fingerprint, ["training.png"], images.manifest)
 
 
-def publish(stage: common.Stage, metadata: list[dict[str, Any]], tracker: Tracker) -> None:
+def publish(stage: Stage, metadata: list[dict[str, Any]], tracker: Tracker) -> None:
     """What belongs to all levels: the figure of their losses, and the losses in the records."""
     shown = [{**m, "logsnr": m["held_out"]["logsnr"], "held_out": m["held_out"]["loss"]} for m in metadata]
     tracker.image("training", Path(plot_training(shown, stage.results / "training.png", title=stage.cfg.title)))
@@ -346,7 +353,7 @@ def publish(stage: common.Stage, metadata: list[dict[str, Any]], tracker: Tracke
     )
 
 
-def collect_jobs(stage: common.Stage, tracker: Tracker) -> None:
+def collect_jobs(stage: Stage, tracker: Tracker) -> None:
     """Take over the records of processes that trained one level."""
     for path in sorted((stage.results / JOBS).glob("*/metrics.jsonl")):
         tracker.take_over(path)
@@ -356,14 +363,14 @@ def collect_jobs(stage: common.Stage, tracker: Tracker) -> None:
         (stage.results / JOBS).rmdir()
 
 
-def mirror_pictures(stage: common.Stage, metadata: list[dict[str, Any]], tracker: Tracker) -> None:
+def mirror_pictures(stage: Stage, metadata: list[dict[str, Any]], tracker: Tracker) -> None:
     """Send to W&B the sample grids that workers wrote to files."""
     for level in metadata:
         for picture in sorted((stage.results / "training").glob(f"{level['name']}-*.png")):
             tracker.image(f"{level['name']}/samples-ema", picture)
 
 
-def train_in_worker(stage: common.Stage, level: dict[str, Any], position: int) -> None:
+def train_in_worker(stage: Stage, level: dict[str, Any], position: int) -> None:
     """One of several levels that train at a time, each in a process of its own."""
     stage.should_stop = side_by_side.stop_requested
     images = stage.data()
@@ -371,8 +378,8 @@ def train_in_worker(stage: common.Stage, level: dict[str, Any], position: int) -
         train_one(stage, level, images, stage.held_out(images), tracker, position)
 
 
-def estimate(stage: common.Stage) -> list[tuple[str, float, float]]:
-    seconds = dict(zip(stage.cfg.family.widths, common.seconds_per_evaluation(stage, 16), strict=True))
+def estimate(stage: Stage) -> list[tuple[str, float, float]]:
+    seconds = dict(zip(stage.cfg.family.widths, seconds_per_evaluation(stage, 16), strict=True))
     chosen, rows = chosen_levels(stage), []
     for v in training_plan.describe(stage):
         if v["name"] in chosen:
@@ -383,9 +390,9 @@ def estimate(stage: common.Stage) -> list[tuple[str, float, float]]:
     return rows
 
 
-@hydra.main(version_base=None, config_path=common.CONFIGS, config_name="train_levels")
-def main(cfg: DictConfig) -> None:
-    common.run("train_levels", cfg, work, estimate, everyone=True)
+@entry_point("train_levels")
+def main(cfg: Config) -> None:
+    run_stage("train_levels", cfg, work, estimate, everyone=True)
 
 
 if __name__ == "__main__":

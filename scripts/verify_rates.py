@@ -11,26 +11,24 @@ from dataclasses import replace
 from io import StringIO
 from typing import Any
 
-import common
-import hydra
 import numpy as np
-import side_by_side
-from omegaconf import DictConfig
 
-from mlem_diffusion import rates
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.exponents import MIN_POINTS, bars, exponent_entry, point, step_size_entry, towards_limit
+from mlem_diffusion.experiment import side_by_side
+from mlem_diffusion.experiment.stage import Config, Stage, bar, entry_point, run_stage
+from mlem_diffusion.experiment.tracking import Tracker
+from mlem_diffusion.figures.rates import plot_rates
 from mlem_diffusion.files import write_json, write_text
-from mlem_diffusion.plot_rates import plot_rates
-from mlem_diffusion.rates import Setting
-from mlem_diffusion.tracking import Tracker
+from mlem_diffusion.rates import settings as rates
+from mlem_diffusion.rates.exponents import MIN_POINTS, bars, exponent_entry, point, step_size_entry, towards_limit
+from mlem_diffusion.rates.settings import Setting
 
 Squared = dict[str, dict[Setting, np.ndarray]]  # dynamics -> setting -> squared errors of all replicates
 
 OUTPUTS = ["rates.json", "rates.png", "rates.csv"]
 
 
-def check(cfg: DictConfig) -> None:
+def check(cfg: Config) -> None:
     r = cfg.rates
     if set(r.choose_seeds) & set(r.judge_seeds):
         raise UserError("rates.choose_seeds and rates.judge_seeds must have no seed in common.")
@@ -57,7 +55,7 @@ def work_of(settings: Sequence[Setting]) -> int:
     )
 
 
-def simulate(stage: common.Stage, label: str, wanted: list[tuple[str, Sequence[int], list[Setting]]]) -> Squared:
+def simulate(stage: Stage, label: str, wanted: list[tuple[str, Sequence[int], list[Setting]]]) -> Squared:
     """Run (dynamics, seeds, settings) in parts, several processes at a time; replicates in the order of the seeds."""
     r, tasks = stage.cfg.rates, []
     for dynamics, seeds, settings in wanted:
@@ -70,7 +68,7 @@ def simulate(stage: common.Stage, label: str, wanted: list[tuple[str, Sequence[i
     total = sum(work_of(part) for _, _, part in tasks)
     context = multiprocessing.get_context("spawn")
     with (
-        common.bar(label, total, unit="step") as progress,
+        bar(label, total, unit="step") as progress,
         ProcessPoolExecutor(workers, context, side_by_side.begin_worker) as pool,
     ):
         futures = {
@@ -95,7 +93,7 @@ def simulate(stage: common.Stage, label: str, wanted: list[tuple[str, Sequence[i
     return out
 
 
-def choose(r: DictConfig, pilot: Sequence[Setting], squared: dict[Setting, np.ndarray]) -> tuple[dict, np.ndarray]:
+def choose(r: Config, pilot: Sequence[Setting], squared: dict[Setting, np.ndarray]) -> tuple[dict, np.ndarray]:
     """Settings by (gamma, method), and the error model's constants, from the pilot runs."""
     mse = np.array([squared[s.run].mean() for s in pilot])
     constants = rates.calibrate(pilot, mse)
@@ -119,7 +117,7 @@ def choose(r: DictConfig, pilot: Sequence[Setting], squared: dict[Setting, np.nd
     return chosen, constants
 
 
-def summarise(r: DictConfig, chosen: dict, constants: dict, squared: Squared, jumps: list, curves: dict) -> dict:
+def summarise(r: Config, chosen: dict, constants: dict, squared: Squared, jumps: list, curves: dict) -> dict:
     result: dict[str, Any] = {}
     for dynamics in r.dynamics:
         result[dynamics] = {}
@@ -176,12 +174,14 @@ def say(result: dict[str, Any], dynamics: Sequence[str]) -> None:
         for gamma, windows in result["towards_limit"][d].items():
             text = ", ".join(f"{w['exponent']:.2f} to error {w['error_range'][0]:.0e}" for w in windows)
             print(f"{d}: gamma {gamma}: ML-EM by the error model: {text}")
-        for gamma, bar in result["bars"][d].items():
-            missed = [name for name, fine in bar.items() if not fine and name != "met"]
-            print(f"{d}: gamma {gamma}: rates as claimed: {'yes' if bar['met'] else 'no (' + ', '.join(missed) + ')'}")
+        for gamma, checks in result["bars"][d].items():
+            missed = [name for name, fine in checks.items() if not fine and name != "met"]
+            print(
+                f"{d}: gamma {gamma}: rates as claimed: {'yes' if checks['met'] else 'no (' + ', '.join(missed) + ')'}"
+            )
 
 
-def work(stage: common.Stage) -> None:
+def work(stage: Stage) -> None:
     r = stage.cfg.rates
     check(stage.cfg)
     fingerprint = stage.fingerprint(("rates",))
@@ -216,10 +216,10 @@ def work(stage: common.Stage) -> None:
     stage.record(fingerprint, OUTPUTS)
 
 
-@hydra.main(version_base=None, config_path=common.CONFIGS, config_name="verify_rates")
-def main(cfg: DictConfig) -> None:
+@entry_point("verify_rates")
+def main(cfg: Config) -> None:
     cfg.name = "rates"  # an experiment of its own
-    common.run("verify_rates", cfg, work)
+    run_stage("verify_rates", cfg, work)
 
 
 if __name__ == "__main__":

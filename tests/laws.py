@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mlem_diffusion.powerlaw import fit_differences, fit_loss, fit_to_largest
+from mlem_diffusion.gamma.power_law import fit_differences, fit_loss, fit_to_largest
 
 FORMS = {"loss_fit": fit_loss, "differences": fit_differences, "to_largest": fit_to_largest}
 AMPLITUDE, FLOOR = 0.02, 0.01

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mlem_diffusion.adapters import adapt, clipped, from_diffusers, guided, trained_range
-from mlem_diffusion.cost import flops_per_evaluation
-from mlem_diffusion.drift import Multilevel
+from mlem_diffusion.diffusion.level import Level
+from mlem_diffusion.diffusion.process import LinearSchedule, Process, expand
+from mlem_diffusion.diffusion.sampler import sample
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.levels import Level
-from mlem_diffusion.process import LinearSchedule, Process, expand
-from mlem_diffusion.samplers import sample
-from mlem_diffusion.unet import Denoiser, UNet
+from mlem_diffusion.models.adapters import adapt, clipped, from_diffusers, guided, trained_range
+from mlem_diffusion.models.flops import flops_per_evaluation
+from mlem_diffusion.models.unet import Denoiser, UNet
+from mlem_diffusion.multilevel.estimators import Multilevel
 
 SHAPE = (3, 4, 4)
 ALPHAS_CUMPROD = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)

@@ -7,10 +7,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from mlem_diffusion.analytic import analytic_family, gaussian_mixture, smooth_field
+from mlem_diffusion.diffusion.level import check_family
+from mlem_diffusion.diffusion.process import add_noise
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.levels import check_family
-from mlem_diffusion.process import add_noise
+from mlem_diffusion.models.analytic import analytic_family, gaussian_mixture, smooth_field
 
 
 @pytest.mark.parametrize("logsnr", [-6.0, 0.0, 5.0])

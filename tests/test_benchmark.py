@@ -31,10 +31,10 @@ from mlem_diffusion.benchmark.record import (
     row,
 )
 from mlem_diffusion.benchmark.timing import measure
-from mlem_diffusion.cost import flops_per_evaluation
+from mlem_diffusion.diffusion.process import LinearSchedule, Process
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.files import read_json
-from mlem_diffusion.process import LinearSchedule, Process
+from mlem_diffusion.models.flops import flops_per_evaluation
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")

@@ -7,13 +7,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from mlem_diffusion.analytic import analytic_family
-from mlem_diffusion.calibration import Calibration, calibrate
-from mlem_diffusion.drift import SingleLevel
+from mlem_diffusion.diffusion.estimator import SingleLevel
+from mlem_diffusion.diffusion.process import LinearSchedule, Process
+from mlem_diffusion.diffusion.sampler import sample
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.plans import choose
-from mlem_diffusion.process import LinearSchedule, Process
-from mlem_diffusion.samplers import sample
+from mlem_diffusion.models.analytic import analytic_family
+from mlem_diffusion.multilevel.calibrate import Calibration, calibrate
+from mlem_diffusion.multilevel.plan import choose
 
 SHAPE, FAMILY = (1, 4, 4), analytic_family(levels=4)
 PROCESS, STEPS = Process(LinearSchedule(), base_steps=129), (9, 17, 33)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from mlem_diffusion.checkpoint import load_state, load_weights, save_state, save_weights
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.family import build_denoiser, describe, load_family
 from mlem_diffusion.files import atomic_write, read_json, write_json
+from mlem_diffusion.models.checkpoint import load_state, load_weights, save_state, save_weights
+from mlem_diffusion.models.family import build_denoiser, describe, load_family
 
 SMALL = {"multipliers": [1, 2], "blocks": 1, "attention": [4]}
 

@@ -15,23 +15,15 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from mlem_diffusion.compare import (
-    NoiseCache,
-    Runner,
-    Setting,
-    best_setting,
-    row_of,
-    setting_from,
-    setting_of,
-    settings_of,
-)
+from mlem_diffusion.comparison.features import Extractor
+from mlem_diffusion.comparison.runner import NoiseCache, Runner
+from mlem_diffusion.comparison.settings import Setting, best_setting, row_of, setting_from, setting_of, settings_of
+from mlem_diffusion.comparison.table import read_rows, write_rows
+from mlem_diffusion.diffusion.level import Level
+from mlem_diffusion.diffusion.process import LinearSchedule, Process
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.extractors import Extractor
 from mlem_diffusion.files import write_json
-from mlem_diffusion.levels import Level
-from mlem_diffusion.plans import Plan
-from mlem_diffusion.process import LinearSchedule, Process
-from mlem_diffusion.tables import read_rows, write_rows
+from mlem_diffusion.multilevel.plan import Plan
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
@@ -410,7 +402,7 @@ def stage_with(tmp_path: Path, gamma: Any) -> Any:
     ],
 )
 def test_gamma_is_the_first_estimate_that_is_finite(tmp_path, found, expected):
-    from run_settings import used_gamma
+    from mlem_diffusion.experiment.sampler_runs import used_gamma
 
     write_json(
         tmp_path / "gamma.json", {"estimates": {k: {"gamma": v, "interval": [1, None]} for k, v in found.items()}}
@@ -420,7 +412,7 @@ def test_gamma_is_the_first_estimate_that_is_finite(tmp_path, found, expected):
 
 
 def test_gamma_that_is_missing_is_one_sentence(tmp_path):
-    from run_settings import used_gamma
+    from mlem_diffusion.experiment.sampler_runs import used_gamma
 
     with pytest.raises(UserError, match="make measure-gamma"):
         used_gamma(stage_with(tmp_path, "auto"), None)

@@ -18,14 +18,14 @@ from hydra.errors import MissingConfigException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from mlem_diffusion.compare import settings_of
+from mlem_diffusion.comparison.features import Extractor
+from mlem_diffusion.comparison.settings import settings_of
+from mlem_diffusion.diffusion.process import Process
+from mlem_diffusion.diffusion.step_rules import REFERENCE_RULE, STEP_RULES
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.extractors import Extractor
-from mlem_diffusion.family import at_width, build_denoiser, describe, level_name
-from mlem_diffusion.optimise import METHODS
-from mlem_diffusion.process import Process
-from mlem_diffusion.step_rules import REFERENCE_RULE, STEP_RULES
-from mlem_diffusion.train import TrainConfig
+from mlem_diffusion.models.family import at_width, build_denoiser, describe, level_name
+from mlem_diffusion.multilevel.planner import METHODS
+from mlem_diffusion.training.loop import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -55,7 +55,7 @@ def plain(node: Any) -> Any:
 
 
 def test_there_is_a_root_for_every_script_and_the_other_way_round():
-    scripts = {p.stem for p in (ROOT / "scripts").glob("*.py") if "hydra.main" in p.read_text()}
+    scripts = {p.stem for p in (ROOT / "scripts").glob("*.py") if "@entry_point(" in p.read_text()}
     assert set(ROOTS) == scripts
     assert {"demo", "smoke", "celeba64"} <= set(EXPERIMENTS)
 
@@ -136,7 +136,7 @@ def test_every_experiment_can_be_optimised_and_judged_on_other_seeds(experiment)
 
 
 def test_the_analytic_experiment_is_a_family_of_its_own_without_distances():
-    from run_settings import make_extractor
+    from mlem_diffusion.experiment.sampler_runs import make_extractor
 
     cfg = configuration("sample_compare", "experiment=analytic")
     levels = instantiate(cfg.family.callable)
@@ -206,7 +206,7 @@ def stub(cfg: DictConfig) -> Any:
 
 
 def test_the_light_extractor_instantiates():
-    from run_settings import make_extractor
+    from mlem_diffusion.experiment.sampler_runs import make_extractor
 
     extractor = make_extractor(stub(configuration("sample_compare", "metrics=light", "metrics.dim=8")))
     assert isinstance(extractor, Extractor) and extractor.name != "FID"
@@ -214,7 +214,7 @@ def test_the_light_extractor_instantiates():
 
 
 def test_a_custom_extractor_instantiates():
-    from run_settings import make_extractor
+    from mlem_diffusion.experiment.sampler_runs import make_extractor
 
     overrides = [
         "metrics=custom",
@@ -247,7 +247,7 @@ def test_a_custom_extractor_instantiates():
     ],
 )
 def test_a_metric_that_cannot_be_made_is_one_sentence(overrides, sentence):
-    from run_settings import make_extractor
+    from mlem_diffusion.experiment.sampler_runs import make_extractor
 
     with pytest.raises(UserError, match=sentence) as error:
         make_extractor(stub(configuration("sample_compare", *overrides)))
@@ -255,7 +255,7 @@ def test_a_metric_that_cannot_be_made_is_one_sentence(overrides, sentence):
 
 
 def test_an_impossible_process_is_one_sentence():
-    import common
+    from mlem_diffusion.experiment import stage as common
 
     with pytest.raises(UserError, match=r"process\.spacing is 'even'"):
         common.build(configuration("train_levels", "process.spacing=even").process)
@@ -284,7 +284,7 @@ def test_the_defaults_of_the_configuration_are_those_of_the_code():
 
 
 def test_the_comment_on_the_reference_architecture_is_true():
-    from mlem_diffusion.family import describe
+    from mlem_diffusion.models.family import describe
 
     text = (CONFIGS / "unet" / "adm.yaml").read_text()
     found = re.search(r"([\d.]+) GFLOP at width (\d+), ([\d.]+) at width (\d+)", text)

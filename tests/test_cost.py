@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mlem_diffusion.cost import Ledger, flops_per_evaluation
-from mlem_diffusion.unet import Attention, Denoiser, UNet
+from mlem_diffusion.diffusion.ledger import Ledger
+from mlem_diffusion.models.flops import flops_per_evaluation
+from mlem_diffusion.models.unet import Attention, Denoiser, UNet
 
 
 class Wrapped(nn.Module):

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlem_diffusion import archives, data
+from mlem_diffusion.data import images as data
+from mlem_diffusion.data import sources as archives
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.files import read_json
 

@@ -13,13 +13,13 @@ from PIL import Image
 from torch import Tensor, nn
 from toys import SHAPE, gaussian_level, nonlinear_denoise, process, toy_family
 
-from mlem_diffusion.diagnostics import Diagnostics, diagnose, table
+from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.findings import best_chain, judge
-from mlem_diffusion.level_checks import check_contract, check_telescope
-from mlem_diffusion.level_statistics import Statistics, kurtosis
-from mlem_diffusion.levels import Level
-from mlem_diffusion.plot_diagnostics import plot_diagnostics
+from mlem_diffusion.figures.diagnostics import plot_diagnostics
+from mlem_diffusion.multilevel.diagnostics import Diagnostics, diagnose, table
+from mlem_diffusion.multilevel.findings import best_chain, judge
+from mlem_diffusion.multilevel.level_checks import check_contract, check_telescope
+from mlem_diffusion.multilevel.level_statistics import Statistics, kurtosis
 
 
 def run(family: Sequence[Level], **changes) -> Diagnostics:
@@ -81,8 +81,8 @@ def test_differences_of_linear_levels_are_exact() -> None:
 
 def test_states_are_those_of_the_largest_level_alone() -> None:
     """At the last noise level the largest level's output is the finished image."""
-    from mlem_diffusion.drift import SingleLevel
-    from mlem_diffusion.samplers import sample
+    from mlem_diffusion.diffusion.estimator import SingleLevel
+    from mlem_diffusion.diffusion.sampler import sample
 
     family = toy_family()
     for rule in (("ode", "heun"), ("sde", "ddpm")):
@@ -201,7 +201,7 @@ def test_rounding_between_batches_is_only_a_warning() -> None:
 
 def test_the_telescope_check_sees_wrong_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights without 1/p, and coins that come in pairs: a biased mean, and a wrong variance with the right mean."""
-    from mlem_diffusion import drift
+    from mlem_diffusion.diffusion import estimator as drift
 
     x = torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(0))
     right, coins = drift.telescope_weights, drift.draw_coins
@@ -221,7 +221,7 @@ def test_the_telescope_check_sees_wrong_weights(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_telescope_check_sees_a_wrong_gather(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlem_diffusion import drift
+    from mlem_diffusion.diffusion import estimator as drift
 
     right = drift.Schedule.__call__
     x = torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(0))

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from toys import grid_of, nonlinear_denoise
 
-from mlem_diffusion.drift import SingleLevel
-from mlem_diffusion.levels import Level
-from mlem_diffusion.noise import initial_noise
-from mlem_diffusion.samplers import sample
+from mlem_diffusion.diffusion.brownian import initial_noise
+from mlem_diffusion.diffusion.estimator import SingleLevel
+from mlem_diffusion.diffusion.level import Level
+from mlem_diffusion.diffusion.sampler import sample
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -7,13 +7,14 @@ import pytest
 import torch
 from toys import SHAPE, process, toy_family
 
-from mlem_diffusion.cost import Ledger
-from mlem_diffusion.drift import Drift, Multilevel, Quadrature, SingleLevel, Stitched, weighted_estimate
+from mlem_diffusion.diffusion.estimator import Drift, SingleLevel, Stitched, weighted_estimate
+from mlem_diffusion.diffusion.ledger import Ledger
+from mlem_diffusion.diffusion.level import Level
+from mlem_diffusion.diffusion.sampler import sample
+from mlem_diffusion.diffusion.step_rules import STEP_RULES
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.levels import Level
-from mlem_diffusion.probabilities import COINS
-from mlem_diffusion.samplers import sample
-from mlem_diffusion.step_rules import STEP_RULES
+from mlem_diffusion.multilevel.estimators import Multilevel, Quadrature
+from mlem_diffusion.multilevel.probabilities import COINS
 
 FLOPS = [1.0, 4.0, 16.0]
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from toys import gaussian_level, gaussian_variance, process, toy_family
 
-from mlem_diffusion.evaluate import denoising_errors, noise_levels, to_float
-from mlem_diffusion.levels import Level
-from mlem_diffusion.process import alpha_sigma
+from mlem_diffusion.data.pixels import to_float
+from mlem_diffusion.diffusion.level import Level
+from mlem_diffusion.diffusion.process import alpha_sigma
+from mlem_diffusion.gamma.denoising_errors import denoising_errors, noise_levels
 
 IMAGES = 0.5 * torch.randn(10, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LOGSNR = np.array([-6.0, -1.0, 0.5, 7.0])

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from mlem_diffusion.analytic import analytic_family
-from mlem_diffusion.drift import SingleLevel
+from mlem_diffusion.diffusion.estimator import SingleLevel
+from mlem_diffusion.diffusion.level import Level
+from mlem_diffusion.diffusion.process import LinearSchedule, Process
+from mlem_diffusion.diffusion.sampler import sample
+from mlem_diffusion.diffusion.step_rules import STEP_RULES
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.gains import Effects, forward_gains, measure_effects
-from mlem_diffusion.levels import Level
-from mlem_diffusion.process import LinearSchedule, Process
-from mlem_diffusion.samplers import sample
-from mlem_diffusion.step_rules import STEP_RULES
+from mlem_diffusion.models.analytic import analytic_family
+from mlem_diffusion.multilevel.gains import Effects, forward_gains, measure_effects
 
 SHAPE, PROCESS, FAMILY = (1, 4, 4), Process(LinearSchedule(), base_steps=257), analytic_family(levels=3)
 RULES = sorted(STEP_RULES)

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from mlem_diffusion import gaussian
-from mlem_diffusion.drift import Multilevel
+from mlem_diffusion.diffusion.level import Level, check_family
+from mlem_diffusion.diffusion.process import LinearSchedule, Process, add_noise, alpha_sigma
+from mlem_diffusion.diffusion.sampler import sample
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.gaussian import GaussianDenoiser, fit_gaussian, load_gaussian
-from mlem_diffusion.levels import Level, check_family
-from mlem_diffusion.process import LinearSchedule, Process, add_noise, alpha_sigma
-from mlem_diffusion.samplers import sample
+from mlem_diffusion.models import gaussian
+from mlem_diffusion.models.gaussian import GaussianDenoiser, fit_gaussian, load_gaussian
+from mlem_diffusion.multilevel.estimators import Multilevel
 
 SHAPE = (3, 4, 4)
 D = 48

@@ -8,11 +8,11 @@ import warnings
 import pytest
 import torch
 
-from mlem_diffusion import compilation
-from mlem_diffusion.compilation import compiled, first_line, use_compile_cache, wants
 from mlem_diffusion.errors import SlowPath, UserError
-from mlem_diffusion.family import as_level, build_denoiser, describe, shape_of
-from mlem_diffusion.inference import FastDenoiser, cover, inference_copy
+from mlem_diffusion.models import torch_compile as compilation
+from mlem_diffusion.models.compiled import FastDenoiser, cover, inference_copy
+from mlem_diffusion.models.family import as_level, build_denoiser, describe, shape_of
+from mlem_diffusion.models.torch_compile import compiled, first_line, use_compile_cache, wants
 
 UNET = {"multipliers": [1, 2], "blocks": 1, "attention": [4]}
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++")

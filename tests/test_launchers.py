@@ -166,7 +166,7 @@ def test_two_processes_draw_what_one_draws(trained):
 ENDS = """
 import sys
 sys.path.insert(0, {scripts!r})
-import processes
+from mlem_diffusion.experiment import processes
 from mlem_diffusion import shards
 
 class Stopped(Exception):

@@ -11,14 +11,22 @@ import torch
 from torch import Tensor
 from toys import grid_of, nonlinear_denoise, process, toy_family
 
-from mlem_diffusion.drift import Multilevel, SingleLevel
+from mlem_diffusion.diffusion.estimator import SingleLevel
+from mlem_diffusion.diffusion.level import Level
+from mlem_diffusion.diffusion.process import expand
+from mlem_diffusion.diffusion.sampler import combine, sample
+from mlem_diffusion.diffusion.step_rules import STEP_RULES
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.learned import LogOdds, Networks, _Randomness, follow_coins, gradient_estimate, learn_probabilities
-from mlem_diffusion.levels import Level
-from mlem_diffusion.probabilities import constant_probabilities
-from mlem_diffusion.process import expand
-from mlem_diffusion.samplers import combine, sample
-from mlem_diffusion.step_rules import STEP_RULES
+from mlem_diffusion.multilevel.estimators import Multilevel
+from mlem_diffusion.multilevel.learned import (
+    LogOdds,
+    Networks,
+    _Randomness,
+    follow_coins,
+    gradient_estimate,
+    learn_probabilities,
+)
+from mlem_diffusion.multilevel.probabilities import constant_probabilities
 
 SHAPE, CPU = (2, 3, 3), torch.device("cpu")
 FLOPS = [1.0, 4.0, 16.0]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.locks import FolderLock
+from mlem_diffusion.experiment.locks import FolderLock
 
 HOLD = """
 import sys, time

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mlem_diffusion.memory import is_out_of_memory
+from mlem_diffusion.errors import is_out_of_memory
 
 
 def test_a_refused_allocation_is_recognised():

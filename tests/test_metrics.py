@@ -13,7 +13,8 @@ from scipy.linalg import sqrtm
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mlem_diffusion import extractors, metrics
+from mlem_diffusion import statistics as metrics
+from mlem_diffusion.comparison import features as extractors
 from mlem_diffusion.errors import UserError
 
 

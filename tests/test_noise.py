@@ -7,7 +7,7 @@ import pytest
 import torch
 from toys import SHAPE, process
 
-from mlem_diffusion.noise import (
+from mlem_diffusion.diffusion.brownian import (
     PathWindows,
     coin_uniforms,
     increment_weights,
@@ -16,7 +16,7 @@ from mlem_diffusion.noise import (
     stream_seed,
     training_generator,
 )
-from mlem_diffusion.process import CosineSchedule, Process
+from mlem_diffusion.diffusion.process import CosineSchedule, Process
 
 CPU = torch.device("cpu")
 CLOCKS = ["snr", "time"]
@@ -106,7 +106,7 @@ def test_windows_give_the_path_a_few_steps_at_a_time(clock: str, held: int) -> N
 
 def test_a_range_of_steps_draws_only_the_blocks_it_touches(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    from mlem_diffusion import noise
+    from mlem_diffusion.diffusion import brownian as noise
 
     monkeypatch.setattr(noise, "stream_seed", lambda *key: calls.append(key) or stream_seed(*key))
     path_increments([1], SHAPE, process(320).grid(), "snr", CPU, range(0, 10))

@@ -10,12 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlem_diffusion.analytic import analytic_family
-from mlem_diffusion.drift import SingleLevel
+from mlem_diffusion.diffusion.estimator import SingleLevel
+from mlem_diffusion.diffusion.process import LinearSchedule, Process
+from mlem_diffusion.diffusion.sampler import sample
+from mlem_diffusion.diffusion.step_rules import REFERENCE_RULE
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.gains import Effects, measure_effects
-from mlem_diffusion.metrics import squared_errors
-from mlem_diffusion.optimise import (
+from mlem_diffusion.models.analytic import analytic_family
+from mlem_diffusion.multilevel.gains import Effects, measure_effects
+from mlem_diffusion.multilevel.plan import Plan
+from mlem_diffusion.multilevel.planner import (
     METHODS,
     Option,
     Planner,
@@ -28,11 +31,8 @@ from mlem_diffusion.optimise import (
     systematic_options,
     used,
 )
-from mlem_diffusion.plans import Plan
-from mlem_diffusion.probabilities import draw_coins, evaluation_probabilities
-from mlem_diffusion.process import LinearSchedule, Process
-from mlem_diffusion.samplers import sample
-from mlem_diffusion.step_rules import REFERENCE_RULE
+from mlem_diffusion.multilevel.probabilities import draw_coins, evaluation_probabilities
+from mlem_diffusion.statistics import squared_errors
 
 SHAPE, PROCESS, FAMILY = (1, 4, 4), Process(LinearSchedule(), base_steps=257), analytic_family(levels=3, amplitude=0.1)
 STEPS, JUDGED = (17, 33), range(1000, 1256)

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from toys import toy_family
 
-from mlem_diffusion.compare import Setting, setting_of
-from mlem_diffusion.drift import Multilevel, Quadrature, SingleLevel
+from mlem_diffusion.comparison.settings import Setting, setting_of
+from mlem_diffusion.diffusion.estimator import SingleLevel
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.files import write_json
-from mlem_diffusion.plans import Plan, choose, frontier, load_plans, save_plans
+from mlem_diffusion.multilevel.estimators import Multilevel, Quadrature
+from mlem_diffusion.multilevel.plan import Plan, choose, frontier, load_plans, save_plans
 
 FAMILY = toy_family()
 TABLE = np.stack([np.ones(6), np.linspace(0.3, 0.6, 6), np.linspace(0.05, 0.2, 6)], axis=1).astype(np.float32)

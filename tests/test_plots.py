@@ -7,23 +7,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlem_diffusion import plot_compare as plots
-from mlem_diffusion.errors import UserError
-from mlem_diffusion.grids import comparison_grid, image_grid, save_grid
-from mlem_diffusion.plot_compare import plot_compare, plot_training
-from mlem_diffusion.tables import (
+from mlem_diffusion.comparison.table import (
     COLUMNS,
     describe,
-    frontier,
-    interval,
     key_of,
     method_of,
-    number,
     pool_seeds,
     read_rows,
     trusted,
     write_rows,
 )
+from mlem_diffusion.errors import UserError
+from mlem_diffusion.experiment.html_tables import interval, number
+from mlem_diffusion.figures import comparison as plots
+from mlem_diffusion.figures.comparison import plot_compare
+from mlem_diffusion.figures.image_grid import comparison_grid, image_grid, save_grid
+from mlem_diffusion.figures.training import plot_training
+from mlem_diffusion.statistics import frontier
 
 
 def make_row(**changes: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlem_diffusion.portraits import render
+from mlem_diffusion.data.portraits import render
 
 
 @pytest.mark.parametrize("size", [16, 24, 32, 64])

@@ -7,7 +7,7 @@ import pytest
 from laws import AMPLITUDE, FLOOR, FORMS, contains, flops_of, law
 
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.powerlaw import fit_differences, fit_loss, fit_to_largest
+from mlem_diffusion.gamma.power_law import fit_differences, fit_loss, fit_to_largest
 
 
 @pytest.mark.parametrize("gamma", [1.5, 2.5, 5.0, 15.0])

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from toys import toy_family
 
+from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.levels import Level
-from mlem_diffusion.precision import plot_precision, precision_errors
+from mlem_diffusion.figures.rounding import plot_precision
+from mlem_diffusion.models.rounding import precision_errors
 
 
 def shifted(level: Level, by: float) -> Level:

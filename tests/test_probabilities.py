@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.probabilities import (
+from mlem_diffusion.multilevel.probabilities import (
     COINS,
     constant_probabilities,
     draw_coins,

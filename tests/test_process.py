@@ -10,8 +10,8 @@ import pytest
 import torch
 from toys import process
 
+from mlem_diffusion.diffusion.process import CosineSchedule, LinearSchedule, Process, Schedule, add_noise, alpha_sigma
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.process import CosineSchedule, LinearSchedule, Process, Schedule, add_noise, alpha_sigma
 
 SCHEDULES: list[Schedule] = [LinearSchedule(), CosineSchedule()]
 

@@ -26,13 +26,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 from safetensors.torch import load_file
 
-from mlem_diffusion import model_card, published
-from mlem_diffusion.checkpoint import load_weights, save_weights
+from mlem_diffusion.comparison.frechet import Statistics, frechet_distance
+from mlem_diffusion.data.portraits import render
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.family import build_denoiser, load_family, read_metadata
 from mlem_diffusion.files import read_json
-from mlem_diffusion.metrics import Statistics, frechet_distance
-from mlem_diffusion.portraits import render
+from mlem_diffusion.models import model_card, published
+from mlem_diffusion.models.checkpoint import load_weights, save_weights
+from mlem_diffusion.models.family import build_denoiser, load_family, read_metadata
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))

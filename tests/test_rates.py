@@ -8,9 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mlem_diffusion import jumps, rates, synthetic
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.exponents import (
+from mlem_diffusion.figures.rates import plot_rates
+from mlem_diffusion.multilevel.probabilities import draw_coins, telescope_weights
+from mlem_diffusion.rates import poisson_limit as jumps
+from mlem_diffusion.rates import problem as synthetic
+from mlem_diffusion.rates import settings as rates
+from mlem_diffusion.rates.exponents import (
     agreement,
     bars,
     exponent_entry,
@@ -21,11 +25,9 @@ from mlem_diffusion.exponents import (
     step_size_entry,
     towards_limit,
 )
-from mlem_diffusion.jumps import Rates, jump_process
-from mlem_diffusion.plot_rates import plot_rates
-from mlem_diffusion.probabilities import draw_coins, telescope_weights
-from mlem_diffusion.rates import Setting
-from mlem_diffusion.synthetic import Coins
+from mlem_diffusion.rates.poisson_limit import Rates, jump_process
+from mlem_diffusion.rates.problem import Coins
+from mlem_diffusion.rates.settings import Setting
 
 GRID = 1536
 

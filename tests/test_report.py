@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mlem_diffusion.comparison.table import COLUMNS, write_rows
 from mlem_diffusion.errors import UserError
+from mlem_diffusion.experiment.report import write_report
+from mlem_diffusion.figures.image_grid import save_grid
 from mlem_diffusion.files import sha256_of, write_json
-from mlem_diffusion.grids import save_grid
-from mlem_diffusion.report import write_report
-from mlem_diffusion.tables import COLUMNS, write_rows
 
 PIXELS = np.arange(4 * 3 * 8 * 8, dtype=np.uint8).reshape(4, 3, 8, 8)
 EMPTY_ENTRY = {"max": None, "lower95": None, "at": None, "baseline": None, "ours": None, "curve": []}

@@ -9,15 +9,16 @@ import pytest
 import torch
 from toys import SHAPE, gaussian_level, gaussian_variance, grid_of, nonlinear_denoise, process, toy_family
 
-from mlem_diffusion.cost import Ledger
-from mlem_diffusion.drift import Multilevel, SingleLevel
+from mlem_diffusion.diffusion.brownian import PathWindows, initial_noise, path_increments
+from mlem_diffusion.diffusion.estimator import SingleLevel
+from mlem_diffusion.diffusion.ledger import Ledger
+from mlem_diffusion.diffusion.level import Level
+from mlem_diffusion.diffusion.process import Grid, alpha_sigma
+from mlem_diffusion.diffusion.sampler import sample
+from mlem_diffusion.diffusion.step_rules import REFERENCE_RULE, STEP_RULES, Evaluation, steps_of
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.levels import Level
-from mlem_diffusion.noise import PathWindows, initial_noise, path_increments
-from mlem_diffusion.probabilities import COINS
-from mlem_diffusion.process import Grid, alpha_sigma
-from mlem_diffusion.samplers import sample
-from mlem_diffusion.step_rules import REFERENCE_RULE, STEP_RULES, Evaluation, steps_of
+from mlem_diffusion.multilevel.estimators import Multilevel
+from mlem_diffusion.multilevel.probabilities import COINS
 
 RULES = list(STEP_RULES)
 ODE_RULES = [rule for dynamics, rule in RULES if dynamics == "ode"]

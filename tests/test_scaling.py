@@ -12,9 +12,9 @@ import pytest
 from laws import FLOOR, FORMS, contains, flops_of, law
 
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.plot_gamma import plot_gamma
-from mlem_diffusion.powerlaw import Fit, fit_loss
-from mlem_diffusion.scaling import LevelErrors, estimate, hierarchy_warnings, htmc_answer
+from mlem_diffusion.figures.gamma import plot_gamma
+from mlem_diffusion.gamma.estimate import LevelErrors, estimate, hierarchy_warnings, htmc_answer
+from mlem_diffusion.gamma.power_law import Fit, fit_loss
 
 
 def family(gamma: float | None, levels: int = 7, scatter: float = 0.03, seed: int = 0) -> LevelErrors:

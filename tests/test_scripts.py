@@ -859,7 +859,7 @@ def test_seeds_that_are_not_understood(text):
 
 
 def test_paths_are_shown_from_the_root_where_they_lie_inside(tmp_path):
-    import common
+    from mlem_diffusion.experiment import stage as common
 
     assert common.shown(ROOT / "results" / "demo") == Path("results/demo")
     assert common.shown(tmp_path) == tmp_path
@@ -867,14 +867,14 @@ def test_paths_are_shown_from_the_root_where_they_lie_inside(tmp_path):
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (119, "119 s"), (150, "2 min"), (7200, "2.0 h")])
 def test_durations_in_words(seconds, text):
-    import common
+    from mlem_diffusion.experiment import stage as common
 
     assert common.duration(seconds) == text
 
 
 def test_a_signal_asks_for_a_stop_and_a_second_one_stops_now():
-    import common
-    from interrupts import Interrupts
+    from mlem_diffusion.experiment import stage as common
+    from mlem_diffusion.experiment.interrupts import Interrupts
 
     stage = object.__new__(common.Stage)
     stage._interrupts, stage.cfg, stage.started = Interrupts(), type("C", (), {"max_minutes": None})(), 0.0

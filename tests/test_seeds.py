@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from laws import FORMS, contains, flops_of, law
 
+from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.evaluate import denoising_errors, family_pairs, split_by_kind, squared_differences
-from mlem_diffusion.level_quality import differences_fall, overfitting_warnings
-from mlem_diffusion.levels import Level
-from mlem_diffusion.plot_gamma import plot_gamma
-from mlem_diffusion.scaling import LevelErrors, estimate
-from mlem_diffusion.seeds import Repeat, as_json, repeat_pairs, seed_spread
+from mlem_diffusion.figures.gamma import plot_gamma
+from mlem_diffusion.gamma.denoising_errors import denoising_errors, family_pairs, split_by_kind, squared_differences
+from mlem_diffusion.gamma.estimate import LevelErrors, estimate
+from mlem_diffusion.gamma.level_quality import differences_fall, overfitting_warnings
+from mlem_diffusion.gamma.training_seeds import Repeat, as_json, repeat_pairs, seed_spread
 
 SCATTER = 0.2  # standard deviation between seeds of the logarithm of a squared difference
 

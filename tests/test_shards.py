@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from mlem_diffusion import batches, shards
-from mlem_diffusion.compare import NoiseCache, Runner, Setting
-from mlem_diffusion.errors import SlowPath
-from mlem_diffusion.extractors import Extractor
-from mlem_diffusion.family import as_level, build_denoiser
+from mlem_diffusion import parallel
+from mlem_diffusion.comparison.features import Extractor
+from mlem_diffusion.comparison.runner import NoiseCache, Runner
+from mlem_diffusion.comparison.settings import Setting
+from mlem_diffusion.diffusion.process import LinearSchedule, Process
+from mlem_diffusion.errors import Interrupted, SlowPath
 from mlem_diffusion.files import read_arrays, write_arrays
-from mlem_diffusion.process import LinearSchedule, Process
+from mlem_diffusion.models.family import as_level, build_denoiser
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -88,18 +89,18 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, 
 
 
 def in_process_compare(folder: Path) -> Any:
-    return compared(folder / f"cache-{shards.rank()}")  # no process needs the main one's files
+    return compared(folder / f"cache-{parallel.rank()}")  # no process needs the main one's files
 
 
 def in_process_primitives(folder: Path) -> Any:
-    me, taken = shards.rank(), []
-    one_asks = [shards.agree(False), shards.agree(me == 1)]
-    told = shards.from_main(lambda: f"from {shards.rank()}")
-    everywhere = shards.gather({7 - me: me, me: -me})
-    shards.deal(list("abcde"), lambda item: (item, shards.rank()), taken.append)
+    me, taken = parallel.rank(), []
+    one_asks = [parallel.agree(False), parallel.agree(me == 1)]
+    told = parallel.from_main(lambda: f"from {parallel.rank()}")
+    everywhere = parallel.gather({7 - me: me, me: -me})
+    parallel.deal(list("abcde"), lambda item: (item, parallel.rank()), taken.append)
     stopped = []
-    with pytest.raises(shards.Interrupted, match="after 2 of 5"):
-        shards.deal(list("abcde"), lambda item: item, stopped.append, lambda: me == 1)
+    with pytest.raises(Interrupted, match="after 2 of 5"):
+        parallel.deal(list("abcde"), lambda item: item, stopped.append, lambda: me == 1)
     return {"agree": one_asks, "told": told, "gather": everywhere, "deal": taken, "stopped": stopped}
 
 
@@ -109,19 +110,19 @@ def in_process_serve(folder: Path) -> Any:
 
     def do(limit: int) -> list[int]:
         found: list[int] = []
-        stop = (lambda: len(found) >= limit) if shards.is_main() else shards.never
-        shards.deal(range(5), lambda i: i * i, lambda part: found.extend(part.values()), stop)
+        stop = (lambda: len(found) >= limit) if parallel.is_main() else parallel.never
+        parallel.deal(range(5), lambda i: i * i, lambda part: found.extend(part.values()), stop)
         return found
 
-    if not shards.is_main():
-        shards.serve((context, do))
+    if not parallel.is_main():
+        parallel.serve((context, do))
         return context
-    shards.ask(helped, 2)
-    with pytest.raises(shards.Interrupted):
+    parallel.ask(helped, 2)
+    with pytest.raises(Interrupted):
         do(2)
-    shards.ask(helped, 9)
+    parallel.ask(helped, 9)
     found = do(9)
-    shards.dismiss()
+    parallel.dismiss()
     return found
 
 
@@ -157,11 +158,11 @@ def test_processes_serve_until_they_are_dismissed(two):
 
 def test_one_process_needs_no_group():
     taken: list[Any] = []
-    shards.deal("ab", str.upper, taken.append)
-    shards.ask(print, "never printed")
-    shards.dismiss()
+    parallel.deal("ab", str.upper, taken.append)
+    parallel.ask(print, "never printed")
+    parallel.dismiss()
     assert taken == [{0: "A"}, {1: "B"}]
-    assert shards.agree(True) and not shards.agree(False) and shards.from_main(lambda: 3) == 3
+    assert parallel.agree(True) and not parallel.agree(False) and parallel.from_main(lambda: 3) == 3
 
 
 # ------------------------------------------------------------------------------------------------ stopping
@@ -170,11 +171,11 @@ def test_one_process_needs_no_group():
 def test_a_stop_loses_nothing_but_the_batch_in_flight(tmp_path):
     whole, runner = make_runner(tmp_path / "whole").reference("sde"), make_runner(tmp_path / "cache")
     for left in (2, 1):
-        with pytest.raises(shards.Interrupted):
+        with pytest.raises(Interrupted):
             runner.reference("sde", lambda: True)
         assert len(list((tmp_path / "cache").glob("*part*"))) == 3 - left
     counted: list[int] = []
-    assert torch.equal(runner.reference("sde", shards.never, counted.append), whole)
+    assert torch.equal(runner.reference("sde", parallel.never, counted.append), whole)
     assert counted == [0, 0, 0]  # progress counts what was there before
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [runner.reference_path("sde").name]
 
@@ -182,24 +183,24 @@ def test_a_stop_loses_nothing_but_the_batch_in_flight(tmp_path):
 def test_batches_that_were_kept_are_not_done_again(tmp_path):
     done: list[int] = []
 
-    def work(i: int) -> batches.Arrays:
+    def work(i: int) -> parallel.Arrays:
         done.append(i)
         return {"x": np.full(2, i)}
 
     written: list[Any] = []
 
-    def write(arrays: batches.Arrays) -> None:
+    def write(arrays: parallel.Arrays) -> None:
         written.append(arrays["x"].tolist())
         (tmp_path / "file").write_text("whole")
 
-    job = batches.Job(tmp_path / "file", 4, work, write)
+    job = parallel.Job(tmp_path / "file", 4, work, write)
     asked = iter([False, True])
-    with pytest.raises(shards.Interrupted):
-        batches.run([job], lambda: next(asked))
+    with pytest.raises(Interrupted):
+        parallel.run_jobs([job], lambda: next(asked))
     assert done == [0, 1]
     job.part(0).unlink()  # whichever are missing are done, and the order is that of the batches
     for _ in range(2):
-        batches.run([job])
+        parallel.run_jobs([job])
     assert done == [0, 1, 0, 2, 3] and written == [[0, 0, 1, 1, 2, 2, 3, 3]]
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -207,16 +208,16 @@ def test_batches_that_were_kept_are_not_done_again(tmp_path):
 def test_a_damaged_batch_is_done_again(tmp_path):
     done: list[int] = []
 
-    def work(i: int) -> batches.Arrays:
+    def work(i: int) -> parallel.Arrays:
         done.append(i)
         return {"x": np.full(2, i)}
 
-    job = batches.Job(tmp_path / "file.npz", 3, work, lambda arrays: write_arrays(tmp_path / "file.npz", arrays))
-    with pytest.raises(shards.Interrupted):
-        batches.run([job], lambda: len(done) == 2)
+    job = parallel.Job(tmp_path / "file.npz", 3, work, lambda arrays: write_arrays(tmp_path / "file.npz", arrays))
+    with pytest.raises(Interrupted):
+        parallel.run_jobs([job], lambda: len(done) == 2)
     job.part(0).write_bytes(job.part(0).read_bytes()[:-5])
     with pytest.warns(SlowPath, match="was damaged, so it is made again"):
-        batches.run([job])
+        parallel.run_jobs([job])
     assert done == [0, 1, 0, 2]
     assert read_arrays(tmp_path / "file.npz", "")["x"].tolist() == [0, 0, 1, 1, 2, 2]
 
@@ -224,7 +225,7 @@ def test_a_damaged_batch_is_done_again(tmp_path):
 def test_parts_of_files_that_are_whole_are_removed(tmp_path):
     for name in ("a.npz", "a-part000000.npz", "a-part000001.npz", "b-part000000.npz", "c-partly.npz"):
         (tmp_path / name).write_bytes(b"")
-    batches.remove_parts(tmp_path)
+    parallel.remove_parts(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "b-part000000.npz", "c-partly.npz"]
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mlem_diffusion.comparison.frechet import Statistics, fast_frechet, feature_statistics
+from mlem_diffusion.comparison.speedup import Setting, equal_error, resampled_errors, speedups
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.metrics import Statistics, fast_frechet, feature_statistics
-from mlem_diffusion.speedup import Setting, equal_error, resampled_errors, speedups
 
 N = 400
 

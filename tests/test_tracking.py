@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mlem_diffusion import tracking, wandb_mirror
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.tracking import Tracker
+from mlem_diffusion.experiment import tracking, wandb_process
+from mlem_diffusion.experiment.tracking import Tracker
 
 # A `wandb` that writes down what it is asked to do, and does what FAKE_WANDB says in the function of that name.
 FAKE = """
@@ -361,7 +361,7 @@ def test_a_wandb_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path, fa
 
 def test_a_wandb_that_is_slow_misses_records_with_one_warning(tmp_path: Path, fake: Fake, monkeypatch):
     monkeypatch.setattr(tracking, "PATIENCE", 0.5)
-    monkeypatch.setattr(wandb_mirror, "WAITING", 10)
+    monkeypatch.setattr(wandb_process, "WAITING", 10)
     fake.should("init:hang")
     with pytest.warns(UserWarning) as caught, Tracker(tmp_path, "train", {}) as tracker:
         for k in range(300):

@@ -15,13 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mlem_diffusion.checkpoint import load_state, save_state
+from mlem_diffusion.data.pixels import to_float
+from mlem_diffusion.data.portraits import render
+from mlem_diffusion.diffusion.process import CosineSchedule, LinearSchedule, Process
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.evaluate import denoising_errors, noise_levels, to_float
-from mlem_diffusion.family import as_level, build_denoiser
-from mlem_diffusion.portraits import render
-from mlem_diffusion.process import CosineSchedule, LinearSchedule, Process
-from mlem_diffusion.train import Interrupted, TrainConfig, draw_batch, ema_decay, learning_rate, train_level
+from mlem_diffusion.gamma.denoising_errors import denoising_errors, noise_levels
+from mlem_diffusion.models.checkpoint import load_state, save_state
+from mlem_diffusion.models.family import as_level, build_denoiser
+from mlem_diffusion.training.loop import Interrupted, TrainConfig, draw_batch, ema_decay, learning_rate, train_level
 
 SRC = Path(__file__).resolve().parents[1] / "src"
 PROCESS = Process(LinearSchedule(), base_steps=50, spacing="time")

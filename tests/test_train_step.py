@@ -28,16 +28,16 @@ from test_train import (
 )
 from torch import Tensor, nn
 
-from mlem_diffusion.checkpoint import load_state
+from mlem_diffusion.data.pixels import to_float
+from mlem_diffusion.data.portraits import render
+from mlem_diffusion.diffusion.process import add_noise
 from mlem_diffusion.errors import SlowPath, UserError
-from mlem_diffusion.evaluate import to_float
-from mlem_diffusion.family import build_denoiser
-from mlem_diffusion.graphed_step import GraphedStep
-from mlem_diffusion.portraits import render
-from mlem_diffusion.process import add_noise
-from mlem_diffusion.train import Interrupted, TrainConfig, draw_batch, ema_decay, learning_rate
-from mlem_diffusion.train_step import TrainStep, choose_precision, wants_graph
-from mlem_diffusion.unet import Denoiser
+from mlem_diffusion.models.checkpoint import load_state
+from mlem_diffusion.models.family import build_denoiser
+from mlem_diffusion.models.unet import Denoiser
+from mlem_diffusion.training.graphed_step import GraphedStep
+from mlem_diffusion.training.loop import Interrupted, TrainConfig, draw_batch, ema_decay, learning_rate
+from mlem_diffusion.training.step import TrainStep, choose_precision, wants_graph
 
 CPU = torch.device("cpu")
 SHORT = replace(CONFIG, images=16 * 12, snapshots=[1.0], log_every=32)

@@ -17,11 +17,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from mlem_diffusion.checkpoint import save_weights
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.family import at_width, build_denoiser, describe
 from mlem_diffusion.files import sha256_of
-from mlem_diffusion.watch import snapshot_losses
+from mlem_diffusion.gamma.snapshots import snapshot_losses
+from mlem_diffusion.models.checkpoint import save_weights
+from mlem_diffusion.models.family import at_width, build_denoiser, describe
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -30,7 +30,7 @@ AGAIN = ["gamma.repeats.levels=2", "gamma.repeats.seeds=[1]"]
 
 
 def stage_of(*overrides: str, experiment: str = "smoke") -> Any:
-    import common
+    from mlem_diffusion.experiment import stage as common
 
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "configs"), version_base=None):
@@ -50,7 +50,7 @@ def test_the_first_entry_that_is_wide_enough_applies():
 
 
 def test_levels_know_their_own_settings():
-    import training_plan
+    from mlem_diffusion.experiment import training_plan
 
     stage = stage_of(NARROW, *AGAIN)
     levels = training_plan.describe(stage)
@@ -93,7 +93,7 @@ def test_a_fingerprint_is_of_the_settings_that_a_level_is_trained_by():
 
 @pytest.mark.parametrize("experiment", ["celeba64", "celeba64_short", "celeba64_tiny"])
 def test_the_planned_budgets_are_those_of_the_recipe(experiment):
-    import training_plan
+    from mlem_diffusion.experiment import training_plan
 
     text = (ROOT / "configs" / "experiment" / f"{experiment}.yaml").read_text()
     stage = stage_of("data.source=x", experiment=experiment)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mlem_diffusion.cost import flops_per_evaluation
+from mlem_diffusion.diffusion.process import add_noise
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.process import add_noise
-from mlem_diffusion.unet import Attention, Denoiser, UNet
+from mlem_diffusion.models.flops import flops_per_evaluation
+from mlem_diffusion.models.unet import Attention, Denoiser, UNet
 
 TARGETS = ("v", "epsilon", "x0")
 LOGSNRS = torch.linspace(-9, 9, 13).tolist()

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlem_diffusion.speedup import Setting
-from mlem_diffusion.verdicts import chosen_blindly, not_worse, prediction, verdicts, window
+from mlem_diffusion.comparison.speedup import Setting
+from mlem_diffusion.comparison.verdicts import chosen_blindly, not_worse, prediction, verdicts, window
 
 N = 300
 

@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.gains import Effects
-from mlem_diffusion.levels import Level
-from mlem_diffusion.optimise import METHODS, Planner
-from mlem_diffusion.plot_worth import plot_worth
-from mlem_diffusion.worth import (
+from mlem_diffusion.figures.ablation import plot_worth
+from mlem_diffusion.multilevel.ablation import (
     Frontiers,
     Measured,
     Valued,
@@ -26,6 +24,8 @@ from mlem_diffusion.worth import (
     table,
     value_levels,
 )
+from mlem_diffusion.multilevel.gains import Effects
+from mlem_diffusion.multilevel.planner import METHODS, Planner
 
 N = 32
 

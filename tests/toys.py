@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlem_diffusion.levels import Level
-from mlem_diffusion.process import Grid, LinearSchedule, Process, alpha_sigma, expand
+from mlem_diffusion.diffusion.level import Level
+from mlem_diffusion.diffusion.process import Grid, LinearSchedule, Process, alpha_sigma, expand
 
 SHAPE = (3, 4, 4)
 

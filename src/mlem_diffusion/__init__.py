@@ -4,14 +4,15 @@ The pieces needed to sample with networks of your own are importable from here; 
 live in the modules of their names.
 """
 
-from .adapters import adapt, from_diffusers, guided
-from .calibration import calibrate
-from .drift import Multilevel, Quadrature, SingleLevel, Stitched
+from .diffusion.estimator import SingleLevel, Stitched
+from .diffusion.level import Level
+from .diffusion.process import CosineSchedule, LinearSchedule, Process
+from .diffusion.sampler import sample
 from .errors import UserError
-from .levels import Level
-from .probabilities import constant_probabilities
-from .process import CosineSchedule, LinearSchedule, Process
-from .samplers import sample
+from .models.adapters import adapt, from_diffusers, guided
+from .multilevel.calibrate import calibrate
+from .multilevel.estimators import Multilevel, Quadrature
+from .multilevel.probabilities import constant_probabilities
 
 __all__ = [
     "CosineSchedule",

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mlem_diffusion.analytic import analytic_family
-from mlem_diffusion.levels import Level
+from mlem_diffusion.diffusion.level import Level
+from mlem_diffusion.models.analytic import analytic_family
 
 
 def broken_family(broken: int = -1, above: float = 0.0, value: float | str = "nan", **settings: float) -> list[Level]:

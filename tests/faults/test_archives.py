@@ -23,7 +23,7 @@ import pytest
 from ledger import Count
 from PIL import Image
 
-from mlem_diffusion import data
+from mlem_diffusion.data import images as data
 from mlem_diffusion.errors import UserError
 
 GB = 1 << 30

@@ -36,9 +36,9 @@ def sampling(folder: Path, calls: int, done: Done) -> None:
     """Short multilevel samplings: every step rule of both dynamics, by turns with two kinds of coins."""
     import toys
 
-    from mlem_diffusion.drift import Multilevel
-    from mlem_diffusion.samplers import sample
-    from mlem_diffusion.step_rules import STEP_RULES
+    from mlem_diffusion.diffusion.sampler import sample
+    from mlem_diffusion.diffusion.step_rules import STEP_RULES
+    from mlem_diffusion.multilevel.estimators import Multilevel
 
     family, grid = toys.toy_family(), toys.process().grid(6)
     drifts = [Multilevel(family, np.array([1, 0.5, 0.3]), coins) for coins in ("systematic", "independent")]
@@ -64,8 +64,8 @@ def trainings(folder: Path, calls: int, done: Done) -> None:
 def _train(folder: Path, steps: int, every: int, report: Callable[[dict], object]) -> None:
     import toys
 
-    from mlem_diffusion.family import build_denoiser
-    from mlem_diffusion.train import TrainConfig, train_level
+    from mlem_diffusion.models.family import build_denoiser
+    from mlem_diffusion.training.loop import TrainConfig, train_level
 
     config = TrainConfig(
         images=steps, batch=1, log_every=every, save_every=0.5, snapshots=[0.1, 0.5, 1.0], compile="off", graph="off"
@@ -79,7 +79,7 @@ def _train(folder: Path, steps: int, every: int, report: Callable[[dict], object
 
 def logging(folder: Path, calls: int, done: Done, mode: str = "disabled", pause: float = 0.0) -> None:
     """Records of one tracker."""
-    from mlem_diffusion.tracking import Tracker
+    from mlem_diffusion.experiment.tracking import Tracker
 
     with Tracker(folder, "train", {}, mode=mode) as tracker:
         for k in range(calls):
@@ -108,7 +108,7 @@ def mirrored(folder: Path, calls: int, done: Done) -> None:
 
 def trackers(folder: Path, calls: int, done: Done) -> None:
     """One tracker after another."""
-    from mlem_diffusion.tracking import Tracker
+    from mlem_diffusion.experiment.tracking import Tracker
 
     for k in range(calls):
         with Tracker(folder, "train", {}, mode="disabled", fresh=k % 2 == 0) as tracker:

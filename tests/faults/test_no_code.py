@@ -32,9 +32,9 @@ from no_code import sources, violations
 from PIL import Image
 from pipeline import ROOT, Forker, Place
 
-from mlem_diffusion.checkpoint import save_state
 from mlem_diffusion.files import SEAL, sha256_of, write_arrays, write_json
-from mlem_diffusion.published import write_index
+from mlem_diffusion.models.checkpoint import save_state
+from mlem_diffusion.models.published import write_index
 
 SETTING = "sampler={dynamics:ode,step_rule:ddim,drift:single,levels:[w4],steps:4}"
 SECRET = "a-word-from-the-environment"
@@ -716,4 +716,4 @@ def test_planted_calls_are_found(count):
         "import re, torch, numpy as np\nre.compile(x)\nnp.load(p)\ntorch.load(p, weights_only=True)\nmodel.eval()\n"
     )
     assert not list(violations(harmless, "src/planted.py"))
-    assert not list(violations("from hydra.utils import instantiate\ninstantiate(x)\n", "scripts/common.py"))
+    assert not list(violations("from hydra.utils import instantiate\ninstantiate(x)\n", "src/mlem_diffusion/experiment/stage.py"))

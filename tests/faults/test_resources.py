@@ -25,9 +25,9 @@ from disks import Disk, small_disk
 from PIL import Image
 from pipeline import Forker, Place, Run, children, difference, is_alive
 
-from mlem_diffusion.checkpoint import load_state
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.files import read_arrays, read_json
+from mlem_diffusion.models.checkpoint import load_state
 
 FULL = re.compile(r"\bfull\b|[Nn]ot enough disk space|No space left")
 STAGES = ("prepare_data", "train_levels", "measure_gamma", "sample_compare")

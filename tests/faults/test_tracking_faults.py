@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from mlem_diffusion.tracking import PATIENCE
+from mlem_diffusion.experiment.tracking import PATIENCE
 
 pytest.importorskip("wandb")
 FAULT = "W&B down, slow or absent"

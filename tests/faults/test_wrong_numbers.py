@@ -18,15 +18,15 @@ import torch
 from pipeline import Forker, Place, Run, content_of, difference, plain
 from torch import Tensor, nn
 
-from mlem_diffusion.checkpoint import load_state
+from mlem_diffusion.comparison.table import read_rows
+from mlem_diffusion.diffusion.process import LinearSchedule, Process
 from mlem_diffusion.errors import UserError
+from mlem_diffusion.figures.comparison import plot_compare
 from mlem_diffusion.files import SEAL, sha256_of, write_json
-from mlem_diffusion.plot_compare import plot_compare
-from mlem_diffusion.process import LinearSchedule, Process
-from mlem_diffusion.published import write_index
-from mlem_diffusion.tables import read_rows
-from mlem_diffusion.train import TrainConfig, train_level
-from mlem_diffusion.unet import Denoiser
+from mlem_diffusion.models.checkpoint import load_state
+from mlem_diffusion.models.published import write_index
+from mlem_diffusion.models.unet import Denoiser
+from mlem_diffusion.training.loop import TrainConfig, train_level
 
 # ------------------------------------------------------------------------------------------ training that diverges
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..diffusion.process import LinearSchedule, Process
 from ..errors import SlowPath
-from ..process import LinearSchedule, Process
-from ..train import TrainConfig, train_level
+from ..training.loop import TrainConfig, train_level
 from .networks import denoiser_of
 
 

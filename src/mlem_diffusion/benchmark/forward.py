@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from ..compilation import first_line
-from ..cost import flops_per_evaluation
 from ..errors import SlowPath
-from ..inference import FastDenoiser
+from ..models.compiled import FastDenoiser
+from ..models.flops import flops_per_evaluation
+from ..models.torch_compile import first_line
 from .networks import denoiser_of, fast, has_diffusers, inputs
 from .record import Found, row
 from .timing import measure

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..family import build_denoiser
-from ..inference import FastDenoiser
-from ..unet import Denoiser
+from ..models.compiled import FastDenoiser
+from ..models.family import build_denoiser
+from ..models.unet import Denoiser
 
 MODES: dict[str, dict[str, Any]] = {  # how FastDenoiser is asked for each
     "eager": {"compile": "off", "graphs": False},

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from ..compilation import first_line
+from ..diffusion.process import Process
 from ..errors import UserError
-from ..process import Process
+from ..models.torch_compile import first_line
 from .forward import Bench, forward, level, matmul
 from .record import Found, Kept, Results, digest, row
 from .sampling import noise, sampler

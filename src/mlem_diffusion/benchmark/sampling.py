@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compilation import first_line
-from ..cost import flops_per_evaluation
-from ..drift import Drift, Multilevel, SingleLevel
+from ..diffusion.brownian import path_increments
+from ..diffusion.estimator import Drift, SingleLevel
+from ..diffusion.level import Level
+from ..diffusion.process import Process
+from ..diffusion.sampler import sample
 from ..errors import SlowPath
-from ..levels import Level
-from ..noise import path_increments
-from ..probabilities import constant_probabilities, draw_coins
-from ..process import Process
-from ..samplers import sample
+from ..models.flops import flops_per_evaluation
+from ..models.torch_compile import first_line
+from ..multilevel.estimators import Multilevel
+from ..multilevel.probabilities import constant_probabilities, draw_coins
 from .forward import Bench, as_asked, attempt
 from .networks import denoiser_of, fast
 from .record import Found, row

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..compilation import first_line
-from ..cost import flops_per_evaluation
-from ..errors import SlowPath
-from ..process import Process
-from ..train import Interrupted, TrainConfig, train_level
+from ..diffusion.process import Process
+from ..errors import Interrupted, SlowPath
+from ..models.flops import flops_per_evaluation
+from ..models.torch_compile import first_line
+from ..training.loop import TrainConfig, train_level
 from .forward import NO_DIFFUSERS, Bench
 from .networks import denoiser_of, has_diffusers
 from .record import Found, row

@@ -1,0 +1,271 @@
+"""Feature extractors for the Frechet distance: a light one without download, Inception, and any callable.
+
+All take uint8 images [N, 3, H, W] and give float32 features [N, D] on the CPU. Only `inception` gives the
+distance that the literature calls FID (Heusel et al. 2017, arXiv:1706.08500); the others carry their own
+name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import UserError
+
+# The file that torch-fidelity downloads; it is a pickle, so nothing but this exact content is ever loaded.
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A named map from images to features.
+
+    `name` is what the distance is called in tables and figures, `key` identifies weights and settings in
+    caches, `compute` maps uint8 [N, 3, H, W] on the CPU to [N, D] on any device, `batch` is the number of
+    images per call. `identity` is a key that is the same on every device, for statistics that travel; where
+    it is empty, `key` is that.
+    """
+
+    name: str
+    key: str
+    compute: Callable[[Tensor], Any]
+    batch: int = 256
+    identity: str = ""
+
+    def features(self, images_u8: Tensor | np.ndarray) -> Tensor:
+        """Float32 features [N, D] on the CPU of uint8 images [N, 3, H, W].
+
+        Raises UserError for images of another type or shape, and for features that are not finite [N, D]
+        numbers.
+        """
+        images = check_images(images_u8)
+        if len(images) == 0:
+            raise UserError(f"{self.name}: there are no images to take features of.")
+        parts: list[Tensor] = []
+        with torch.no_grad():
+            for chunk in images.split(self.batch):
+                out = torch.as_tensor(self.compute(chunk)).detach().to("cpu", torch.float32)
+                if out.ndim != 2 or len(out) != len(chunk):
+                    raise UserError(
+                        f"{self.name}: the extractor must return [N, D] features, "
+                        f"but gave shape {tuple(out.shape)} for {len(chunk)} images."
+                    )
+                if not bool(torch.isfinite(out).all()):
+                    raise UserError(f"{self.name}: the features contain NaN or infinite values.")
+                parts.append(out)
+        return torch.cat(parts)
+
+
+def check_images(images: Tensor | np.ndarray) -> Tensor:
+    """The images as a CPU tensor, or UserError unless they are uint8 [N, 3, H, W]."""
+    if images.ndim != 4 or images.shape[1] != 3 or images.dtype not in (torch.uint8, np.uint8):
+        raise UserError(
+            f"Distances need uint8 RGB images of shape [N, 3, H, W], but got {images.dtype} {tuple(images.shape)}."
+        )
+    # A memory map opened read-only is copied: torch wants to be able to write.
+    return images.cpu() if isinstance(images, Tensor) else torch.from_numpy(np.array(images))
+
+
+# ------------------------------------------------------------------------------------------------ light
+
+
+def light(dim: int = 64, seed: int = 0, device: str = "cpu", batch: int = 64) -> Extractor:
+    """Random-convolution features of `dim` numbers: no download, the same weights on every machine.
+
+    Two layers of random zero-mean 3x3 filters at three scales (full, half and quarter resolution) are
+    rectified; the logarithm of the mean response per quadrant, and the mean colour per quadrant, are
+    projected to `dim` numbers by a fixed random matrix. Logarithms make a relative loss of fine detail
+    (blur) as visible as a change of contrast. A design of this project, good for comparing samplers with
+    one another; the numbers are no FIDs.
+
+    Raises UserError if dim < 1.
+    """
+    if dim < 1:
+        raise UserError(f"The light extractor needs dim >= 1, but dim is {dim}.")
+    weights = _light_weights(dim, seed)
+    digest = hashlib.sha256(f"random-conv-1/{dim}/{seed}/{torch.device(device).type}".encode())
+    for array in weights:
+        digest.update(array.tobytes())
+    tensors = [torch.from_numpy(array).to(device) for array in weights]
+    key, identity = digest.hexdigest()[:16], f"random-conv-1/{dim}/{seed}"
+    return Extractor("FD-random-conv", key, lambda images: _light_features(images, tensors), batch, identity)
+
+
+_FIRST, _SECOND, _SCALES, _CELLS = 16, 32, 3, 4
+_COLOURS = 3 * _CELLS
+_FLOOR = 0.02  # in image units [-1, 1]: below about 2.5 grey levels, detail and rounding cannot be told apart
+
+
+def _light_weights(dim: int, seed: int) -> list[np.ndarray]:
+    """Filters [16,3,3,3] and [32,16,3,3] with zero mean and unit norm, and the projection [raw, dim];
+    float32."""
+    rng = np.random.RandomState(seed)  # the legacy stream is frozen for good, default_rng's is not
+    arrays = []
+    for shape in ((_FIRST, 3, 3, 3), (_SECOND, _FIRST, 3, 3)):
+        kernel = rng.standard_normal(shape)
+        kernel -= kernel.mean(axis=(2, 3), keepdims=True)  # no response to a flat patch
+        kernel /= np.sqrt((kernel**2).sum(axis=(1, 2, 3), keepdims=True))
+        arrays.append(kernel.astype(np.float32))
+    raw = _SCALES * _CELLS * (_FIRST + _SECOND) + _COLOURS
+    projection = rng.standard_normal((raw, dim)) / np.sqrt(raw)
+    # The few colour numbers would drown in the many responses: give the two groups comparable total variance.
+    projection[-_COLOURS:] *= np.sqrt((raw - _COLOURS) / _COLOURS)
+    arrays.append(projection.astype(np.float32))
+    return arrays
+
+
+def _light_features(images: Tensor, weights: list[Tensor]) -> Tensor:
+    first, second, projection = weights
+    x = images.to(first.device).float() / 127.5 - 1
+    colour = F.adaptive_avg_pool2d(x, 2).flatten(1)
+    columns = []
+    for scale in range(_SCALES):
+        if scale:
+            x = F.avg_pool2d(x, 2)
+        a = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), first).abs()
+        # Divided by the local response, the second layer sees arrangement instead of contrast once more.
+        local = a.mean(1, keepdim=True) + _FLOOR
+        b = F.conv2d(F.pad(a / local, (1, 1, 1, 1), mode="replicate"), second).abs()
+        columns.append(torch.log(F.adaptive_avg_pool2d(a, 2) + _FLOOR).flatten(1))
+        columns.append(torch.log(F.adaptive_avg_pool2d(b, 2) + _FLOOR).flatten(1))
+    columns.append(colour)
+    return torch.cat(columns, 1) @ projection
+
+
+# -------------------------------------------------------------------------------------------- inception
+
+
+def inception(weights: str | None = None, device: str = "cpu", batch: int = 64) -> Extractor:
+    """torch-fidelity's InceptionV3 (TF-2015 weights), 2048 pooled features: the distance is FID.
+
+    `weights` is a local copy of weights-inception-2015-12-05-6726825d.pth; without it torch-fidelity's
+    download is used and kept in the torch hub folder. Either way the file's SHA-256 is checked before it is
+    opened. About 3 images per second on two CPU cores. Raises UserError for a wrong file or a failed
+    download.
+    """
+    path = _local_weights(Path(weights)) if weights else _download_weights()
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # slow import
+
+    network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
+    network = network.to(device).eval()
+    key = f"inception-{INCEPTION_SHA256[:12]}-{torch.device(device).type}"
+    identity = f"inception-{INCEPTION_SHA256}"
+    return Extractor("FID", key, lambda images: network(images.to(device))[0], batch, identity)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _local_weights(path: Path) -> Path:
+    if not path.is_file():
+        raise UserError(f"The Inception weights {path} do not exist.")
+    found = _sha256(path)
+    if found != INCEPTION_SHA256:
+        raise UserError(
+            f"{path} is not weights-inception-2015-12-05-6726825d.pth: its SHA-256 starts with "
+            f"{found[:8]} instead of {INCEPTION_SHA256[:8]}."
+        )
+    return path
+
+
+def _download_weights() -> Path:
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Downloads beside the target, compares the hash, then renames: no half file is left.
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), INCEPTION_SHA256, progress=False)
+        except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
+            reason = getattr(error, "reason", None) or error
+            raise UserError(
+                f"The Inception weights could not be downloaded ({reason}); fetch {URL_INCEPTION_V3} "
+                "on another machine and give its path as `weights`, or use the light extractor."
+            ) from error
+    return _local_weights(path)
+
+
+# ----------------------------------------------------------------------------------------------- custom
+
+
+def custom(callable: Callable[[Tensor], Any], name: str, key: str = "", batch: int = 256) -> Extractor:
+    """Any map from uint8 images [N, 3, H, W] to [N, D] features, under a name of its own.
+
+    From Hydra: `callable: {_target_: package.Class, ...}`. Without `key` (a hash of weights and settings)
+    one is derived from what the callable gives on a few fixed images, so that changed weights never meet an
+    old cache. Raises UserError for an empty name, the name FID (kept for Inception's TF-2015 weights), or
+    something that cannot be called.
+    """
+    if not name.strip() or name.strip().upper() == "FID":
+        raise UserError("A custom extractor needs a name of its own for its distance, and not FID.")
+    if not hasattr(callable, "__call__"):  # noqa: B004  the builtin is shadowed by the argument
+        raise UserError(f"The extractor {name} is not callable: {type(callable).__name__}.")
+    extractor = Extractor(name.strip(), key, callable, batch)
+    return extractor if key else Extractor(extractor.name, _probe_key(extractor), callable, batch)
+
+
+def _probe_key(extractor: Extractor) -> str:
+    """A hash of the features of four fixed 64x64 images: smooth, noisy, and in between."""
+    ramp = np.linspace(0, 255, 64)
+    smooth = np.stack([np.add.outer(ramp, ramp) / 2, np.add.outer(ramp, 0 * ramp), np.add.outer(0 * ramp, ramp)])
+    noise = np.random.RandomState(0).randint(0, 256, (3, 64, 64))  # see _light_weights
+    mixes = [smooth * (1 - share) + noise * share for share in (0.0, 0.1, 0.4, 1.0)]
+    features = extractor.features(np.stack(mixes).round().astype(np.uint8))
+    text = f"{extractor.name}/{features.shape[1]}/"
+    # Five digits, so that the last bits of a convolution seldom matter; a needless miss costs only time.
+    text += ",".join(f"{value:.5g}" for value in features.flatten().tolist())
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# --------------------------------------------------------------------------------------- torch-fidelity
+
+
+def register_with_torch_fidelity(extractor: Extractor) -> str:
+    """Make the extractor known to torch_fidelity.calculate_metrics and return the name to pass as
+    `feature_extractor`.
+
+    The registered name holds the key, because torch-fidelity's own cache looks at nothing but names.
+    Features are handed over in float64, so that its means are accumulated in float64 too. Pass `cuda`
+    explicitly there.
+    """
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+
+    name = f"{extractor.name}-{extractor.key}".replace("/", "_").replace("\\", "_")
+
+    class Registered(FeatureExtractorBase):
+        def __init__(self, name: str, features_list: list[str], **_: Any) -> None:
+            super().__init__(name, features_list)
+
+        @staticmethod
+        def get_provided_features_list() -> tuple[str, ...]:
+            return ("features",)
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric: str) -> str:
+            return "features"
+
+        @staticmethod
+        def can_be_compiled() -> bool:
+            return False
+
+        def forward(self, input: Tensor) -> tuple[Tensor, ...]:
+            return (extractor.features(input).double(),)
+
+    if name not in FEATURE_EXTRACTORS_REGISTRY:
+        register_feature_extractor(name, Registered)
+    return name

@@ -1,0 +1,160 @@
+"""Frechet distance between sets of images, through torch-fidelity's arithmetic.
+
+The Frechet distance between Gaussians fitted to features is |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))
+(Dowson & Landau 1982; Heusel et al. 2017). Its value depends on n: report n and `distance_floor` beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..files import load_arrays, write_arrays
+from .features import Extractor
+
+Images = np.ndarray | Tensor
+Features = np.ndarray | Tensor
+_DOUBLE = 512  # features up to which statistics are kept in float64
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Mean [D] and unbiased covariance [D, D] of the features of n images, float64."""
+
+    mean: np.ndarray
+    cov: np.ndarray
+    n: int
+
+    @cached_property
+    def root(self) -> np.ndarray:
+        """The symmetric square root of the covariance, [D, D]."""
+        values, vectors = np.linalg.eigh(self.cov)
+        return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+
+
+# -------------------------------------------------------------------------------------------- features
+
+
+def extract_features(images: Images, extractor: Extractor, chunk: int = 1024) -> np.ndarray:
+    """Float32 features [N, D] of uint8 images [N, 3, H, W]; a memory map is read `chunk` images at a time."""
+    _check_count(len(images))
+    parts = (images[start : start + chunk] for start in range(0, len(images), chunk))
+    return np.concatenate([extractor.features(part).numpy() for part in parts])
+
+
+def _check_count(n: int) -> None:
+    if n < 2:
+        raise UserError(f"A Frechet distance needs at least 2 images on each side, but there are {n}.")
+
+
+def _as_float64(features: Features) -> np.ndarray:
+    array = features.detach().cpu().numpy() if isinstance(features, Tensor) else np.asarray(features)
+    if array.ndim != 2:
+        raise UserError(f"Features must have shape [N, D], but have {array.shape}.")
+    _check_count(len(array))
+    array = array.astype(np.float64)
+    if not np.isfinite(array).all():
+        raise UserError("The features contain NaN or infinite values, so no distance can be given.")
+    return array
+
+
+def feature_statistics(features: Features) -> Statistics:
+    """Mean and covariance of features [N, D], by torch-fidelity in float64."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics  # slow import
+
+    array = _as_float64(features)
+    out = fid_features_to_statistics(torch.from_numpy(array))
+    return Statistics(out["mu"], np.atleast_2d(out["sigma"]), len(array))
+
+
+# -------------------------------------------------------------------------------------------- distances
+
+
+def frechet_distance(x: Features | Statistics, y: Features | Statistics) -> float:
+    """Frechet distance of two sets of features [N, D] (or their Statistics), by torch-fidelity in float64.
+
+    Raises UserError for fewer than 2 images on a side, NaN features, or different feature sizes.
+    """
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric  # slow import
+
+    a, b = (s if isinstance(s, Statistics) else feature_statistics(s) for s in (x, y))
+    if a.mean.shape != b.mean.shape:
+        raise UserError(f"Features of {len(a.mean)} and of {len(b.mean)} numbers cannot be compared.")
+    stats = [{"mu": s.mean.astype(np.float64), "sigma": s.cov.astype(np.float64)} for s in (a, b)]
+    return float(fid_statistics_to_metric(*stats, verbose=False)[KEY_METRIC_FID])
+
+
+def fast_frechet(
+    x: np.ndarray,
+    reference: Statistics,
+    counts: np.ndarray | None = None,
+    projected: np.ndarray | None = None,
+) -> float:
+    """The same distance for many bootstrap replicates: features [n, D], each taken counts[i] times.
+
+    With S2 the reference covariance, tr (S1 S2)^(1/2) is the sum of the singular values of the centred
+    features times S2^(1/2), divided by sqrt(n - 1): an n x n or D x D symmetric problem, whichever is
+    smaller. Pass `projected` = x @ reference.root [n, D] to share that product between replicates.
+    """
+    x = _as_float64(x)
+    if x.shape[1] != len(reference.mean):
+        raise UserError(f"Features of {x.shape[1]} and of {len(reference.mean)} numbers cannot be compared.")
+    y = x @ reference.root if projected is None else projected
+    weights = np.ones(len(x)) if counts is None else np.asarray(counts, dtype=np.float64)
+    drawn = weights > 0
+    x, y, weights = x[drawn], y[drawn], weights[drawn]
+    n = weights.sum()
+    _check_count(int(n))
+    mean = weights @ x / n
+    square = np.sqrt(weights / (n - 1))[:, None]
+    trace = float(((x - mean) ** 2 * square**2).sum())
+    y = (y - weights @ y / n) * square
+    gram = y.T @ y if len(y) > y.shape[1] else y @ y.T
+    singular = np.sqrt(np.clip(np.linalg.eigvalsh(gram), 0, None)).sum()
+    shift = mean - reference.mean
+    return float(shift @ shift + trace + np.trace(reference.cov) - 2 * singular)
+
+
+def distance_floor(features_of_real: Features, n: int, seed: int, repeats: int = 3) -> float:
+    """Real against real: the distance of n random real images to the statistics of all *other* real ones.
+
+    `features_of_real` is [N, D] with N >= n + 2; the mean over `repeats` draws is returned. No sampler is
+    expected to go below it with n images. Raises UserError for too few images or NaN features.
+    """
+    _check_count(n)
+    features = _as_float64(features_of_real)
+    if len(features) < n + 2 or repeats < 1:
+        raise UserError(
+            f"The floor at n = {n} needs at least {n + 2} real images, but there are {len(features)}: lower compare.n."
+        )
+    rng = np.random.default_rng(seed)
+    distances = []
+    for _ in range(repeats):
+        order = rng.permutation(len(features))
+        distances.append(frechet_distance(features[order[:n]], features[order[n:]]))
+    return float(np.mean(distances))
+
+
+# -------------------------------------------------------------------------------------------- files
+
+
+def save_statistics(path: Path, statistics: Statistics) -> None:
+    """Mean [D], upper triangle of the covariance and number of images as npz; float32 where there are many features."""
+    kind = np.float64 if len(statistics.mean) <= _DOUBLE else np.float32
+    upper = statistics.cov[np.triu_indices(len(statistics.mean))]
+    write_arrays(path, {"mean": statistics.mean.astype(kind), "upper": upper.astype(kind), "n": statistics.n})
+
+
+def load_statistics(path: Path) -> Statistics:
+    """What `save_statistics` wrote, in float64."""
+    arrays = load_arrays(path, "restore it (git checkout), or publish the family again (make publish)")
+    mean, upper, n = arrays["mean"].astype(np.float64), arrays["upper"].astype(np.float64), int(arrays["n"])
+    cov = np.zeros((len(mean), len(mean)))
+    cov[np.triu_indices(len(mean))] = upper
+    return Statistics(mean, cov + np.triu(cov, 1).T, n)

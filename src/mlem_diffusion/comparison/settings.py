@@ -1,0 +1,159 @@
+"""Sampler settings by the names that compare.csv uses: from a configuration, a row or a plan; and the estimator of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..diffusion.estimator import Drift, SingleLevel, Stitched
+from ..diffusion.level import Level
+from ..diffusion.process import Process
+from ..diffusion.step_rules import STEP_RULES, step_rule_of
+from ..errors import UserError
+from ..multilevel.estimators import Multilevel
+from ..multilevel.plan import Plan
+from ..multilevel.probabilities import constant_probabilities
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One sampler setting, by the names that compare.csv uses."""
+
+    dynamics: str
+    step_rule: str
+    drift: str  # "single", "stitched", "ml_em" or "quadrature"
+    levels: tuple[str, ...]
+    steps: int  # noise levels of the grid
+    probabilities: str = ""  # of ml_em: "constant", or as its plan says
+    coins: str = ""  # kind of coins, "-shared" appended for one set of coins per batch
+    cost_knob: float | None = None  # C of the constant probabilities; the switch fraction of a stitched schedule
+    plan: str = ""  # id of the plan that holds the table of probabilities or weights
+
+    def build(self, levels: Mapping[str, Level], gamma: float, plans: Mapping[str, Plan] | None = None) -> Drift:
+        """The drift of this setting; UserError for unknown levels, kinds or plans."""
+        if self.plan:
+            if plans is None or self.plan not in plans:
+                raise UserError(f"There is no plan {self.plan}; run make optimise again.")
+            return plans[self.plan].build(levels.values())
+        missing = [name for name in self.levels if name not in levels]
+        if missing:
+            raise UserError(f"There is no level {missing[0]}; the family has {', '.join(levels)}.")
+        family = tuple(levels[name] for name in self.levels)
+        if self.drift == "single":
+            return SingleLevel(family[0])
+        if self.drift == "stitched" and self.cost_knob is not None:
+            return Stitched(family[0], family[-1], self.cost_knob)
+        if self.drift == "ml_em" and self.cost_knob is not None:
+            p = constant_probabilities([level.flops for level in family], gamma, self.cost_knob)
+            return Multilevel(family, p, self.coins.removesuffix("-shared"), self.coins.endswith("-shared"))
+        raise UserError(f"The drift {self.drift!r} with cost_knob {self.cost_knob} is not known.")
+
+    def evaluations(self, process: Process) -> int:
+        """Network evaluations that the step rule makes on a grid of `steps` noise levels."""
+        return len(step_rule_of(self.dynamics, self.step_rule).program(process.grid(self.steps)))
+
+
+def setting_of(plan: Plan, dynamics: str, step_rule: str) -> Setting:
+    """The setting that runs a plan."""
+    if len(plan.levels) == 1:
+        return Setting(dynamics, step_rule, "single", plan.levels, plan.steps)
+    if plan.method == "quadrature":
+        return Setting(dynamics, step_rule, "quadrature", plan.levels, plan.steps, plan.probabilities, plan=plan.id)
+    return Setting(dynamics, step_rule, "ml_em", plan.levels, plan.steps, plan.probabilities, plan.method, plan=plan.id)
+
+
+def setting_from(values: Mapping[str, Any]) -> Setting:
+    """A setting from a row or a configuration: levels as a list or joined by "+", blank fields as None or ""."""
+    names = values["levels"]
+    knob = values.get("cost_knob")
+    return Setting(
+        dynamics=str(values["dynamics"]),
+        step_rule=str(values["step_rule"]),
+        drift=str(values["drift"]),
+        levels=tuple(names.split("+") if isinstance(names, str) else names),
+        steps=int(values["steps"]),
+        probabilities=values.get("probabilities") or "",
+        coins=values.get("coins") or "",
+        cost_knob=None if knob in (None, "") else float(knob),
+        plan=str(values.get("plan") or ""),
+    )
+
+
+def _choose(names: Sequence[str], which: Any) -> list[str]:
+    """Level names from "all", "largest" or a list of indices."""
+    if which == "all":
+        return list(names)
+    try:
+        chosen = [names[int(i)] for i in ([-1] if which == "largest" else which)]
+        return list(dict.fromkeys(chosen))  # [0, 2, -1] of three levels names the last one twice
+    except (IndexError, TypeError, ValueError) as error:
+        raise UserError(f"levels = {which!r} does not fit a family of {len(names)} levels.") from error
+
+
+def settings_of(
+    config: Mapping[str, Any], names: Sequence[str], base_steps: int, beside: Sequence[str] = ()
+) -> list[Setting]:
+    """All settings of a `compare` configuration for a family with these level names, cheap to expensive. `beside`: levels
+    that no index counts (a Gaussian denoiser), baselines too where a sweep says "all"."""
+    out: dict[Setting, None] = {}
+    for sweep in config["baselines"]:
+        for name in [*(beside if sweep["levels"] == "all" else ()), *_choose(names, sweep["levels"])]:
+            for steps in sweep["steps"]:
+                out[Setting(sweep["dynamics"], sweep["step_rule"], "single", (name,), steps)] = None
+    for sweep in config["stitched"]:
+        for pair in sweep["pairs"]:
+            for steps in sweep["steps"]:
+                for switch in sweep["switch"]:
+                    pair_names = tuple(_choose(names, pair))
+                    s = Setting(
+                        sweep["dynamics"],
+                        sweep["step_rule"],
+                        "stitched",
+                        pair_names,
+                        steps,
+                        cost_knob=float(switch),
+                    )
+                    out[s] = None
+    for sweep in config["ml_em"]:
+        for family in sweep["families"]:
+            for steps in sweep["steps"]:
+                for coins in sweep["coins"]:
+                    for knob in sweep["knobs"]:
+                        chosen = tuple(_choose(names, family))
+                        s = Setting(
+                            sweep["dynamics"],
+                            sweep["step_rule"],
+                            "ml_em",
+                            chosen,
+                            steps,
+                            "constant",
+                            coins,
+                            float(knob),
+                        )
+                        out[s] = None
+    for setting in out:
+        if (setting.dynamics, setting.step_rule) not in STEP_RULES:
+            raise UserError(f"compare: there is no step rule {setting.step_rule} for {setting.dynamics}.")
+        if not 2 <= setting.steps <= base_steps:
+            raise UserError(f"compare: {setting.steps} steps are outside 2..{base_steps} (process.base_steps).")
+    return list(out)
+
+
+def row_of(setting: Setting, costs: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """A compare.csv row from a setting, its measured values and the columns that all rows share."""
+    row = asdict(setting) | dict(costs) | more
+    if not setting.plan:
+        row.pop("plan")
+    row["levels"] = "+".join(setting.levels)
+    return row
+
+
+def best_setting(rows: Sequence[Mapping[str, Any]], tolerance: float = 0.05) -> dict[str, Any]:
+    """The cheapest row (FLOPs) whose distance is within `tolerance` of the best distance of all."""
+    measured = [row for row in rows if row.get("distance") is not None]
+    if not measured:
+        raise UserError("No setting has a distance, so none can be called best.")
+    best = min(row["distance"] for row in measured)
+    limit = best + tolerance * abs(best)  # rounding can take a distance of nothing below zero
+    return dict(min((r for r in measured if r["distance"] <= limit), key=lambda r: r["gflops_realised"]))

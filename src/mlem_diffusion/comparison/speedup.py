@@ -1,0 +1,314 @@
+"""Speed-up of ML-EM over every baseline at equal error or distance, with one-sided 95% lower bounds.
+
+For a baseline setting b that no other baseline beats in both cost and error, with error e_b,
+
+    speed-up(b) = (cheapest baseline cost with error <= e_b) / (cheapest ML-EM cost with error <= e_b).
+
+The targets are the baseline frontier's own errors, so a coarse baseline grid cannot flatter ML-EM. The
+bound is the 5th percentile over paired bootstrap resamples of the seeds, at the same b: one resample
+recomputes every setting's error and e_b itself. A resample in which ML-EM misses e_b counts as 0. The
+largest of several noisy speed-ups is biased upwards; the bound does not correct for having picked it, so
+the whole curve is returned too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+from .frechet import Statistics, fast_frechet
+from .table import BASELINES, method_of, trusted
+
+COSTS = {"flops": "gflops_realised", "seconds": "seconds"}
+_SLACK = 1e-9  # relative: the same sampler under two names must not differ by rounding
+_NAMING = ("step_rule", "drift", "levels", "probabilities", "coins", "cost_knob", "steps", "plan")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One sampler setting: its compare.csv row (numeric costs per image) and what was measured per image.
+
+    `errors` [n]: squared error of each seed, same seeds and order in all settings. `clusters` [n]: id of
+    the coin draw of each seed, where coins are shared. `features` [m, D]: features of the samples, for
+    distances.
+    """
+
+    row: dict[str, Any]
+    errors: np.ndarray
+    clusters: np.ndarray | None = None
+    features: np.ndarray | None = None
+
+
+def speedups(
+    settings: Sequence[Setting],
+    *,
+    reference: Statistics | None = None,
+    plain: Callable[[dict[str, Any]], bool] | None = None,
+    replicates: int = 200,
+    distance_replicates: int = 50,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The content of speedup.json, one entry per dynamics present, within which all comparisons stay.
+
+    {dynamics: {"plain" | "best": {"error" | "distance": {"flops" | "seconds": entry}}, "left_out": count}},
+    where entry is {"max", "lower95", "at", "baseline", "ours", "curve"} and, for errors,
+    "error_ratio_at_equal_cost". Costs are GFLOPs and seconds per image. "curve" lists {"at", "speedup",
+    "lower95"} over the whole baseline frontier, from cheap to expensive. Everything unknown or unreached is
+    None, and so is every bound where all seeds share one coin draw; nothing is NaN.
+
+    "best" compares all ML-EM rows, "plain" those for which `plain(row)` holds (default: constant
+    probabilities and independent coins, the paper's method). "distance" is present where `reference` is
+    given and any setting has features. ML-EM rows that fired the top level too rarely (`tables.trusted`),
+    and rows with errors that are not finite, are left out and counted. Raises UserError for settings of
+    unequal length.
+    """
+    is_plain = plain or (lambda row: method_of(row) == "plain")
+    result: dict[str, Any] = {}
+    for dynamics in dict.fromkeys(str(s.row["dynamics"]) for s in settings):
+        present = [s for s in settings if s.row["dynamics"] == dynamics]
+        kept = [s for s in present if trusted(s.row) and bool(np.isfinite(s.errors).all())]
+        base = [s for s in kept if s.row["drift"] in BASELINES]
+        best = [s for s in kept if s.row["drift"] not in BASELINES]
+        memo: dict[Any, np.ndarray] = {}
+        entry: dict[str, Any] = {}
+        for method, ours in (("plain", [s for s in best if is_plain(s.row)]), ("best", best)):
+            entry[method] = {"error": _compare(*_errors(base, ours, replicates, seed), kind="error")}
+            if reference is not None and any(s.features is not None for s in base + best):
+                theirs, mine = ([s for s in group if s.features is not None] for group in (base, ours))
+                measured = _distances(theirs, mine, reference, distance_replicates, seed, memo)
+                entry[method]["distance"] = _compare(*measured, kind="distance")
+        entry["left_out"] = len(present) - len(kept)
+        result[dynamics] = entry
+    return result
+
+
+def resampled_errors(settings: Sequence[Setting], replicates: int = 200, seed: int = 0) -> np.ndarray:
+    """Mean squared errors [S, 1 + R] on all seeds, then on each paired bootstrap resample of them."""
+    return np.stack([m.values for m in _errors(list(settings), [], replicates, seed)[0]])
+
+
+def equal_error(
+    base: list[Setting],
+    ours: list[Setting],
+    *,
+    replicates: int = 200,
+    seed: int = 0,
+    cost: str = "gflops_expected",
+) -> dict[str, Any]:
+    """One entry as in `speedups`, in expected FLOPs at equal error (or in another column of the rows, `cost`: "seconds"), for
+    any two groups of settings; "errors_at_cost" lists, over the frontier of `ours`, {"gflops" (or "seconds"), "ratio": lowest
+    error of `base` within that cost over its error, "lower95"}."""
+    base_measured, our_measured = _errors(base, ours, replicates, seed)
+    theirs, mine = (_sorted(group, cost) for group in (base_measured, our_measured))
+    entry = _entry(theirs, mine, "error", "flops")
+    points = []
+    for i in mine.frontier():
+        # probabilities of equal expected cost differ by rounding
+        ratios = theirs.lowest_within(1.001 * float(mine.costs[i])) / mine.values[i]
+        known = bool(np.isfinite(ratios[0]))
+        points.append({
+            cost.removesuffix("_expected"): float(mine.costs[i]),
+            "ratio": float(ratios[0]) if known else None,
+            "lower95": _lower(ratios[1:]) if known else None,
+        })  # fmt: skip
+    return {**entry, "errors_at_cost": points}
+
+
+# --------------------------------------------------------------------------------------- resampled values
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A setting with its value (mean error or distance) on all seeds, then on each resample: [1 + R]."""
+
+    setting: Setting
+    values: np.ndarray
+
+
+def _errors(
+    base: list[Setting], ours: list[Setting], replicates: int, seed: int
+) -> tuple[list[_Measured], list[_Measured]]:
+    settings = base + ours
+    if not settings:
+        return [], []
+    counts = _resamples(_units(settings, [len(s.errors) for s in settings], "errors"), replicates, seed)
+    matrix = np.stack([np.asarray(s.errors, dtype=np.float64) for s in settings])
+    values = matrix @ counts / counts.sum(0)
+    measured = [_Measured(s, v) for s, v in zip(settings, values, strict=True)]
+    return measured[: len(base)], measured[len(base) :]
+
+
+def _distances(
+    base: list[Setting],
+    ours: list[Setting],
+    reference: Statistics,
+    replicates: int,
+    seed: int,
+    memo: dict[Any, np.ndarray],
+) -> tuple[list[_Measured], list[_Measured]]:
+    settings = base + ours
+    if not settings:
+        return [], []
+    features = [np.asarray(s.features, dtype=np.float64) for s in settings]
+    counts = _resamples(_units(settings, [len(f) for f in features], "features"), replicates, seed)
+    tag = counts.tobytes()
+    measured = []
+    for setting, x in zip(settings, features, strict=True):
+        key = id(setting), tag  # "plain" and "best" share the resamples unless only one has shared coins
+        if key not in memo:
+            projected = x @ reference.root
+            memo[key] = np.array([fast_frechet(x, reference, c, projected) for c in counts.T])
+        measured.append(_Measured(setting, memo[key]))
+    return measured[: len(base)], measured[len(base) :]
+
+
+def _units(settings: list[Setting], lengths: list[int], what: str) -> np.ndarray:
+    """The resampling unit of each seed [n]: seeds that share a coin draw in any of the settings move
+    together."""
+    if len(set(lengths)) != 1 or lengths[0] < 2:
+        raise UserError(
+            f"All settings need {what} of the same seeds, at least 2, but there are {sorted(set(lengths))}."
+        )
+    n = lengths[0]
+    labels = np.arange(n)
+    clusters = [np.unique(s.clusters[:n], return_inverse=True)[1].ravel() for s in settings if s.clusters is not None]
+    if any(len(c) != n for c in clusters):
+        raise UserError(f"Every one of the {n} seeds of a setting needs the id of its coin draw.")
+    changed = True
+    while changed:  # spread the smallest label over each cluster until nothing moves: connected components
+        before = labels.copy()
+        for c in clusters:
+            smallest = np.full(n, n)
+            np.minimum.at(smallest, c, labels)
+            labels = smallest[c]
+        changed = not np.array_equal(before, labels)
+    return np.unique(labels, return_inverse=True)[1].ravel()
+
+
+def _resamples(units: np.ndarray, replicates: int, seed: int) -> np.ndarray:
+    """How often each seed is drawn, float64 [n, 1 + R]: once each in the first column, then resampled by
+    unit. A single unit tells nothing about the spread: R = 0."""
+    groups = int(units.max()) + 1
+    replicates = replicates if groups > 1 else 0
+    drawn = np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), size=replicates).T
+    return np.concatenate([np.ones((len(units), 1)), drawn[units].astype(np.float64)], axis=1)
+
+
+# ------------------------------------------------------------------------------------------- comparison
+
+
+def _compare(base: list[_Measured], ours: list[_Measured], kind: str) -> dict[str, Any]:
+    return {name: _entry(_sorted(base, column), _sorted(ours, column), kind, column) for name, column in COSTS.items()}
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Settings sorted by one cost: costs [S] and values [S, 1 + R]."""
+
+    settings: list[Setting]
+    costs: np.ndarray
+    values: np.ndarray
+
+    def frontier(self) -> list[int]:
+        """Settings that no cheaper or equally cheap one matches in value, from cheap to expensive."""
+        chosen, lowest = [], math.inf
+        for i, value in enumerate(self.values[:, 0]):
+            if value < lowest:
+                chosen.append(i)
+                lowest = value
+        return chosen
+
+    def cheapest(self, target: np.ndarray) -> np.ndarray:
+        """Index of the cheapest setting with value <= target, per column [1 + R]; S where there is none."""
+        if not self.settings:
+            return np.zeros(len(target), dtype=int)
+        reached = self.values <= target + _SLACK * np.abs(target)
+        return np.where(reached.any(0), reached.argmax(0), len(self.settings))
+
+    def lowest_within(self, cost: float) -> np.ndarray:
+        """Smallest value among settings of at most this cost, per column [1 + R]; infinite where there is
+        none."""
+        affordable = self.values[self.costs <= cost * (1 + _SLACK)]
+        return affordable.min(0, initial=math.inf)
+
+
+def _sorted(measured: list[_Measured], column: str) -> _Table:
+    priced = [(_number(m.setting.row.get(column)), m) for m in measured]
+    kept = [(cost, m) for cost, m in priced if cost is not None and cost > 0]
+    kept.sort(key=lambda pair: (pair[0], pair[1].values[0]))
+    values = np.stack([m.values for _, m in kept]) if kept else np.zeros((0, 1))
+    return _Table([m.setting for _, m in kept], np.array([cost for cost, _ in kept], dtype=np.float64), values)
+
+
+def _entry(base: _Table, ours: _Table, kind: str, column: str) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "max": None,
+        "lower95": None,
+        "at": None,
+        "baseline": None,
+        "ours": None,
+        "curve": [],
+    }
+    top = -math.inf
+    for b in base.frontier():
+        target = base.values[b]
+        theirs, mine = base.cheapest(target), ours.cheapest(target)
+        ratios = base.costs[theirs] / np.append(ours.costs, math.inf)[mine]
+        reached = bool(ratios[0] > 0)
+        point = {
+            "at": _number(target[0]),
+            "speedup": float(ratios[0]) if reached else None,
+            "lower95": _lower(ratios[1:]) if reached else None,
+        }
+        entry["curve"].append(point)
+        if reached and ratios[0] > top:
+            top = ratios[0]
+            entry.update(max=point["speedup"], lower95=point["lower95"], at=point["at"])
+            entry["baseline"] = _describe(base, int(theirs[0]), kind)
+            entry["ours"] = _describe(ours, int(mine[0]), kind)
+    if kind == "error":
+        entry["error_ratio_at_equal_cost"] = _error_ratio(base, ours)
+    return entry
+
+
+def _error_ratio(base: _Table, ours: _Table) -> dict[str, Any]:
+    """The largest (baseline error) / (lowest ML-EM error within the same cost), at the costs of the baseline frontier:
+    between two of its points a coarse grid of baselines would flatter ML-EM."""
+    found: dict[str, Any] = {"max": None, "lower95": None, "at": None}
+    for i in base.frontier():
+        cost = float(base.costs[i])
+        theirs, mine = base.lowest_within(cost), ours.lowest_within(cost)
+        if not np.isfinite(mine[0]) or mine.min() <= 0:
+            continue  # no ML-EM is that cheap, or its error is exactly zero and the ratio has no value
+        ratios = theirs / mine
+        if found["max"] is None or ratios[0] > found["max"]:
+            found = {"max": float(ratios[0]), "lower95": _lower(ratios[1:]), "at": cost}
+    return found
+
+
+def _lower(ratios: np.ndarray) -> float | None:
+    return float(np.quantile(ratios, 0.05, method="lower")) if len(ratios) else None
+
+
+def _describe(table: _Table, index: int, kind: str) -> dict[str, Any]:
+    """What names a setting and what it measured, ready for JSON."""
+    row = table.settings[index].row
+    named = {key: _plain_value(row.get(key)) for key in _NAMING}
+    measured = {key: _number(row.get(key)) for key in ("error", "distance", *COSTS.values())}
+    return {**named, **measured, kind: _number(table.values[index, 0])}
+
+
+def _number(value: Any) -> float | None:
+    if value is None or value == "":
+        return None
+    return float(value) if math.isfinite(float(value)) else None
+
+
+def _plain_value(value: Any) -> Any:
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

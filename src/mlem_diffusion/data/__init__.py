@@ -1,0 +1,1 @@
+"""Images: from an archive, a folder or a program to one packed array."""

@@ -1,0 +1,146 @@
+"""Drifts: what a sampler asks for one denoised estimate per network evaluation. ML-EM is a drift, not a sampler.
+
+A drift here is a family of levels and a table of weights [n, B, K]: which networks enter each of the n estimates for each
+sample, and how much. One level alone, a stitched schedule and the multilevel estimator differ in the table only.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .ledger import Ledger
+from .level import Level, check_family
+
+
+class Drift(ABC):
+    """What the classes below share. `evaluations` is the length of the sampler's program, n."""
+
+    @property
+    @abstractmethod
+    def levels(self) -> list[Level]: ...
+
+    @abstractmethod
+    def weights(self, evaluations: int, seeds: Sequence[int]) -> np.ndarray:
+        """Weights of the levels in each estimate [n, B, K]."""
+
+    @abstractmethod
+    def expected_evaluations(self, evaluations: int) -> np.ndarray:
+        """Expected evaluations of each level [K] per image, exact."""
+
+    def expected_flops(self, evaluations: int) -> float:
+        """Expected FLOPs per image, exact."""
+        return float(self.expected_evaluations(evaluations) @ [level.flops for level in self.levels])
+
+    def clusters(self, seeds: Sequence[int]) -> list[int]:
+        """Samples with equal numbers share their coins."""
+        return list(seeds)
+
+    def estimator(
+        self, evaluations: int, seeds: Sequence[int], ledger: Ledger
+    ) -> Callable[[int, Tensor, float], Tensor]:
+        """The function (j, x [B, ...], logsnr) -> denoised estimate [B, ...] of one sampling run, called with j = 0, 1, ...
+        in order. It records in the ledger what it evaluates, and must not change an estimate that it has returned."""
+        return Schedule(self.levels, self.weights(evaluations, seeds), ledger)
+
+
+@dataclass(frozen=True)
+class SingleLevel(Drift):
+    """One network at every evaluation: plain EM, DDPM, DDIM, ... with that level."""
+
+    level: Level
+
+    @property
+    def levels(self) -> list[Level]:
+        return [self.level]
+
+    def weights(self, evaluations: int, seeds: Sequence[int]) -> np.ndarray:
+        return np.ones((evaluations, len(seeds), 1))
+
+    def expected_evaluations(self, evaluations: int) -> np.ndarray:
+        return np.array([float(evaluations)])
+
+
+@dataclass(frozen=True)
+class Stitched(Drift):
+    """The cheaper of two levels for the first `switch` of the evaluations (high noise), the other after (T-Stitch, Pan et
+    al. 2024)."""
+
+    small: Level
+    large: Level
+    switch: float
+
+    def __post_init__(self) -> None:
+        check_family([self.small, self.large])
+        if not 0 <= self.switch <= 1:
+            raise UserError(f"stitched: the switch fraction {self.switch} is outside 0..1.")
+
+    @property
+    def levels(self) -> list[Level]:
+        return [self.small, self.large]
+
+    def weights(self, evaluations: int, seeds: Sequence[int]) -> np.ndarray:
+        is_large = np.arange(evaluations) >= round(self.switch * evaluations)
+        table = np.stack([~is_large, is_large], axis=1).astype(np.float64)
+        return np.broadcast_to(table[:, None], (evaluations, len(seeds), 2))
+
+    def expected_evaluations(self, evaluations: int) -> np.ndarray:
+        first = round(self.switch * evaluations)
+        return np.array([float(first), float(evaluations - first)])
+
+
+class Schedule:
+    """The estimates sum_k w_k f^k(x) of one run, for weights w [n, B, K]: which networks see which samples is decided, and
+    sent to the device, before the first one, so that the loop never waits for it. Each network sees only the samples in
+    which its weight is not zero; what is evaluated is recorded in the ledger."""
+
+    def __init__(self, levels: Sequence[Level], weights: np.ndarray, ledger: Ledger):
+        self.levels, self.ledger = levels, ledger
+        self.weights = np.ascontiguousarray(np.moveaxis(weights, 2, 1))  # [n, K, B]
+        used = self.weights != 0
+        self.counts = used.sum(axis=2)
+        partial = used & (self.counts < weights.shape[1])[:, :, None]
+        self.start = np.concatenate([[0], np.cumsum(partial.sum(axis=2))])  # of each (j, k) among the positions
+        self.positions = np.nonzero(partial)[2]
+        self.same = (self.weights == self.weights[:, :, :1]).all(axis=2)
+        self.on_device: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, j: int, x: Tensor, logsnr: float) -> Tensor:
+        """The j-th estimate at x [B, ...]. Samples share the log-SNR, which every level gets as [B] with stride 0."""
+        if self.on_device is None:
+            table = torch.tensor(self.weights, dtype=x.dtype).to(x.device)  # a copy: the weights may be read-only
+            self.on_device = table, torch.as_tensor(self.positions).to(x.device)
+        table, positions = self.on_device
+        estimate, noise_level = None, torch.full((1,), logsnr, dtype=torch.float32, device=x.device)
+        for k, level in enumerate(self.levels):
+            count = int(self.counts[j, k])
+            if count == 0:
+                continue
+            self.ledger.record(k, np.flatnonzero(self.weights[j, k]))
+            if count == len(x):
+                output = level.denoise(x, noise_level.expand(count)).to(x.dtype)
+                w = float(self.weights[j, k, 0]) if self.same[j, k] else _column(table[j, k], x)
+                estimate = w * output if estimate is None else estimate.add_(w * output)
+            else:
+                first = self.start[j * len(self.levels) + k]
+                rows = positions[first : first + count]
+                output = level.denoise(x[rows], noise_level.expand(count)).to(x.dtype)
+                estimate = torch.zeros_like(x) if estimate is None else estimate
+                estimate.index_add_(0, rows, _column(table[j, k][rows], x) * output)
+        return torch.zeros_like(x) if estimate is None else estimate
+
+
+def _column(weights: Tensor, x: Tensor) -> Tensor:
+    """[B] -> [B, 1, ...] of the rank of x."""
+    return weights.reshape(-1, *([1] * (x.ndim - 1)))
+
+
+def weighted_estimate(levels: Sequence[Level], weights: np.ndarray, x: Tensor, logsnr: float, ledger: Ledger) -> Tensor:
+    """sum_k w_k f^k(x) for weights [B, K]: a schedule of one estimate."""
+    return Schedule(levels, weights[None], ledger)(0, x, logsnr)

@@ -1,0 +1,35 @@
+"""Levels: denoisers of increasing accuracy and cost. Any callable can be one; a family is an ordered list of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import Tensor
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class Level:
+    """One denoiser f^k.
+
+    denoise: (x [B,C,H,W], logsnr [B]) -> the denoised image [B,C,H,W], for x = alpha x0 + sigma eps with
+    alpha^2 = sigmoid(logsnr). flops: FLOPs of one evaluation of one image (any unit, if the same for all levels).
+    """
+
+    name: str
+    denoise: Callable[[Tensor, Tensor], Tensor]
+    flops: float
+
+
+def check_family(levels: Sequence[Level]) -> None:
+    """Raise UserError unless the levels have distinct names and strictly increasing, positive cost."""
+    if not levels:
+        raise UserError("A family needs at least one level.")
+    if len({level.name for level in levels}) < len(levels):
+        raise UserError(f"Levels need distinct names, not {', '.join(level.name for level in levels)}.")
+    costs = [level.flops for level in levels]
+    if costs[0] <= 0 or any(b <= a for a, b in pairwise(costs)):
+        raise UserError("The levels of a family must be ordered by cost, from cheap to expensive, all above zero.")

@@ -1,0 +1,169 @@
+"""Variance-preserving diffusion in continuous time: noise schedules, log-SNR, time grids, forward noising.
+
+x_t = alpha_t x_0 + sigma_t eps with alpha^2 + sigma^2 = 1. The common currency is logsnr = log(alpha^2 / sigma^2);
+alpha^2 = sigmoid(logsnr) and sigma^2 = sigmoid(-logsnr). All coefficients are computed in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+
+Array = np.ndarray
+
+
+def _softplus(x: Array) -> Array:
+    return np.logaddexp(0.0, x)
+
+
+def alpha_sigma(logsnr: Array | float) -> tuple[Array, Array]:
+    """alpha and sigma at a log-SNR (any shape, float64)."""
+    logsnr = np.asarray(logsnr, dtype=np.float64)
+    return np.exp(-0.5 * _softplus(-logsnr)), np.exp(-0.5 * _softplus(logsnr))
+
+
+@dataclass(frozen=True)
+class LinearSchedule:
+    """DDPM's linear beta (Ho et al. 2020) in continuous time (Song et al. 2021): beta(t) = b0 + (b1 - b0) t, t in [0, 1].
+
+    The defaults are the limit of 1000 discrete steps from 1e-4 to 0.02.
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    def beta(self, t: Array) -> Array:
+        """-d log alpha^2 / dt, per unit of time."""
+        return self.beta_min + (self.beta_max - self.beta_min) * np.asarray(t, dtype=np.float64)
+
+    def logsnr(self, t: Array) -> Array:
+        t = np.asarray(t, dtype=np.float64)
+        minus_log_alpha2 = self.beta_min * t + 0.5 * (self.beta_max - self.beta_min) * t**2
+        return -np.log(np.expm1(minus_log_alpha2))
+
+    def time(self, logsnr: Array) -> Array:
+        """Inverse of `logsnr`; beyond 1 where the schedule would have to go on."""
+        q = _softplus(-np.asarray(logsnr, dtype=np.float64))
+        return 2 * q / (self.beta_min + np.sqrt(self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * q))
+
+
+@dataclass(frozen=True)
+class CosineSchedule:
+    """Cosine schedule (Nichol and Dhariwal 2021), normalised so that alpha(0) = 1: alpha = cos(phase(t)) / cos(phase(0))."""
+
+    offset: float = 0.008
+
+    def _phase(self, t: Array) -> Array:
+        return (np.asarray(t, dtype=np.float64) + self.offset) / (1 + self.offset) * (math.pi / 2)
+
+    def beta(self, t: Array) -> Array:
+        """-d log alpha^2 / dt, per unit of time; it diverges at t = 1."""
+        return math.pi / (1 + self.offset) * np.tan(self._phase(t))
+
+    def logsnr(self, t: Array) -> Array:
+        log_alpha2 = 2 * (np.log(np.cos(self._phase(t))) - math.log(math.cos(float(self._phase(np.zeros(()))))))
+        return log_alpha2 - np.log(-np.expm1(log_alpha2))
+
+    def time(self, logsnr: Array) -> Array:
+        """Inverse of `logsnr`."""
+        alpha, _ = alpha_sigma(logsnr)
+        phase = np.arccos(alpha * math.cos(float(self._phase(np.zeros(())))))
+        return phase / (math.pi / 2) * (1 + self.offset) - self.offset
+
+
+Schedule = LinearSchedule | CosineSchedule
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Noise levels that a sampler visits, from noise to data; a coarse grid is a subset of its base grid.
+
+    n noise levels are n network evaluations: n - 1 steps between neighbours and a final denoising at the last one.
+    """
+
+    logsnr: Array  # [n] ascending
+    time: Array  # [n] descending, the schedule's t
+    beta: Array  # [n] -d log alpha^2 / dt
+    index: Array  # [n] positions in the base grid
+    base_logsnr: Array  # [N]
+    base_time: Array  # [N]
+
+    @property
+    def steps(self) -> int:
+        return len(self.logsnr)
+
+
+@dataclass(frozen=True)
+class Process:
+    """A schedule and the range of noise that is trained and sampled.
+
+    spacing: "logsnr" puts the base grid's points evenly in log-SNR; "time" evenly in t, as DDPM does. Even log-SNR is the
+    default because it is much the better one for the baselines: with exact denoisers (Gaussian and two-point data, 8 to
+    32 steps) DDIM's squared error was 1.3 to 4 times smaller and DPM-Solver++(2M)'s 40 to 450 times.
+    """
+
+    schedule: Schedule
+    logsnr_min: float = -9.0
+    logsnr_max: float = 9.0
+    base_steps: int = 1000
+    spacing: str = "logsnr"
+
+    def __post_init__(self) -> None:
+        if self.spacing not in ("time", "logsnr"):
+            raise UserError(f"process.spacing is {self.spacing!r}, expected 'time' or 'logsnr'.")
+        if not self.logsnr_min < self.logsnr_max or self.base_steps < 2:
+            raise UserError("process needs logsnr_min < logsnr_max and base_steps >= 2.")
+
+    def logsnr_at(self, s: Array) -> Array:
+        """Log-SNR at position s in [0, 1] along the sampler's path (0: most noise), in the grid's spacing.
+
+        With s uniform this is the density with which a sampler visits noise levels; training draws from it.
+        """
+        s = np.asarray(s, dtype=np.float64)
+        if self.spacing == "logsnr":
+            return self.logsnr_min + (self.logsnr_max - self.logsnr_min) * s
+        first, last = self.schedule.time(np.array([self.logsnr_min, self.logsnr_max]))
+        # the round trip through t is inexact at its ends
+        return np.clip(self.schedule.logsnr(first + (last - first) * s), self.logsnr_min, self.logsnr_max)
+
+    def grid(self, steps: int | None = None) -> Grid:
+        """The base grid, or the subset of `steps` points spread evenly over it, both ends included.
+
+        Raises UserError for fewer than 2 or more than base_steps points.
+        """
+        steps = self.base_steps if steps is None else steps
+        if not 2 <= steps <= self.base_steps:
+            raise UserError(f"steps = {steps} is outside 2..{self.base_steps} (process.base_steps).")
+        base_logsnr = self.logsnr_at(np.linspace(0.0, 1.0, self.base_steps))
+        base_time = self.schedule.time(base_logsnr)
+        index = np.round(np.linspace(0, self.base_steps - 1, steps)).astype(np.int64)
+        time = base_time[index]
+        return Grid(base_logsnr[index], time, self.schedule.beta(time), index, base_logsnr, base_time)
+
+    def drift_weights(self, logsnr: Array) -> Array:
+        """Weights [S], sum 1, of squared denoising differences at ascending noise levels [S]: alpha^2 d(logsnr).
+
+        An exact-linear step (DDIM, ancestral) over d(logsnr) moves x by alpha * denoised * d(logsnr) (half of it for the
+        ODE), so this is the mean squared error of the drift in the log-SNR clock. It does not depend on the grid's
+        spacing, and measured gains from there to the final image are nearly flat over the range that counts.
+        """
+        edges = np.concatenate([logsnr[:1], 0.5 * (logsnr[1:] + logsnr[:-1]), logsnr[-1:]])
+        weights = alpha_sigma(logsnr)[0] ** 2 * np.diff(edges)
+        return weights / weights.sum()
+
+
+def expand(values: Tensor, like: Tensor) -> Tensor:
+    """[B] -> [B,1,1,...] of the rank of `like`."""
+    return values.reshape(-1, *([1] * (like.ndim - 1)))
+
+
+def add_noise(x0: Tensor, noise: Tensor, logsnr: Tensor) -> Tensor:
+    """Forward noising x = alpha x0 + sigma noise; x0, noise [B,C,H,W], logsnr [B]."""
+    alpha, sigma = torch.sigmoid(logsnr).sqrt(), torch.sigmoid(-logsnr).sqrt()
+    return expand(alpha, x0) * x0 + expand(sigma, x0) * noise

@@ -1,0 +1,94 @@
+"""One sampling loop for every step rule (step_rules.py) and every drift (drift.py)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .brownian import PathWindows, initial_noise
+from .estimator import Drift
+from .ledger import Ledger
+from .process import Grid
+from .step_rules import Evaluation, step_rule_of
+
+
+@torch.no_grad()
+def sample(
+    drift: Drift,
+    grid: Grid,
+    dynamics: str,
+    step_rule: str,
+    seeds: Sequence[int],
+    shape: tuple[int, ...],
+    device: torch.device | str = "cpu",
+    increments: Tensor | None = None,
+) -> tuple[Tensor, Ledger]:
+    """Sample one batch: images [B, *shape] in [-1, 1] before clipping, and the ledger of what was evaluated.
+
+    seeds: one per sample; each keys its own start, path and coins. increments [n-1, B, *shape] may be passed in to share
+    one draw between settings on the same grid, seeds and clock; without it a few steps' are drawn at a time
+    (noise.PathWindows). ledger.seconds covers the loop, not the drawing of noise. On a GPU the loop only queues work: it
+    waits for the device at its ends and where a new window of noise is drawn. Raises UserError for an unknown rule.
+    """
+    rule = step_rule_of(dynamics, step_rule)
+    program, device = rule.program(grid), torch.device(device)
+    x = initial_noise(seeds, shape, device)
+    noise: Tensor | PathWindows | None = increments
+    if rule.clock is not None and noise is None:
+        noise = PathWindows(seeds, shape, grid, rule.clock, device)
+    if isinstance(noise, PathWindows):
+        noise[0]  # the first window is drawn before the clock starts; on a GPU while the coins are drawn here
+    ledger = Ledger([level.flops for level in drift.levels], images=len(seeds))
+    estimate = drift.estimator(len(program), seeds, ledger)
+    start, drawing = _now(device), 0.0
+    state: list[Tensor | None] = [x] + [None] * (len(program[0].update) - 1)
+    for j, evaluation in enumerate(program):
+        assert state[0] is not None
+        denoised = estimate(j, state[0], evaluation.logsnr)
+        z = None
+        if noise is not None and evaluation.noise is not None:
+            drawing += _draw(noise, evaluation.noise, device)
+            z = noise[evaluation.noise]
+        state = advance(evaluation, state, denoised, z)
+    ledger.seconds = _now(device) - start - drawing
+    assert state[0] is not None
+    return state[0], ledger
+
+
+def _draw(noise: Tensor | PathWindows | None, step: int, device: torch.device) -> float:
+    """Have the noise of a step drawn; the seconds that this took."""
+    if not isinstance(noise, PathWindows) or noise.holds(step):
+        return 0.0
+    start = _now(device)
+    noise[step]
+    return _now(device) - start
+
+
+def advance(
+    evaluation: Evaluation, state: Sequence[Tensor | None], estimate: Tensor | None, z: Tensor | None
+) -> list[Tensor | None]:
+    """The state of a program after one evaluation; None stands for zero."""
+    return [combine(row, [*state, estimate, z]) for row in evaluation.update]
+
+
+def combine(coefficients: np.ndarray, tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """Sum of coefficient * tensor over what is not zero; None stands for zero. The tensors are left as they are."""
+    terms = [(float(c), t) for c, t in zip(coefficients, tensors, strict=True) if c != 0 and t is not None]
+    if not terms:
+        return None
+    (first, out), *others = terms
+    if first != 1:
+        out = first * out
+    for i, (c, tensor) in enumerate(others):
+        out = torch.add(out, tensor, alpha=c) if i == 0 and first == 1 else out.add_(tensor, alpha=c)
+    return out
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,235 @@
+"""Step rules as data: for every network evaluation, one matrix that says what becomes of the state.
+
+All rules here are linear in (state, estimate, noise), so a matrix of plain numbers says everything about a step. One loop
+runs them all (samplers.py), rules with memory or with several evaluations per interval included, and the effect of an
+estimate on the final image follows exactly from the transposed matrices and the network's own derivative.
+
+A program is the list of evaluations of one sampling run. Its state is m images, at first (x, 0, ..., 0); the network is
+always evaluated at state 0. The last evaluation is the final denoising: its update puts the estimate in state 0.
+
+Notation: a step leads from noise level s to t, h = (logsnr_t - logsnr_s) / 2 > 0, and "denoised" is the estimate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import UserError
+from .process import Grid, alpha_sigma
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One network evaluation and the linear update that follows it."""
+
+    logsnr: float  # noise level at which the network is evaluated
+    update: np.ndarray  # float64 [m, m + 2]: (state_0, ..., state_{m-1}, estimate, z) -> new state
+    noise: int | None = None  # which standardised increment is z; None where no noise enters
+
+
+@dataclass(frozen=True)
+class StepRule:
+    """A rule as a function from grids to programs, and the clock in which its Brownian increments are standardised."""
+
+    program: Callable[[Grid], list[Evaluation]]
+    clock: str | None  # "time" or "snr"; None without noise
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step between neighbouring noise levels s -> t of a grid, as plain numbers."""
+
+    alpha_s: float
+    sigma_s: float
+    alpha_t: float
+    sigma_t: float
+    logsnr_s: float
+    logsnr_t: float
+    h: float  # half the step in log-SNR
+    h_before: float | None  # of the step before; None for the first
+    beta_dt: float  # beta(s) * (time(s) - time(t))
+
+
+def steps_of(grid: Grid) -> list[Step]:
+    """The n - 1 steps of a grid."""
+    alpha, sigma = alpha_sigma(grid.logsnr)
+    h = 0.5 * np.diff(grid.logsnr)
+    return [
+        Step(
+            float(alpha[i]),
+            float(sigma[i]),
+            float(alpha[i + 1]),
+            float(sigma[i + 1]),
+            float(grid.logsnr[i]),
+            float(grid.logsnr[i + 1]),
+            float(h[i]),
+            float(h[i - 1]) if i else None,
+            float(grid.beta[i] * (grid.time[i] - grid.time[i + 1])),
+        )
+        for i in range(grid.steps - 1)
+    ]
+
+
+def _final_denoising(grid: Grid, m: int) -> Evaluation:
+    update = np.zeros((m, m + 2))
+    update[0, m] = 1
+    return Evaluation(float(grid.logsnr[-1]), update)
+
+
+# ------------------------------------------------------------------- steps x' = a x + b denoised + c z, as (a, b, c)
+
+Coefficients = Callable[[Step], tuple[float, float, float]]
+
+
+def em_sde(step: Step) -> tuple[float, float, float]:
+    """Euler-Maruyama in t of the reverse SDE dx = -beta (x/2 + score) dt + sqrt(beta) dW (Song et al. 2021, eq. 6);
+    score = (alpha denoised - x) / sigma^2."""
+    to_score = step.beta_dt / step.sigma_s**2
+    return 1 + 0.5 * step.beta_dt - to_score, step.alpha_s * to_score, math.sqrt(step.beta_dt)
+
+
+def em_ode(step: Step) -> tuple[float, float, float]:
+    """Euler in t of the probability flow dx = -beta/2 (x + score) dt (Song et al. 2021, eq. 13);
+    x + score = (alpha denoised - alpha^2 x) / sigma^2."""
+    half = 0.5 * step.beta_dt
+    return 1 - half * math.exp(step.logsnr_s), half * step.alpha_s / step.sigma_s**2, 0.0
+
+
+def ddpm(step: Step) -> tuple[float, float, float]:
+    """Ancestral step with the posterior variance (Ho et al. 2020, eq. 7); exactly EM of dm = denoised du + dW_u,
+    u = alpha^2/sigma^2, m = u x / alpha."""
+    keep, fresh = math.exp(-2 * step.h), -math.expm1(-2 * step.h)  # keep = u_s / u_t
+    return step.alpha_t / step.alpha_s * keep, step.alpha_t * fresh, step.sigma_t * math.sqrt(fresh)
+
+
+def ddim(step: Step) -> tuple[float, float, float]:
+    """Deterministic DDIM (Song et al. 2020, eq. 12 with eta = 0)."""
+    return step.sigma_t / step.sigma_s, -step.alpha_t * math.expm1(-step.h), 0.0
+
+
+# --------------------------------------------------------------------------------------------------- programs
+
+
+def _one_step(coefficients: Coefficients) -> Callable[[Grid], list[Evaluation]]:
+    """State (x)."""
+
+    def program(grid: Grid) -> list[Evaluation]:
+        rows = [(step.logsnr_s, coefficients(step)) for step in steps_of(grid)]
+        steps = [Evaluation(s, np.array([row]), i if row[-1] else None) for i, (s, row) in enumerate(rows)]
+        return [*steps, _final_denoising(grid, 1)]
+
+    return program
+
+
+def _two_step(coefficients: Coefficients) -> Callable[[Grid], list[Evaluation]]:
+    """DPM-Solver++(2M), data prediction (Lu et al. 2022, algorithm 2): an exponential step with the estimate extrapolated
+    to the middle of the step from the one before; the first step is plain. State (x, estimate before).
+
+    From DDIM's coefficients it is the ODE solver, from the ancestral ones its SDE form.
+    """
+
+    def program(grid: Grid) -> list[Evaluation]:
+        out = []
+        for i, step in enumerate(steps_of(grid)):
+            a, b, c = coefficients(step)
+            back = 0.0 if step.h_before is None else 0.5 * step.h / step.h_before
+            update = np.array([[a, -b * back, b * (1 + back), c], [0, 0, 1, 0]])
+            out.append(Evaluation(step.logsnr_s, update, i if c else None))
+        return [*out, _final_denoising(grid, 2)]
+
+    return program
+
+
+def heun(grid: Grid) -> list[Evaluation]:
+    """Heun's method, deterministic (Karras et al. 2022, algorithm 1): 2 (n - 1) + 1 evaluations for n noise levels.
+
+    In y = x / alpha and its noise rho = sigma / alpha the flow is dy = (y - denoised) / rho drho. State
+    (point to evaluate at, step with half of the first slope), both in units of x at t.
+    """
+    out = []
+    for step in steps_of(grid):
+        # rho_t / rho_s = e^-h; the predicted point is DDIM's
+        a, b, _ = ddim(step)
+        to_t, drop = step.alpha_t / step.alpha_s, -0.5 * math.expm1(-step.h)
+        predict = np.array([[a, 0, b, 0], [to_t * (1 - drop), 0, step.alpha_t * drop, 0]])
+        pull = 0.5 * math.expm1(step.h)  # (rho_s - rho_t) / (2 rho_t)
+        correct = np.array([[-pull, 1, step.alpha_t * pull, 0], [0, 0, 0, 0]])
+        out += [Evaluation(step.logsnr_s, predict), Evaluation(step.logsnr_t, correct)]
+    return [*out, _final_denoising(grid, 2)]
+
+
+def unipc(grid: Grid) -> list[Evaluation]:
+    """UniPC of order 2 with its corrector, B(h) = e^h - 1 (bh2), data prediction (Zhao et al. 2023); the first step has
+    order 1. Predictor and corrector share their evaluation: the network sees the predicted point only.
+
+    State (predicted point, corrected point without its share of the estimate there, estimate before).
+    """
+    out, share = [], None  # of the estimate in the corrected point; the first point is not corrected
+    for step in steps_of(grid):
+        corrected = np.array([1.0, 0, 0, 0, 0]) if share is None else np.array([0, 1.0, 0, share, 0])
+        new, before = np.array([0, 0, 0, 1.0, 0]), np.array([0, 0, 1.0, 0, 0])
+        a, b, _ = ddim(step)
+        if step.h_before is None:
+            predicted, rest, weight = new, 0.5 * new, 0.5
+        else:
+            r = step.h_before / step.h
+            slope = (new - before) / r
+            weight, old = _corrector_weights(step.h, r)
+            predicted, rest = new + 0.5 * slope, (1 - weight) * new + old * slope
+        out.append(Evaluation(step.logsnr_s, np.stack([a * corrected + b * predicted, a * corrected + b * rest, new])))
+        share = b * weight
+    return [*out, _final_denoising(grid, 3)]
+
+
+def _corrector_weights(h: float, r: float) -> tuple[float, float]:
+    """Weights of the two difference quotients in UniC-2: of the new point's, and of the one before at -r h.
+
+    They solve w + v = b_1, w - r v = b_2 with b_1 = phi_2/phi_1, b_2 = 2 phi_3/phi_1 at -h.
+    """
+    b1, b2 = _phi(2, -h) / _phi(1, -h), 2 * _phi(3, -h) / _phi(1, -h)
+    old = (b1 - b2) / (1 + r)
+    return b1 - old, old
+
+
+def _phi(k: int, z: float) -> float:
+    """phi_0 = e^z, phi_k = (phi_{k-1} - 1/(k-1)!) / z: sum over i of z^i / (i + k)!, by the series where z is small."""
+    if abs(z) < 1:
+        return sum(z**i / math.factorial(i + k) for i in range(18))
+    return math.exp(z) if k == 0 else (_phi(k - 1, z) - 1 / math.factorial(k - 1)) / z
+
+
+STEP_RULES = {
+    ("sde", "em"): StepRule(_one_step(em_sde), "time"),
+    ("sde", "ddpm"): StepRule(_one_step(ddpm), "snr"),
+    ("sde", "dpmpp_2m"): StepRule(_two_step(ddpm), "snr"),
+    ("ode", "em"): StepRule(_one_step(em_ode), None),
+    ("ode", "ddim"): StepRule(_one_step(ddim), None),
+    ("ode", "dpmpp_2m"): StepRule(_two_step(ddim), None),
+    ("ode", "heun"): StepRule(heun, None),
+    ("ode", "unipc"): StepRule(unipc, None),
+}
+# which rule at the base grid serves as the reference of a dynamics
+REFERENCE_RULE = {"sde": "ddpm", "ode": "dpmpp_2m"}
+
+
+def step_rule_of(dynamics: str, name: str) -> StepRule:
+    """The rule of that name; UserError for an unknown one."""
+    if (dynamics, name) not in STEP_RULES:
+        known = ", ".join(f"{d}/{r}" for d, r in STEP_RULES)
+        raise UserError(f"The step rule {dynamics}/{name} is unknown; expected one of {known}.")
+    return STEP_RULES[dynamics, name]
+
+
+DYNAMICS_NAMES = {"sde": "stochastic (SDE)", "ode": "deterministic (ODE)"}
+STEP_RULE_NAMES = {
+    "em": "EM",
+    "ddpm": "DDPM ancestral",
+    "ddim": "DDIM",
+    "dpmpp_2m": "DPM-Solver++(2M)",
+    "heun": "Heun",
+    "unipc": "UniPC",
+}

@@ -1,0 +1,33 @@
+"""Whether the files of a results folder are what the stages wrote that provenance.json names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..files import Damaged, sha256_of
+
+
+def check_written(folder: Path, provenance: Mapping[str, Any], only: str | None = None) -> None:
+    """Raise Damaged for a file of the folder (or for this one) that is not what its stage wrote, by SHA-256. Files that are not
+    there, or that no stage has noted, are not judged."""
+    for stage, entry in (provenance.get("stages") or {}).items():
+        for name, sha256 in entry.get("outputs", {}).items():
+            path = folder / name
+            if only in (None, name) and path.is_file() and sha256_of(path) != sha256:
+                target = stage.replace("_", "-")
+                raise Damaged(
+                    path, f"{path} is not what {target} wrote: run make {target} EXPERIMENT={folder.name} again."
+                )
+
+
+def check_same_levels(folder: Path, gamma: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
+    """Raise UserError where gamma.json and the comparison were made with different levels."""
+    compared = ((provenance.get("stages") or {}).get("sample_compare") or {}).get("made_with")
+    if gamma.get("made_with") and compared and gamma["made_with"] != compared:
+        raise UserError(
+            f"{folder / 'gamma.json'} and the comparison beside it were made with different levels: run make measure-gamma "
+            f"and make sample-compare EXPERIMENT={folder.name} again."
+        )

@@ -1,0 +1,121 @@
+"""Independent pieces of work in several processes: narrow networks leave all but one core of a CPU idle."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait as wait_for
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..errors import Interrupted, UserError
+from . import interrupts
+
+stop_requested: Callable[[], bool] = bool  # in a worker: whether the parent asked it to stop
+
+
+def worker_count(workers: Any, device: torch.device, tasks: int) -> int:
+    """The `workers` of the configuration; "auto": one per CPU core without a GPU, else one. Always one where torchrun's
+    processes share the work."""
+    if dist.is_initialized():
+        return 1
+    if workers != "auto":
+        return int(workers)
+    return 1 if device.type != "cpu" else min(tasks, torch.get_num_threads())
+
+
+def threads_per_worker(workers: int) -> int:
+    return max(1, torch.get_num_threads() // workers)
+
+
+def run(
+    function: Callable[..., Any],
+    tasks: Sequence[tuple],
+    workers: int,
+    should_stop: Callable[[], bool],
+    on_done: Callable[[tuple], object] | None = None,
+) -> None:
+    """function(*task) for every task, `workers` at a time, in order; the first error stops the others and is raised.
+
+    function must be importable; it should look at `stop_requested` now and then. on_done(task) runs in this process.
+    UserError where a worker is killed.
+    """
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
+    with ProcessPoolExecutor(workers, context, _start_worker, (stop, threads_per_worker(workers))) as pool:
+        try:
+            _collect(_submit(pool, function, tasks), stop, should_stop, on_done)
+        except BrokenProcessPool as error:
+            if should_stop():
+                raise Interrupted("stopped as asked; what was finished is kept") from error
+            raise UserError(
+                "A worker process was killed, perhaps for want of memory: run the same command again to go on, with "
+                "ARGS=workers=1 where memory is short."
+            ) from error
+        except Exception:  # the others have been asked to stop, and have
+            raise
+        except BaseException:
+            kill_workers()
+            raise
+
+
+def _submit(pool: ProcessPoolExecutor, function: Callable[..., Any], tasks: Sequence[tuple]) -> dict[Any, tuple]:
+    """The tasks by their futures; BrokenProcessPool also where a worker dies while it or the next one is started."""
+    try:
+        return {pool.submit(function, *task): task for task in tasks}
+    except OSError as error:
+        if error.errno not in (None, errno.EPIPE, errno.EBADF):
+            raise
+        raise BrokenProcessPool(str(error)) from error
+
+
+def _collect(
+    futures: dict[Any, tuple], stop: Any, should_stop: Callable[[], bool], on_done: Callable[[tuple], object] | None
+) -> None:
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, timeout=0.5, return_when=FIRST_EXCEPTION)
+        if should_stop():
+            stop.set()
+        for future in done:
+            error = future.exception()
+            if error is not None:
+                stop.set()
+                wait([other for other in pending if not other.cancel()])
+                raise error
+            if on_done is not None:
+                on_done(futures[future])
+
+
+def _start_worker(stop: Any, threads: int) -> None:
+    global stop_requested
+    stop_requested = stop.is_set
+    begin_worker()
+    torch.set_num_threads(threads)
+
+
+def begin_worker() -> None:
+    """In a worker: leave signals to the parent, and end with it."""
+    interrupts.leave_to_parent()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def kill_workers() -> None:
+    """Now: what they write is whole at any moment."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would go on beside the run that takes its place."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait_for([parent.sentinel])
+        os._exit(interrupts.TRY_AGAIN)

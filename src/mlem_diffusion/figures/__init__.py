@@ -1,0 +1,1 @@
+"""Figures: one module each, a shared style, and grids of images."""

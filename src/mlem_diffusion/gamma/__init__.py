@@ -1,0 +1,1 @@
+"""The exponent gamma: denoising errors of the levels, power laws fitted to them, their intervals."""

@@ -1,0 +1,70 @@
+"""Whether the levels are as a hierarchy should be: differences that fall at every noise level, losses that fall in training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .estimate import LevelErrors
+
+
+def differences_fall(errors: LevelErrors) -> dict[str, Any]:
+    """For each two neighbouring values of E|f^k - f^K|^2 (to_largest) and of E|f^k - f^(k-1)|^2 (to_previous), pooled and at
+    every noise level: does the value fall with the level, within two standard errors over the same held-out images?
+
+    "pairs" of each kind: the levels whose values are compared (of to_previous: the upper levels of the two differences).
+    "ratio" [pairs][S]: later value / earlier value, below 1 where it falls. "violations": where it rises by more than two
+    standard errors (logsnr None: pooled). Ready for JSON.
+    """
+    names, kinds, violations, checks = errors.names, {}, [], 0
+    for kind, array, labels in (
+        ("to_largest", errors.to_largest, names[:-1]),
+        ("to_previous", errors.to_previous, names[1:]),
+    ):
+        pairs, ratios = [], []
+        for k in range(1, len(array)):
+            pairs.append([labels[k - 1], labels[k]])
+            ratios.append((array[k].mean(0) / np.maximum(array[k - 1].mean(0), 1e-300)).tolist())
+            columns = np.column_stack([(array[i] @ errors.weights)[:, None] for i in (k - 1, k)])
+            places = [(None, columns[:, 0], columns[:, 1])]
+            places += [(float(x), array[k - 1][:, j], array[k][:, j]) for j, x in enumerate(errors.logsnr)]
+            for logsnr, earlier, later in places:
+                checks += 1
+                rise, unit = later - earlier, max(float(earlier.mean()), 1e-300)
+                se = float(rise.std(ddof=1) / np.sqrt(len(rise)))
+                if rise.mean() > 2 * se:
+                    where = {"kind": kind, "levels": pairs[-1], "logsnr": logsnr}
+                    violations.append({**where, "ratio": float(later.mean()) / unit, "ratio_se": se / unit})
+        kinds[kind] = {"pairs": pairs, "ratio": ratios}
+    return {
+        "criterion": "a rise by more than two standard errors, over the same held-out images, is a violation",
+        "noise_levels": errors.logsnr.tolist(),
+        "checks": checks,
+        **kinds,
+        "violations": violations,
+    }
+
+
+def overfitting_warnings(
+    names: Sequence[str], images: Sequence[Sequence[int]], losses: Sequence[np.ndarray]
+) -> list[str]:
+    """Sentences about levels whose held-out loss is higher at a later training length than at an earlier one by more than
+    two standard errors over the same images. images [lengths][K] seen; losses: per length [K, M], pooled over noise levels."""
+    found = []
+    for k, name in enumerate(names):
+        worst: tuple[float, str] | None = None
+        for j in range(1, len(losses)):
+            for i in range(j):
+                rise = losses[j][k] - losses[i][k]
+                mean, se = float(rise.mean()), float(rise.std(ddof=1) / np.sqrt(len(rise)))
+                if mean > 2 * se and (worst is None or mean > worst[0]):
+                    text = f"after {images[j][k]:,} images is above that after {images[i][k]:,} by {mean:.3g} (s.e. {se:.1g})"
+                    worst = (
+                        mean,
+                        f"The held-out loss of {name} {text}: it overfits, or its learning rate is too high.",
+                    )
+        if worst is not None:
+            found.append(worst[1])
+    return found

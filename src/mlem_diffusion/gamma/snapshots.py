@@ -1,0 +1,52 @@
+"""Watching training on held-out images: the loss of a level's weights at every snapshot."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..models.checkpoint import load_weights
+from ..models.family import as_level
+from .denoising_errors import denoising_errors
+
+
+def snapshot_losses(
+    denoiser: torch.nn.Module,
+    files: Mapping[Path, str],
+    held_out: Tensor,
+    logsnr: np.ndarray,
+    weights: np.ndarray,
+    *,
+    precision: str = "float32",
+    batch: int = 128,
+    seed: int = 1,
+) -> list[dict[str, Any]]:
+    """One entry per snapshot file (ema-<images>.safetensors, with its SHA-256), in their order: images seen, file, sha256, and held_out_loss, the
+    mean squared error of the denoised images (pixels in [-1, 1]), pooled over the noise levels logsnr [S] with weights
+    [S] that sum to 1, with held_out_rise, the change since the snapshot before, and its standard error over the held-out
+    images [M,3,H,W] (both None for the first). All snapshots see the same images and noise."""
+    entries, before = [], None
+    network = copy.deepcopy(denoiser)
+    for file, sha256 in files.items():
+        load_weights(file, network, sha256)
+        level = as_level(file.stem, network, 1.0, precision, compile="off")
+        loss = denoising_errors([level], held_out, logsnr, seed, batch)[0][0] @ weights  # [M]
+        rise = None if before is None else loss - before
+        entries.append(
+            {
+                "images": int(file.stem.removeprefix("ema-")),
+                "file": file.name,
+                "sha256": sha256,
+                "held_out_loss": float(loss.mean()),
+                "held_out_rise": None if rise is None else float(rise.mean()),
+                "held_out_rise_se": None if rise is None else float(rise.std(ddof=1) / np.sqrt(len(rise))),
+            }
+        )
+        before = loss
+    return entries

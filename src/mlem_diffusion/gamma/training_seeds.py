@@ -1,0 +1,82 @@
+"""How much a level's errors change when it is trained again from another seed.
+
+The spread of the few levels that are repeated, usually the cheapest, is taken for that of all: as a variance of the
+logarithm of each fitted value, pooled over the repeated levels. It says nothing of what all seeds share (data, recipe).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+from .denoising_errors import Pair
+from .estimate import LevelErrors
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """One level trained again: squared errors on the images, noise levels and noise of the family's `LevelErrors`."""
+
+    level: int  # index of the family's level that it repeats, below the largest
+    seed: int
+    loss: np.ndarray  # [M, S] |g - x0|^2, g being this training of the level
+    to_lower: np.ndarray | None  # [M, S] |g - f^(k-1)|^2; None for the cheapest level
+    to_upper: np.ndarray  # [M, S] |f^(k+1) - g|^2
+    to_largest: np.ndarray  # [M, S] |g - f^K|^2
+
+
+@dataclass(frozen=True)
+class SeedSpread:
+    """Variance between training seeds of the logarithm of each value that a form of the law is fitted to."""
+
+    variance: dict[str, float]  # by form: loss_fit, differences, to_largest
+    degrees_of_freedom: dict[str, int]
+
+
+def repeat_pairs(levels: int, repeated: Sequence[int]) -> list[list[Pair]]:
+    """For each repeated level (index in the family), what it is compared with where the repeats follow the family of
+    `levels`: the image, the largest, the level above and, except for the cheapest, the one below."""
+    out = []
+    for i, level in enumerate(repeated):
+        own = levels + i
+        below: list[Pair] = [(own, level - 1)] if level else []
+        out.append([(own, None), (own, levels - 1), (own, level + 1), *below])
+    return out
+
+
+def seed_spread(errors: LevelErrors, repeats: Sequence[Repeat]) -> SeedSpread:
+    """Pooled variances over the repeated levels. Two separately trained levels enter a value of `differences`: its variance
+    is twice that of retraining one of them. UserError without repeats, or for a level that cannot be compared."""
+    top = len(errors.names) - 1
+    if not repeats or any(not 0 <= r.level < top for r in repeats):
+        raise UserError("The spread between seeds needs levels below the largest that were trained again.")
+    groups: dict[str, list[list[np.ndarray]]] = {"loss_fit": [], "differences": [], "to_largest": []}
+    for k in sorted({r.level for r in repeats}):
+        again = [r for r in repeats if r.level == k]
+        groups["loss_fit"].append([errors.loss[k], *(r.loss for r in again)])
+        groups["to_largest"].append([errors.to_largest[k], *(r.to_largest for r in again)])
+        groups["differences"].append([errors.to_previous[k], *(r.to_upper for r in again)])
+        lower = [r.to_lower for r in again if r.to_lower is not None]
+        if k and lower:
+            groups["differences"].append([errors.to_previous[k - 1], *lower])
+    variance, dof = {}, {}
+    for form, found in groups.items():
+        logs = [np.log([float((values @ errors.weights).mean()) for values in group]) for group in found]
+        dof[form] = sum(len(x) - 1 for x in logs)
+        pooled = sum(float(((x - x.mean()) ** 2).sum()) for x in logs) / dof[form]
+        variance[form] = 2 * pooled if form == "differences" else pooled
+    return SeedSpread(variance, dof)
+
+
+def as_json(errors: LevelErrors, repeats: Sequence[Repeat], spread: SeedSpread) -> dict[str, Any]:
+    """What gamma.json says of it. log_error_sd is of the root-mean-square error: half of that of its square."""
+    return {
+        "levels": [errors.names[k] for k in sorted({r.level for r in repeats})],
+        "seeds": sorted({r.seed for r in repeats}),
+        "log_error_sd": {form: float(np.sqrt(v)) / 2 for form, v in spread.variance.items()},
+        "degrees_of_freedom": spread.degrees_of_freedom,
+    }

@@ -1,0 +1,303 @@
+"""Networks of anyone's making as levels: declare what a network takes and predicts, get a `Level`.
+
+A level denoises x = alpha x0 + sigma eps, alpha^2 = sigmoid(logsnr) and sigma^2 = sigmoid(-logsnr). Networks differ in
+the coordinates of their input ("vp": x itself; "ve": x / alpha, image plus noise of standard deviation sigma / alpha),
+in what tells them the noise level, in what they predict, and in further inputs such as an embedded text:
+
+    prediction     output of the network                     denoised image
+    "x0"           the image D itself                        D
+    "epsilon"      the noise eps                             (x - sigma eps) / alpha
+    "v"            alpha eps - sigma x0                      alpha x - sigma v
+    "score"        gradient of the log density of its input  (x + sigma^2 score) / alpha, in VP coordinates
+
+An EDM denoiser D(y, sigma) is prediction="x0", coordinates="ve", time="sigma"; a DDPM network is prediction="epsilon",
+time="timestep" with its alphas_cumprod. At high noise, predictions of noise and score lose digits (factor 1 / alpha).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..diffusion.level import Level
+from ..diffusion.process import expand
+from ..errors import UserError
+
+PREDICTIONS = ("epsilon", "v", "x0", "score")
+COORDINATES = ("vp", "ve")
+TIMES = ("logsnr", "sigma", "timestep")
+TOLERANCE = 1e-3  # in log-SNR, at the ends of the trained range: rounding of float32 tables
+
+
+def adapt(
+    name: str,
+    network: Callable[..., Any],
+    *,
+    prediction: str,
+    coordinates: str = "vp",
+    time: str | Callable[[Tensor], Tensor] = "logsnr",
+    alphas_cumprod: Any = None,
+    round_timesteps: bool = False,
+    logsnr_range: tuple[float, float] | None = None,
+    conditioning: Mapping[str, Any] | None = None,
+    shape: tuple[int, ...] | None = None,
+    flops: float | None = None,
+) -> Level:
+    """A level from a network called as network(input [B,C,H,W], time [B], **conditioning).
+
+    prediction, coordinates: see the table above. The network returns a tensor, a tuple that starts with one, or an
+    object with one in `.sample`; of twice as many channels as went in (learned variances) the first half is used.
+
+    time: "logsnr"; "sigma", the noise's standard deviation in the network's own coordinates; "timestep", the index into
+    alphas_cumprod [T], falling, of discrete training; or a function from logsnr [B] to what the network takes (EDM's
+    ln(sigma) / 4 is `lambda logsnr: -logsnr / 8`). Between training's timesteps the network gets a fractional one
+    (linear in log-SNR), which sinusoidal embeddings accept. One that needs integers has round_timesteps=True: the level
+    is then the denoiser of the nearest trained noise level, given x as it is (its variance fits, near 1 at both).
+
+    logsnr_range: lowest and highest log-SNR in training, by default those of alphas_cumprod. With a range, each call
+    waits for the device.
+
+    conditioning: the network's keyword arguments; tensors [1, ...], in dicts, lists and tuples too, are expanded to the
+    batch, all else is passed as it is. It is the same for all samples: a level runs on the samples whose coin fired and
+    is not told which these are. Sample one condition after the other: seeds key the noise, so the images are the same.
+
+    flops: FLOPs of one evaluation of one image; where absent, counted on the meta device for an nn.Module and `shape`
+    [C,H,W]. Input is cast to the type of the module's parameters, time is float32 or better; the result has the type of
+    x and is differentiable in it.
+
+    Raises UserError for an unknown convention, conditioning of several rows or FLOPs that cannot be counted and, when
+    called, for a noise level outside the trained range or an output of another shape.
+    """
+    _check_conventions(name, prediction, coordinates, time, alphas_cumprod, round_timesteps)
+    table = None if alphas_cumprod is None else _timestep_table(alphas_cumprod)
+    limits = logsnr_range or (None if table is None else trained_range(alphas_cumprod))
+    inputs = dict(conditioning or {})
+    for key, value in inputs.items():
+        _map_tensors(lambda tensor, key=key: _check_one_row(name, key, tensor), value)
+
+    def denoise(x: Tensor, logsnr: Tensor) -> Tensor:
+        logsnr = logsnr.to(torch.promote_types(x.dtype, torch.float32))
+        if limits is not None:
+            _check_range(name, logsnr, limits)
+        if table is not None:
+            when, logsnr = _timestep(logsnr, table, round_timesteps)
+        else:
+            when = time(logsnr) if callable(time) else logsnr if time == "logsnr" else _sigma(logsnr, coordinates)
+        wide = x.to(logsnr.dtype)
+        alpha, sigma = expand(torch.sigmoid(logsnr).sqrt(), x), expand(_sigma(logsnr, "vp"), x)
+        entering = (wide if coordinates == "vp" else wide / alpha).to(_dtype(network) or x.dtype)
+        rows = _map_tensors(lambda t: t.to(x.device).expand(len(x), *t.shape[1:]) if t.ndim else t.to(x.device), inputs)
+        output = _output(name, network(entering, when, **rows), x).to(logsnr.dtype)
+        if prediction == "score" and coordinates == "ve":
+            output = output / alpha  # d/dx = d/dy / alpha
+        return _denoised(prediction, output, wide, alpha, sigma).to(x.dtype)
+
+    if flops is None:
+        flops = _count(name, network, shape, inputs, torch.long if round_timesteps else torch.float32)
+    return Level(name, denoise, float(flops))
+
+
+def from_diffusers(
+    name: str,
+    unet: nn.Module,
+    scheduler: Any,
+    *,
+    conditioning: Mapping[str, Any] | None = None,
+    shape: tuple[int, ...] | None = None,
+    flops: float | None = None,
+) -> Level:
+    """A level from a diffusers UNet (UNet2DModel, UNet2DConditionModel, ...) and the scheduler it was trained with.
+
+    prediction_type and alphas_cumprod are read from the scheduler; timesteps are rounded only where the UNet embeds
+    them by a table. conditioning: e.g. {"encoder_hidden_states": [1, tokens, channels]}. shape defaults to the UNet's
+    in_channels and sample_size. Clipping and thresholding belong to the scheduler's own sampler and are not applied:
+    see `clipped`. Sample within the trained noise levels: Process(LinearSchedule(), *trained_range(scheduler)).
+
+    Raises UserError for a scheduler without alphas_cumprod or of another prediction type, for a UNet that takes sigma
+    (Fourier embedding), and as `adapt` does.
+    """
+    predicts = getattr(getattr(scheduler, "config", None), "prediction_type", None)
+    prediction = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}.get(str(predicts))
+    if prediction is None:
+        raise UserError(
+            f"{name}: the scheduler's prediction type {predicts!r} is unknown; describe the UNet to adapt()."
+        )
+    config = getattr(unet, "config", None)
+    embedding, size = getattr(config, "time_embedding_type", None), getattr(config, "sample_size", None)
+    if embedding == "fourier":
+        raise UserError(f"{name}: this UNet takes sigma, not timesteps; describe it to adapt(), with time='sigma'.")
+    if shape is None and size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = getattr(config, "in_channels", 3), height, width
+    return adapt(
+        name,
+        unet,
+        prediction=prediction,
+        time="timestep",
+        alphas_cumprod=scheduler,
+        round_timesteps=embedding == "learned",
+        conditioning=conditioning,
+        shape=shape,
+        flops=flops,
+    )
+
+
+def guided(conditional: Level, unconditional: Level, scale: float, name: str | None = None) -> Level:
+    """Classifier-free guidance as one level: D_u + scale (D_c - D_u), at the FLOPs of both.
+
+    Ho and Salimans 2022, with scale = 1 + w; guiding denoised images, noise or v is the same. The second level may also
+    be a weaker network (autoguidance). The name defaults to that of the conditional level.
+    """
+    if not math.isfinite(scale):
+        raise UserError(f"The guidance scale {scale} is not a finite number.")
+
+    def denoise(x: Tensor, logsnr: Tensor) -> Tensor:
+        base = unconditional.denoise(x, logsnr)
+        return base + scale * (conditional.denoise(x, logsnr) - base)
+
+    return Level(name or conditional.name, denoise, conditional.flops + unconditional.flops)
+
+
+def clipped(level: Level, limit: float = 1.0) -> Level:
+    """The level with its denoised images clamped to [-limit, limit], as DDPM clips; guide first, then clip."""
+    if not limit > 0:
+        raise UserError(f"{level.name}: images cannot be clipped to [-{limit}, {limit}].")
+    return Level(level.name, lambda x, logsnr: level.denoise(x, logsnr).clamp(-limit, limit), level.flops)
+
+
+def trained_range(source: Any) -> tuple[float, float]:
+    """Lowest and highest log-SNR of discrete training, for Process; of a diffusers scheduler or alphas_cumprod."""
+    logsnr, _ = _timestep_table(source)
+    return float(logsnr[0]), float(logsnr[-1])
+
+
+def _check_conventions(
+    name: str, prediction: str, coordinates: str, time: Any, alphas_cumprod: Any, round_timesteps: bool
+) -> None:
+    for what, value, known in (
+        ("prediction", prediction, PREDICTIONS),
+        ("coordinates", coordinates, COORDINATES),
+        ("time", "logsnr" if callable(time) else time, TIMES),
+    ):
+        if value not in known:
+            raise UserError(f"{name}: {what} = {value!r} is unknown; expected one of {', '.join(known)}.")
+    if time == "timestep" and alphas_cumprod is None:
+        raise UserError(f"{name}: time='timestep' needs the alphas_cumprod of the network's training.")
+    if time != "timestep" and (alphas_cumprod is not None or round_timesteps):
+        raise UserError(f"{name}: alphas_cumprod and round_timesteps belong to time='timestep'.")
+
+
+def _timestep_table(source: Any) -> tuple[Tensor, Tensor]:
+    """Log-SNR, ascending, and the timestep of each; timesteps of infinite log-SNR (zero terminal SNR) are left out."""
+    values = getattr(source, "alphas_cumprod", source)
+    try:
+        alpha2 = torch.as_tensor(values, dtype=torch.float64, device="cpu").numpy()
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{type(source).__name__} has no alphas_cumprod; see adapt() for other networks.") from error
+    if alpha2.ndim != 1 or len(alpha2) < 2 or not np.all(np.diff(alpha2) < 0) or alpha2[0] > 1 or alpha2[-1] < 0:
+        raise UserError("alphas_cumprod must fall from timestep to timestep, within 1 and 0, and hold two at least.")
+    timestep = np.flatnonzero((alpha2 > 0) & (alpha2 < 1))[::-1].copy()
+    return torch.from_numpy(np.log(alpha2[timestep]) - np.log1p(-alpha2[timestep])), torch.from_numpy(timestep)
+
+
+def _timestep(logsnr: Tensor, table: tuple[Tensor, Tensor], to_integer: bool) -> tuple[Tensor, Tensor]:
+    """The network's timestep [B] and the log-SNR [B] it stands for."""
+    known, last = table[0].to(logsnr), int(table[1][0])
+    above = torch.searchsorted(known, logsnr.detach().contiguous()).clamp(1, len(known) - 1)
+    part = ((logsnr - known[above - 1]) / (known[above] - known[above - 1])).clamp(0, 1)
+    timestep = last - (above - 1 + part)  # they are neighbouring integers
+    if not to_integer:
+        return timestep, logsnr
+    timestep = timestep.round().long()
+    return timestep, known[last - timestep]
+
+
+def _check_range(name: str, logsnr: Tensor, limits: tuple[float, float]) -> None:
+    lowest, highest = limits
+    outside = logsnr[~((logsnr >= lowest - TOLERANCE) & (logsnr <= highest + TOLERANCE))]  # NaN too
+    if len(outside):
+        raise UserError(
+            f"{name}: a log-SNR of {float(outside[0]):.4g} is outside {lowest:.4g} .. {highest:.4g}, the range of its "
+            "training; set logsnr_min and logsnr_max of the Process within it."
+        )
+
+
+def _sigma(logsnr: Tensor, coordinates: str) -> Tensor:
+    """The noise's standard deviation [B] in VP or VE coordinates."""
+    return torch.sigmoid(-logsnr).sqrt() if coordinates == "vp" else torch.exp(-0.5 * logsnr)
+
+
+def _denoised(prediction: str, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    if prediction == "x0":
+        return output
+    if prediction == "v":
+        return alpha * x - sigma * output
+    return (x - sigma * output) / alpha if prediction == "epsilon" else (x + sigma**2 * output) / alpha
+
+
+def _map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """function of every tensor in dicts, lists and tuples; all else as it is."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: _map_tensors(function, item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_map_tensors(function, item) for item in value)
+    return value
+
+
+def _check_one_row(name: str, key: str, tensor: Tensor) -> None:
+    if tensor.ndim and len(tensor) != 1:
+        raise UserError(
+            f"{name}: conditioning {key!r} has {len(tensor)} rows, but it must have one, the same for all samples: "
+            "a level is run on some of a batch only; sample one condition after the other."
+        )
+
+
+def _dtype(network: Any) -> torch.dtype | None:
+    """Floating type of a module's first such parameter; None for other callables."""
+    parameters = network.parameters() if isinstance(network, nn.Module) else ()
+    return next((p.dtype for p in parameters if p.is_floating_point()), None)
+
+
+def _output(name: str, output: Any, x: Tensor) -> Tensor:
+    """The tensor that a network returned, its first half where there are twice as many channels as in x."""
+    if not isinstance(output, Tensor):
+        output = output[0] if isinstance(output, tuple | list) else getattr(output, "sample", None)
+    if not isinstance(output, Tensor):
+        raise UserError(f"{name}: the network returned neither a tensor, nor a tuple of tensors, nor one in .sample.")
+    if output.ndim == x.ndim and output.shape[1] == 2 * x.shape[1]:
+        output = output[:, : x.shape[1]]
+    if output.shape != x.shape:
+        raise UserError(f"{name}: the network returned shape {list(output.shape)} for an input of {list(x.shape)}.")
+    return output
+
+
+def _count(
+    name: str, network: Any, shape: tuple[int, ...] | None, conditioning: dict[str, Any], time: torch.dtype
+) -> float:
+    """FLOPs (a multiply-add counts two) of one evaluation of one image [C,H,W], all parameters on the meta device."""
+    if not isinstance(network, nn.Module) or shape is None:
+        raise UserError(f"{name}: give flops, or shape = (channels, height, width) and an nn.Module to count them.")
+    tensors = dict(network.named_parameters()) | dict(network.named_buffers())
+    x = torch.empty(1, *shape, device="meta", dtype=_dtype(network))
+    when = torch.empty(1, device="meta", dtype=time)
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            functional_call(
+                network,
+                {key: tensor.to("meta") for key, tensor in tensors.items()},
+                (x, when),
+                _map_tensors(lambda tensor: tensor.to("meta"), conditioning),
+            )
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{name}: FLOPs could not be counted ({reason}); give flops.") from error
+    return float(counter.get_total_flops())

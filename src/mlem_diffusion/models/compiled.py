@@ -1,0 +1,173 @@
+"""A trained denoiser made fast for sampling: bf16, channels_last, torch.compile and CUDA graphs, each where it works."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..errors import SlowPath, UserError
+from .torch_compile import compiled, first_line, options, wants
+from .unet import Denoiser, UNet
+
+PRECISIONS = ("float32", "bf16")
+_SMALLEST, _WASTE = 8, 0.25  # smallest bucket; padding allowed, as a part of the samples
+
+
+def inference_copy(denoiser: nn.Module, precision: str = "float32") -> nn.Module:
+    """A frozen copy for evaluation alone. "bf16": the network's weights and activations are bf16; group-norm statistics
+    (torch's kernels accumulate them so), the noise-level features and the preconditioning around it stay float32."""
+    if precision not in PRECISIONS:
+        raise UserError(f"precision = {precision!r} is unknown; expected 'float32' or 'bf16'.")
+    network = copy.deepcopy(denoiser).eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if not isinstance(network, Denoiser):
+        return network
+    if precision == "bf16":
+        # parameters alone: the frequencies of the noise-level features need float32
+        for parameter in network.unet.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    if isinstance(network.unet, UNet):
+        network.unet.join_conditioning()
+    return network
+
+
+def cover(count: int, batch: int | None = None) -> Iterator[tuple[int, int]]:
+    """Pieces (samples, bucket) that a batch of `count` is evaluated in: buckets are powers of two from 8, and `batch`.
+
+    The smallest bucket that holds what is left is taken where it wastes little; else the largest that is filled.
+    """
+    while count > 0:
+        power = max(_SMALLEST, 1 << (count - 1).bit_length())
+        fits = batch if batch is not None and count <= batch < power else power
+        if fits <= max(_SMALLEST, (1 + _WASTE) * count):
+            yield count, fits
+            return
+        filled = 1 << (count.bit_length() - 1)
+        yield filled, filled
+        count -= filled
+
+
+class FastDenoiser:
+    """A denoiser (x [B,3,S,S], logsnr [B]) -> float32 [B,3,S,S], frozen, as fast as the device allows.
+
+    precision: "float32" or "bf16" (`inference_copy`). compile: "auto" (on CUDA), "on", "off", or "max" (tuned kernels). On
+    CUDA every bucket of batch sizes (`cover`; `batch` is one of its own) is captured once as a CUDA graph, compiled or not.
+    A logsnr with stride 0 (an expanded scalar) says that all samples share a noise level, which is then embedded once.
+    Where derivatives with respect to x are asked for, the same network runs eagerly. What fails to compile or to be captured
+    goes on without, with one SlowPath warning.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        precision: str = "float32",
+        compile: str = "auto",
+        name: str = "the network",
+        batch: int | None = None,
+        graphs: bool = True,
+    ):
+        self.network, self.precision, self.name, self.batch = (
+            inference_copy(denoiser, precision),
+            precision,
+            name,
+            batch,
+        )
+        device = next(self.network.parameters()).device
+        self.run: Callable[[Tensor, Tensor], Tensor] = self.network
+        if wants(compile, device):
+            extra = {"options": found} if (found := options(compile, device)) else {}
+            self.run = compiled(self.network, name, **extra)
+        self.graphs: dict[tuple, _Graph] | None = {} if graphs and device.type == "cuda" else None
+
+    @property
+    def mode(self) -> str:
+        """Precision, and what it runs with by now: eager or compiled, with CUDA graphs or not."""
+        is_compiled = getattr(self.run, "is_compiled", bool)()
+        return f"{self.precision} {'compiled' if is_compiled else 'eager'}{'' if self.graphs is None else ' + graphs'}"
+
+    def __call__(self, x: Tensor, logsnr: Tensor) -> Tensor:
+        if logsnr.ndim == 1 and len(logsnr) > 1 and logsnr.stride(0) == 0:
+            logsnr = logsnr[:1]
+        if _forward_mode(x):
+            with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no forward derivative
+                return self.network(x, logsnr).float()
+        if torch.is_grad_enabled() and x.requires_grad:
+            return self.network(x, logsnr).float()
+        with torch.no_grad():
+            if self.graphs is None:
+                return self.run(x, logsnr).float()
+            return self._replayed(x, logsnr)
+
+    def _replayed(self, x: Tensor, logsnr: Tensor) -> Tensor:
+        parts, start = [], 0
+        for count, bucket in cover(len(x), self.batch):
+            piece, at = x[start : start + count], logsnr if len(logsnr) == 1 else logsnr[start : start + count]
+            graph = self._graph(bucket, tuple(x.shape[1:]), len(at) == 1, x.device)
+            parts.append(graph(piece, at) if graph is not None else self.run(piece, at).float())
+            start += count
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _graph(self, bucket: int, shape: tuple[int, ...], uniform: bool, device: torch.device) -> _Graph | None:
+        if self.graphs is None:
+            return None
+        key = (bucket, *shape, uniform)
+        if key not in self.graphs:
+            try:
+                self.graphs[key] = _Graph(self.run, bucket, shape, 1 if uniform else bucket, device)
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                self.graphs = None
+                warnings.warn(f"{self.name} runs without CUDA graphs: {first_line(error)}.", SlowPath, stacklevel=4)
+                return None
+        return self.graphs[key]
+
+
+def _forward_mode(x: Tensor) -> bool:
+    """Whether forward derivatives or another functorch transform pass through x."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore
+
+
+class _Graph:
+    """One captured evaluation with buffers that stay in place. All graphs alive share one memory pool: they are replayed one
+    after the other, and their results are copied out at once."""
+
+    pool: Any = None
+    alive: ClassVar[weakref.WeakSet[_Graph]] = weakref.WeakSet()
+
+    def __init__(
+        self,
+        run: Callable[[Tensor, Tensor], Tensor],
+        bucket: int,
+        shape: tuple[int, ...],
+        rows: int,
+        device: torch.device,
+    ):
+        if not _Graph.alive:  # the allocator gives up a pool with its last graph
+            _Graph.pool = torch.cuda.graph_pool_handle()
+        # zeros, and overwritten from the front: padding is old but finite samples
+        self.x = torch.zeros(bucket, *shape, device=device)
+        self.logsnr = torch.zeros(rows, device=device)
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):  # libraries choose their algorithms and compilation happens before the capture
+            for _ in range(3):
+                run(self.x, self.logsnr).float()
+        torch.cuda.current_stream(device).wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=_Graph.pool):
+            self.out = run(self.x, self.logsnr).float().contiguous()  # as the sampler's other tensors
+        _Graph.alive.add(self)
+
+    def __call__(self, x: Tensor, logsnr: Tensor) -> Tensor:
+        self.x[: len(x)].copy_(x)
+        self.logsnr[: len(logsnr)].copy_(logsnr)
+        self.graph.replay()
+        return self.out[: len(x)].clone()

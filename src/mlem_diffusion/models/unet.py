@@ -1,0 +1,244 @@
+"""One UNet whose width is the knob, in the style of ADM (Dhariwal and Nichol 2021), and the denoiser around it.
+
+Residual blocks with group norm and scale-shift conditioning on the noise level, attention at chosen resolutions, skip
+connections by concatenation. The `Denoiser` gives it inputs and targets of unit variance at every noise level
+(Karras et al. 2022, section 5, written for the variance-preserving process).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..diffusion.process import expand
+from ..errors import UserError
+
+
+def _groups(channels: int) -> int:
+    """At most 32 groups of at least 4 channels each (fewer where the division does not come out even)."""
+    return max(g for g in range(1, 33) if channels % g == 0 and (channels // g >= 4 or g == 1))
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(_groups(channels), channels, eps=1e-5)
+
+
+def _zero(layer: nn.Conv2d) -> nn.Conv2d:
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class ResBlock(nn.Module):
+    """norm, SiLU, (resample), conv, norm scaled and shifted by the embedding, SiLU, conv, plus the skip path."""
+
+    def __init__(self, inputs: int, outputs: int, embedding: int, resample: str = "none", dropout: float = 0.0):
+        super().__init__()
+        self.resample = resample
+        self.norm1, self.conv1 = _norm(inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.affine = nn.Linear(embedding, 2 * outputs)
+        self.norm2, self.conv2 = _norm(outputs), _zero(nn.Conv2d(outputs, outputs, 3, padding=1))
+        self.dropout = nn.Dropout(dropout)
+        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+    def _resample(self, x: Tensor) -> Tensor:
+        if self.resample == "down":
+            return F.avg_pool2d(x, 2)
+        if self.resample == "up":
+            return F.interpolate(x, scale_factor=2, mode="nearest")
+        return x
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """condition: what `affine` makes of the embedding, [B, 2 * outputs], or [1, ...] for one noise level."""
+        h = self.conv1(self._resample(F.silu(self.norm1(x))))
+        scale, shift = condition[:, :, None, None].chunk(2, dim=1)
+        h = F.silu(torch.addcmul(shift, self.norm2(h), scale + 1))
+        return self.skip(self._resample(x)) + self.conv2(self.dropout(h))
+
+
+class Attention(nn.Module):
+    """Self-attention over all positions, heads of 64 channels (one head where there are fewer)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.heads = max(1, channels // 64) if channels % max(1, channels // 64) == 0 else 1
+        self.norm, self.qkv = _norm(channels), nn.Conv2d(channels, 3 * channels, 1)
+        self.out = _zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        # in channels_last these are views all the way: the attention kernel reads the convolution's output in place
+        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(b, h * w, 3, self.heads, c // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h, w, c).permute(0, 3, 1, 2)
+        return x + self.out(y)
+
+
+class _Stage(nn.Module):
+    """A residual block and, at attention resolutions, attention after it."""
+
+    def __init__(self, block: ResBlock, attention: Attention | None = None):
+        super().__init__()
+        self.block, self.attention = block, attention
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        x = self.block(x, condition)
+        return x if self.attention is None else self.attention(x)
+
+
+class UNet(nn.Module):
+    """[B,3,S,S] and logsnr [B], or [1] where all samples share one noise level -> [B,3,S,S].
+
+    width: base channels, multiplied by `multipliers` per resolution; `blocks` residual blocks per resolution; attention at
+    the resolutions named (in pixels). patch: squares of this side become channels before the first convolution and pixels
+    again after the last, so that the network works at size / patch: few large kernels instead of many small ones.
+    Raises UserError if the image size cannot be divided often enough.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        size: int,
+        multipliers: Sequence[int] = (1, 2, 2, 2),
+        blocks: int = 2,
+        attention: Sequence[int] = (16,),
+        channels: int = 3,
+        dropout: float = 0.0,
+        patch: int = 1,
+    ):
+        super().__init__()
+        if patch < 1 or size % patch or (size // patch) % 2 ** (len(multipliers) - 1):
+            raise UserError(
+                f"An image size of {size} cannot be halved {len(multipliers) - 1} times in patches of {patch} "
+                "(unet.multipliers, unet.patch)."
+            )
+        self.width, self.patch, embedding = width, patch, 4 * max(width, 8)
+        size, channels = size // patch, channels * patch**2
+        self.frequencies: Tensor
+        # log-SNR spans about -10 to 10: periods from 1 to 120 resolve it and stay monotone over the range
+        self.register_buffer("frequencies", 2 * math.pi / torch.logspace(0, math.log10(120), 16), persistent=False)
+        self.embed = nn.Sequential(nn.Linear(32, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU())
+
+        def stage(inputs: int, outputs: int, resolution: int, resample: str = "none") -> _Stage:
+            attend = resample == "none" and resolution in attention
+            return _Stage(
+                ResBlock(inputs, outputs, embedding, resample, dropout),
+                Attention(outputs) if attend else None,
+            )
+
+        self.enter = nn.Conv2d(channels, width * multipliers[0], 3, padding=1)
+        current, resolution = width * multipliers[0], size
+        skips, down, up = [current], [], []
+        for i, multiplier in enumerate(multipliers):
+            if i:
+                down.append(stage(current, current, resolution, "down"))
+                resolution //= 2
+                skips.append(current)
+            for _ in range(blocks):
+                down.append(stage(current, width * multiplier, resolution))
+                current = width * multiplier
+                skips.append(current)
+        middle = ResBlock(current, current, embedding, dropout=dropout)
+        self.middle = nn.ModuleList(
+            [
+                _Stage(middle, Attention(current) if resolution <= max(attention, default=0) else None),
+                _Stage(ResBlock(current, current, embedding, dropout=dropout)),
+            ]
+        )
+        self.takes_skip: list[bool] = []
+        for i, multiplier in reversed(list(enumerate(multipliers))):
+            for _ in range(blocks + 1):
+                up.append(stage(current + skips.pop(), width * multiplier, resolution))
+                self.takes_skip.append(True)
+                current = width * multiplier
+            if i:
+                up.append(stage(current, current, resolution, "up"))
+                self.takes_skip.append(False)
+                resolution *= 2
+        self.down, self.up = nn.ModuleList(down), nn.ModuleList(up)
+        self.leave = nn.Sequential(_norm(current), nn.SiLU(), _zero(nn.Conv2d(current, channels, 3, padding=1)))
+        self.joined_weight: Tensor | None = None
+        self.joined_bias: Tensor | None = None
+
+    def join_conditioning(self) -> None:
+        """For inference: all blocks' conditioning layers as one matrix product (later changes of weights are not seen)."""
+        layers = [module.block.affine for module in self._stages()]
+        weight, bias = torch.cat([v.weight for v in layers]), torch.cat([v.bias for v in layers])
+        del self.joined_weight, self.joined_bias
+        self.register_buffer("joined_weight", weight.detach(), persistent=False)
+        self.register_buffer("joined_bias", bias.detach(), persistent=False)
+
+    def _stages(self) -> list[Any]:
+        return [*self.down, *self.middle, *self.up]
+
+    def _conditions(self, logsnr: Tensor) -> Iterator[Tensor]:
+        """What every residual block is scaled and shifted by, in the order of the forward pass."""
+        angles = logsnr.float()[:, None] * self.frequencies
+        embedding = self.embed(torch.cat([angles.cos(), angles.sin()], dim=1).to(self.enter.weight.dtype))
+        layers = [module.block.affine for module in self._stages()]
+        if self.joined_weight is None:
+            return iter([layer(embedding) for layer in layers])
+        together = F.linear(embedding, self.joined_weight, self.joined_bias)
+        return iter(together.split([layer.out_features for layer in layers], dim=1))
+
+    def forward(self, x: Tensor, logsnr: Tensor) -> Tensor:
+        condition = self._conditions(logsnr)
+        x = x.to(self.enter.weight.dtype)
+        x = self.enter(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)
+        skips = [x]
+        for module in self.down:
+            x = module(x, next(condition))
+            skips.append(x)
+        for module in self.middle:
+            x = module(x, next(condition))
+        for module, takes_skip in zip(self.up, self.takes_skip, strict=True):
+            x = module(torch.cat([x, skips.pop()], dim=1) if takes_skip else x, next(condition))
+        x = self.leave(x)
+        return F.pixel_shuffle(x, self.patch) if self.patch > 1 else x
+
+
+class Denoiser(nn.Module):
+    """A UNet preconditioned to unit variance, with one of three prediction targets.
+
+    With data of root mean square `data_rms`, the input is scaled to unit variance, and the network's target has unit
+    variance at every log-SNR for each choice: "v" (the mix of image and noise that is uncorrelated with the input: EDM's
+    preconditioning, Karras et al. 2022, table 1, and v prediction where data_rms = 1), "epsilon" (the noise), "x0"
+    (the image over data_rms).
+    """
+
+    def __init__(self, unet: nn.Module, data_rms: float = 0.5, target: str = "v"):
+        super().__init__()
+        if target not in ("v", "epsilon", "x0"):
+            raise UserError(f"The prediction target {target!r} is unknown; expected 'v', 'epsilon' or 'x0'.")
+        self.unet, self.data_rms, self.target = unet, float(data_rms), target
+
+    def _coefficients(self, x: Tensor, logsnr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Input scale, and skip and output scale such that denoised = skip * x + out * network."""
+        logsnr = expand(logsnr.float(), x)
+        alpha, sigma, rms = torch.sigmoid(logsnr).sqrt(), torch.sigmoid(-logsnr).sqrt(), self.data_rms
+        scale = torch.rsqrt((alpha * rms) ** 2 + sigma**2)
+        if self.target == "v":
+            return scale, alpha * rms**2 * scale**2, sigma * rms * scale
+        if self.target == "epsilon":
+            return scale, 1 / alpha, -sigma / alpha
+        return scale, torch.zeros_like(scale), torch.full_like(scale, rms)
+
+    def forward(self, x: Tensor, logsnr: Tensor) -> Tensor:
+        """x [B,3,S,S] noised, logsnr [B] or [1] -> denoised image [B,3,S,S] in float32."""
+        scale, skip, out = self._coefficients(x, logsnr)
+        return skip * x + out * self.unet(scale * x, logsnr).float()
+
+    def loss(self, x: Tensor, x0: Tensor, logsnr: Tensor) -> Tensor:
+        """Mean squared error of the network's own unit-variance output, per image [B].
+
+        Dividing by `out` turns the denoising error into it; all three targets are affine in (x, x0).
+        """
+        scale, skip, out = self._coefficients(x, logsnr)
+        prediction = self.unet(scale * x, logsnr).float()
+        return (prediction - (x0 - skip * x) / out).square().flatten(1).mean(1)

@@ -1,0 +1,291 @@
+"""What each level of a family is worth: how much more the same predicted error costs without it.
+
+The predicted frontier of all plans (optimise.py) is compared with that of the plans which do without a level, in FLOPs and
+in seconds. Since plans may always skip a level, a level is never worth less than 1. Levels that only stand in for each other are each
+worth nothing as long as the others are there, so levels are also removed one after another, the least worthy first,
+until every one that is left earns its place.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..diffusion.level import Level
+from ..errors import UserError
+from .gains import Effects
+from .plan import Plan
+from .planner import Planner, price_range
+
+MEAN, LARGEST = 0.02, 0.10  # what a level has to save to earn its place: on geometric average, or somewhere
+_ABOVE_LOWEST = 1.1  # errors nearer than this to the lowest one are those of the finest grid, whatever the levels
+_POINTS = 97  # errors at which frontiers are compared
+
+
+# ------------------------------------------------------------------------------------------------- seconds
+
+
+@torch.no_grad()
+def seconds_per_image(
+    family: Sequence[Level],
+    shape: tuple[int, ...],
+    batch: int,
+    device: torch.device | str = "cpu",
+    runs: int = 9,
+    warm_up: int = 2,
+    at_least: float = 1.0,
+) -> list[float]:
+    """Seconds per image of one evaluation of each level on `batch` images of this shape: medians of `runs` runs after a warm-up,
+    or of as many as fit into `at_least` seconds.
+
+    Levels take turns, so that a machine that is busy for a moment is busy for all of them; nothing else should run meanwhile.
+    A coin that fires for few images of a batch runs a smaller batch, which on a GPU costs more per image than this.
+    """
+    device = torch.device(device)
+    x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+    # one number for all images, as in sampling: networks embed equal noise levels once
+    logsnr = torch.zeros((), device=device).expand(batch)
+    times: list[list[float]] = [[] for _ in family]
+    run, began = 0, time.perf_counter()
+    while run < warm_up + runs or time.perf_counter() - began < at_least:
+        for k, level in enumerate(family):
+            _wait_for(device)
+            started = time.perf_counter()
+            level.denoise(x, logsnr)
+            _wait_for(device)
+            if run >= warm_up:
+                times[k].append(time.perf_counter() - started)
+        run += 1
+    return [statistics.median(each) / batch for each in times]
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# ----------------------------------------------------------------------------------------------- frontiers
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What plans for one dynamics and step rule rest on; arguments as in `optimise.plans`."""
+
+    effects: Effects
+    methods: Sequence[str]
+    grids: Mapping[int, np.ndarray]
+    own_errors: Mapping[tuple[int, int], float]
+
+    @property
+    def rule(self) -> str:
+        return f"{self.effects.dynamics}/{self.effects.step_rule}"
+
+
+@dataclass(frozen=True)
+class Worth:
+    """Cost without a level over the cost with it, at equal predicted error: geometric mean and largest value over the range of
+    squared errors `errors` (evenly in their logarithm)."""
+
+    mean: float
+    largest: float
+    errors: tuple[float, float]
+
+    def score(self, mean: float = MEAN, largest: float = LARGEST) -> float:
+        """1 or more where the level earns its place; 0 where it saves nothing."""
+        return max(math.log(self.mean) / math.log1p(mean), math.log(self.largest) / math.log1p(largest))
+
+
+class Frontiers:
+    """Predicted frontiers of a family and of all its parts, for one step rule and one unit of cost.
+
+    Plans once found are kept: those of a part are plans of the whole as well, so that a part's frontier never
+    lies below that of a larger one.
+    """
+
+    def __init__(
+        self, measured: Measured, planners: Sequence[tuple[int, Planner]], costs: Sequence[float] | np.ndarray
+    ):
+        self.measured = measured
+        self.names = measured.effects.names
+        costs_ = np.asarray(costs, dtype=np.float64)
+        self.planners = [(steps, p.priced(costs_), price_range(p.effects, costs_, 2.0)) for steps, p in planners]
+        self.pool: dict[str, Plan] = {}
+        self.planned: set[frozenset[int]] = set()
+
+    def find(self, levels: Collection[int]) -> None:
+        """Plans with these levels [indices], for every price on every grid with every method."""
+        part = frozenset(levels)
+        if part in self.planned:
+            return
+        self.planned.add(part)
+        for steps, planner, prices in self.planners:
+            for top in (k for k in part if (k, steps) in self.measured.own_errors):
+                own = self.measured.own_errors[top, steps]
+                for price in prices:
+                    plan = planner.plan(top, float(price), among=part)
+                    self.pool[plan.id] = replace(plan, steps=steps, predicted=own + (plan.added or 0.0))
+
+    def hull(self, levels: Collection[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Squared errors, rising, and costs, falling, of the plans with these levels that no mixture of two others beats: with
+        one plan for some images and another for the rest, error and cost lie on the line between theirs."""
+        self.find(levels)
+        names = {self.names[k] for k in levels}
+        points = [(p.predicted or 0.0, p.cost) for p in self.pool.values() if names.issuperset(p.levels)]
+        if not points:
+            raise UserError(f"No plan for {self.measured.rule} can be made without the levels that are left out.")
+        out: list[tuple[float, float]] = []
+        for error, cost in sorted(points):
+            if out and cost >= out[-1][1]:
+                continue  # above what is there at a smaller error
+            while len(out) > 1 and _turns_up(out[-2], out[-1], (error, cost)):
+                out.pop()
+            out.append((error, cost))
+        errors, costs = np.array(out).T
+        return errors, costs
+
+    def worth(self, levels: Collection[int], without: int) -> Worth:
+        """Of one level among these."""
+        rest = [k for k in levels if k != without]
+        self.find(rest)
+        whole, part = self.hull(levels), self.hull(rest)
+        low, high = self._range(levels, max(whole[0][0], part[0][0]))
+        errors = np.geomspace(low, high, _POINTS)
+        ratio = np.interp(errors, *part) / np.interp(errors, *whole)
+        return Worth(float(np.exp(np.log(ratio).mean())), float(ratio.max()), (low, high))
+
+    def _range(self, levels: Collection[int], lowest: float) -> tuple[float, float]:
+        """From a tenth above the lowest error that is reached to that of the largest level alone on the coarsest grid, which no
+        one wants to do worse than; where there is one grid only, to the error of the cheapest plan."""
+        top = len(self.names) - 1
+        alone = [e for (k, _), e in self.measured.own_errors.items() if k == top]
+        low, high = _ABOVE_LOWEST * lowest, max(alone, default=0.0)
+        return (low, high) if high > low else (low, max(1.01 * low, self.hull(levels)[0][-1]))
+
+
+def _turns_up(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
+    """Whether b lies on or above the line from a to c."""
+    return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])
+
+
+# ------------------------------------------------------------------------------------------------ the verdict
+
+
+@dataclass(frozen=True)
+class Valued:
+    """Levels by worth in one unit of cost. worth {level: {rule: Worth}} in the whole family, for all but the largest level; removed:
+    (level, its Worth by rule when it was the least worthy), in that order; kept: levels that are left; worth_kept: theirs."""
+
+    worth: dict[str, dict[str, Worth]]
+    removed: list[tuple[str, dict[str, Worth]]]
+    kept: tuple[str, ...]
+    worth_kept: dict[str, dict[str, Worth]]
+
+
+def value(
+    frontiers: Sequence[Frontiers],
+    mean: float = MEAN,
+    largest: float = LARGEST,
+    progress: Callable[[str], None] | None = None,
+) -> Valued:
+    """Remove the least worthy level until each that is left saves, for some step rule, more than `mean` of the cost on geometric
+    average or more than `largest` somewhere. Of levels of equal worth the most expensive in FLOPs goes first; the largest
+    level stays, since it is what errors are measured against. progress: called with what is being done."""
+    names = frontiers[0].names
+    left, removed, first = list(range(len(names))), [], None
+    while True:
+        if progress is not None:
+            progress(f"{len(left)} levels")
+        for f in frontiers:  # all plans before the first comparison: a part's plans are the whole's too
+            for k in left[:-1]:
+                f.find([other for other in left if other != k])
+        now = {k: {f.measured.rule: f.worth(left, k) for f in frontiers} for k in left[:-1]}
+        first = now if first is None else first
+        scores = {k: max(w.score(mean, largest) for w in by_rule.values()) for k, by_rule in now.items()}
+        least = min(scores, key=lambda k: (round(scores[k], 6), -k), default=None)
+        if least is None or scores[least] > 1:
+            break
+        removed.append((names[least], now[least]))
+        left.remove(least)
+    named = [{names[k]: by_rule for k, by_rule in worth.items()} for worth in (first, now)]
+    return Valued(named[0], removed, tuple(names[k] for k in left), named[1])
+
+
+def value_levels(
+    measured: Sequence[Measured],
+    seconds: Sequence[float],
+    mean: float = MEAN,
+    largest: float = LARGEST,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Valued]:
+    """{"flops": ..., "seconds": ...} for a family measured for some step rules; seconds [K] per image of one evaluation."""
+    planners = []
+    for rule in measured:
+        grids = {steps: rule.effects.on(logsnr) for steps, logsnr in rule.grids.items()}
+        planners.append(
+            [(n, Planner(there, m, rule.effects.flops)) for m in rule.methods for n, there in grids.items()]
+        )
+    out = {}
+    for unit, costs in (("flops", measured[0].effects.flops), ("seconds", seconds)):
+        frontiers = [Frontiers(rule, found, costs) for rule, found in zip(measured, planners, strict=True)]
+        told = None if progress is None else lambda what, unit=unit: progress(f"{unit}, {what}")
+        out[unit] = value(frontiers, mean, largest, told)
+    return out
+
+
+def levels_json(
+    names: Sequence[str], flops: Sequence[float], seconds: Sequence[float], found: Mapping[str, Valued]
+) -> dict[str, Any]:
+    """The content of levels.json, but for what the caller adds about how seconds were measured."""
+    levels = []
+    for k, name in enumerate(names):
+        entry: dict[str, Any] = {"name": name, "flops": float(flops[k]), "seconds": float(seconds[k])}
+        entry |= {"flops_share": flops[k] / flops[-1], "seconds_share": seconds[k] / seconds[-1]}
+        for unit, valued in found.items():
+            by_rule = valued.worth.get(name)
+            entry[f"worth_{unit}"] = by_rule and {rule: asdict(w) for rule, w in by_rule.items()}
+            entry[f"kept_{unit}"] = name in valued.kept
+        levels.append(entry)
+    removed = {
+        unit: [{"name": name, "worth": {r: asdict(w) for r, w in by_rule.items()}} for name, by_rule in valued.removed]
+        for unit, valued in found.items()
+    }
+    kept = {unit: list(valued.kept) for unit, valued in found.items()}
+    left = {u: {n: {r: asdict(w) for r, w in by.items()} for n, by in v.worth_kept.items()} for u, v in found.items()}
+    return {"levels": levels, "removed": removed, "kept": kept, "worth_among_kept": left}
+
+
+def table(content: Mapping[str, Any]) -> str:
+    """levels.json as text: shares of the largest level's cost, worth as "mean (largest)" of the rule it is worth most for."""
+    header = ("level", "MFLOP", "share", "us/image", "share", "worth, FLOPs", "kept", "worth, seconds", "kept")
+    rows = [header]
+    for e in content["levels"]:
+        cells = [e["name"], f"{e['flops'] / 1e6:.4g}", f"{e['flops_share']:.3g}"]
+        cells += [f"{1e6 * e['seconds']:.4g}", f"{e['seconds_share']:.3g}"]
+        for unit in ("flops", "seconds"):
+            best = most(e[f"worth_{unit}"])
+            cells += [f"{best['mean']:.3f} ({best['largest']:.2f})" if best else "-"]
+            cells += ["yes" if e[f"kept_{unit}"] else "no"]
+        rows.append(tuple(cells))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
+    lines.insert(1, "-" * len(lines[0]))
+    lines.append(
+        "worth: cost at equal predicted error without the level, over the cost with it: geometric mean (largest),"
+    )
+    lines.append("of the step rule it helps most. kept: levels left once the least worthy are removed one by one.")
+    for unit, word in (("flops", "FLOPs"), ("seconds", "seconds")):
+        gone = ", ".join(entry["name"] for entry in content["removed"][unit]) or "none"
+        lines.append(f"In {word} {' + '.join(content['kept'][unit])} earn their place; removed, in order: {gone}.")
+    return "\n".join(lines)
+
+
+def most(by_rule: Mapping[str, Mapping[str, Any]] | None) -> Mapping[str, Any] | None:
+    """Of the rule for which a level is worth most; None for the largest level."""
+    return max(by_rule.values(), key=lambda w: (w["mean"], w["largest"])) if by_rule else None

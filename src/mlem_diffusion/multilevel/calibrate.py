@@ -1,0 +1,105 @@
+"""Calibration of anyone's family in one call: measure gains and the levels' own errors, then ask for plans.
+
+    calibration = calibrate(family, process, "sde", "ddpm", shape)
+    plan = calibration.plan("quadrature", cost=10 * family[-1].flops)
+    images, ledger = sample(plan.build(family), process.grid(plan.steps), "sde", "ddpm", seeds, shape)
+
+Calibrate on seeds that nothing is judged on. A plan's predicted error is first order in the effect of a single
+firing (Plan.jump); the experiment scripts run candidates before they choose, which a careful user should do too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..diffusion.estimator import SingleLevel
+from ..diffusion.level import Level
+from ..diffusion.process import Process
+from ..diffusion.sampler import sample
+from ..diffusion.step_rules import REFERENCE_RULE
+from ..statistics import squared_errors
+from .gains import Effects, measure_effects
+from .plan import Plan, choose
+from .planner import plan_for_cost, plans
+
+SEEDS = range(10**6, 10**6 + 32)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured of a family: effects of its differences, and squared errors of its levels alone {(level, steps):
+    error} against the largest on the finest grid. flops_spent: FLOPs of the whole calibration."""
+
+    effects: Effects
+    own_errors: dict[tuple[int, int], float]
+    process: Process
+    flops_spent: float
+
+    def plans(self, method: str, costs: Sequence[float] | None = None) -> list[Plan]:
+        """The predicted frontier of a method (optimise.METHODS), cheap to expensive; costs per evaluation of each level
+        replace FLOPs (seconds, say), and become the unit of Plan.cost."""
+        return plans(self.effects, method, self._grids(), self.own_errors, _array(costs))
+
+    def plan(
+        self,
+        method: str,
+        *,
+        cost: float | None = None,
+        error: float | None = None,
+        costs: Sequence[float] | None = None,
+    ) -> Plan:
+        """The plan of smallest predicted error within a cost per image, or the cheapest within a squared error.
+
+        Raises UserError where no plan qualifies, and unless exactly one of cost and error is given.
+        """
+        found = self.plans(method, costs)
+        if cost is not None and error is None:
+            exact = plan_for_cost(self.effects, method, self._grids(), self.own_errors, cost, _array(costs))
+            found += [exact] if exact is not None else []
+        return choose(found, cost=cost, error=error)
+
+    def _grids(self) -> dict[int, np.ndarray]:
+        return {steps: self.process.grid(steps).logsnr for steps in sorted({steps for _, steps in self.own_errors})}
+
+
+def _array(costs: Sequence[float] | None) -> np.ndarray | None:
+    return None if costs is None else np.asarray(costs, dtype=np.float64)
+
+
+def calibrate(
+    family: Sequence[Level],
+    process: Process,
+    dynamics: str,
+    step_rule: str,
+    shape: tuple[int, ...],
+    *,
+    steps: Sequence[int] = (8, 16, 32, 64, 128),
+    seeds: Sequence[int] = SEEDS,
+    calibrate_steps: int = 64,
+    reference_steps: int = 256,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Calibration:
+    """Measure a family for plans with one of these numbers of steps.
+
+    Cost: see `Calibration.flops_spent`; per seed, about 4 calibrate_steps + reference_steps + sum(steps) evaluations of the
+    largest level, and calibrate_steps + sum(steps) of each other. Raises UserError for a family that is not ordered by cost,
+    and where the largest level cannot be differentiated.
+    """
+    effects = measure_effects(family, process.grid(calibrate_steps), dynamics, step_rule, seeds, shape, device)
+    reference, ledger = sample(
+        SingleLevel(family[-1]), process.grid(reference_steps), dynamics, REFERENCE_RULE[dynamics], seeds, shape, device
+    )
+    own, spent = {}, effects.flops_spent + float(np.dot(ledger.evaluations, ledger.flops))
+    for done, (k, level) in enumerate(enumerate(family)):
+        for count in steps:
+            images, ledger = sample(SingleLevel(level), process.grid(count), dynamics, step_rule, seeds, shape, device)
+            own[k, count] = float(squared_errors(images.cpu(), reference.cpu()).mean())
+            spent += float(np.dot(ledger.evaluations, ledger.flops))
+        if progress:
+            progress(done + 1, len(family))
+    return Calibration(effects, own, process, spent)

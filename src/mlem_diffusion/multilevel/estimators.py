@@ -1,0 +1,96 @@
+"""The multilevel estimators: random telescopes of level differences (ML-EM), and fixed quadratures of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..diffusion.estimator import Drift
+from ..diffusion.level import Level, check_family
+from ..errors import UserError
+from .probabilities import draw_coins, evaluation_probabilities, telescope_weights
+
+
+@dataclass(frozen=True)
+class Multilevel(Drift):
+    """The ML-EM estimate sum_k (B_k / p_k) (f^k - f^{k-1}), unbiased for the largest level at every evaluation.
+
+    p: [K], or [n, K] for time-dependent probabilities; p_1 = 1. coins: "independent", "systematic" or "nested".
+    shared: one set of coins for a whole batch (keyed by its first seed) instead of one per sample.
+    """
+
+    family: tuple[Level, ...]
+    p: np.ndarray
+    coins: str = "independent"
+    shared: bool = False
+
+    def __post_init__(self) -> None:
+        check_family(self.family)
+        p = np.asarray(self.p)
+        if p.shape[-1] != len(self.family):
+            raise UserError(f"{p.shape[-1]} probabilities do not fit {len(self.family)} levels.")
+        if not np.all((p > 0) & (p <= 1)) or np.any(p[..., 0] != 1):  # NaN is refused too
+            raise UserError("Inclusion probabilities must lie in (0, 1], with p_1 = 1.")
+
+    @property
+    def levels(self) -> list[Level]:
+        return list(self.family)
+
+    def _table(self, evaluations: int) -> np.ndarray:
+        return _rows(self.p, evaluations, "Probabilities")
+
+    def weights(self, evaluations: int, seeds: Sequence[int]) -> np.ndarray:
+        p = self._table(evaluations)
+        weights = telescope_weights(p, draw_coins(p, seeds[:1] if self.shared else seeds, self.coins))
+        return np.broadcast_to(weights, (evaluations, len(seeds), p.shape[1]))
+
+    def expected_evaluations(self, evaluations: int) -> np.ndarray:
+        """Expected evaluations of each level [K] per image, exact (cancellations of equal weights included)."""
+        return evaluation_probabilities(self._table(evaluations), nested=self.coins == "nested").sum(axis=0)
+
+    def clusters(self, seeds: Sequence[int]) -> list[int]:
+        return [seeds[0]] * len(seeds) if self.shared else list(seeds)
+
+
+@dataclass(frozen=True)
+class Quadrature(Drift):
+    """The sum f^1 + sum_{k>1} W_k (f^k - f^{k-1}) with fixed weights W [n, K], W_1 = 1, most of them zero.
+
+    A deterministic quadrature of the level differences along the trajectory: where one is evaluated, it stands for its
+    neighbours too. Not unbiased: weights come from measured effects (optimise.quadrature_options), and the error is measured.
+    """
+
+    family: tuple[Level, ...]
+    table: np.ndarray
+
+    def __post_init__(self) -> None:
+        check_family(self.family)
+        table = np.asarray(self.table)
+        if table.ndim != 2 or table.shape[1] != len(self.family):
+            raise UserError(f"A table of weights {list(table.shape)} does not fit {len(self.family)} levels.")
+        if not np.isfinite(table).all() or np.any(table[:, 0] != 1):
+            raise UserError("Quadrature weights must be finite, with W_1 = 1.")
+
+    @property
+    def levels(self) -> list[Level]:
+        return list(self.family)
+
+    def _networks(self, evaluations: int) -> np.ndarray:
+        table = _rows(self.table, evaluations, "Weights")
+        return table - np.concatenate([table[:, 1:], np.zeros_like(table[:, :1])], axis=1)
+
+    def weights(self, evaluations: int, seeds: Sequence[int]) -> np.ndarray:
+        networks = self._networks(evaluations)
+        return np.broadcast_to(networks[:, None], (evaluations, len(seeds), networks.shape[1]))
+
+    def expected_evaluations(self, evaluations: int) -> np.ndarray:
+        return np.count_nonzero(self._networks(evaluations), axis=0).astype(np.float64)
+
+
+def _rows(values: np.ndarray, evaluations: int, what: str) -> np.ndarray:
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim == 2 and len(values) != evaluations:
+        raise UserError(f"{what} for {len(values)} evaluations do not fit a run of {evaluations}.")
+    return np.broadcast_to(values, (evaluations, values.shape[-1]))

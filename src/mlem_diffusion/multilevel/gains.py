@@ -1,0 +1,264 @@
+"""Gains: what a level difference that enters one network output does to the final image.
+
+To first order a sampling run that uses F_j + e_j instead of the largest level's estimate F_j at evaluation j ends at
+X + sum_j (dX/dF_j) e_j. The estimators of this project perturb by e_j = (w_kj - 1) delta_kj with the level differences
+delta_kj = (f^k - f^{k-1})(x_j) and some weights w, so everything about their error follows from the *effects*
+(dX/dF_j) delta_kj. One backward sweep along a trajectory gives their projections on a random direction v for all j and k at
+once: s_kj = <v, (dX/dF_j) delta_kj>, with E s_kj^2 = A_kj = E |(dX/dF_j) delta_kj|^2 / dimension for random signs v.
+Step rules are matrices (step_rules.py), so the sweep transposes them and asks the network for one vector-Jacobian
+product per evaluation; forward derivatives and small perturbations (`forward_gains`) need a run to the end for every j and
+check it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..diffusion.brownian import initial_noise, path_increments, stream_seed
+from ..diffusion.level import Level, check_family
+from ..diffusion.process import Grid
+from ..diffusion.sampler import advance, combine
+from ..diffusion.step_rules import Evaluation, step_rule_of
+from ..errors import UserError
+from ..files import read_arrays, write_arrays
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Projected effects of all level differences along the largest level's own trajectories, and what they cost.
+
+    values [S, P, K, n]: for seed, random direction, level and evaluation, with f^0 = 0. squares [K, n]: E |delta_kj|^2 per
+    dimension, of the differences themselves. logsnr [n]. flops [K] per evaluation; flops_spent and seconds in all.
+    """
+
+    names: tuple[str, ...]
+    flops: np.ndarray
+    dynamics: str
+    step_rule: str
+    logsnr: np.ndarray
+    values: np.ndarray
+    squares: np.ndarray
+    flops_spent: float
+    seconds: float
+
+    def gains(self) -> tuple[np.ndarray, np.ndarray]:
+        """A_kj [K, n] and its standard error over seeds [K, n]."""
+        per_seed = (self.values.astype(np.float64) ** 2).mean(axis=1)
+        return per_seed.mean(axis=0), per_seed.std(axis=0, ddof=1) / math.sqrt(len(per_seed))
+
+    def difference(self, low: int, high: int) -> np.ndarray:
+        """Projected effects [S P, n] of f^high - f^low (0-based levels); low = -1 stands for f^0 = 0."""
+        merged = self.values[:, :, low + 1 : high + 1].sum(axis=2, dtype=np.float64)
+        return merged.reshape(-1, merged.shape[-1])
+
+    def on(self, logsnr: np.ndarray) -> Effects:
+        """These effects on another grid of one evaluation per interval with the same ends: an effect is proportional to
+        the step it enters, effect per unit of log-SNR is interpolated, and the final denoising is kept as it is."""
+        if len(logsnr) == len(self.logsnr) and np.allclose(logsnr, self.logsnr):
+            return self
+        if np.any(np.diff(self.logsnr) <= 0) or np.any(np.diff(logsnr) <= 0):
+            raise UserError("Gains carry over to other grids only for rules of one evaluation per interval.")
+        if min(len(logsnr), len(self.logsnr)) < 5:
+            raise UserError("Gains carry over only between grids of at least 5 noise levels.")
+        density = self.values[..., :-1] / np.diff(self.logsnr)
+        # multistep rules weigh the first and the last step unlike the others: these two are matched, not interpolated
+        left, weight = _interpolation(self.logsnr[1:-2], logsnr[1:-2])
+        inner = density[..., left + 1] * (1 - weight) + density[..., left + 2] * weight
+        density = np.concatenate([density[..., :1], inner, density[..., -1:]], axis=-1)
+        values = np.concatenate([density * np.diff(logsnr), self.values[..., -1:]], axis=-1).astype(np.float32)
+        left, weight = _interpolation(self.logsnr, logsnr)
+        squares = self.squares[:, left] * (1 - weight) + self.squares[:, left + 1] * weight
+        return Effects(
+            self.names, self.flops, self.dynamics, self.step_rule, logsnr, values, squares, self.flops_spent, self.seconds
+        )  # fmt: skip
+
+    def save(self, path: Path) -> None:
+        """One npz without pickled objects."""
+        facts = {"names": self.names, "dynamics": self.dynamics, "step_rule": self.step_rule}
+        facts |= {"flops_spent": self.flops_spent, "seconds": self.seconds}
+        arrays = {"flops": self.flops, "logsnr": self.logsnr, "values": self.values, "squares": self.squares}
+        write_arrays(path, {"facts": json.dumps(facts), **arrays})
+
+    @staticmethod
+    def load(path: Path) -> Effects:
+        arrays: dict[str, Any] = read_arrays(path, "measure the gains again")
+        facts: dict[str, Any] = json.loads(str(arrays.pop("facts")))
+        return Effects(names=tuple(facts.pop("names")), **facts, **arrays)
+
+
+def _interpolation(known: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Left neighbours and weights of the right ones for linear interpolation, constant beyond the ends."""
+    left = np.clip(np.searchsorted(known, wanted, side="right") - 1, 0, len(known) - 2)
+    return left, np.clip((wanted - known[left]) / (known[left + 1] - known[left]), 0.0, 1.0)
+
+
+def measure_effects(
+    family: Sequence[Level],
+    grid: Grid,
+    dynamics: str,
+    step_rule: str,
+    seeds: Sequence[int],
+    shape: tuple[int, ...],
+    device: torch.device | str = "cpu",
+    probes: int = 2,
+    batch: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+) -> Effects:
+    """Effects of a family on a grid, by one forward run with the largest level and one backward sweep per batch of seeds.
+
+    Memory: one image per evaluation and sample of a batch. Cost per seed: every level once per evaluation, the largest twice
+    more, and `probes` backward passes of it (counted as one evaluation each: weights need no gradient). Raises UserError
+    where the largest level cannot be differentiated with respect to x.
+    """
+    check_family(family)
+    program, device, started = (
+        step_rule_of(dynamics, step_rule).program(grid),
+        torch.device(device),
+        time.perf_counter(),
+    )
+    values, squares = [], np.zeros((len(family), len(program)))
+    for start in range(0, len(seeds), batch):
+        part = list(seeds[start : start + batch])
+        points = _trajectory(family[-1], program, grid, (dynamics, step_rule), part, shape, device)
+        value, square = _sweep(family, program, points, part, probes)
+        values.append(value)
+        squares += square * len(part) / len(seeds)
+        if progress:
+            progress(start + len(part), len(seeds))
+    flops = np.array([level.flops for level in family], dtype=np.float64)
+    spent = len(seeds) * len(program) * (flops.sum() + (2 + probes) * flops[-1])
+    logsnr = np.array([e.logsnr for e in program])
+    return Effects(
+        tuple(level.name for level in family), flops, dynamics, step_rule, logsnr,
+        np.concatenate(values), squares, float(spent), time.perf_counter() - started,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _trajectory(
+    level: Level,
+    program: Sequence[Evaluation],
+    grid: Grid,
+    rule: tuple[str, str],
+    seeds: Sequence[int],
+    shape: tuple[int, ...],
+    device: torch.device,
+) -> list[Tensor]:
+    """The points [B, *shape] at which the run with this level evaluates its network."""
+    clock = step_rule_of(*rule).clock
+    increments = None if clock is None else path_increments(seeds, shape, grid, clock, device)
+    state: list[Tensor | None] = [initial_noise(seeds, shape, device)] + [None] * (len(program[0].update) - 1)
+    points = []
+    for evaluation in program:
+        assert state[0] is not None
+        points.append(state[0])
+        denoised = level.denoise(state[0], _noise_level(evaluation, state[0]))
+        z = None if increments is None or evaluation.noise is None else increments[evaluation.noise]
+        state = advance(evaluation, state, denoised, z)
+    return points
+
+
+def _noise_level(evaluation: Evaluation, x: Tensor) -> Tensor:
+    return torch.full((1,), evaluation.logsnr, dtype=torch.float32, device=x.device).expand(len(x))
+
+
+def _sweep(
+    family: Sequence[Level], program: Sequence[Evaluation], points: Sequence[Tensor], seeds: Sequence[int], probes: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Projected effects [B, P, K, n] and mean squares of the differences [K, n], from the last evaluation to the first."""
+    n, size = len(program), len(points[0])
+    values = np.zeros((size, probes, len(family), n), dtype=np.float32)
+    squares = np.zeros((len(family), n))
+    m = len(program[0].update)
+    adjoint: list[Tensor | None] = [_directions(seeds, probes, points[0])] + [None] * (m - 1)
+    for j in reversed(range(n)):
+        update, noise_level = program[j].update, _noise_level(program[j], points[j])
+        of_estimate = combine(update[:, m], adjoint)
+        x = points[j].detach().requires_grad_(True)
+        with torch.enable_grad():
+            top = family[-1].denoise(x, noise_level)
+        if not top.requires_grad:
+            raise UserError(
+                f"{family[-1].name} cannot be differentiated with respect to x (does it run under no_grad?), so gains cannot be measured."
+            )
+        before = [combine(update[:, i], adjoint) for i in range(m)]
+        if of_estimate is not None:
+            values[..., j], squares[:, j] = _projections(family, points[j], noise_level, top.detach(), of_estimate)
+            back = torch.stack([torch.autograd.grad(top, x, v, retain_graph=True)[0] for v in of_estimate])
+            before[0] = back if before[0] is None else before[0] + back
+        adjoint = before
+    return values, squares
+
+
+def _projections(
+    family: Sequence[Level], x: Tensor, noise_level: Tensor, top: Tensor, of_estimate: Tensor
+) -> tuple[np.ndarray, np.ndarray]:
+    """[B, P, K] projections of the level differences at x on the adjoints of the estimate [P, B, ...], and mean squares [K]."""
+    with torch.no_grad():
+        outputs = torch.stack([level.denoise(x, noise_level).flatten(1) for level in family[:-1]] + [top.flatten(1)])
+        differences = torch.diff(outputs, dim=0, prepend=torch.zeros_like(outputs[:1]))
+        projected = torch.einsum("pbd,kbd->bpk", of_estimate.flatten(2), differences)
+    return projected.cpu().numpy(), (differences.double() ** 2).mean(dim=(1, 2)).cpu().numpy()
+
+
+def _directions(seeds: Sequence[int], probes: int, like: Tensor) -> Tensor:
+    """Random signs over sqrt(dimension) [P, B, ...], keyed by seed."""
+    dim = like[0].numel()
+    rows = [np.random.default_rng(stream_seed(seed, 977)).integers(0, 2, (probes, dim)) for seed in seeds]
+    signs = torch.as_tensor(np.stack(rows, axis=1) * 2.0 - 1.0, dtype=like.dtype, device=like.device)
+    return (signs / math.sqrt(dim)).reshape(probes, len(seeds), *like.shape[1:])
+
+
+@torch.no_grad()
+def forward_gains(
+    family: Sequence[Level],
+    grid: Grid,
+    dynamics: str,
+    step_rule: str,
+    seeds: Sequence[int],
+    shape: tuple[int, ...],
+    at: Sequence[tuple[int, int]],
+    method: str = "jvp",
+    size: float = 1e-2,
+    device: torch.device | str = "cpu",
+) -> np.ndarray:
+    """A for the (level, evaluation) pairs `at`, per seed [S, len(at)], each by a run of its own to the end: the check of
+    `measure_effects`. method "jvp": forward derivatives; "perturbation": a run with F_j + size * delta_kj, by differences.
+    """
+    if method not in ("jvp", "perturbation"):
+        raise UserError(f"method = {method!r} is unknown; expected 'jvp' or 'perturbation'.")
+    device, top = torch.device(device), family[-1]
+    program = step_rule_of(dynamics, step_rule).program(grid)
+    points = _trajectory(top, program, grid, (dynamics, step_rule), seeds, shape, device)
+    out = []
+    for k, start in at:
+        x, noise_level = points[start], _noise_level(program[start], points[start])
+        difference = family[k].denoise(x, noise_level)
+        if k > 0:
+            difference = difference - family[k - 1].denoise(x, noise_level)
+        # the run is linear but for the network, so only what has changed needs to be carried along
+        change: list[Tensor | None] = [None] * len(program[0].update)
+        change = advance(program[start], change, size * difference if method == "perturbation" else difference, None)
+        for j in range(start + 1, len(program)):
+            moved = None
+            if change[0] is not None:
+                noise_level = _noise_level(program[j], points[j])
+                if method == "jvp":
+                    moved = torch.func.jvp(lambda y, t=noise_level: top.denoise(y, t), (points[j],), (change[0],))[1]
+                else:
+                    moved = top.denoise(points[j] + change[0], noise_level) - top.denoise(points[j], noise_level)
+            change = advance(program[j], change, moved, None)
+        scale = size if method == "perturbation" else 1.0
+        end = change[0] if change[0] is not None else torch.zeros_like(points[0])
+        out.append((end.flatten(1).double() ** 2).mean(dim=1).cpu().numpy() / scale**2)
+    return np.stack(out, axis=1)

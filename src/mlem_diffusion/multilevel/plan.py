@@ -1,0 +1,122 @@
+"""Plans: ready-made answers to which levels, how many steps and which probabilities or weights; and their files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..diffusion.estimator import Drift, SingleLevel
+from ..diffusion.level import Level
+from ..errors import UserError
+from ..files import Damaged, read_arrays, read_json, write_arrays, write_json
+from .estimators import Multilevel, Quadrature
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to sample with a family.
+
+    method: kind of coins, or "quadrature" for fixed weights. probabilities: where the table comes from ("optimal",
+    "measured", "learned"). levels: names, cheap to expensive. steps: noise levels of the grid. table [n, K]: probabilities
+    p, or weights W, for n evaluations. cost: expected, per image, in the unit it was planned in (FLOPs by default; plans.json
+    holds FLOPs). seconds: expected, per image, where levels were timed: full batches, nothing but the networks. added: predicted squared error beyond that of the largest of its levels at these steps; predicted: both. jump: the
+    largest root-mean-square effect of one coin's firing on the final image; predictions are first order in it.
+    """
+
+    method: str
+    probabilities: str
+    levels: tuple[str, ...]
+    steps: int
+    table: np.ndarray
+    cost: float
+    added: float | None = None
+    predicted: float | None = None
+    jump: float | None = None
+    seconds: float | None = None
+
+    @property
+    def id(self) -> str:
+        """Names what is done, not what is expected of it."""
+        text = json.dumps([self.method, self.levels, self.steps, list(self.table.shape)]).encode()
+        return hashlib.sha256(text + np.ascontiguousarray(self.table, dtype=np.float32).tobytes()).hexdigest()[:12]
+
+    def build(self, family: Iterable[Level]) -> Drift:
+        """The drift of this plan; UserError where the family lacks one of its levels."""
+        known = {level.name: level for level in family}
+        missing = [name for name in self.levels if name not in known]
+        if missing:
+            raise UserError(f"A plan needs the level {missing[0]}; the family has {', '.join(known)}.")
+        used = tuple(known[name] for name in self.levels)
+        if len(used) == 1:
+            return SingleLevel(used[0])
+        if self.method == "quadrature":
+            return Quadrature(used, self.table)
+        return Multilevel(used, self.table, self.method)
+
+
+def frontier(found: Iterable[Plan], error: Callable[[Plan], float | None]) -> list[Plan]:
+    """Plans that no cheaper or equally cheap one matches in this error, from cheap to expensive."""
+    out: list[Plan] = []
+    lowest = np.inf
+    known = [(value, p) for p in found if (value := error(p)) is not None]
+    for value, plan in sorted(known, key=lambda pair: (pair[1].cost, pair[0])):
+        if value < lowest:
+            out.append(plan)
+            lowest = value
+    return out
+
+
+def choose(found: Sequence[Plan], *, cost: float | None = None, error: float | None = None) -> Plan:
+    """The plan of smallest predicted error within a cost, or the cheapest within a predicted squared error.
+
+    Raises UserError where no plan qualifies, and unless exactly one of the two is given.
+    """
+    if (cost is None) == (error is None):
+        raise UserError("Say either the cost or the error that a plan may have.")
+    known = [p for p in found if p.predicted is not None]
+    if cost is not None:
+        within = [p for p in known if p.cost <= cost]
+        if not within:
+            least = min((p.cost for p in known), default=float("nan"))
+            raise UserError(f"No plan costs {cost:.4g} per image or less; the cheapest costs {least:.4g}.")
+        return min(within, key=lambda p: p.predicted or 0.0)
+    within = [p for p in known if p.predicted is not None and error is not None and p.predicted <= error]
+    if not within:
+        least = min((p.predicted or 0.0 for p in known), default=float("nan"))
+        raise UserError(f"No plan is predicted to reach a squared error of {error:.4g}; the best is {least:.4g}.")
+    return min(within, key=lambda p: p.cost)
+
+
+def save_plans(path: Path, plans: Sequence[tuple[Plan, Mapping[str, Any]]], **facts: Any) -> None:
+    """plans.json (readable, with more facts about each plan) and beside it an npz with the tables."""
+    described = []
+    for plan, more in plans:
+        values = {k: v for k, v in asdict(plan).items() if k != "table"}
+        described.append({"id": plan.id, **values, **more})
+    tables = {plan.id: plan.table.astype(np.float32) for plan, _ in plans}
+    write_arrays(path.with_suffix(".npz"), tables)
+    write_json(path, {**facts, "plans": described})
+
+
+def load_plans(path: Path) -> tuple[dict[str, Plan], dict[str, Any]]:
+    """{id: plan} and the whole content of plans.json; UserError where a file is missing or they do not belong together."""
+    content = read_json(path, "run make optimise with the same EXPERIMENT first")
+    names = Plan.__dataclass_fields__.keys() - {"table", "seconds"}
+    out = {}
+    try:
+        tables = read_arrays(path.with_suffix(".npz"), "run make optimise again")
+        for entry in content["plans"]:
+            values: dict[str, Any] = {k: entry[k] for k in names} | {"levels": tuple(entry["levels"])}
+            plan = Plan(table=tables[entry["id"]], seconds=entry.get("seconds"), **values)
+            if plan.id != entry["id"]:
+                raise KeyError(entry["id"])
+            out[plan.id] = plan
+    except (KeyError, TypeError, ValueError) as error:
+        raise Damaged(path, f"{path} and its tables do not belong together; run make optimise again.") from error
+    return out, content

@@ -1,0 +1,370 @@
+"""Probabilities and quadrature weights from measured gains: which levels to use, when, and how often.
+
+The predicted squared error of a plan is the largest used level's own error on that grid (measured) plus what its coins or
+omissions add to first order in the effects s_kj (gains.py):
+
+    independent coins   sum_kj A_kj (1/p_kj - 1)
+    any coins           E (sum_kj (B_kj/p_kj - 1) s_kj)^2
+    quadrature          E (sum_kj (W_kj - 1) s_kj)^2        fixed weights W, most of them zero
+
+These are sums over the differences of neighbouring *used* levels, and so is the cost but for shared evaluations. So the best
+levels for a price per FLOP are a shortest path from "nothing" to the largest used level, every edge (a, b) being
+the best way to estimate f^b - f^a. Single levels, stitched schedules (a difference used from some step on) and plain EM
+are such paths too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+
+from ..errors import UserError
+from .gains import Effects
+from .plan import Plan, frontier
+from .probabilities import evaluation_probabilities
+
+METHODS = ("independent", "nested", "systematic", "quadrature")
+_LEAST = 1e-12  # probability of a difference that is never seen to matter: two levels with the same output
+_OFFSETS = 32  # of systematic coins, evenly spaced: a quadrature over the one random number
+_COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
+
+
+# ------------------------------------------------------------------------------------------ one difference at a time
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to estimate one level difference: p or W [n], expected fires, and the squared error added."""
+
+    table: np.ndarray
+    fires: float
+    added: float
+    certain: bool = False  # wherever it fires the lower level is not needed
+
+
+def fill(density: np.ndarray, total: float) -> np.ndarray:
+    """p [n] = min(1, c density) with sum(p) = total, for a positive density."""
+    order = np.argsort(-density)
+    sorted_ = density[order]
+    rest = np.cumsum(sorted_[::-1])[::-1]
+    for capped in range(len(sorted_)):
+        c = (total - capped) / rest[capped]
+        if c * sorted_[capped] <= 1:
+            return np.minimum(1.0, np.maximum(c, 1e-12) * density)
+    return np.ones_like(density)
+
+
+def densities(effects: np.ndarray) -> list[np.ndarray]:
+    """Candidate densities of fires [n] for one difference's effects [R, n], smoothed and kept away from zero.
+
+    Even; proportional to the gain (the best for independent coins); its root; and the root of the rate of change (the
+    best for jittered quadrature of a smooth function). Which one is best is left to the predicted error.
+    """
+    n = effects.shape[1]
+    gain = _smooth(np.sqrt((effects**2).mean(axis=0)))
+    change = _smooth(np.sqrt((np.gradient(effects, axis=1) ** 2).mean(axis=0)))
+    return [np.ones(n), gain, np.sqrt(gain), np.sqrt(change)]
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    width = max(1, len(values) // 32)
+    padded = np.pad(values, width, mode="edge")
+    out = np.convolve(padded, np.full(2 * width + 1, 1 / (2 * width + 1)), mode="valid")
+    return np.maximum(out, 1e-3 * out.max() + 1e-300)
+
+
+def systematic_options(effects: np.ndarray, counts: Sequence[int]) -> list[Option]:
+    """The best of the candidate densities for each number of fires, by the exact mean over the random offset."""
+    out, total = [], effects.sum(axis=1)
+    shapes = densities(effects)
+    for count in counts:
+        tables = [fill(shape, count) for shape in shapes]
+        added = [_systematic_error(effects, total, p) for p in tables]
+        best = int(np.argmin(added))
+        out.append(Option(tables[best], float(tables[best].sum()), added[best]))
+    return out
+
+
+def _systematic_error(effects: np.ndarray, total: np.ndarray, p: np.ndarray) -> float:
+    running = np.concatenate([[0.0], np.cumsum(p)])
+    error = 0.0
+    for offset in (np.arange(_OFFSETS) + 0.5) / _OFFSETS:
+        fires = np.flatnonzero((np.diff(np.floor(running + offset)) > 0) | (p == 1))
+        error += float(((effects[:, fires] @ (1 / p[fires]) - total) ** 2).mean())
+    return error / _OFFSETS
+
+
+def quadrature_options(effects: np.ndarray, counts: Sequence[int], groups: int) -> list[Option]:
+    """Fixed evaluations with least-squares weights, and tails (from some evaluation on, always).
+
+    The evaluations are the midpoints of equal parts of a candidate density; the weights minimise the predicted error; the
+    error given is cross-validated over two halves of the seeds (`groups` seeds, rows in their order).
+    """
+    n, total = effects.shape[1], effects.sum(axis=1)
+    half = np.repeat(np.arange(groups) % 2 == 0, len(effects) // groups)
+    out, shapes = [], densities(effects)
+    for count in counts:
+        best: Option | None = None
+        for shape in shapes:
+            mass = np.cumsum(shape) / shape.sum()
+            nodes = np.unique(np.searchsorted(mass, (np.arange(count) + 0.5) / count))
+            added = 0.5 * sum(_residual(effects[:, nodes], total, part) for part in (half, ~half))
+            if best is None or added < best.added:
+                table = np.zeros(n)
+                table[nodes] = _least_squares(effects[:, nodes], total)
+                best = Option(table, float(len(nodes)), added)
+        assert best is not None
+        out.append(best)
+    for first in np.unique(np.linspace(0, n - 1, 17).astype(int)):
+        table = (np.arange(n) >= first).astype(np.float64)
+        added = float((effects[:, :first].sum(axis=1) ** 2).mean())
+        out.append(Option(table, float(n - first), added, certain=True))
+    return out
+
+
+def _least_squares(chosen: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """Weights [M] with a trace of ridge: neighbouring evaluations have nearly equal effects."""
+    gram = chosen.T @ chosen / len(chosen)
+    gram[np.diag_indices_from(gram)] *= 1.001
+    gram[np.diag_indices_from(gram)] += 1e-30
+    return np.linalg.solve(gram, chosen.T @ total / len(chosen))
+
+
+def _residual(chosen: np.ndarray, total: np.ndarray, fit: np.ndarray) -> float:
+    """Mean squared error on the rows that are not `fit`, of weights fitted on those that are."""
+    return float(((total - chosen @ _least_squares(chosen[fit], total[fit]))[~fit] ** 2).mean())
+
+
+def independent_probabilities(gains: np.ndarray, costs: np.ndarray, price: float) -> np.ndarray:
+    """p [n, K] that minimise sum_kj A_kj (1/p_kj - 1) + price * expected cost, for gains [K, n], costs [K]; p_1 = 1.
+
+    Networks that two coins share are paid once, so levels are coupled:
+    p_k = min(1, sqrt(A_k / (price [T_k (1 - p_{k+1}) + T_{k-1} (1 - p_{k-1})]))), iterated from several starts, and at each
+    evaluation the best fixed point is kept. In each start the levels up to some m fire always, so that only f^m of them is run.
+    """
+    levels, n = gains.shape
+    gains = np.maximum(gains, 1e-3 * gains.mean(axis=1, keepdims=True))  # a gain of zero is one that was not seen
+    best, lowest = np.ones((n, levels)), np.full(n, np.inf)
+    for certain in range(1, levels + 1):
+        p = np.ones((n, levels))
+        for k in range(certain, levels):
+            p[:, k] = np.clip(np.sqrt(gains[k] / (price * (costs[k] + costs[k - 1]))), _LEAST, 1)
+        for _ in range(40 if certain < levels else 0):
+            for k in range(certain, levels):
+                above = p[:, k + 1] if k + 1 < levels else 0.0
+                marginal = costs[k] * (1 - above) + costs[k - 1] * (1 - p[:, k - 1])
+                p[:, k] = np.clip(np.sqrt(gains[k] / (price * np.maximum(marginal, 1e-12 * costs[k]))), _LEAST, 1)
+        objective = (gains.T * (1 / p - 1)).sum(axis=1) + price * evaluation_probabilities(p) @ costs
+        better = objective < lowest
+        best[better], lowest[better] = p[better], objective[better]
+    return best
+
+
+def nested_probabilities(squares: np.ndarray, costs: np.ndarray, price: float) -> np.ndarray:
+    """p [n, K], decreasing in k, for nested coins: variance sum_k (1/p_k - 1/p_{k-1}) D_k with D [K, n] the gain of
+    f^K - f^{k-1} (D_1 unused), cost sum_k p_k T_k. Pool-adjacent-violators on the square-root law keeps p decreasing."""
+    levels, n = squares.shape
+    drop = np.maximum(
+        squares - np.concatenate([squares[1:], np.zeros((1, n))]), 1e-4 * squares.max(axis=1, keepdims=True)
+    )
+    out = np.ones((n, levels))
+    for j in range(n):
+        blocks: list[tuple[float, float, int]] = []  # (sum of drops, sum of costs, length)
+        for k in range(1, levels):
+            block = (float(drop[k, j]), float(costs[k]), 1)
+            while blocks and blocks[-1][0] * block[1] < block[0] * blocks[-1][1]:
+                a = blocks.pop()
+                block = (a[0] + block[0], a[1] + block[1], a[2] + block[2])
+            blocks.append(block)
+        row = [v for d, c, length in blocks for v in [min(1.0, max(_LEAST, float(np.sqrt(d / (price * c)))))] * length]
+        out[j, 1:] = row
+    return out
+
+
+# ------------------------------------------------------------------------------------------------ whole plans
+
+
+def plans(
+    effects: Effects,
+    method: str,
+    grids: Mapping[int, np.ndarray],
+    own_errors: Mapping[tuple[int, int], float],
+    costs: np.ndarray | None = None,
+    prices: Sequence[float] | None = None,
+    base: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Plan]:
+    """The predicted frontier of a method (see METHODS), from cheap to expensive.
+
+    grids: {steps: log-SNR of each evaluation [n]} to choose from. own_errors: measured squared error of single levels
+    {(level, steps): error}; a level is used as the largest only where it is known. costs [K]: FLOPs per evaluation
+    (default) or seconds; "cost" of the plans has their unit. prices: squared error per unit of cost, each gives one plan
+    per grid and largest level. base: the level that runs at every evaluation; None: the best one.
+    """
+    if method not in METHODS:
+        raise UserError(f"method = {method!r} is unknown; expected one of {', '.join(METHODS)}.")
+    costs = effects.flops if costs is None else np.asarray(costs, dtype=np.float64)
+    out: list[Plan] = []
+    for done, (steps, logsnr) in enumerate(grids.items()):
+        tops = [t for t in range(base or 0, len(costs)) if (t, steps) in own_errors]
+        there = effects.on(logsnr)
+        planner = Planner(there, method, costs)
+        for top in tops:
+            own = own_errors[top, steps]
+            for price in price_range(there, costs) if prices is None else prices:
+                plan = planner.plan(top, float(price), base)
+                out.append(replace(plan, steps=steps, predicted=own + (plan.added or 0.0)))
+        if progress:
+            progress(done + 1, len(grids))
+    return frontier(out, lambda plan: plan.predicted)
+
+
+def plan_for_cost(
+    effects: Effects,
+    method: str,
+    grids: Mapping[int, np.ndarray],
+    own_errors: Mapping[tuple[int, int], float],
+    wanted: float,
+    costs: np.ndarray | None = None,
+    base: int | None = None,
+) -> Plan | None:
+    """The plan of smallest predicted error that costs no more than `wanted` per image, by bisection over the price on every
+    grid and for every largest level; None where even the cheapest costs more. Other arguments as in `plans`."""
+    costs = effects.flops if costs is None else np.asarray(costs, dtype=np.float64)
+    found: list[Plan] = []
+    for steps, logsnr in grids.items():
+        there = effects.on(logsnr)
+        planner, prices = Planner(there, method, costs), price_range(there, costs)
+        for top in range(base or 0, len(costs)):
+            if (top, steps) not in own_errors:
+                continue
+            low, high, best = float(prices.min()), float(prices.max()), None
+            for _ in range(16):
+                price = float(np.sqrt(low * high))
+                plan = planner.plan(top, price, base)
+                if plan.cost > wanted:
+                    low = price
+                else:
+                    high, best = price, plan
+            if best is not None:
+                found.append(replace(best, steps=steps, predicted=own_errors[top, steps] + (best.added or 0.0)))
+    return min(found, key=lambda plan: (plan.predicted, plan.cost), default=None)
+
+
+def price_range(effects: Effects, costs: np.ndarray, ratio: float = 4.0) -> np.ndarray:
+    """Prices, `ratio` apart, that lead from nearly no fires to one at every evaluation."""
+    n, gains = len(effects.logsnr), effects.gains()[0][1:].sum()
+    scale = gains * n / (costs[-1] * n)  # all gains at once against the largest level at every evaluation
+    count = round(17 * math.log(4.0) / math.log(ratio)) + 1
+    return scale * 4.0**3 * ratio ** -np.arange(count, dtype=np.float64)
+
+
+class Planner:
+    """Plans on one grid: the options of every pair of levels, and every choice of levels, are worked out once."""
+
+    def __init__(self, effects: Effects, method: str, costs: np.ndarray):
+        self.effects, self.method, self.costs = effects, method, costs
+        self.n = len(effects.logsnr)
+        self.gains: dict[tuple[int, int], np.ndarray] = {}
+        self.options: dict[tuple[int, int], list[Option]] = {}
+        self.edges: dict[tuple[int, int, float, bool], tuple[float, Option | None]] = {}
+        self.finished: dict[tuple[tuple[int, ...], float], Plan] = {}
+        self.counts = [c for c in _COUNTS if c <= self.n // 2]
+        self.seeds = len(effects.values)
+
+    def priced(self, costs: np.ndarray) -> Planner:
+        """The same with other costs; what does not depend on them is shared."""
+        other = Planner(self.effects, self.method, costs)
+        other.gains, other.options = self.gains, self.options
+        return other
+
+    def _gain(self, low: int, high: int) -> np.ndarray:
+        key = (low, high)
+        if key not in self.gains:
+            self.gains[key] = (self.effects.difference(low, high) ** 2).mean(axis=0)
+        return self.gains[key]
+
+    def _edge(self, low: int, high: int, price: float, base: bool) -> tuple[float, Option | None]:
+        """Price of estimating f^high - f^low, and the option chosen; base: f^low runs at every evaluation anyway."""
+        key = (low, high, price, base)
+        if key not in self.edges:
+            self.edges[key] = self._priced_edge(*key)
+        return self.edges[key]
+
+    def _priced_edge(self, low: int, high: int, price: float, base: bool) -> tuple[float, Option | None]:
+        unit = self.costs[high] + (0.0 if base else self.costs[low])
+        if self.method in ("independent", "nested"):
+            gain = self._gain(low, high)
+            p = np.minimum(1.0, np.sqrt(gain / (price * unit)) + _LEAST)
+            return float((gain * (1 / p - 1)).sum() + price * unit * p.sum()), None
+        key = (low, high)
+        if key not in self.options:
+            difference = self.effects.difference(low, high)
+            if self.method == "systematic":
+                self.options[key] = systematic_options(difference, self.counts)
+            else:
+                self.options[key] = quadrature_options(difference, self.counts, self.seeds)
+        saved = self.costs[low] if base else 0.0  # a certain option needs no f^low where it fires
+        totals = [o.added + price * o.fires * (unit - saved * o.certain) for o in self.options[key]]
+        best = int(np.argmin(totals))
+        return totals[best], self.options[key][best]
+
+    def plan(self, top: int, price: float, only: int | None = None, among: Collection[int] | None = None) -> Plan:
+        """The best plan for a price, with f^top as the largest level: a shortest path over levels (those of `among`, where it
+        is given), from the base that is asked for or from any."""
+        best: tuple[float, tuple[int, ...]] = (np.inf, (top,))
+        allowed = [k for k in range(top + 1) if among is None or k in among]
+        for base in allowed if only is None else [only]:
+            alone = float(price * self.n * self.costs[base])
+            cost_to: dict[int, tuple[float, tuple[int, ...]]] = {base: (alone, (base,))}
+            for high in (k for k in allowed if k > base):
+                reached = [
+                    (before + self._edge(low, high, price, low == base)[0], (*path, high))
+                    for low, (before, path) in cost_to.items()
+                ]
+                cost_to[high] = min(reached)
+            best = min(best, cost_to[top])
+        if (best[1], price) not in self.finished:
+            self.finished[best[1], price] = self._finish(best[1], price)
+        return self.finished[best[1], price]
+
+    def _finish(self, levels: tuple[int, ...], price: float) -> Plan:
+        costs, pairs = self.costs[list(levels)], list(pairwise(levels))
+        gains = np.stack([np.zeros(self.n)] + [self._gain(a, b) for a, b in pairs])
+        if len(levels) == 1:
+            table, added, evaluations = np.ones((self.n, 1)), 0.0, np.full((self.n, 1), 1.0)
+        elif self.method == "independent":
+            table = independent_probabilities(gains, costs, price)
+            added = float((gains.T * (1 / table - 1)).sum())
+            evaluations = evaluation_probabilities(table)
+        elif self.method == "nested":
+            to_top = np.stack([np.zeros(self.n)] + [self._gain(a, levels[-1]) for a in levels[:-1]])
+            table = nested_probabilities(to_top, costs, price)
+            added = float((to_top[1:].T * np.diff(1 / table, axis=1)).sum())
+            evaluations = evaluation_probabilities(table, nested=True)
+        else:
+            chosen = [self._edge(a, b, price, i == 0)[1] for i, (a, b) in enumerate(pairs)]
+            assert all(chosen)
+            options = [o for o in chosen if o is not None]
+            table = np.stack([np.ones(self.n), *(o.table for o in options)], axis=1)
+            added = sum(o.added for o in options)
+            evaluations = evaluation_probabilities(table) if self.method == "systematic" else used(table)
+        certain = int(np.cumprod(np.all(table == 1, axis=0)).sum()) - 1
+        if certain > 0:  # differences that are always taken in full: the levels below are never run
+            levels, costs, table = levels[certain:], costs[certain:], table[:, certain:]
+            gains, evaluations = gains[certain:], evaluations[:, certain:]
+        weights = np.abs(table) if self.method == "quadrature" else 1 / table
+        jump = float((weights * np.sqrt(gains.T))[:, 1:].max(initial=0.0))
+        names = tuple(self.effects.names[i] for i in levels)
+        cost = float(evaluations.sum(axis=0) @ costs)
+        return Plan(self.method, "optimal", names, self.n, table.astype(np.float32), cost, added, added, jump)
+
+
+def used(weights: np.ndarray) -> np.ndarray:
+    """Which networks [n, K] a table of difference weights needs (0 or 1)."""
+    following = np.concatenate([weights[:, 1:], np.zeros_like(weights[:, :1])], axis=1)
+    return (weights != following).astype(np.float64)

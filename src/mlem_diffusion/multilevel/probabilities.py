@@ -1,0 +1,107 @@
+"""Inclusion probabilities, coins, and the weights they give the networks of a family.
+
+The estimator is F = sum_k (B_k / p_k) (f^k - f^{k-1}) with f^0 = 0, which is sum_k w_k f^k with
+w_k = B_k / p_k - B_{k+1} / p_{k+1}: only networks with w_k != 0 are evaluated (arXiv:2603.24594).
+Level 1 always fires (p_1 = 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ..diffusion.brownian import coin_uniforms
+from ..errors import UserError
+
+COINS = ("independent", "systematic", "nested")
+
+
+def constant_probabilities(flops: Sequence[float], gamma: float, knob: float) -> np.ndarray:
+    """p_k = min(1, C (T_k / T_1)^-(1/2 + 1/gamma)) [K] with p_1 = 1: the square-root law when level k's error is
+    proportional to T_k^(-1/gamma). `knob` is C, the one number that trades cost against error; T in FLOPs per image.
+
+    Raises UserError unless gamma and the knob are positive and the costs increase.
+    """
+    costs = np.asarray(flops, dtype=np.float64)
+    if not (gamma > 0 and knob > 0):
+        raise UserError(f"Constant probabilities need positive gamma and knob, not gamma = {gamma}, C = {knob}.")
+    if len(costs) == 0 or np.any(costs <= 0) or np.any(np.diff(costs) <= 0):
+        raise UserError("The levels of a family must be ordered by cost, from cheap to expensive, all above zero.")
+    p = np.minimum(1.0, knob * (costs / costs[0]) ** -(0.5 + 1.0 / gamma))
+    p[0] = 1.0
+    return p
+
+
+def measured_probabilities(squares: Sequence[float] | np.ndarray, flops: Sequence[float], knob: float) -> np.ndarray:
+    """p_k = min(1, C sqrt(V_k / T_k) / sqrt(V_2 / T_2)) [K] with p_1 = 1, from measured E|f^k - f^{k-1}|^2 = V_k [K] (V_1 is
+    not used): the square-root law without a power law for the errors. Raises UserError unless all V_k are positive.
+    """
+    v, costs = np.asarray(squares, dtype=np.float64), np.asarray(flops, dtype=np.float64)
+    if not (knob > 0 and np.all(v[1:] > 0)):
+        raise UserError("Measured probabilities need a positive knob and differences between all neighbouring levels.")
+    root = np.sqrt(v / costs)
+    return np.concatenate([[1.0], np.minimum(1.0, knob * root[1:] / root[1:2])])
+
+
+def draw_coins(p: np.ndarray, seeds: Sequence[int], coins: str) -> np.ndarray:
+    """Coins B [n, B, K] in {0, 1} for probabilities p [n, K], one set per seed; P(B = 1) is p at every step.
+
+    "independent": over steps and levels. "systematic": over the steps of a level, fire when the running sum of p crosses
+    an integer, counted from one random offset (Madow 1949), so the fires are evenly spread; levels stay independent.
+    "nested": over steps; one uniform per step decides for all levels, so a level fires only where those below it do.
+    """
+    if coins not in COINS:
+        raise UserError(f"coins = {coins!r} is unknown; expected one of {', '.join(COINS)}.")
+    n, levels = p.shape
+    out = np.empty((n, len(seeds), levels), dtype=bool)
+    if coins == "nested":
+        return p[:, None, :] > coin_uniforms(seeds, 0, n).T[:, :, None]
+    for k in range(levels):
+        if np.all(p[:, k] == 1):
+            out[:, :, k] = True
+        elif coins == "independent":
+            out[:, :, k] = p[:, k, None] > coin_uniforms(seeds, k, n).T
+        else:
+            running = np.cumsum(np.concatenate([[0.0], p[:, k]]))
+            crossed = np.floor(running[:, None] + coin_uniforms(seeds, k, 1).T)
+            # a rounding error in the running sum must not skip a coin that is certain
+            out[:, :, k] = (np.diff(crossed, axis=0) > 0) | (p[:, k, None] == 1)
+    return out
+
+
+def telescope_weights(p: np.ndarray, coins: np.ndarray) -> np.ndarray:
+    """Weights w [n, B, K] of the networks for probabilities p [n, K] and coins [n, B, K]; E[w] = (0, ..., 0, 1)."""
+    ratio = np.where(coins, 1.0 / p[:, None, :], 0.0)
+    return ratio - np.concatenate([ratio[..., 1:], np.zeros_like(ratio[..., :1])], axis=-1)
+
+
+def evaluation_probabilities(p: np.ndarray, nested: bool = False) -> np.ndarray:
+    """P(w_k != 0) [n, K]: the chance that network k is evaluated at a step, for coins independent between levels or nested.
+
+    Network k runs if coin k or coin k+1 fires, except where both do with equal probabilities and the weights cancel.
+    """
+    following = np.concatenate([p[:, 1:], np.zeros_like(p[:, :1])], axis=1)
+    both = np.minimum(p, following) if nested else p * following
+    return p + following - both - np.where(p == following, both, 0.0)
+
+
+def knob_for_cost(
+    table: Callable[[float], np.ndarray], flops: Sequence[float], evaluations: int, wanted: float
+) -> np.ndarray | None:
+    """The probabilities table(knob) [K] whose expected cost per image over this many evaluations is the wanted one, by
+    bisection over the knob (cost grows with it); None where no knob has it."""
+    costs = np.asarray(flops, dtype=np.float64)
+
+    def cost(knob: float) -> float:
+        return float(evaluation_probabilities(table(knob)[None])[0] @ costs) * evaluations
+
+    low, high = 1e-9, 1.0
+    while high < 1e9 and np.any(table(high) < 1) and cost(high) < wanted:
+        high *= 2
+    if not cost(low) < wanted < cost(high):
+        return None
+    for _ in range(60):
+        middle = float(np.sqrt(low * high))
+        low, high = (middle, high) if cost(middle) < wanted else (low, middle)
+    return table(high)

@@ -1,0 +1,1 @@
+"""Exponents of cost against error on a problem whose answer is known."""

@@ -1,0 +1,204 @@
+"""What rates.json holds: exponents with intervals, the study of the step size, and whether the rates are as claimed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+from ..multilevel.probabilities import evaluation_probabilities
+from .settings import Setting, model_errors, predicted_exponent
+
+TOLERANCE = 0.35  # of an exponent around the predicted one
+GAP = 0.5  # by which EM's and ML-EM's exponents differ at least
+DECADES = 2.0  # of error that both are fitted over
+AGREEMENT = 0.1  # relative difference allowed between the jump process and ML-EM with a small step
+MIN_POINTS = 4  # of a fit
+Errors = Mapping[Setting, np.ndarray]  # squared errors [replicates] by setting
+
+
+@dataclass(frozen=True)
+class Exponent:
+    """Slope of log cost against log error, its 95% interval, and the same slope in the coarse and the fine half."""
+
+    exponent: float
+    interval: tuple[float, float]
+    halves: tuple[float, float]
+    log_cost_at_one: float  # natural logarithm of the fitted cost at error 1
+    decades: float
+
+
+def slope(errors: np.ndarray, costs: np.ndarray) -> tuple[float, float]:
+    """Least-squares slope and intercept of log cost [points] on log error [points]."""
+    x, y = np.log(errors), np.log(costs)
+    centred = x - x.mean()
+    found = float(centred @ y / (centred @ centred))
+    return found, float(y.mean() - found * x.mean())
+
+
+def fit_exponent(costs: np.ndarray, squared: np.ndarray, draws: int, seed: int) -> Exponent:
+    """Exponent from costs [points] and squared errors [points, replicates] at fresh replicates.
+
+    The interval is a percentile bootstrap that resamples the replicates (whole columns: all points share their families
+    and paths) and, in the same draw, the points: sampling noise and the unevenness of a frontier over whole levels are
+    both in it. The bias of a finite range against the limit of small errors is not.
+    """
+    if len(costs) < MIN_POINTS:
+        raise UserError(f"An exponent needs at least {MIN_POINTS} points; widen the range of target errors.")
+    rng = np.random.default_rng(seed)
+    errors = np.sqrt(squared.mean(axis=1))
+    found, intercept = slope(errors, costs)
+    count, slopes = squared.shape[1], []
+    while len(slopes) < draws:
+        points = rng.integers(0, len(costs), len(costs))
+        if len(np.unique(points)) < 3:
+            continue
+        weights = np.bincount(rng.integers(0, count, count), minlength=count) / count
+        slopes.append(slope(np.sqrt(squared[points] @ weights), costs[points])[0])
+    low, high = np.quantile(slopes, [0.025, 0.975])
+    order, middle = np.argsort(-errors), len(errors) // 2
+    coarse, fine = order[: middle + 1], order[middle - 1 :]
+    halves = (slope(errors[coarse], costs[coarse])[0], slope(errors[fine], costs[fine])[0])
+    decades = float(np.log10(errors.max() / errors.min()))
+    return Exponent(found, (float(low), float(high)), halves, intercept, decades)
+
+
+def exponent_entry(settings: Sequence[Setting], squared: Errors, constants: np.ndarray, draws: int, seed: int) -> dict:
+    """One method at one gamma for rates.json, over the replicates that all its settings were run on: the measured
+    exponent beside the predicted limit, and beside the exponent that the error model expects for these very settings,
+    which differs from the limit by the finite range alone."""
+    method, gamma = settings[0].method, settings[0].gamma
+    costs = np.array([s.cost for s in settings])
+    count = min(len(squared[s.run]) for s in settings)
+    errors = np.array([squared[s.run][:count] for s in settings])
+    found = fit_exponent(costs, errors, draws, seed)
+    found_rms = np.sqrt(errors.mean(axis=1))
+    entry = {
+        "exponent": found.exponent,
+        "interval": list(found.interval),
+        "predicted": predicted_exponent(method, gamma),
+        "expected_in_range": slope(model_errors(settings, constants), costs)[0],
+        "decades": found.decades,
+        "error_range": [float(found_rms.min()), float(found_rms.max())],
+        "coarse_half": found.halves[0],
+        "fine_half": found.halves[1],
+        "log_cost_at_one": found.log_cost_at_one,
+        "points": len(settings),
+        "replicates": errors.shape[1],
+    }
+    if gamma == 2 and method != "em":  # cost ~ error^-2 log^2 error, fitted by a line over the same errors
+        entry["predicted_with_log"] = slope(found_rms, (np.log(found_rms) / found_rms) ** 2)[0]
+    return entry
+
+
+def towards_limit(gamma: float, constants: np.ndarray) -> list[dict[str, Any]]:
+    """Exponents of ML-EM that the error model expects over seven octaves of error each, down to 2^-25: how far the range
+    that can be simulated is from the limit. Steps, top levels and fires on fine grids, nested in nothing."""
+    out = []
+    for coarsest in (-4, -11, -18):
+        octaves = np.arange(coarsest, coarsest - 7.1, -0.5)
+        costs = np.array([_least_cost(gamma, constants, octave) for octave in octaves])
+        found = slope(2.0**octaves, costs)[0]
+        out.append({"error_range": [2.0 ** octaves[-1], 2.0 ** octaves[0]], "exponent": found})
+    return out
+
+
+def _least_cost(gamma: float, constants: np.ndarray, octave: float) -> float:
+    """Least expected cost of ML-EM with an error of 2^octave by the error model."""
+    best, fires = np.inf, 2.0 ** np.arange(-2, 12, 0.5)
+    for n in 2.0 ** np.arange(-octave + 1, -octave + 6, 0.5):
+        for top in range(max(2, int(-octave) - 1), int(-octave) + 6):
+            k = np.arange(1, top + 1)
+            p = np.minimum(1, fires[:, None] * 2.0 ** ((1 + gamma / 2) * (top - k)) / n)
+            p[:, 0] = 1
+            coins = (1 / p[:, 1:] - 1) @ (5 * 4.0 ** -k[1:]) / n
+            squared = constants[0] / n**2 + constants[1] * 4.0**-top + constants[2] * coins
+            cost = n * (evaluation_probabilities(p) @ 2.0 ** (gamma * k))
+            best = min(best, np.min(cost, where=squared <= 4.0**octave, initial=np.inf))
+    return best
+
+
+def bars(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Whether EM and ML-EM at one gamma > 2 have the claimed exponents, over enough decades, and differ enough."""
+    em, ml_em = entries["em"], entries["ml_em"]
+    checks = {
+        "em": abs(em["exponent"] - em["predicted"]) <= TOLERANCE,
+        "ml_em": abs(ml_em["exponent"] - ml_em["predicted"]) <= TOLERANCE,
+        "gap": ml_em["exponent"] - em["exponent"] >= GAP,
+        "decades": min(em["decades"], ml_em["decades"]) >= DECADES,
+    }
+    return {**checks, "met": all(checks.values())}
+
+
+def step_size_entry(
+    curves: Mapping[str, Sequence[Setting]], jumps: Sequence[Setting], squared: Errors
+) -> dict[str, Any]:
+    """Error and cost against the number of steps at fixed expected fires, and the jump process beside its neighbour.
+
+    `order` is the slope of log error against log n over n >= 1024: -1 is a method that needs h ~ error, 0 one whose error
+    does not depend on h.
+    """
+    out: dict[str, Any] = {"gamma": 2.5, "curves": {}, "agreement": []}
+    for name, settings in curves.items():
+        rows = [_row(s, squared) for s in settings]
+        fine = [r for r in rows if r["steps"] >= 1024] or rows
+        order = (
+            slope(np.array([r["steps"] for r in fine]), np.array([r["error"] for r in fine]))[0] if rows[1:] else 0.0
+        )
+        out["curves"][name] = {"order": order, "rows": rows}
+    for jump in jumps:
+        near = next(s for n, c in curves.items() for s in c[-1:] if "base" in n and s.levels == jump.levels)
+        out["agreement"].append(agreement(jump, near, squared))
+    return out
+
+
+def agreement(jump: Setting, near: Setting, squared: Errors) -> dict[str, Any]:
+    """Ratios (jump process / ML-EM over the base at its smallest step) of RMS error, with a 95% interval, and of cost."""
+    first, second = squared[jump.run], squared[near.run]
+    count = min(len(first), len(second))
+    first, second = first[:count], second[:count]
+    ratio = float(np.sqrt(first.mean() / second.mean()))
+    # delta method for half the logarithm of a ratio of means over the same replicates
+    se = float(np.std(first / first.mean() - second / second.mean(), ddof=1) / np.sqrt(count) / 2)
+    return {
+        "levels": jump.levels,
+        "steps": near.steps,
+        "poisson": _row(jump, squared),
+        "ml_em": _row(near, squared),
+        "error_ratio": ratio,
+        "interval": [ratio * float(np.exp(-1.96 * se)), ratio * float(np.exp(1.96 * se))],
+        "cost_ratio": jump.cost / near.cost,
+        "within_tolerance": abs(ratio - 1) <= AGREEMENT and abs(jump.cost / near.cost - 1) <= AGREEMENT,
+    }
+
+
+def _row(setting: Setting, squared: Errors) -> dict[str, Any]:
+    error, se = rms(squared[setting.run])
+    return {"steps": setting.steps, "error": error, "error_se": se, "cost": setting.cost}
+
+
+def rms(squared: np.ndarray) -> tuple[float, float]:
+    """RMS error and its standard error from squared errors [replicates]."""
+    error = float(np.sqrt(squared.mean()))
+    return error, float(squared.std(ddof=1) / np.sqrt(len(squared)) / (2 * error)) if len(squared) > 1 else 0.0
+
+
+def point(setting: Setting, squared: Errors, dynamics: str) -> dict[str, Any]:
+    """One line of rates.csv."""
+    error, se = rms(squared[setting.run])
+    return {
+        "dynamics": dynamics,
+        "gamma": setting.gamma,
+        "method": setting.method,
+        "levels": setting.levels,
+        "steps": setting.steps or None,
+        "cost_knob": setting.knob,
+        "top_fires": setting.fires if setting.method != "em" else None,
+        "error": error,
+        "error_se": se,
+        "cost": setting.cost,
+        "replicates": len(squared[setting.run]),
+    }

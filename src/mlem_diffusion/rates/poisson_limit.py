@@ -1,0 +1,108 @@
+"""The Poisson limit of ML-EM as its own integrator, on the problem of `synthetic`: events, and no time step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .problem import CHUNK, DAMPING, DIMENSION, EVENTS, ROTATION, Replicates, difference
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Firing rates lambda [K] of levels 1..K (expected fires over [0, 1]) of the jump process; `key` names its events."""
+
+    rates: tuple[float, ...]
+    key: tuple[int, ...] = ()
+
+
+_DECAY = complex(DAMPING, -ROTATION)  # A x is -_DECAY (x_1 + i x_2): the jump process counts in complex numbers
+
+
+def jump_process(replicates: Replicates, settings: Sequence[Rates]) -> np.ndarray:
+    """X(1) [S, d, P] of the Poisson limit of ML-EM, with no time step at all.
+
+    Level k fires after exponential waiting times of rate lambda_k and moves the path by (f^k - f^{k-1})(X, t) /
+    lambda_k; in between the path follows f^0 = A x and the Brownian motion, whose solution is known: X(t) = e^(A t) V +
+    s Y(t), where V changes at events only and Y, which solves dY = A Y dt + dW, does not depend on the levels.
+    """
+    count = replicates.count
+    y_grid = _linear_response(replicates) if replicates.noise else None
+    out = np.empty((len(settings), DIMENSION, count))
+    streams = [np.random.default_rng([*replicates.key, EVENTS, *s.key]) for s in settings]
+    v = [replicates.start[0] + 1j * replicates.start[1] for _ in settings]
+    y = [np.zeros(count, complex) for _ in settings]
+    clock = [np.zeros(count) for _ in settings]
+    running = list(range(len(settings)))
+    while running:
+        drawn = [_draw_events(streams[s], settings[s], count) for s in running]
+        wait, level, move, normal = (np.concatenate(column, axis=1) for column in zip(*drawn, strict=True))
+        state = [np.concatenate([part[s] for s in running]) for part in (v, y, clock)]
+        replicate = np.tile(np.arange(count), len(running))
+        for i in range(CHUNK):
+            _fire(replicates, y_grid, state, replicate, wait[i], level[i], move[i], normal[i])
+        for part, whole in zip((v, y, clock), state, strict=True):
+            for s, piece in zip(running, np.split(whole, len(running)), strict=True):
+                part[s] = piece
+        for s in [s for s in running if clock[s].min() >= 1]:
+            end = np.exp(-_DECAY) * v[s] + (replicates.noise * y_grid[-1] if y_grid is not None else 0)
+            out[s] = end.real, end.imag
+            running.remove(s)
+    return out
+
+
+def _draw_events(rng: np.random.Generator, setting: Rates, count: int) -> tuple[np.ndarray, ...]:
+    """Waiting times, levels, 1 / rates and complex normals of the next events, each [CHUNK, P].
+
+    Independent exponential clocks are one clock of the summed rate whose events belong to level k with chance
+    lambda_k / sum lambda.
+    """
+    rates = np.array(setting.rates)
+    wait = rng.exponential(1 / rates.sum(), (CHUNK, count))
+    edges = np.cumsum(rates)[:-1] / rates.sum()
+    which = np.searchsorted(edges, rng.random((CHUNK, count)), side="right")
+    normal = rng.standard_normal((CHUNK, count, 2)).view(complex)[..., 0]
+    return wait, which + 1, 1 / rates[which], normal
+
+
+def _fire(
+    replicates: Replicates,
+    y_grid: np.ndarray | None,
+    state: list[np.ndarray],
+    replicate: np.ndarray,
+    wait: np.ndarray,
+    level: np.ndarray,
+    move: np.ndarray,
+    normal: np.ndarray,
+) -> None:
+    """Bring every row to its next event and let it jump; rows that have passed t = 1 stay as they are. Changes `state`."""
+    v, y, clock = state
+    t = clock + wait
+    at = np.minimum(t, 1.0)
+    turn = np.exp(-_DECAY * at)
+    z = turn * v
+    if y_grid is not None:
+        # Y at the event: a Brownian bridge from the last known point of this grid cell to the cell's end
+        cell = np.minimum((at * replicates.grid).astype(int), replicates.grid - 1)
+        left = np.maximum(np.minimum(clock, at), cell / replicates.grid)
+        y[:] = np.where(clock > cell / replicates.grid, y, y_grid[cell, replicate])
+        gap, rest = at - left, np.maximum((cell + 1) / replicates.grid - at, 0.0)
+        share = gap / np.maximum(gap + rest, 1e-300)
+        y += (y_grid[cell + 1, replicate] - y) * share + np.sqrt(share * rest) * normal
+        z = z + replicates.noise * y
+    jump = difference(replicates, level, replicate, np.stack([np.real(z), np.imag(z)]), at)
+    v += np.where(t < 1, move, 0.0) / turn * (jump[0] + 1j * jump[1])
+    clock[:] = t
+
+
+def _linear_response(replicates: Replicates) -> np.ndarray:
+    """Y [N + 1, P], complex, on the grid: Y' = e^(A h) Y + int e^(A (h - u)) dW, the integral by its expansion dW + A I,
+    an error of order h^2.5 per step."""
+    dw, area = (part[:, 0] + 1j * part[:, 1] for part in (replicates.dw, replicates.area))
+    y = np.zeros((replicates.grid + 1, replicates.count), complex)
+    decay = np.exp(-_DECAY / replicates.grid)
+    for i, forced in enumerate(dw - _DECAY * area):
+        y[i + 1] = decay * y[i] + forced
+    return y

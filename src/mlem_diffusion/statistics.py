@@ -1,0 +1,60 @@
+"""Errors of samples against a reference, standard errors, and frontiers of error against cost.
+
+Errors are mean squared differences (over channels and pixels, images in [-1, 1], before clipping).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from .errors import UserError
+
+
+def squared_errors(samples: Tensor, reference: Tensor) -> np.ndarray:
+    """Mean squared difference of each image, float64 [N], for two float stacks [N, 3, H, W] (unclipped)."""
+    if samples.shape != reference.shape or samples.ndim != 4:
+        raise UserError(
+            f"Samples {tuple(samples.shape)} and reference {tuple(reference.shape)} must be stacks of the same shape."
+        )
+    if not (samples.is_floating_point() and reference.is_floating_point()):
+        raise UserError("Squared errors are taken of unclipped float images, not of 8-bit ones.")
+    difference = samples.detach().cpu().double() - reference.detach().cpu().double()
+    return difference.square().flatten(1).mean(1).numpy()
+
+
+def standard_error(values: np.ndarray, clusters: np.ndarray | None = None) -> float:
+    """Standard error of the mean of values [N]; NaN if fewer than two values or clusters.
+
+    `clusters` [N] holds an id per value (one per shared coin draw): values of one cluster count as
+    dependent (the usual cluster-robust formula with the factor G / (G - 1)).
+    """
+    values = np.asarray(values, dtype=np.float64)
+    residual = values - values.mean() if values.size else values
+    if clusters is None:
+        sums = residual
+    else:
+        if len(clusters) != len(values):
+            raise UserError(f"{len(values)} values came with {len(clusters)} cluster ids.")
+        _, index = np.unique(np.asarray(clusters), return_inverse=True)
+        sums = np.bincount(index.ravel(), weights=residual)
+    groups = len(sums)
+    if groups < 2:
+        return float("nan")
+    return float(np.sqrt(groups / (groups - 1) * np.sum(sums**2)) / len(values))
+
+
+def frontier(rows: Iterable[dict[str, Any]], cost: str, measure: str) -> list[dict[str, Any]]:
+    """The lower-left frontier, cheapest first: rows with a smaller `measure` than every row that is as cheap or cheaper.
+
+    Rows with an absent or non-positive cost or measure (the reference compared with itself) are left out.
+    """
+    usable = [r for r in rows if (r.get(cost) or 0) > 0 and (r.get(measure) or 0) > 0]
+    best: list[dict[str, Any]] = []
+    for row in sorted(usable, key=lambda r: (r[cost], r[measure])):
+        if not best or row[measure] < best[-1][measure]:
+            best.append(row)
+    return best

@@ -1,0 +1,1 @@
+"""Training of one level: the loop, a step, and the step as a CUDA graph."""

@@ -1,0 +1,300 @@
+"""The training loop of one level: resumable, one process or torchrun, counted in images.
+
+All randomness of a step is derived from (seed, step), drawn for the whole batch and sliced by rank, so a run that was
+stopped and resumed equals an uninterrupted one, and the number of processes does not change what is trained.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..diffusion.brownian import training_generator
+from ..diffusion.process import Process
+from ..errors import Interrupted, SlowPath, UserError, is_out_of_memory
+from ..files import Damaged
+from ..models.checkpoint import load_state, save_state, save_weights
+from ..models.torch_compile import wants
+from ..models.unet import Denoiser
+from .step import GRAPHS, PRECISIONS, TrainStep, has_dropout
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How one level is trained. Lengths are in images seen, not steps."""
+
+    images: int = 2_000_000
+    batch: int = 256
+    accumulate: int = 1  # micro-batches per step, where a batch does not fit in memory: same draws, same updates
+    lr: float = 2e-3  # at reference_width; other widths get lr * sqrt(reference_width / width)
+    reference_width: int = 16
+    warmup_images: int = 20_000
+    decay_fraction: float = 0.4  # linear decay to zero over this last part
+    ema_halflife: int = 100_000  # images
+    ema_ramp: float = 0.05  # at most this fraction of the images seen so far (Karras et al. 2022)
+    clip: float = 1.0
+    flips: bool = True
+    seed: int = 0
+    snapshots: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0])  # fractions whose EMA weights are kept
+    log_every: int = 10_000  # images
+    save_every: float = 120.0  # seconds between resume states
+    precision: str = "auto"  # "auto": bf16 on CUDA, else float32; "float32"; "autocast"; "bf16" (see train_step.py)
+    compile: str = "auto"  # "auto": on CUDA only; "on"; "off"; "max": tuned kernels
+    graph: str = "auto"  # whole steps as CUDA graphs; "auto": on CUDA with one process and no dropout; "on"; "off"
+
+    def __post_init__(self) -> None:
+        if not self.snapshots or min(self.snapshots) <= 0 or max(self.snapshots) != 1:
+            raise UserError(f"train.snapshots = {list(self.snapshots)} must be fractions in (0, 1] that include 1.")
+        if self.images < 1 or self.batch < 1:
+            raise UserError("train.images and train.batch must be positive.")
+        if self.accumulate < 1:
+            raise UserError(f"train.accumulate = {self.accumulate} must be at least 1.")
+        for name, known in (("precision", PRECISIONS), ("graph", GRAPHS)):
+            if getattr(self, name) not in known:
+                raise UserError(
+                    f"train.{name} = {getattr(self, name)!r} is unknown; expected one of {', '.join(known)}."
+                )
+        wants(self.compile, "cpu")
+
+
+def ema_decay(config: TrainConfig, images: int) -> float:
+    """Decay of one step after `images` images: the half-life is ramped up with training."""
+    halflife = max(min(config.ema_halflife, config.ema_ramp * images), 1e-8)
+    return 0.5 ** (config.batch / halflife)
+
+
+def learning_rate(config: TrainConfig, width: int, images: int) -> float:
+    """Warm-up, constant, linear decay to zero; narrower networks take larger steps."""
+    peak = config.lr * (config.reference_width / width) ** 0.5
+    warm = min(1.0, images / max(config.warmup_images, 1))
+    left = (config.images - images) / max(config.decay_fraction * config.images, 1)
+    return peak * warm * min(1.0, max(left, 0.0))
+
+
+def draw_batch(
+    data: Tensor, config: TrainConfig, process: Process, level_table: Tensor, step: int, rank: int, world: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's slice of the batch of one step: x0 in [-1, 1], noise, log-SNR.
+
+    Noise levels are stratified: batch element i falls in the i-th equal part of the path that the sampler visits.
+    """
+    device, b = level_table.device, config.batch
+    generator = training_generator(device, config.seed, step)
+    index = torch.randint(len(data), (b,), generator=generator, device=device)
+    position = (torch.arange(b, device=device) + torch.rand(b, generator=generator, device=device)) / b
+    flip = torch.rand(b, generator=generator, device=device) < 0.5
+    noise = torch.randn(b, *data.shape[1:], generator=generator, device=device)
+    part = slice(rank * b // world, (rank + 1) * b // world)
+    pictures = data[index[part].to(data.device)]
+    if pictures.device != device:  # pinned memory: the copy runs beside what the device still has to do
+        pictures = (pictures.pin_memory() if device.type == "cuda" else pictures).to(device, non_blocking=True)
+    if config.flips:  # as bytes: a quarter of the traffic
+        pictures = torch.where(flip[part, None, None, None], pictures.flip(-1), pictures)
+    x0 = pictures.float() / 127.5 - 1
+    where = (position[part] * (len(level_table) - 1)).float()
+    low = where.floor().long().clamp(max=len(level_table) - 2)
+    logsnr = torch.lerp(level_table[low], level_table[low + 1], where - low)
+    return x0, noise[part], logsnr
+
+
+def train_level(
+    denoiser: Denoiser,
+    images: np.ndarray | Tensor,
+    process: Process,
+    config: TrainConfig,
+    directory: Path,
+    *,
+    width: int,
+    device: torch.device | str = "cpu",
+    report: Callable[[dict[str, Any]], None] | None = None,
+    snapshot: Callable[[int, Denoiser], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    on_first_step: Callable[[float], None] | None = None,
+    on_resume: Callable[[int], None] | None = None,
+    identity: str = "",
+) -> Denoiser:
+    """Train one level and return its EMA denoiser.
+
+    images: uint8 [N,3,H,W], kept on the device as uint8 where they fit in half of its free memory. directory receives
+    state.pt, ema-<images>.safetensors at the snapshots and ema.safetensors at the end; a state found there is resumed.
+    report gets {"images", "loss", "lr"} every log_every images; snapshot(images seen, EMA denoiser) is called at each
+    snapshot on rank 0; on_first_step(seconds), once, when the first step of this call has been computed: the seconds
+    since the call, with compilation; on_resume(images seen), once, before the first step. identity: names what is trained from
+    what; a state that carries another is refused. Where a batch does not fit in memory its micro-batches are halved, with one
+    SlowPath warning: the same draws, the same updates up to rounding.
+    Raises Interrupted (state saved) when should_stop() turns true, UserError for an impossible configuration, for a foreign
+    or damaged state, and when the loss or a weight is no longer finite; the last saved state stays, and is always finite.
+    """
+    entered = time.monotonic()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(device)
+    if config.batch % (world * config.accumulate):
+        micro = f" in {config.accumulate} micro-batches each" if config.accumulate > 1 else ""
+        raise UserError(f"train.batch = {config.batch} does not divide over {world} processes{micro}.")
+
+    # ---- model, EMA, optimiser -------------------------------------------------------------------------------
+    denoiser = denoiser.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
+
+    def make_step(accumulate: int) -> TrainStep:
+        return TrainStep(
+            denoiser, ema, clip=config.clip, precision=config.precision, compile=config.compile, graph=config.graph,
+            accumulate=accumulate, world=world, name=f"Training of width {width}",
+        )  # fmt: skip
+
+    accumulate = config.accumulate
+    train_step = make_step(accumulate)
+    seen, history, counted, last_log, kept = 0, [], 0, 0, {}
+    state = load_state(directory / "state.pt")
+    if state is not None:
+        foreign = f"{directory / 'state.pt'} is not the state of this network; delete it to train this level again."
+        if state.get("identity", "") != identity:
+            raise Damaged(directory / "state.pt", foreign)
+        try:
+            train_step.load_state_dict(state)
+            seen, history, kept = state["images"], state["history"], state["snapshots"]
+            counted, last_log = state["counted"], state["last_log"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise Damaged(directory / "state.pt", foreign) from error
+    if on_resume is not None and rank == 0:
+        on_resume(seen)
+
+    # ---- data ------------------------------------------------------------------------------------------------
+    data = torch.as_tensor(np.asarray(images) if isinstance(images, np.ndarray) else images)
+    if device.type != "cuda" or data.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]:
+        data = data.to(device)  # uint8: a gather on the device beats any loader; too large a set stays on the host
+    level_table = torch.as_tensor(process.logsnr_at(np.linspace(0, 1, 4097)), dtype=torch.float32, device=device)
+    # a snapshot is due at the first step at or past its fraction
+    due = [s for s in sorted(f * config.images for f in config.snapshots) if s > seen]
+
+    def progress() -> dict[str, Any]:
+        return {"images": seen, "history": history, "counted": counted, "last_log": last_log, "snapshots": kept}
+
+    def save() -> None:
+        check_finite()
+        if rank == 0:
+            save_state(directory / "state.pt", {**train_step.state_dict(), **progress(), "identity": identity})
+
+    def check_finite() -> None:
+        if not train_step.is_finite():
+            raise UserError(_diverged(width, train_step, config, directory / "state.pt"))
+
+    def advance(batch: tuple[Tensor, Tensor, Tensor], lr: float, decay: float) -> None:
+        """One step, in smaller parts where it does not fit in memory."""
+        nonlocal train_step, accumulate
+        while True:
+            failed: Exception | None = None
+            try:
+                train_step(batch, lr, decay)
+                return
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                failed = error.with_traceback(None)  # its frames hold the memory
+            micro = config.batch // world // accumulate
+            if world > 1 or micro % 2 or train_step.updating:
+                more = f"train.accumulate={2 * accumulate}" if micro % 2 == 0 else "a smaller train.batch"
+                raise UserError(
+                    f"{micro} images at a time do not fit in the memory of {device} at width {width}: say {more}."
+                ) from failed
+            accumulate *= 2
+            warnings.warn(
+                f"Training of width {width}: {micro} images at a time do not fit in memory; it goes on with {micro // 2}, "
+                f"{accumulate} times per step: the same batch of {config.batch}.",
+                SlowPath,
+                stacklevel=2,
+            )
+            before = train_step.state_dict()
+            del train_step  # and its memory
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            train_step = make_step(accumulate)
+            train_step.load_state_dict(before)
+
+    def stop_requested(step: int) -> bool:
+        wanted = should_stop is not None and should_stop()
+        if world == 1 or should_stop is None:
+            return wanted
+        if step % 20:  # all ranks must stop at the same step; asking costs a synchronisation
+            return False
+        flag = torch.tensor(float(wanted), device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    # ---- loop ------------------------------------------------------------------------------------------------
+    dropout = has_dropout(denoiser)
+    last_save = time.monotonic()
+    while seen < config.images:  # between logs, saves and snapshots nothing waits for the device
+        batch = draw_batch(data, config, process, level_table, seen // config.batch, rank, world)
+        lr = learning_rate(config, width, seen + config.batch // 2)  # neither the first nor the last is 0
+        if dropout:  # its masks come from torch's global generator
+            torch.manual_seed(
+                training_generator(torch.device("cpu"), config.seed, seen // config.batch, rank).initial_seed()
+            )
+        seen += config.batch
+        advance(batch, lr, ema_decay(config, seen))
+        counted += 1
+        if on_first_step is not None:
+            float(train_step.loss)  # waits for the device
+            if rank == 0:
+                on_first_step(time.monotonic() - entered)
+            on_first_step = None
+
+        finished = seen >= config.images
+        if seen - last_log >= config.log_every or finished:
+            running = train_step.running
+            if world > 1:
+                dist.all_reduce(running, op=dist.ReduceOp.AVG if device.type == "cuda" else dist.ReduceOp.SUM)
+                running /= 1 if device.type == "cuda" else world
+            mean = float(running) / counted
+            if not np.isfinite(mean):
+                raise UserError(_diverged(width, train_step, config, directory / "state.pt"))
+            history.append({"images": seen, "loss": mean})
+            if report is not None and rank == 0:
+                report({"images": seen, "loss": mean, "lr": lr})
+            running.zero_()
+            counted, last_log = 0, seen
+        if due and seen >= due[0]:
+            due = [s for s in due if s > seen]
+            check_finite()
+            if rank == 0:
+                file = f"ema-{seen:010d}.safetensors"
+                kept[file] = save_weights(directory / file, ema)
+                if snapshot is not None:
+                    snapshot(seen, ema)
+        if not finished and stop_requested(seen // config.batch):
+            save()
+            raise Interrupted(f"width {width} stopped after {seen} of {config.images} images; its state is saved")
+        if time.monotonic() - last_save > config.save_every:
+            save()
+            last_save = time.monotonic()
+
+    save()
+    if rank == 0:
+        save_weights(directory / "ema.safetensors", ema)
+    return ema
+
+
+def _diverged(width: int, train_step: TrainStep, config: TrainConfig, state: Path) -> str:
+    """What is known of the first loss or weight that was not finite."""
+    trouble = train_step.trouble()
+    if trouble is None:
+        step = train_step.state_dict()["steps"]
+        what = f"The weights of width {width} are not finite after step {step} ({step * config.batch} images), at every noise level"
+    else:
+        step, share, logsnr = trouble
+        where = "at every noise level" if share == 1 else f"for {share:.1%} of the batch, first at log-SNR {logsnr:.3g}"
+        what = f"The loss of width {width} is not finite at step {step} ({step * config.batch} images), {where}"
+    saved = f"; the last good state is kept in {state}" if state.is_file() else ""
+    return f"{what}{saved}: lower train.lr and train again (ARGS='overwrite=true train.lr=...')."

@@ -1,0 +1,292 @@
+"""One training step: forward, backward, clipping, Adam, the moving average and the running loss, without a host
+synchronisation. On CUDA the whole step is captured once as a CUDA graph and replayed: a narrow network is bound by
+kernel launches, not by arithmetic.
+
+Precisions, all with float32 weights, gradients and Adam moments as what is kept and saved:
+"float32"; "autocast", where torch casts single operations to bf16 and group norm stays float32; "bf16", where the forward
+and backward passes run on a bf16 copy of the network. The preconditioning and the loss are float32 in each.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..diffusion.process import add_noise
+from ..errors import SlowPath, UserError, is_out_of_memory
+from ..models.torch_compile import compiled, first_line, options, wants
+from ..models.unet import Denoiser
+from .graphed_step import GraphedStep
+
+PRECISIONS = ("auto", "float32", "autocast", "bf16")
+GRAPHS = ("auto", "on", "off")
+
+
+def choose_precision(setting: str, device: torch.device) -> str:
+    """What "auto" means on this device; other settings as they are.
+
+    On CUDA it is bf16: the losses of the three precisions agree to about a percent (tests/test_train_step.py), and
+    autocast leaves group norm in float32 and casts every weight again in each pass. Cards before compute capability 8
+    have no bf16 arithmetic.
+    """
+    if setting != "auto":
+        return setting
+    return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8 else "float32"
+
+
+def has_dropout(module: nn.Module) -> bool:
+    return any(isinstance(m, nn.Dropout) and m.p > 0 for m in module.modules())
+
+
+def wants_graph(setting: str, denoiser: nn.Module, device: torch.device, world: int) -> bool:
+    """Whether steps are captured: with several processes not (DDP's reductions), nor with dropout (its masks' seeds)."""
+    possible = device.type == "cuda" and world == 1 and not has_dropout(denoiser)
+    if setting == "on" and not possible:
+        raise UserError("train.graph = 'on' needs a CUDA device, one process and a network without dropout.")
+    return possible and setting != "off"
+
+
+class LossModule(nn.Module):
+    """The forward pass that is compiled and distributed: clean batch, noise, log-SNR -> losses [B]."""
+
+    def __init__(self, denoiser: Denoiser):
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, x0: Tensor, noise: Tensor, logsnr: Tensor) -> Tensor:
+        return self.denoiser.loss(add_noise(x0, noise, logsnr), x0, logsnr)
+
+
+def bf16_copy(denoiser: Denoiser) -> Denoiser:
+    """The network's weights in bf16; its buffers (the frequencies of the noise-level features) stay float32."""
+    working = copy.deepcopy(denoiser)
+    for parameter in working.unet.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return working
+
+
+def _parallel(module: nn.Module) -> nn.Module:
+    """Gradients averaged over the processes. No buffer ever changes, so none is sent around at every step."""
+    wrap = nn.parallel.DistributedDataParallel
+    known = inspect.signature(wrap).parameters
+    settings: dict[str, Any] = {
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+    }
+    return wrap(module, **settings)
+
+
+class TrainStep:
+    """step(batch, lr, decay): one update of the denoiser and its moving average `ema`, both float32 and in place.
+
+    batch: this process's x0 [B,3,S,S] in [-1, 1], noise [B,3,S,S], log-SNR [B] on the device; B is the same in every call
+    and divides by `accumulate`, the number of micro-batches whose gradients are added up. lr: of this update. decay: of
+    the average. `loss` holds the mean loss of the last step (until the next one), `running` the sum over steps; both are
+    on the device.
+    clip: largest norm of the gradient. precision, compile, graph: as in TrainConfig. world: number of processes;
+    with several, gradients are averaged (DistributedDataParallel). rates_on_device: learning rate and decay are tensors, as
+    a CUDA graph needs them (default: where one is used). name begins the sentences of warnings.
+    Raises UserError where graph = "on" is impossible; what fails to compile or to be captured warns SlowPath once.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        ema: nn.Module,
+        *,
+        clip: float = 1.0,
+        precision: str = "auto",
+        compile: str = "auto",
+        graph: str = "auto",
+        accumulate: int = 1,
+        world: int = 1,
+        rates_on_device: bool | None = None,
+        name: str = "Training",
+    ):
+        self.denoiser, self.ema, self.clip, self.accumulate, self.name = denoiser, ema, clip, accumulate, name
+        self.masters: list[Tensor] = list(denoiser.parameters())
+        self.averages: list[Tensor] = list(ema.parameters())
+        self.device = self.masters[0].device
+        self.precision = choose_precision(precision, self.device)
+        self.running = torch.zeros((), device=self.device)
+        self.loss = self.running.clone()
+        self.updating = False  # whether the step that failed had begun to change weights
+        # of the first step whose loss was not finite: steps since the start, share of the batch, log-SNR of the first such
+        # image; on the device, so that nothing waits for it
+        self._steps = torch.zeros((), device=self.device, dtype=torch.int64)
+        self._trouble = torch.full((3,), -1.0, device=self.device, dtype=torch.float64)
+
+        # ---- rates and optimiser
+        graphed = wants_graph(graph, denoiser, self.device, world)
+        self.rates_on_device = graphed if rates_on_device is None else rates_on_device
+        self.lr = 0.0
+        self._rates = torch.zeros(2, device=self.device)  # learning rate, 1 - decay
+        self._new_weight: Any = self._rates[1] if self.rates_on_device else 1.0
+        self.optimiser = torch.optim.Adam(
+            self.masters,  # type: ignore[arg-type]
+            lr=self._rates[0] if self.rates_on_device else 0.0,
+            betas=(0.9, 0.99),
+            fused=self.device.type in ("cuda", "cpu"),
+            capturable=graphed,
+        )
+
+        # ---- forward and backward
+        working = bf16_copy(denoiser) if self.precision == "bf16" else denoiser
+        self.has_copy = working is not denoiser
+        self.working: list[Tensor] = list(working.parameters())
+        self.gradients: list[Tensor] = []  # of the masters, where they are not autograd's own
+        if self.has_copy:
+            self.gradients = [torch.zeros_like(p, requires_grad=False) for p in self.masters]
+            for parameter, gradient in zip(self.masters, self.gradients, strict=True):
+                parameter.grad = gradient
+        self.forward: Any = LossModule(working)
+        self.parallel: Any = None
+        if world > 1:
+            self.parallel = _parallel(self.forward)
+            self.forward = self.parallel  # wrapped first, then compiled
+        self._eager: Callable[..., Tensor] | None = None  # kept until the compiled backward pass has worked once
+        if wants(compile, self.device):
+            self._eager = self.forward
+            settings = options(compile, self.device)
+            self.forward = compiled(self.forward, name, dynamic=False, **({"options": settings} if settings else {}))
+        self._static_step: Callable[[Sequence[Tensor]], None] = self.static_step
+        if graphed:
+            self._static_step = GraphedStep(self.static_step, self.device, name)
+
+    def __call__(self, batch: Sequence[Tensor], lr: float, decay: float) -> None:
+        self.updating = False
+        self._set_rates(lr, decay)
+        self._static_step(batch)
+
+    def _set_rates(self, lr: float, decay: float) -> None:
+        self.lr = lr
+        if self.rates_on_device:  # fill_ takes the number along with the kernel: no copy from the host to wait for
+            self._rates[0].fill_(lr)
+            self._rates[1].fill_(1 - decay)
+        else:
+            self.optimiser.param_groups[0]["lr"] = lr
+            self._new_weight = 1 - decay
+
+    def static_step(self, batch: Sequence[Tensor]) -> None:
+        """The step with the rates as they are set: what a CUDA graph captures, and what runs where there is none."""
+        loss = self._accumulated(batch)
+        self.updating = True
+        nn.utils.clip_grad_norm_(self.masters, self.clip)
+        self.optimiser.step()
+        with torch.no_grad():
+            if self.rates_on_device:  # _foreach_lerp_ takes no weight from the device
+                difference = torch._foreach_sub(self.masters, self.averages)
+                torch._foreach_mul_(difference, self._new_weight)
+                torch._foreach_add_(self.averages, difference)
+            else:
+                torch._foreach_lerp_(self.averages, self.masters, self._new_weight)
+            self._refresh_copy()
+            self.running += loss
+            self._steps += 1
+        self.loss = loss
+        self.updating = False
+
+    def _accumulated(self, batch: Sequence[Tensor]) -> Tensor:
+        """Gradients of the whole batch in the masters' .grad; returns the mean loss."""
+        # float32 gradients add up in .grad by themselves; bf16 ones are added up in float32, except under DDP, which
+        # averages over the processes what .grad holds after the last micro-batch
+        one_by_one = self.has_copy and self.parallel is None
+        losses = []
+        for i, part in enumerate(zip(*(tensor.chunk(self.accumulate) for tensor in batch), strict=True)):
+            last = i == self.accumulate - 1
+            if i == 0 or one_by_one:
+                self._forget_gradients()
+            with nullcontext() if last or self.parallel is None else self.parallel.no_sync():
+                losses.append(self._forward_backward(part))
+            if self.has_copy and (last or one_by_one):
+                gradients: list[Any] = [parameter.grad for parameter in self.working]
+                if i == 0 or not one_by_one:
+                    torch._foreach_copy_(self.gradients, gradients)
+                else:
+                    torch._foreach_add_(self.gradients, gradients)
+        return losses[0] if self.accumulate == 1 else torch.stack(losses).sum()
+
+    def _forget_gradients(self) -> None:
+        for parameter in self.working:
+            parameter.grad = None
+
+    def _forward_backward(self, part: Sequence[Tensor]) -> Tensor:
+        if self._eager is None:
+            return self._pass(self.forward, part)
+        eager, self._eager = self._eager, None
+        try:  # the backward pass is compiled when it first runs, beyond the reach of what guards the forward pass
+            return self._pass(self.forward, part)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            self._forget_gradients()  # nothing was added up before: this is the first pass of all
+            loss = self._pass(eager, part)  # an error of the network's own is raised here
+            self.forward = eager
+            reason = f"compilation of the backward pass failed ({first_line(error)})"
+            warnings.warn(f"{self.name} runs eagerly: {reason}.", SlowPath, stacklevel=2)
+            return loss
+
+    def _pass(self, forward: Callable[..., Tensor], part: Sequence[Tensor]) -> Tensor:
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "autocast"):
+            losses = forward(*part)
+        loss = losses.mean()
+        self._watch(losses.detach(), part[2])
+        if self.accumulate > 1:
+            loss = loss / self.accumulate
+        loss.backward()
+        return loss.detach()
+
+    def _watch(self, losses: Tensor, logsnr: Tensor) -> None:
+        bad = ~torch.isfinite(losses)
+        found = torch.stack([self._steps.double() + 1, bad.double().mean(), logsnr[bad.int().argmax()].double()])
+        first = bad.any() & (self._trouble[0] < 0)
+        self._trouble.copy_(torch.where(first, found, self._trouble))
+
+    def trouble(self) -> tuple[int, float, float] | None:
+        """(step, counted from 1; share of the micro-batch; log-SNR of its first image that failed) of the first loss that was not
+        finite; None where all were. Waits for the device."""
+        step, share, logsnr = self._trouble.tolist()
+        return None if step < 0 else (int(step), share, logsnr)
+
+    def is_finite(self) -> bool:
+        """Whether the losses since the last log, and all weights and moments, are finite. Waits for the device."""
+        moments = [t for state in self.optimiser.state.values() for t in state.values() if isinstance(t, Tensor)]
+        tensors = [self.running, *self.masters, *self.averages, *moments]
+        return bool(torch.stack([torch.isfinite(t).all() for t in tensors]).all())
+
+    def _refresh_copy(self) -> None:
+        if self.has_copy:
+            with torch.no_grad():
+                torch._foreach_copy_(self.working, self.masters)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a later TrainStep of the same network needs, whatever its precision; float32."""
+        optimiser = self.optimiser.state_dict()
+        optimiser["param_groups"] = [{**group, "lr": self.lr} for group in optimiser["param_groups"]]
+        return {
+            "model": self.denoiser.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimiser": optimiser,
+            "running": float(self.running),
+            "steps": int(self._steps),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`, before the first step. Raises what torch raises for a foreign state."""
+        self.denoiser.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        # the settings of the optimiser are this object's: they depend on the device and on whether steps are captured
+        moments, groups = state["optimiser"]["state"], self.optimiser.state_dict()["param_groups"]
+        self.optimiser.load_state_dict({"state": moments, "param_groups": groups})
+        if self.rates_on_device:
+            self.optimiser.param_groups[0]["lr"] = self._rates[0]  # load_state_dict copies the tensor
+        self._set_rates(float(state["optimiser"]["param_groups"][0]["lr"]), 0.0)
+        self.running.fill_(float(state["running"]))
+        self._steps.fill_(int(state["steps"]))
+        self._refresh_copy()
