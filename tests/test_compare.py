@@ -366,7 +366,7 @@ def test_shared_coins_are_one_cluster_per_batch(make):
 
 
 def test_the_noise_cache_gives_what_drawing_gives(make, monkeypatch):
-    import mlem_diffusion.compare as compare
+    from mlem_diffusion.comparison import runner as compare
 
     drawn: list[tuple] = []
     original = compare.path_increments

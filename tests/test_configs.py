@@ -235,7 +235,7 @@ def test_a_custom_extractor_instantiates():
         (["metrics=custom", "metrics.callable._target_=torch.nn.Flatten", "metrics.name=FID"], "not FID"),
         (["metrics=custom", "metrics.callable._target_=nowhere.Network", "metrics.name=x"], "cannot be built"),
         (["metrics=custom"], "cannot be built|missing"),
-        (["metrics=light", "+metrics.colour=red"], r"extractors\.light cannot be built"),
+        (["metrics=light", "+metrics.colour=red"], r"features\.light cannot be built"),
     ],
     ids=[
         "inception without its file",

@@ -201,21 +201,21 @@ def test_rounding_between_batches_is_only_a_warning() -> None:
 
 def test_the_telescope_check_sees_wrong_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights without 1/p, and coins that come in pairs: a biased mean, and a wrong variance with the right mean."""
-    from mlem_diffusion.diffusion import estimator as drift
+    from mlem_diffusion.multilevel import estimators
 
     x = torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(0))
-    right, coins = drift.telescope_weights, drift.draw_coins
+    right, coins = estimators.telescope_weights, estimators.draw_coins
     assert check_telescope(toy_family(), x, 0.0).holds
-    monkeypatch.setattr(drift, "telescope_weights", lambda p, c: right(np.ones_like(p), c))
+    monkeypatch.setattr(estimators, "telescope_weights", lambda p, c: right(np.ones_like(p), c))
     assert max(abs(z) for z in check_telescope(toy_family(), x, 0.0).bias_z) > 8
-    monkeypatch.setattr(drift, "telescope_weights", right)
+    monkeypatch.setattr(estimators, "telescope_weights", right)
 
     def paired(p: np.ndarray, seeds: Sequence[int], kind: str) -> np.ndarray:
         drawn = coins(p, seeds, kind)
         drawn[..., 2] = drawn[..., 1]
         return drawn
 
-    monkeypatch.setattr(drift, "draw_coins", paired)
+    monkeypatch.setattr(estimators, "draw_coins", paired)
     wrong = check_telescope(toy_family(), x, 0.0)
     assert not wrong.holds and abs(wrong.size_z) > 8 and max(abs(z) for z in wrong.bias_z) < 4
 

@@ -16,7 +16,7 @@ from mlem_diffusion.experiment.locks import FolderLock
 HOLD = """
 import sys, time
 from pathlib import Path
-from mlem_diffusion.locks import FolderLock
+from mlem_diffusion.experiment.locks import FolderLock
 lock = FolderLock(Path(sys.argv[1]), "a long run")
 lock.take(shared=sys.argv[2] == "shared")
 print("held", flush=True)

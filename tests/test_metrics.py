@@ -13,8 +13,10 @@ from scipy.linalg import sqrtm
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mlem_diffusion import statistics as metrics
+from mlem_diffusion import statistics
 from mlem_diffusion.comparison import features as extractors
+from mlem_diffusion.comparison import frechet
+from mlem_diffusion.data.pixels import to_uint8
 from mlem_diffusion.errors import UserError
 
 
@@ -65,10 +67,10 @@ def blur(x: Tensor, sigma: float) -> Tensor:
 
 def test_to_uint8_rounds_clips_and_inverts() -> None:
     levels = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(metrics.to_uint8(levels.float() / 127.5 - 1), levels)
-    assert metrics.to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+    assert torch.equal(to_uint8(levels.float() / 127.5 - 1), levels)
+    assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
     with pytest.raises(UserError):
-        metrics.to_uint8(torch.tensor([float("nan")]))
+        to_uint8(torch.tensor([float("nan")]))
 
 
 def test_squared_errors_are_means_before_clipping() -> None:
@@ -76,12 +78,12 @@ def test_squared_errors_are_means_before_clipping() -> None:
     samples = reference.clone()
     samples[0] += 3.0  # beyond the range of images: not clipped
     samples[1, 0] += 1.0  # one channel of three
-    assert metrics.squared_errors(samples, reference) == pytest.approx([9.0, 1 / 3], rel=1e-12)
-    assert metrics.squared_errors(samples, reference).dtype == np.float64
+    assert statistics.squared_errors(samples, reference) == pytest.approx([9.0, 1 / 3], rel=1e-12)
+    assert statistics.squared_errors(samples, reference).dtype == np.float64
     with pytest.raises(UserError):
-        metrics.squared_errors(samples, reference[:1])
+        statistics.squared_errors(samples, reference[:1])
     with pytest.raises(UserError):
-        metrics.squared_errors(samples.byte(), reference.byte())
+        statistics.squared_errors(samples.byte(), reference.byte())
 
 
 def test_standard_error_matches_its_sampling_spread() -> None:
@@ -91,16 +93,16 @@ def test_standard_error_matches_its_sampling_spread() -> None:
     for _ in range(400):
         values = np.repeat(rng.standard_normal(40), 10) + 0.5 * rng.standard_normal(400)
         means.append(values.mean())
-        plain.append(metrics.standard_error(values))
-        clustered.append(metrics.standard_error(values, clusters))
+        plain.append(statistics.standard_error(values))
+        clustered.append(statistics.standard_error(values, clusters))
     spread = np.std(means)
     assert np.mean(clustered) == pytest.approx(spread, rel=0.12)
     assert np.mean(plain) < 0.5 * spread  # ignoring the clusters is far too sure
     values = rng.standard_normal(50)
     textbook = values.std(ddof=1) / np.sqrt(50)
-    assert metrics.standard_error(values) == pytest.approx(textbook, rel=1e-12)
-    assert metrics.standard_error(values, np.arange(50)) == pytest.approx(textbook, rel=1e-12)
-    assert np.isnan(metrics.standard_error(values[:1]))
+    assert statistics.standard_error(values) == pytest.approx(textbook, rel=1e-12)
+    assert statistics.standard_error(values, np.arange(50)) == pytest.approx(textbook, rel=1e-12)
+    assert np.isnan(statistics.standard_error(values[:1]))
 
 
 # -------------------------------------------------------------------------------------- distances
@@ -109,33 +111,33 @@ def test_standard_error_matches_its_sampling_spread() -> None:
 @pytest.mark.parametrize(("shift", "stretch"), [(0.0, 1.0), (0.3, 1.0), (0.1, 1.4)])
 def test_frechet_distance_agrees_with_matrix_square_root(shift: float, stretch: float) -> None:
     x, y = gaussian_features(300, 24, 1, shift, stretch), gaussian_features(500, 24, 2)
-    assert metrics.frechet_distance(x, y) == pytest.approx(by_sqrtm(x, y), rel=1e-6)
-    assert metrics.frechet_distance(torch.from_numpy(x), torch.from_numpy(y)) == metrics.frechet_distance(x, y)
+    assert frechet.frechet_distance(x, y) == pytest.approx(by_sqrtm(x, y), rel=1e-6)
+    assert frechet.frechet_distance(torch.from_numpy(x), torch.from_numpy(y)) == frechet.frechet_distance(x, y)
 
 
 def test_frechet_distance_of_shifted_features_is_the_squared_shift() -> None:
     x = gaussian_features(400, 8, 3).astype(np.float64)
-    assert metrics.frechet_distance(x + 0.5, x) == pytest.approx(8 * 0.25, rel=1e-6)
-    assert metrics.frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
+    assert frechet.frechet_distance(x + 0.5, x) == pytest.approx(8 * 0.25, rel=1e-6)
+    assert frechet.frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
 
 
 def test_fast_frechet_equals_torch_fidelity() -> None:
     x, y = gaussian_features(200, 24, 4, 0.1), gaussian_features(500, 24, 5)
-    reference = metrics.feature_statistics(y)
-    assert metrics.fast_frechet(x, reference) == pytest.approx(metrics.frechet_distance(x, y), rel=1e-6)
+    reference = frechet.feature_statistics(y)
+    assert frechet.fast_frechet(x, reference) == pytest.approx(frechet.frechet_distance(x, y), rel=1e-6)
     # Taking images several times is the same as repeating them.
     counts = np.random.default_rng(6).multinomial(200, np.full(200, 1 / 200))
     repeated = np.repeat(x, counts, axis=0)
-    fast = metrics.fast_frechet(x, reference, counts, x.astype(np.float64) @ reference.root)
-    assert fast == pytest.approx(metrics.frechet_distance(repeated, y), rel=1e-6)
+    fast = frechet.fast_frechet(x, reference, counts, x.astype(np.float64) @ reference.root)
+    assert fast == pytest.approx(frechet.frechet_distance(repeated, y), rel=1e-6)
 
 
 def test_fast_frechet_with_fewer_images_than_features() -> None:
     x, y = gaussian_features(15, 24, 7, 0.1), gaussian_features(500, 24, 8)
-    reference = metrics.feature_statistics(y)
+    reference = frechet.feature_statistics(y)
     # The covariance is singular, where a general eigenvalue solver loses half the digits.
-    assert metrics.fast_frechet(x, reference) == pytest.approx(metrics.frechet_distance(x, y), rel=1e-4)
-    assert metrics.fast_frechet(x, reference) > metrics.fast_frechet(gaussian_features(400, 24, 7, 0.1), reference)
+    assert frechet.fast_frechet(x, reference) == pytest.approx(frechet.frechet_distance(x, y), rel=1e-4)
+    assert frechet.fast_frechet(x, reference) > frechet.fast_frechet(gaussian_features(400, 24, 7, 0.1), reference)
 
 
 class Uint8Dataset(Dataset):
@@ -161,22 +163,22 @@ def test_calculate_metrics_with_the_registered_extractor_gives_the_same_number()
         input1=Uint8Dataset(a), input2=Uint8Dataset(b), feature_extractor=name,
         fid=True, cuda=False, cache=False, verbose=False, batch_size=32,
     )  # fmt: skip
-    ours = metrics.frechet_distance(extractor.features(a), extractor.features(b))
+    ours = frechet.frechet_distance(extractor.features(a), extractor.features(b))
     assert ours == pytest.approx(out["frechet_inception_distance"], rel=1e-6)
 
 
 def test_distance_floor_is_that_of_other_real_images() -> None:
     features = gaussian_features(600, 12, 9)
-    floor = metrics.distance_floor(features, 100, seed=0)
-    assert floor == metrics.distance_floor(features, 100, seed=0)
-    assert 0 < floor < metrics.distance_floor(features, 30, seed=0)  # fewer images, higher floor
+    floor = frechet.distance_floor(features, 100, seed=0)
+    assert floor == frechet.distance_floor(features, 100, seed=0)
+    assert 0 < floor < frechet.distance_floor(features, 30, seed=0)  # fewer images, higher floor
     # Drawn images are excluded from the statistics: inside, they would pull the distance down.
     order = np.random.default_rng(0).permutation(600)
-    one = metrics.distance_floor(features, 300, seed=0, repeats=1)
-    assert one == pytest.approx(metrics.frechet_distance(features[order[:300]], features[order[300:]]), rel=1e-9)
-    assert one > 1.5 * metrics.frechet_distance(features[order[:300]], features)
+    one = frechet.distance_floor(features, 300, seed=0, repeats=1)
+    assert one == pytest.approx(frechet.frechet_distance(features[order[:300]], features[order[300:]]), rel=1e-9)
+    assert one > 1.5 * frechet.frechet_distance(features[order[:300]], features)
     with pytest.raises(UserError, match="at least 602"):
-        metrics.distance_floor(features, 600, seed=0)
+        frechet.distance_floor(features, 600, seed=0)
 
 
 def test_bad_input_gives_no_distance() -> None:
@@ -184,19 +186,19 @@ def test_bad_input_gives_no_distance() -> None:
     bad = good.copy()
     bad[3, 1] = np.nan
     with pytest.raises(UserError, match="at least 2"):
-        metrics.frechet_distance(good[:1], good)
+        frechet.frechet_distance(good[:1], good)
     with pytest.raises(UserError, match="NaN"):
-        metrics.frechet_distance(bad, good)
+        frechet.frechet_distance(bad, good)
     with pytest.raises(UserError, match="NaN"):
-        metrics.fast_frechet(bad, metrics.feature_statistics(good))
+        frechet.fast_frechet(bad, frechet.feature_statistics(good))
     with pytest.raises(UserError, match="compared"):
-        metrics.frechet_distance(good[:, :3], good)
+        frechet.frechet_distance(good[:, :3], good)
     with pytest.raises(UserError, match="uint8"):
         extractors.light().features(torch.zeros(4, 3, 16, 16))
     with pytest.raises(UserError, match="uint8"):
         extractors.light().features(torch.zeros(4, 1, 16, 16, dtype=torch.uint8))
     with pytest.raises(UserError, match="at least 2"):
-        metrics.extract_features(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), extractors.light())
+        frechet.extract_features(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), extractors.light())
 
 
 # ---------------------------------------------------------------------------------------- extractors
@@ -205,15 +207,15 @@ def test_bad_input_gives_no_distance() -> None:
 def test_light_extractor_orders_distortions() -> None:
     extractor = extractors.light()
     real, n = textures(1200, 4, 16), 200
-    features = metrics.extract_features(u8(real), extractor)
+    features = frechet.extract_features(u8(real), extractor)
     assert features.shape == (1200, 64) and features.dtype == np.float32
-    floor = metrics.distance_floor(features, n, seed=0)
-    reference = metrics.feature_statistics(features[n:])
+    floor = frechet.distance_floor(features, n, seed=0)
+    reference = frechet.feature_statistics(features[n:])
     fresh = real[:n]
     noise = torch.randn(fresh.shape, generator=torch.Generator().manual_seed(5))
 
     def distance(x: Tensor) -> float:
-        return metrics.frechet_distance(extractor.features(u8(x)), reference)
+        return frechet.frechet_distance(extractor.features(u8(x)), reference)
 
     assert distance(fresh) == pytest.approx(floor, rel=0.25)
     ladders = {

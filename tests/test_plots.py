@@ -10,6 +10,7 @@ from PIL import Image
 from mlem_diffusion.comparison.table import (
     COLUMNS,
     describe,
+    for_figures,
     key_of,
     method_of,
     pool_seeds,
@@ -159,7 +160,7 @@ def test_frontier_keeps_only_unbeaten_trusted_positive_rows() -> None:
         point(5, 0.1),
     ]
     rows.append(point(0.5, 0.01, drift="ml_em", n_fires_top=3))
-    assert [(r["gflops_realised"], r["error"]) for r in frontier(rows, "gflops_realised", "error")] == [
+    assert [(r["gflops_realised"], r["error"]) for r in frontier(filter(trusted, rows), "gflops_realised", "error")] == [
         (1, 0.4),
         (4, 0.1),
     ]
@@ -194,31 +195,32 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def test_plot_compare_full_and_for_one_dynamics(tmp_path: Path) -> None:
-    both = pixels(plot_compare(make_rows(), tmp_path / "new" / "both.png", title="demo"))
+    both = pixels(plot_compare(for_figures(make_rows()), tmp_path / "new" / "both.png", title="demo"))
     assert both.shape[0] > 1000 and both.shape[1] > 1000
     assert both.std() > 10  # something is drawn
-    one = pixels(plot_compare(make_rows(("ode",)), tmp_path / "ode.png"))
+    one = pixels(plot_compare(for_figures(make_rows(("ode",))), tmp_path / "ode.png"))
     assert one.shape[1] < both.shape[1] and one.shape[0] == both.shape[0]
 
 
 def test_plot_compare_says_what_was_not_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    draw = plots._say
+    draw = plots.note
 
     def listen(ax: Any, text: str) -> None:
         said.append(text)
         draw(ax, text)
 
-    monkeypatch.setattr(plots, "_say", listen)
+    monkeypatch.setattr(plots, "note", listen)
     absent = {"distance": None, "distance_floor": None, "error_se": None}
     rows = make_rows(("sde",))
-    bare = pixels(plot_compare([row | absent for row in rows], tmp_path / "bare.png"))
-    full = pixels(plot_compare(rows, tmp_path / "full.png"))
+    bare = pixels(plot_compare(for_figures(row | absent for row in rows), tmp_path / "bare.png"))
+    full = pixels(plot_compare(for_figures(rows), tmp_path / "full.png"))
     assert said == [] and bare.shape[0] < 0.8 * full.shape[0]  # without any distance there is no panel for it
-    plot_compare([row | (absent if row["dynamics"] == "sde" else {}) for row in make_rows()], tmp_path / "half.png")
+    plot_compare(
+        for_figures(row | (absent if row["dynamics"] == "sde" else {}) for row in make_rows()), tmp_path / "half.png")
     assert said == ["not computed"]
     # An error of exactly zero has no place on a log axis.
-    plot_compare([make_row(error=0.0, seconds=None)], tmp_path / "zero.png")
+    plot_compare(for_figures([make_row(error=0.0, seconds=None)]), tmp_path / "zero.png")
     assert said == ["not computed"] * 3 and pixels(tmp_path / "zero.png").shape[0] > 1000
 
 
@@ -229,12 +231,12 @@ def test_plot_compare_refuses_what_cannot_share_an_axis(tmp_path: Path) -> None:
         ({"distance_name": "FID"}, "distances.*FID.*Frechet"),
     ):
         with pytest.raises(UserError, match=message):
-            plot_compare([*rows, make_row(**change)], tmp_path / "mixed.png")
+            plot_compare(for_figures([*rows, make_row(**change)]), tmp_path / "mixed.png")
     with pytest.raises(UserError, match="no rows"):
         plot_compare([], tmp_path / "mixed.png")
     assert not (tmp_path / "mixed.png").exists()
     # A row without a distance has no say in its name.
-    plot_compare([*rows, make_row(distance=None, distance_name="FID")], tmp_path / "fine.png")
+    plot_compare(for_figures([*rows, make_row(distance=None, distance_name="FID")]), tmp_path / "fine.png")
 
 
 def test_plot_training(tmp_path: Path) -> None:
