@@ -66,13 +66,13 @@ def work(stage: Stage) -> None:
     wanted = chosen(parts, list(cfg.only))
     if cfg.force:
         for part in wanted:
-            results.kept.pop(part.name, None)
+            results.cached.pop(part.name, None)
     todo = [p for p in wanted if not results.finished(p.name)]
     total = round(sum(p.seconds for p in todo))
     if stage.cfg.dry_run:
         for part in wanted:
-            kept = "measured before" if results.finished(part.name) else f"about {duration(part.seconds)}"
-            print(f"{part.name:<28} {kept}{', if there is time' if part.optional else ''}")
+            when = "measured before" if results.finished(part.name) else f"about {duration(part.seconds)}"
+            print(f"{part.name:<28} {when}{', if there is time' if part.optional else ''}")
         print(f"estimated cost of benchmark, size {name}: about {duration(total)} on {model}")
         return
     stage.catch_signals()
@@ -87,8 +87,8 @@ def work(stage: Stage) -> None:
             nonlocal spent
             spent += part.seconds
             progress(min(round(spent), total), total)
-            kept = results.kept[part.name]
-            progress.tqdm.write(f"{part.name}: {len(found.rows)} rows, {kept.seconds:.0f} s")
+            cached = results.cached[part.name]
+            progress.tqdm.write(f"{part.name}: {len(found.rows)} rows, {cached.seconds:.0f} s")
 
         complete = run_parts(
             wanted,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mlem_diffusion.comparison import speedup
-from mlem_diffusion.comparison.settings import Setting, row_of, setting_from
+from mlem_diffusion.comparison.settings import SamplerSetting, row_of, setting_from
 from mlem_diffusion.comparison.table import BASELINES, describe, read_rows, trusted
 from mlem_diffusion.experiment import sampler_runs
 from mlem_diffusion.experiment.provenance import check_written
@@ -27,16 +27,18 @@ MOST = 6  # settings of one kind and dynamics
 
 def compared(cfg: Config) -> int:
     """Samples that are compared with the reference."""
-    return min(cfg.compare.n, cfg.compare.n_reference)
+    return min(cfg.compare.num_samples, cfg.compare.num_reference)
 
 
-def frontier_settings(rows: list[dict[str, Any]]) -> list[Setting]:
+def frontier_settings(rows: list[dict[str, Any]]) -> list[SamplerSetting]:
     """Of each dynamics, baselines on their frontier and multilevel settings on theirs, from cheap to expensive."""
-    chosen: dict[Setting, None] = {}
+    chosen: dict[SamplerSetting, None] = {}
     for dynamics in dict.fromkeys(row["dynamics"] for row in rows):
         for is_baseline in (True, False):
             mine = [
-                r for r in rows if r["dynamics"] == dynamics and (r["drift"] in BASELINES) == is_baseline and trusted(r)
+                r
+                for r in rows
+                if r["dynamics"] == dynamics and (r["estimator"] in BASELINES) == is_baseline and trusted(r)
             ]
             best = frontier(mine, "gflops_realised", "error")
             spread = np.unique(np.round(np.linspace(0, len(best) - 1, min(MOST, len(best)))).astype(int))
@@ -44,10 +46,10 @@ def frontier_settings(rows: list[dict[str, Any]]) -> list[Setting]:
     return list(chosen)
 
 
-def run_in(stage: Stage, precision: str, settings: list[Setting]) -> list[speedup.Setting]:
+def run_in(stage: Stage, precision: str, settings: list[SamplerSetting]) -> list[speedup.Measurement]:
     """The settings in one precision, each against the reference in the same one, without distances."""
     whole = stage.cfg
-    changed: Any = merged(whole, {"precision": precision, "compare": {"n": compared(whole)}})
+    changed: Any = merged(whole, {"precision": precision, "compare": {"num_samples": compared(whole)}})
     stage.cfg = changed
     stage.cfg.metrics = {"_target_": None}
     try:
@@ -56,17 +58,18 @@ def run_in(stage: Stage, precision: str, settings: list[Setting]) -> list[speedu
     finally:
         stage.cfg = whole
     return [
-        speedup.Setting(row_of(s, f["costs"]), f["errors"], f["clusters"]) for s, f in zip(settings, found, strict=True)
+        speedup.Measurement(row_of(s, f["costs"]), f["errors"], f["clusters"])
+        for s, f in zip(settings, found, strict=True)
     ]
 
 
-def finite_in_both(measured: dict[str, list[speedup.Setting]]) -> dict[str, list[speedup.Setting]]:
+def finite_in_both(measured: dict[str, list[speedup.Measurement]]) -> dict[str, list[speedup.Measurement]]:
     """Without the settings that diverged in either precision."""
     good = [all(s.row["error"] is not None for s in pair) for pair in zip(*measured.values(), strict=True)]
     return {p: [s for s, fine in zip(found, good, strict=True) if fine] for p, found in measured.items()}
 
 
-def side_by_side_rows(exact: list[speedup.Setting], rounded: list[speedup.Setting]) -> list[dict[str, Any]]:
+def side_by_side_rows(exact: list[speedup.Measurement], rounded: list[speedup.Measurement]) -> list[dict[str, Any]]:
     """Mean squared errors of every setting in both precisions, with the standard error of their paired difference."""
     out = []
     for a, b in zip(exact, rounded, strict=True):
@@ -79,13 +82,11 @@ def side_by_side_rows(exact: list[speedup.Setting], rounded: list[speedup.Settin
     return out
 
 
-def speedups_of(settings: list[speedup.Setting], stage: Stage) -> dict[str, Any]:
-    """{dynamics: {"plain" | "best": {"max", "lower95"} in FLOPs at equal error}} within these settings."""
+def speedups_of(settings: list[speedup.Measurement], stage: Stage) -> dict[str, Any]:
+    """{dynamics: {"paper" | "any": {"max", "lower95"} in FLOPs at equal error}} within these settings."""
     found = speedup.speedups(settings, seed=stage.cfg.compare.seed, replicates=stage.cfg.compare.bootstrap)
     return {
-        dynamics: {
-            kind: {k: entry[kind]["error"]["flops"][k] for k in ("max", "lower95")} for kind in ("plain", "best")
-        }
+        dynamics: {kind: {k: entry[kind]["error"]["flops"][k] for k in ("max", "lower95")} for kind in ("paper", "any")}
         for dynamics, entry in found.items()
     }
 

@@ -1,5 +1,5 @@
-"""Levels -> gains.png, diagnostics.json, plans.json, levels.json: measure gains, plan, select plans on seeds of their own, and
-say what each level is worth."""
+"""Levels -> gains.png, diagnostics.json, plans.json, ablation.json: measure gains, plan, select plans on seeds of their own, and
+compare plans without each level."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ import numpy as np
 import torch
 
 from mlem_diffusion.comparison.runner import Runner
-from mlem_diffusion.comparison.settings import Setting, setting_of
+from mlem_diffusion.comparison.settings import SamplerSetting, setting_of
 from mlem_diffusion.errors import Interrupted, UserError
 from mlem_diffusion.experiment import sampler_runs
 from mlem_diffusion.experiment.stage import Config, Stage, bar, device_model, entry_point, run_stage
 from mlem_diffusion.experiment.tracking import Tracker
-from mlem_diffusion.figures.ablation import plot_worth
+from mlem_diffusion.figures.ablation import plot_ablation
 from mlem_diffusion.figures.diagnostics import plot_diagnostics
 from mlem_diffusion.figures.gains import plot_gains
-from mlem_diffusion.files import Damaged, kept, read_json, write_json
-from mlem_diffusion.multilevel.ablation import Measured, levels_json, seconds_per_image, value_levels
-from mlem_diffusion.multilevel.ablation import table as worth_table
+from mlem_diffusion.files import Damaged, cached, read_json, write_json
+from mlem_diffusion.multilevel.ablation import RuleInputs, ablate, ablation_json, seconds_per_image
+from mlem_diffusion.multilevel.ablation import table as ablation_table
 from mlem_diffusion.multilevel.diagnostics import diagnose, table
 from mlem_diffusion.multilevel.estimators import Multilevel
 from mlem_diffusion.multilevel.gains import Effects, measure_effects
 from mlem_diffusion.multilevel.learned import learn_probabilities
 from mlem_diffusion.multilevel.plan import Plan, frontier, save_plans
 from mlem_diffusion.multilevel.planner import plan_for_cost, plans
-from mlem_diffusion.multilevel.probabilities import constant_probabilities, knob_for_cost, measured_probabilities
+from mlem_diffusion.multilevel.probabilities import c_for_cost, constant_probabilities, measured_probabilities
 
-OUTPUTS = ["plans.json", "plans.npz", "gains.png", "diagnostics.json", "levels.json", "levels.png"]
+OUTPUTS = ["plans.json", "plans.npz", "gains.png", "diagnostics.json", "ablation.json", "ablation.png"]
 Candidates = dict[str, list[Plan]]  # by "method, probabilities"
 
 
-def watched(stage: Stage, progress: Any) -> Any:
+def stoppable(stage: Stage, progress: Any) -> Any:
     """The same progress callback, which also stops when the stage is asked to."""
 
     def call(done: int, total: int) -> None:
@@ -46,7 +46,7 @@ def watched(stage: Stage, progress: Any) -> Any:
 
 
 def effects_of(stage: Stage, runner: Runner, dynamics: str, rule: str) -> Effects:
-    """Measured once, then read from the cache."""
+    """RuleInputs once, then read from the cache."""
     o = stage.cfg.optimise
     facts = [o.seed, o.calibrate, o.probes, o.calibrate_steps, dynamics, rule]
     key = stage.fingerprint(("process",), runner=runner.key, facts=facts)[:20]
@@ -58,10 +58,10 @@ def effects_of(stage: Stage, runner: Runner, dynamics: str, rule: str) -> Effect
             grid = runner.process.grid(o.calibrate_steps)
             family = list(runner.levels.values())
             measure_effects(
-                family, grid, dynamics, rule, seeds, runner.shape, runner.device, o.probes, runner.batch, watched(stage, progress)
+                family, grid, dynamics, rule, seeds, runner.shape, runner.device, o.probes, runner.batch, stoppable(stage, progress)
             ).save(path)  # fmt: skip
 
-    return kept(path, Effects.load, measure)
+    return cached(path, Effects.load, measure)
 
 
 def check(stage: Stage) -> None:
@@ -81,18 +81,18 @@ def timed(stage: Stage, runner: Runner) -> dict[str, Any]:
 
     def measure() -> None:
         seconds = seconds_per_image(family, runner.shape, batch, runner.device)
-        write_kept(path, {"seconds": dict(zip(runner.levels, seconds, strict=True)), **where})
+        write_cached(path, {"seconds": dict(zip(runner.levels, seconds, strict=True)), **where})
 
-    return kept(path, read_kept, measure)
+    return cached(path, read_cached, measure)
 
 
-def write_kept(path: Path, content: dict[str, Any]) -> None:
+def write_cached(path: Path, content: dict[str, Any]) -> None:
     """A JSON file of the cache, under the name that says what it depends on."""
     write_json(path, {**content, "file": path.name})
 
 
-def read_kept(path: Path) -> dict[str, Any]:
-    """What write_kept was given; Damaged where it is another file's content."""
+def read_cached(path: Path) -> dict[str, Any]:
+    """What write_cached was given; Damaged where it is another file's content."""
     content = read_json(path, "run make optimise again")
     if content.pop("file", None) != path.name:
         raise Damaged(path, f"{path} holds another file's content: remove it and run make optimise again.")
@@ -108,7 +108,7 @@ def measured_plans(stage: Stage, runner: Runner, effects: Effects, costs: np.nda
     for steps in o.measured.steps:
         there = effects.on(runner.process.grid(steps).logsnr)
         for cost in o.measured.costs:
-            p = knob_for_cost(lambda knob: measured_probabilities(squares, unit, knob), unit, steps, cost * unit[-1])
+            p = c_for_cost(lambda c: measured_probabilities(squares, unit, c), unit, steps, cost * unit[-1])
             if p is not None:
                 out.append(_plain_plan("measured", tuple(runner.levels), steps, p, family, there, costs))
     return out
@@ -134,11 +134,11 @@ def learned_plans(
                 found = learn_probabilities(
                     family, grid, dynamics, rule, runner.shape, runner.device, expected_flops=wanted,
                     start=nearest.table[0].astype(np.float64), iterations=o.learned.iterations, paths=o.learned.paths,
-                    draws=o.learned.draws, costs=costs.tolist(), progress=watched(stage, progress),
+                    draws=o.learned.draws, costs=costs.tolist(), progress=stoppable(stage, progress),
                 )  # fmt: skip
-            write_kept(path, {"p": found.p.tolist(), "flops": found.flops})
+            write_cached(path, {"p": found.p.tolist(), "flops": found.flops})
 
-        found = kept(path, read_kept, learn)
+        found = cached(path, read_cached, learn)
         spent += found["flops"]
         p = np.array(found["p"])
         out.append(_plain_plan("learned", tuple(runner.levels), steps, p, family, effects.on(grid.logsnr), costs))
@@ -173,7 +173,7 @@ def candidates(
         chosen: dict[str, Plan] = {}
         with bar(f"plan {rule.dynamics} {rule.step_rule} {method}", len(grids), unit="grid") as progress:
             for base in bases:
-                best = plans(effects, method, grids, own, costs, base=base, progress=watched(stage, progress))
+                best = plans(effects, method, grids, own, costs, base=base, progress=stoppable(stage, progress))
                 chosen |= {p.id: p for p in spread([p for p in best if len(p.levels) > 1], o.plans)}
         for cost in o.measured.costs:  # at the very costs that other sources of probabilities are tried at
             plan = plan_for_cost(effects, method, grids, own, cost * costs[-1], costs)
@@ -203,7 +203,7 @@ def _with_own_error(plan: Plan, own: float | None) -> Plan:
     return plan if own is None or plan.added is None else replace(plan, predicted=own + plan.added)
 
 
-def singles(stage: Stage, runner: Runner) -> list[Setting]:
+def singles(stage: Stage, runner: Runner) -> list[SamplerSetting]:
     """Every level alone on every grid that plans may use: their errors are the floor of what is planned. The cheap levels
     are left out of fine grids, where they cost much and add nothing."""
     out = []
@@ -211,20 +211,20 @@ def singles(stage: Stage, runner: Runner) -> list[Setting]:
     for rule in stage.cfg.optimise.rules:
         for name, level in runner.levels.items():
             fine = [n for n in rule.steps if n <= 600 or level.flops > 0.5 * largest]
-            out += [Setting(rule.dynamics, rule.step_rule, "single", (name,), n) for n in fine]
+            out += [SamplerSetting(rule.dynamics, rule.step_rule, "single", (name,), n) for n in fine]
     return out
 
 
 def diagnosis(stage: Stage, runner: Runner) -> float:
     """Print and save the diagnostics of the family; FLOPs spent."""
     o, family, spent, saved = stage.cfg.optimise, list(runner.levels.values()), 0.0, {}
-    p = constant_probabilities([level.flops for level in family], gamma=2.5, knob=1.0)  # for the column of fires
+    p = constant_probabilities([level.flops for level in family], gamma=2.5, c=1.0)  # for the column of fires
     for dynamics in dict.fromkeys(rule.dynamics for rule in o.rules):
         rule = next(r.step_rule for r in o.rules if r.dynamics == dynamics)
         with bar(f"diagnose {dynamics}", None) as progress:
             found = diagnose(
                 family, runner.process, dynamics, rule, list(range(o.seed, o.seed + o.diagnose.seeds)), runner.shape,
-                runner.device, steps=o.diagnose.steps, batch=runner.batch, p=p, progress=watched(stage, progress),
+                runner.device, steps=o.diagnose.steps, batch=runner.batch, p=p, progress=stoppable(stage, progress),
             )  # fmt: skip
         print(table(found))
         lost = [f.text for f in found.findings if f.severity == "error" and "not finite" in f.text]
@@ -240,32 +240,32 @@ def diagnosis(stage: Stage, runner: Runner) -> float:
 
 def priced(plan: Plan, runner: Runner, seconds: dict[str, float]) -> Plan:
     """The plan with its expected FLOPs as its cost, and its expected seconds."""
-    drift = plan.build(runner.levels.values())
-    counts = drift.expected_evaluations(len(plan.table))
-    flops = float(np.dot(counts, [level.flops for level in drift.levels]))
-    return replace(plan, cost=flops, seconds=float(np.dot(counts, [seconds[level.name] for level in drift.levels])))
+    estimator = plan.build(runner.levels.values())
+    counts = estimator.expected_evaluations(len(plan.table))
+    flops = float(np.dot(counts, [level.flops for level in estimator.levels]))
+    return replace(plan, cost=flops, seconds=float(np.dot(counts, [seconds[level.name] for level in estimator.levels])))
 
 
-def valued_levels(stage: Stage, runner: Runner, timing: dict[str, Any], rules: list[Measured]) -> None:
-    """Print what each level is worth, and write levels.json and levels.png."""
+def ablation(stage: Stage, runner: Runner, timing: dict[str, Any], rules: list[RuleInputs]) -> None:
+    """Print and write the cost ratios without each level: ablation.json and ablation.png."""
     o, names = stage.cfg.optimise, list(runner.levels)
     seconds = [timing["seconds"][name] for name in names]
-    with bar("worth of the levels", None, unit="family") as progress:
+    with bar("ablation", None, unit="family") as progress:
         done = 0
 
-        def told(what: str) -> None:
+        def report(what: str) -> None:
             nonlocal done
             done += 1
             progress.tqdm.set_postfix_str(what, refresh=False)
-            watched(stage, progress)(done, 2 * len(names))
+            stoppable(stage, progress)(done, 2 * len(names))
 
-        found = value_levels(rules, seconds, o.worth.mean, o.worth.largest, told)
-    content = levels_json(names, [level.flops for level in runner.levels.values()], seconds, found)
-    content |= {"tolerance": {"mean": o.worth.mean, "largest": o.worth.largest}}
+        found = ablate(rules, seconds, o.ablation.mean, o.ablation.largest, report)
+    content = ablation_json(names, [level.flops for level in runner.levels.values()], seconds, found)
+    content |= {"tolerance": {"mean": o.ablation.mean, "largest": o.ablation.largest}}
     content |= {key: timing[key] for key in ("batch", "device", "threads")}
-    write_json(stage.results / "levels.json", content)
-    plot_worth(content, stage.results / "levels.png", stage.cfg.title)
-    print(worth_table(content))
+    write_json(stage.results / "ablation.json", content)
+    plot_ablation(content, stage.results / "ablation.png", stage.cfg.title)
+    print(ablation_table(content))
 
 
 def work(stage: Stage) -> None:
@@ -298,9 +298,9 @@ def work(stage: Stage) -> None:
         found, effects, learning = candidates(stage, runner, rule, own, costs)
         by_rule[rule.dynamics, rule.step_rule] = found
         grids = {n: runner.process.grid(n).logsnr for n in rule.steps}
-        rules.append(Measured(effects, rule.get("methods", o.methods), grids, own))
+        rules.append(RuleInputs(effects, rule.get("methods", o.methods), grids, own))
         spent += effects.flops_spent + learning
-    valued_levels(stage, runner, timing, rules)
+    ablation(stage, runner, timing, rules)
     all_effects = [rule.effects for rule in rules]
     pool = [p for found in by_rule.values() for group in found.values() for p in group]
     where = runner.cache / "candidates.json"
@@ -361,16 +361,16 @@ def cost(stage: Stage) -> list[tuple[str, float, float]]:
     finest = o.reference_steps or stage.process().base_steps
     out = [
         ("diagnostics", visits * everything[0], visits * everything[1]),
-        ("references", *(len(dynamics) * finest * o.n_select * t for t in top)),
+        ("references", *(len(dynamics) * finest * o.num_select * t for t in top)),
     ]
     for rule in o.rules:
         methods, name = rule.get("methods", o.methods), f"{rule.dynamics} {rule.step_rule}"
         if methods:
             points, passes = o.calibrate * o.calibrate_steps, 2 + o.probes
             out.append((f"{name}: gains", *(points * (a + passes * t) for a, t in zip(everything, top, strict=True))))
-        count = sum(rule.steps) * o.n_select
+        count = sum(rule.steps) * o.num_select
         out.append((f"{name}: levels alone", count * everything[0], count * everything[1]))
-        count = len(methods) * len(o.bases) * o.plans * o.n_select * sorted(rule.steps)[len(rule.steps) // 2] / 4
+        count = len(methods) * len(o.bases) * o.plans * o.num_select * sorted(rule.steps)[len(rule.steps) // 2] / 4
         out.append((f"{name}: candidate plans, roughly", *(count * t for t in top)))
     return out
 

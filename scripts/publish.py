@@ -16,7 +16,7 @@ import sample_compare
 import torch
 from train_levels import TRAINING
 
-from mlem_diffusion.comparison.frechet import distance_floor, feature_statistics, save_statistics
+from mlem_diffusion.comparison.frechet import distance_floor, feature_moments, save_moments
 from mlem_diffusion.data.images import ImageData
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.experiment import sampler_runs, training_plan
@@ -203,9 +203,9 @@ def write_statistics(stage: Stage, folder: Path, images: ImageData) -> dict[str,
     if extractor is None:
         return None
     features = sample_compare.real_features(stage, images, extractor, stage.results / "cache")
-    statistics = feature_statistics(features)
-    save_statistics(folder / published.STATISTICS, statistics)
-    n, seed = stage.cfg.compare.n, stage.cfg.compare.seed
+    statistics = feature_moments(features)
+    save_moments(folder / published.STATISTICS, statistics)
+    n, seed = stage.cfg.compare.num_samples, stage.cfg.compare.seed
     return {
         "file": published.STATISTICS,
         "name": extractor.name,
@@ -213,7 +213,7 @@ def write_statistics(stage: Stage, folder: Path, images: ImageData) -> dict[str,
         "images": statistics.n,
         "dimensions": len(statistics.mean),
         "data_sha256": images.manifest["sha256"],
-        "floor": {"n": n, "seed": seed, "distance": distance_floor(features, n, seed)},
+        "floor": {"num_samples": n, "seed": seed, "distance": distance_floor(features, n, seed)},
     }
 
 

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from mlem_diffusion import parallel
-from mlem_diffusion.comparison.settings import Setting, setting_from
+from mlem_diffusion.comparison.settings import SamplerSetting, setting_from
 from mlem_diffusion.comparison.table import describe
 from mlem_diffusion.data.pixels import to_uint8
-from mlem_diffusion.diffusion.estimator import Drift
+from mlem_diffusion.diffusion.estimator import Estimator
 from mlem_diffusion.diffusion.ledger import Ledger
 from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.diffusion.sampler import sample
@@ -20,7 +20,7 @@ from mlem_diffusion.errors import UserError
 from mlem_diffusion.experiment import sampler_runs
 from mlem_diffusion.experiment.stage import Config, Stage, bar, entry_point, is_mapping, run_stage, shown, to_plain
 from mlem_diffusion.figures.image_grid import save_grid
-from mlem_diffusion.files import atomic_write, read_json, understood, write_json
+from mlem_diffusion.files import atomic_write, expect_content, read_json, write_json
 from mlem_diffusion.models.family import identity_of, level_name, load_family, read_metadata
 from mlem_diffusion.multilevel.plan import Plan, load_plans
 
@@ -40,7 +40,7 @@ def parse_seeds(text: str) -> list[int]:
     return list(dict.fromkeys(seeds))
 
 
-def choose(stage: Stage) -> tuple[Setting, float]:
+def choose(stage: Stage) -> tuple[SamplerSetting, float]:
     """The setting to sample with, and gamma of its probabilities."""
     given = stage.cfg.sampler
     if given != "best":
@@ -58,18 +58,18 @@ def choose(stage: Stage) -> tuple[Setting, float]:
         if stage.cfg.family.callable is None:
             levels = identity_of(read_metadata(stage.checkpoints, stage.cfg.family.widths))
             sampler_runs.check_made_with(stage, best, levels, path, "make sample-compare")
-        with understood(path, again):
+        with expect_content(path, again):
             return setting_from(best), float(best["gamma"])
     print("sample: no comparison has been run, so the sampler is DPM-Solver++(2M), 20 steps, largest level.")
-    return Setting("ode", "dpmpp_2m", "single", (level_name(stage.cfg.family.widths[-1]),), 20), 2.5
+    return SamplerSetting("ode", "dpmpp_2m", "single", (level_name(stage.cfg.family.widths[-1]),), 20), 2.5
 
 
-def plans_of(stage: Stage, setting: Setting) -> dict[str, Plan]:
+def plans_of(stage: Stage, setting: SamplerSetting) -> dict[str, Plan]:
     """The plans that the setting's may be among; UserError where it names one and there are none any more."""
     return load_plans(stage.find("plans.json"))[0] if setting.plan else {}
 
 
-def load_levels(stage: Stage, setting: Setting) -> tuple[dict[str, Level], Any, tuple[int, ...]]:
+def load_levels(stage: Stage, setting: SamplerSetting) -> tuple[dict[str, Level], Any, tuple[int, ...]]:
     """The levels by name, what identifies them, and the shape of a picture. The images that a family was trained on are
     needed only where its Gaussian denoiser is one of the setting's levels."""
     cfg = stage.cfg
@@ -93,8 +93,8 @@ def load_levels(stage: Stage, setting: Setting) -> tuple[dict[str, Level], Any, 
 
 def draw(
     stage: Stage,
-    setting: Setting,
-    drift: Drift,
+    setting: SamplerSetting,
+    estimator: Estimator,
     shape: tuple[int, ...],
     seeds: list[int],
     take: Callable[[dict[int, tuple[torch.Tensor, Ledger]]], object],
@@ -103,30 +103,30 @@ def draw(
     grid, batch = stage.process().grid(setting.steps), stage.cfg.compare.batch
 
     def one(batch: list[int]) -> tuple[torch.Tensor, Ledger]:
-        images, ledger = sample(drift, grid, setting.dynamics, setting.step_rule, batch, shape, stage.device)
+        images, ledger = sample(estimator, grid, setting.dynamics, setting.step_rule, batch, shape, stage.device)
         return to_uint8(images.cpu()), ledger
 
     parallel.deal([seeds[start : start + batch] for start in range(0, len(seeds), batch)], one, take, stage.should_stop)
 
 
-def help_draw(stage: Stage, setting: Setting, gamma: float, seeds: list[int]) -> None:
+def help_draw(stage: Stage, setting: SamplerSetting, gamma: float, seeds: list[int]) -> None:
     """`draw` in a process that helps the main one."""
     levels, _, shape = load_levels(stage, setting)
-    drift = setting.build(levels, gamma, plans_of(stage, setting))
-    draw(stage, setting, drift, shape, seeds, lambda found: None)
+    estimator = setting.build(levels, gamma, plans_of(stage, setting))
+    draw(stage, setting, estimator, shape, seeds, lambda found: None)
 
 
 def work(stage: Stage) -> None:
     cfg, seeds = stage.cfg, parse_seeds(stage.cfg.seeds)
     setting, gamma = choose(stage)
     levels, inputs, shape = load_levels(stage, setting)
-    drift = setting.build(levels, gamma, plans_of(stage, setting))
+    estimator = setting.build(levels, gamma, plans_of(stage, setting))
     fingerprint = stage.fingerprint(("process", "precision"), setting=setting, gamma=gamma, seeds=seeds, inputs=inputs)
     outputs = ["samples/grid.png", *(f"samples/{seed:06d}.png" for seed in seeds)]
     if stage.finished(fingerprint, outputs):
         return
     stage.catch_signals()
-    folder, total, parts = stage.results / "samples", Ledger([v.flops for v in drift.levels]), []
+    folder, total, parts = stage.results / "samples", Ledger([v.flops for v in estimator.levels]), []
     folder.mkdir(parents=True, exist_ok=True)
     with bar("sample", len(seeds)) as progress:
 
@@ -140,7 +140,7 @@ def work(stage: Stage) -> None:
             progress(total.images, len(seeds))
 
         parallel.ask(help_draw, setting, gamma, seeds)
-        draw(stage, setting, drift, shape, seeds, take)
+        draw(stage, setting, estimator, shape, seeds, take)
     save_grid(torch.cat(parts)[:1024], folder / "grid.png", scale=None)
     facts = {
         "gflops": total.flops_per_image / 1e9,
@@ -159,8 +159,11 @@ def cost(stage: Stage) -> list[tuple[str, float, float]]:
     """Of the images asked for, with the sampler that would be used."""
     seeds, (setting, gamma) = parse_seeds(stage.cfg.seeds), choose(stage)
     levels, seconds = sampler_runs.priced_levels(stage)
-    drift, evaluations = setting.build(levels, gamma, plans_of(stage, setting)), setting.evaluations(stage.process())
-    counts = zip(drift.levels, drift.expected_evaluations(evaluations) * len(seeds), strict=True)
+    estimator, evaluations = (
+        setting.build(levels, gamma, plans_of(stage, setting)),
+        setting.evaluations(stage.process()),
+    )
+    counts = zip(estimator.levels, estimator.expected_evaluations(evaluations) * len(seeds), strict=True)
     return [(f"sample with {v.name}", v.flops * count, seconds[v.name] * count) for v, count in counts]
 
 

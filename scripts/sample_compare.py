@@ -12,9 +12,9 @@ import numpy as np
 from mlem_diffusion import parallel
 from mlem_diffusion.comparison import speedup
 from mlem_diffusion.comparison.features import Extractor
-from mlem_diffusion.comparison.frechet import Statistics, distance_floor, feature_statistics, frechet_distance
+from mlem_diffusion.comparison.frechet import FeatureMoments, distance_floor, feature_moments, frechet_distance
 from mlem_diffusion.comparison.runner import Runner
-from mlem_diffusion.comparison.settings import Setting, best_setting, row_of, setting_of, settings_of
+from mlem_diffusion.comparison.settings import SamplerSetting, best_setting, row_of, setting_of, settings_of
 from mlem_diffusion.comparison.table import BASELINES, describe, for_figures, key_of, write_rows
 from mlem_diffusion.comparison.verdicts import verdicts
 from mlem_diffusion.data.images import ImageData
@@ -26,21 +26,21 @@ from mlem_diffusion.experiment.stage import Config, Stage, bar, entry_point, run
 from mlem_diffusion.experiment.tracking import Tracker
 from mlem_diffusion.figures.comparison import plot_compare
 from mlem_diffusion.figures.image_grid import comparison_grid
-from mlem_diffusion.files import kept, read_arrays, understood, write_arrays, write_json
+from mlem_diffusion.files import cached, expect_content, read_arrays, write_arrays, write_json
 from mlem_diffusion.multilevel.plan import Plan, load_plans
 from mlem_diffusion.statistics import frontier
 
 OUTPUTS = ["compare.csv", "compare.png", "speedup.json"]
 
 
-def real_statistics(stage: Stage, runner: Runner, images: ImageData | None) -> tuple[Statistics, float | None]:
-    """Statistics of all training images' features, and the real-against-real distance for as many images as are sampled
+def real_moments(stage: Stage, runner: Runner, images: ImageData | None) -> tuple[FeatureMoments, float | None]:
+    """FeatureMoments of all training images' features, and the real-against-real distance for as many images as are sampled
     (None where that is not known): of the images, or without them the published ones."""
     assert runner.extractor is not None
     if images is not None:
         real = real_features(stage, images, runner.extractor, runner.cache)
-        return feature_statistics(real), distance_floor(real, stage.cfg.compare.n, stage.cfg.compare.seed)
-    found = sampler_runs.published_statistics(stage, runner.extractor)
+        return feature_moments(real), distance_floor(real, stage.cfg.compare.num_samples, stage.cfg.compare.seed)
+    found = sampler_runs.published_moments(stage, runner.extractor)
     if found is None:
         raise UserError("This family has no training images, so there is no distance to them: say metrics=none.")
     return found
@@ -55,7 +55,7 @@ def real_features(stage: Stage, images: ImageData, extractor: Extractor, cache: 
         parallel.ask(help_extract, path)
         extract(stage, images, extractor, path)
 
-    return kept(path, lambda p: read_arrays(p, "run make sample-compare again")["features"], make)
+    return cached(path, lambda p: read_arrays(p, "run make sample-compare again")["features"], make)
 
 
 def extract(stage: Stage, images: ImageData, extractor: Extractor, path: Path, chunk: int = 1024) -> None:
@@ -92,8 +92,8 @@ class Planned:
     alone, what calibration cost (FLOPs), and what plans were made to save ("flops" or "seconds")."""
 
     plans: dict[str, Plan] = field(default_factory=dict)
-    settings: list[Setting] = field(default_factory=list)
-    selected: dict[Setting, float] = field(default_factory=dict)
+    settings: list[SamplerSetting] = field(default_factory=list)
+    selected: dict[SamplerSetting, float] = field(default_factory=dict)
     flops: float | None = None
     unit: str = "flops"
 
@@ -104,13 +104,15 @@ def read_planned(stage: Stage) -> Planned:
     if stage.cfg.compare.plans == "none" or not path.is_file():
         return Planned()
     plans, content = load_plans(path)
-    with understood(path, "run make optimise again"):
+    with expect_content(path, "run make optimise again"):
         used = set(map(int, content["seeds_used"]))
-    if used & set(range(stage.cfg.compare.seed, stage.cfg.compare.seed + stage.cfg.compare.n)):
-        raise UserError("The plans were selected on sample seeds that compare.seed and compare.n would judge them on.")
-    with understood(path, "run make optimise again"):
+    if used & set(range(stage.cfg.compare.seed, stage.cfg.compare.seed + stage.cfg.compare.num_samples)):
+        raise UserError(
+            "The plans were selected on sample seeds that compare.seed and compare.num_samples would judge them on."
+        )
+    with expect_content(path, "run make optimise again"):
         alone = {
-            Setting(e["dynamics"], e["step_rule"], "single", (e["level"],), e["steps"]): e["selected_error"]
+            SamplerSetting(e["dynamics"], e["step_rule"], "single", (e["level"],), e["steps"]): e["selected_error"]
             for e in content["alone"]
         }
         settings = [setting_of(plans[e["id"]], e["dynamics"], e["step_rule"]) for e in content["plans"]]
@@ -136,10 +138,16 @@ def work(stage: Stage) -> None:
     # ---- real images: statistics of all training images, and the real-against-real floor -------------------
     statistics, shared = (
         None,
-        {"seed": runner.seeds[0], "n": config["n"], "distance": None, "distance_name": "", "distance_floor": None},
+        {
+            "seed": runner.seeds[0],
+            "num_samples": config["num_samples"],
+            "distance": None,
+            "distance_name": "",
+            "distance_floor": None,
+        },
     )
     if runner.extractor is not None:
-        statistics, floor = real_statistics(stage, runner, images)
+        statistics, floor = real_moments(stage, runner, images)
         shared |= {"distance_name": runner.extractor.name, "distance_floor": floor}
     elif cfg.metrics.get("_target_") is not None:
         print(
@@ -155,16 +163,16 @@ def work(stage: Stage) -> None:
             pictures[key_of(row)] = found["images"]
         if setting.plan:
             plan = runner.plans[setting.plan]
-            row |= {"predicted": plan.predicted, "jump": plan.jump}
+            row |= {"predicted": plan.predicted, "largest_effect": plan.largest_effect}
         if setting in planned.selected:
             row["selected_error"] = planned.selected[setting]
         rows.append(row)
         if has_diverged:
             print(
-                f"sample_compare: {describe(row)} diverged in {row['diverged']} of {row['n']} samples: no error, no distance."
+                f"sample_compare: {describe(row)} diverged in {row['diverged']} of {row['num_samples']} samples: no error, no distance."
             )
             continue
-        measured.append(speedup.Setting(row, found["errors"], found["clusters"], found.get("features")))
+        measured.append(speedup.Measurement(row, found["errors"], found["clusters"], found.get("features")))
 
     # ---- artefacts ---------------------------------------------------------------------------------------
     write_rows(rows, stage.results / "compare.csv")
@@ -177,7 +185,7 @@ def work(stage: Stage) -> None:
     write_json(stage.results / "speedup.json", result)
     if planned.settings:
         found = verdicts(measured, planned.flops, config["seed"], planned.unit)
-        write_json(stage.results / "method.json", found)
+        write_json(stage.results / "verdicts.json", found)
     if statistics is not None:
         best = {k: v for k, v in best_setting(rows).items() if k != "seed"}
         write_json(stage.results / "best.json", best | {"gamma": runner.gamma, "made_with": runner.made_with})
@@ -189,10 +197,10 @@ def work(stage: Stage) -> None:
             tracker.log(row)
         for path in [stage.results / "compare.png", *sorted((stage.results / "grids").glob("*.png"))]:
             tracker.image(path.stem, path)
-    tell(result)
+    print_speedups(result)
     count = side_by_side.worker_count(cfg.workers, stage.device, len(settings))
     workers = {"workers": count, "threads_per_worker": side_by_side.threads_per_worker(count)}
-    outputs = [*OUTPUTS, *stage.written("method.json", "best.json", "grids/*.png")]
+    outputs = [*OUTPUTS, *stage.written("verdicts.json", "best.json", "grids/*.png")]
     stage.record(
         fingerprint,
         outputs,
@@ -208,7 +216,7 @@ def work(stage: Stage) -> None:
 def pick_for_grid(rows: list[dict], pictures: dict, dynamics: str) -> list[tuple[str, Any]]:
     """The reference, then for three points of the baselines' frontier the baseline and the best ML-EM of no higher cost."""
     mine = [r for r in rows if r["dynamics"] == dynamics]
-    base = frontier([r for r in mine if r["drift"] in BASELINES], "gflops_realised", "error")
+    base = frontier([r for r in mine if r["estimator"] in BASELINES], "gflops_realised", "error")
     chosen = [("reference: largest level, finest grid", pictures[dynamics, "reference"])]
     if not base:
         return chosen
@@ -222,20 +230,20 @@ def pick_for_grid(rows: list[dict], pictures: dict, dynamics: str) -> list[tuple
 
 
 def best_within(rows: list[dict], cost: float) -> dict | None:
-    ours = [r for r in rows if r["drift"] not in BASELINES and r["gflops_realised"] <= 1.02 * cost]
+    ours = [r for r in rows if r["estimator"] not in BASELINES and r["gflops_realised"] <= 1.02 * cost]
     return min(ours, key=lambda r: r["error"]) if ours else None
 
 
-def tell(result: dict[str, Any]) -> None:
+def print_speedups(result: dict[str, Any]) -> None:
     """The speed-ups in words, one line each."""
     for dynamics, kinds in result.items():
-        for kind in ("plain", "best"):
+        for kind in ("paper", "any"):
             for measure in ("error", "distance"):
                 entry = (kinds.get(kind) or {}).get(measure) or {}
                 found = (entry.get("flops") or {}).get("max")
                 low = (entry.get("flops") or {}).get("lower95")
                 text = "never reaches a baseline" if found is None else f"{found:.2f}x (95% lower bound {low:.2f}x)"
-                print(f"{dynamics}, {kind} ML-EM, FLOPs at equal {measure}: {text}")
+                print(f"{dynamics}, {kind}, FLOPs at equal {measure}: {text}")
 
 
 def cost(stage: Stage) -> list[tuple[str, float, float]]:
@@ -246,15 +254,15 @@ def cost(stage: Stage) -> list[tuple[str, float, float]]:
     planned = read_planned(stage)
     names, beside = sampler_runs.names_of(levels)
     for s in dict.fromkeys(settings_of(config, names, process.base_steps, beside) + planned.settings):
-        drift, evaluations = s.build(levels, gamma, planned.plans), s.evaluations(process)
-        per_level = zip(drift.levels, drift.expected_evaluations(evaluations), strict=True)
-        time = sum(seconds[level.name] * count for level, count in per_level) * config["n"]
-        flops, before = out.get(f"{s.dynamics} {s.drift} {s.step_rule}", (0.0, 0.0))
-        out[f"{s.dynamics} {s.drift} {s.step_rule}"] = (
-            flops + drift.expected_flops(evaluations) * config["n"],
+        estimator, evaluations = s.build(levels, gamma, planned.plans), s.evaluations(process)
+        per_level = zip(estimator.levels, estimator.expected_evaluations(evaluations), strict=True)
+        time = sum(seconds[level.name] * count for level, count in per_level) * config["num_samples"]
+        flops, before = out.get(f"{s.dynamics} {s.estimator} {s.step_rule}", (0.0, 0.0))
+        out[f"{s.dynamics} {s.estimator} {s.step_rule}"] = (
+            flops + estimator.expected_flops(evaluations) * config["num_samples"],
             before + time,
         )
-    largest, count = levels[names[-1]], process.base_steps * min(config["n_reference"], config["n"])
+    largest, count = levels[names[-1]], process.base_steps * min(config["num_reference"], config["num_samples"])
     for d in sorted({key.split()[0] for key in out}):
         out[f"{d} reference"] = count * largest.flops, count * seconds[largest.name]
     return [(what, flops, time) for what, (flops, time) in out.items()]

@@ -21,9 +21,9 @@ from mlem_diffusion.figures.rates import plot_rates
 from mlem_diffusion.files import write_json, write_text
 from mlem_diffusion.rates import settings as rates
 from mlem_diffusion.rates.exponents import MIN_POINTS, bars, exponent_entry, point, step_size_entry, towards_limit
-from mlem_diffusion.rates.settings import Setting
+from mlem_diffusion.rates.settings import RateSetting
 
-Squared = dict[str, dict[Setting, np.ndarray]]  # dynamics -> setting -> squared errors of all replicates
+Squared = dict[str, dict[RateSetting, np.ndarray]]  # dynamics -> setting -> squared errors of all replicates
 
 OUTPUTS = ["rates.json", "rates.png", "rates.csv"]
 
@@ -48,14 +48,14 @@ def check(cfg: Config) -> None:
         raise UserError(f"rates.grid must be a multiple of 4096, not {r.grid}.")
 
 
-def work_of(settings: Sequence[Setting]) -> int:
+def work_of(settings: Sequence[RateSetting]) -> int:
     """Rough effort of a run, in steps of EM on one replicate; events cost five, steps of ML-EM three of them."""
     return sum(
         int(5 * s.rates.sum()) if s.method == "poisson" else s.steps * (1 if s.method == "em" else 3) for s in settings
     )
 
 
-def simulate(stage: Stage, label: str, wanted: list[tuple[str, Sequence[int], list[Setting]]]) -> Squared:
+def simulate(stage: Stage, label: str, wanted: list[tuple[str, Sequence[int], list[RateSetting]]]) -> Squared:
     """Run (dynamics, seeds, settings) in parts, several processes at a time; replicates in the order of the seeds."""
     r, tasks = stage.cfg.rates, []
     for dynamics, seeds, settings in wanted:
@@ -93,7 +93,7 @@ def simulate(stage: Stage, label: str, wanted: list[tuple[str, Sequence[int], li
     return out
 
 
-def choose(r: Config, pilot: Sequence[Setting], squared: dict[Setting, np.ndarray]) -> tuple[dict, np.ndarray]:
+def choose(r: Config, pilot: Sequence[RateSetting], squared: dict[RateSetting, np.ndarray]) -> tuple[dict, np.ndarray]:
     """Settings by (gamma, method), and the error model's constants, from the pilot runs."""
     mse = np.array([squared[s.run].mean() for s in pilot])
     constants = rates.calibrate(pilot, mse)

@@ -377,11 +377,11 @@ def test_diffusers_conditional_unet_with_guidance() -> None:
 
     process = Process(LinearSchedule(), *trained_range(scheduler), base_steps=50)
     small = Level("zero", lambda x, logsnr: torch.zeros_like(x), 1.0)
-    drift = Multilevel((small, level), np.array([1, 0.5]))
-    images, ledger = sample(drift, process.grid(6), "ode", "ddim", range(3), (4, 8, 8))
+    estimator = Multilevel((small, level), np.array([1, 0.5]))
+    images, ledger = sample(estimator, process.grid(6), "ode", "ddim", range(3), (4, 8, 8))
     assert images.isfinite().all() and 0 < ledger.evaluations[1] < 18
     with pytest.raises(UserError, match=r"outside -5\.\d+ \.\. 7\.\d+"):
-        sample(drift, Process(LinearSchedule(), base_steps=50).grid(6), "ode", "ddim", range(3), (4, 8, 8))
+        sample(estimator, Process(LinearSchedule(), base_steps=50).grid(6), "ode", "ddim", range(3), (4, 8, 8))
 
 
 def test_diffusers_that_do_not_fit() -> None:

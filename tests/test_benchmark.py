@@ -22,8 +22,8 @@ from mlem_diffusion.benchmark import networks, plan, table
 from mlem_diffusion.benchmark.forward import Bench, attempt, forward, matmul
 from mlem_diffusion.benchmark.record import (
     COLUMNS,
+    Cached,
     Found,
-    Kept,
     Results,
     add_fractions,
     cheapest_to_top,
@@ -49,8 +49,8 @@ SIZE: dict[str, Any] = {
     "matmul": {"side": 32, "precisions": ["float32", "bf16"], "seconds_about": 1},
     "forward": {"widths": [4], "batches": [2, 1], "modes": {"eager": {"seconds_about": 1}}, "seconds_about": 1},
     "level": {"mode": "eager", "batches": [2], "seconds_about": 1},
-    "noise": {"steps": 3, "batches": [2], "knob": 4, "seconds_about": 1},
-    "sampler": {"mode": "eager", "steps": 3, "batches": [2], "knob": 4, "repeats": 1, "seconds_about": 1},
+    "noise": {"steps": 3, "batches": [2], "c": 4, "seconds_about": 1},
+    "sampler": {"mode": "eager", "steps": 3, "batches": [2], "c": 4, "repeats": 1, "seconds_about": 1},
     "train": {"width": 4, "batch": 4, "seconds": 0.1, "precisions": ["float32", "bf16"], "compile": "off", "images": 16,
               "seconds_about": 1},
     "first_step": None,
@@ -239,10 +239,10 @@ def test_only_rows_measured_alike_are_kept(
     tmp_path: Path, head: dict, settings: str, code: str, any_code: bool, kept: list[str]
 ) -> None:
     parts = [part("a", Found)]
-    results_in(tmp_path, parts).put("a", Kept("s", "c", "abc", 1.0, Found([row("level", "float32 eager", 2.0)])))
+    results_in(tmp_path, parts).put("a", Cached("s", "c", "abc", 1.0, Found([row("level", "float32 eager", 2.0)])))
     again = results_in(tmp_path, parts, **head)
     again.load({"a": settings}, code, any_code)
-    assert list(again.kept) == kept
+    assert list(again.cached) == kept
 
 
 def test_a_broken_file_is_measured_anew(tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_a_broken_file_is_measured_anew(tmp_path: Path) -> None:
     for text in ("{", "[]", "{}", json.dumps(HEAD)):
         again.path.write_text(text)
         again.load({"a": "s"}, "c")
-        assert not again.kept
+        assert not again.cached
 
 
 def test_time_limits(tmp_path: Path) -> None:
@@ -261,10 +261,10 @@ def test_time_limits(tmp_path: Path) -> None:
     parts = [part("a", Found), part("b", slow, seconds=100.0), part("c", slow, optional=True, seconds=0.1)]
     results = results_in(tmp_path, parts)
     assert not run(parts, results, seconds_left=lambda: 50.0)  # b would not fit into this call
-    assert list(results.kept) == ["a"]
-    assert run([parts[0], parts[2]], results, spare=lambda: 0.05) and results.kept["c"].found.skipped
+    assert list(results.cached) == ["a"]
+    assert run([parts[0], parts[2]], results, spare=lambda: 0.05) and results.cached["c"].found.skipped
     assert run([parts[2]], results, spare=lambda: 0.2)  # it is tried, and stopped
-    assert results.kept["c"].seconds < 4 and results.kept["c"].found.rows[0]["ms"] is None
+    assert results.cached["c"].seconds < 4 and results.cached["c"].found.rows[0]["ms"] is None
     assert not results.finished("c") and "not done after" in results.document()["facts"]["notes"][0]["text"]
 
 

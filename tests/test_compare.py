@@ -17,7 +17,14 @@ from torch import Tensor
 
 from mlem_diffusion.comparison.features import Extractor
 from mlem_diffusion.comparison.runner import NoiseCache, Runner
-from mlem_diffusion.comparison.settings import Setting, best_setting, row_of, setting_from, setting_of, settings_of
+from mlem_diffusion.comparison.settings import (
+    SamplerSetting,
+    best_setting,
+    row_of,
+    setting_from,
+    setting_of,
+    settings_of,
+)
 from mlem_diffusion.comparison.table import read_rows, write_rows
 from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.diffusion.process import LinearSchedule, Process
@@ -31,7 +38,7 @@ NAMES = ["w2", "w4", "w8", "w16"]
 EMPTY: dict[str, Any] = {"baselines": [], "stitched": [], "ml_em": []}
 BASELINE = {"dynamics": "sde", "step_rule": "ddpm", "levels": "all", "steps": [8]}
 ML_EM = {
-    "dynamics": "ode", "step_rule": "ddim", "families": ["all"], "coins": ["systematic"], "knobs": [2], "steps": [8],
+    "dynamics": "ode", "step_rule": "ddim", "families": ["all"], "coins": ["systematic"], "c": [2], "steps": [8],
 }  # fmt: skip
 
 
@@ -51,7 +58,7 @@ ML_EM = {
 def test_levels_by_name_and_by_index(which, expected):
     found = settings_of(EMPTY | {"baselines": [BASELINE | {"levels": which}]}, NAMES, 50)
     assert [s.levels for s in found] == [(name,) for name in expected]
-    assert all(s.drift == "single" and s.cost_knob is None and s.probabilities == "" for s in found)
+    assert all(s.estimator == "single" and s.c is None and s.switch is None and s.probabilities == "" for s in found)
 
 
 @pytest.mark.parametrize("which", [[4], [-5], ["w2"], "medium", 3, [None]])
@@ -74,16 +81,18 @@ def test_stitched_and_ml_em_settings():
         "switch": [0.25, 0.5],
         "steps": [8],
     }
-    ml_em = ML_EM | {"families": ["all", [0, 2, -1]], "coins": ["systematic", "independent-shared"], "knobs": [1, 2.5]}
+    ml_em = ML_EM | {"families": ["all", [0, 2, -1]], "coins": ["systematic", "independent-shared"], "c": [1, 2.5]}
     found = settings_of(EMPTY | {"stitched": [stitched], "ml_em": [ml_em]}, NAMES, 50)
     assert found[:4] == [
-        Setting("sde", "ddpm", "stitched", pair, 8, cost_knob=switch)
+        SamplerSetting("sde", "ddpm", "stitched", pair, 8, switch=switch)
         for pair in (("w2", "w16"), ("w8", "w16"))
         for switch in (0.25, 0.5)
     ]
     assert len(found) == 4 + 2 * 2 * 2
-    assert found[4] == Setting("ode", "ddim", "ml_em", tuple(NAMES), 8, "constant", "systematic", 1.0)
-    assert found[-1] == Setting("ode", "ddim", "ml_em", ("w2", "w8", "w16"), 8, "constant", "independent-shared", 2.5)
+    assert found[4] == SamplerSetting("ode", "ddim", "ml_em", tuple(NAMES), 8, "constant", "systematic", 1.0)
+    assert found[-1] == SamplerSetting(
+        "ode", "ddim", "ml_em", ("w2", "w8", "w16"), 8, "constant", "independent-shared", 2.5
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,13 +110,13 @@ def test_impossible_settings_are_one_sentence(change, sentence):
 
 
 SETTINGS = [
-    Setting("sde", "ddpm", "single", ("w8",), 16),
-    Setting("ode", "dpmpp_2m", "single", ("w2",), 5),
-    Setting("sde", "ddpm", "stitched", ("w2", "w8"), 16, cost_knob=0.25),
-    Setting("ode", "ddim", "ml_em", ("w2", "w4", "w8"), 16, "constant", "independent", 3.5),
-    Setting("sde", "ddpm", "ml_em", ("w2", "w8"), 16, "constant", "systematic-shared", 1.0),
-    Setting("sde", "dpmpp_2m", "single", ("w2",), 5),
-    Setting("ode", "unipc", "ml_em", ("w2", "w8"), 16, "constant", "systematic", 1.0),
+    SamplerSetting("sde", "ddpm", "single", ("w8",), 16),
+    SamplerSetting("ode", "dpmpp_2m", "single", ("w2",), 5),
+    SamplerSetting("sde", "ddpm", "stitched", ("w2", "w8"), 16, switch=0.25),
+    SamplerSetting("ode", "ddim", "ml_em", ("w2", "w4", "w8"), 16, "constant", "independent", 3.5),
+    SamplerSetting("sde", "ddpm", "ml_em", ("w2", "w8"), 16, "constant", "systematic-shared", 1.0),
+    SamplerSetting("sde", "dpmpp_2m", "single", ("w2",), 5),
+    SamplerSetting("ode", "unipc", "ml_em", ("w2", "w8"), 16, "constant", "systematic", 1.0),
 ]
 
 
@@ -115,11 +124,11 @@ def costs(**more: Any) -> dict[str, Any]:
     numbers = dict.fromkeys(
         ("error", "error_se", "network_calls", "gflops_expected", "gflops_realised", "seconds"), 0.5
     )
-    return {**numbers, "n_fires_top": 3} | more
+    return {**numbers, "top_evaluations": 3} | more
 
 
-def full_row(setting: Setting, **more: Any) -> dict[str, Any]:
-    shared = {"seed": 0, "n": 8, "distance": 1.5, "distance_name": "FD", "distance_floor": 0.1}
+def full_row(setting: SamplerSetting, **more: Any) -> dict[str, Any]:
+    shared = {"seed": 0, "num_samples": 8, "distance": 1.5, "distance_name": "FD", "distance_floor": 0.1}
     return row_of(setting, costs(), **(shared | more))
 
 
@@ -148,8 +157,8 @@ def test_building_a_setting_that_does_not_fit_the_family():
     levels = {name: Level(name, lambda x, logsnr: x, float(i + 1)) for i, name in enumerate(NAMES)}
     with pytest.raises(UserError, match="no level w9; the family has w2, w4, w8, w16"):
         replace(SETTINGS[0], levels=("w9",)).build(levels, 2.5)
-    with pytest.raises(UserError, match="'ml_em' with cost_knob None"):
-        replace(SETTINGS[3], cost_knob=None).build(levels, 2.5)
+    with pytest.raises(UserError, match="'ml_em' with c = None"):
+        replace(SETTINGS[3], c=None).build(levels, 2.5)
     with pytest.raises(UserError, match="sde/heun is unknown"):
         replace(SETTINGS[0], step_rule="heun").evaluations(Process(LinearSchedule()))
 
@@ -169,10 +178,10 @@ PLANS = {plan.id: plan for plan in map(plan_of, ("independent", "nested", "syste
 @pytest.mark.parametrize("plan", PLANS.values(), ids=lambda p: p.method)
 def test_a_setting_with_a_plan_survives_the_csv_and_builds_it(plan, tmp_path):
     setting = setting_of(plan, "sde", "ddpm")
-    row = full_row(setting, predicted=plan.predicted, jump=plan.jump, selected_error=0.15)
+    row = full_row(setting, predicted=plan.predicted, largest_effect=plan.largest_effect, selected_error=0.15)
     again = read_rows(write_rows([row, full_row(SETTINGS[0])], tmp_path / "compare.csv"))
     assert setting_from(again[0]) == setting and setting_from(again[1]) == SETTINGS[0]
-    assert (again[0]["plan"], again[0]["predicted"], again[0]["jump"], again[0]["cost_knob"]) == (
+    assert (again[0]["plan"], again[0]["predicted"], again[0]["largest_effect"], again[0]["c"]) == (
         plan.id,
         0.2,
         0.3,
@@ -180,9 +189,9 @@ def test_a_setting_with_a_plan_survives_the_csv_and_builds_it(plan, tmp_path):
     )
     assert again[1]["plan"] == "" and again[1]["predicted"] is None
     levels = {name: Level(name, lambda x, logsnr: x, float(i + 1)) for i, name in enumerate(NAMES)}
-    drift = setting.build(levels, 2.5, PLANS)
-    assert [level.name for level in drift.levels] == ["w2", "w8"]
-    assert np.array_equal(drift.weights(16, [3]), plan.build(levels.values()).weights(16, [3]))
+    estimator = setting.build(levels, 2.5, PLANS)
+    assert [level.name for level in estimator.levels] == ["w2", "w8"]
+    assert np.array_equal(estimator.weights(16, [3]), plan.build(levels.values()).weights(16, [3]))
     for plans in ({}, None):
         with pytest.raises(UserError, match=f"no plan {plan.id}; run make optimise again"):
             setting.build(levels, 2.5, plans)
@@ -197,10 +206,10 @@ def test_levels_beside_the_family_are_baselines_where_all_are_asked_for():
     sweeps = [BASELINE, BASELINE | {"levels": "largest", "steps": [9]}, BASELINE | {"levels": [0], "steps": [10]}]
     config = EMPTY | {"baselines": sweeps, "ml_em": [ML_EM]}
     found = settings_of(config, NAMES, 50, beside=("gauss",))
-    assert [s.levels for s in found if s.drift == "single"] == [
+    assert [s.levels for s in found if s.estimator == "single"] == [
         ("gauss",), ("w2",), ("w4",), ("w8",), ("w16",), ("w16",), ("w2",)
     ]  # fmt: skip
-    assert next(s for s in found if s.drift == "ml_em").levels == tuple(NAMES)
+    assert next(s for s in found if s.estimator == "ml_em").levels == tuple(NAMES)
 
 
 # -------------------------------------------------------------------------------------------------- runner
@@ -234,7 +243,7 @@ def make(counter: Counter, tmp_path: Path) -> Callable[..., Runner]:
         extractor = Extractor("FD-mean", "k", lambda images: images.float().mean((2, 3)))
         given: dict[str, Any] = {
             "levels": {level.name: level for level in levels}, "process": Process(LinearSchedule(), base_steps=16),
-            "gamma": 2.5, "shape": (3, 4, 4), "seeds": list(range(100, 110)), "n_reference": 6, "batch": 4,
+            "gamma": 2.5, "shape": (3, 4, 4), "seeds": list(range(100, 110)), "num_reference": 6, "batch": 4,
             "device": torch.device("cpu"), "extractor": extractor, "cache": tmp_path / "cache", "key": "a", "grid_images": 5,
         }  # fmt: skip
         return Runner(**(given | more))
@@ -242,7 +251,7 @@ def make(counter: Counter, tmp_path: Path) -> Callable[..., Runner]:
     return runner
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: f"{s.dynamics}-{s.drift}-{s.step_rule}")
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: f"{s.dynamics}-{s.estimator}-{s.step_rule}")
 def test_a_finished_setting_is_not_evaluated_again(make, counter, setting):
     runner = make()
     reference = runner.reference(setting.dynamics)
@@ -267,7 +276,7 @@ def test_a_finished_setting_is_not_evaluated_again(make, counter, setting):
 
 @pytest.mark.parametrize(
     "change",
-    [{"key": "b"}, {"gamma": 3.0}, {"seeds": list(range(200, 210))}, {"seeds": list(range(100, 109))}, {"n_reference": 5},
+    [{"key": "b"}, {"gamma": 3.0}, {"seeds": list(range(200, 210))}, {"seeds": list(range(100, 109))}, {"num_reference": 5},
      {"batch": 5}, {"grid_images": 4}],
     ids=lambda c: next(iter(c)),
 )  # fmt: skip
@@ -286,7 +295,7 @@ def test_the_reference_setting_has_no_error_and_others_have_one(make):
         reference = runner.reference(dynamics)
 
         def error(levels: str, steps: int, dynamics=dynamics, rule=rule, reference=reference) -> float:
-            setting = Setting(dynamics, rule, "single", (levels,), steps)
+            setting = SamplerSetting(dynamics, rule, "single", (levels,), steps)
             return runner.run(setting, reference, NoiseCache())["costs"]["error"]
 
         assert error("w8", 16) < 1e-10  # the same path, grid and network
@@ -297,26 +306,28 @@ def test_the_reference_setting_has_no_error_and_others_have_one(make):
 
 def test_costs_are_per_image_and_realised_costs_are_counted(make):
     runner = make()
-    costs = runner.run(Setting("ode", "ddim", "single", ("w4",), 8), runner.reference("ode"), NoiseCache())["costs"]
+    costs = runner.run(SamplerSetting("ode", "ddim", "single", ("w4",), 8), runner.reference("ode"), NoiseCache())[
+        "costs"
+    ]
     assert costs["network_calls"] == 8 and costs["gflops_expected"] == costs["gflops_realised"] == 8 * 4
-    assert costs["n_fires_top"] == 8 * runner.n_reference and costs["seconds"] > 0
-    heun = Setting("ode", "heun", "single", ("w4",), 8)
+    assert costs["top_evaluations"] == 8 * runner.num_reference and costs["seconds"] > 0
+    heun = SamplerSetting("ode", "heun", "single", ("w4",), 8)
     costs = runner.run(heun, runner.reference("ode"), NoiseCache())["costs"]
     assert heun.evaluations(runner.process) == costs["network_calls"] == 15  # two for each of seven steps, and the last
     assert costs["gflops_expected"] == costs["gflops_realised"] == 15 * 4
-    setting = Setting("ode", "ddim", "stitched", ("w2", "w8"), 8, cost_knob=0.25)
+    setting = SamplerSetting("ode", "ddim", "stitched", ("w2", "w8"), 8, switch=0.25)
     costs = runner.run(setting, runner.reference("ode"), NoiseCache())["costs"]
     assert costs["gflops_expected"] == costs["gflops_realised"] == 2 * 1 + 6 * 16
-    assert costs["n_fires_top"] == 6 * runner.n_reference
+    assert costs["top_evaluations"] == 6 * runner.num_reference
 
 
 @pytest.mark.parametrize("setting", [SETTINGS[3], SETTINGS[4], SETTINGS[6]], ids=lambda s: s.coins)
 def test_fires_of_the_top_level_are_counted_in_the_compared_samples(make, setting):
     """6 of 10 samples, in batches of 4."""
     runner = make()
-    found = runner.run(setting, runner.reference(setting.dynamics), NoiseCache())["costs"]["n_fires_top"]
-    drift, seeds = setting.build(runner.levels, runner.gamma), runner.seeds
-    weights = [drift.weights(16, seeds[start : start + 4]) for start in (0, 4, 8)]
+    found = runner.run(setting, runner.reference(setting.dynamics), NoiseCache())["costs"]["top_evaluations"]
+    estimator, seeds = setting.build(runner.levels, runner.gamma), runner.seeds
+    weights = [estimator.weights(16, seeds[start : start + 4]) for start in (0, 4, 8)]
     assert 0 < found == np.count_nonzero(np.concatenate(weights, axis=1)[:, :6, -1])
 
 
@@ -324,9 +335,9 @@ def test_fires_of_the_top_level_are_counted_in_the_compared_samples(make, settin
 def test_plans_are_run_by_their_id(make, counter, plan):
     runner, setting = make(plans=PLANS), setting_of(plan, "ode", "ddim")
     found = runner.run(setting, runner.reference("ode"), NoiseCache())
-    drift, costs = runner.build(setting), found["costs"]
-    assert costs["gflops_expected"] * 1e9 == pytest.approx(drift.expected_flops(16))
-    weights = np.concatenate([drift.weights(16, runner.seeds[start : start + 4]) for start in (0, 4, 8)], axis=1)
+    estimator, costs = runner.build(setting), found["costs"]
+    assert costs["gflops_expected"] * 1e9 == pytest.approx(estimator.expected_flops(16))
+    weights = np.concatenate([estimator.weights(16, runner.seeds[start : start + 4]) for start in (0, 4, 8)], axis=1)
     assert costs["network_calls"] == pytest.approx(np.count_nonzero(weights) / 10)
     assert runner.is_done(setting) and found["clusters"].tolist() == list(range(100, 110))
     # another table is another setting
@@ -352,7 +363,7 @@ def test_a_coarser_reference_is_another_one_and_costs_less(make, counter):
     assert runner.reference_grid.steps == 8 and make().reference_grid.steps == 16
     coarse = runner.reference("ode")
     assert counter.images == 8 * 6 and not torch.equal(coarse, fine)
-    direct = runner.run(Setting("ode", "dpmpp_2m", "single", ("w8",), 8), coarse, NoiseCache())["costs"]
+    direct = runner.run(SamplerSetting("ode", "dpmpp_2m", "single", ("w8",), 8), coarse, NoiseCache())["costs"]
     assert direct["error"] < 1e-12
     assert not runner.is_done(SETTINGS[0]) and not torch.equal(make().reference("ode"), coarse)
 
@@ -382,7 +393,7 @@ def test_the_noise_cache_gives_what_drawing_gives(make, monkeypatch):
     assert cache.get(runner, 8, "snr", seeds) is first and len(drawn) == 1
     assert not torch.equal(first, cache.get(runner, 8, "time", seeds))
     assert not torch.equal(first, cache.get(runner, 8, "snr", [104, 105]))  # the third entry drops the first
-    assert len(drawn) == 3 and len(cache.kept) == 2
+    assert len(drawn) == 3 and len(cache.cached) == 2
     assert torch.equal(cache.get(runner, 8, "snr", seeds), first) and len(drawn) == 4
 
 

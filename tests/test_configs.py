@@ -88,7 +88,7 @@ def test_every_experiment_instantiates(experiment):
     unet = plain(cfg.unet)
     build_denoiser(widths[0], cfg.data.size, 0.5, unet, cfg.family.target)
     assert cfg.data.holdout >= 2 and cfg.gamma.images <= cfg.data.holdout
-    assert cfg.compare.n_reference <= cfg.compare.n
+    assert cfg.compare.num_reference <= cfg.compare.num_samples
 
 
 def level_names(cfg: DictConfig) -> list[str]:
@@ -102,17 +102,17 @@ def test_every_experiment_has_settings_of_every_kind(experiment):
     cfg = configuration("sample_compare", f"experiment={experiment}")
     names = level_names(cfg)
     settings = settings_of(plain(cfg.compare), names, cfg.process.base_steps)
-    kinds = {(s.dynamics, s.drift) for s in settings}
+    kinds = {(s.dynamics, s.estimator) for s in settings}
     expected = {(d, k) for d in ("sde", "ode") for k in ("single", "stitched", "ml_em")}
     if experiment in ("analytic", "demo_method"):  # there, plans are what is compared
         assert {("sde", k) for k in ("single", "stitched", "ml_em")} | {("ode", "single")} <= kinds <= expected
     else:
         assert kinds == expected
-    rules = {(s.dynamics, s.step_rule) for s in settings if s.drift == "single"}
+    rules = {(s.dynamics, s.step_rule) for s in settings if s.estimator == "single"}
     assert {("sde", "ddpm"), ("ode", "ddim"), ("ode", "dpmpp_2m")} <= rules <= set(STEP_RULES)
     for setting in settings:
         assert set(setting.levels) <= set(names)
-        if setting.drift == "ml_em":
+        if setting.estimator == "ml_em":
             assert setting.levels[-1] == names[-1]  # the estimate is unbiased for the largest level
 
 
@@ -131,8 +131,8 @@ def test_every_experiment_can_be_optimised_and_judged_on_other_seeds(experiment)
         # what is learned starts from measured probabilities at those steps
         if rule.get("learn", False):
             assert o.measured.costs and o.learned.steps in o.measured.steps
-    calibration = set(range(o.seed, o.seed + max(o.calibrate, o.diagnose.seeds, o.n_select)))
-    assert not calibration & set(range(cfg.compare.seed, cfg.compare.seed + cfg.compare.n))
+    calibration = set(range(o.seed, o.seed + max(o.calibrate, o.diagnose.seeds, o.num_select)))
+    assert not calibration & set(range(cfg.compare.seed, cfg.compare.seed + cfg.compare.num_samples))
 
 
 def test_the_analytic_experiment_is_a_family_of_its_own_without_distances():

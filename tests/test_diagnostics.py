@@ -19,7 +19,7 @@ from mlem_diffusion.figures.diagnostics import plot_diagnostics
 from mlem_diffusion.multilevel.diagnostics import Diagnostics, diagnose, table
 from mlem_diffusion.multilevel.findings import best_chain, judge
 from mlem_diffusion.multilevel.level_checks import check_contract, check_telescope
-from mlem_diffusion.multilevel.level_statistics import Statistics, kurtosis
+from mlem_diffusion.multilevel.level_statistics import LevelStatistics, kurtosis
 
 
 def run(family: Sequence[Level], **changes) -> Diagnostics:
@@ -29,7 +29,7 @@ def run(family: Sequence[Level], **changes) -> Diagnostics:
 
 def statistics(
     pooled: Sequence[float], flops: Sequence[float], samples: int = 40, spread_of: float = 0.05, **changes
-) -> Statistics:
+) -> LevelStatistics:
     """A family of independent differences with these mean squares, the same at 6 noise levels, 5% noise over samples."""
     k, s = len(flops), 6
     noise = 1 + 0.05 * np.random.default_rng(0).standard_normal((k, samples, s))
@@ -38,7 +38,7 @@ def statistics(
     for low in range(k):
         for high in range(low, k):
             pairs[low, high] = square[low : high + 1].sum(0)
-    made = Statistics(
+    made = LevelStatistics(
         names=[f"n{i}" for i in range(k)],
         flops=np.array(flops, dtype=float),
         seconds=np.array(flops, dtype=float),
@@ -52,7 +52,7 @@ def statistics(
     return replace(made, **changes)
 
 
-def texts(s: Statistics, severity: str = "warning") -> list[str]:
+def texts(s: LevelStatistics, severity: str = "warning") -> list[str]:
     return [finding.text for finding in judge(s) if finding.severity == severity]
 
 
@@ -221,11 +221,11 @@ def test_the_telescope_check_sees_wrong_weights(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_telescope_check_sees_a_wrong_gather(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlem_diffusion.diffusion import estimator as drift
+    from mlem_diffusion.diffusion import estimator
 
-    right = drift.Schedule.__call__
+    right = estimator.WeightTable.__call__
     x = torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(drift.Schedule, "__call__", lambda *a: right(*a).roll(1, 0))
+    monkeypatch.setattr(estimator.WeightTable, "__call__", lambda *a: right(*a).roll(1, 0))
     assert not check_telescope(toy_family(), x, 0.0).holds
 
 
@@ -267,7 +267,7 @@ def test_the_chain_is_the_best_of_all_subsets() -> None:
         s = statistics(rng.uniform(0.1, 1, 5), 1.8 ** np.arange(5) + rng.uniform(0, 0.3, 5))
         v = (s.pairs @ s.weights).mean(-1)
 
-        def product(chain: Sequence[int], s: Statistics = s, v: np.ndarray = v) -> float:
+        def product(chain: Sequence[int], s: LevelStatistics = s, v: np.ndarray = v) -> float:
             return sum(np.sqrt(v[a + 1, b] * (s.flops[b] + (s.flops[a] if a else 0))) for a, b in pairwise(chain))
 
         subsets = [(0, *middle, 4) for r in range(4) for middle in combinations((1, 2, 3), r)]

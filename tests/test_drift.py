@@ -7,7 +7,7 @@ import pytest
 import torch
 from toys import SHAPE, process, toy_family
 
-from mlem_diffusion.diffusion.estimator import Drift, SingleLevel, Stitched, weighted_estimate
+from mlem_diffusion.diffusion.estimator import Estimator, SingleLevel, Stitched, weighted_estimate
 from mlem_diffusion.diffusion.ledger import Ledger
 from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.diffusion.sampler import sample
@@ -53,22 +53,22 @@ def table(n: int) -> np.ndarray:
 )
 def test_mean_realised_cost_is_the_expected_cost(p: np.ndarray, coins: str) -> None:
     """Over 1500 samples, within 4 standard errors; equal neighbouring probabilities cancel now and then."""
-    drift, grid, seeds = Multilevel(toy_family(), p, coins), process().grid(12), range(1500)
-    _, ledger = sample(drift, grid, "ode", "ddim", seeds, (1, 1, 1))
-    counts = (drift.weights(12, seeds) != 0).sum(axis=0)
+    estimator, grid, seeds = Multilevel(toy_family(), p, coins), process().grid(12), range(1500)
+    _, ledger = sample(estimator, grid, "ode", "ddim", seeds, (1, 1, 1))
+    counts = (estimator.weights(12, seeds) != 0).sum(axis=0)
     assert np.array_equal(ledger.per_sample, counts)  # the ledger counts what ran, image by image
     per_sample = counts @ np.array(FLOPS)
     assert ledger.flops_per_image == pytest.approx(per_sample.mean(), rel=1e-12)
     error = per_sample.std() / len(seeds) ** 0.5
     assert error > 0
-    assert abs(ledger.flops_per_image - drift.expected_flops(12)) < 4 * error
-    assert error < 0.02 * drift.expected_flops(12)
+    assert abs(ledger.flops_per_image - estimator.expected_flops(12)) < 4 * error
+    assert error < 0.02 * estimator.expected_flops(12)
 
 
 def test_cancelled_levels_are_not_evaluated() -> None:
     """p_2 = p_3: level 2 runs only when exactly one of the two coins fires."""
-    drift, grid = Multilevel(toy_family(), np.array([1.0, 0.5, 0.5])), process().grid(20)
-    assert drift.expected_flops(20) == pytest.approx(20 * (1.0 + 0.5 * 4 + 0.5 * 16))
+    estimator, grid = Multilevel(toy_family(), np.array([1.0, 0.5, 0.5])), process().grid(20)
+    assert estimator.expected_flops(20) == pytest.approx(20 * (1.0 + 0.5 * 4 + 0.5 * 16))
     calls: list[int] = []
 
     def counted(x: torch.Tensor, logsnr: torch.Tensor) -> torch.Tensor:
@@ -76,23 +76,23 @@ def test_cancelled_levels_are_not_evaluated() -> None:
         return 0 * x
 
     family = tuple(Level(level.name, counted, level.flops) for level in toy_family())
-    _, ledger = sample(Multilevel(family, drift.p), grid, "ode", "ddim", range(50), (1, 1, 1))
+    _, ledger = sample(Multilevel(family, estimator.p), grid, "ode", "ddim", range(50), (1, 1, 1))
     assert (sum(calls), len(calls)) == (sum(ledger.evaluations), sum(ledger.launches))
 
 
 def test_single_level_and_stitched_costs_are_exact() -> None:
     small, _, large = toy_family()
     grid = process().grid(10)
-    for drift, evaluations in (
+    for estimator, evaluations in (
         (SingleLevel(large), [30]),
         (Stitched(small, large, 0.0), [0, 30]),
         (Stitched(small, large, 0.3), [9, 21]),
         (Stitched(small, large, 1.0), [30, 0]),
     ):
-        _, ledger = sample(drift, grid, "sde", "ddpm", [1, 2, 3], SHAPE)
+        _, ledger = sample(estimator, grid, "sde", "ddpm", [1, 2, 3], SHAPE)
         assert ledger.evaluations == evaluations
         assert ledger.launches == [n // 3 for n in evaluations]
-        assert ledger.flops_per_image == drift.expected_flops(10)
+        assert ledger.flops_per_image == estimator.expected_flops(10)
         assert ledger.calls_per_image == 10
 
 
@@ -105,7 +105,7 @@ def test_stitched_is_small_at_high_noise_and_large_after() -> None:
     assert torch.equal(sample(Stitched(small, large, 0.0), grid, "ode", "ddim", [0, 1], SHAPE)[0], alone)
 
 
-@pytest.mark.parametrize("drift", [
+@pytest.mark.parametrize("estimator", [
     SingleLevel(toy_family()[1]),
     Stitched(toy_family()[0], toy_family()[1], 0.5),
     Multilevel(toy_family(), np.array([1.0, 0.5, 0.3])),
@@ -113,13 +113,13 @@ def test_stitched_is_small_at_high_noise_and_large_after() -> None:
     Multilevel(toy_family(), table(7), "nested"),
     Quadrature(toy_family(), np.tile([1.0, 2.5, 0.0], (7, 1))),
 ], ids=lambda d: type(d).__name__)  # fmt: skip
-def test_an_estimator_gives_the_weighted_estimates_and_records_them(drift: Drift) -> None:
+def test_an_estimator_gives_the_weighted_estimates_and_records_them(estimator: Estimator) -> None:
     x, seeds = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0)), [7, 8, 9]
-    ledger = Ledger([level.flops for level in drift.levels], 3)
-    weights, estimate = drift.weights(7, seeds), drift.estimator(7, seeds, ledger)
+    ledger = Ledger([level.flops for level in estimator.levels], 3)
+    weights, estimate = estimator.weights(7, seeds), estimator.weight_table(7, seeds, ledger)
     for j, logsnr in enumerate(np.linspace(-5, 5, 7)):
         found = estimate(j, x, float(logsnr))
-        terms = [level.denoise(x, torch.full((3,), float(logsnr))) for level in drift.levels]
+        terms = [level.denoise(x, torch.full((3,), float(logsnr))) for level in estimator.levels]
         expected = sum(torch.tensor(weights[j, :, k])[:, None, None, None] * term for k, term in enumerate(terms))
         assert torch.allclose(found.double(), torch.as_tensor(expected), atol=1e-5)
         assert np.array_equal(ledger.per_sample, (weights[: j + 1] != 0).sum(axis=0))
@@ -131,10 +131,10 @@ def test_expected_cost_follows_the_evaluations_of_the_rule(dynamics: str, rule: 
     """Heun's two evaluations per step have coins of their own; over 400 samples, within 4.5 standard errors."""
     grid, p = process().grid(12), np.array([1.0, 0.4, 0.15])
     evaluations = len(STEP_RULES[dynamics, rule].program(grid))
-    drift = Multilevel(toy_family(), p, coins)
-    _, ledger = sample(drift, grid, dynamics, rule, range(400), (1, 1, 1))
+    estimator = Multilevel(toy_family(), p, coins)
+    _, ledger = sample(estimator, grid, dynamics, rule, range(400), (1, 1, 1))
     costs = ledger.per_sample @ np.array(FLOPS)
-    assert abs(costs.mean() - drift.expected_flops(evaluations)) < 4.5 * costs.std() / 400**0.5
+    assert abs(costs.mean() - estimator.expected_flops(evaluations)) < 4.5 * costs.std() / 400**0.5
     assert np.all(ledger.per_sample[:, 0] == evaluations)
 
 
@@ -169,9 +169,9 @@ def test_bad_drifts_are_refused() -> None:
             Stitched(family[0], family[1], switch)
     with pytest.raises(UserError):
         Stitched(family[1], family[0], 0.5)
-    drift: Drift = Multilevel(family, table(12))
+    estimator: Estimator = Multilevel(family, table(12))
     with pytest.raises(UserError, match="12 evaluations"):
-        drift.weights(10, [0])
+        estimator.weights(10, [0])
     with pytest.raises(UserError, match="coins"):
         Multilevel(family, np.ones(3), "stratified").weights(10, [0])
     good = weights_of(12)
@@ -211,21 +211,21 @@ def test_a_quadrature_is_the_weighted_sum_of_differences() -> None:
 
 def test_a_quadrature_costs_exactly_what_it_says() -> None:
     """No network whose weights cancel is run: at the tail of ones only the largest is."""
-    drift, grid = Quadrature(toy_family(), weights_of(12)), process().grid(12)
+    estimator, grid = Quadrature(toy_family(), weights_of(12)), process().grid(12)
     for rule in (("sde", "ddpm"), ("ode", "dpmpp_2m")):
-        _, ledger = sample(drift, grid, *rule, range(5), (1, 1, 1))
-        assert np.array_equal(ledger.per_sample, np.tile(drift.expected_evaluations(12), (5, 1)))
-        assert ledger.flops_per_image == drift.expected_flops(12)
-    assert drift.expected_evaluations(12)[2] == 4  # evaluations 2 and 7, and the last two
-    assert np.array_equal(drift.weights(12, [0, 1])[-1], [[0, 0, 1], [0, 0, 1]])
+        _, ledger = sample(estimator, grid, *rule, range(5), (1, 1, 1))
+        assert np.array_equal(ledger.per_sample, np.tile(estimator.expected_evaluations(12), (5, 1)))
+        assert ledger.flops_per_image == estimator.expected_flops(12)
+    assert estimator.expected_evaluations(12)[2] == 4  # evaluations 2 and 7, and the last two
+    assert np.array_equal(estimator.weights(12, [0, 1])[-1], [[0, 0, 1], [0, 0, 1]])
 
 
 def test_special_quadratures_are_the_drifts_they_look_like() -> None:
     family, grid = toy_family(), process().grid(8)
     n = np.arange(8)
 
-    def images(drift: Drift) -> torch.Tensor:
-        return sample(drift, grid, "sde", "ddpm", [1, 2, 3], SHAPE)[0]
+    def images(estimator: Estimator) -> torch.Tensor:
+        return sample(estimator, grid, "sde", "ddpm", [1, 2, 3], SHAPE)[0]
 
     ones, none = np.ones((8, 3)), np.tile([1.0, 0, 0], (8, 1))
     assert torch.equal(images(Quadrature(family, ones)), images(SingleLevel(family[2])))
@@ -238,11 +238,11 @@ def test_special_quadratures_are_the_drifts_they_look_like() -> None:
 
 
 def test_quadratures_ignore_seeds_and_batches() -> None:
-    drift, grid = Quadrature(toy_family(), weights_of(12)), process().grid(12)
-    together = sample(drift, grid, "sde", "ddpm", range(6), SHAPE)[0]
-    apart = torch.cat([sample(drift, grid, "sde", "ddpm", [s], SHAPE)[0] for s in range(6)])
+    estimator, grid = Quadrature(toy_family(), weights_of(12)), process().grid(12)
+    together = sample(estimator, grid, "sde", "ddpm", range(6), SHAPE)[0]
+    apart = torch.cat([sample(estimator, grid, "sde", "ddpm", [s], SHAPE)[0] for s in range(6)])
     assert torch.allclose(together, apart, atol=1e-5)
-    assert drift.clusters([4, 5]) == [4, 5]
+    assert estimator.clusters([4, 5]) == [4, 5]
 
 
 # ------------------------------------------------------------------------------------------ coins of planned tables
@@ -251,14 +251,14 @@ def test_quadratures_ignore_seeds_and_batches() -> None:
 @pytest.mark.parametrize("coins", ["nested", "systematic"])
 def test_coins_of_a_sample_are_its_own(coins: str) -> None:
     """Whatever the batch it is in, its images and evaluations are the same; and no two samples share their coins."""
-    drift, grid = Multilevel(toy_family(), table(16), coins), process().grid(16)
-    images, ledger = sample(drift, grid, "ode", "ddim", range(10, 22), SHAPE)
+    estimator, grid = Multilevel(toy_family(), table(16), coins), process().grid(16)
+    images, ledger = sample(estimator, grid, "ode", "ddim", range(10, 22), SHAPE)
     for seeds in ([10, 11, 12, 13, 14], [21], [20, 15]):
-        part, own = sample(drift, grid, "ode", "ddim", seeds, SHAPE)
+        part, own = sample(estimator, grid, "ode", "ddim", seeds, SHAPE)
         rows = [s - 10 for s in seeds]
         assert torch.allclose(part, images[rows], atol=1e-5)
         assert np.array_equal(own.per_sample, ledger.per_sample[rows])
-    weights = drift.weights(16, range(400))
+    weights = estimator.weights(16, range(400))
     fires = weights[:, :, 2] != 0
     # of 79800 pairs of samples: pairwise correlations of fires, pooled over steps, vanish to 4.5 standard errors
     centred = fires - table(16)[:, 2, None]
@@ -273,9 +273,9 @@ def test_coins_of_a_sample_are_its_own(coins: str) -> None:
 )
 def test_nested_costs_are_exact_by_the_coins_of_many_seeds(p: np.ndarray) -> None:
     """20000 seeds: each level's evaluations to 4 standard errors and 0.5%; equal probabilities always cancel."""
-    drift, seeds = Multilevel(toy_family(), p, "nested"), range(20000)
-    counts = (drift.weights(12, seeds) != 0).sum(axis=0)
-    expected = drift.expected_evaluations(12)
+    estimator, seeds = Multilevel(toy_family(), p, "nested"), range(20000)
+    counts = (estimator.weights(12, seeds) != 0).sum(axis=0)
+    expected = estimator.expected_evaluations(12)
     error = counts.std(axis=0) / len(seeds) ** 0.5
     assert np.all(np.abs(counts.mean(axis=0) - expected) <= 4 * error + 1e-12)
     assert np.all(error <= 0.01 * np.maximum(expected, 0.5))
@@ -303,8 +303,8 @@ def test_levels_may_reuse_their_output_buffer_and_share_one_noise_level() -> Non
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_the_loop_never_waits_for_the_device() -> None:
     family = tuple(Level(v.name, v.denoise, v.flops) for v in toy_family())
-    drift = Multilevel(family, np.array([1.0, 0.5, 0.2]))
-    estimate = drift.estimator(12, range(16), Ledger([v.flops for v in family], 16))
+    estimator = Multilevel(family, np.array([1.0, 0.5, 0.2]))
+    estimate = estimator.weight_table(12, range(16), Ledger([v.flops for v in family], 16))
     x = torch.randn(16, *SHAPE, device="cuda")
     estimate(0, x, 0.0)
     torch.cuda.set_sync_debug_mode("error")

@@ -18,8 +18,8 @@ from mlem_diffusion.files import (
     SEAL,
     Damaged,
     atomic_write,
+    cached,
     check_zip,
-    kept,
     read_arrays,
     read_json,
     remove_partial,
@@ -192,10 +192,10 @@ def test_a_damaged_file_of_a_cache_is_made_again(tmp_path: Path):
     def read(path: Path) -> dict:
         return read_json(path, "")
 
-    assert kept(path, read, make) == {"x": 1} == kept(path, read, make) and len(made) == 1
+    assert cached(path, read, make) == {"x": 1} == cached(path, read, make) and len(made) == 1
     path.write_text("{")
     with pytest.warns(SlowPath, match=r"x\.json was damaged, so it is made again"):
-        assert kept(path, read, make) == {"x": 2}
+        assert cached(path, read, make) == {"x": 2}
 
 
 def test_damage_travels_between_processes(tmp_path: Path):

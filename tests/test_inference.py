@@ -12,7 +12,7 @@ from mlem_diffusion.errors import SlowPath, UserError
 from mlem_diffusion.models import torch_compile as compilation
 from mlem_diffusion.models.compiled import FastDenoiser, cover, inference_copy
 from mlem_diffusion.models.family import as_level, build_denoiser, describe, shape_of
-from mlem_diffusion.models.torch_compile import compiled, first_line, use_compile_cache, wants
+from mlem_diffusion.models.torch_compile import compiled, first_line, should_compile, use_compile_cache
 
 UNET = {"multipliers": [1, 2], "blocks": 1, "attention": [4]}
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++")
@@ -160,10 +160,10 @@ def test_errors_of_the_function_itself_are_not_taken_for_failed_compilation(monk
 
 
 def test_settings(monkeypatch, tmp_path):
-    assert wants("on", "cpu") and wants("max", "cpu") and not wants("off", "cuda")
-    assert not wants("auto", "cpu") and wants("auto", "cuda")
+    assert should_compile("on", "cpu") and should_compile("max", "cpu") and not should_compile("off", "cuda")
+    assert not should_compile("auto", "cpu") and should_compile("auto", "cuda")
     with pytest.raises(UserError, match="'maybe' is unknown"):
-        wants("maybe", "cpu")
+        should_compile("maybe", "cpu")
     with pytest.raises(UserError, match="'fp8' is unknown"):
         FastDenoiser(network(), "fp8")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

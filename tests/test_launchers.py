@@ -26,7 +26,7 @@ name: tiny
 family: {widths: [2, 3], gaussian: false}
 train: {images: 256}
 """
-SAMPLER = "sampler={dynamics: sde, step_rule: ddpm, drift: single, levels: w3, steps: 6}"
+SAMPLER = "sampler={dynamics: sde, step_rule: ddpm, estimator: single, levels: w3, steps: 6}"
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def test_frechet_distance_of_shifted_features_is_the_squared_shift() -> None:
 
 def test_fast_frechet_equals_torch_fidelity() -> None:
     x, y = gaussian_features(200, 24, 4, 0.1), gaussian_features(500, 24, 5)
-    reference = frechet.feature_statistics(y)
+    reference = frechet.feature_moments(y)
     assert frechet.fast_frechet(x, reference) == pytest.approx(frechet.frechet_distance(x, y), rel=1e-6)
     # Taking images several times is the same as repeating them.
     counts = np.random.default_rng(6).multinomial(200, np.full(200, 1 / 200))
@@ -134,7 +134,7 @@ def test_fast_frechet_equals_torch_fidelity() -> None:
 
 def test_fast_frechet_with_fewer_images_than_features() -> None:
     x, y = gaussian_features(15, 24, 7, 0.1), gaussian_features(500, 24, 8)
-    reference = frechet.feature_statistics(y)
+    reference = frechet.feature_moments(y)
     # The covariance is singular, where a general eigenvalue solver loses half the digits.
     assert frechet.fast_frechet(x, reference) == pytest.approx(frechet.frechet_distance(x, y), rel=1e-4)
     assert frechet.fast_frechet(x, reference) > frechet.fast_frechet(gaussian_features(400, 24, 7, 0.1), reference)
@@ -190,7 +190,7 @@ def test_bad_input_gives_no_distance() -> None:
     with pytest.raises(UserError, match="NaN"):
         frechet.frechet_distance(bad, good)
     with pytest.raises(UserError, match="NaN"):
-        frechet.fast_frechet(bad, frechet.feature_statistics(good))
+        frechet.fast_frechet(bad, frechet.feature_moments(good))
     with pytest.raises(UserError, match="compared"):
         frechet.frechet_distance(good[:, :3], good)
     with pytest.raises(UserError, match="uint8"):
@@ -210,7 +210,7 @@ def test_light_extractor_orders_distortions() -> None:
     features = frechet.extract_features(u8(real), extractor)
     assert features.shape == (1200, 64) and features.dtype == np.float32
     floor = frechet.distance_floor(features, n, seed=0)
-    reference = frechet.feature_statistics(features[n:])
+    reference = frechet.feature_moments(features[n:])
     fresh = real[:n]
     noise = torch.randn(fresh.shape, generator=torch.Generator().manual_seed(5))
 

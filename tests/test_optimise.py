@@ -249,8 +249,8 @@ def calibration(rule: tuple[str, str]) -> tuple[Effects, dict[tuple[int, int], f
     return effects, own, reference
 
 
-def run(drift: SingleLevel, steps: int | None, rule: tuple[str, str]) -> Tensor:
-    return sample(drift, PROCESS.grid(steps), *rule, JUDGED, SHAPE)[0]
+def run(estimator: SingleLevel, steps: int | None, rule: tuple[str, str]) -> Tensor:
+    return sample(estimator, PROCESS.grid(steps), *rule, JUDGED, SHAPE)[0]
 
 
 @lru_cache
@@ -273,7 +273,7 @@ def test_predicted_errors_are_what_happens(rule: tuple[str, str], method: str) -
     index = {name: k for k, name in enumerate(effects.names)}
     compared = 0
     for plan in several(planned(rule, method)):
-        assert plan.jump is not None and plan.jump < 0.05
+        assert plan.largest_effect is not None and plan.largest_effect < 0.05
         images, ledger = sample(plan.build(FAMILY), PROCESS.grid(plan.steps), *rule, JUDGED, SHAPE)
         top = run(SingleLevel(FAMILY[index[plan.levels[-1]]]), plan.steps, rule)
         whole = effects.difference(index[plan.levels[0]], index[plan.levels[-1]]).sum(axis=1)

@@ -28,7 +28,7 @@ def test_the_id_names_what_is_done() -> None:
     """Not what is expected of it, and not the number type of its table; every part of what is done counts."""
     assert len(PLAN.id) == 12 and PLAN.id == replace(PLAN, table=TABLE.copy()).id
     same = (
-        {"cost": 1.0}, {"added": None, "predicted": None, "jump": None}, {"probabilities": "learned"},
+        {"cost": 1.0}, {"added": None, "predicted": None, "largest_effect": None}, {"probabilities": "learned"},
         {"table": TABLE.astype(np.float64)}, {"table": np.asfortranarray(TABLE)},
     )  # fmt: skip
     for change in same:
@@ -46,8 +46,8 @@ def test_the_id_names_what_is_done() -> None:
 
 
 def test_a_plan_builds_its_drift_from_any_family_that_has_its_levels() -> None:
-    drift = PLAN.build(FAMILY)
-    assert isinstance(drift, Multilevel) and drift.coins == "nested" and np.array_equal(drift.p, TABLE)
+    estimator = PLAN.build(FAMILY)
+    assert isinstance(estimator, Multilevel) and estimator.coins == "nested" and np.array_equal(estimator.p, TABLE)
     assert isinstance(WEIGHTS.build(FAMILY), Quadrature)
     assert PLAN.build(reversed(FAMILY)).levels == list(FAMILY)
     alone = SINGLE.build(FAMILY)
@@ -113,7 +113,7 @@ def test_plans_survive_the_disk(stored: Path) -> None:
         again = found[plan.id]
         assert again.id == plan.id and again.levels == plan.levels and again.table.shape == plan.table.shape
         assert np.array_equal(again.table, plan.table.astype(np.float32))
-        for name in ("method", "probabilities", "steps", "cost", "added", "predicted", "jump"):
+        for name in ("method", "probabilities", "steps", "cost", "added", "predicted", "largest_effect"):
             assert getattr(again, name) == getattr(plan, name)
     assert content["calibration"] == {"flops": 7.0} and content["seeds_used"] == [1, 2]
     assert content["plans"][0]["selected_error"] == 0.1 and "table" not in content["plans"][0]
@@ -123,7 +123,7 @@ def test_plans_survive_the_disk(stored: Path) -> None:
 
 
 def test_unknown_predictions_survive_too(tmp_path: Path) -> None:
-    plan = replace(PLAN, added=None, predicted=None, jump=None)
+    plan = replace(PLAN, added=None, predicted=None, largest_effect=None)
     save_plans(tmp_path / "plans.json", [(plan, {})])
     assert load_plans(tmp_path / "plans.json")[0][plan.id].predicted is None
     save_plans(tmp_path / "plans.json", [(replace(plan, seconds=0.25), {})])

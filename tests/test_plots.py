@@ -31,10 +31,11 @@ def make_row(**changes: Any) -> dict[str, Any]:
     row: dict[str, Any] = {
         "dynamics": "ode",
         "step_rule": "ddim",
-        "drift": "single",
+        "estimator": "single",
         "probabilities": "",
         "coins": "",
-        "cost_knob": None,
+        "c": None,
+        "switch": None,
         "levels": "w8",
         "steps": 16,
         "seed": 0,
@@ -43,7 +44,7 @@ def make_row(**changes: Any) -> dict[str, Any]:
         "distance": 7.5,
         "distance_name": "Frechet",
         "distance_floor": 1.25,
-        "n": 64,
+        "num_samples": 64,
         "network_calls": 16.0,
         "gflops_expected": 3.2,
         "gflops_realised": 3.2,
@@ -75,14 +76,14 @@ def make_rows(dynamics: tuple[str, ...] = ("sde", "ode")) -> list[dict[str, Any]
                             **cost,
                         )
                     )
-        rows.append(make_row(dynamics=name, drift="stitched", levels="w4+w16", cost_knob=0.5, gflops_realised=8.0))
+        rows.append(make_row(dynamics=name, estimator="stitched", levels="w4+w16", switch=0.5, gflops_realised=8.0))
         for coins, fires in (("independent", 500), ("systematic", 500), ("systematic", 20)):
-            ml_em = {"drift": "ml_em", "probabilities": "constant", "coins": coins, "n_fires_top": fires}
+            ml_em = {"estimator": "ml_em", "probabilities": "constant", "coins": coins, "top_evaluations": fires}
             rows.append(
                 make_row(
                     dynamics=name,
                     levels="w4+w16",
-                    cost_knob=fires / 100,
+                    c=fires / 100,
                     gflops_realised=5.0,
                     error=0.01,
                     **ml_em,
@@ -96,12 +97,12 @@ def make_rows(dynamics: tuple[str, ...] = ("sde", "ode")) -> list[dict[str, Any]
 
 def test_csv_round_trip(tmp_path: Path) -> None:
     rows = [
-        make_row(n_fires_top=123.5, cost_knob=0.25, note='odd, "quoted"'),
-        make_row(distance=None, distance_floor=None, error=float("nan"), n_fires_top=None, note="x"),
+        make_row(top_evaluations=123.5, c=0.25, note='odd, "quoted"'),
+        make_row(distance=None, distance_floor=None, error=float("nan"), top_evaluations=None, note="x"),
     ]
     path = write_rows(rows, tmp_path / "new" / "compare.csv")
     header = path.read_text().splitlines()[0].split(",")
-    assert header == [*COLUMNS, "n_fires_top", "note"]
+    assert header == [*COLUMNS, "top_evaluations", "note"]
     assert read_rows(path) == [rows[0], rows[1] | {"error": None}]
     assert isinstance(read_rows(path)[0]["steps"], int) and isinstance(read_rows(path)[0]["seconds"], float)
     assert [p.name for p in path.parent.iterdir()] == ["compare.csv"]
@@ -127,21 +128,25 @@ def test_bad_tables_are_refused(tmp_path: Path) -> None:
 
 
 def test_methods_trust_and_words() -> None:
-    plain = make_row(drift="ml_em", probabilities="constant", coins="independent", levels="w4+w8", cost_knob=0.3)
-    assert method_of(plain) == "plain"
-    assert method_of(plain | {"coins": "systematic"}) == "best"
-    assert method_of(plain | {"coins": "nested"}) == method_of(plain | {"drift": "quadrature", "coins": ""}) == "best"
-    assert method_of(plain | {"coins": "independent-shared"}) == "best"
-    assert method_of(plain | {"probabilities": "learned"}) == "plain"  # any probabilities, if the coins are independent
-    assert [method_of(make_row(drift=d)) for d in ("single", "stitched")] == ["single", "stitched"]
-    assert trusted(plain) and trusted(plain | {"n_fires_top": 100}) and not trusted(plain | {"n_fires_top": 99})
-    assert trusted(plain | {"n_fires_top": ""})  # not recorded
+    plain = make_row(estimator="ml_em", probabilities="constant", coins="independent", levels="w4+w8", c=0.3)
+    assert method_of(plain) == "paper"
+    assert method_of(plain | {"coins": "systematic"}) == "other"
+    assert (
+        method_of(plain | {"coins": "nested"}) == method_of(plain | {"estimator": "quadrature", "coins": ""}) == "other"
+    )
+    assert method_of(plain | {"coins": "independent-shared"}) == "other"
+    assert method_of(plain | {"probabilities": "learned"}) == "paper"  # any probabilities, if the coins are independent
+    assert [method_of(make_row(estimator=d)) for d in ("single", "stitched")] == ["single", "stitched"]
+    assert trusted(plain) and trusted(plain | {"top_evaluations": 100}) and not trusted(plain | {"top_evaluations": 99})
+    assert trusted(plain | {"top_evaluations": ""})  # not recorded
     assert describe(make_row()) == "DDIM, w8, 16 steps"
     assert describe(plain) == "ML-EM w4+w8, DDIM, 16 steps, independent coins, C = 0.3"
-    planned = plain | {"probabilities": "optimal", "cost_knob": None, "plan": "abc"}
+    planned = plain | {"probabilities": "optimal", "c": None, "plan": "abc"}
     assert describe(planned) == "ML-EM w4+w8, DDIM, 16 steps, independent coins, optimal probabilities"
-    weights = planned | {"drift": "quadrature", "coins": ""}
-    assert describe(weights).startswith("quadrature w4+w8, DDIM, 16 steps") and trusted(weights | {"n_fires_top": 1})
+    weights = planned | {"estimator": "quadrature", "coins": ""}
+    assert describe(weights).startswith("quadrature w4+w8, DDIM, 16 steps") and trusted(
+        weights | {"top_evaluations": 1}
+    )
     # plans with other tables are other settings, whatever their names have in common
     assert key_of(planned) == key_of(planned | {"seed": 7, "error": 9.0}) != key_of(planned | {"plan": "abd"})
 
@@ -159,8 +164,10 @@ def test_frontier_keeps_only_unbeaten_trusted_positive_rows() -> None:
         point(3, None),
         point(5, 0.1),
     ]
-    rows.append(point(0.5, 0.01, drift="ml_em", n_fires_top=3))
-    assert [(r["gflops_realised"], r["error"]) for r in frontier(filter(trusted, rows), "gflops_realised", "error")] == [
+    rows.append(point(0.5, 0.01, estimator="ml_em", top_evaluations=3))
+    assert [
+        (r["gflops_realised"], r["error"]) for r in frontier(filter(trusted, rows), "gflops_realised", "error")
+    ] == [
         (1, 0.4),
         (4, 0.1),
     ]
@@ -217,7 +224,8 @@ def test_plot_compare_says_what_was_not_computed(tmp_path: Path, monkeypatch: py
     full = pixels(plot_compare(for_figures(rows), tmp_path / "full.png"))
     assert said == [] and bare.shape[0] < 0.8 * full.shape[0]  # without any distance there is no panel for it
     plot_compare(
-        for_figures(row | (absent if row["dynamics"] == "sde" else {}) for row in make_rows()), tmp_path / "half.png")
+        for_figures(row | (absent if row["dynamics"] == "sde" else {}) for row in make_rows()), tmp_path / "half.png"
+    )
     assert said == ["not computed"]
     # An error of exactly zero has no place on a log axis.
     plot_compare(for_figures([make_row(error=0.0, seconds=None)]), tmp_path / "zero.png")
@@ -227,7 +235,7 @@ def test_plot_compare_says_what_was_not_computed(tmp_path: Path, monkeypatch: py
 def test_plot_compare_refuses_what_cannot_share_an_axis(tmp_path: Path) -> None:
     rows = make_rows(("ode",))[:3]
     for change, message in (
-        ({"n": 65}, "sample counts n.*64.*65"),
+        ({"num_samples": 65}, "sample counts num_samples.*64.*65"),
         ({"distance_name": "FID"}, "distances.*FID.*Frechet"),
     ):
         with pytest.raises(UserError, match=message):

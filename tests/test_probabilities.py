@@ -10,10 +10,10 @@ import pytest
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.multilevel.probabilities import (
     COINS,
+    c_for_cost,
     constant_probabilities,
     draw_coins,
     evaluation_probabilities,
-    knob_for_cost,
     measured_probabilities,
     telescope_weights,
 )
@@ -141,7 +141,7 @@ def test_constant_probabilities_are_the_square_root_law() -> None:
 
 
 def test_bad_arguments_are_refused() -> None:
-    for flops, gamma, knob in (
+    for flops, gamma, c in (
         ([1, 4], 0.0, 1.0),
         ([1, 4], 2.5, -1.0),
         ([1, 4], float("nan"), 1.0),
@@ -150,13 +150,13 @@ def test_bad_arguments_are_refused() -> None:
         ([], 2.5, 1.0),
     ):
         with pytest.raises(UserError):
-            constant_probabilities(flops, gamma, knob)
+            constant_probabilities(flops, gamma, c)
     with pytest.raises(UserError, match="coins"):
         draw_coins(np.ones((2, 2)), [0], "stratified")
     for squares in ([1.0, 0.0], [1.0, float("nan")], [1.0, -1.0]):
         with pytest.raises(UserError, match="Measured probabilities"):
             measured_probabilities(squares, [1.0, 4.0], 1.0)
-    with pytest.raises(UserError, match="positive knob"):
+    with pytest.raises(UserError, match="positive c"):
         measured_probabilities([1.0, 0.1], [1.0, 4.0], 0.0)
 
 
@@ -207,7 +207,7 @@ def test_measured_probabilities_are_the_square_root_law_of_what_was_measured() -
     assert p[2] / p[1] == pytest.approx(np.sqrt(0.02 / 16) / np.sqrt(0.4 / 4))
     assert p[3] / p[2] == pytest.approx(np.sqrt(0.01 / 64) / np.sqrt(0.02 / 16))
     assert np.array_equal(measured_probabilities(squares, flops, 1e9), np.ones(4))
-    # a power law of errors gives the probabilities that assume one, up to the knob: V = T^(-2/gamma)
+    # a power law of errors gives the probabilities that assume one, up to c: V = T^(-2/gamma)
     law = measured_probabilities(np.array(flops) ** (-2 / 2.5), flops, 0.2)
     ratio = constant_probabilities(flops, 2.5, 0.2)
     np.testing.assert_allclose(law[1:] / law[1], ratio[1:] / ratio[1])
@@ -217,11 +217,11 @@ def test_measured_probabilities_are_the_square_root_law_of_what_was_measured() -
 def test_a_knob_is_found_for_a_cost(wanted: float) -> None:
     flops = [1.0, 4.0, 16.0, 64.0]
 
-    def table(knob: float) -> np.ndarray:
-        return measured_probabilities([9.0, 0.4, 0.02, 0.01], flops, knob)
+    def table(c: float) -> np.ndarray:
+        return measured_probabilities([9.0, 0.4, 0.02, 0.01], flops, c)
 
     steps = 100 if wanted >= 900 else 2
-    p = knob_for_cost(table, flops, steps, wanted)
+    p = c_for_cost(table, flops, steps, wanted)
     assert p is not None and p[0] == 1 and np.any(p < 1)
     assert float(evaluation_probabilities(p[None])[0] @ flops) * steps == pytest.approx(wanted, rel=1e-9)
 
@@ -229,8 +229,8 @@ def test_a_knob_is_found_for_a_cost(wanted: float) -> None:
 def test_a_cost_that_no_knob_has_is_none() -> None:
     flops = [1.0, 4.0]
 
-    def table(knob: float) -> np.ndarray:
-        return measured_probabilities([9.0, 0.4], flops, knob)
+    def table(c: float) -> np.ndarray:
+        return measured_probabilities([9.0, 0.4], flops, c)
 
-    assert knob_for_cost(table, flops, 10, 9.9) is None  # below level 1 alone
-    assert knob_for_cost(table, flops, 10, 51.0) is None  # above everything
+    assert c_for_cost(table, flops, 10, 9.9) is None  # below level 1 alone
+    assert c_for_cost(table, flops, 10, 51.0) is None  # above everything

@@ -26,7 +26,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 from safetensors.torch import load_file
 
-from mlem_diffusion.comparison.frechet import Statistics, load_statistics, save_statistics, frechet_distance
+from mlem_diffusion.comparison.frechet import FeatureMoments, frechet_distance, load_moments, save_moments
 from mlem_diffusion.data.portraits import render
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.files import read_json
@@ -39,11 +39,11 @@ sys.path.insert(0, str(ROOT / "scripts"))
 WIDTHS = [2, 3, 4]
 LEVELS = [f"w{width}" for width in WIDTHS]
 FEW = [
-    "compare.gamma=2.5", "compare.n=20", "compare.n_reference=8", "compare.stitched=[]",
+    "compare.gamma=2.5", "compare.num_samples=20", "compare.num_reference=8", "compare.stitched=[]",
     "compare.baselines=[{dynamics: ode, step_rule: ddim, levels: all, steps: [4, 8]}]",
-    "compare.ml_em=[{dynamics: ode, step_rule: ddim, families: [all], coins: [systematic], knobs: [4], steps: [16]}]",
+    "compare.ml_em=[{dynamics: ode, step_rule: ddim, families: [all], coins: [systematic], c: [4], steps: [16]}]",
 ]  # fmt: skip
-GAUSSIAN = "sampler={dynamics: ode, step_rule: ddim, drift: stitched, levels: gauss+w4, steps: 4, cost_knob: 0.5}"
+GAUSSIAN = "sampler={dynamics: ode, step_rule: ddim, estimator: stitched, levels: gauss+w4, steps: 4, switch: 0.5}"
 
 
 @dataclass(frozen=True)
@@ -287,7 +287,7 @@ def test_without_statistics_there_are_no_distances_and_that_is_said(clone: Place
     assert found.code == 0, found.err
     assert found.out.count("no distances, since the images are not here") == 1
     assert all(row["distance"] == "" for row in rows_of(clone))
-    assert here("sample_compare", clone, "metrics.seed=0", "compare.n=18").code == 0
+    assert here("sample_compare", clone, "metrics.seed=0", "compare.num_samples=18").code == 0
     rows = rows_of(clone)  # distances, but the floor is that of other numbers of images
     assert all(row["distance"] and not row["distance_floor"] for row in rows)
 
@@ -330,7 +330,7 @@ def test_a_changed_file_is_refused_by_name(clone: Place, here: Callable[..., Run
     else:
         file.unlink()
     found = here(
-        "sample", clone, "seeds=0", "sampler={dynamics: ode, step_rule: ddim, drift: single, levels: w2, steps: 2}"
+        "sample", clone, "seeds=0", "sampler={dynamics: ode, step_rule: ddim, estimator: single, levels: w2, steps: 2}"
     )
     assert found.code == 2
     # without its index or one of its levels it is no published family
@@ -407,13 +407,13 @@ def test_weights_that_are_not_those_of_the_metadata_are_not_published(
 def test_statistics_come_back(tmp_path: Path, dimensions: int, exact: bool):
     rng = np.random.default_rng(0)
     a, b = (rng.normal(size=(2000, dimensions)) @ np.diag(0.98 ** np.arange(dimensions)) for _ in range(2))
-    before = Statistics(a.mean(0) + 0.1, np.cov(a.T), len(a))
-    save_statistics(tmp_path / "s.npz", before)
-    after = load_statistics(tmp_path / "s.npz")
+    before = FeatureMoments(a.mean(0) + 0.1, np.cov(a.T), len(a))
+    save_moments(tmp_path / "s.npz", before)
+    after = load_moments(tmp_path / "s.npz")
     assert after.n == 2000 and after.mean.dtype == after.cov.dtype == np.float64
     assert np.array_equal(after.cov, after.cov.T)
     assert np.array_equal(after.cov, before.cov) == exact
-    other = Statistics(b.mean(0), np.cov(b.T), len(b))
+    other = FeatureMoments(b.mean(0), np.cov(b.T), len(b))
     assert frechet_distance(other, after) == pytest.approx(frechet_distance(other, before), rel=1e-4)
 
 

@@ -27,7 +27,7 @@ from mlem_diffusion.rates.exponents import (
 )
 from mlem_diffusion.rates.poisson_limit import Rates, jump_process
 from mlem_diffusion.rates.problem import Coins
-from mlem_diffusion.rates.settings import Setting
+from mlem_diffusion.rates.settings import RateSetting
 
 GRID = 1536
 
@@ -83,7 +83,7 @@ def test_certain_coins_are_euler_maruyama(replicates):
 
 def test_em_is_of_first_order(replicates):
     counts = [48, 96, 192, 384]
-    mse = rates.squared_errors(replicates, [Setting("em", 1, 10, n) for n in counts]).mean(axis=1)
+    mse = rates.squared_errors(replicates, [RateSetting("em", 1, 10, n) for n in counts]).mean(axis=1)
     assert slope(np.array(counts, float), np.sqrt(mse))[0] == pytest.approx(-1, abs=0.1)
 
 
@@ -102,8 +102,8 @@ def test_the_estimator_is_unbiased_for_the_top_level(replicates, p):
 
 
 def test_a_setting_does_not_depend_on_the_others(replicates):
-    a, b = Setting("ml_em", 2.5, 5, 48, 4.0), Setting("ml_em", 2.5, 4, 48, 4.0)
-    c, d = Setting("poisson", 2.5, 3, 0, 4.0), Setting("poisson", 2.5, 2, 0, 4.0)
+    a, b = RateSetting("ml_em", 2.5, 5, 48, 4.0), RateSetting("ml_em", 2.5, 4, 48, 4.0)
+    c, d = RateSetting("poisson", 2.5, 3, 0, 4.0), RateSetting("poisson", 2.5, 2, 0, 4.0)
     alone = [rates.squared_errors(replicates, [s])[0] for s in (a, c)]
     together = rates.squared_errors(replicates, [b, a, d, c])
     assert np.array_equal(alone[0], together[1]) and np.array_equal(alone[1], together[3])
@@ -118,19 +118,19 @@ def test_steps_that_are_not_nested_are_refused(replicates):
 
 
 def test_expected_cost_is_what_is_evaluated():
-    setting = Setting("ml_em", 2.0, 4, 40, 3.0)
+    setting = RateSetting("ml_em", 2.0, 4, 40, 3.0)
     p = np.tile(setting.p, (setting.steps, 1))
     weights = telescope_weights(p, draw_coins(p, range(4000), "independent"))
     counted = (weights != 0).sum(axis=0) @ setting.level_costs  # per run
     assert counted.mean() == pytest.approx(setting.cost, abs=4 * counted.std() / np.sqrt(len(counted)))
-    assert Setting("ml_em", 2.0, 4, 40, 1e9).cost == Setting("em", 2.0, 4, 40).cost == 40 * 2.0**8
+    assert RateSetting("ml_em", 2.0, 4, 40, 1e9).cost == RateSetting("em", 2.0, 4, 40).cost == 40 * 2.0**8
 
 
 def test_probabilities_follow_the_law_of_the_knob():
-    setting = Setting("ml_em", 2.5, 6, 512, 4.0)
-    knob = setting.knob
-    assert knob is not None and setting.p[0] == 1
-    law = np.minimum(1, knob * setting.level_costs ** -(0.5 + 1 / 2.5))
+    setting = RateSetting("ml_em", 2.5, 6, 512, 4.0)
+    c = setting.c
+    assert c is not None and setting.p[0] == 1
+    law = np.minimum(1, c * setting.level_costs ** -(0.5 + 1 / 2.5))
     assert np.allclose(setting.p[1:], law[1:]) and setting.p[-1] * setting.steps == pytest.approx(4.0)
 
 
@@ -144,7 +144,7 @@ def test_events_come_at_their_rates():
         fires = (before & (level == k)).sum(axis=0)  # Poisson: variance = mean
         assert fires.mean() == pytest.approx(rate, abs=4 * np.sqrt(rate / 200))
         assert fires.var() == pytest.approx(rate, rel=0.5) and np.all(move[level == k] == 1 / rate)
-    poisson = Setting("poisson", 2.0, 2, 0, 5.0)
+    poisson = RateSetting("poisson", 2.0, 2, 0, 5.0)
     assert poisson.cost == pytest.approx(poisson.rates @ [4, 4 + 16])
 
 
@@ -172,7 +172,7 @@ def test_between_events_the_path_follows_the_brownian_motion():
 @pytest.mark.parametrize("dynamics", ["sde", "ode"])
 def test_the_jump_process_is_the_limit_of_small_steps(dynamics):
     block = synthetic.draw((5,), 100, 3, 768, synthetic.NOISE[dynamics])
-    setting = Setting("ml_em_over_base", 2.5, 3, 768, 4.0)
+    setting = RateSetting("ml_em_over_base", 2.5, 3, 768, 4.0)
     ends = [
         synthetic.euler(block, 768, [Coins((1.0, *setting.p), (j,)) for j in range(16)]),
         jump_process(block, [Rates(tuple(setting.rates), (j,)) for j in range(16)]),
@@ -218,7 +218,7 @@ def test_the_error_model_recovers_its_constants():
 
 
 def test_the_cheapest_setting_below_each_target():
-    settings = [Setting("em", 1, k, n) for k in (1, 2, 3) for n in (4, 8)]
+    settings = [RateSetting("em", 1, k, n) for k in (1, 2, 3) for n in (4, 8)]
     errors = np.array([0.5, 0.4, 0.3, 0.2, 0.25, 0.1])
     chosen = rates.cheapest(settings, errors, [0.45, 0.3, 0.28, 0.1, 0.01])
     assert [(s.levels, s.steps) for s in chosen] == [(1, 8), (2, 4), (2, 8), (3, 8)]

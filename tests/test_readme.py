@@ -57,7 +57,7 @@ def measured_table() -> str:
         rows.append((words, *(gamma(result, name) for result in gammas)))
     rows.append(("harder than Monte Carlo", *(result["htmc"] for result in gammas)))
     for dynamics in ("sde", "ode"):
-        for kind in ("plain", "best"):
+        for kind in ("paper", "any"):
             label = f"{dynamics.upper()}, {kind} ML-EM"
             for measure in ("error", "distance"):
                 cells = (speedup(result, dynamics, kind, measure, "flops") for result in speedups)
@@ -87,7 +87,7 @@ METHODS = {
 
 
 def method_table() -> str:
-    """The README's table of estimators, from method.json of the committed runs; printed like the one above."""
+    """The README's table of estimators, from verdicts.json of the committed runs; printed like the one above."""
     wanted = [
         ("analytic", "sde/ddpm"),
         ("analytic", "ode/dpmpp_2m"),
@@ -96,7 +96,7 @@ def method_table() -> str:
     ]
     columns = []
     for folder, rule in wanted:
-        path = ROOT / "results" / folder / "method.json"
+        path = ROOT / "results" / folder / "verdicts.json"
         if path.is_file() and rule in (content := json.loads(path.read_text())):
             columns += [(f"{folder}, {rule}: {words}", content[rule][key]) for key, words in
                         (("against_em", "EM"), ("against_all_baselines", "all"))]  # fmt: skip

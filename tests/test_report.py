@@ -25,7 +25,7 @@ def make_row(**changes: Any) -> dict[str, Any]:
     row |= {
         "dynamics": "sde",
         "step_rule": "em",
-        "drift": "single",
+        "estimator": "single",
         "probabilities": "",
         "coins": "",
         "levels": "w8",
@@ -40,7 +40,7 @@ def make_row(**changes: Any) -> dict[str, Any]:
     }
     row |= {
         "distance_floor": 1.25,
-        "n": 64,
+        "num_samples": 64,
         "network_calls": 16.0,
         "gflops_expected": 3.2,
         "gflops_realised": 3.2,
@@ -51,7 +51,7 @@ def make_row(**changes: Any) -> dict[str, Any]:
 def make_entry(best: float, lower: float | None) -> dict[str, Any]:
     settings = {
         "baseline": make_row(),
-        "ours": make_row(drift="ml_em", coins="independent", cost_knob=0.5, levels="w4+w8"),
+        "ours": make_row(estimator="ml_em", coins="independent", c=0.5, levels="w4+w8"),
     }
     curve = [{"at": 0.02, "speedup": best, "lower95": lower}, {"at": 0.01, "speedup": None, "lower95": None}]
     return {"max": best, "lower95": lower, "at": 0.02, **settings, "curve": curve}
@@ -72,11 +72,11 @@ GAMMA = {
 }
 SPEEDUP = {
     "sde": {
-        "plain": {
+        "paper": {
             "error": {"flops": make_entry(1.84, 1.42), "seconds": make_entry(0.5, 0.4)},
             "distance": {"flops": make_entry(1.2, 0.9), "seconds": EMPTY_ENTRY},
         },
-        "best": {"error": {"flops": make_entry(3.3, None), "seconds": None}, "distance": None},
+        "any": {"error": {"flops": make_entry(3.3, None), "seconds": None}, "distance": None},
         "left_out": 2,
     }
 }
@@ -110,15 +110,15 @@ PROVENANCE = {
 def results(tmp_path: Path) -> Path:
     folder = tmp_path / "tiny"
     ml_em = make_row(
-        drift="ml_em",
+        estimator="ml_em",
         probabilities="constant",
         coins="independent",
-        cost_knob=0.5,
+        c=0.5,
         levels="w4+w8",
         error=0.01,
     )
     write_rows(
-        [make_row(), ml_em | {"n_fires_top": 500}, ml_em | {"n_fires_top": 5, "cost_knob": 0.1}],
+        [make_row(), ml_em | {"top_evaluations": 500}, ml_em | {"top_evaluations": 5, "c": 0.1}],
         folder / "compare.csv",
     )
     for name, content in (
@@ -190,17 +190,17 @@ def test_page_is_self_contained(results: Path) -> None:
 
 def test_levels_have_a_section_of_their_own(results: Path) -> None:
     assert "Levels: FLOPs" not in make_page(results).text
-    worth = {"sde/ddpm": {"mean": 1.234, "largest": 1.5, "errors": [1e-3, 1e-1]}}
+    ratio = {"sde/ddpm": {"mean": 1.234, "largest": 1.5, "errors": [1e-3, 1e-1]}}
     level = {"flops": 2e6, "flops_share": 0.125, "seconds": 3e-3, "seconds_share": 0.5, "kept_flops": True}
-    first = {"name": "w4", **level, "kept_seconds": False, "worth_flops": worth, "worth_seconds": worth}
-    last = {"name": "w16", **level, "kept_seconds": True, "worth_flops": None, "worth_seconds": None}
+    first = {"name": "w4", **level, "kept_seconds": False, "cost_ratio_flops": ratio, "cost_ratio_seconds": ratio}
+    last = {"name": "w16", **level, "kept_seconds": True, "cost_ratio_flops": None, "cost_ratio_seconds": None}
     content = {
         "levels": [first, last], "kept": {"flops": ["w4", "w16"], "seconds": ["w16"]},
-        "removed": {"flops": [], "seconds": [{"name": "w4", "worth": worth}]},
+        "removed": {"flops": [], "seconds": [{"name": "w4", "cost_ratio": ratio}]},
         "tolerance": {"mean": 0.02, "largest": 0.1}, "batch": 96, "device": "a <large> GPU", "threads": 1,
     }  # fmt: skip
-    write_json(results / "levels.json", content)
-    save_grid(PIXELS, results / "levels.png")
+    write_json(results / "ablation.json", content)
+    save_grid(PIXELS, results / "ablation.png")
     page = make_page(results)
     assert "Levels: FLOPs, seconds and worth" in page.text and "batches of 96 on a <large> GPU" in page.text
     assert "1.234 (1.50)" in page.text and "worth in seconds, sde/ddpm" in page.text
@@ -208,7 +208,7 @@ def test_levels_have_a_section_of_their_own(results: Path) -> None:
     assert "w16 earns its place; removed one by one, the least worthy first: w4." in page.text
     assert "more than 2.0% on geometric average" in page.text
     assert len([tag for tag, _ in page.tags if tag == "img"]) == 7
-    (results / "levels.json").write_text("{")
+    (results / "ablation.json").write_text("{")
     with pytest.raises(UserError, match=r"levels\.json is not valid JSON .*: remove it and run its stage again"):
         make_page(results)
 
@@ -364,12 +364,12 @@ def test_gamma_of_other_levels_is_refused(results: Path) -> None:
 @pytest.mark.parametrize("empty", [None, {}, EMPTY_ENTRY])
 def test_null_speed_ups(results: Path, empty: Any) -> None:
     speedup = copy.deepcopy(SPEEDUP)
-    for method in ("plain", "best"):
+    for method in ("paper", "any"):
         speedup["sde"][method] = {"error": {"flops": empty, "seconds": empty}}  # type: ignore[index]
     write_json(results / "speedup.json", speedup)
     text = make_page(results).text
     assert "Plain ML-EM: no speed-up, since it never reaches an error of the baselines' frontier." in text
-    write_json(results / "speedup.json", {"sde": {"plain": None, "best": None}, "ode": None})
+    write_json(results / "speedup.json", {"sde": {"paper": None, "any": None}, "ode": None})
     assert "Plain ML-EM: not measured." in make_page(results).text
 
 
@@ -395,7 +395,7 @@ def test_precision_is_shown_where_it_was_checked(results: Path) -> None:
             {"dynamics": "sde", "setting": "DDPM, w4, 8 steps", "gflops": 1.0, "error_float32": 0.02, "error_bf16": 0.0202,
              "change": 0.0002, "change_se": 0.0001}
         ],
-        "speedup": {p: {"sde": {"plain": {"max": None, "lower95": None}, "best": {"max": 2.5, "lower95": 2.1}}} for p in ("float32", "bf16")},
+        "speedup": {p: {"sde": {"paper": {"max": None, "lower95": None}, "any": {"max": 2.5, "lower95": 2.1}}} for p in ("float32", "bf16")},
     }  # fmt: skip
     assert "Precision: bf16" not in make_page(results).text
     write_json(results / "precision.json", content)

@@ -13,7 +13,7 @@ from mlem_diffusion.diffusion.brownian import PathWindows, initial_noise, path_i
 from mlem_diffusion.diffusion.estimator import SingleLevel
 from mlem_diffusion.diffusion.ledger import Ledger
 from mlem_diffusion.diffusion.level import Level
-from mlem_diffusion.diffusion.process import Grid, alpha_sigma
+from mlem_diffusion.diffusion.process import TimeGrid, alpha_sigma
 from mlem_diffusion.diffusion.sampler import sample
 from mlem_diffusion.diffusion.step_rules import REFERENCE_RULE, STEP_RULES, Evaluation, steps_of
 from mlem_diffusion.errors import UserError
@@ -238,10 +238,10 @@ def convolution_family() -> tuple[Level, ...]:
 @pytest.mark.parametrize(("dynamics", "rule"), RULES)
 def test_a_sample_depends_on_its_seed_alone(dynamics: str, rule: str, coins: str) -> None:
     """Not on batch size, neighbours or order: to 1e-5 of the largest value."""
-    drift, grid = Multilevel(convolution_family(), np.array([1.0, 0.5, 0.3]), coins), process().grid(12)
+    estimator, grid = Multilevel(convolution_family(), np.array([1.0, 0.5, 0.3]), coins), process().grid(12)
 
     def run(seeds: list[int]) -> torch.Tensor:
-        return sample(drift, grid, dynamics, rule, seeds, (3, 8, 8))[0]
+        return sample(estimator, grid, dynamics, rule, seeds, (3, 8, 8))[0]
 
     together = run([11, 12, 13, 14, 15])
     for others, place in (([13], 0), ([15, 13, 99], 1), ([13, 13], 1)):
@@ -261,11 +261,11 @@ def test_adding_a_level_leaves_noise_and_lower_coins_alone(coins: str) -> None:
 
 
 def test_increments_may_be_passed_in() -> None:
-    grid, drift = process().grid(12), SingleLevel(toy_family(1)[0])
+    grid, estimator = process().grid(12), SingleLevel(toy_family(1)[0])
     for rule, clock in (("em", "time"), ("ddpm", "snr"), ("dpmpp_2m", "snr")):
         increments = path_increments([5, 6], SHAPE, grid, clock, CPU)
-        given, _ = sample(drift, grid, "sde", rule, [5, 6], SHAPE, increments=increments)
-        assert torch.equal(given, sample(drift, grid, "sde", rule, [5, 6], SHAPE)[0])
+        given, _ = sample(estimator, grid, "sde", rule, [5, 6], SHAPE, increments=increments)
+        assert torch.equal(given, sample(estimator, grid, "sde", rule, [5, 6], SHAPE)[0])
 
 
 # ------------------------------------------------------------------------------- convergence on Gaussian data
@@ -285,7 +285,7 @@ def rms(x: torch.Tensor) -> float:
 ORDERS = [("em", 1), ("ddim", 1), ("dpmpp_2m", 2), ("heun", 2), ("unipc", 3)]  # UniPC-2's corrector gains one
 
 
-def flow_errors(rule: str, grids: list[Grid]) -> list[float]:
+def flow_errors(rule: str, grids: list[TimeGrid]) -> list[float]:
     """Errors of the final images from x = 1 at log-SNR -4 to 4, in float64."""
 
     def denoise(x: np.ndarray, logsnr: float) -> np.ndarray:
@@ -318,10 +318,10 @@ def test_order_survives_uneven_steps(rule: str, order: int) -> None:
 @pytest.mark.parametrize("rule", ODE_RULES)
 def test_sampling_reaches_the_exact_flow(rule: str) -> None:
     """The same through the sampling loop, in float32."""
-    p, drift, shape = process(512, "logsnr", reach=4.0), SingleLevel(gaussian_level(S)), (3, 8, 8)
+    p, estimator, shape = process(512, "logsnr", reach=4.0), SingleLevel(gaussian_level(S)), (3, 8, 8)
     end = initial_noise([0, 1], shape, CPU) * float(np.sqrt(gaussian_variance(4.0, S) / gaussian_variance(-4.0, S)))
-    exact = drift.level.denoise(end, torch.full((2,), 4.0))
-    images, _ = sample(drift, p.grid(), "ode", rule, [0, 1], shape)
+    exact = estimator.level.denoise(end, torch.full((2,), 4.0))
+    images, _ = sample(estimator, p.grid(), "ode", rule, [0, 1], shape)
     assert rms(images - exact) < (3e-3 if rule in ("em", "ddim") else 1e-5)
 
 
@@ -341,30 +341,30 @@ def test_two_step_sde_rule_is_of_order_two_where_noise_is_absent(rule: str, orde
 @pytest.mark.parametrize("rule", SDE_RULES)
 def test_sde_rules_converge_strongly_at_order_one(rule: str, spacing: str) -> None:
     """Additive noise: order 1 in the root mean square, along one Brownian path, to the reference of the comparison."""
-    p, drift = process(2048, spacing, reach=4.0), SingleLevel(gaussian_level(S))
+    p, estimator = process(2048, spacing, reach=4.0), SingleLevel(gaussian_level(S))
     seeds, shape = [0, 1], (3, 16, 16)
-    reference, _ = sample(drift, p.grid(), "sde", REFERENCE_RULE["sde"], seeds, shape)
-    errors = [rms(sample(drift, p.grid(n), "sde", rule, seeds, shape)[0] - reference) for n in STEPS]
+    reference, _ = sample(estimator, p.grid(), "sde", REFERENCE_RULE["sde"], seeds, shape)
+    errors = [rms(sample(estimator, p.grid(n), "sde", rule, seeds, shape)[0] - reference) for n in STEPS]
     assert slope(STEPS, errors) == pytest.approx(1, abs=0.2), errors
 
 
 def test_two_step_sde_rule_is_closer_to_the_reference_than_the_ancestral_one() -> None:
-    """Both of strong order 1 on the shared path; the extrapolation removes the drift's part of the error."""
-    p, drift, shape = process(1024, "logsnr", reach=4.0), SingleLevel(gaussian_level(S)), (3, 16, 16)
-    reference, _ = sample(drift, p.grid(), "sde", "ddpm", [0, 1], shape)
+    """Both of strong order 1 on the shared path; the extrapolation removes the estimator's part of the error."""
+    p, estimator, shape = process(1024, "logsnr", reach=4.0), SingleLevel(gaussian_level(S)), (3, 16, 16)
+    reference, _ = sample(estimator, p.grid(), "sde", "ddpm", [0, 1], shape)
     for n in STEPS:
-        plain, two = (sample(drift, p.grid(n), "sde", rule, [0, 1], shape)[0] for rule in ("ddpm", "dpmpp_2m"))
+        plain, two = (sample(estimator, p.grid(n), "sde", rule, [0, 1], shape)[0] for rule in ("ddpm", "dpmpp_2m"))
         assert rms(two - reference) < 0.75 * rms(plain - reference)
 
 
 @pytest.mark.parametrize("rule", SDE_RULES)
 def test_an_unrelated_path_does_not_converge(rule: str) -> None:
     """What the shared path is for: with fresh noise the distance to the reference stays at the size of the samples."""
-    p, drift, shape = process(512, reach=4.0), SingleLevel(gaussian_level(S)), (3, 16, 16)
-    reference, _ = sample(drift, p.grid(), "sde", "ddpm", [0], shape)
+    p, estimator, shape = process(512, reach=4.0), SingleLevel(gaussian_level(S)), (3, 16, 16)
+    reference, _ = sample(estimator, p.grid(), "sde", "ddpm", [0], shape)
     fresh = torch.randn(127, 1, *shape, generator=torch.Generator().manual_seed(0))
-    images, _ = sample(drift, p.grid(128), "sde", rule, [0], shape, increments=fresh)
-    shared, _ = sample(drift, p.grid(128), "sde", rule, [0], shape)
+    images, _ = sample(estimator, p.grid(128), "sde", rule, [0], shape, increments=fresh)
+    shared, _ = sample(estimator, p.grid(128), "sde", rule, [0], shape)
     assert rms(images - reference) > 10 * rms(shared - reference)
 
 
@@ -375,8 +375,8 @@ def test_fine_grids_give_the_variance_of_the_data(dynamics: str, rule: str) -> N
     The final image is the denoised end point, of variance alpha^2 S^4 / v; S^2 as the last noise level tends to none.
     """
     p = process(256, "logsnr")
-    drift = SingleLevel(gaussian_level(S))
-    images, _ = sample(drift, p.grid(), dynamics, rule, range(5), (4, 32, 32))
+    estimator = SingleLevel(gaussian_level(S))
+    images, _ = sample(estimator, p.grid(), dynamics, rule, range(5), (4, 32, 32))
     assert float(images.double().var()) == pytest.approx(S**2, rel=0.06)
     assert abs(float(images.double().mean())) < 4 * S / 20480**0.5
 

@@ -35,10 +35,11 @@ RECORDED = ["train_levels", "measure_gamma", "optimise", "sample_compare"]  # in
 COMPARE_COLUMNS = [
     "dynamics",
     "step_rule",
-    "drift",
+    "estimator",
     "probabilities",
     "coins",
-    "cost_knob",
+    "c",
+    "switch",
     "levels",
     "steps",
     "seed",
@@ -47,7 +48,7 @@ COMPARE_COLUMNS = [
     "distance",
     "distance_name",
     "distance_floor",
-    "n",
+    "num_samples",
     "network_calls",
     "gflops_expected",
     "gflops_realised",
@@ -71,7 +72,7 @@ class Place:
 
     def overrides(self, *more: str) -> list[str]:
         paths = [f"paths.{kind}='{self.folder}/{kind}/${{name}}'" for kind in ("results", "checkpoints")]
-        small = ["train.images=640", "compare.n=24", "gamma.bootstrap=10", "threads=1"]
+        small = ["train.images=640", "compare.num_samples=24", "gamma.bootstrap=10", "threads=1"]
         sweep = [word for word in more if word == "-m"]
         more = tuple(word for word in more if word != "-m")
         return [*sweep, "experiment=smoke", *paths, f"paths.data='{self.folder}/data'", *small, *more]
@@ -191,7 +192,7 @@ def test_all_artefacts_exist(done):
     place, _ = done
     expected = [
         "gamma.json", "gamma.png", "compare.csv", "compare.png", "speedup.json", "best.json", "provenance.json",
-        "plans.json", "plans.npz", "gains.png", "diagnostics.json", "levels.json", "levels.png", "diagnostics-sde.png", "diagnostics-ode.png", "method.json",
+        "plans.json", "plans.npz", "gains.png", "diagnostics.json", "ablation.json", "ablation.png", "diagnostics-sde.png", "diagnostics-ode.png", "verdicts.json",
         "metrics.jsonl", "report.html", "training.png", "grids/sde.png", "grids/ode.png",
         *(f"config-{stage}.yaml" for stage in RECORDED),
         *(f"training/w{w}-{seen:010d}-ema.png" for w in range(2, 7) for seen in (192, 320, 640)),
@@ -245,30 +246,30 @@ def test_format_of_compare_csv(done):
         rows = list(csv.DictReader(file))
         file.seek(0)
         header = next(csv.reader(file))
-    assert header == [*COMPARE_COLUMNS, "n_fires_top", "plan", "predicted", "jump", "selected_error"]
-    assert {(r["dynamics"], r["drift"]) for r in rows} == {
+    assert header == [*COMPARE_COLUMNS, "top_evaluations", "plan", "predicted", "largest_effect", "selected_error"]
+    assert {(r["dynamics"], r["estimator"]) for r in rows} == {
         (d, k) for d in ("sde", "ode") for k in ("single", "ml_em", "stitched", "quadrature")
     }
     # the Gaussian denoiser of the training images is a level, and alone a baseline
-    assert {r["levels"] for r in rows if r["drift"] == "single"} == {"gauss", "w2", "w3", "w4", "w5", "w6"}
+    assert {r["levels"] for r in rows if r["estimator"] == "single"} == {"gauss", "w2", "w3", "w4", "w5", "w6"}
     for row in rows:
-        assert row["n"] == "24" and row["seed"] == "1000"
+        assert row["num_samples"] == "24" and row["seed"] == "1000"
         for name in ("error", "error_se", "network_calls", "gflops_expected", "gflops_realised", "seconds"):
             assert float(row[name]) > 0, (name, row)
         assert row["distance_name"] and row["distance_name"] != "FID" and float(row["distance"]) >= 0
         assert float(row["distance_floor"]) >= 0
-        if row["drift"] == "single":
-            assert row["probabilities"] == row["coins"] == row["cost_knob"] == ""
+        if row["estimator"] == "single":
+            assert row["probabilities"] == row["coins"] == row["c"] == ""
             assert float(row["network_calls"]) == int(row["steps"])
             assert float(row["gflops_realised"]) == pytest.approx(float(row["gflops_expected"]), rel=1e-5)
         if row["plan"]:
-            assert row["probabilities"] in ("optimal", "measured", "learned") and row["cost_knob"] == ""
-            assert row["drift"] == ("quadrature" if row["coins"] == "" else "ml_em")
+            assert row["probabilities"] in ("optimal", "measured", "learned") and row["c"] == ""
+            assert row["estimator"] == ("quadrature" if row["coins"] == "" else "ml_em")
             assert row["predicted"] == "" or float(row["predicted"]) > 0
-        elif row["drift"] == "ml_em":
+        elif row["estimator"] == "ml_em":
             assert row["probabilities"] == "constant" and row["coins"] in ("independent", "systematic")
-            assert float(row["cost_knob"]) > 0
-        if row["drift"] == "ml_em":
+            assert float(row["c"]) > 0
+        if row["estimator"] == "ml_em":
             # per image, like the expected cost: a few standard errors of 24 images
             assert float(row["gflops_realised"]) == pytest.approx(float(row["gflops_expected"]), rel=0.25)
 
@@ -278,8 +279,8 @@ def test_format_of_speedup_json(done):
     result = strict(place.results / "speedup.json")
     assert set(result) == {"sde", "ode"}
     for kinds in result.values():
-        assert {"plain", "best"} <= set(kinds)
-        for kind in ("plain", "best"):
+        assert {"paper", "any"} <= set(kinds)
+        for kind in ("paper", "any"):
             for measure, costs in kinds[kind].items():
                 assert measure in ("error", "distance")
                 assert {"flops", "seconds"} <= set(costs)
@@ -484,13 +485,13 @@ def test_wrong_input_is_one_line_and_exit_status_2(here, tmp_path, stage, more, 
         ("measure_gamma", ["family.widths=[2,3,4,9]"], "w9"),
         ("measure_gamma", ["family.widths=[2,3]"], "at least three levels"),
         ("sample_compare", ["compare.gamma=often"], "neither a number nor auto"),
-        ("sample_compare", ["compare.n=1"], ""),
+        ("sample_compare", ["compare.num_samples=1"], ""),
         ("sample_compare", ["compare.seed=499999"], "were selected on sample seeds that"),
         ("sample", ["seeds=many"], "SEEDS=many is not understood"),
         ("sample", ["sampler=heun"], "sampler must be best"),
         ("sample", ["sampler={dynamics: ode}"], "sampler lacks the key"),
         ("sample", ["precision=half"], "precision = 'half' is unknown"),
-        ("sample", ["sampler={dynamics: ode, step_rule: ddim, drift: single, levels: w6, steps: 51}"], "51"),
+        ("sample", ["sampler={dynamics: ode, step_rule: ddim, estimator: single, levels: w6, steps: 51}"], "51"),
     ],
 )
 def test_wrong_requests_on_a_finished_experiment(done, here, stage, more, sentence):
@@ -565,7 +566,7 @@ def test_a_sample_is_keyed_by_its_seed(done, here, tmp_path):
 
 def test_a_sampler_can_be_named(done, here, tmp_path):
     place = done[0].copy_to(tmp_path / "named")
-    sampler = "sampler={dynamics: ode, step_rule: ddim, drift: ml_em, levels: w2+w4+w6, steps: 8, cost_knob: 4, coins: systematic}"
+    sampler = "sampler={dynamics: ode, step_rule: ddim, estimator: ml_em, levels: w2+w4+w6, steps: 8, c: 4, coins: systematic}"
     run = here("sample", place, sampler, "seeds=0-1")
     assert run.code == 0, run.err
     facts = strict(place.results / "samples" / "samples.json")
@@ -579,8 +580,8 @@ def best_by_plan(place: Place, kind: str) -> dict[str, Any]:
     )
     best = strict(place.results / "best.json")
     best |= {"plan": entry["id"], "levels": "+".join(entry["levels"]), "coins": "" if kind == "quadrature" else kind}
-    best |= {k: entry[k] for k in ("dynamics", "step_rule", "steps", "probabilities")} | {"cost_knob": None}
-    best["drift"] = "quadrature" if kind == "quadrature" else "ml_em"
+    best |= {k: entry[k] for k in ("dynamics", "step_rule", "steps", "probabilities")} | {"c": None}
+    best["estimator"] = "quadrature" if kind == "quadrature" else "ml_em"
     write_json(place.results / "best.json", best)
     return entry
 
@@ -644,12 +645,12 @@ class Analytic(Place):
 
     def overrides(self, *more: str) -> list[str]:
         o = {
-            "calibrate": 16, "calibrate_steps": 17, "n_select": 24, "plans": 3, "diagnose": "{seeds: 16, steps: 6}",
+            "calibrate": 16, "calibrate_steps": 17, "num_select": 24, "plans": 3, "diagnose": "{seeds: 16, steps: 6}",
             "rules": "[{dynamics: sde, step_rule: ddpm, steps: [5, 17], learn: true}, {dynamics: ode, step_rule: dpmpp_2m, steps: [9]}]",
             "measured": "{costs: [8], steps: [17]}", "learned": "{costs: [8], steps: 17, iterations: 2, paths: 2, draws: 2}",
         }  # fmt: skip
         c = {
-            "n": 32, "n_reference": 32, "seed": 0, "bootstrap": 20, "stitched": "[]", "ml_em": "[]",
+            "num_samples": 32, "num_reference": 32, "seed": 0, "bootstrap": 20, "stitched": "[]", "ml_em": "[]",
             "baselines": "[{dynamics: sde, step_rule: ddpm, levels: all, steps: [5, 9]}]",
         }  # fmt: skip
         return [
@@ -695,20 +696,22 @@ def test_every_plan_is_a_row_of_the_comparison(analytic):
         entry = entries[row["plan"]]
         assert row["levels"] == "+".join(entry["levels"]) and int(row["steps"]) == entry["steps"]
         assert float(row["gflops_expected"]) == pytest.approx(entry["cost"] / 1e9, rel=1e-4)
-        assert float(row["jump"]) == pytest.approx(entry["jump"], rel=1e-4) and row["distance"] == ""
+        assert (
+            float(row["largest_effect"]) == pytest.approx(entry["largest_effect"], rel=1e-4) and row["distance"] == ""
+        )
         if entry["predicted"] is not None:
             assert float(row["predicted"]) == pytest.approx(entry["predicted"], rel=1e-4)
         # on other seeds than it was selected on, within a factor of a few: 32 of them, large jumps included
         assert 0.1 < float(row["error"]) / entry["selected_error"] < 10
-        if row["drift"] == "quadrature":
+        if row["estimator"] == "quadrature":
             assert float(row["gflops_realised"]) == pytest.approx(float(row["gflops_expected"]), rel=1e-5)
-    assert all(row["predicted"] == row["jump"] == "" for row in rows if not row["plan"])
+    assert all(row["predicted"] == row["largest_effect"] == "" for row in rows if not row["plan"])
 
 
 def test_the_verdicts_are_of_the_rules_that_were_planned(analytic):
-    found = strict(analytic.results / "method.json")
+    found = strict(analytic.results / "verdicts.json")
     assert set(found) == {"sde/ddpm", "ode/dpmpp_2m"}
-    assert "best" in found["sde/ddpm"]["against_em"] and found["ode/dpmpp_2m"]["against_em"] == {}
+    assert "any" in found["sde/ddpm"]["against_em"] and found["ode/dpmpp_2m"]["against_em"] == {}
     assert found["sde/ddpm"]["predicted_error"]["quadrature"]["rows"] >= 1
     assert not (analytic.results / "best.json").exists()  # without distances nothing is called best
 
@@ -740,20 +743,20 @@ def test_what_is_done_is_not_optimised_again(analytic, here):
 
 
 def test_what_levels_are_worth_is_written_down(analytic):
-    content, plans = strict(analytic.results / "levels.json"), strict(analytic.results / "plans.json")
+    content, plans = strict(analytic.results / "ablation.json"), strict(analytic.results / "plans.json")
     assert [level["name"] for level in content["levels"]] == ["f1", "f2", "f3"]
     for level in content["levels"]:
         assert level["seconds"] == plans["timing"]["seconds"][level["name"]] > 0
-        worth = level["worth_flops"]
-        assert worth is None if level["name"] == "f3" else set(worth) == {"sde/ddpm", "ode/dpmpp_2m"}
-        for w in (worth or {}).values():
+        ratio = level["cost_ratio_flops"]
+        assert ratio is None if level["name"] == "f3" else set(ratio) == {"sde/ddpm", "ode/dpmpp_2m"}
+        for w in (ratio or {}).values():
             assert w["largest"] >= w["mean"] >= 1 - 1e-12 and w["errors"][0] < w["errors"][1]
     assert content["kept"]["flops"][-1] == content["kept"]["seconds"][-1] == "f3"
     assert plans["cost_unit"] == "flops" and content["batch"] == plans["timing"]["batch"] > 1
     for e in plans["plans"]:  # each in its own unit
         low, high = (f(plans["timing"]["seconds"].values()) * e["steps"] for f in (min, sum))
         assert 0.99 * low < e["seconds"] < 2 * high
-    with Image.open(analytic.results / "levels.png") as image:
+    with Image.open(analytic.results / "ablation.png") as image:
         assert min(image.size) > 400
 
 
@@ -776,7 +779,7 @@ def test_plans_in_seconds(analytic, here, tmp_path, monkeypatch):
     assert calls == [["f1", "f2", "f3"]] and "In seconds f1 + f3 earn their place; removed, in order: f2." in run.out
     content = strict(place.results / "plans.json")
     assert content["cost_unit"] == "seconds" and content["timing"]["seconds"] == SECONDS
-    assert strict(place.results / "levels.json")["kept"]["seconds"] == ["f1", "f3"]
+    assert strict(place.results / "ablation.json")["kept"]["seconds"] == ["f1", "f3"]
     optimal = [e for e in content["plans"] if e["probabilities"] == "optimal"]
     assert optimal and not any("f2" in e["levels"] for e in optimal)
     in_flops = strict(analytic.results / "plans.json")["plans"]
@@ -797,8 +800,8 @@ def test_plans_in_seconds(analytic, here, tmp_path, monkeypatch):
         if e["method"] == "quadrature":  # fixed weights: whole numbers of evaluations
             counts = float(rows[e["id"]]["network_calls"])
             assert min(SECONDS.values()) * counts <= e["seconds"] <= max(SECONDS.values()) * counts
-    method = strict(place.results / "method.json")["sde/ddpm"]
-    assert method["unit"] == "seconds" and strict(analytic.results / "method.json")["sde/ddpm"]["unit"] == "flops"
+    method = strict(place.results / "verdicts.json")["sde/ddpm"]
+    assert method["unit"] == "seconds" and strict(analytic.results / "verdicts.json")["sde/ddpm"]["unit"] == "flops"
     assert "seconds" in (method["optimiser_against_em"]["worst"] or {"seconds": None})
     assert here("optimise", place, *short, "force=true").code == 0 and len(calls) == 1
     assert strict(place.results / "plans.json")["plans"] == content["plans"]
@@ -812,7 +815,7 @@ def test_no_plan_at_all_where_all_levels_take_as_long(here, tmp_path, monkeypatc
     )
     run = here("optimise", place, "optimise.cost=seconds", "optimise.methods=[independent]")
     assert run.code == 0, run.err
-    assert strict(place.results / "levels.json")["kept"]["seconds"] == ["f3"]
+    assert strict(place.results / "ablation.json")["kept"]["seconds"] == ["f3"]
     assert not [e for e in strict(place.results / "plans.json")["plans"] if e["probabilities"] == "optimal"]
 
 
@@ -823,7 +826,7 @@ def test_an_unknown_unit_of_cost_is_one_sentence(here, tmp_path, more):
 
 
 def test_no_picture_can_be_drawn_of_numbers(analytic, here):
-    named = "sampler={dynamics: ode, step_rule: ddim, drift: single, levels: f1, steps: 4}"
+    named = "sampler={dynamics: ode, step_rule: ddim, estimator: single, levels: f1, steps: 4}"
     run = here("sample", analytic, named)
     assert run.code == 2 and "are not pictures in RGB" in run.complaint
 

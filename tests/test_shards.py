@@ -18,7 +18,7 @@ import torch
 from mlem_diffusion import parallel
 from mlem_diffusion.comparison.features import Extractor
 from mlem_diffusion.comparison.runner import NoiseCache, Runner
-from mlem_diffusion.comparison.settings import Setting
+from mlem_diffusion.comparison.settings import SamplerSetting
 from mlem_diffusion.diffusion.process import LinearSchedule, Process
 from mlem_diffusion.errors import Interrupted, SlowPath
 from mlem_diffusion.files import read_arrays, write_arrays
@@ -30,9 +30,9 @@ import launch  # noqa: E402
 
 UNET = {"multipliers": [1, 2], "blocks": 1, "attention": [4]}
 SETTINGS = [
-    Setting("sde", "ddpm", "single", ("w4",), 5),
-    Setting("ode", "ddim", "ml_em", ("w2", "w4"), 6, "constant", "independent", 2.0),
-    Setting("sde", "ddpm", "ml_em", ("w2", "w4"), 6, "constant", "independent-shared", 2.0),
+    SamplerSetting("sde", "ddpm", "single", ("w4",), 5),
+    SamplerSetting("ode", "ddim", "ml_em", ("w2", "w4"), 6, "constant", "independent", 2.0),
+    SamplerSetting("sde", "ddpm", "ml_em", ("w2", "w4"), 6, "constant", "independent-shared", 2.0),
 ]
 
 
@@ -42,7 +42,7 @@ def make_runner(cache: Path) -> Runner:
     extractor = Extractor("FD-mean", "k", lambda images: images.float().mean((2, 3)))
     return Runner(
         levels={level.name: level for level in levels}, process=Process(LinearSchedule(), base_steps=12), gamma=2.5,
-        shape=(3, 8, 8), seeds=list(range(100, 113)), n_reference=8, batch=3, device=torch.device("cpu"),
+        shape=(3, 8, 8), seeds=list(range(100, 113)), num_reference=8, batch=3, device=torch.device("cpu"),
         extractor=extractor, cache=cache, key="a", grid_images=5,
     )  # fmt: skip
 

@@ -37,7 +37,7 @@ from mlem_diffusion.models.family import build_denoiser
 from mlem_diffusion.models.unet import Denoiser
 from mlem_diffusion.training.graphed_step import GraphedStep
 from mlem_diffusion.training.loop import Interrupted, TrainConfig, draw_batch, ema_decay, learning_rate
-from mlem_diffusion.training.step import TrainStep, choose_precision, wants_graph
+from mlem_diffusion.training.step import TrainStep, choose_precision, should_capture
 
 CPU = torch.device("cpu")
 SHORT = replace(CONFIG, images=16 * 12, snapshots=[1.0], log_every=32)
@@ -250,9 +250,9 @@ def test_what_auto_means(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, major=major: (major, 0))
         assert choose_precision("auto", torch.device("cuda")) == expected
     plain, cuda = nn.Linear(1, 1), torch.device("cuda")
-    assert wants_graph("auto", plain, cuda, 1) and wants_graph("on", plain, cuda, 1)
-    assert not wants_graph("off", plain, cuda, 1) and not wants_graph("auto", plain, cuda, 2)
-    assert not wants_graph("auto", nn.Dropout(0.1), cuda, 1) and not wants_graph("auto", plain, CPU, 1)
+    assert should_capture("auto", plain, cuda, 1) and should_capture("on", plain, cuda, 1)
+    assert not should_capture("off", plain, cuda, 1) and not should_capture("auto", plain, cuda, 2)
+    assert not should_capture("auto", nn.Dropout(0.1), cuda, 1) and not should_capture("auto", plain, CPU, 1)
 
 
 # ------------------------------------------------------------------------------------------------ bad values

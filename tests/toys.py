@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mlem_diffusion.diffusion.level import Level
-from mlem_diffusion.diffusion.process import Grid, LinearSchedule, Process, alpha_sigma, expand
+from mlem_diffusion.diffusion.process import LinearSchedule, Process, TimeGrid, alpha_sigma, expand
 
 SHAPE = (3, 4, 4)
 
@@ -44,10 +44,10 @@ def toy_family(count: int = 3) -> tuple[Level, ...]:
     return tuple(make(k) for k in range(count))
 
 
-def grid_of(logsnr: np.ndarray) -> Grid:
+def grid_of(logsnr: np.ndarray) -> TimeGrid:
     """A grid through given ascending log-SNRs, its own base grid, on the linear schedule's clock."""
     time = LinearSchedule().time(logsnr)
-    return Grid(logsnr, time, LinearSchedule().beta(time), np.arange(len(logsnr)), logsnr, time)
+    return TimeGrid(logsnr, time, LinearSchedule().beta(time), np.arange(len(logsnr)), logsnr, time)
 
 
 def gaussian_variance(logsnr: np.ndarray | float, s: float) -> np.ndarray:

@@ -44,7 +44,7 @@ class Damaged(UserError):
 
 
 @contextlib.contextmanager
-def understood(path: Path, hint: str) -> Iterator[None]:
+def expect_content(path: Path, hint: str) -> Iterator[None]:
     """Around what takes a file's content apart: Damaged where the file is whole but holds something else than belongs there."""
     try:
         yield
@@ -52,13 +52,13 @@ def understood(path: Path, hint: str) -> Iterator[None]:
         raise Damaged(path, f"{path} does not hold what belongs there: {hint}.") from error
 
 
-def make_again(error: Damaged) -> None:
+def discard_damaged(error: Damaged) -> None:
     """Remove a damaged file of a cache, and say that what it held is computed again."""
     error.path.unlink(missing_ok=True)
     warnings.warn(f"{error.path} was damaged, so it is made again.", SlowPath, stacklevel=3)
 
 
-def kept(path: Path, read: Callable[[Path], T], make: Callable[[], object]) -> T:
+def cached(path: Path, read: Callable[[Path], T], make: Callable[[], object]) -> T:
     """read(path) of a file in a cache, made first where it is not there, and again where it is damaged."""
     for _ in range(2):
         if not path.is_file():
@@ -66,7 +66,7 @@ def kept(path: Path, read: Callable[[Path], T], make: Callable[[], object]) -> T
         try:
             return read(path)
         except Damaged as error:
-            make_again(error)
+            discard_damaged(error)
     make()
     return read(path)
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch.distributed as dist
 
 from .errors import Interrupted, UserError
-from .files import Damaged, make_again, read_arrays, write_arrays
+from .files import Damaged, discard_damaged, read_arrays, write_arrays
 
 Arrays = dict[str, np.ndarray]
 
@@ -152,10 +152,10 @@ def run_jobs(
     Collective: every process calls it with the same jobs. progress(job number) is called on the main process once for
     each batch of the unfinished jobs. Raises Interrupted between batches.
     """
-    found = [_kept(job) for job in jobs] if is_main() else []
+    found = [_cached_batches(job) for job in jobs] if is_main() else []
     # numbers of batches; None: the file is there
-    kept = from_main(lambda: [None if have is None else sorted(have) for have in found])
-    todo = [(j, i) for j, have in enumerate(kept) if have is not None for i in range(jobs[j].count) if i not in have]
+    cached = from_main(lambda: [None if have is None else sorted(have) for have in found])
+    todo = [(j, i) for j, have in enumerate(cached) if have is not None for i in range(jobs[j].count) if i not in have]
     parts: list[dict[int, Arrays]] = [{} for _ in jobs]
 
     def take(found: dict[tuple[int, int], Arrays]) -> None:
@@ -184,7 +184,7 @@ def remove_parts(folder: Path) -> None:
             part.unlink()
 
 
-def _kept(job: Job) -> dict[int, Arrays] | None:
+def _cached_batches(job: Job) -> dict[int, Arrays] | None:
     """The batches that an earlier run kept; None where the whole file is there."""
     if job.path.is_file():
         return None
@@ -194,7 +194,7 @@ def _kept(job: Job) -> dict[int, Arrays] | None:
             try:
                 found[i] = read_arrays(job.part(i), "remove it")
             except Damaged as error:
-                make_again(error)
+                discard_damaged(error)
     return found
 
 

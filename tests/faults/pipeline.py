@@ -25,11 +25,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "experiment=smoke", "threads=1", "family.widths=[2,3,4]", "train.images=640", "train.log_every=128", "train.save_every=0.1",
-    "compare.n=24", "gamma.bootstrap=10", "optimise.methods=[quadrature]",
+    "compare.num_samples=24", "gamma.bootstrap=10", "optimise.methods=[quadrature]",
 ]  # fmt: skip
 # what tells of time, dates and machines, or follows from it
 TIMES = re.compile(r"second|finished|date|timing|commit|device|duration|content_sha256|^outputs$|^cpu$|threads|workers")
-TIMED = {"compare.png", "levels.png", "report.html", "diagnostics.json"}  # they show seconds, or judge them
+TIMED = {"compare.png", "ablation.png", "report.html", "diagnostics.json"}  # they show seconds, or judge them
 NOISE = re.compile(
     r"\d+%\|| \[\d\d:\d\d|^\s*$|it/s\]|img/s\]|resource_tracker"
 )  # progress bars, and what Python says of workers that were killed

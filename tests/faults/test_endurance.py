@@ -44,8 +44,8 @@ def sampling(folder: Path, calls: int, done: Done) -> None:
     drifts = [Multilevel(family, np.array([1, 0.5, 0.3]), coins) for coins in ("systematic", "independent")]
     settings = list(itertools.product(drifts, STEP_RULES))
     for k in range(calls):
-        drift, (dynamics, rule) = settings[k % len(settings)]
-        sample(drift, grid, dynamics, rule, [2 * k, 2 * k + 1], toys.SHAPE)
+        estimator, (dynamics, rule) = settings[k % len(settings)]
+        sample(estimator, grid, dynamics, rule, [2 * k, 2 * k + 1], toys.SHAPE)
         done(k + 1)
 
 

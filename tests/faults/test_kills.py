@@ -162,7 +162,7 @@ def test_asked_to_stop_in_the_midst_of_a_long_batch(stages, forker, count, whole
     for workers in (1, 2) if whole else (2,):
         run, seconds = asked_to_stop(
             forker, place, "sample_compare", 4.0, terminate, "metrics._target_=null",
-            "process.base_steps=1000", "compare.n=2000", "compare.n_reference=2000", "compare.batch=2000", f"workers={workers}",
+            "process.base_steps=1000", "compare.num_samples=2000", "compare.num_reference=2000", "compare.batch=2000", f"workers={workers}",
         )  # fmt: skip
         fine = run.code == 75 and "run the same command again" in run.sentence and seconds < SOON
         count(1, "SIGTERM in a batch of minutes", fine, f"{seconds:.1f} s after the signal: {run}")

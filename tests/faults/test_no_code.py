@@ -36,7 +36,7 @@ from mlem_diffusion.files import SEAL, sha256_of, write_arrays, write_json
 from mlem_diffusion.models.checkpoint import save_state
 from mlem_diffusion.models.published import write_index
 
-SETTING = "sampler={dynamics:ode,step_rule:ddim,drift:single,levels:[w4],steps:4}"
+SETTING = "sampler={dynamics:ode,step_rule:ddim,estimator:single,levels:[w4],steps:4}"
 SECRET = "a-word-from-the-environment"
 PRODUCT = "62615533"  # what {{ 7919 * 7907 }} is where a template is made of it
 MARKUP = "<script>alert(7)</script><img src=x onerror=alert(7)> {{ 7919 * 7907 }} "
@@ -345,8 +345,8 @@ JSONS: tuple[tuple[Callable[[Place], Path], str, tuple[str, ...], tuple[str, ...
     (own_metadata, "measure_gamma", ("force=true",), ()),
     (own_metadata, "train_levels", ("workers=1",), ("fingerprint",)),
     (result("best.json"), "sample", ("seeds='0-1'", "force=true"), ("levels",)),
-    (result("best.json"), "sample", ("seeds='0-1'", "force=true"), ("gamma", "steps", "cost_knob")),
-    (result("best.json"), "sample", ("seeds='0-1'", "force=true"), ("dynamics", "step_rule", "drift", "plan")),
+    (result("best.json"), "sample", ("seeds='0-1'", "force=true"), ("gamma", "steps", "c")),
+    (result("best.json"), "sample", ("seeds='0-1'", "force=true"), ("dynamics", "step_rule", "estimator", "plan")),
     (result("best.json"), "sample", ("seeds='0-1'", "force=true"), ("made_with",)),
     (result("best.json"), "report", (), ()),
     (result("gamma.json"), "sample_compare", ("force=true",), ("estimates",)),
@@ -354,7 +354,7 @@ JSONS: tuple[tuple[Callable[[Place], Path], str, tuple[str, ...], tuple[str, ...
     (result("plans.json"), "sample_compare", ("force=true",), ("plans",)),
     (result("plans.json"), "sample_compare", ("force=true",), ("seeds_used", "alone", "calibration")),
     (result("provenance.json"), "report", (), ("stages",)),
-    (result("levels.json"), "report", (), ()),
+    (result("ablation.json"), "report", (), ()),
     (result("speedup.json"), "report", (), ()),
     (result("cache/done.json"), "report", (), ()),
     (result("cache/done.json"), "measure_gamma", ("data.source=???",), ()),
@@ -499,7 +499,7 @@ def markup_in(*names: str) -> Plant:
     return plant
 
 
-for name in ("best.json", "gamma.json", "speedup.json", "levels.json", "method.json", "diagnostics.json"):
+for name in ("best.json", "gamma.json", "speedup.json", "ablation.json", "verdicts.json", "diagnostics.json"):
     attack("markup and templates in the report", "report", check=raw)(markup_in(name))
 
 
@@ -716,4 +716,6 @@ def test_planted_calls_are_found(count):
         "import re, torch, numpy as np\nre.compile(x)\nnp.load(p)\ntorch.load(p, weights_only=True)\nmodel.eval()\n"
     )
     assert not list(violations(harmless, "src/planted.py"))
-    assert not list(violations("from hydra.utils import instantiate\ninstantiate(x)\n", "src/mlem_diffusion/experiment/stage.py"))
+    assert not list(
+        violations("from hydra.utils import instantiate\ninstantiate(x)\n", "src/mlem_diffusion/experiment/stage.py")
+    )

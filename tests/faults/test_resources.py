@@ -391,7 +391,9 @@ def test_two_runs_in_one_folder(stages, forkers, count, tmp_path):
 @pytest.mark.whole
 def test_report_beside_a_comparison(stages, forkers, count, tmp_path):
     place = stages.before("sample_compare").copy_to(tmp_path / "report")
-    holder = Beside(forkers[0], "sample_compare", place, "workers=1", "compare.n=120", "compare.bootstrap=5000")
+    holder = Beside(
+        forkers[0], "sample_compare", place, "workers=1", "compare.num_samples=120", "compare.bootstrap=5000"
+    )
     holder.wait_for(place.results / "cache" / ".lock", "sample_compare")
     detail = refused(forkers[1]("report", place.arguments()), "sample_compare")
     count(5, "report beside sample_compare", not detail, detail)

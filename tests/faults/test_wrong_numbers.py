@@ -118,11 +118,11 @@ def test_training_that_diverges_at_some_noise_levels(count, tmp_path, scale, acc
 ANALYTIC = [
     "experiment=analytic", "threads=1", "workers=1", "tracking.mode=disabled", "process.base_steps=65",
     "+family.callable.broken=1", "family.callable.levels=4", "family.callable._target_=broken_family.broken_family",
-    "compare.n=12", "compare.n_reference=8", "compare.batch=6", "compare.bootstrap=20", "compare.plans=none",
+    "compare.num_samples=12", "compare.num_reference=8", "compare.batch=6", "compare.bootstrap=20", "compare.plans=none",
     "compare.baselines=[{dynamics:sde,step_rule:ddpm,levels:all,steps:[9,17]},{dynamics:ode,step_rule:dpmpp_2m,levels:all,steps:[9]}]",
     "compare.stitched=[{dynamics:sde,step_rule:ddpm,pairs:[[1,3],[0,3]],switch:[0.5],steps:[17]}]",
-    "compare.ml_em=[{dynamics:sde,step_rule:ddpm,families:[all,[0,2,3]],coins:[independent,systematic],knobs:[0.5,4],steps:[33]}]",
-    "optimise.calibrate=8", "optimise.calibrate_steps=9", "optimise.n_select=8", "optimise.plans=2", "optimise.diagnose={seeds:8,steps:6}",
+    "compare.ml_em=[{dynamics:sde,step_rule:ddpm,families:[all,[0,2,3]],coins:[independent,systematic],c:[0.5,4],steps:[33]}]",
+    "optimise.calibrate=8", "optimise.calibrate_steps=9", "optimise.num_select=8", "optimise.plans=2", "optimise.diagnose={seeds:8,steps:6}",
     "optimise.rules=[{dynamics:sde,step_rule:ddpm,steps:[9,17],learn:false},{dynamics:ode,step_rule:dpmpp_2m,steps:[9]}]",
     "optimise.measured={costs:[4],steps:[17]}",
 ]  # fmt: skip
@@ -138,7 +138,7 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-SHARED = ("dynamics", "step_rule", "drift", "levels", "coins", "cost_knob", "steps")
+SHARED = ("dynamics", "step_rule", "estimator", "levels", "coins", "c", "steps")
 
 
 @pytest.fixture(scope="module")
@@ -160,8 +160,8 @@ def of_diverged(folder: Path, healthy: dict[tuple[str, ...], dict[str, str]]) ->
         whole = {k: v for k, v in plain(row).items() if k != "diverged"} == plain(before)
         said = not row["error"] and not row["error_se"] and int(row["diverged"] or 0) > 0
         uses = "f2" in row["levels"].split("+")
-        if not (said or whole) or (said and not uses) or (uses and row["drift"] == "single" and not said):
-            return f"{row['levels']}, {row['drift']}: error {row['error']!r}, diverged {row['diverged']!r}"
+        if not (said or whole) or (said and not uses) or (uses and row["estimator"] == "single" and not said):
+            return f"{row['levels']}, {row['estimator']}: error {row['error']!r}, diverged {row['diverged']!r}"
     missing = [n for n in ("compare.png", "speedup.json", "provenance.json") if not (folder / "results" / n).is_file()]
     text = (folder / "results" / "speedup.json").read_text() if not missing else ""
     return f"{missing} not there" if missing else "NaN in speedup.json" if "NaN" in text or "Infinity" in text else ""
@@ -308,8 +308,8 @@ MISMATCHES = (
     Mismatch("levels of other images", "sample_compare", ("is not the data set that the levels", "make data"), nothing, ("force=true", "data.count=319")),
     Mismatch("noise levels that were not trained", "measure_gamma", ("trained for log-SNR -9 to 9", "process.logsnr_max", "train"), nothing, ("force=true", "process.logsnr_max=12")),
     Mismatch("noise levels that were not trained", "sample_compare", ("trained for log-SNR -9 to 9", "process.logsnr_min", "train"), nothing, ("force=true", "process.logsnr_min=-9.5")),
-    Mismatch("too few images for a distance", "sample_compare", ("too few", "32 features", "compare.n=33"), nothing, ("force=true", "metrics.dim=32")),
-    Mismatch("too few images for a distance", "sample_compare", ("at least 302 real images", "256", "compare.n"), nothing, ("force=true", "compare.n=300")),
+    Mismatch("too few images for a distance", "sample_compare", ("too few", "32 features", "compare.num_samples=33"), nothing, ("force=true", "metrics.dim=32")),
+    Mismatch("too few images for a distance", "sample_compare", ("at least 302 real images", "256", "compare.num_samples"), nothing, ("force=true", "compare.num_samples=300")),
     Mismatch("plans judged on their own seeds", "sample_compare", ("selected on sample seeds", "compare.seed"), nothing, ("force=true", "compare.seed=500000")),
 )  # fmt: skip
 
@@ -342,7 +342,7 @@ def test_gamma_of_levels_trained_since_the_comparison(stages, other, forker, cou
 
 FEW = (
     "compare.baselines=[{dynamics:ode,step_rule:ddim,levels:all,steps:[4,8]}]", "compare.stitched=[]", "compare.plans=none",
-    "compare.ml_em=[{dynamics:ode,step_rule:ddim,families:[all],coins:[independent],knobs:[4],steps:[16]}]",
+    "compare.ml_em=[{dynamics:ode,step_rule:ddim,families:[all],coins:[independent],c:[4],steps:[16]}]",
 )  # fmt: skip
 COMPARED = ("compare.csv", "speedup.json", "best.json")
 
@@ -375,11 +375,11 @@ def test_caches_of_other_levels_and_settings(stages, other, forker, count, whole
 
 @pytest.mark.whole
 def test_more_compared_images_than_there_are(stages, forker, count, whole, tmp_path):
-    """n_reference above n is n."""
+    """num_reference above n is n."""
     found = []
     for n in (24, 100):
         place = stages.after["everything"].copy_to(tmp_path / str(n), link=True)
-        run = forker("sample_compare", place.arguments(*FEW, f"compare.n_reference={n}"))
+        run = forker("sample_compare", place.arguments(*FEW, f"compare.num_reference={n}"))
         found.append(of_comparison(place) if run.code == 0 else str(run))
     count(
         4, "more compared images than there are", found[0] == found[1] and isinstance(found[0], dict), str(found)[:400]

@@ -18,7 +18,7 @@ from ..diffusion.process import Process
 from ..errors import UserError
 from ..models.torch_compile import first_line
 from .forward import Bench, forward, level, matmul
-from .record import Found, Kept, Results, digest, row
+from .record import Cached, Found, Results, digest, row
 from .sampling import noise, sampler
 from .training import first_step, has_compiler, train
 
@@ -58,8 +58,8 @@ def parts_of(
 
     def add(name: str, group: str, options: Mapping[str, Any], empty: dict[str, Any], run: Any, *args: Any) -> None:
         # how long it takes and whether it may be left out do not change what it finds
-        kept = {k: v for k, v in options.items() if k not in ("seconds_about", "optional", "modes")}
-        settings = digest([group, repr(bench), kept, repr(args)])
+        cached = {k: v for k, v in options.items() if k not in ("seconds_about", "optional", "modes")}
+        settings = digest([group, repr(bench), cached, repr(args)])
         out.append(
             Part(
                 name,
@@ -90,11 +90,11 @@ def parts_of(
                 empty = row("level", f"{bench.precision} {o['mode']}", width=width)
                 add(f"level w{width}", group, o, empty, level, width, o["batches"], o["mode"], dict(unet))
         elif group == "noise":
-            add("noise", group, o, row("noise", ""), noise, process, o["steps"], o["batches"], len(family), o["knob"])
+            add("noise", group, o, row("noise", ""), noise, process, o["steps"], o["batches"], len(family), o["c"])
         elif group == "sampler":
             for batch in o["batches"]:
                 empty = row("sampler", f"{bench.precision} {o['mode']}", batch=batch)
-                shared = (process, family, dict(unet), o["mode"], o["steps"], batch, o["knob"], o["repeats"])
+                shared = (process, family, dict(unet), o["mode"], o["steps"], batch, o["c"], o["repeats"])
                 add(f"sampler batch {batch}", group, o, empty, sampler, *shared)
         elif group == "train":
             shape = {**reference, **o.get("unet", {})}
@@ -199,7 +199,7 @@ def run_parts(
                 raise
             except Exception as error:
                 found = _empty(part, first_line(error))
-        results.put(part.name, Kept(part.settings, code, commit, round(time.perf_counter() - start, 1), found))
+        results.put(part.name, Cached(part.settings, code, commit, round(time.perf_counter() - start, 1), found))
         _forget(device)
         done(part, found)
     return True

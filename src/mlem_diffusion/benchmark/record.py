@@ -61,7 +61,7 @@ class Found:
 
 
 @dataclass
-class Kept:
+class Cached:
     """A part that has been measured: with which settings, code and commit, in how many seconds."""
 
     settings: str
@@ -76,7 +76,7 @@ class Results:
 
     def __init__(self, path: Path, head: Mapping[str, Any], parts: Sequence[str]):
         self.path, self.head, self.parts = path, dict(head), list(parts)
-        self.kept: dict[str, Kept] = {}
+        self.cached: dict[str, Cached] = {}
 
     def load(self, settings: Mapping[str, str], code: str, any_code: bool = False) -> None:
         """Keep from the file what was measured with the same device, versions, settings (by part) and code."""
@@ -84,7 +84,7 @@ class Results:
             old = read_json(self.path, "")
             if any(old[key] != self.head[key] for key in ("device", "torch", "cuda", "size")):
                 return
-            kept, start = {}, 0
+            cached, start = {}, 0
             for entry in old["parts"]:
                 rows = old["rows"][start : start + entry["rows"]]
                 start += entry["rows"]
@@ -94,18 +94,20 @@ class Results:
                         if own.get("part") == entry["part"]:
                             facts.setdefault(kind, []).append({k: v for k, v in own.items() if k != "part"})
                 found = Found(rows, facts, entry["skipped"])
-                kept[entry["part"]] = Kept(entry["settings"], entry["code"], entry["commit"], entry["seconds"], found)
+                cached[entry["part"]] = Cached(
+                    entry["settings"], entry["code"], entry["commit"], entry["seconds"], found
+                )
         except (UserError, ValueError, KeyError, TypeError, AttributeError):
             return  # no file, or not one of ours
-        for part, entry in kept.items():
+        for part, entry in cached.items():
             if settings.get(part) == entry.settings and (any_code or code == entry.code):
-                self.kept[part] = entry
+                self.cached[part] = entry
 
     def finished(self, part: str) -> bool:
-        return part in self.kept and not self.kept[part].found.skipped
+        return part in self.cached and not self.cached[part].found.skipped
 
-    def put(self, part: str, kept: Kept) -> None:
-        self.kept[part] = kept
+    def put(self, part: str, cached: Cached) -> None:
+        self.cached[part] = cached
         write_json(self.path, self.document())
 
     def document(self) -> dict[str, Any]:
@@ -114,21 +116,21 @@ class Results:
         facts: dict[str, list] = {}
         parts = []
         for name in self.parts:
-            if name not in self.kept:
+            if name not in self.cached:
                 continue
-            kept = self.kept[name]
-            rows += [dict(r) for r in kept.found.rows]
-            for kind, entries in kept.found.facts.items():
+            cached = self.cached[name]
+            rows += [dict(r) for r in cached.found.rows]
+            for kind, entries in cached.found.facts.items():
                 facts.setdefault(kind, []).extend({"part": name, **entry} for entry in entries)
             parts.append(
                 {
                     "part": name,
-                    "rows": len(kept.found.rows),
-                    "seconds": kept.seconds,
-                    "skipped": kept.found.skipped,
-                    "commit": kept.commit,
-                    "code": kept.code,
-                    "settings": kept.settings,
+                    "rows": len(cached.found.rows),
+                    "seconds": cached.seconds,
+                    "skipped": cached.found.skipped,
+                    "commit": cached.commit,
+                    "code": cached.code,
+                    "settings": cached.settings,
                 }
             )
         add_fractions(rows)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.brownian import path_increments
-from ..diffusion.estimator import Drift, SingleLevel
+from ..diffusion.estimator import Estimator, SingleLevel
 from ..diffusion.level import Level
 from ..diffusion.process import Process
 from ..diffusion.sampler import sample
@@ -49,7 +49,7 @@ def sampler(
     mode: str,
     steps: int,
     batch: int,
-    knob: float,
+    c: float,
     repeats: int,
 ) -> Found:
     """DDPM with the largest level and ML-EM with two kinds of coins; rows of three kinds:
@@ -66,17 +66,17 @@ def sampler(
             flops = flops_per_evaluation(denoiser, bench.size)
             nets.append(fast(denoiser, bench.precision, mode, f"w{width}", batch))
             levels.append(Level(f"w{width}", nets[-1], flops))
-        p = constant_probabilities([level.flops for level in levels], GAMMA, knob)
+        p = constant_probabilities([level.flops for level in levels], GAMMA, c)
 
-        def drifts(family: Sequence[Level]) -> dict[str, Drift]:
+        def all_estimators(family: Sequence[Level]) -> dict[str, Estimator]:
             return {
                 f"DDPM with {family[-1].name}": SingleLevel(family[-1]),
                 "ML-EM, independent coins": Multilevel(tuple(family), p, "independent"),
                 "ML-EM, systematic coins": Multilevel(tuple(family), p, "systematic"),
             }
 
-        for name in drifts(levels):
-            _one(found, bench, process, levels, nets, drifts, name, steps, batch, mode)
+        for name in all_estimators(levels):
+            _one(found, bench, process, levels, nets, all_estimators, name, steps, batch, mode)
     for warning in caught:
         if issubclass(warning.category, SlowPath):
             found.note(str(warning.message))
@@ -89,7 +89,7 @@ def _one(
     process: Process,
     levels: Sequence[Level],
     nets: Sequence[Any],
-    drifts: Callable[[Sequence[Level]], dict[str, Drift]],
+    estimators: Callable[[Sequence[Level]], dict[str, Estimator]],
     name: str,
     steps: int,
     batch: int,
@@ -103,16 +103,16 @@ def _one(
     noting = [Level(v.name, _Noting(k, v.denoise, calls), v.flops) for k, v in enumerate(levels)]
     loops: list[float] = []
     try:
-        _, ledger = sample(drifts(noting)[name], grid, "sde", "ddpm", seeds, shape, bench.device)
+        _, ledger = sample(estimators(noting)[name], grid, "sde", "ddpm", seeds, shape, bench.device)
         flops = ledger.flops_per_image
         if len(calls) != sum(ledger.launches):
             raise RuntimeError(f"{len(calls)} calls were seen, but the ledger counts {sum(ledger.launches)}")
         x = torch.randn(batch, *shape, device=bench.device)
         at = torch.zeros((), device=bench.device)
-        drift = drifts(levels)[name]
+        estimator = estimators(levels)[name]
 
         def whole() -> None:
-            loops.append(1e3 * sample(drift, grid, "sde", "ddpm", seeds, shape, bench.device)[1].seconds)
+            loops.append(1e3 * sample(estimator, grid, "sde", "ddpm", seeds, shape, bench.device)[1].seconds)
 
         def networks() -> None:
             with torch.no_grad():
@@ -128,18 +128,18 @@ def _one(
                 "overhead": times["sampler"] / times["sampler_networks"] - 1,
                 "overhead_without_noise": times["sampler_loop"] / times["sampler_networks"] - 1,
             }
-            found.add("sampler_overhead", drift=name, batch=batch, steps=steps, calls=len(calls), **overhead)
+            found.add("sampler_overhead", estimator=name, batch=batch, steps=steps, calls=len(calls), **overhead)
     except Exception as error:
         found.note(f"sampler, {name}, batch {batch}: {first_line(error)}.")
     for what, ms in times.items():
         found.rows.append(row(what, f"{bench.precision} {mode}, {text}", ms, width=width, batch=batch, flops=flops))
 
 
-def noise(bench: Bench, process: Process, steps: int, batches: Sequence[int], levels: int, knob: float) -> Found:
+def noise(bench: Bench, process: Process, steps: int, batches: Sequence[int], levels: int, c: float) -> Found:
     """Random numbers of one batch: path increments on a grid of `steps` and on the base grid, and both kinds of coins."""
     found = Found()
     shape = (3, bench.size, bench.size)
-    p = constant_probabilities([6.0**k for k in range(levels)], GAMMA, knob)
+    p = constant_probabilities([6.0**k for k in range(levels)], GAMMA, c)
     table = p[None].repeat(steps, axis=0)
     for batch in batches:
         seeds = range(batch)

@@ -44,7 +44,7 @@ def beside(document: Mapping[str, Any]) -> str:
     facts, out = document["facts"], []
     for e in facts.get("sampler_overhead", []):
         out.append(
-            f"{e['drift']}, {e['steps']} steps, batch {e['batch']}: the whole sampler takes {1 + e['overhead']:.3f} times its "
+            f"{e['estimator']}, {e['steps']} steps, batch {e['batch']}: the whole sampler takes {1 + e['overhead']:.3f} times its "
             f"networks' seconds, {1 + e['overhead_without_noise']:.3f} times without drawing random numbers ({e['calls']} calls)."
         )
     for e in facts.get("cheapest_to_top", []):

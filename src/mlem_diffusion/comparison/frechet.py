@@ -24,7 +24,7 @@ _DOUBLE = 512  # features up to which statistics are kept in float64
 
 
 @dataclass(frozen=True, eq=False)
-class Statistics:
+class FeatureMoments:
     """Mean [D] and unbiased covariance [D, D] of the features of n images, float64."""
 
     mean: np.ndarray
@@ -64,26 +64,26 @@ def _as_float64(features: Features) -> np.ndarray:
     return array
 
 
-def feature_statistics(features: Features) -> Statistics:
+def feature_moments(features: Features) -> FeatureMoments:
     """Mean and covariance of features [N, D], by torch-fidelity in float64."""
     from torch_fidelity.metric_fid import fid_features_to_statistics  # slow import
 
     array = _as_float64(features)
     out = fid_features_to_statistics(torch.from_numpy(array))
-    return Statistics(out["mu"], np.atleast_2d(out["sigma"]), len(array))
+    return FeatureMoments(out["mu"], np.atleast_2d(out["sigma"]), len(array))
 
 
 # -------------------------------------------------------------------------------------------- distances
 
 
-def frechet_distance(x: Features | Statistics, y: Features | Statistics) -> float:
-    """Frechet distance of two sets of features [N, D] (or their Statistics), by torch-fidelity in float64.
+def frechet_distance(x: Features | FeatureMoments, y: Features | FeatureMoments) -> float:
+    """Frechet distance of two sets of features [N, D] (or their FeatureMoments), by torch-fidelity in float64.
 
     Raises UserError for fewer than 2 images on a side, NaN features, or different feature sizes.
     """
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric  # slow import
 
-    a, b = (s if isinstance(s, Statistics) else feature_statistics(s) for s in (x, y))
+    a, b = (s if isinstance(s, FeatureMoments) else feature_moments(s) for s in (x, y))
     if a.mean.shape != b.mean.shape:
         raise UserError(f"Features of {len(a.mean)} and of {len(b.mean)} numbers cannot be compared.")
     stats = [{"mu": s.mean.astype(np.float64), "sigma": s.cov.astype(np.float64)} for s in (a, b)]
@@ -92,7 +92,7 @@ def frechet_distance(x: Features | Statistics, y: Features | Statistics) -> floa
 
 def fast_frechet(
     x: np.ndarray,
-    reference: Statistics,
+    reference: FeatureMoments,
     counts: np.ndarray | None = None,
     projected: np.ndarray | None = None,
 ) -> float:
@@ -131,7 +131,7 @@ def distance_floor(features_of_real: Features, n: int, seed: int, repeats: int =
     features = _as_float64(features_of_real)
     if len(features) < n + 2 or repeats < 1:
         raise UserError(
-            f"The floor at n = {n} needs at least {n + 2} real images, but there are {len(features)}: lower compare.n."
+            f"The floor at n = {n} needs at least {n + 2} real images, but there are {len(features)}: lower compare.num_samples."
         )
     rng = np.random.default_rng(seed)
     distances = []
@@ -144,17 +144,17 @@ def distance_floor(features_of_real: Features, n: int, seed: int, repeats: int =
 # -------------------------------------------------------------------------------------------- files
 
 
-def save_statistics(path: Path, statistics: Statistics) -> None:
+def save_moments(path: Path, statistics: FeatureMoments) -> None:
     """Mean [D], upper triangle of the covariance and number of images as npz; float32 where there are many features."""
     kind = np.float64 if len(statistics.mean) <= _DOUBLE else np.float32
     upper = statistics.cov[np.triu_indices(len(statistics.mean))]
     write_arrays(path, {"mean": statistics.mean.astype(kind), "upper": upper.astype(kind), "n": statistics.n})
 
 
-def load_statistics(path: Path) -> Statistics:
-    """What `save_statistics` wrote, in float64."""
+def load_moments(path: Path) -> FeatureMoments:
+    """What `save_moments` wrote, in float64."""
     arrays = load_arrays(path, "restore it (git checkout), or publish the family again (make publish)")
     mean, upper, n = arrays["mean"].astype(np.float64), arrays["upper"].astype(np.float64), int(arrays["n"])
     cov = np.zeros((len(mean), len(mean)))
     cov[np.triu_indices(len(mean))] = upper
-    return Statistics(mean, cov + np.triu(cov, 1).T, n)
+    return FeatureMoments(mean, cov + np.triu(cov, 1).T, n)

@@ -21,10 +21,10 @@ from torch import Tensor
 from .. import parallel
 from ..data.pixels import to_uint8
 from ..diffusion.brownian import WINDOW_BYTES, path_increments
-from ..diffusion.estimator import Drift, SingleLevel
+from ..diffusion.estimator import Estimator, SingleLevel
 from ..diffusion.ledger import Ledger
 from ..diffusion.level import Level
-from ..diffusion.process import Grid, Process
+from ..diffusion.process import Process, TimeGrid
 from ..diffusion.sampler import sample
 from ..diffusion.step_rules import REFERENCE_RULE, step_rule_of
 from ..errors import UserError
@@ -33,7 +33,7 @@ from ..multilevel.plan import Plan
 from ..parallel import Arrays, Job
 from ..statistics import squared_errors, standard_error
 from .features import Extractor
-from .settings import Setting
+from .settings import SamplerSetting
 
 _REMOVE = "remove it and run the same command again"  # a damaged file of the cache
 
@@ -47,7 +47,7 @@ class Runner:
     gamma: float
     shape: tuple[int, ...]
     seeds: list[int]
-    n_reference: int
+    num_reference: int
     batch: int
     device: torch.device
     extractor: Extractor | None  # None: no distances
@@ -59,10 +59,10 @@ class Runner:
     made_with: Mapping[str, Any] | None = None  # family.identity_of its levels, which artefacts note
 
     @property
-    def reference_grid(self) -> Grid:
+    def reference_grid(self) -> TimeGrid:
         return self.process.grid(self.reference_steps)
 
-    def build(self, setting: Setting) -> Drift:
+    def build(self, setting: SamplerSetting) -> Estimator:
         return setting.build(self.levels, self.gamma, self.plans)
 
     def _path(self, kind: str, what: dict[str, Any]) -> Path:
@@ -73,7 +73,7 @@ class Runner:
                 self.key,
                 self.seeds[0],
                 len(self.seeds),
-                self.n_reference,
+                self.num_reference,
                 self.gamma,
                 self.grid_images,
                 self.batch,
@@ -95,14 +95,14 @@ class Runner:
     def reference_job(self, dynamics: str) -> Job:
         """The reference of one dynamics, in batches."""
         path, grid = self.reference_path(dynamics), self.reference_grid
-        drift, rule = SingleLevel(list(self.levels.values())[-1]), REFERENCE_RULE[dynamics]
+        estimator, rule = SingleLevel(list(self.levels.values())[-1]), REFERENCE_RULE[dynamics]
 
         def work(i: int) -> Arrays:
-            seeds = self.seeds[: self.n_reference][i * self.batch : (i + 1) * self.batch]
-            images, _ = sample(drift, grid, dynamics, rule, seeds, self.shape, self.device)
+            seeds = self.seeds[: self.num_reference][i * self.batch : (i + 1) * self.batch]
+            images, _ = sample(estimator, grid, dynamics, rule, seeds, self.shape, self.device)
             return {"images": images.cpu().numpy()}
 
-        return Job(path, -(-self.n_reference // self.batch), work, lambda arrays: write_arrays(path, arrays))
+        return Job(path, -(-self.num_reference // self.batch), work, lambda arrays: write_arrays(path, arrays))
 
     def read_reference(self, dynamics: str) -> Tensor:
         """What `reference` wrote."""
@@ -120,19 +120,19 @@ class Runner:
         should_stop: Callable[[], bool] = parallel.never,
         progress: Callable[[int], object] | None = None,
     ) -> Tensor:
-        """Samples [n_reference, *shape] of the largest level on the finest grid, in float32 on the CPU.
+        """Samples [num_reference, *shape] of the largest level on the finest grid, in float32 on the CPU.
 
         Collective: all processes call it, share the batches, and have all of it. Raises Interrupted between batches."""
         parallel.run_jobs([self.reference_job(dynamics)], should_stop, progress)
         return parallel.from_main(lambda: self.read_reference(dynamics))
 
-    def is_done(self, setting: Setting) -> bool:
+    def is_done(self, setting: SamplerSetting) -> bool:
         return self._path("setting", asdict(setting)).is_file()
 
-    def setting_job(self, setting: Setting, reference: Tensor, noise: NoiseCache) -> Job:
+    def setting_job(self, setting: SamplerSetting, reference: Tensor, noise: NoiseCache) -> Job:
         """One setting, in batches. Its seconds per image are device seconds, summed over the batches and divided by the
         images: what one device takes, however many share the work."""
-        path, drift, grid = (
+        path, estimator, grid = (
             self._path("setting", asdict(setting)),
             self.build(setting),
             self.process.grid(setting.steps),
@@ -143,14 +143,14 @@ class Runner:
             start, seeds = i * self.batch, self.seeds[i * self.batch : (i + 1) * self.batch]
             increments = noise.get(self, setting.steps, clock, seeds)
             images, ledger = sample(
-                drift, grid, setting.dynamics, setting.step_rule, seeds, self.shape, self.device, increments
+                estimator, grid, setting.dynamics, setting.step_rule, seeds, self.shape, self.device, increments
             )
             images = images.cpu()
             compared = reference[start : start + len(seeds)]
             out = {
                 "diverged": diverged(images),
                 "errors": squared_errors(images[: len(compared)], compared) if len(compared) else np.empty(0),
-                "clusters": np.array(drift.clusters(seeds)),
+                "clusters": np.array(estimator.clusters(seeds)),
                 "evaluations": ledger.per_sample,
                 "seconds": np.array([ledger.seconds]),
             }
@@ -162,34 +162,34 @@ class Runner:
 
         def write(arrays: Arrays) -> None:
             error, lost = arrays["errors"], int(arrays["diverged"].sum())
-            total = Ledger([level.flops for level in drift.levels], len(self.seeds), float(arrays["seconds"].sum()))
+            total = Ledger([level.flops for level in estimator.levels], len(self.seeds), float(arrays["seconds"].sum()))
             total.per_sample = arrays["evaluations"]
             costs = {
                 # nothing can be said of the mean where one sample has no error
                 "error": None if lost else float(error.mean()),
                 "error_se": None if lost else finite(standard_error(error, arrays["clusters"][: len(error)])),
                 "network_calls": total.calls_per_image,
-                "gflops_expected": drift.expected_flops(setting.evaluations(self.process)) / 1e9,
+                "gflops_expected": estimator.expected_flops(setting.evaluations(self.process)) / 1e9,
                 "gflops_realised": total.flops_per_image / 1e9,
                 "seconds": total.seconds_per_image,
                 # in the samples that the error is taken over
-                "n_fires_top": int(total.per_sample[: len(error), -1].sum()),
+                "top_evaluations": int(total.per_sample[: len(error), -1].sum()),
             }
             if lost:
                 costs["diverged"] = lost
-            kept = {name: arrays[name] for name in ("errors", "clusters", "features", "images") if name in arrays}
-            write_arrays(path, {"costs": json.dumps(costs), **kept})
+            stored = {name: arrays[name] for name in ("errors", "clusters", "features", "images") if name in arrays}
+            write_arrays(path, {"costs": json.dumps(costs), **stored})
 
         return Job(path, -(-len(self.seeds) // self.batch), work, write)
 
-    def read(self, setting: Setting) -> dict[str, Any]:
-        """Row values, errors [n_reference], clusters, features [n, D] and the first images of a finished setting."""
+    def read(self, setting: SamplerSetting) -> dict[str, Any]:
+        """Row values, errors [num_reference], clusters, features [n, D] and the first images of a finished setting."""
         stored: dict[str, Any] = read_arrays(self._path("setting", asdict(setting)), _REMOVE)
         return stored | {"costs": json.loads(str(stored["costs"]))}
 
     def run(
         self,
-        setting: Setting,
+        setting: SamplerSetting,
         reference: Tensor,
         noise: NoiseCache,
         should_stop: Callable[[], bool] = parallel.never,
@@ -216,14 +216,14 @@ class NoiseCache:
     """Keeps the increments of the last few (steps, clock, seeds): neighbouring settings share them."""
 
     def __init__(self, entries: int = 2):
-        self.entries, self.kept = entries, {}
+        self.entries, self.cached = entries, {}
 
     def get(self, runner: Runner, steps: int, clock: str | None, seeds: Sequence[int]) -> Tensor | None:
         if clock is None or 4 * (steps - 1) * len(seeds) * math.prod(runner.shape) > WINDOW_BYTES:
             return None  # none, or too many to keep: the sampler draws them as it goes
         key = (steps, clock, seeds[0], len(seeds))
-        if key not in self.kept:
-            while len(self.kept) >= self.entries:
-                self.kept.pop(next(iter(self.kept)))
-            self.kept[key] = path_increments(seeds, runner.shape, runner.process.grid(steps), clock, runner.device)
-        return self.kept[key]
+        if key not in self.cached:
+            while len(self.cached) >= self.entries:
+                self.cached.pop(next(iter(self.cached)))
+            self.cached[key] = path_increments(seeds, runner.shape, runner.process.grid(steps), clock, runner.device)
+        return self.cached[key]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..diffusion.estimator import Drift, SingleLevel, Stitched
+from ..diffusion.estimator import Estimator, SingleLevel, Stitched
 from ..diffusion.level import Level
 from ..diffusion.process import Process
 from ..diffusion.step_rules import STEP_RULES, step_rule_of
@@ -17,21 +17,22 @@ from ..multilevel.probabilities import constant_probabilities
 
 
 @dataclass(frozen=True)
-class Setting:
+class SamplerSetting:
     """One sampler setting, by the names that compare.csv uses."""
 
     dynamics: str
     step_rule: str
-    drift: str  # "single", "stitched", "ml_em" or "quadrature"
+    estimator: str  # "single", "stitched", "ml_em" or "quadrature"
     levels: tuple[str, ...]
     steps: int  # noise levels of the grid
     probabilities: str = ""  # of ml_em: "constant", or as its plan says
     coins: str = ""  # kind of coins, "-shared" appended for one set of coins per batch
-    cost_knob: float | None = None  # C of the constant probabilities; the switch fraction of a stitched schedule
+    c: float | None = None  # of ml_em: C of the constant probabilities
+    switch: float | None = None  # of stitched: the fraction of evaluations made with the cheaper level
     plan: str = ""  # id of the plan that holds the table of probabilities or weights
 
-    def build(self, levels: Mapping[str, Level], gamma: float, plans: Mapping[str, Plan] | None = None) -> Drift:
-        """The drift of this setting; UserError for unknown levels, kinds or plans."""
+    def build(self, levels: Mapping[str, Level], gamma: float, plans: Mapping[str, Plan] | None = None) -> Estimator:
+        """The estimator of this setting; UserError for unknown levels, kinds or plans."""
         if self.plan:
             if plans is None or self.plan not in plans:
                 raise UserError(f"There is no plan {self.plan}; run make optimise again.")
@@ -40,42 +41,50 @@ class Setting:
         if missing:
             raise UserError(f"There is no level {missing[0]}; the family has {', '.join(levels)}.")
         family = tuple(levels[name] for name in self.levels)
-        if self.drift == "single":
+        if self.estimator == "single":
             return SingleLevel(family[0])
-        if self.drift == "stitched" and self.cost_knob is not None:
-            return Stitched(family[0], family[-1], self.cost_knob)
-        if self.drift == "ml_em" and self.cost_knob is not None:
-            p = constant_probabilities([level.flops for level in family], gamma, self.cost_knob)
+        if self.estimator == "stitched" and self.switch is not None:
+            return Stitched(family[0], family[-1], self.switch)
+        if self.estimator == "ml_em" and self.c is not None:
+            p = constant_probabilities([level.flops for level in family], gamma, self.c)
             return Multilevel(family, p, self.coins.removesuffix("-shared"), self.coins.endswith("-shared"))
-        raise UserError(f"The drift {self.drift!r} with cost_knob {self.cost_knob} is not known.")
+        raise UserError(f"The estimator {self.estimator!r} with c = {self.c}, switch = {self.switch} is unknown.")
 
     def evaluations(self, process: Process) -> int:
         """Network evaluations that the step rule makes on a grid of `steps` noise levels."""
         return len(step_rule_of(self.dynamics, self.step_rule).program(process.grid(self.steps)))
 
 
-def setting_of(plan: Plan, dynamics: str, step_rule: str) -> Setting:
+def setting_of(plan: Plan, dynamics: str, step_rule: str) -> SamplerSetting:
     """The setting that runs a plan."""
     if len(plan.levels) == 1:
-        return Setting(dynamics, step_rule, "single", plan.levels, plan.steps)
+        return SamplerSetting(dynamics, step_rule, "single", plan.levels, plan.steps)
     if plan.method == "quadrature":
-        return Setting(dynamics, step_rule, "quadrature", plan.levels, plan.steps, plan.probabilities, plan=plan.id)
-    return Setting(dynamics, step_rule, "ml_em", plan.levels, plan.steps, plan.probabilities, plan.method, plan=plan.id)
+        return SamplerSetting(
+            dynamics, step_rule, "quadrature", plan.levels, plan.steps, plan.probabilities, plan=plan.id
+        )
+    return SamplerSetting(
+        dynamics, step_rule, "ml_em", plan.levels, plan.steps, plan.probabilities, plan.method, plan=plan.id
+    )
 
 
-def setting_from(values: Mapping[str, Any]) -> Setting:
+def setting_from(values: Mapping[str, Any]) -> SamplerSetting:
     """A setting from a row or a configuration: levels as a list or joined by "+", blank fields as None or ""."""
     names = values["levels"]
-    knob = values.get("cost_knob")
-    return Setting(
+
+    def number(key: str) -> float | None:
+        return None if values.get(key) in (None, "") else float(values[key])
+
+    return SamplerSetting(
         dynamics=str(values["dynamics"]),
         step_rule=str(values["step_rule"]),
-        drift=str(values["drift"]),
+        estimator=str(values["estimator"]),
         levels=tuple(names.split("+") if isinstance(names, str) else names),
         steps=int(values["steps"]),
         probabilities=values.get("probabilities") or "",
         coins=values.get("coins") or "",
-        cost_knob=None if knob in (None, "") else float(knob),
+        c=number("c"),
+        switch=number("switch"),
         plan=str(values.get("plan") or ""),
     )
 
@@ -93,35 +102,35 @@ def _choose(names: Sequence[str], which: Any) -> list[str]:
 
 def settings_of(
     config: Mapping[str, Any], names: Sequence[str], base_steps: int, beside: Sequence[str] = ()
-) -> list[Setting]:
+) -> list[SamplerSetting]:
     """All settings of a `compare` configuration for a family with these level names, cheap to expensive. `beside`: levels
     that no index counts (a Gaussian denoiser), baselines too where a sweep says "all"."""
-    out: dict[Setting, None] = {}
+    out: dict[SamplerSetting, None] = {}
     for sweep in config["baselines"]:
         for name in [*(beside if sweep["levels"] == "all" else ()), *_choose(names, sweep["levels"])]:
             for steps in sweep["steps"]:
-                out[Setting(sweep["dynamics"], sweep["step_rule"], "single", (name,), steps)] = None
+                out[SamplerSetting(sweep["dynamics"], sweep["step_rule"], "single", (name,), steps)] = None
     for sweep in config["stitched"]:
         for pair in sweep["pairs"]:
             for steps in sweep["steps"]:
                 for switch in sweep["switch"]:
                     pair_names = tuple(_choose(names, pair))
-                    s = Setting(
+                    s = SamplerSetting(
                         sweep["dynamics"],
                         sweep["step_rule"],
                         "stitched",
                         pair_names,
                         steps,
-                        cost_knob=float(switch),
+                        switch=float(switch),
                     )
                     out[s] = None
     for sweep in config["ml_em"]:
         for family in sweep["families"]:
             for steps in sweep["steps"]:
                 for coins in sweep["coins"]:
-                    for knob in sweep["knobs"]:
+                    for c in sweep["c"]:
                         chosen = tuple(_choose(names, family))
-                        s = Setting(
+                        s = SamplerSetting(
                             sweep["dynamics"],
                             sweep["step_rule"],
                             "ml_em",
@@ -129,7 +138,7 @@ def settings_of(
                             steps,
                             "constant",
                             coins,
-                            float(knob),
+                            float(c),
                         )
                         out[s] = None
     for setting in out:
@@ -140,7 +149,7 @@ def settings_of(
     return list(out)
 
 
-def row_of(setting: Setting, costs: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+def row_of(setting: SamplerSetting, costs: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     """A compare.csv row from a setting, its measured values and the columns that all rows share."""
     row = asdict(setting) | dict(costs) | more
     if not setting.plan:

@@ -21,16 +21,16 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from .frechet import Statistics, fast_frechet
+from .frechet import FeatureMoments, fast_frechet
 from .table import BASELINES, method_of, trusted
 
 COSTS = {"flops": "gflops_realised", "seconds": "seconds"}
 _SLACK = 1e-9  # relative: the same sampler under two names must not differ by rounding
-_NAMING = ("step_rule", "drift", "levels", "probabilities", "coins", "cost_knob", "steps", "plan")
+_NAMING = ("step_rule", "estimator", "levels", "probabilities", "coins", "c", "switch", "steps", "plan")
 
 
 @dataclass(frozen=True)
-class Setting:
+class Measurement:
     """One sampler setting: its compare.csv row (numeric costs per image) and what was measured per image.
 
     `errors` [n]: squared error of each seed, same seeds and order in all settings. `clusters` [n]: id of
@@ -45,56 +45,56 @@ class Setting:
 
 
 def speedups(
-    settings: Sequence[Setting],
+    settings: Sequence[Measurement],
     *,
-    reference: Statistics | None = None,
-    plain: Callable[[dict[str, Any]], bool] | None = None,
+    reference: FeatureMoments | None = None,
+    paper: Callable[[dict[str, Any]], bool] | None = None,
     replicates: int = 200,
     distance_replicates: int = 50,
     seed: int = 0,
 ) -> dict[str, Any]:
     """The content of speedup.json, one entry per dynamics present, within which all comparisons stay.
 
-    {dynamics: {"plain" | "best": {"error" | "distance": {"flops" | "seconds": entry}}, "left_out": count}},
+    {dynamics: {"paper" | "any": {"error" | "distance": {"flops" | "seconds": entry}}, "left_out": count}},
     where entry is {"max", "lower95", "at", "baseline", "ours", "curve"} and, for errors,
     "error_ratio_at_equal_cost". Costs are GFLOPs and seconds per image. "curve" lists {"at", "speedup",
     "lower95"} over the whole baseline frontier, from cheap to expensive. Everything unknown or unreached is
     None, and so is every bound where all seeds share one coin draw; nothing is NaN.
 
-    "best" compares all ML-EM rows, "plain" those for which `plain(row)` holds (default: constant
+    "any" compares all multilevel rows, "paper" those for which `paper(row)` holds (default: constant
     probabilities and independent coins, the paper's method). "distance" is present where `reference` is
     given and any setting has features. ML-EM rows that fired the top level too rarely (`tables.trusted`),
     and rows with errors that are not finite, are left out and counted. Raises UserError for settings of
     unequal length.
     """
-    is_plain = plain or (lambda row: method_of(row) == "plain")
+    is_paper = paper or (lambda row: method_of(row) == "paper")
     result: dict[str, Any] = {}
     for dynamics in dict.fromkeys(str(s.row["dynamics"]) for s in settings):
         present = [s for s in settings if s.row["dynamics"] == dynamics]
-        kept = [s for s in present if trusted(s.row) and bool(np.isfinite(s.errors).all())]
-        base = [s for s in kept if s.row["drift"] in BASELINES]
-        best = [s for s in kept if s.row["drift"] not in BASELINES]
+        usable = [s for s in present if trusted(s.row) and bool(np.isfinite(s.errors).all())]
+        base = [s for s in usable if s.row["estimator"] in BASELINES]
+        multilevel = [s for s in usable if s.row["estimator"] not in BASELINES]
         memo: dict[Any, np.ndarray] = {}
         entry: dict[str, Any] = {}
-        for method, ours in (("plain", [s for s in best if is_plain(s.row)]), ("best", best)):
+        for method, ours in (("paper", [s for s in multilevel if is_paper(s.row)]), ("any", multilevel)):
             entry[method] = {"error": _compare(*_errors(base, ours, replicates, seed), kind="error")}
-            if reference is not None and any(s.features is not None for s in base + best):
+            if reference is not None and any(s.features is not None for s in base + multilevel):
                 theirs, mine = ([s for s in group if s.features is not None] for group in (base, ours))
                 measured = _distances(theirs, mine, reference, distance_replicates, seed, memo)
                 entry[method]["distance"] = _compare(*measured, kind="distance")
-        entry["left_out"] = len(present) - len(kept)
+        entry["left_out"] = len(present) - len(usable)
         result[dynamics] = entry
     return result
 
 
-def resampled_errors(settings: Sequence[Setting], replicates: int = 200, seed: int = 0) -> np.ndarray:
+def resampled_errors(settings: Sequence[Measurement], replicates: int = 200, seed: int = 0) -> np.ndarray:
     """Mean squared errors [S, 1 + R] on all seeds, then on each paired bootstrap resample of them."""
     return np.stack([m.values for m in _errors(list(settings), [], replicates, seed)[0]])
 
 
 def equal_error(
-    base: list[Setting],
-    ours: list[Setting],
+    base: list[Measurement],
+    ours: list[Measurement],
     *,
     replicates: int = 200,
     seed: int = 0,
@@ -126,12 +126,12 @@ def equal_error(
 class _Measured:
     """A setting with its value (mean error or distance) on all seeds, then on each resample: [1 + R]."""
 
-    setting: Setting
+    setting: Measurement
     values: np.ndarray
 
 
 def _errors(
-    base: list[Setting], ours: list[Setting], replicates: int, seed: int
+    base: list[Measurement], ours: list[Measurement], replicates: int, seed: int
 ) -> tuple[list[_Measured], list[_Measured]]:
     settings = base + ours
     if not settings:
@@ -144,9 +144,9 @@ def _errors(
 
 
 def _distances(
-    base: list[Setting],
-    ours: list[Setting],
-    reference: Statistics,
+    base: list[Measurement],
+    ours: list[Measurement],
+    reference: FeatureMoments,
     replicates: int,
     seed: int,
     memo: dict[Any, np.ndarray],
@@ -159,7 +159,7 @@ def _distances(
     tag = counts.tobytes()
     measured = []
     for setting, x in zip(settings, features, strict=True):
-        key = id(setting), tag  # "plain" and "best" share the resamples unless only one has shared coins
+        key = id(setting), tag  # "paper" and "any" share the resamples unless only one has shared coins
         if key not in memo:
             projected = x @ reference.root
             memo[key] = np.array([fast_frechet(x, reference, c, projected) for c in counts.T])
@@ -167,7 +167,7 @@ def _distances(
     return measured[: len(base)], measured[len(base) :]
 
 
-def _units(settings: list[Setting], lengths: list[int], what: str) -> np.ndarray:
+def _units(settings: list[Measurement], lengths: list[int], what: str) -> np.ndarray:
     """The resampling unit of each seed [n]: seeds that share a coin draw in any of the settings move
     together."""
     if len(set(lengths)) != 1 or lengths[0] < 2:
@@ -210,7 +210,7 @@ def _compare(base: list[_Measured], ours: list[_Measured], kind: str) -> dict[st
 class _Table:
     """Settings sorted by one cost: costs [S] and values [S, 1 + R]."""
 
-    settings: list[Setting]
+    settings: list[Measurement]
     costs: np.ndarray
     values: np.ndarray
 
@@ -239,10 +239,10 @@ class _Table:
 
 def _sorted(measured: list[_Measured], column: str) -> _Table:
     priced = [(_number(m.setting.row.get(column)), m) for m in measured]
-    kept = [(cost, m) for cost, m in priced if cost is not None and cost > 0]
-    kept.sort(key=lambda pair: (pair[0], pair[1].values[0]))
-    values = np.stack([m.values for _, m in kept]) if kept else np.zeros((0, 1))
-    return _Table([m.setting for _, m in kept], np.array([cost for cost, _ in kept], dtype=np.float64), values)
+    usable = [(cost, m) for cost, m in priced if cost is not None and cost > 0]
+    usable.sort(key=lambda pair: (pair[0], pair[1].values[0]))
+    values = np.stack([m.values for _, m in usable]) if usable else np.zeros((0, 1))
+    return _Table([m.setting for _, m in usable], np.array([cost for cost, _ in usable], dtype=np.float64), values)
 
 
 def _entry(base: _Table, ours: _Table, kind: str, column: str) -> dict[str, Any]:

@@ -21,17 +21,17 @@ Row = dict[str, Any]
 
 # fmt: off
 COLUMNS = [
-    "dynamics", "step_rule", "drift", "probabilities", "coins", "cost_knob", "levels", "steps", "seed",
+    "dynamics", "step_rule", "estimator", "probabilities", "coins", "c", "switch", "levels", "steps", "seed",
     "error", "error_se", "distance", "distance_name", "distance_floor",
-    "n", "network_calls", "gflops_expected", "gflops_realised", "seconds",
+    "num_samples", "network_calls", "gflops_expected", "gflops_realised", "seconds",
 ]
 # fmt: on
-EXTRA_COLUMNS = ["n_fires_top", "plan", "predicted", "jump", "selected_error", "diverged"]
+EXTRA_COLUMNS = ["top_evaluations", "plan", "predicted", "largest_effect", "selected_error", "diverged"]
 
-_TEXT = {"dynamics", "step_rule", "drift", "probabilities", "coins", "levels", "distance_name", "plan"}
-_WHOLE = {"steps", "n", "seed"}
+_TEXT = {"dynamics", "step_rule", "estimator", "probabilities", "coins", "levels", "distance_name", "plan"}
+_WHOLE = {"steps", "num_samples", "seed"}
 # Two rows that agree in all of these are one setting, run from different seeds.
-_SETTING = ("dynamics", "step_rule", "drift", "probabilities", "coins", "cost_knob", "levels", "steps", "plan")
+_SETTING = ("dynamics", "step_rule", "estimator", "probabilities", "coins", "c", "switch", "levels", "steps", "plan")
 
 BASELINES = ("single", "stitched")
 
@@ -113,7 +113,7 @@ def pool_seeds(rows: Iterable[Row]) -> list[Row]:
     """Average the rows that differ only in their seed: means of errors, distances and costs; standard errors
     in quadrature.
 
-    `n` is kept (images per seed), `n_fires_top` is summed, and `runs` counts the rows that went in.
+    `num_samples` is kept (images per seed), `top_evaluations` is summed, and `runs` counts the rows that went in.
     """
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -134,8 +134,8 @@ def pool_seeds(rows: Iterable[Row]) -> list[Row]:
                 merged[name] = sum(values) / len(values) if values else None
             spread = _numbers(group, "error_se")
             merged["error_se"] = math.sqrt(sum(v * v for v in spread)) / len(spread) if spread else None
-            fires = _numbers(group, "n_fires_top")
-            merged["n_fires_top"] = sum(fires) if fires else None
+            fires = _numbers(group, "top_evaluations")
+            merged["top_evaluations"] = sum(fires) if fires else None
         pooled.append(merged)
     return pooled
 
@@ -145,19 +145,19 @@ def _numbers(rows: list[Row], name: str) -> list[float]:
 
 
 def method_of(row: Row) -> str:
-    """One of "single", "stitched" (both baselines), "plain" (ML-EM as published: independent coins, with whatever
-    probabilities) or "best" (the other estimators: nested and systematic coins, quadrature).
+    """One of "single", "stitched" (both baselines), "paper" (independent coins, whatever the probabilities) or "other"
+    (nested and systematic coins, quadrature).
     """
-    if row["drift"] in BASELINES:
-        return row["drift"]
-    return "plain" if row["drift"] == "ml_em" and row.get("coins") == "independent" else "best"
+    if row["estimator"] in BASELINES:
+        return row["estimator"]
+    return "paper" if row["estimator"] == "ml_em" and row.get("coins") == "independent" else "other"
 
 
 def trusted(row: Row) -> bool:
     """False for a random run whose top level fired fewer than MIN_FIRES times (True when the count was not
     recorded)."""
-    fires = row.get("n_fires_top")
-    return row["drift"] != "ml_em" or fires in (None, "") or float(fires) >= MIN_FIRES
+    fires = row.get("top_evaluations")
+    return row["estimator"] != "ml_em" or fires in (None, "") or float(fires) >= MIN_FIRES
 
 
 def describe(row: Row) -> str:
@@ -167,19 +167,19 @@ def describe(row: Row) -> str:
     names, steps = str(row.get("levels") or "").split("+"), row.get("steps")
     levels = "+".join(names) if len(names) <= 4 else f"{names[0]}+…+{names[-1]} ({len(names)} levels)"
     parts = [rule, f"{steps} steps" if steps is not None else ""]
-    if row.get("drift") in ("ml_em", "quadrature"):
-        parts.insert(0, f"{'ML-EM' if row['drift'] == 'ml_em' else 'quadrature'} {levels}".strip())
+    if row.get("estimator") in ("ml_em", "quadrature"):
+        parts.insert(0, f"{'ML-EM' if row['estimator'] == 'ml_em' else 'quadrature'} {levels}".strip())
         if row.get("coins"):
             parts.append(
                 row["coins"].replace("-shared", "") + " coins" + (", shared" if "-shared" in row["coins"] else "")
             )
         if row.get("probabilities") not in (None, "", "constant"):
             parts.append(f"{row['probabilities']} probabilities")
-        parts.append(f"C = {row['cost_knob']:.3g}" if isinstance(row.get("cost_knob"), (int, float)) else "")
-    elif row.get("drift") == "stitched":
+        parts.append(f"C = {row['c']:.3g}" if isinstance(row.get("c"), (int, float)) else "")
+    elif row.get("estimator") == "stitched":
         parts.insert(0, f"stitched {levels}".strip())
-        if isinstance(row.get("cost_knob"), (int, float)):
-            parts.append(f"switch at {row['cost_knob']:.3g}")
+        if isinstance(row.get("switch"), (int, float)):
+            parts.append(f"switch at {row['switch']:.3g}")
     else:
         parts.insert(1, levels)
     return ", ".join(part for part in parts if part)

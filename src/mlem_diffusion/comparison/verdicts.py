@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .speedup import Setting, equal_error, resampled_errors
+from .speedup import Measurement, equal_error, resampled_errors
 from .table import BASELINES, MIN_FIRES, Row, method_of
 
 
@@ -39,7 +39,7 @@ def window(curve: Sequence[dict[str, Any]], least: float) -> dict[str, Any] | No
 
 
 def not_worse(
-    ours: Sequence[Setting], theirs: Sequence[Setting], seed: int = 0, cost: str = "gflops_expected"
+    ours: Sequence[Measurement], theirs: Sequence[Measurement], seed: int = 0, cost: str = "gflops_expected"
 ) -> dict[str, Any]:
     """Whether `ours` is nowhere above the frontier of `theirs` in FLOPs (or seconds: `cost` names the column): at each of its points, our lowest error within the
     same cost over its error. "worst" is the largest such ratio of squared errors; it counts as above where the one-sided 95% lower bound of
@@ -54,7 +54,7 @@ def not_worse(
 
 
 def chosen_blindly(
-    ours: Sequence[Setting], theirs: Sequence[Setting], seed: int = 0, cost: str = "gflops_expected"
+    ours: Sequence[Measurement], theirs: Sequence[Measurement], seed: int = 0, cost: str = "gflops_expected"
 ) -> dict[str, Any]:
     """An optimiser's choices against a frontier: at the cost of each of its points, the setting of `ours` that did best on
     the selection seeds ("selected_error" of its row) within that cost, judged here.
@@ -91,20 +91,22 @@ def chosen_blindly(
 
 
 def prediction(rows: Sequence[Row], tolerance: float = 0.25) -> dict[str, Any]:
-    """How far measured errors are from predicted ones: {kind of coins: {"rows", "within", "jump"}}.
+    """How far measured errors are from predicted ones: {kind of coins: {"rows", "within", "largest_effect"}}.
 
-    Jump is the largest one for which all settings up to it agree within the tolerance (of the squared error, beyond two
+    The largest effect is the largest one for which all settings up to it agree within the tolerance (of the squared error, beyond two
     standard errors of the measurement); "all" that of the largest in the comparison.
     """
     out = {}
     for kind in sorted({_kind(row) for row in rows if row.get("predicted") is not None}):
-        mine = sorted((r for r in rows if r.get("predicted") is not None and _kind(r) == kind), key=lambda r: r["jump"])
+        mine = sorted(
+            (r for r in rows if r.get("predicted") is not None and _kind(r) == kind), key=lambda r: r["largest_effect"]
+        )
         good = [_agrees(row, tolerance) for row in mine]
         small = good.index(False) if False in good else len(good)
         ratios = [row["error"] / row["predicted"] for row in mine]
         out[kind] = {
-            "rows": len(mine), "within": sum(good), "largest_jump": mine[-1]["jump"],
-            "jump_up_to_which_all_agree": mine[small - 1]["jump"] if small else None, "rows_up_to_it": small,
+            "rows": len(mine), "within": sum(good), "largest_effect": mine[-1]["largest_effect"],
+            "largest_effect_up_to_which_all_agree": mine[small - 1]["largest_effect"] if small else None, "rows_up_to_it": small,
             "measured_over_predicted": [min(ratios), float(np.median(ratios)), max(ratios)],
         }  # fmt: skip
     return out
@@ -119,11 +121,11 @@ def _agrees(row: Row, tolerance: float) -> bool:
 
 
 def _kind(row: Row) -> str:
-    return row.get("coins") or row["drift"]
+    return row.get("coins") or row["estimator"]
 
 
 def verdicts(
-    settings: Sequence[Setting], calibration_flops: float | None = None, seed: int = 0, unit: str = "flops"
+    settings: Sequence[Measurement], calibration_flops: float | None = None, seed: int = 0, unit: str = "flops"
 ) -> dict[str, Any]:
     """{"dynamics/rule": ...} for everything that the plans of an optimiser were run for: against the baselines of the same
     dynamics, one kind of coins against another, one source of probabilities against another.
@@ -136,24 +138,24 @@ def verdicts(
     rules = dict.fromkeys((s.row["dynamics"], s.row["step_rule"]) for s in settings if s.row.get("plan"))
     for dynamics, rule in rules:
         here = [s for s in settings if s.row["dynamics"] == dynamics and np.isfinite(s.errors).all()]
-        base = [s for s in here if s.row["drift"] in BASELINES]
+        base = [s for s in here if s.row["estimator"] in BASELINES]
         first_order = [s for s in base if s.row["step_rule"] in ("em", "ddpm", "ddim")]
         planned = [s for s in _planned(here) if s.row["step_rule"] == rule]
 
-        def pick(test: Callable[[Row], bool], among: Sequence[Setting] = planned) -> list[Setting]:
+        def pick(test: Callable[[Row], bool], among: Sequence[Measurement] = planned) -> list[Measurement]:
             return [s for s in among if test(s.row)]
 
         entry: dict[str, Any] = {"unit": unit, "against_em": {}, "against_all_baselines": {}}
         methods = {
-            "plain, constant p": pick(lambda r: method_of(r) == "plain" and r["probabilities"] == "constant"),
-            "plain, measured p": pick(lambda r: method_of(r) == "plain" and r["probabilities"] == "measured"),
-            "plain, optimal p": pick(lambda r: method_of(r) == "plain" and r["probabilities"] == "optimal"),
-            "plain, learned p": pick(lambda r: method_of(r) == "plain" and r["probabilities"] == "learned"),
+            "independent, constant p": pick(lambda r: method_of(r) == "paper" and r["probabilities"] == "constant"),
+            "independent, measured p": pick(lambda r: method_of(r) == "paper" and r["probabilities"] == "measured"),
+            "independent, optimal p": pick(lambda r: method_of(r) == "paper" and r["probabilities"] == "optimal"),
+            "independent, learned p": pick(lambda r: method_of(r) == "paper" and r["probabilities"] == "learned"),
             "nested, optimal p": pick(lambda r: r["coins"] == "nested" and r["probabilities"] == "optimal"),
             "systematic, constant p": pick(lambda r: r["coins"] == "systematic" and r["probabilities"] == "constant"),
             "systematic, optimal p": pick(lambda r: r["coins"] == "systematic" and r["probabilities"] == "optimal"),
-            "quadrature": pick(lambda r: r["drift"] == "quadrature"),
-            "best": planned,
+            "quadrature": pick(lambda r: r["estimator"] == "quadrature"),
+            "any": planned,
         }
         methods = {name: found for name, found in methods.items() if found}
         for name, found in methods.items():
@@ -161,14 +163,16 @@ def verdicts(
                 if those:
                     entry[against][name] = _speed(those, found, calibration_flops, seed, cost)
         entry["optimiser_against_em"] = chosen_blindly([*base, *_planned(here)], first_order, seed, cost)
-        learned = methods.get("plain, learned p", [])
+        learned = methods.get("independent, learned p", [])
         methods["measured p, alike"] = [
-            s for s in methods.get("plain, measured p", []) if any(_alike(s.row, other.row, cost) for other in learned)
+            s
+            for s in methods.get("independent, measured p", [])
+            if any(_alike(s.row, other.row, cost) for other in learned)
         ]
         for name, ours, theirs in (
-            ("systematic_over_independent", "systematic, optimal p", "plain, optimal p"),
-            ("optimal_over_measured", "plain, optimal p", "plain, measured p"),
-            ("learned_over_measured", "plain, learned p", "measured p, alike"),
+            ("systematic_over_independent", "systematic, optimal p", "independent, optimal p"),
+            ("optimal_over_measured", "independent, optimal p", "independent, measured p"),
+            ("learned_over_measured", "independent, learned p", "measured p, alike"),
         ):
             if methods.get(ours) and methods.get(theirs):
                 entry[name] = _speed(methods[theirs], methods[ours], None, seed, cost)
@@ -186,15 +190,17 @@ def _alike(one: Row, other: Row, cost: str) -> bool:
     return one["steps"] == other["steps"] and abs(one[cost] / other[cost] - 1) < tolerance
 
 
-def _planned(settings: Sequence[Setting]) -> list[Setting]:
-    return [s for s in settings if s.row["drift"] not in BASELINES and _fired(s.row)]
+def _planned(settings: Sequence[Measurement]) -> list[Measurement]:
+    return [s for s in settings if s.row["estimator"] not in BASELINES and _fired(s.row)]
 
 
 def _fired(row: Row) -> bool:
-    return row.get("n_fires_top") is None or row["n_fires_top"] >= MIN_FIRES
+    return row.get("top_evaluations") is None or row["top_evaluations"] >= MIN_FIRES
 
 
-def _speed(base: list[Setting], ours: list[Setting], calibration: float | None, seed: int, cost: str) -> dict[str, Any]:
+def _speed(
+    base: list[Measurement], ours: list[Measurement], calibration: float | None, seed: int, cost: str
+) -> dict[str, Any]:
     entry = equal_error(base, ours, seed=seed, cost=cost)
     found = {key: entry[key] for key in ("max", "lower95", "at", "baseline", "ours", "curve")}
     found["windows"] = [w for least in (1, 2, 4, 8) if (w := window(entry["curve"], least)) is not None]

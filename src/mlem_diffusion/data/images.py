@@ -119,9 +119,9 @@ def prepare(
         beside = sources.partition_beside(path)
         settings["partition"] = hashlib.sha256(beside.read_bytes()).hexdigest() if beside else None
     fingerprint = _sha256_of({**settings, "count": count, "source": origin})
-    kept = _kept(destination, fingerprint, skip_broken)
-    if kept is not None:
-        return kept
+    manifest = _prepared_before(destination, fingerprint, skip_broken)
+    if manifest is not None:
+        return manifest
 
     listed = sources.open_source(path, kind) if path else None
     available = len(listed.names) if listed else (count or 0)
@@ -132,9 +132,9 @@ def prepare(
     split, split_record = _split(names, listed.partition_list if listed else None, total, holdout, seed)
 
     with _alone(destination):
-        kept = _kept(destination, fingerprint, skip_broken)
-        if kept is not None:  # by another process, meanwhile
-            return kept
+        manifest = _prepared_before(destination, fingerprint, skip_broken)
+        if manifest is not None:  # by another process, meanwhile
+            return manifest
         with _workspace(destination, total * (3 * size * size + 1)) as folder:
             if listed:
                 treatment, skipped = _pack(folder, listed, names, size, crop, skip_broken, progress)
@@ -217,7 +217,7 @@ def _sha256_of(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _kept(destination: Path, fingerprint: str, skip_broken: bool) -> dict | None:
+def _prepared_before(destination: Path, fingerprint: str, skip_broken: bool) -> dict | None:
     """The manifest of an earlier preparation that gives the same, or None."""
     try:
         manifest = load(destination).manifest

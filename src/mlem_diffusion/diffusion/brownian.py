@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .process import Grid
+from .process import TimeGrid
 
 _INITIAL, _PATH, _COIN, _TRAIN = 0, 1, 2, 3
 # base increments drawn per generator: a block's numbers never depend on which grid asks. A GPU wants few, large draws
@@ -48,7 +48,7 @@ def initial_noise(seeds: Sequence[int], shape: tuple[int, ...], device: torch.de
     return out
 
 
-def increment_weights(grid: Grid, clock: str) -> np.ndarray:
+def increment_weights(grid: TimeGrid, clock: str) -> np.ndarray:
     """Weights [n-1, N-1] of the base increments in each standardised increment of the grid; rows have norm 1.
 
     clock "snr": sqrt(du) with u = alpha^2/sigma^2, exact for the ancestral step; "time": sqrt(dt), for Euler-Maruyama in t.
@@ -71,7 +71,7 @@ def increment_weights(grid: Grid, clock: str) -> np.ndarray:
 def path_increments(
     seeds: Sequence[int],
     shape: tuple[int, ...],
-    grid: Grid,
+    grid: TimeGrid,
     clock: str,
     device: torch.device,
     steps: range | None = None,
@@ -110,7 +110,7 @@ class PathWindows:
         self,
         seeds: Sequence[int],
         shape: tuple[int, ...],
-        grid: Grid,
+        grid: TimeGrid,
         clock: str,
         device: torch.device,
         most: int = WINDOW_BYTES,

@@ -1,6 +1,6 @@
-"""Drifts: what a sampler asks for one denoised estimate per network evaluation. ML-EM is a drift, not a sampler.
+"""Drifts: what a sampler asks for one denoised estimate per network evaluation. ML-EM is a estimator, not a sampler.
 
-A drift here is a family of levels and a table of weights [n, B, K]: which networks enter each of the n estimates for each
+A estimator here is a family of levels and a table of weights [n, B, K]: which networks enter each of the n estimates for each
 sample, and how much. One level alone, a stitched schedule and the multilevel estimator differ in the table only.
 """
 
@@ -19,7 +19,7 @@ from .ledger import Ledger
 from .level import Level, check_family
 
 
-class Drift(ABC):
+class Estimator(ABC):
     """What the classes below share. `evaluations` is the length of the sampler's program, n."""
 
     @property
@@ -42,16 +42,16 @@ class Drift(ABC):
         """Samples with equal numbers share their coins."""
         return list(seeds)
 
-    def estimator(
+    def weight_table(
         self, evaluations: int, seeds: Sequence[int], ledger: Ledger
     ) -> Callable[[int, Tensor, float], Tensor]:
         """The function (j, x [B, ...], logsnr) -> denoised estimate [B, ...] of one sampling run, called with j = 0, 1, ...
         in order. It records in the ledger what it evaluates, and must not change an estimate that it has returned."""
-        return Schedule(self.levels, self.weights(evaluations, seeds), ledger)
+        return WeightTable(self.levels, self.weights(evaluations, seeds), ledger)
 
 
 @dataclass(frozen=True)
-class SingleLevel(Drift):
+class SingleLevel(Estimator):
     """One network at every evaluation: plain EM, DDPM, DDIM, ... with that level."""
 
     level: Level
@@ -68,7 +68,7 @@ class SingleLevel(Drift):
 
 
 @dataclass(frozen=True)
-class Stitched(Drift):
+class Stitched(Estimator):
     """The cheaper of two levels for the first `switch` of the evaluations (high noise), the other after (T-Stitch, Pan et
     al. 2024)."""
 
@@ -95,7 +95,7 @@ class Stitched(Drift):
         return np.array([float(first), float(evaluations - first)])
 
 
-class Schedule:
+class WeightTable:
     """The estimates sum_k w_k f^k(x) of one run, for weights w [n, B, K]: which networks see which samples is decided, and
     sent to the device, before the first one, so that the loop never waits for it. Each network sees only the samples in
     which its weight is not zero; what is evaluated is recorded in the ledger."""
@@ -142,5 +142,5 @@ def _column(weights: Tensor, x: Tensor) -> Tensor:
 
 
 def weighted_estimate(levels: Sequence[Level], weights: np.ndarray, x: Tensor, logsnr: float, ledger: Ledger) -> Tensor:
-    """sum_k w_k f^k(x) for weights [B, K]: a schedule of one estimate."""
-    return Schedule(levels, weights[None], ledger)(0, x, logsnr)
+    """sum_k w_k f^k(x) for weights [B, K]: a table of one estimate."""
+    return WeightTable(levels, weights[None], ledger)(0, x, logsnr)

@@ -81,7 +81,7 @@ Schedule = LinearSchedule | CosineSchedule
 
 
 @dataclass(frozen=True)
-class Grid:
+class TimeGrid:
     """Noise levels that a sampler visits, from noise to data; a coarse grid is a subset of its base grid.
 
     n noise levels are n network evaluations: n - 1 steps between neighbours and a final denoising at the last one.
@@ -132,7 +132,7 @@ class Process:
         # the round trip through t is inexact at its ends
         return np.clip(self.schedule.logsnr(first + (last - first) * s), self.logsnr_min, self.logsnr_max)
 
-    def grid(self, steps: int | None = None) -> Grid:
+    def grid(self, steps: int | None = None) -> TimeGrid:
         """The base grid, or the subset of `steps` points spread evenly over it, both ends included.
 
         Raises UserError for fewer than 2 or more than base_steps points.
@@ -144,7 +144,7 @@ class Process:
         base_time = self.schedule.time(base_logsnr)
         index = np.round(np.linspace(0, self.base_steps - 1, steps)).astype(np.int64)
         time = base_time[index]
-        return Grid(base_logsnr[index], time, self.schedule.beta(time), index, base_logsnr, base_time)
+        return TimeGrid(base_logsnr[index], time, self.schedule.beta(time), index, base_logsnr, base_time)
 
     def drift_weights(self, logsnr: Array) -> Array:
         """Weights [S], sum 1, of squared denoising differences at ascending noise levels [S]: alpha^2 d(logsnr).

@@ -1,4 +1,4 @@
-"""One sampling loop for every step rule (step_rules.py) and every drift (drift.py)."""
+"""One sampling loop for every step rule (step_rules.py) and every estimator (estimator.py)."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from .brownian import PathWindows, initial_noise
-from .estimator import Drift
+from .estimator import Estimator
 from .ledger import Ledger
-from .process import Grid
+from .process import TimeGrid
 from .step_rules import Evaluation, step_rule_of
 
 
 @torch.no_grad()
 def sample(
-    drift: Drift,
-    grid: Grid,
+    estimator: Estimator,
+    grid: TimeGrid,
     dynamics: str,
     step_rule: str,
     seeds: Sequence[int],
@@ -42,8 +42,8 @@ def sample(
         noise = PathWindows(seeds, shape, grid, rule.clock, device)
     if isinstance(noise, PathWindows):
         noise[0]  # the first window is drawn before the clock starts; on a GPU while the coins are drawn here
-    ledger = Ledger([level.flops for level in drift.levels], images=len(seeds))
-    estimate = drift.estimator(len(program), seeds, ledger)
+    ledger = Ledger([level.flops for level in estimator.levels], images=len(seeds))
+    estimate = estimator.weight_table(len(program), seeds, ledger)
     start, drawing = _now(device), 0.0
     state: list[Tensor | None] = [x] + [None] * (len(program[0].update) - 1)
     for j, evaluation in enumerate(program):

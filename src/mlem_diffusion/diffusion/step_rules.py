@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import UserError
-from .process import Grid, alpha_sigma
+from .process import TimeGrid, alpha_sigma
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Evaluation:
 class StepRule:
     """A rule as a function from grids to programs, and the clock in which its Brownian increments are standardised."""
 
-    program: Callable[[Grid], list[Evaluation]]
+    program: Callable[[TimeGrid], list[Evaluation]]
     clock: str | None  # "time" or "snr"; None without noise
 
 
@@ -54,7 +54,7 @@ class Step:
     beta_dt: float  # beta(s) * (time(s) - time(t))
 
 
-def steps_of(grid: Grid) -> list[Step]:
+def steps_of(grid: TimeGrid) -> list[Step]:
     """The n - 1 steps of a grid."""
     alpha, sigma = alpha_sigma(grid.logsnr)
     h = 0.5 * np.diff(grid.logsnr)
@@ -74,7 +74,7 @@ def steps_of(grid: Grid) -> list[Step]:
     ]
 
 
-def _final_denoising(grid: Grid, m: int) -> Evaluation:
+def _final_denoising(grid: TimeGrid, m: int) -> Evaluation:
     update = np.zeros((m, m + 2))
     update[0, m] = 1
     return Evaluation(float(grid.logsnr[-1]), update)
@@ -114,10 +114,10 @@ def ddim(step: Step) -> tuple[float, float, float]:
 # --------------------------------------------------------------------------------------------------- programs
 
 
-def _one_step(coefficients: Coefficients) -> Callable[[Grid], list[Evaluation]]:
+def _one_step(coefficients: Coefficients) -> Callable[[TimeGrid], list[Evaluation]]:
     """State (x)."""
 
-    def program(grid: Grid) -> list[Evaluation]:
+    def program(grid: TimeGrid) -> list[Evaluation]:
         rows = [(step.logsnr_s, coefficients(step)) for step in steps_of(grid)]
         steps = [Evaluation(s, np.array([row]), i if row[-1] else None) for i, (s, row) in enumerate(rows)]
         return [*steps, _final_denoising(grid, 1)]
@@ -125,14 +125,14 @@ def _one_step(coefficients: Coefficients) -> Callable[[Grid], list[Evaluation]]:
     return program
 
 
-def _two_step(coefficients: Coefficients) -> Callable[[Grid], list[Evaluation]]:
+def _two_step(coefficients: Coefficients) -> Callable[[TimeGrid], list[Evaluation]]:
     """DPM-Solver++(2M), data prediction (Lu et al. 2022, algorithm 2): an exponential step with the estimate extrapolated
     to the middle of the step from the one before; the first step is plain. State (x, estimate before).
 
     From DDIM's coefficients it is the ODE solver, from the ancestral ones its SDE form.
     """
 
-    def program(grid: Grid) -> list[Evaluation]:
+    def program(grid: TimeGrid) -> list[Evaluation]:
         out = []
         for i, step in enumerate(steps_of(grid)):
             a, b, c = coefficients(step)
@@ -144,7 +144,7 @@ def _two_step(coefficients: Coefficients) -> Callable[[Grid], list[Evaluation]]:
     return program
 
 
-def heun(grid: Grid) -> list[Evaluation]:
+def heun(grid: TimeGrid) -> list[Evaluation]:
     """Heun's method, deterministic (Karras et al. 2022, algorithm 1): 2 (n - 1) + 1 evaluations for n noise levels.
 
     In y = x / alpha and its noise rho = sigma / alpha the flow is dy = (y - denoised) / rho drho. State
@@ -162,7 +162,7 @@ def heun(grid: Grid) -> list[Evaluation]:
     return [*out, _final_denoising(grid, 2)]
 
 
-def unipc(grid: Grid) -> list[Evaluation]:
+def unipc(grid: TimeGrid) -> list[Evaluation]:
     """UniPC of order 2 with its corrector, B(h) = e^h - 1 (bh2), data prediction (Zhao et al. 2023); the first step has
     order 1. Predictor and corrector share their evaluation: the network sees the predicted point only.
 

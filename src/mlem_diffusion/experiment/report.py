@@ -16,7 +16,7 @@ from PIL import Image
 from ..comparison.table import BASELINES, COLUMNS, Row, describe, method_of, pool_seeds, read_rows, trusted
 from ..diffusion.step_rules import DYNAMICS_NAMES, STEP_RULE_NAMES
 from ..errors import UserError
-from ..files import Damaged, read_json, understood, write_text
+from ..files import Damaged, expect_content, read_json, write_text
 from ..statistics import frontier
 from .html_tables import as_table, flat_table, flatten, interval, number, records_table
 from .provenance import check_same_levels, check_written
@@ -37,7 +37,7 @@ _ESTIMATES = {
     "differences": "differences of neighbouring levels",
     "to_largest": "differences to the largest level",
 }
-_METHODS = {"plain": "plain ML-EM", "best": "best ML-EM"}
+_METHODS = {"paper": "ML-EM, paper", "any": "multilevel, any"}
 _MEASURES = {"error": "MSE", "distance": "distance"}
 _UNITS = {"flops": "FLOPs", "seconds": "seconds"}
 _FRONTIER_ROWS = 14
@@ -46,7 +46,7 @@ _FRONTIER_ROWS = 14
 def write_report(results_dir: Path, *, title: str) -> Path:
     """Write results_dir/report.html: every image and style inline, no network, no script.
 
-    Reads gamma.json, speedup.json, best.json, provenance.json, levels.json, compare.csv, config-*.yaml, the figures
+    Reads gamma.json, speedup.json, best.json, provenance.json, ablation.json, compare.csv, config-*.yaml, the figures
     gamma.png, compare.png and training.png, and the pictures in grids/ and training/. What is absent is said in words on
     the page. Raises UserError when the folder holds none of them, when one is damaged or not what its stage wrote, and
     when gamma and comparison are of different levels.
@@ -57,7 +57,7 @@ def write_report(results_dir: Path, *, title: str) -> Path:
     notices: list[str] = []
     documents = {name: _load_json(results_dir / f"{name}.json") for name in ("gamma", "speedup", "best", "provenance")}
     gamma, speedup, provenance = (documents[name] or {} for name in ("gamma", "speedup", "provenance"))
-    with understood(results_dir / "provenance.json", "restore it (git checkout), or delete it"):
+    with expect_content(results_dir / "provenance.json", "restore it (git checkout), or delete it"):
         check_written(results_dir, provenance)
     check_same_levels(results_dir, gamma, provenance)
     rows = _load_rows(results_dir / "compare.csv")
@@ -80,7 +80,7 @@ def write_report(results_dir: Path, *, title: str) -> Path:
         if not (results_dir / name).exists()
     ]
 
-    with understood(results_dir / "levels.json", _AGAIN):
+    with expect_content(results_dir / "ablation.json", _AGAIN):
         levels = _levels_section(results_dir)
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -104,7 +104,7 @@ def write_report(results_dir: Path, *, title: str) -> Path:
         precision_picture=_load_image(results_dir / "precision.png")
         if (results_dir / "precision.png").is_file()
         else None,
-        methods=_methods_table(results_dir) if (results_dir / "method.json").is_file() else None,
+        methods=_methods_table(results_dir) if (results_dir / "verdicts.json").is_file() else None,
         folders={name: [image for image in images if image] for name, images in folders.items()},
         provenance=_provenance_tables(provenance),
         configs=configs,
@@ -214,12 +214,12 @@ def _findings(diagnostics: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _levels_section(results_dir: Path) -> dict[str, Any] | None:
-    """What levels.json says about each level: figure, table, and which levels are kept; None without it."""
-    content = _load_json(results_dir / "levels.json")
+    """What ablation.json says about each level: figure, table, and which levels are kept; None without it."""
+    content = _load_json(results_dir / "ablation.json")
     if not content:
         return None
     body, units = [], ("flops", "seconds")
-    rules = list(dict.fromkeys(rule for level in content["levels"] for rule in level["worth_flops"] or {}))
+    rules = list(dict.fromkeys(rule for level in content["levels"] for rule in level["cost_ratio_flops"] or {}))
     for level in content["levels"]:
         row = [
             level["name"],
@@ -230,14 +230,14 @@ def _levels_section(results_dir: Path) -> dict[str, Any] | None:
         ]
         for rule in rules:
             for unit in units:
-                worth = (level[f"worth_{unit}"] or {}).get(rule)
-                row.append(f"{worth['mean']:.3f} ({worth['largest']:.2f})" if worth else "–")
+                found = (level[f"cost_ratio_{unit}"] or {}).get(rule)
+                row.append(f"{found['mean']:.3f} ({found['largest']:.2f})" if found else "–")
         body.append([*row, *("yes" if level[f"kept_{unit}"] else "no" for unit in units)])
-    worths = [f"worth in {_UNITS[unit]}, {rule}" for rule in rules for unit in units]
-    columns = ("level", "MFLOP", "share", "ms per image", "share", *worths, "kept in FLOPs", "kept in seconds")
+    ratios = [f"cost ratio in {_UNITS[unit]}, {rule}" for rule in rules for unit in units]
+    columns = ("level", "MFLOP", "share", "ms per image", "share", *ratios, "kept in FLOPs", "kept in seconds")
     return {
         "table": as_table(columns, body),
-        "picture": _load_image(results_dir / "levels.png"),
+        "picture": _load_image(results_dir / "ablation.png"),
         "kept": [
             (_UNITS[unit], " + ".join(content["kept"][unit]), ", ".join(e["name"] for e in content["removed"][unit]))
             for unit in units
@@ -248,9 +248,9 @@ def _levels_section(results_dir: Path) -> dict[str, Any] | None:
 
 
 def _methods_table(results_dir: Path) -> dict[str, Any] | None:
-    """Speed-ups of each estimator in method.json: largest lower bound, and the window of at least 2."""
+    """Speed-ups of each estimator in verdicts.json: largest lower bound, and the window of at least 2."""
     body = []
-    for rule, entry in (_load_json(results_dir / "method.json") or {}).items():
+    for rule, entry in (_load_json(results_dir / "verdicts.json") or {}).items():
         for name, found in entry.get("against_em", {}).items():
             other = entry.get("against_all_baselines", {}).get(name, {})
             two = next((w for w in found.get("windows", []) if w["least"] == 2), None)
@@ -360,7 +360,7 @@ def _at_least_one(value: Any) -> bool:
 
 def _was_measured(rows: list[Row], dynamics: str, method: str, measure: str) -> bool:
     """Whether compare.csv holds such settings; without the file, benefit of the doubt."""
-    wanted = ("plain",) if method == "plain" else ("plain", "best")
+    wanted = ("paper",) if method == "paper" else ("paper", "other")
     of_interest = (row for row in rows if row["dynamics"] == dynamics and method_of(row) in wanted)
     return not rows or any(row.get(measure) is not None for row in of_interest)
 
@@ -426,7 +426,7 @@ def _speedup_line(
 def _setting_words(setting: Any) -> str:
     if not isinstance(setting, dict):
         return str(setting or "–")
-    if "drift" not in setting and "step_rule" not in setting:
+    if "estimator" not in setting and "step_rule" not in setting:
         return _further(setting, ())
     costs = [
         f"{number(setting[key])} {unit}"
@@ -440,7 +440,7 @@ def _distance_note(rows: list[Row]) -> str:
     for row in rows:
         if row.get("distance") is not None:
             floor = row.get("distance_floor")
-            name, n = row["distance_name"] or "configured distance", number(row["n"])
+            name, n = row["distance_name"] or "configured distance", number(row["num_samples"])
             text = f"Distances are the {name} of n = {n} images to the training images"
             return text + (f"; as many real images are {number(floor)} away from them (the floor)." if floor else ".")
     return "No distance was computed." if rows else ""
@@ -472,7 +472,7 @@ def _frontier_tables(rows: list[Row]) -> list[tuple[str, dict[str, Any]]]:
                 ),
             )
             if table:
-                table["marked"] = [row["drift"] not in BASELINES for row in best]
+                table["marked"] = [row["estimator"] not in BASELINES for row in best]
                 tables.append((f"{words}, error against {unit}", table))
     return tables
 

@@ -31,7 +31,7 @@ def precision_section(content: dict[str, Any] | None) -> dict[str, Any] | None:
     speedups = [
         (dynamics, kind, *(_bound(found[p][dynamics][kind]) for p in ("float32", "bf16")))
         for dynamics in found.get("float32", {})
-        for kind in ("plain", "best")
+        for kind in ("paper", "any")
     ]
     return {
         "levels": as_table(

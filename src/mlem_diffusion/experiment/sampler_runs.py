@@ -13,13 +13,13 @@ from omegaconf import OmegaConf
 
 from .. import parallel
 from ..comparison.features import Extractor
-from ..comparison.frechet import Statistics, load_statistics
+from ..comparison.frechet import FeatureMoments, load_moments
 from ..comparison.runner import NoiseCache, Runner
-from ..comparison.settings import Setting
+from ..comparison.settings import SamplerSetting
 from ..data.images import ImageData
 from ..diffusion.level import Level
 from ..errors import Interrupted, UserError
-from ..files import Damaged, check_zip, kept, make_again, read_json, understood
+from ..files import Damaged, cached, check_zip, discard_damaged, expect_content, read_json
 from ..models import published
 from ..models.family import identity_of, load_family
 from ..models.gaussian import fit_gaussian, load_gaussian
@@ -42,7 +42,7 @@ def used_gamma(stage: Stage, made_with: dict[str, Any] | None) -> float:
     path = stage.find("gamma.json")
     content = read_json(path, hint)
     check_made_with(stage, content, made_with, path, "make measure-gamma")
-    with understood(path, hint):
+    with expect_content(path, hint):
         estimates = content["estimates"]
         for name in ("differences", "to_largest", "loss_fit"):
             if estimates[name]["gamma"] is not None:
@@ -84,7 +84,7 @@ def load_levels(stage: Stage) -> tuple[dict[str, Level], dict[str, Any], tuple[i
 def gaussian_level(stage: Stage, images: ImageData | None) -> Level:
     """The linear Gaussian denoiser of the training images: the published one, or fitted once and kept in the cache."""
     found = (stage.published or {}).get("gaussian")
-    with understood(stage.checkpoints / published.INDEX, PUBLISH):
+    with expect_content(stage.checkpoints / published.INDEX, PUBLISH):
         if found is not None and found["asked_rank"] == stage.cfg.family.gaussian_rank:
             return load_gaussian(stage.checkpoints / found["file"], stage.device, sealed=False).as_level(GAUSSIAN)
     if images is None:
@@ -95,7 +95,7 @@ def gaussian_level(stage: Stage, images: ImageData | None) -> Level:
     path = (
         stage.results / "cache" / f"gauss-{images.manifest['sha256'][:12]}-{stage.cfg.family.gaussian_rank}.safetensors"
     )
-    found = kept(
+    found = cached(
         path,
         lambda p: load_gaussian(p, stage.device),
         lambda: fit_gaussian(images.images[images.train()], stage.cfg.family.gaussian_rank).save(path),
@@ -103,15 +103,15 @@ def gaussian_level(stage: Stage, images: ImageData | None) -> Level:
     return found.as_level(GAUSSIAN)
 
 
-def published_statistics(stage: Stage, extractor: Extractor) -> tuple[Statistics, float | None] | None:
-    """Statistics of the training images' features, and the real-against-real distance for compare.n images where that is
+def published_moments(stage: Stage, extractor: Extractor) -> tuple[FeatureMoments, float | None] | None:
+    """Moments of the training images' features, and the real-against-real distance for compare.num_samples images where that is
     known, as published with the levels; None where there are none by this extractor."""
     found = (stage.published or {}).get("statistics")
     if found is None or (found["name"], found["identity"]) != (extractor.name, extractor.identity or extractor.key):
         return None
-    floor, asked = found["floor"], (stage.cfg.compare.n, stage.cfg.compare.seed)
-    statistics = load_statistics(stage.checkpoints / found["file"])
-    return statistics, floor["distance"] if (floor["n"], floor["seed"]) == asked else None
+    floor, asked = found["floor"], (stage.cfg.compare.num_samples, stage.cfg.compare.seed)
+    statistics = load_moments(stage.checkpoints / found["file"])
+    return statistics, floor["distance"] if (floor["num_samples"], floor["seed"]) == asked else None
 
 
 def names_of(levels: Iterable[str]) -> tuple[list[str], tuple[str, ...]]:
@@ -125,8 +125,8 @@ def check_enough(extractor: Extractor, n: int, shape: tuple[int, ...]) -> None:
     dimensions = extractor.features(torch.zeros(1, *shape, dtype=torch.uint8)).shape[1]
     if n <= dimensions:
         raise UserError(
-            f"compare.n={n} images are too few for {extractor.name}, which has {dimensions} features: the covariance would be "
-            f"singular. Say compare.n={dimensions + 1} or more, or metrics=light, light32 or none."
+            f"compare.num_samples={n} images are too few for {extractor.name}, which has {dimensions} features: the covariance would be "
+            f"singular. Say compare.num_samples={dimensions + 1} or more, or metrics=light, light32 or none."
         )
 
 
@@ -135,10 +135,10 @@ def make_runner(stage: Stage) -> tuple[Runner, ImageData | None]:
     cfg, select = stage.cfg, stage.name == "optimise"
     levels, inputs, shape, images = load_levels(stage)
     extractor = None if select else make_extractor(stage)
-    if extractor is not None and images is None and stage.published and published_statistics(stage, extractor) is None:
+    if extractor is not None and images is None and stage.published and published_moments(stage, extractor) is None:
         extractor = None  # nothing to compare with
     if extractor is not None and not cfg.dry_run:
-        check_enough(extractor, cfg.compare.n, shape)
+        check_enough(extractor, cfg.compare.num_samples, shape)
     made_with = inputs.pop("made_with")
     gamma = (
         2.5 if select else used_gamma(stage, made_with)
@@ -146,10 +146,12 @@ def make_runner(stage: Stage) -> tuple[Runner, ImageData | None]:
     inputs |= {"gamma": gamma, "extractor": extractor.key if extractor else None}
     where = stage.results / "cache" / "candidates.json" if select else stage.find("plans.json")
     plans = plans_there(stage, where, made_with) if where.is_file() and (select or cfg.compare.plans != "none") else {}
-    first, count = (cfg.optimise.seed, cfg.optimise.n_select) if select else (cfg.compare.seed, cfg.compare.n)
+    first, count = (
+        (cfg.optimise.seed, cfg.optimise.num_select) if select else (cfg.compare.seed, cfg.compare.num_samples)
+    )
     runner = Runner(
         levels=levels, process=stage.process(), gamma=gamma, shape=shape, seeds=list(range(first, first + count)),
-        n_reference=count if select else min(cfg.compare.n_reference, count), batch=cfg.compare.batch,
+        num_reference=count if select else min(cfg.compare.num_reference, count), batch=cfg.compare.batch,
         device=stage.device, extractor=extractor, cache=stage.results / "cache", grid_images=cfg.compare.grid_images,
         key=stage.fingerprint(("process", "precision"), **inputs, device=stage.device.type), plans=plans,
         reference_steps=cfg.optimise.reference_steps if select else None, made_with=made_with,
@@ -166,7 +168,7 @@ def plans_there(stage: Stage, path: Path, made_with: dict[str, Any] | None) -> d
     try:
         return load_plans(path)[0]
     except Damaged as error:
-        make_again(error)
+        discard_damaged(error)
         return {}
 
 
@@ -182,7 +184,7 @@ def check_made_with(
     again = f"run {target} EXPERIMENT={stage.cfg.name} again"
     if made_with is None:
         raise UserError(f"{what} does not say which levels it was made with: {again}.")
-    with understood(path, again):
+    with expect_content(path, again):
         same_images = made_with["data"] == levels["data"]
         names = [name for name, sha256 in levels["levels"].items() if made_with["levels"].get(name) != sha256]
     if not same_images:
@@ -219,7 +221,7 @@ def _seconds(level: Level, shape: tuple[int, ...], stage: Stage, batch: int = 16
 _in_worker: dict[str, Any] = {}  # a worker process keeps its runner and the last noise between tasks
 
 
-def run_in_worker(stage: Stage, dynamics: str, settings: list[Setting]) -> None:
+def run_in_worker(stage: Stage, dynamics: str, settings: list[SamplerSetting]) -> None:
     """Some settings of one dynamics (none: the reference), into the cache of finished settings."""
     if side_by_side.stop_requested():
         raise Interrupted("stopped as asked; finished batches are kept")
@@ -231,28 +233,30 @@ def run_in_worker(stage: Stage, dynamics: str, settings: list[Setting]) -> None:
         _in_worker["runner"].run(setting, reference, _in_worker["noise"], side_by_side.stop_requested)
 
 
-def run_all(stage: Stage, runner: Runner, settings: Sequence[Setting], label: str = "compare") -> list[dict[str, Any]]:
+def run_all(
+    stage: Stage, runner: Runner, settings: Sequence[SamplerSetting], label: str = "compare"
+) -> list[dict[str, Any]]:
     """What Runner.read gives for every setting, once all are run; stops between batches when asked. Finished settings are read
     from the cache, and run again where that is damaged. Several processes share the batches."""
-    found: dict[Setting, dict[str, Any]] = {}
+    found: dict[SamplerSetting, dict[str, Any]] = {}
     for _ in range(3):
         run_missing(stage, runner, [s for s in settings if s not in found], label)
         for setting in settings:
             try:
                 found[setting] = found.get(setting) or runner.read(setting)
             except Damaged as error:
-                make_again(error)
+                discard_damaged(error)
         if len(found) == len(set(settings)):
             break
     return [found.get(setting) or runner.read(setting) for setting in settings]
 
 
-def run_missing(stage: Stage, runner: Runner, settings: Sequence[Setting], label: str) -> None:
+def run_missing(stage: Stage, runner: Runner, settings: Sequence[SamplerSetting], label: str) -> None:
     """Run what is not in the cache, with progress and time left by expected FLOPs."""
     parallel.remove_parts(runner.cache)
     n, largest = len(runner.seeds), list(runner.levels.values())[-1]
     dynamics = sorted({s.dynamics for s in settings})
-    reference_cost = len(runner.reference_grid.logsnr) * largest.flops * runner.n_reference / 1e9
+    reference_cost = len(runner.reference_grid.logsnr) * largest.flops * runner.num_reference / 1e9
     costs = {s: runner.build(s).expected_flops(s.evaluations(runner.process)) * n / 1e9 for s in settings}
     missing = [s for s in settings if not runner.is_done(s)]
     for d in dynamics:  # before other processes wait for what this one reads
@@ -260,15 +264,15 @@ def run_missing(stage: Stage, runner: Runner, settings: Sequence[Setting], label
             if runner.reference_path(d).is_file():
                 check_zip(runner.reference_path(d), "remove it")
         except Damaged as error:
-            make_again(error)
+            discard_damaged(error)
     unmade = [d for d in dynamics if not runner.reference_path(d).is_file()]
     done, total = 0.0, sum(costs[s] for s in missing) + reference_cost * len(unmade)
     workers = side_by_side.worker_count(stage.cfg.workers, stage.device, len(settings))
     with bar(label, int(total), unit="GFLOP") as progress:
 
-        def advance(setting: Setting | None, by_batch: bool = False) -> None:
+        def advance(setting: SamplerSetting | None, by_batch: bool = False) -> None:
             nonlocal done
-            cost, images = (reference_cost, runner.n_reference) if setting is None else (costs[setting], n)
+            cost, images = (reference_cost, runner.num_reference) if setting is None else (costs[setting], n)
             done += cost / -(-images // runner.batch) if by_batch else cost
             progress(int(done), int(total))
 
@@ -288,8 +292,8 @@ def measure(
     stage: Stage,
     runner: Runner,
     dynamics: Sequence[str],
-    settings: Sequence[Setting],
-    advance: Callable[[Setting | None], object] = lambda _: None,
+    settings: Sequence[SamplerSetting],
+    advance: Callable[[SamplerSetting | None], object] = lambda _: None,
 ) -> None:
     """Run references and settings into the cache; collective (parallel.py). advance(setting, or None for a reference): one
     more batch of it is done."""
@@ -310,7 +314,7 @@ def _facts(runner: Runner) -> dict[str, Any]:
     return {**facts, "names": list(runner.levels), "distances": runner.extractor is not None}
 
 
-def help_measure(stage: Stage, facts: dict[str, Any], dynamics: list[str], settings: list[Setting]) -> None:
+def help_measure(stage: Stage, facts: dict[str, Any], dynamics: list[str], settings: list[SamplerSetting]) -> None:
     """`measure` in a process that helps the main one, with levels and extractor on its own device."""
     if _in_worker.get("stage") is not stage:  # another job of a sweep has other levels
         _in_worker.clear()

@@ -34,7 +34,7 @@ from ..data import images as datasets
 from ..data.pixels import to_float
 from ..diffusion.process import Process
 from ..errors import Interrupted, SlowPath, UserError, is_out_of_memory
-from ..files import read_json, sha256_of, understood, write_json, write_text
+from ..files import expect_content, read_json, sha256_of, write_json, write_text
 from ..models import published
 from ..models.checkpoint import AGAIN
 from ..models.family import at_width, describe, level_name, read_metadata
@@ -169,7 +169,7 @@ class Stage:
             )
         wanted = (self.cfg.process.logsnr_min, self.cfg.process.logsnr_max)
         for m in metadata:
-            with understood(self.checkpoints / m["name"] / "metadata.json", AGAIN):
+            with expect_content(self.checkpoints / m["name"] / "metadata.json", AGAIN):
                 low, high = map(float, m["logsnr_range"])
             if wanted[0] < low or wanted[1] > high:
                 raise UserError(

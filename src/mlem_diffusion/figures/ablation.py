@@ -1,4 +1,4 @@
-"""The figure of levels.json: what each level costs in FLOPs and in seconds, and what the frontier loses without it."""
+"""The figure of ablation.json: what each level costs in FLOPs and in seconds, and what the frontier loses without it."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from ..files import atomic_write
 _UNITS = {"flops": ("#0072B2", "o", "FLOPs"), "seconds": ("#D55E00", "s", "seconds")}  # Okabe-Ito, as in plot_gamma
 
 
-def plot_worth(content: dict[str, Any], path: Path, title: str = "") -> None:
+def plot_ablation(content: dict[str, Any], path: Path, title: str = "") -> None:
     """Left: each level's share of the largest level's FLOPs and seconds. Right, a panel per step rule: cost at equal
     predicted error without the level over that with it, a bar from the geometric mean (marker) to the largest value;
     hollow markers are levels that do not earn their place. The suffix of `path` names the format."""
     from matplotlib.figure import Figure
 
     levels = content["levels"]
-    rules = list(dict.fromkeys(rule for level in levels for rule in level["worth_flops"] or {}))
+    rules = list(dict.fromkeys(rule for level in levels for rule in level["cost_ratio_flops"] or {}))
     figure = Figure(figsize=(4.2 + (1.6 + 0.42 * len(levels)) * len(rules), 4.2), dpi=150, layout="constrained")
     left, *right = figure.subplots(1, 1 + len(rules), width_ratios=[1.0, *[0.9] * len(rules)], squeeze=False)[0]
     _draw_shares(left, levels)
     for ax, rule in zip(right, rules, strict=True):
-        _draw_worth(ax, levels, rule, content["tolerance"])
-    of_all = [w["largest"] for e in levels[:-1] for unit in _UNITS for w in e[f"worth_{unit}"].values()]
+        _draw_cost_ratio(ax, levels, rule, content["tolerance"])
+    of_all = [w["largest"] for e in levels[:-1] for unit in _UNITS for w in e[f"cost_ratio_{unit}"].values()]
     top = max(1.5, max(of_all, default=1.0) ** 1.2)  # room for the legend
     for ax in right:
         ax.set_ylim(top**-0.06, top)
@@ -46,19 +46,19 @@ def _draw_shares(ax: Any, levels: list[dict[str, Any]]) -> None:
     _names(ax, levels)
 
 
-def _draw_worth(ax: Any, levels: list[dict[str, Any]], rule: str, tolerance: dict[str, float]) -> None:
+def _draw_cost_ratio(ax: Any, levels: list[dict[str, Any]], rule: str, tolerance: dict[str, float]) -> None:
     from matplotlib.lines import Line2D
 
     for offset, (unit, (colour, marker, _)) in zip((-0.13, 0.13), _UNITS.items(), strict=True):
         for k, level in enumerate(levels[:-1]):
-            worth = level[f"worth_{unit}"][rule]
-            ax.plot([k + offset] * 2, [worth["mean"], worth["largest"]], color=colour, lw=2.5, alpha=0.45)
+            ratio = level[f"cost_ratio_{unit}"][rule]
+            ax.plot([k + offset] * 2, [ratio["mean"], ratio["largest"]], color=colour, lw=2.5, alpha=0.45)
             face = colour if level[f"kept_{unit}"] else "white"
-            ax.plot(k + offset, worth["mean"], marker=marker, ms=7, mfc=face, mec=colour, mew=1.4, zorder=3)
+            ax.plot(k + offset, ratio["mean"], marker=marker, ms=7, mfc=face, mec=colour, mew=1.4, zorder=3)
     ax.axhline(1 + tolerance["mean"], color="0.5", lw=0.9, ls=":")
     ax.set_yscale("log")
     dynamics, step_rule = rule.split("/")
-    ax.set_title(f"Worth: {STEP_RULE_NAMES.get(step_rule, step_rule)},\n{DYNAMICS_NAMES[dynamics]}", fontsize=11)
+    ax.set_title(f"CostRatio: {STEP_RULE_NAMES.get(step_rule, step_rule)},\n{DYNAMICS_NAMES[dynamics]}", fontsize=11)
     handles = [
         Line2D([], [], color="0.3", marker="o", ls="", mfc="0.3", label="kept"),
         Line2D([], [], color="0.3", marker="o", ls="", mfc="white", label="removed"),

@@ -25,9 +25,9 @@ _LINES = {
     "dpmpp_2m": (0, (1, 1.2)),
 }
 _DOTS = {"em": "o", "ddpm": "s", "ddim": "s", "dpmpp_2m": "^"}
-_COLOURS = {"baseline": "#23395b", "stitched": "#1a9a8a", "plain": "#ef8a00", "best": "#b4005a"}
-_MARKS = {"stitched": "D", "plain": "o", "best": "*"}
-_SIZES = {"stitched": 20, "plain": 26, "best": 60}
+_COLOURS = {"baseline": "#23395b", "stitched": "#1a9a8a", "paper": "#ef8a00", "other": "#b4005a"}
+_MARKS = {"stitched": "D", "paper": "o", "other": "*"}
+_SIZES = {"stitched": 20, "paper": 26, "other": 60}
 
 
 def plot_compare(rows: list[Row], path: Path, *, title: str = "") -> Path:
@@ -41,7 +41,7 @@ def plot_compare(rows: list[Row], path: Path, *, title: str = "") -> Path:
     """
     if not rows:
         raise UserError("There is nothing to plot: the comparison holds no rows.")
-    n = _one_value(rows, "n", "sample counts n")
+    n = _one_value(rows, "num_samples", "sample counts num_samples")
     distance_name = _one_value((r for r in rows if r.get("distance") is not None), "distance_name", "distances")
     dynamics = [name for name in DYNAMICS_NAMES if any(row["dynamics"] == name for row in rows)]
     if not dynamics:
@@ -107,7 +107,7 @@ def _draw_panel(ax: Axes, rows: list[Row], cost: str, measure: str, shades: dict
         ax.set_ylim(bottom=0, top=1.08 * max(values))
 
     by_method = {
-        name: [row for row in rows if row["method"] == name] for name in ("single", "stitched", "plain", "best")
+        name: [row for row in rows if row["method"] == name] for name in ("single", "stitched", "paper", "other")
     }
     lines: dict[tuple[str, str], list[Row]] = {}
     for row in by_method["single"]:
@@ -118,7 +118,7 @@ def _draw_panel(ax: Axes, rows: list[Row], cost: str, measure: str, shades: dict
             color=shades[level], ls=_LINES.get(rule, "-."), marker=_DOTS.get(rule, "v"), lw=1.1, ms=3.6
         )
         _with_bars(ax, group, cost, measure, zorder=3, **style)
-    for name in ("stitched", "plain", "best"):
+    for name in ("stitched", "paper", "other"):
         for sure in (True, False):
             group = [row for row in by_method[name] if row["trusted"] is sure]
             if group:
@@ -127,9 +127,9 @@ def _draw_panel(ax: Axes, rows: list[Row], cost: str, measure: str, shades: dict
                 style |= dict(mew=0.5, mec="white") if sure else dict(mfc="none", mew=0.9, mec=_COLOURS[name])
                 _with_bars(ax, group, cost, measure, zorder=5, **style)
     _draw_frontier(ax, by_method["single"] + by_method["stitched"], cost, measure, _COLOURS["baseline"], 2)
-    _draw_frontier(ax, by_method["plain"], cost, measure, _COLOURS["plain"], 4)
-    if by_method["best"]:  # the best of all ML-EM settings, plain ones included
-        _draw_frontier(ax, by_method["plain"] + by_method["best"], cost, measure, _COLOURS["best"], 3.5)
+    _draw_frontier(ax, by_method["paper"], cost, measure, _COLOURS["paper"], 4)
+    if by_method["other"]:  # any multilevel setting, the paper's included
+        _draw_frontier(ax, by_method["paper"] + by_method["other"], cost, measure, _COLOURS["other"], 3.5)
     few_ticks(ax.xaxis)
     if ax.get_yscale() == "log":
         few_ticks(ax.yaxis)
@@ -188,7 +188,7 @@ def _level_shades(rows: list[Row]) -> dict[str, Any]:
     """A colour per single level, light for cheap and dark for expensive, by GFLOPs per network call."""
     calls: dict[str, float] = {}
     for row in rows:
-        if row["drift"] == "single":
+        if row["estimator"] == "single":
             per_call = (row.get("gflops_expected") or row.get("gflops_realised") or 0) / max(
                 row.get("network_calls") or 0, 1
             )
@@ -209,22 +209,22 @@ def _legend(rows: list[Row], shades: dict[str, Any]) -> list[Any]:
         handles.append(heading("one level"))
         handles += [Line2D([], [], color=colour, lw=3, label=name) for name, colour in shades.items()]
         handles.append(heading("step rule"))
-        rules = {row["step_rule"] for row in rows if row["drift"] == "single"}
+        rules = {row["step_rule"] for row in rows if row["estimator"] == "single"}
         for rule in sorted(rules, key=lambda name: (list(_LINES).index(name) if name in _LINES else 9, name)):
             style: dict[str, Any] = dict(ls=_LINES.get(rule, "-."), marker=_DOTS.get(rule, "v"), ms=4, lw=1.2)
             handles.append(Line2D([], [], color="#55606e", label=STEP_RULE_NAMES.get(rule, rule), **style))
-    several = [name for name in ("stitched", "plain", "best") if name in methods]
+    several = [name for name in ("stitched", "paper", "other") if name in methods]
     if several:
         handles.append(heading("several levels"))
     for name in several:
-        label = {"stitched": "stitched", "plain": "ML-EM, independent coins"}.get(name) or _kinds(rows)
+        label = {"stitched": "stitched", "paper": "ML-EM, independent coins"}.get(name) or _kinds(rows)
         style: dict[str, Any] = dict(marker=_MARKS[name], ms=_SIZES[name] ** 0.5, mec="white", mew=0.5)
         handles.append(Line2D([], [], ls="none", color=_COLOURS[name], label=label, **style))
     if any(not row["trusted"] for row in rows):
         style: dict[str, Any] = dict(marker="o", mfc="none", mec="#777777", ms=5)
         handles.append(Line2D([], [], ls="none", label="hollow: top level\nfired too rarely", **style))
     handles.append(heading("frontier"))
-    for name, label in (("baseline", "baselines"), ("plain", "ML-EM, plain"), ("best", "multilevel, best")):
+    for name, label in (("baseline", "baselines"), ("paper", "ML-EM, paper"), ("other", "multilevel, any")):
         if name in methods or (name == "baseline" and methods & {"single", "stitched"}):
             handles.append(Line2D([], [], color=_COLOURS[name], lw=3.2, alpha=0.55, label=label))
     return handles
@@ -232,10 +232,10 @@ def _legend(rows: list[Row], shades: dict[str, Any]) -> list[Any]:
 
 def _kinds(rows: list[Row]) -> str:
     """The estimators beyond the paper's that the rows hold."""
-    best = [row for row in rows if row["method"] == "best"]
+    best = [row for row in rows if row["method"] == "other"]
     coins = sorted({(row.get("coins") or "").split("-")[0] for row in best} - {""})
     kinds = ([" / ".join(coins) + " coins"] if coins else []) + (
-        ["quadrature"] if any(row["drift"] == "quadrature" for row in best) else []
+        ["quadrature"] if any(row["estimator"] == "quadrature" for row in best) else []
     )
     return "multilevel, " + ",\n".join(kinds)
 

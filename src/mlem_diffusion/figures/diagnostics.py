@@ -10,7 +10,7 @@ import numpy as np
 from ..errors import UserError
 from ..files import atomic_write
 from ..multilevel.diagnostics import Diagnostics, pooled
-from ..multilevel.level_statistics import Statistics, standard_error
+from ..multilevel.level_statistics import LevelStatistics, standard_error
 from .style import ESTIMATE_STYLES, colour_scale, decimal_ticks, light_grid
 
 _COST, _SQUARE = ESTIMATE_STYLES["loss_fit"], ESTIMATE_STYLES["differences"]
@@ -35,7 +35,7 @@ def plot_diagnostics(d: Diagnostics, path: Path, title: str = "") -> None:
     atomic_write(path, lambda p: figure.savefig(p, format="png"))
 
 
-def _draw_noise_levels(ax: Any, s: Statistics) -> None:
+def _draw_noise_levels(ax: Any, s: LevelStatistics) -> None:
     mean, se = s.mean_square, standard_error(s.square)
     colours = colour_scale(len(s.names), "viridis")
     for k in range(1, len(s.names)):
@@ -54,7 +54,7 @@ def _draw_noise_levels(ax: Any, s: Statistics) -> None:
     light_grid(ax)
 
 
-def _draw_levels(ax: Any, s: Statistics) -> None:
+def _draw_levels(ax: Any, s: LevelStatistics) -> None:
     of, x = pooled(s), s.flops[1:] / 1e9
     v, se = of["mean_square"][1:], of["mean_square_se"][1:]
     bars = np.stack([np.minimum(2 * se, 0.95 * v), 2 * se])

@@ -172,7 +172,7 @@ def htmc_answer(fits: dict[str, Fit]) -> tuple[str, str]:
         low, high = fit.interval
         return 1 if low > HTMC_THRESHOLD else -1 if high is not None and high < HTMC_THRESHOLD else 0
 
-    said = "; ".join(f"{n} {_interval_text(f.interval)}" for n, f in {**deciding, "loss_fit": loss}.items())
+    intervals = "; ".join(f"{n} {_interval_text(f.interval)}" for n, f in {**deciding, "loss_fit": loss}.items())
     sides = {side(fit) for fit in deciding.values()}
     if len(sides) == 1 and 0 not in sides:
         direction = sides.pop()
@@ -180,13 +180,13 @@ def htmc_answer(fits: dict[str, Fit]) -> tuple[str, str]:
         if side(loss) == -direction:
             return (
                 "undetermined",
-                f"The level differences put gamma {where} 2, the loss on the other side: {said}.",
+                f"The level differences put gamma {where} 2, the loss on the other side: {intervals}.",
             )
         return (
             "yes" if direction > 0 else "no",
-            f"Both estimates from level differences lie {where} 2: {said}.",
+            f"Both estimates from level differences lie {where} 2: {intervals}.",
         )
-    return "undetermined", f"The 95% intervals do not settle on which side of 2 gamma lies: {said}."
+    return "undetermined", f"The 95% intervals do not settle on which side of 2 gamma lies: {intervals}."
 
 
 def hierarchy_warnings(errors: LevelErrors) -> list[str]:

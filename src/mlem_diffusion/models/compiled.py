@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import SlowPath, UserError
-from .torch_compile import compiled, first_line, options, wants
+from .torch_compile import compiled, first_line, options, should_compile
 from .unet import Denoiser, UNet
 
 PRECISIONS = ("float32", "bf16")
@@ -81,7 +81,7 @@ class FastDenoiser:
         )
         device = next(self.network.parameters()).device
         self.run: Callable[[Tensor, Tensor], Tensor] = self.network
-        if wants(compile, device):
+        if should_compile(compile, device):
             extra = {"options": found} if (found := options(compile, device)) else {}
             self.run = compiled(self.network, name, **extra)
         self.graphs: dict[tuple, _Graph] | None = {} if graphs and device.type == "cuda" else None

@@ -10,7 +10,7 @@ import torch
 
 from ..diffusion.level import Level, check_family
 from ..errors import UserError
-from ..files import Damaged, read_json, understood
+from ..files import Damaged, expect_content, read_json
 from .checkpoint import AGAIN, load_weights
 from .compiled import FastDenoiser
 from .flops import flops_per_evaluation
@@ -131,7 +131,7 @@ def load_level(
     batch: int | None = None,
 ) -> Level:
     """One trained level, by the content of its metadata.json; the rest as in `load_family`."""
-    with understood(folder / "metadata.json", AGAIN):
+    with expect_content(folder / "metadata.json", AGAIN):
         denoiser = build_denoiser(
             metadata["width"], metadata["size"], metadata["data_rms"], metadata["unet"], metadata["target"]
         )

@@ -17,7 +17,7 @@ SETTINGS = ("auto", "on", "off", "max")
 _PROGRAMS = 256  # that dynamo may keep of one function: every level of a family is a program of its own
 
 
-def wants(setting: str, device: torch.device | str) -> bool:
+def should_compile(setting: str, device: torch.device | str) -> bool:
     """Whether to compile: "on" and "max" yes, "off" no, "auto" on CUDA alone; UserError for anything else."""
     if setting not in SETTINGS:
         raise UserError(f"compile = {setting!r} is unknown; expected one of {', '.join(SETTINGS)}.")

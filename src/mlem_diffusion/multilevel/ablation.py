@@ -1,9 +1,9 @@
-"""What each level of a family is worth: how much more the same predicted error costs without it.
+"""Ablation of levels: how much more the same predicted error costs without each of them.
 
 The predicted frontier of all plans (optimise.py) is compared with that of the plans which do without a level, in FLOPs and
-in seconds. Since plans may always skip a level, a level is never worth less than 1. Levels that only stand in for each other are each
-worth nothing as long as the others are there, so levels are also removed one after another, the least worthy first,
-until every one that is left earns its place.
+in seconds. Since plans may always skip a level, a cost ratio is never below 1. Of levels that can replace
+each other none is needed as long as the others are there, so levels are also removed one after another, the one of the
+lowest cost ratio first, until every one that is left earns its place.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _wait_for(device: torch.device) -> None:
 
 
 @dataclass(frozen=True)
-class Measured:
+class RuleInputs:
     """What plans for one dynamics and step rule rest on; arguments as in `optimise.plans`."""
 
     effects: Effects
@@ -89,7 +89,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Worth:
+class CostRatio:
     """Cost without a level over the cost with it, at equal predicted error: geometric mean and largest value over the range of
     squared errors `errors` (evenly in their logarithm)."""
 
@@ -110,7 +110,7 @@ class Frontiers:
     """
 
     def __init__(
-        self, measured: Measured, planners: Sequence[tuple[int, Planner]], costs: Sequence[float] | np.ndarray
+        self, measured: RuleInputs, planners: Sequence[tuple[int, Planner]], costs: Sequence[float] | np.ndarray
     ):
         self.measured = measured
         self.names = measured.effects.names
@@ -150,7 +150,7 @@ class Frontiers:
         errors, costs = np.array(out).T
         return errors, costs
 
-    def worth(self, levels: Collection[int], without: int) -> Worth:
+    def cost_ratio(self, levels: Collection[int], without: int) -> CostRatio:
         """Of one level among these."""
         rest = [k for k in levels if k != without]
         self.find(rest)
@@ -158,7 +158,7 @@ class Frontiers:
         low, high = self._range(levels, max(whole[0][0], part[0][0]))
         errors = np.geomspace(low, high, _POINTS)
         ratio = np.interp(errors, *part) / np.interp(errors, *whole)
-        return Worth(float(np.exp(np.log(ratio).mean())), float(ratio.max()), (low, high))
+        return CostRatio(float(np.exp(np.log(ratio).mean())), float(ratio.max()), (low, high))
 
     def _range(self, levels: Collection[int], lowest: float) -> tuple[float, float]:
         """From a tenth above the lowest error that is reached to that of the largest level alone on the coarsest grid, which no
@@ -178,24 +178,25 @@ def _turns_up(a: tuple[float, float], b: tuple[float, float], c: tuple[float, fl
 
 
 @dataclass(frozen=True)
-class Valued:
-    """Levels by worth in one unit of cost. worth {level: {rule: Worth}} in the whole family, for all but the largest level; removed:
-    (level, its Worth by rule when it was the least worthy), in that order; kept: levels that are left; worth_kept: theirs."""
+class Ablation:
+    """An ablation in one unit of cost. cost_ratios {level: {rule: CostRatio}} in the whole family, for all but the largest
+    level; removed: (level, its CostRatio by rule when it was the lowest), in that order; kept: levels that are left;
+    cost_ratio_among_kept: theirs."""
 
-    worth: dict[str, dict[str, Worth]]
-    removed: list[tuple[str, dict[str, Worth]]]
+    cost_ratios: dict[str, dict[str, CostRatio]]
+    removed: list[tuple[str, dict[str, CostRatio]]]
     kept: tuple[str, ...]
-    worth_kept: dict[str, dict[str, Worth]]
+    cost_ratio_among_kept: dict[str, dict[str, CostRatio]]
 
 
-def value(
+def remove_levels(
     frontiers: Sequence[Frontiers],
     mean: float = MEAN,
     largest: float = LARGEST,
     progress: Callable[[str], None] | None = None,
-) -> Valued:
-    """Remove the least worthy level until each that is left saves, for some step rule, more than `mean` of the cost on geometric
-    average or more than `largest` somewhere. Of levels of equal worth the most expensive in FLOPs goes first; the largest
+) -> Ablation:
+    """Remove the level of the lowest cost ratio until each that is left saves, for some step rule, more than `mean` of the cost on geometric
+    average or more than `largest` somewhere. Of levels of equal cost ratios the most expensive in FLOPs goes first; the largest
     level stays, since it is what errors are measured against. progress: called with what is being done."""
     names = frontiers[0].names
     left, removed, first = list(range(len(names))), [], None
@@ -205,7 +206,7 @@ def value(
         for f in frontiers:  # all plans before the first comparison: a part's plans are the whole's too
             for k in left[:-1]:
                 f.find([other for other in left if other != k])
-        now = {k: {f.measured.rule: f.worth(left, k) for f in frontiers} for k in left[:-1]}
+        now = {k: {f.measured.rule: f.cost_ratio(left, k) for f in frontiers} for k in left[:-1]}
         first = now if first is None else first
         scores = {k: max(w.score(mean, largest) for w in by_rule.values()) for k, by_rule in now.items()}
         least = min(scores, key=lambda k: (round(scores[k], 6), -k), default=None)
@@ -213,17 +214,17 @@ def value(
             break
         removed.append((names[least], now[least]))
         left.remove(least)
-    named = [{names[k]: by_rule for k, by_rule in worth.items()} for worth in (first, now)]
-    return Valued(named[0], removed, tuple(names[k] for k in left), named[1])
+    named = [{names[k]: by_rule for k, by_rule in ratios.items()} for ratios in (first, now)]
+    return Ablation(named[0], removed, tuple(names[k] for k in left), named[1])
 
 
-def value_levels(
-    measured: Sequence[Measured],
+def ablate(
+    measured: Sequence[RuleInputs],
     seconds: Sequence[float],
     mean: float = MEAN,
     largest: float = LARGEST,
     progress: Callable[[str], None] | None = None,
-) -> dict[str, Valued]:
+) -> dict[str, Ablation]:
     """{"flops": ..., "seconds": ...} for a family measured for some step rules; seconds [K] per image of one evaluation."""
     planners = []
     for rule in measured:
@@ -234,42 +235,58 @@ def value_levels(
     out = {}
     for unit, costs in (("flops", measured[0].effects.flops), ("seconds", seconds)):
         frontiers = [Frontiers(rule, found, costs) for rule, found in zip(measured, planners, strict=True)]
-        told = None if progress is None else lambda what, unit=unit: progress(f"{unit}, {what}")
-        out[unit] = value(frontiers, mean, largest, told)
+        report = None if progress is None else lambda what, unit=unit: progress(f"{unit}, {what}")
+        out[unit] = remove_levels(frontiers, mean, largest, report)
     return out
 
 
-def levels_json(
-    names: Sequence[str], flops: Sequence[float], seconds: Sequence[float], found: Mapping[str, Valued]
+def ablation_json(
+    names: Sequence[str], flops: Sequence[float], seconds: Sequence[float], found: Mapping[str, Ablation]
 ) -> dict[str, Any]:
-    """The content of levels.json, but for what the caller adds about how seconds were measured."""
+    """The content of ablation.json, but for what the caller adds about how seconds were measured."""
     levels = []
     for k, name in enumerate(names):
         entry: dict[str, Any] = {"name": name, "flops": float(flops[k]), "seconds": float(seconds[k])}
         entry |= {"flops_share": flops[k] / flops[-1], "seconds_share": seconds[k] / seconds[-1]}
-        for unit, valued in found.items():
-            by_rule = valued.worth.get(name)
-            entry[f"worth_{unit}"] = by_rule and {rule: asdict(w) for rule, w in by_rule.items()}
-            entry[f"kept_{unit}"] = name in valued.kept
+        for unit, ablation in found.items():
+            by_rule = ablation.cost_ratios.get(name)
+            entry[f"cost_ratio_{unit}"] = by_rule and {rule: asdict(w) for rule, w in by_rule.items()}
+            entry[f"kept_{unit}"] = name in ablation.kept
         levels.append(entry)
     removed = {
-        unit: [{"name": name, "worth": {r: asdict(w) for r, w in by_rule.items()}} for name, by_rule in valued.removed]
-        for unit, valued in found.items()
+        unit: [
+            {"name": name, "cost_ratio": {r: asdict(w) for r, w in by_rule.items()}}
+            for name, by_rule in ablation.removed
+        ]
+        for unit, ablation in found.items()
     }
-    kept = {unit: list(valued.kept) for unit, valued in found.items()}
-    left = {u: {n: {r: asdict(w) for r, w in by.items()} for n, by in v.worth_kept.items()} for u, v in found.items()}
-    return {"levels": levels, "removed": removed, "kept": kept, "worth_among_kept": left}
+    kept = {unit: list(ablation.kept) for unit, ablation in found.items()}
+    left = {
+        u: {n: {r: asdict(w) for r, w in by.items()} for n, by in v.cost_ratio_among_kept.items()}
+        for u, v in found.items()
+    }
+    return {"levels": levels, "removed": removed, "kept": kept, "cost_ratio_among_kept": left}
 
 
 def table(content: Mapping[str, Any]) -> str:
-    """levels.json as text: shares of the largest level's cost, worth as "mean (largest)" of the rule it is worth most for."""
-    header = ("level", "MFLOP", "share", "us/image", "share", "worth, FLOPs", "kept", "worth, seconds", "kept")
+    """ablation.json as text: shares of the largest level's cost, the cost ratio as "mean (largest)" of the rule it is largest for."""
+    header = (
+        "level",
+        "MFLOP",
+        "share",
+        "us/image",
+        "share",
+        "cost ratio, FLOPs",
+        "kept",
+        "cost ratio, seconds",
+        "kept",
+    )
     rows = [header]
     for e in content["levels"]:
         cells = [e["name"], f"{e['flops'] / 1e6:.4g}", f"{e['flops_share']:.3g}"]
         cells += [f"{1e6 * e['seconds']:.4g}", f"{e['seconds_share']:.3g}"]
         for unit in ("flops", "seconds"):
-            best = most(e[f"worth_{unit}"])
+            best = most(e[f"cost_ratio_{unit}"])
             cells += [f"{best['mean']:.3f} ({best['largest']:.2f})" if best else "-"]
             cells += ["yes" if e[f"kept_{unit}"] else "no"]
         rows.append(tuple(cells))
@@ -277,9 +294,11 @@ def table(content: Mapping[str, Any]) -> str:
     lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
     lines.insert(1, "-" * len(lines[0]))
     lines.append(
-        "worth: cost at equal predicted error without the level, over the cost with it: geometric mean (largest),"
+        "cost ratio: cost at equal predicted error without the level, over the cost with it: geometric mean (largest),"
     )
-    lines.append("of the step rule it helps most. kept: levels left once the least worthy are removed one by one.")
+    lines.append(
+        "of the step rule it helps most. kept: levels left once those of the lowest cost ratio are removed one by one."
+    )
     for unit, word in (("flops", "FLOPs"), ("seconds", "seconds")):
         gone = ", ".join(entry["name"] for entry in content["removed"][unit]) or "none"
         lines.append(f"In {word} {' + '.join(content['kept'][unit])} earn their place; removed, in order: {gone}.")
@@ -287,5 +306,5 @@ def table(content: Mapping[str, Any]) -> str:
 
 
 def most(by_rule: Mapping[str, Mapping[str, Any]] | None) -> Mapping[str, Any] | None:
-    """Of the rule for which a level is worth most; None for the largest level."""
+    """Of the rule for which the cost ratio is largest; None for the largest level."""
     return max(by_rule.values(), key=lambda w: (w["mean"], w["largest"])) if by_rule else None

@@ -5,7 +5,7 @@
     images, ledger = sample(plan.build(family), process.grid(plan.steps), "sde", "ddpm", seeds, shape)
 
 Calibrate on seeds that nothing is judged on. A plan's predicted error is first order in the effect of a single
-firing (Plan.jump); the experiment scripts run candidates before they choose, which a careful user should do too.
+firing (Plan.largest_effect); the experiment scripts run candidates before they choose, which a careful user should do too.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from ..errors import UserError
 from .estimators import Multilevel
 from .findings import best_chain, judge
 from .level_checks import Finding, Telescope, check_contract, check_telescope, telescope_finding
-from .level_statistics import Progress, Statistics, kurtosis, measure, standard_error
+from .level_statistics import LevelStatistics, Progress, kurtosis, measure, standard_error
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Diagnostics:
     step_rule: str
     samples: int
     findings: list[Finding]
-    statistics: Statistics | None = None
+    statistics: LevelStatistics | None = None
     telescope: Telescope | None = None
     firings: list[float] | None = None  # [K] expected fires per image of one sampling run, with the given p
     evaluations: list[float] | None = None  # [K] expected evaluations per image, likewise
@@ -89,7 +89,7 @@ class Diagnostics:
         return _plain(out)
 
 
-def pooled(s: Statistics) -> dict[str, np.ndarray]:
+def pooled(s: LevelStatistics) -> dict[str, np.ndarray]:
     """Per level [K], pooled over noise levels with the statistics' weights; standard errors over samples."""
     signed = s.signed @ s.weights
     return {
@@ -195,7 +195,7 @@ def table(d: Diagnostics, noise_levels: int = 12) -> str:
     return "\n".join(lines)
 
 
-def _level_rows(d: Diagnostics, s: Statistics) -> list[list[str]]:
+def _level_rows(d: Diagnostics, s: LevelStatistics) -> list[list[str]]:
     of = pooled(s)
     rows = []
     for k, name in enumerate(d.names):
@@ -206,7 +206,7 @@ def _level_rows(d: Diagnostics, s: Statistics) -> list[list[str]]:
     return rows
 
 
-def _noise_rows(s: Statistics, most: int) -> list[list[str]]:
+def _noise_rows(s: LevelStatistics, most: int) -> list[list[str]]:
     which = np.unique(np.round(np.linspace(0, len(s.logsnr) - 1, most)).astype(int))
     tails = kurtosis(s.square)[1:].max(0)
     return [

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..diffusion.estimator import Drift
+from ..diffusion.estimator import Estimator
 from ..diffusion.level import Level, check_family
 from ..errors import UserError
 from .probabilities import draw_coins, evaluation_probabilities, telescope_weights
 
 
 @dataclass(frozen=True)
-class Multilevel(Drift):
+class Multilevel(Estimator):
     """The ML-EM estimate sum_k (B_k / p_k) (f^k - f^{k-1}), unbiased for the largest level at every evaluation.
 
     p: [K], or [n, K] for time-dependent probabilities; p_1 = 1. coins: "independent", "systematic" or "nested".
@@ -55,7 +55,7 @@ class Multilevel(Drift):
 
 
 @dataclass(frozen=True)
-class Quadrature(Drift):
+class Quadrature(Estimator):
     """The sum f^1 + sum_{k>1} W_k (f^k - f^{k-1}) with fixed weights W [n, K], W_1 = 1, most of them zero.
 
     A deterministic quadrature of the level differences along the trajectory: where one is evaluated, it stands for its

@@ -7,14 +7,14 @@ from itertools import pairwise
 import numpy as np
 
 from .level_checks import Finding
-from .level_statistics import Statistics, firing_cost, kurtosis, standard_error
+from .level_statistics import LevelStatistics, firing_cost, kurtosis, standard_error
 
 NARROW, WIDE = 1.5, 30.0  # cost ratios of neighbours outside which a level is one too many, or one is missing
 HEAVY = 20.0  # kurtosis; 3 where all samples' differences are of one size
 COSTLY_BASE = 0.1  # of the largest level's cost: the base runs at every step
 
 
-def judge(s: Statistics) -> list[Finding]:
+def judge(s: LevelStatistics) -> list[Finding]:
     """All findings about a measured family, warnings before the rest."""
     bad = ~np.isfinite(s.mean_square)
     if bad.any():
@@ -34,7 +34,7 @@ def judge(s: Statistics) -> list[Finding]:
     return sorted(found, key=lambda finding: finding.severity == "ok")
 
 
-def _where(s: Statistics, hit: np.ndarray) -> str:
+def _where(s: LevelStatistics, hit: np.ndarray) -> str:
     """Runs of noise levels [S] as log-SNR ranges."""
     if hit.all():
         return "at every noise level"
@@ -54,7 +54,7 @@ def _long_runs(hit: np.ndarray) -> np.ndarray:
     return hit & (padded[:-2] | padded[2:]) if len(hit) > 3 else hit
 
 
-def _not_falling(s: Statistics) -> list[Finding]:
+def _not_falling(s: LevelStatistics) -> list[Finding]:
     """Neighbouring differences that grow with level, where that is 5% or more of the level's pooled mean square."""
     found = []
     for k in range(2, len(s.names)):
@@ -75,7 +75,7 @@ def _not_falling(s: Statistics) -> list[Finding]:
     return found
 
 
-def _high_noise(s: Statistics) -> list[Finding]:
+def _high_noise(s: LevelStatistics) -> list[Finding]:
     """Where noise is highest all denoisers should agree on the mean of the data. Largest levels that differ by more than half of
     what their own outputs vary by, and not much less than the smallest do, differ in training, not in what they see."""
     if len(s.logsnr) < 4:
@@ -95,7 +95,7 @@ def _high_noise(s: Statistics) -> list[Finding]:
     ]
 
 
-def best_chain(s: Statistics) -> tuple[list[int], float, float]:
+def best_chain(s: LevelStatistics) -> tuple[list[int], float, float]:
     """The levels to keep, from the cheapest to the largest, that minimise the sum of sqrt(V c) over the steps of the chain, V and c
     of each step measured between the levels it joins; the change of that sum against all levels, and its standard error.
 
@@ -123,7 +123,7 @@ def best_chain(s: Statistics) -> tuple[list[int], float, float]:
     return chain, change, float(standard_error(influence[None])[0])
 
 
-def _drops(s: Statistics) -> list[Finding]:
+def _drops(s: LevelStatistics) -> list[Finding]:
     """Levels that raise variance times cost."""
     total = float(np.sqrt(s.pooled[1:].mean(1) * s.firing_costs[1:]).sum())
     if total == 0:
@@ -144,7 +144,7 @@ def _drops(s: Statistics) -> list[Finding]:
     ]
 
 
-def _cost_ratios(s: Statistics) -> list[Finding]:
+def _cost_ratios(s: LevelStatistics) -> list[Finding]:
     found, n, slow = [], s.names, []
     for k in range(1, len(n)):
         ratio, timed = s.flops[k] / s.flops[k - 1], s.seconds[k] / max(s.seconds[k - 1], 1e-12)
@@ -177,7 +177,7 @@ def _cost_ratios(s: Statistics) -> list[Finding]:
     return found
 
 
-def _tails(s: Statistics) -> list[Finding]:
+def _tails(s: LevelStatistics) -> list[Finding]:
     found, tails = [], kurtosis(s.square)
     for k, values in list(enumerate(tails))[1:]:
         hit = values > HEAVY
@@ -193,7 +193,7 @@ def _tails(s: Statistics) -> list[Finding]:
     return found
 
 
-def _growth(s: Statistics) -> Finding | None:
+def _growth(s: LevelStatistics) -> Finding | None:
     """How the mean squares fall with cost, V_k ~ T_k^slope, along these trajectories; gamma = -2 / slope."""
     if len(s.names) < 3:
         return None

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..diffusion.brownian import initial_noise, path_increments, stream_seed
 from ..diffusion.level import Level, check_family
-from ..diffusion.process import Grid
+from ..diffusion.process import TimeGrid
 from ..diffusion.sampler import advance, combine
 from ..diffusion.step_rules import Evaluation, step_rule_of
 from ..errors import UserError
@@ -104,7 +104,7 @@ def _interpolation(known: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, n
 
 def measure_effects(
     family: Sequence[Level],
-    grid: Grid,
+    grid: TimeGrid,
     dynamics: str,
     step_rule: str,
     seeds: Sequence[int],
@@ -148,7 +148,7 @@ def measure_effects(
 def _trajectory(
     level: Level,
     program: Sequence[Evaluation],
-    grid: Grid,
+    grid: TimeGrid,
     rule: tuple[str, str],
     seeds: Sequence[int],
     shape: tuple[int, ...],
@@ -222,7 +222,7 @@ def _directions(seeds: Sequence[int], probes: int, like: Tensor) -> Tensor:
 @torch.no_grad()
 def forward_gains(
     family: Sequence[Level],
-    grid: Grid,
+    grid: TimeGrid,
     dynamics: str,
     step_rule: str,
     seeds: Sequence[int],

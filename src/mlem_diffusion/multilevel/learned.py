@@ -33,7 +33,7 @@ from ..diffusion.brownian import stream_seed
 from ..diffusion.estimator import weighted_estimate
 from ..diffusion.ledger import Ledger
 from ..diffusion.level import Level, check_family
-from ..diffusion.process import Grid, expand
+from ..diffusion.process import TimeGrid, expand
 from ..diffusion.sampler import advance
 from ..diffusion.step_rules import Evaluation, step_rule_of
 from ..errors import UserError
@@ -63,7 +63,7 @@ class LearnedProbabilities:
 
 def learn_probabilities(
     family: Sequence[Level],
-    grid: Grid,
+    grid: TimeGrid,
     dynamics: str,
     step_rule: str,
     shape: tuple[int, ...],

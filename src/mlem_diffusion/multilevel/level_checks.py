@@ -108,19 +108,19 @@ class Telescope:
 def check_telescope(
     family: Sequence[Level], x: Tensor, logsnr: float, draws: int = 256, batch: int = 64, p: float = 0.5
 ) -> Telescope:
-    """Draw coins for states x [B, ...] in turn and estimate through drift.Multilevel, gathering included."""
+    """Draw coins for states x [B, ...] in turn and estimate through estimators.Multilevel, gathering included."""
     noise_level = torch.full((len(x),), logsnr, dtype=torch.float32, device=x.device)
     outputs = torch.stack([level.denoise(x, noise_level).clone() for level in family])
     y = torch.cat([outputs[:1], outputs[1:] - outputs[:-1]])
-    drift = Multilevel(tuple(family), np.array([1.0] + [p] * (len(family) - 1)))
+    estimator = Multilevel(tuple(family), np.array([1.0] + [p] * (len(family) - 1)))
     top, differences = outputs[-1].double(), y[1:].double().flatten(2)
     projections, sizes, gather, exact = [], [], 0.0, True
     for start in range(0, draws, batch):
         seeds = range(start, min(start + batch, draws))
         index = torch.arange(seeds.start, seeds.stop, device=x.device) % len(x)
         ledger = Ledger([level.flops for level in family], images=len(seeds))
-        estimate = drift.estimator(1, seeds, ledger)(0, x[index], logsnr)
-        weights = drift.weights(1, seeds)[0]
+        estimate = estimator.weight_table(1, seeds, ledger)(0, x[index], logsnr)
+        weights = estimator.weights(1, seeds)[0]
         exact &= bool(np.array_equal(ledger.per_sample, (weights != 0).astype(np.int64)))
         w = torch.tensor(np.array(weights), device=x.device)
         full = torch.einsum("bk,kbd->bd", w, outputs[:, index].double().flatten(2))

@@ -1,4 +1,4 @@
-"""Statistics of the differences Y_k = f^k - f^{k-1} (f^0 = 0) along the top level's own trajectories."""
+"""LevelStatistics of the differences Y_k = f^k - f^{k-1} (f^0 = 0) along the top level's own trajectories."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..diffusion.estimator import Drift
+from ..diffusion.estimator import Estimator
 from ..diffusion.ledger import Ledger
 from ..diffusion.level import Level
 from ..diffusion.process import Process
@@ -21,7 +21,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Statistics:
+class LevelStatistics:
     """What was measured, float64. K levels, N samples, S noise levels (ascending log-SNR). Images in [-1, 1].
 
     Everything per sample is kept, since one sample's differences at different noise levels belong together: standard errors are over
@@ -88,8 +88,8 @@ def kurtosis(square: np.ndarray) -> np.ndarray:
         return 3 * (square**2).mean(1) / square.mean(1) ** 2
 
 
-class _Watched(Drift):
-    """The top level as a drift; at chosen evaluations all levels are run on the state and handed to `visit`."""
+class _Observed(Estimator):
+    """The top level as a estimator; at chosen evaluations all levels are run on the state and handed to `visit`."""
 
     def __init__(self, family: Sequence[Level], visit: Callable[[int, Tensor, float, Ledger], Tensor]):
         self._family, self._visit = list(family), visit
@@ -104,7 +104,7 @@ class _Watched(Drift):
     def expected_evaluations(self, evaluations: int) -> np.ndarray:
         return np.full(len(self._family), float(evaluations))
 
-    def estimator(
+    def weight_table(
         self, evaluations: int, seeds: Sequence[int], ledger: Ledger
     ) -> Callable[[int, Tensor, float], Tensor]:
         return lambda j, x, logsnr: self._visit(j, x, logsnr, ledger)
@@ -122,7 +122,7 @@ def measure(
     steps: int = 24,
     batch: int = 64,
     progress: Progress | None = None,
-) -> tuple[Statistics, Ledger]:
+) -> tuple[LevelStatistics, Ledger]:
     """Run the top level's trajectories of these seeds at `steps` noise levels, and all levels on every visited state.
 
     A rule that evaluates twice at a noise level is watched at the later one. States and outputs are held one noise level and one
@@ -167,7 +167,7 @@ def measure(
     ledger = Ledger([level.flops for level in family])
     for first in range(0, n, batch):
         few = list(seeds)[first : first + batch]
-        _, part = sample(_Watched(family, visit), grid, dynamics, step_rule, few, shape, device)
+        _, part = sample(_Observed(family, visit), grid, dynamics, step_rule, few, shape, device)
         ledger.add(part)
     of_mean = total.flatten(2).div(n).square().mean(2).cpu().numpy()
     own = pairs[[*range(k), 0], [*range(k), k - 1]]  # Y_1, ..., Y_K, f^K
@@ -175,7 +175,7 @@ def measure(
     flops, seconds = np.array(ledger.flops), np.array([np.median(t) for t in timings])
     weights = process.drift_weights(logsnr)
     names = [level.name for level in family]
-    return Statistics(names, flops, seconds, logsnr, weights, pairs, signed, spread[:k], spread[k]), ledger
+    return LevelStatistics(names, flops, seconds, logsnr, weights, pairs, signed, spread[:k], spread[k]), ledger
 
 
 def _mean(values: Tensor) -> np.ndarray:

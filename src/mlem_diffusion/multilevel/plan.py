@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..diffusion.estimator import Drift, SingleLevel
+from ..diffusion.estimator import Estimator, SingleLevel
 from ..diffusion.level import Level
 from ..errors import UserError
 from ..files import Damaged, read_arrays, read_json, write_arrays, write_json
@@ -25,7 +25,7 @@ class Plan:
     method: kind of coins, or "quadrature" for fixed weights. probabilities: where the table comes from ("optimal",
     "measured", "learned"). levels: names, cheap to expensive. steps: noise levels of the grid. table [n, K]: probabilities
     p, or weights W, for n evaluations. cost: expected, per image, in the unit it was planned in (FLOPs by default; plans.json
-    holds FLOPs). seconds: expected, per image, where levels were timed: full batches, nothing but the networks. added: predicted squared error beyond that of the largest of its levels at these steps; predicted: both. jump: the
+    holds FLOPs). seconds: expected, per image, where levels were timed: full batches, nothing but the networks. added: predicted squared error beyond that of the largest of its levels at these steps; predicted: both. largest_effect: the
     largest root-mean-square effect of one coin's firing on the final image; predictions are first order in it.
     """
 
@@ -37,7 +37,7 @@ class Plan:
     cost: float
     added: float | None = None
     predicted: float | None = None
-    jump: float | None = None
+    largest_effect: float | None = None
     seconds: float | None = None
 
     @property
@@ -46,8 +46,8 @@ class Plan:
         text = json.dumps([self.method, self.levels, self.steps, list(self.table.shape)]).encode()
         return hashlib.sha256(text + np.ascontiguousarray(self.table, dtype=np.float32).tobytes()).hexdigest()[:12]
 
-    def build(self, family: Iterable[Level]) -> Drift:
-        """The drift of this plan; UserError where the family lacks one of its levels."""
+    def build(self, family: Iterable[Level]) -> Estimator:
+        """The estimator of this plan; UserError where the family lacks one of its levels."""
         known = {level.name: level for level in family}
         missing = [name for name in self.levels if name not in known]
         if missing:

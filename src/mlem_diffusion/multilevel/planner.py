@@ -358,10 +358,10 @@ class Planner:
             levels, costs, table = levels[certain:], costs[certain:], table[:, certain:]
             gains, evaluations = gains[certain:], evaluations[:, certain:]
         weights = np.abs(table) if self.method == "quadrature" else 1 / table
-        jump = float((weights * np.sqrt(gains.T))[:, 1:].max(initial=0.0))
+        largest_effect = float((weights * np.sqrt(gains.T))[:, 1:].max(initial=0.0))
         names = tuple(self.effects.names[i] for i in levels)
         cost = float(evaluations.sum(axis=0) @ costs)
-        return Plan(self.method, "optimal", names, self.n, table.astype(np.float32), cost, added, added, jump)
+        return Plan(self.method, "optimal", names, self.n, table.astype(np.float32), cost, added, added, largest_effect)
 
 
 def used(weights: np.ndarray) -> np.ndarray:

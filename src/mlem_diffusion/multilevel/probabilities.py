@@ -17,31 +17,31 @@ from ..errors import UserError
 COINS = ("independent", "systematic", "nested")
 
 
-def constant_probabilities(flops: Sequence[float], gamma: float, knob: float) -> np.ndarray:
+def constant_probabilities(flops: Sequence[float], gamma: float, c: float) -> np.ndarray:
     """p_k = min(1, C (T_k / T_1)^-(1/2 + 1/gamma)) [K] with p_1 = 1: the square-root law when level k's error is
-    proportional to T_k^(-1/gamma). `knob` is C, the one number that trades cost against error; T in FLOPs per image.
+    proportional to T_k^(-1/gamma). `c` is C, the one number that trades cost against error; T in FLOPs per image.
 
-    Raises UserError unless gamma and the knob are positive and the costs increase.
+    Raises UserError unless gamma and c are positive and the costs increase.
     """
     costs = np.asarray(flops, dtype=np.float64)
-    if not (gamma > 0 and knob > 0):
-        raise UserError(f"Constant probabilities need positive gamma and knob, not gamma = {gamma}, C = {knob}.")
+    if not (gamma > 0 and c > 0):
+        raise UserError(f"Constant probabilities need positive gamma and c, not gamma = {gamma}, C = {c}.")
     if len(costs) == 0 or np.any(costs <= 0) or np.any(np.diff(costs) <= 0):
         raise UserError("The levels of a family must be ordered by cost, from cheap to expensive, all above zero.")
-    p = np.minimum(1.0, knob * (costs / costs[0]) ** -(0.5 + 1.0 / gamma))
+    p = np.minimum(1.0, c * (costs / costs[0]) ** -(0.5 + 1.0 / gamma))
     p[0] = 1.0
     return p
 
 
-def measured_probabilities(squares: Sequence[float] | np.ndarray, flops: Sequence[float], knob: float) -> np.ndarray:
+def measured_probabilities(squares: Sequence[float] | np.ndarray, flops: Sequence[float], c: float) -> np.ndarray:
     """p_k = min(1, C sqrt(V_k / T_k) / sqrt(V_2 / T_2)) [K] with p_1 = 1, from measured E|f^k - f^{k-1}|^2 = V_k [K] (V_1 is
     not used): the square-root law without a power law for the errors. Raises UserError unless all V_k are positive.
     """
     v, costs = np.asarray(squares, dtype=np.float64), np.asarray(flops, dtype=np.float64)
-    if not (knob > 0 and np.all(v[1:] > 0)):
-        raise UserError("Measured probabilities need a positive knob and differences between all neighbouring levels.")
+    if not (c > 0 and np.all(v[1:] > 0)):
+        raise UserError("Measured probabilities need a positive c and differences between all neighbouring levels.")
     root = np.sqrt(v / costs)
-    return np.concatenate([[1.0], np.minimum(1.0, knob * root[1:] / root[1:2])])
+    return np.concatenate([[1.0], np.minimum(1.0, c * root[1:] / root[1:2])])
 
 
 def draw_coins(p: np.ndarray, seeds: Sequence[int], coins: str) -> np.ndarray:
@@ -86,15 +86,15 @@ def evaluation_probabilities(p: np.ndarray, nested: bool = False) -> np.ndarray:
     return p + following - both - np.where(p == following, both, 0.0)
 
 
-def knob_for_cost(
+def c_for_cost(
     table: Callable[[float], np.ndarray], flops: Sequence[float], evaluations: int, wanted: float
 ) -> np.ndarray | None:
-    """The probabilities table(knob) [K] whose expected cost per image over this many evaluations is the wanted one, by
-    bisection over the knob (cost grows with it); None where no knob has it."""
+    """The probabilities table(c) [K] whose expected cost per image over this many evaluations is the wanted one, by
+    bisection over c (cost grows with it); None where no c has it."""
     costs = np.asarray(flops, dtype=np.float64)
 
-    def cost(knob: float) -> float:
-        return float(evaluation_probabilities(table(knob)[None])[0] @ costs) * evaluations
+    def cost(c: float) -> float:
+        return float(evaluation_probabilities(table(c)[None])[0] @ costs) * evaluations
 
     low, high = 1e-9, 1.0
     while high < 1e9 and np.any(table(high) < 1) and cost(high) < wanted:

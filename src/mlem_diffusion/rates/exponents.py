@@ -10,14 +10,14 @@ import numpy as np
 
 from ..errors import UserError
 from ..multilevel.probabilities import evaluation_probabilities
-from .settings import Setting, model_errors, predicted_exponent
+from .settings import RateSetting, model_errors, predicted_exponent
 
 TOLERANCE = 0.35  # of an exponent around the predicted one
 GAP = 0.5  # by which EM's and ML-EM's exponents differ at least
 DECADES = 2.0  # of error that both are fitted over
 AGREEMENT = 0.1  # relative difference allowed between the jump process and ML-EM with a small step
 MIN_POINTS = 4  # of a fit
-Errors = Mapping[Setting, np.ndarray]  # squared errors [replicates] by setting
+Errors = Mapping[RateSetting, np.ndarray]  # squared errors [replicates] by setting
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ def fit_exponent(costs: np.ndarray, squared: np.ndarray, draws: int, seed: int) 
     return Exponent(found, (float(low), float(high)), halves, intercept, decades)
 
 
-def exponent_entry(settings: Sequence[Setting], squared: Errors, constants: np.ndarray, draws: int, seed: int) -> dict:
+def exponent_entry(
+    settings: Sequence[RateSetting], squared: Errors, constants: np.ndarray, draws: int, seed: int
+) -> dict:
     """One method at one gamma for rates.json, over the replicates that all its settings were run on: the measured
     exponent beside the predicted limit, and beside the exponent that the error model expects for these very settings,
     which differs from the limit by the finite range alone."""
@@ -134,7 +136,7 @@ def bars(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def step_size_entry(
-    curves: Mapping[str, Sequence[Setting]], jumps: Sequence[Setting], squared: Errors
+    curves: Mapping[str, Sequence[RateSetting]], jumps: Sequence[RateSetting], squared: Errors
 ) -> dict[str, Any]:
     """Error and cost against the number of steps at fixed expected fires, and the jump process beside its neighbour.
 
@@ -155,7 +157,7 @@ def step_size_entry(
     return out
 
 
-def agreement(jump: Setting, near: Setting, squared: Errors) -> dict[str, Any]:
+def agreement(jump: RateSetting, near: RateSetting, squared: Errors) -> dict[str, Any]:
     """Ratios (jump process / ML-EM over the base at its smallest step) of RMS error, with a 95% interval, and of cost."""
     first, second = squared[jump.run], squared[near.run]
     count = min(len(first), len(second))
@@ -175,7 +177,7 @@ def agreement(jump: Setting, near: Setting, squared: Errors) -> dict[str, Any]:
     }
 
 
-def _row(setting: Setting, squared: Errors) -> dict[str, Any]:
+def _row(setting: RateSetting, squared: Errors) -> dict[str, Any]:
     error, se = rms(squared[setting.run])
     return {"steps": setting.steps, "error": error, "error_se": se, "cost": setting.cost}
 
@@ -186,7 +188,7 @@ def rms(squared: np.ndarray) -> tuple[float, float]:
     return error, float(squared.std(ddof=1) / np.sqrt(len(squared)) / (2 * error)) if len(squared) > 1 else 0.0
 
 
-def point(setting: Setting, squared: Errors, dynamics: str) -> dict[str, Any]:
+def point(setting: RateSetting, squared: Errors, dynamics: str) -> dict[str, Any]:
     """One line of rates.csv."""
     error, se = rms(squared[setting.run])
     return {
@@ -195,7 +197,7 @@ def point(setting: Setting, squared: Errors, dynamics: str) -> dict[str, Any]:
         "method": setting.method,
         "levels": setting.levels,
         "steps": setting.steps or None,
-        "cost_knob": setting.knob,
+        "c": setting.c,
         "top_fires": setting.fires if setting.method != "em" else None,
         "error": error,
         "error_se": se,

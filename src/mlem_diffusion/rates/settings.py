@@ -27,7 +27,7 @@ _OVER_BASE = "ml_em_over_base"  # ML-EM whose level 1 is random too, over f^0: w
 
 
 @dataclass(frozen=True)
-class Setting:
+class RateSetting:
     """One run of a method with levels 1..K. steps: n, 0 for the jump process. fires: expected fires of the top level over
     [0, 1]; the rates of the others follow from the square-root law. EM always evaluates level K alone."""
 
@@ -56,7 +56,7 @@ class Setting:
         return p if self.method == _OVER_BASE else np.concatenate([[1.0], p[1:]])
 
     @property
-    def knob(self) -> float | None:
+    def c(self) -> float | None:
         """C of p_k = min(1, C T_k^-(1/2 + 1/gamma)); None for EM. For the jump process, of lambda_k instead of p_k."""
         if self.method == "em":
             return None
@@ -81,7 +81,7 @@ class Setting:
         return np.array([self.steps**-2.0, 4.0**-self.levels, size @ (1 / self.p[1:] - 1) / self.steps, 0.0])
 
     @property
-    def run(self) -> Setting:
+    def run(self) -> RateSetting:
         """The setting as it is simulated: EM does not know gamma."""
         return replace(self, gamma=0.0) if self.method == "em" else self
 
@@ -108,14 +108,14 @@ def predicted_exponent(method: str, gamma: float) -> float:
 
 
 def measure(
-    dynamics: str, seed: int, paths: int, levels: int, grid: int, settings: Sequence[Setting]
-) -> dict[Setting, np.ndarray]:
+    dynamics: str, seed: int, paths: int, levels: int, grid: int, settings: Sequence[RateSetting]
+) -> dict[RateSetting, np.ndarray]:
     """`squared_errors` [P] of every setting on the `paths` replicates of one seed. dynamics: "sde" or "ode"."""
     replicates = draw((seed,), paths, levels, grid, NOISE[dynamics])
     return dict(zip(settings, squared_errors(replicates, settings), strict=True))
 
 
-def squared_errors(replicates: Replicates, settings: Sequence[Setting]) -> np.ndarray:
+def squared_errors(replicates: Replicates, settings: Sequence[RateSetting]) -> np.ndarray:
     """Squared error, mean over the components, of every setting on every replicate [S, P]."""
     out = np.empty((len(settings), replicates.count))
     for n in sorted({s.steps for s in settings}):
@@ -146,32 +146,32 @@ def step_counts(grid: int) -> list[int]:
     return sorted(n for n in both if n <= grid and grid % n == 0)
 
 
-def em_settings(gamma: float, grid: int, top: int) -> list[Setting]:
+def em_settings(gamma: float, grid: int, top: int) -> list[RateSetting]:
     """Plain EM with every level 1..top and every number of steps."""
-    return [Setting("em", gamma, k, n) for n in step_counts(grid) for k in range(1, top + 1)]
+    return [RateSetting("em", gamma, k, n) for n in step_counts(grid) for k in range(1, top + 1)]
 
 
-def ml_em_settings(gamma: float, grid: int, top: int) -> list[Setting]:
+def ml_em_settings(gamma: float, grid: int, top: int) -> list[RateSetting]:
     """ML-EM over top levels, steps and expected top fires 1/2, 0.7, 1, ... 128."""
     fires = [round(2 ** (j / 2), 3) for j in range(-2, 15)]
-    return [Setting("ml_em", gamma, k, n, f) for n in step_counts(grid) for k in range(2, top + 1) for f in fires]
+    return [RateSetting("ml_em", gamma, k, n, f) for n in step_counts(grid) for k in range(2, top + 1) for f in fires]
 
 
-def poisson_settings(gamma: float, top: int, events: float) -> list[Setting]:
+def poisson_settings(gamma: float, top: int, events: float) -> list[RateSetting]:
     """The jump process over top levels and top fires, with at most `events` expected events per path."""
     fires = [round(2 ** (j / 2), 3) for j in range(-2, 15)]
-    settings = [Setting("poisson", gamma, k, 0, f) for k in range(1, top + 1) for f in fires]
+    settings = [RateSetting("poisson", gamma, k, 0, f) for k in range(1, top + 1) for f in fires]
     return [s for s in settings if s.rates.sum() <= events]
 
 
-def pilot_settings(grid: int, top: int, events: float) -> list[Setting]:
+def pilot_settings(grid: int, top: int, events: float) -> list[RateSetting]:
     """Runs from which EM's frontier and the constants of the error model are measured."""
-    ml_em = [Setting("ml_em", 2.5, k, 4 * 2**k, f) for k in range(3, 11) for f in (4.0, 16.0)]
+    ml_em = [RateSetting("ml_em", 2.5, k, 4 * 2**k, f) for k in range(3, 11) for f in (4.0, 16.0)]
     jumps = [s for s in poisson_settings(2.5, 6, events / 4) if s.fires in (2.0, 8.0)]
     return [*em_settings(1.0, grid, top), *ml_em, *jumps]
 
 
-def calibrate(settings: Sequence[Setting], mse: np.ndarray) -> np.ndarray:
+def calibrate(settings: Sequence[RateSetting], mse: np.ndarray) -> np.ndarray:
     """Constants c [4] >= 0 of the error model: squared error = features @ c, by least squares of the relative residuals
     of the measured mean squared errors [S]; settings with fewer than 16 steps are left to themselves."""
     from scipy.optimize import nnls
@@ -181,7 +181,7 @@ def calibrate(settings: Sequence[Setting], mse: np.ndarray) -> np.ndarray:
     return nnls(rows, np.ones(len(rows)))[0]
 
 
-def model_errors(settings: Sequence[Setting], constants: np.ndarray) -> np.ndarray:
+def model_errors(settings: Sequence[RateSetting], constants: np.ndarray) -> np.ndarray:
     """RMS errors [S] that the error model predicts."""
     return np.sqrt(np.array([s.features for s in settings]) @ constants)
 
@@ -193,11 +193,11 @@ def target_errors(coarsest: float, finest: float, per_octave: int) -> np.ndarray
     return np.geomspace(coarsest, finest, max(2, 1 + round(per_octave * np.log2(coarsest / finest))))
 
 
-def cheapest(settings: Sequence[Setting], errors: np.ndarray, targets: Iterable[float]) -> list[Setting]:
+def cheapest(settings: Sequence[RateSetting], errors: np.ndarray, targets: Iterable[float]) -> list[RateSetting]:
     """For every target the cheapest setting whose error (measured or predicted [S]) is not above it; targets that no
     setting reaches are left out, and each setting is named once."""
     costs = np.array([s.cost for s in settings])
-    chosen: list[Setting] = []
+    chosen: list[RateSetting] = []
     for target in targets:
         able = np.flatnonzero(errors <= target)
         if len(able) and (best := settings[able[np.argmin(costs[able])]]) not in chosen:
@@ -205,15 +205,15 @@ def cheapest(settings: Sequence[Setting], errors: np.ndarray, targets: Iterable[
     return chosen
 
 
-def limit_settings(grid: int) -> tuple[list[Setting], dict[str, list[Setting]]]:
+def limit_settings(grid: int) -> tuple[list[RateSetting], dict[str, list[RateSetting]]]:
     """The study of the step size at gamma = 2.5: jump processes, and curves over n = 64, 128, ..., 4096 (those that divide
     `grid`): EM with a fine level, ML-EM with expected fires that do not depend on n, and ML-EM over f^0, level 1
     random too, with the very rates of the jump processes."""
     counts = [2**j for j in range(6, 13) if grid % 2**j == 0]
-    jumps = [Setting("poisson", 2.5, k, 0, 4.0) for k in (4, 5)]
-    curves = {"EM, level 12": [Setting("em", 2.5, 12, n) for n in counts]}
+    jumps = [RateSetting("poisson", 2.5, k, 0, 4.0) for k in (4, 5)]
+    curves = {"EM, level 12": [RateSetting("em", 2.5, 12, n) for n in counts]}
     for k in (4, 6, 8):
-        curves[f"ML-EM, {k} levels"] = [Setting("ml_em", 2.5, k, n, 4.0) for n in counts]
+        curves[f"ML-EM, {k} levels"] = [RateSetting("ml_em", 2.5, k, n, 4.0) for n in counts]
     for k in (4, 5):
-        curves[f"ML-EM over the base, {k} levels"] = [Setting(_OVER_BASE, 2.5, k, n, 4.0) for n in counts]
+        curves[f"ML-EM over the base, {k} levels"] = [RateSetting(_OVER_BASE, 2.5, k, n, 4.0) for n in counts]
     return jumps, curves

@@ -25,7 +25,7 @@ from ..diffusion.process import Process
 from ..errors import Interrupted, SlowPath, UserError, is_out_of_memory
 from ..files import Damaged
 from ..models.checkpoint import load_state, save_state, save_weights
-from ..models.torch_compile import wants
+from ..models.torch_compile import should_compile
 from ..models.unet import Denoiser
 from .step import GRAPHS, PRECISIONS, TrainStep, has_dropout
 
@@ -65,7 +65,7 @@ class TrainConfig:
                 raise UserError(
                     f"train.{name} = {getattr(self, name)!r} is unknown; expected one of {', '.join(known)}."
                 )
-        wants(self.compile, "cpu")
+        should_compile(self.compile, "cpu")
 
 
 def ema_decay(config: TrainConfig, images: int) -> float:
@@ -155,7 +155,7 @@ def train_level(
 
     accumulate = config.accumulate
     train_step = make_step(accumulate)
-    seen, history, counted, last_log, kept = 0, [], 0, 0, {}
+    seen, history, counted, last_log, saved = 0, [], 0, 0, {}
     state = load_state(directory / "state.pt")
     if state is not None:
         foreign = f"{directory / 'state.pt'} is not the state of this network; delete it to train this level again."
@@ -163,7 +163,7 @@ def train_level(
             raise Damaged(directory / "state.pt", foreign)
         try:
             train_step.load_state_dict(state)
-            seen, history, kept = state["images"], state["history"], state["snapshots"]
+            seen, history, saved = state["images"], state["history"], state["snapshots"]
             counted, last_log = state["counted"], state["last_log"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise Damaged(directory / "state.pt", foreign) from error
@@ -179,7 +179,7 @@ def train_level(
     due = [s for s in sorted(f * config.images for f in config.snapshots) if s > seen]
 
     def progress() -> dict[str, Any]:
-        return {"images": seen, "history": history, "counted": counted, "last_log": last_log, "snapshots": kept}
+        return {"images": seen, "history": history, "counted": counted, "last_log": last_log, "snapshots": saved}
 
     def save() -> None:
         check_finite()
@@ -270,7 +270,7 @@ def train_level(
             check_finite()
             if rank == 0:
                 file = f"ema-{seen:010d}.safetensors"
-                kept[file] = save_weights(directory / file, ema)
+                saved[file] = save_weights(directory / file, ema)
                 if snapshot is not None:
                     snapshot(seen, ema)
         if not finished and stop_requested(seen // config.batch):

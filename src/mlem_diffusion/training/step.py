@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..diffusion.process import add_noise
 from ..errors import SlowPath, UserError, is_out_of_memory
-from ..models.torch_compile import compiled, first_line, options, wants
+from ..models.torch_compile import compiled, first_line, options, should_compile
 from ..models.unet import Denoiser
 from .graphed_step import GraphedStep
 
@@ -45,7 +45,7 @@ def has_dropout(module: nn.Module) -> bool:
     return any(isinstance(m, nn.Dropout) and m.p > 0 for m in module.modules())
 
 
-def wants_graph(setting: str, denoiser: nn.Module, device: torch.device, world: int) -> bool:
+def should_capture(setting: str, denoiser: nn.Module, device: torch.device, world: int) -> bool:
     """Whether steps are captured: with several processes not (DDP's reductions), nor with dropout (its masks' seeds)."""
     possible = device.type == "cuda" and world == 1 and not has_dropout(denoiser)
     if setting == "on" and not possible:
@@ -123,7 +123,7 @@ class TrainStep:
         self._trouble = torch.full((3,), -1.0, device=self.device, dtype=torch.float64)
 
         # ---- rates and optimiser
-        graphed = wants_graph(graph, denoiser, self.device, world)
+        graphed = should_capture(graph, denoiser, self.device, world)
         self.rates_on_device = graphed if rates_on_device is None else rates_on_device
         self.lr = 0.0
         self._rates = torch.zeros(2, device=self.device)  # learning rate, 1 - decay
@@ -151,7 +151,7 @@ class TrainStep:
             self.parallel = _parallel(self.forward)
             self.forward = self.parallel  # wrapped first, then compiled
         self._eager: Callable[..., Tensor] | None = None  # kept until the compiled backward pass has worked once
-        if wants(compile, self.device):
+        if should_compile(compile, self.device):
             self._eager = self.forward
             settings = options(compile, self.device)
             self.forward = compiled(self.forward, name, dynamic=False, **({"options": settings} if settings else {}))
