@@ -202,7 +202,7 @@ def test_a_quadrature_is_the_weighted_sum_of_differences() -> None:
     family, weights = toy_family(), weights_of(12)
     x = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(2)).double()
     ledger = Ledger(FLOPS, 4)
-    estimate = Quadrature(family, weights).estimator(12, [3, 4, 5, 6], ledger)
+    estimate = Quadrature(family, weights).weight_table(12, [3, 4, 5, 6], ledger)
     for j, logsnr in enumerate(np.linspace(-6, 6, 12)):
         f = [level.denoise(x, torch.full((4,), float(logsnr))) for level in family]
         expected = f[0] + weights[j, 1] * (f[1] - f[0]) + weights[j, 2] * (f[2] - f[1])
@@ -292,7 +292,7 @@ def test_levels_may_reuse_their_output_buffer_and_share_one_noise_level() -> Non
         return torch.mul(x, logsnr.view(-1, 1, 1, 1), out=buffer[: len(x)])
 
     level = Level("replayed", denoise, 1.0)
-    estimate = SingleLevel(level).estimator(2, range(4), Ledger([1.0], 4))
+    estimate = SingleLevel(level).weight_table(2, range(4), Ledger([1.0], 4))
     x = torch.ones(4, *SHAPE)
     first = estimate(0, x, 0.5)
     second = estimate(1, x, -2.0)

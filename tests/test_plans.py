@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from toys import toy_family
 
-from mlem_diffusion.comparison.settings import Setting, setting_of
+from mlem_diffusion.comparison.settings import SamplerSetting, setting_of
 from mlem_diffusion.diffusion.estimator import SingleLevel
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.files import write_json
@@ -58,14 +58,14 @@ def test_a_plan_builds_its_drift_from_any_family_that_has_its_levels() -> None:
 
 def test_settings_that_run_plans() -> None:
     names = ("w0", "w1", "w2")
-    assert setting_of(PLAN, "sde", "ddpm") == Setting(
+    assert setting_of(PLAN, "sde", "ddpm") == SamplerSetting(
         "sde", "ddpm", "ml_em", names, 6, "optimal", "nested", plan=PLAN.id
     )
-    assert setting_of(WEIGHTS, "ode", "ddim") == Setting(
+    assert setting_of(WEIGHTS, "ode", "ddim") == SamplerSetting(
         "ode", "ddim", "quadrature", names, 6, "optimal", plan=WEIGHTS.id
     )
     # one level is that level, whichever method found it: a baseline, and not run twice
-    assert setting_of(SINGLE, "ode", "ddim") == Setting("ode", "ddim", "single", ("w1",), 6)
+    assert setting_of(SINGLE, "ode", "ddim") == SamplerSetting("ode", "ddim", "single", ("w1",), 6)
 
 
 def priced(*points: tuple[float, float | None]) -> list[Plan]:

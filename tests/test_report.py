@@ -202,10 +202,10 @@ def test_levels_have_a_section_of_their_own(results: Path) -> None:
     write_json(results / "ablation.json", content)
     save_grid(PIXELS, results / "ablation.png")
     page = make_page(results)
-    assert "Levels: FLOPs, seconds and worth" in page.text and "batches of 96 on a <large> GPU" in page.text
-    assert "1.234 (1.50)" in page.text and "worth in seconds, sde/ddpm" in page.text
+    assert "Levels: FLOPs, seconds and ablation" in page.text and "batches of 96 on a <large> GPU" in page.text
+    assert "1.234 (1.50)" in page.text and "cost ratio in seconds, sde/ddpm" in page.text
     assert "w4 + w16 earn their place." in page.text
-    assert "w16 earns its place; removed one by one, the least worthy first: w4." in page.text
+    assert "w16 earns its place; removed one by one, the lowest cost ratio first: w4." in page.text
     assert "more than 2.0% on geometric average" in page.text
     assert len([tag for tag, _ in page.tags if tag == "img"]) == 7
     (results / "ablation.json").write_text("{")
@@ -223,7 +223,7 @@ def test_summary_is_in_words(results: Path) -> None:
     assert "1.20 times cheaper than the cheapest baseline, but that is not established (95% lower bound 0.900" in text
     assert "in seconds no speed-up, since it never reaches a distance of the baselines' frontier" in text
     assert "3.30 times cheaper than the cheapest baseline, but that is not established (no lower bound" in text
-    assert "Best ML-EM: not measured." in text  # the absent distance
+    assert "Any multilevel: not measured." in text  # the absent distance
     assert "deterministic" not in text.lower()  # there is no ODE in this experiment
 
 
@@ -368,9 +368,9 @@ def test_null_speed_ups(results: Path, empty: Any) -> None:
         speedup["sde"][method] = {"error": {"flops": empty, "seconds": empty}}  # type: ignore[index]
     write_json(results / "speedup.json", speedup)
     text = make_page(results).text
-    assert "Plain ML-EM: no speed-up, since it never reaches an error of the baselines' frontier." in text
+    assert "Paper's ML-EM: no speed-up, since it never reaches an error of the baselines' frontier." in text
     write_json(results / "speedup.json", {"sde": {"paper": None, "any": None}, "ode": None})
-    assert "Plain ML-EM: not measured." in make_page(results).text
+    assert "Paper's ML-EM: not measured." in make_page(results).text
 
 
 def test_odd_but_valid_gamma(results: Path) -> None:

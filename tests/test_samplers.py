@@ -97,10 +97,10 @@ def test_estimates_are_left_as_they_are() -> None:
     returned: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     class Watched(SingleLevel):
-        def estimator(
+        def weight_table(
             self, evaluations: int, seeds: Sequence[int], ledger: Ledger
         ) -> Callable[[int, torch.Tensor, float], torch.Tensor]:
-            inner = super().estimator(evaluations, seeds, ledger)
+            inner = super().weight_table(evaluations, seeds, ledger)
 
             def estimate(j: int, x: torch.Tensor, logsnr: float) -> torch.Tensor:
                 out = inner(j, x, logsnr)

@@ -308,7 +308,7 @@ def test_the_report_is_self_contained(done):
     html = (place.results / "report.html").read_text()
     assert len(html) > 10_000 and "data:image/png;base64" in html
     assert not re.search(r"(src|href)=[\"']?https?://[^\"' >]+\.(js|css|png)", html)
-    assert "Levels: FLOPs, seconds and worth" in html
+    assert "Levels: FLOPs, seconds and ablation" in html
     assert str(place.folder) not in html and str(ROOT) not in html
 
 

@@ -104,7 +104,7 @@ def test_methods_and_dynamics_stay_apart() -> None:
         ("sde", "paper"): pytest.approx(0.25), ("sde", "any"): pytest.approx(0.25),
     }  # fmt: skip
     assert out["ode"]["any"]["error"]["flops"]["ours"]["coins"] == "systematic"
-    renamed = speedups(ode, plain=lambda row: row["coins"] == "systematic")
+    renamed = speedups(ode, paper=lambda row: row["coins"] == "systematic")
     assert renamed["ode"]["paper"]["error"]["flops"]["max"] == pytest.approx(4)
 
 

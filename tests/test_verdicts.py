@@ -182,7 +182,7 @@ def test_a_whole_comparison() -> None:
     entry = out["sde/ddpm"]
     em, everything = entry["against_em"], entry["against_all_baselines"]
     assert {name: em[name]["max"] for name in em} == {
-        "plain, constant p": pytest.approx(1 / 3), "plain, measured p": pytest.approx(1),
+        "independent, constant p": pytest.approx(1 / 3), "independent, measured p": pytest.approx(1),
         "independent, optimal p": pytest.approx(2), "systematic, optimal p": pytest.approx(4), "any": pytest.approx(4),
     }  # fmt: skip
     # 4 x everywhere: the window is the whole frontier, a factor of 8 in rms error
@@ -194,7 +194,7 @@ def test_a_whole_comparison() -> None:
     assert em["independent, optimal p"]["images_to_repay_calibration"] * em["independent, optimal p"]["baseline"][
         "gflops_realised"
     ] == pytest.approx(2 * 48000)
-    assert "images_to_repay_calibration" not in em["plain, measured p"]
+    assert "images_to_repay_calibration" not in em["independent, measured p"]
     assert entry["optimiser_against_em"] == {
         "never_above": None,
         "worst": None,
@@ -218,7 +218,7 @@ def test_learned_probabilities_are_compared_at_their_own_steps_and_costs() -> No
     assert entry["learned_over_measured"]["error_at_equal_cost"]["worst"]["ratio"] == pytest.approx(0.5)
     assert entry["learned_over_measured"]["error_at_equal_cost"]["not_judged"] == 0
     assert "measured p, alike" not in entry["against_em"]
-    assert "images_to_repay_calibration" not in entry["against_em"]["plain, learned p"]
+    assert "images_to_repay_calibration" not in entry["against_em"]["independent, learned p"]
     elsewhere = [s for s in settings if s.row["probabilities"] != "learned"]
     elsewhere += planned("independent", "learned", [(1.5 * cost, error) for cost, error in ONCE])
     assert "learned_over_measured" not in verdicts(elsewhere)["sde/ddpm"]

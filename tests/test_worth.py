@@ -71,7 +71,7 @@ def test_a_needed_level_is_worth_what_brute_force_says() -> None:
     values[:, :, 1] *= np.sqrt(gain)
     effects = effects_of(values, list(costs))
     measured = RuleInputs(effects, ["independent"], {N: effects.logsnr}, {(1, N): own})
-    found = frontiers_of(measured, list(costs)).cost_ratios([0, 1], without=0)
+    found = frontiers_of(measured, list(costs)).cost_ratio([0, 1], without=0)
 
     p = np.geomspace(1e-3, 0.999, 600)
     error = np.append(own + N * gain * (1 / p - 1), own)
@@ -95,9 +95,9 @@ def test_a_duplicate_is_worth_nothing(method: str) -> None:
     """The second level gives what the first gives, at twice its cost."""
     measured = smooth([1, 0, 0.3], [1, 2, 16])
     found = frontiers_of(measured_of(measured.effects, (method,)), [1, 2, 16])
-    assert found.cost_ratios([0, 1, 2], without=1).largest < 1 + 1e-6
-    assert 1.0 <= found.cost_ratios([0, 1, 2], without=0).mean < 2.0  # its duplicate stands in, at twice the cost
-    assert found.cost_ratios([0, 2], without=0).mean > 1.2 * found.cost_ratios([0, 1, 2], without=0).mean
+    assert found.cost_ratio([0, 1, 2], without=1).largest < 1 + 1e-6
+    assert 1.0 <= found.cost_ratio([0, 1, 2], without=0).mean < 2.0  # its duplicate stands in, at twice the cost
+    assert found.cost_ratio([0, 2], without=0).mean > 1.2 * found.cost_ratio([0, 1, 2], without=0).mean
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -123,7 +123,7 @@ def test_no_level_is_worth_less_than_nothing_and_parts_are_never_better(seed: in
 
 def test_only_ratios_of_costs_matter() -> None:
     measured = smooth([1, 0.4, 0.2], [1, 4, 16])
-    one, other = (frontiers_of(measured, [c, 4 * c, 16 * c]).cost_ratios(range(3), without=1) for c in (1.0, 1e-6))
+    one, other = (frontiers_of(measured, [c, 4 * c, 16 * c]).cost_ratio(range(3), without=1) for c in (1.0, 1e-6))
     assert other.mean == pytest.approx(one.mean, rel=1e-6) and other.largest == pytest.approx(one.largest, rel=1e-6)
 
 
@@ -131,7 +131,7 @@ def test_without_own_errors_there_is_no_frontier() -> None:
     measured = smooth([1, 0.4], [1, 4])
     nothing = RuleInputs(measured.effects, measured.methods, measured.grids, {})
     with pytest.raises(UserError, match="No plan for sde/ddpm can be made"):
-        frontiers_of(nothing, [1, 4]).cost_ratios([0, 1], without=0)
+        frontiers_of(nothing, [1, 4]).cost_ratio([0, 1], without=0)
 
 
 # ------------------------------------------------------------------------------------------------ whole families

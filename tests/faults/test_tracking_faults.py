@@ -24,7 +24,7 @@ RECORDS = 200
 CHILD = f"""
 import json, os, signal, sys, time
 from pathlib import Path
-from mlem_diffusion.tracking import Tracker
+from mlem_diffusion.experiment.tracking import Tracker
 
 folder, mode, fault, moment = Path(sys.argv[1]), sys.argv[2], sys.argv[3], float(sys.argv[4])
 if fault == "absent":

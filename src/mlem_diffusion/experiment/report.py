@@ -37,7 +37,7 @@ _ESTIMATES = {
     "differences": "differences of neighbouring levels",
     "to_largest": "differences to the largest level",
 }
-_METHODS = {"paper": "ML-EM, paper", "any": "multilevel, any"}
+_METHODS = {"paper": "paper's ML-EM", "any": "any multilevel"}
 _MEASURES = {"error": "MSE", "distance": "distance"}
 _UNITS = {"flops": "FLOPs", "seconds": "seconds"}
 _FRONTIER_ROWS = 14
