@@ -69,8 +69,7 @@ def test_every_experiment_composes_with_every_script(root, experiment):
     for node in (cfg.process, cfg.train, cfg.unet, cfg.compare, cfg.gamma, cfg.tracking, cfg.paths, cfg.family):
         plain(node)  # every interpolation resolves
     assert "/" not in cfg.name and cfg.paths.results == f"results/{cfg.name}"
-    trained = "demo" if cfg.name == "demo_method" else cfg.name  # the levels of another experiment, compared at length
-    assert cfg.paths.checkpoints == f"checkpoints/{trained}" and cfg.paths.data == f"data/{cfg.data.name}"
+    assert cfg.paths.checkpoints == f"checkpoints/{cfg.name}" and cfg.paths.data == f"data/{cfg.data.name}"
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -104,7 +103,7 @@ def test_every_experiment_has_settings_of_every_kind(experiment):
     settings = settings_of(plain(cfg.compare), names, cfg.process.base_steps)
     kinds = {(s.dynamics, s.estimator) for s in settings}
     expected = {(d, k) for d in ("sde", "ode") for k in ("single", "stitched", "ml_em")}
-    if experiment in ("analytic", "demo_method"):  # there, plans are what is compared
+    if experiment == "analytic":  # there, plans are what is compared
         assert {("sde", k) for k in ("single", "stitched", "ml_em")} | {("ode", "single")} <= kinds <= expected
     else:
         assert kinds == expected
@@ -158,9 +157,8 @@ def test_families_are_long_enough_for_gamma():
 
 
 def test_real_experiments_read_real_images_and_the_others_need_no_download():
-    for experiment in ("celeba64", "celeba16"):
-        if experiment in EXPERIMENTS:
-            assert OmegaConf.is_missing(configuration("prepare_data", f"experiment={experiment}").data, "source")
+    for experiment in ("celeba32", "celeba64", "celeba64_sprint"):
+        assert OmegaConf.is_missing(configuration("prepare_data", f"experiment={experiment}").data, "source")
     for experiment in ("demo", "smoke"):
         assert configuration("prepare_data", f"experiment={experiment}").data.source == "portraits"
 

@@ -115,7 +115,7 @@ def test_jobs_share_one_folder_and_leave_what_belongs_to_all_alone(jobs):
 def test_a_plain_run_finds_all_levels_trained(trained):
     place, said = trained
     assert said.splitlines()[:2] == ["w2: already trained.", "w3: already trained."]
-    for name in ("provenance.json", "training.png", "config-train_levels.yaml"):
+    for name in ("provenance.json", "training.png", "config.yaml"):
         assert (place.results / name).is_file(), name
     records = [json.loads(line) for line in (place.results / "metrics.jsonl").read_text().splitlines()]
     assert (

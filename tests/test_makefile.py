@@ -98,7 +98,7 @@ def test_the_benchmark_takes_the_levels_of_celeba64_unless_said_otherwise():
 def test_data_is_celeba_unless_said_otherwise():
     assert "experiment=celeba64" in only("data", "SOURCE=download")
     assert "experiment=demo" in only("data", "EXPERIMENT=demo")
-    assert "experiment=celeba16" in only("data", EXPERIMENT="celeba16")
+    assert "experiment=celeba32" in only("data", EXPERIMENT="celeba32")
     assert not any(word.startswith("data.source") for word in only("data"))
 
 

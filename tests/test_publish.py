@@ -177,12 +177,12 @@ def test_git_keeps_the_published_files_and_no_others(done: Place):
     assert not list(done.checkpoints.glob(".*"))  # no temporary folder is left
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
-    paths = [f"checkpoints/celeba64_tiny/{name}" for name in sorted(files_below(done.checkpoints))]
+    paths = [f"checkpoints/celeba32/{name}" for name in sorted(files_below(done.checkpoints))]
     found = subprocess.run(
         ["git", "check-ignore", "--no-index", "--stdin"], cwd=ROOT, input="\n".join(paths), capture_output=True, text=True
     )  # fmt: skip
     kept = set(paths) - set(found.stdout.split())
-    assert kept == {f"checkpoints/celeba64_tiny/published/{name}" for name in expected}
+    assert kept == {f"checkpoints/celeba32/published/{name}" for name in expected}
 
 
 def test_weights_are_those_of_training_rounded(done: Place, clone: Place):

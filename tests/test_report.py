@@ -137,7 +137,7 @@ def results(tmp_path: Path) -> Path:
         "training/w8-ema-1000",
     ):
         save_grid(PIXELS, folder / f"{name}.png")
-    (folder / "config-train.yaml").write_text("train:\n  note: </pre><script>alert(1)</script>\n")
+    (folder / "config.yaml").write_text("train:\n  note: </pre><script>alert(1)</script>\n")
     return folder
 
 
@@ -209,7 +209,7 @@ def test_levels_have_a_section_of_their_own(results: Path) -> None:
     assert "more than 2.0% on geometric average" in page.text
     assert len([tag for tag, _ in page.tags if tag == "img"]) == 7
     (results / "ablation.json").write_text("{")
-    with pytest.raises(UserError, match=r"levels\.json is not valid JSON .*: remove it and run its stage again"):
+    with pytest.raises(UserError, match=r"ablation\.json is not valid JSON .*: remove it and run its stage again"):
         make_page(results)
 
 
@@ -299,7 +299,7 @@ def test_missing_artefacts_are_said(results: Path, name: str, stage: str) -> Non
 
 @pytest.mark.parametrize(
     "keep",
-    ["gamma.json", "speedup.json", "compare.csv", "provenance.json", "compare.png", "config-train.yaml"],
+    ["gamma.json", "speedup.json", "compare.csv", "provenance.json", "compare.png", "config.yaml"],
 )
 def test_one_artefact_is_enough(results: Path, keep: str) -> None:
     for path in list(results.rglob("*")):

@@ -194,7 +194,7 @@ def test_all_artefacts_exist(done):
         "gamma.json", "gamma.png", "compare.csv", "compare.png", "speedup.json", "best.json", "provenance.json",
         "plans.json", "plans.npz", "gains.png", "diagnostics.json", "ablation.json", "ablation.png", "diagnostics-sde.png", "diagnostics-ode.png", "verdicts.json",
         "metrics.jsonl", "report.html", "training.png", "grids/sde.png", "grids/ode.png",
-        *(f"config-{stage}.yaml" for stage in RECORDED),
+        "config.yaml",
         *(f"training/w{w}-{seen:010d}-ema.png" for w in range(2, 7) for seen in (192, 320, 640)),
         *(f"samples/{seed:06d}.png" for seed in (0, 1, 2, 5)), "samples/grid.png", "samples/samples.json",
     ]  # fmt: skip
@@ -599,7 +599,7 @@ def test_precision_is_checked_level_by_level_and_on_the_frontier(done, here, tmp
         assert abs(row["change"]) < 0.3 * row["error_float32"] + 1e-4
     assert (place.results / "precision.png").is_file()
     assert set(found["speedup"]) == {"float32", "bf16"}
-    assert "precision: float32" in (place.results / "config-check_precision.yaml").read_text()
+    assert "precision: float32" in (place.results / "config.yaml").read_text()
     assert "already done" in here("check_precision", place).out
 
 

@@ -91,7 +91,7 @@ def test_a_fingerprint_is_of_the_settings_that_a_level_is_trained_by():
     assert stage.fingerprint(GROUPS, data="data") == with_it
 
 
-@pytest.mark.parametrize("experiment", ["celeba64", "celeba64_short", "celeba64_tiny"])
+@pytest.mark.parametrize("experiment", ["celeba64", "celeba64_sprint", "celeba32"])
 def test_the_planned_budgets_are_those_of_the_recipe(experiment):
     from mlem_diffusion.experiment import training_plan
 
@@ -111,7 +111,7 @@ def test_the_planned_budgets_are_those_of_the_recipe(experiment):
 
     per_image = next(name for name in ("MFLOP", "GFLOP") if f"#   {name} " in text)
     assert row(per_image) == pytest.approx([f / unit[per_image] for f in flops.values()], rel=0.06)
-    scale = {"celeba64": 1e6, "celeba64_short": 1e3, "celeba64_tiny": 1}[experiment]
+    scale = {"celeba64": 1e6, "celeba64_sprint": 1e3, "celeba32": 1}[experiment]
     label = {1e6: "million images", 1e3: "thousand images", 1: "images"}[scale]
     assert row(label) == [*(n / scale for n in images.values()), sum(images[w] for w in again) / scale]
     spent = {w: 3 * flops[w] * images[w] for w in flops}

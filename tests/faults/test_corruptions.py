@@ -41,7 +41,7 @@ READERS = (
     Reader("cache, by sample_compare", "sample_compare", "compared", ("force=true",), ("results/smoke/cache/*",)),
     Reader("cache, by optimise", "optimise", "optimised", ("force=true",), ("results/smoke/cache/*",)),
     Reader("best sampler, by sample", "sample", "everything", ("seeds='0-3'", "force=true"), ("results/smoke/best.json", "results/smoke/plans.*", "checkpoints/smoke/w4/ema.safetensors")),
-    Reader("results, by report", "report", "everything", (), ("results/smoke/*.json", "results/smoke/*.csv", "results/smoke/*.png", "results/smoke/grids/*.png", "results/smoke/training/*.png", "results/smoke/config-*.yaml")),
+    Reader("results, by report", "report", "everything", (), ("results/smoke/*.json", "results/smoke/*.csv", "results/smoke/*.png", "results/smoke/grids/*.png", "results/smoke/training/*.png", "results/smoke/config.yaml")),
     Reader("published family, by sample", "sample", "published", ("seeds='0-1'", "force=true"), ("checkpoints/smoke/published/**/*",)),
 )  # fmt: skip
 

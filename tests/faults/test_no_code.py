@@ -115,6 +115,8 @@ def note(place: Place, *names: str) -> None:
     def change(content: dict[str, Any]) -> None:
         for entry in content["stages"].values() if "provenance.json" not in names else ():
             entry["outputs"] |= {n: sha256_of(place.results / n) for n in names if n in entry["outputs"]}
+        if "config.yaml" in names:
+            content["config_sha256"] = sha256_of(place.results / "config.yaml")
 
     rewrite(place.results / "provenance.json", change)
 
@@ -411,10 +413,8 @@ def secret(place: Place) -> str:
 
 def yaml_in_results(text: str) -> Plant:
     def plant(place: Place, command: str) -> None:
-        for name in ("config-sample_compare.yaml", "config-train_levels.yaml"):
-            replace(place.results / name, text.format(command).encode())
-            note(place, name)
-        replace(place.results / "config-more.yaml", text.format(command).encode())
+        replace(place.results / "config.yaml", text.format(command).encode())
+        note(place, "config.yaml")
 
     return plant
 
@@ -513,7 +513,8 @@ def markup_in_the_comparison(place: Place, command: str) -> None:
 
 @attack("markup and templates in the report", "report", check=raw)
 def markup_in_a_configuration(place: Place, command: str) -> None:
-    replace(place.results / "config-more.yaml", f"</pre>{markup(command)}".encode())
+    replace(place.results / "config.yaml", f"</pre>{markup(command)}".encode())
+    note(place, "config.yaml")
 
 
 @attack("markup and templates in the report", "report", check=raw)
@@ -521,7 +522,6 @@ def markup_in_the_names_of_files(place: Place, command: str) -> None:
     picture = (place.results / "grids" / "ode.png").read_bytes()
     for name in ("<script>alert(7)<img src=x>.png", '"onload="alert(7)".png', "{{ 7919 * 7907 }}.png"):
         replace(place.results / "grids" / name.replace("/", ""), picture)
-    replace(place.results / "config-<script>.yaml", b"name: smoke\n")
 
 
 @attack("markup and templates in the report", "report", check=raw)

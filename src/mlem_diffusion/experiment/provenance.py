@@ -13,6 +13,10 @@ from ..files import Damaged, sha256_of
 def check_written(folder: Path, provenance: Mapping[str, Any], only: str | None = None) -> None:
     """Raise Damaged for a file of the folder (or for this one) that is not what its stage wrote, by SHA-256. Files that are not
     there, or that no stage has noted, are not judged."""
+    config = folder / "config.yaml"
+    noted = provenance.get("config_sha256")
+    if only in (None, config.name) and noted and config.is_file() and sha256_of(config) != noted:
+        raise Damaged(config, f"{config} is not what the last stage wrote: run one of the stages again.")
     for stage, entry in (provenance.get("stages") or {}).items():
         for name, sha256 in entry.get("outputs", {}).items():
             path = folder / name

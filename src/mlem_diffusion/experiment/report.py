@@ -46,7 +46,7 @@ _FRONTIER_ROWS = 14
 def write_report(results_dir: Path, *, title: str) -> Path:
     """Write results_dir/report.html: every image and style inline, no network, no script.
 
-    Reads gamma.json, speedup.json, best.json, provenance.json, ablation.json, compare.csv, config-*.yaml, the figures
+    Reads gamma.json, speedup.json, best.json, provenance.json, ablation.json, compare.csv, config.yaml, the figures
     gamma.png, compare.png and training.png, and the pictures in grids/ and training/. What is absent is said in words on
     the page. Raises UserError when the folder holds none of them, when one is damaged or not what its stage wrote, and
     when gamma and comparison are of different levels.
@@ -69,7 +69,8 @@ def write_report(results_dir: Path, *, title: str) -> Path:
     ]
     diagnostics = _load_json(results_dir / "diagnostics.json") if hierarchy else None
     folders = {name: [_load_image(path) for path in _pictures(results_dir / name)] for name in ("grids", "training")}
-    configs = [(path.name, path.read_text("utf-8", "replace")) for path in sorted(results_dir.glob("config-*.yaml"))]
+    config = results_dir / "config.yaml"
+    configs = [(config.name, config.read_text("utf-8", "replace"))] if config.is_file() else []
     if not (any(documents.values()) or rows or any(figures.values()) or any(folders.values()) or configs):
         raise UserError(
             f"{results_dir} holds no results yet: run make train-levels EXPERIMENT={results_dir.name} first."

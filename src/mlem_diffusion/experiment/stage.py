@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -38,7 +39,7 @@ from ..files import expect_content, read_json, sha256_of, write_json, write_text
 from ..models import published
 from ..models.checkpoint import AGAIN
 from ..models.family import at_width, describe, level_name, read_metadata
-from . import interrupts, processes
+from . import interrupts, processes, renamed
 from .locks import FolderLock
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -64,6 +65,7 @@ class Stage:
 
     def __init__(self, name: str, cfg: DictConfig):
         self.name, self.cfg, self.started = name, cfg, time.monotonic()
+        renamed.check_config(self.plain())
         unswept = {k: ROOT / cfg.paths[k] for k in ("checkpoints", "results")}
         if HydraConfig.get().mode == RunMode.MULTIRUN:  # each job of a sweep gets folders of its own
             job = HydraConfig.get().job.override_dirname.replace("/", "_")
@@ -248,18 +250,19 @@ class Stage:
     def record(
         self, fingerprint: str, outputs: Iterable[str], manifest: dict[str, Any] | None = None, **facts: Any
     ) -> None:
-        """Write provenance.json (one entry per stage, with the SHA-256 of its outputs) and config-<stage>.yaml."""
-        config = f"config-{self.name}.yaml"
-        write_text(self.results / config, OmegaConf.to_yaml(OmegaConf.create(self.plain())))
+        """Write provenance.json, one entry per stage with its overrides and the SHA-256 of its outputs, and config.yaml, the
+        whole configuration of the last stage that ran."""
+        write_text(self.results / "config.yaml", to_yaml(self.plain()))
         before = self.read_provenance()
         stages = before.get("stages", {})
         seconds = round(time.monotonic() - self.started, 1)
-        written = self.hashes((*outputs, config))
+        written = self.hashes(outputs)
         stages[self.name] = {
             "seconds": seconds,
             "finished": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
             "commit": commit(),
             "device": device_model(self.device),
+            "overrides": overrides(),
             **facts,
             "outputs": written,
         }
@@ -273,7 +276,7 @@ class Stage:
             "python": platform.python_version(),
             "packages": {name: installed for name in PACKAGES if (installed := package_version(name))},
             "stages": stages,
-            "config": self.plain(),
+            "config_sha256": sha256_of(self.results / "config.yaml"),
         }
         write_json(self.results / "provenance.json", provenance)
         self.mark_done(fingerprint, written)
@@ -451,8 +454,23 @@ Config = DictConfig
 
 
 def entry_point(config_name: str) -> Callable[[Callable[[Config], None]], Callable[[], None]]:
-    """Decorates a script's main(cfg): Hydra composes configs/<config_name>.yaml with the command line's overrides."""
-    return hydra.main(version_base=None, config_path=CONFIGS, config_name=config_name)
+    """Decorates a script's main(cfg): Hydra composes configs/<config_name>.yaml with the command line's overrides. Old names
+    among these end in one sentence."""
+
+    def decorate(task: Callable[[Config], None]) -> Callable[[], None]:
+        start = hydra.main(version_base=None, config_path=CONFIGS, config_name=config_name)(task)
+
+        @functools.wraps(task)
+        def main() -> None:
+            try:
+                renamed.check_overrides(sys.argv[1:])
+            except UserError as error:
+                sys.exit(report(config_name, error))
+            start()
+
+        return main
+
+    return decorate
 
 
 def to_plain(node: Any) -> Any:
@@ -476,6 +494,14 @@ def is_mapping(node: Any) -> bool:
 def chosen_experiment() -> str | None:
     """The experiment=... of this run."""
     return HydraConfig.get().runtime.choices.get("experiment")
+
+
+def overrides() -> list[str]:
+    """The command line's overrides of this run that say what it computes, sorted; paths of this machine are left out."""
+    elsewhere = re.compile(
+        r"[+~]*(paths\.|data\.source|metrics\.weights|dry_run|force|overwrite|max_minutes|workers|threads)"
+    )
+    return sorted(text for text in HydraConfig.get().overrides.task if not elsewhere.match(text))
 
 
 def composed(config_name: str, experiment: str | None, keys: list[str]) -> Any:

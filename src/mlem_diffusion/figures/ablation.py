@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..diffusion.step_rules import DYNAMICS_NAMES, STEP_RULE_NAMES
-from ..files import atomic_write
+from .style import save_figure
 
 _UNITS = {"flops": ("#0072B2", "o", "FLOPs"), "seconds": ("#D55E00", "s", "seconds")}  # Okabe-Ito, as in plot_gamma
 
@@ -14,7 +14,7 @@ _UNITS = {"flops": ("#0072B2", "o", "FLOPs"), "seconds": ("#D55E00", "s", "secon
 def plot_ablation(content: dict[str, Any], path: Path, title: str = "") -> None:
     """Left: each level's share of the largest level's FLOPs and seconds. Right, a panel per step rule: cost at equal
     predicted error without the level over that with it, a bar from the geometric mean (marker) to the largest value;
-    hollow markers are levels that do not earn their place. The suffix of `path` names the format."""
+    hollow markers are levels that do not earn their place."""
     from matplotlib.figure import Figure
 
     levels = content["levels"]
@@ -33,7 +33,7 @@ def plot_ablation(content: dict[str, Any], path: Path, title: str = "") -> None:
         right[0].set_ylabel("cost without the level / cost with it")
     if title:
         figure.suptitle(title, fontsize=12)
-    atomic_write(path, lambda p: figure.savefig(p, format="png"))
+    save_figure(figure, path)
 
 
 def _draw_shares(ax: Any, levels: list[dict[str, Any]]) -> None:

@@ -8,17 +8,16 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from ..files import atomic_write
 from ..multilevel.diagnostics import Diagnostics, pooled
 from ..multilevel.level_statistics import LevelStatistics, standard_error
-from .style import ESTIMATE_STYLES, colour_scale, decimal_ticks, light_grid
+from .style import ESTIMATE_STYLES, colour_scale, decimal_ticks, light_grid, save_figure
 
 _COST, _SQUARE = ESTIMATE_STYLES["loss_fit"], ESTIMATE_STYLES["differences"]
 
 
 def plot_diagnostics(d: Diagnostics, path: Path, title: str = "") -> None:
     """Draw mean square differences against log-SNR with bands of two standard errors, the same pooled, V, against
-    the level's FLOPs, and V times the cost of one firing. The suffix of `path` names the format.
+    the level's FLOPs, and V times the cost of one firing.
 
     Raises UserError where nothing could be measured.
     """
@@ -32,7 +31,7 @@ def plot_diagnostics(d: Diagnostics, path: Path, title: str = "") -> None:
     _draw_levels(right, d.statistics)
     where = f"{d.samples} trajectories of {d.names[-1]}, {d.dynamics.upper()}, {d.step_rule}"
     figure.suptitle(f"{title}: {where}" if title else where, fontsize=12)
-    atomic_write(path, lambda p: figure.savefig(p, format="png"))
+    save_figure(figure, path)
 
 
 def _draw_noise_levels(ax: Any, s: LevelStatistics) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from ..diffusion.step_rules import DYNAMICS_NAMES, STEP_RULE_NAMES
-from ..files import atomic_write
 from ..multilevel.gains import Effects
+from .style import save_figure
 
 
 def plot_gains(all_effects: Sequence[Effects], path: Path, title: str = "") -> None:
@@ -52,4 +52,4 @@ def plot_gains(all_effects: Sequence[Effects], path: Path, title: str = "") -> N
     axes[0, 0].legend(fontsize=8.5, frameon=False)
     if title:
         figure.suptitle(title, fontsize=12)
-    atomic_write(path, lambda p: figure.savefig(p, format="png"))
+    save_figure(figure, path)

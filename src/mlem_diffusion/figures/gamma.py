@@ -7,15 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from ..files import atomic_write
-from .style import ESTIMATE_STYLES, decimal_ticks, light_grid
+from .style import ESTIMATE_STYLES, decimal_ticks, light_grid, save_figure
 
 LENGTH_COLOURS = ("#56B4E9", "#E69F00", "#CC79A7", "#0072B2", "#D55E00", "#009E73")
 PAPER_GAMMA = 2.5
 
 
 def plot_gamma(result: dict[str, Any], path: Path, title: str = "") -> None:
-    """Draw the content of gamma.json to an image file (the suffix of `path` names the format).
+    """Draw the content of gamma.json to a PNG.
 
     `result` is what `scaling.estimate` returns, with an optional list "training_lengths" of {"fraction",
     "images", "estimates", "levels", "points"}, in order of training; without it the two lower panels show the
@@ -49,7 +48,7 @@ def plot_gamma(result: dict[str, Any], path: Path, title: str = "") -> None:
     )
     if title:
         figure.suptitle(title, fontsize=13)
-    atomic_write(path, lambda p: figure.savefig(p, format="png"))
+    save_figure(figure, path)
 
 
 def _text(estimate: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import atomic_write
+from .style import save_figure
 
 # Okabe-Ito colours, told apart by colour-blind readers; each method also has its own marker and line.
 STYLES: dict[str, tuple[str, str, str, str]] = {
@@ -22,7 +22,7 @@ _MARKERS = "os^Dv<"
 
 
 def plot_rates(result: dict[str, Any], rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw the content of rates.json and rates.csv (`rows`) to an image file (the suffix of `path` names the format)."""
+    """Draw the content of rates.json and rates.csv (`rows`) to a PNG."""
     from matplotlib.figure import Figure
 
     dynamics = [d for d in DYNAMICS if d in result]
@@ -46,7 +46,7 @@ def plot_rates(result: dict[str, Any], rows: Sequence[dict[str, Any]], path: Pat
     for ax, name in zip(panels[1:], dynamics, strict=True):
         _draw_step_size(ax, result["step_size"][name])
         ax.set_title(f"Step size, {DYNAMICS[name]} (γ = 2.5, fires held fixed)", fontsize=11)
-    atomic_write(path, lambda p: figure.savefig(p, format="png"))
+    save_figure(figure, path)
 
 
 def _draw_costs(ax: Any, rows: Sequence[dict[str, Any]], entries: dict[str, Any]) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import atomic_write
 from ..models.rounding import PrecisionErrors
+from .style import save_figure
 
 
 def plot_precision(found: PrecisionErrors, path: Path, *, precision: str, title: str = "") -> None:
@@ -33,4 +33,4 @@ def plot_precision(found: PrecisionErrors, path: Path, *, precision: str, title:
         ax.set_xlabel("log-SNR (noise to data)")
         ax.grid(alpha=0.25)
     figure.suptitle(f"{title}: what {precision} rounds away" if title else f"What {precision} rounds away", fontsize=12)
-    atomic_write(path, lambda p: figure.savefig(p, format="png"))
+    save_figure(figure, path)

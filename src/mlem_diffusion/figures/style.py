@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from ..files import atomic_write
 
@@ -40,7 +42,7 @@ def new_figure(width: float, height: float) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
@@ -71,8 +73,11 @@ def thousands(value: float, _position: int | None = None) -> str:
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    path = Path(path)
-    atomic_write(path, lambda p: figure.savefig(p, dpi=130, format="png", metadata={"Software": None}))
+    """A PNG of at most 256 colours: a third of the bytes, and no visible loss in drawings of lines and points."""
+    path, content = Path(path), io.BytesIO()
+    figure.savefig(content, dpi=figure.dpi, format="png")
+    picture = Image.open(content).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    atomic_write(path, lambda p: picture.save(p, format="PNG", optimize=True))
     return path
 
 
