@@ -58,7 +58,7 @@ def _draw_cost_ratio(ax: Any, levels: list[dict[str, Any]], rule: str, tolerance
     ax.axhline(1 + tolerance["mean"], color="0.5", lw=0.9, ls=":")
     ax.set_yscale("log")
     dynamics, step_rule = rule.split("/")
-    ax.set_title(f"CostRatio: {STEP_RULE_NAMES.get(step_rule, step_rule)},\n{DYNAMICS_NAMES[dynamics]}", fontsize=11)
+    ax.set_title(f"Cost ratio: {STEP_RULE_NAMES.get(step_rule, step_rule)},\n{DYNAMICS_NAMES[dynamics]}", fontsize=11)
     handles = [
         Line2D([], [], color="0.3", marker="o", ls="", mfc="0.3", label="kept"),
         Line2D([], [], color="0.3", marker="o", ls="", mfc="white", label="removed"),

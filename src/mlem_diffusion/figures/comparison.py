@@ -224,7 +224,7 @@ def _legend(rows: list[Row], shades: dict[str, Any]) -> list[Any]:
         style: dict[str, Any] = dict(marker="o", mfc="none", mec="#777777", ms=5)
         handles.append(Line2D([], [], ls="none", label="hollow: top level\nfired too rarely", **style))
     handles.append(heading("frontier"))
-    for name, label in (("baseline", "baselines"), ("paper", "ML-EM, paper"), ("other", "multilevel, any")):
+    for name, label in (("baseline", "baselines"), ("paper", "paper's ML-EM"), ("other", "any multilevel")):
         if name in methods or (name == "baseline" and methods & {"single", "stitched"}):
             handles.append(Line2D([], [], color=_COLOURS[name], lw=3.2, alpha=0.55, label=label))
     return handles
