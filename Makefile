@@ -1,4 +1,4 @@
-# mlem-diffusion: every target sets up .venv by itself, once. `make help` lists them.
+# mlem-diffusion: every target creates .venv if it is missing. `make help` lists the targets.
 EXPERIMENT ?= demo
 SEEDS ?= 0-63
 PYTHON ?= python3
@@ -6,34 +6,38 @@ NPROC ?= 1
 VENV ?= .venv
 BIN := $(VENV)/bin
 DRY := $(if $(DRY_RUN),dry_run=true)
-# Hydra wants its flag before the first override
+# Hydra requires its flag before the first override
 SWEEP = $(filter -m --multirun,$(ARGS))
 OVERRIDES = experiment=$(EXPERIMENT) $(DRY) $(1) $(filter-out -m --multirun,$(ARGS))
 RUN = $(BIN)/python scripts/$(1).py $(SWEEP) $(call OVERRIDES,$(2))
 # one process per GPU
-SEVERAL = $(BIN)/python $(if $(filter-out 1,$(NPROC)),scripts/launch.py $(NPROC) )scripts/$(1).py $(SWEEP) $(call OVERRIDES,$(2))
+SEVERAL = $(BIN)/python $(if $(filter-out 1,$(NPROC)),scripts/launch.py $(NPROC) )scripts/$(1).py $(SWEEP) \
+          $(call OVERRIDES,$(2))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup demo data train-levels measure-gamma optimise sample-compare report sample publish check-precision verify-rates benchmark test test-faults lint format clean
+.PHONY: help setup demo data train-levels measure-gamma optimise sample-compare report sample publish \
+        check-precision verify-rates benchmark test test-faults lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets and their variables
 	@echo "Targets:"
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18 | sed 's/^/  /'
 	@echo "Variables:"
-	@echo "  EXPERIMENT=name   an experiment of configs/experiment: $(basename $(notdir $(wildcard configs/experiment/*.yaml))) (default: demo; make data: celeba64)"
-	@echo "  ARGS=\"k=v ...\"    Hydra overrides for any target; ARGS=\"-m k=a,b\" runs a sweep, each job in folders of its own"
+	@echo "  EXPERIMENT=name   an experiment in configs/experiment (default: demo; make data and benchmark: celeba64):"
+	@echo "                    $(basename $(notdir $(wildcard configs/experiment/*.yaml)))"
+	@echo "  ARGS=\"k=v ...\"    Hydra overrides for any target; ARGS=\"-m k=a,b\": a sweep, each job in its own folders"
 	@echo "  DRY_RUN=1         print the resolved configuration and the estimated cost, then stop"
 	@echo "  SOURCE=path       make data: zip, tar or folder of images, or download (torchvision's CelebA)"
-	@echo "  SEEDS=0-63        make sample: which sample seeds"
-	@echo "  NPROC=n           train-levels, optimise, sample-compare, sample: so many processes, one per GPU"
-	@echo "  PYTHON=python3    the interpreter that makes .venv; VENV=dir another environment"
+	@echo "  SEEDS=0-63        make sample: the sample seeds"
+	@echo "  NPROC=n           train-levels, optimise, sample-compare, sample: number of processes, one per GPU"
+	@echo "  PYTHON=python3    the interpreter that creates .venv; VENV=dir: another environment"
 
-setup: $(VENV)/.installed  ## make .venv and install the package (other targets do it by themselves)
+setup: $(VENV)/.installed  ## create .venv and install the package (other targets do this if necessary)
 
 $(VENV)/.installed: pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not there; install Python 3.10 or later, or say PYTHON=path."; exit 2; }
-	@echo "Setting up $(VENV) (torch and friends: minutes, several GB)"
+	@command -v $(PYTHON) >/dev/null || \
+	    { echo "make: $(PYTHON) is missing; install Python 3.10 or later, or set PYTHON=path."; exit 2; }
+	@echo "Setting up $(VENV) (torch and other packages: minutes, several GB)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 2; }
 	@$(PIP) --upgrade pip
 	@$(PIP) -e .
@@ -43,7 +47,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@$(PIP) -e ".[test]"
 	@touch $@
 
-demo: setup  ## the whole experiment on procedural portraits; at most 10 minutes on two CPU cores
+demo: setup  ## the full experiment on procedural portraits; at most 10 minutes on two CPU cores
 	@$(call RUN,prepare_data)
 	@$(call SEVERAL,train_levels)
 	@$(call RUN,measure_gamma)
@@ -61,7 +65,7 @@ train-levels: setup  ## train every level of the family
 measure-gamma: setup  ## error against FLOPs -> gamma.json, gamma.png
 	@$(call RUN,measure_gamma)
 
-optimise: setup  ## gains, diagnostics and the best plans -> plans.json, which sample-compare then judges
+optimise: setup  ## gains, diagnostics and the best plans -> plans.json, for sample-compare
 	@$(call SEVERAL,optimise)
 
 sample-compare: setup  ## EM, ML-EM and baselines -> compare.csv, compare.png, speedup.json
@@ -70,26 +74,26 @@ sample-compare: setup  ## EM, ML-EM and baselines -> compare.csv, compare.png, s
 report: setup  ## results/EXPERIMENT/report.html
 	@$(call RUN,report)
 
-sample: setup  ## PNGs and a grid with the best known sampler: make sample SEEDS=0-63
+sample: setup  ## PNGs and a grid with the best sampler of the comparison: make sample SEEDS=0-63
 	@$(call SEVERAL,sample,"seeds='$(SEEDS)'")
 
-publish: setup  ## trained levels -> checkpoints/EXPERIMENT/published: bf16 weights and model card, to be committed
+publish: setup  ## trained levels -> checkpoints/EXPERIMENT/published: bf16 weights and model card, to commit
 	@$(call RUN,publish)
 
-check-precision: setup  ## what bf16 rounds away per level and noise level, and whether it moves the comparison -> precision.json
+check-precision: setup  ## rounding error of bf16, and its effect on the comparison -> precision.json
 	@$(call RUN,check_precision)
 
 test: $(VENV)/.installed-test  ## the tests
 	@$(BIN)/python -m pytest $(ARGS)
 
-test-faults: $(VENV)/.installed-test  ## inject every fault, not a sample of them: up to an hour; ends with the table -> results/faults
+test-faults: $(VENV)/.installed-test  ## inject all faults instead of a sample: up to an hour; writes a table -> results/faults
 	@FAULTS=whole $(BIN)/python -m pytest tests/faults $(ARGS)
 
-verify-rates: setup  ## exponents of cost against error on a problem with a known answer; minutes on two CPU cores
+verify-rates: setup  ## exponents of cost against error on a problem with a known solution; minutes on two CPU cores
 	@$(BIN)/python scripts/verify_rates.py $(SWEEP) $(DRY) $(filter-out -m --multirun,$(ARGS))
 
 benchmark: EXPERIMENT := $(if $(filter file default,$(origin EXPERIMENT)),celeba64,$(EXPERIMENT))
-benchmark: $(VENV)/.installed-test  ## speed of networks, training and samplers here -> results/benchmark; under three minutes on a CPU
+benchmark: $(VENV)/.installed-test  ## speed of networks, training and samplers -> results/benchmark; under three minutes on a CPU
 	@$(call RUN,benchmark)
 
 lint: $(VENV)/.installed-test  ## ruff (lint, format), pyright and the import rule

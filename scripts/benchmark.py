@@ -1,4 +1,4 @@
-"""How fast this repository runs here -> results/benchmark/<device model>.json and a table."""
+"""Speed of this repository on this device -> results/benchmark/<device model>.json and a table."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def plan(stage: Stage) -> tuple[str, dict[str, Any], list[Part]]:
 def work(stage: Stage) -> None:
     cfg = stage.cfg
     name, size, parts = plan(stage)
-    torch.set_float32_matmul_precision("highest")  # float32 rows are float32, whatever training is set to
+    torch.set_float32_matmul_precision("highest")  # float32 rows use full float32, not TF32
     model = device_model(stage.device)
     head = {
         "device": model,

@@ -1,5 +1,7 @@
-"""Levels -> precision.json, precision.png: what bf16 rounds away at every level and noise level, and whether it moves the
-comparison: settings of compare.csv's frontiers, run in both precisions on the same seeds and paths."""
+"""Levels -> precision.json, precision.png: rounding error of bf16 per level and noise level, and its effect on errors.
+
+The settings on the frontiers of compare.csv are run in both precisions with the same seeds and paths.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +24,16 @@ from mlem_diffusion.models.rounding import precision_errors
 from mlem_diffusion.statistics import frontier
 
 PRECISIONS = ("float32", "bf16")
-MOST = 6  # settings of one kind and dynamics
+MOST = 6  # settings per kind and dynamics
 
 
 def compared(cfg: Config) -> int:
-    """Samples that are compared with the reference."""
+    """The number of samples that are compared with the reference."""
     return min(cfg.compare.num_samples, cfg.compare.num_reference)
 
 
 def frontier_settings(rows: list[dict[str, Any]]) -> list[SamplerSetting]:
-    """Of each dynamics, baselines on their frontier and multilevel settings on theirs, from cheap to expensive."""
+    """For each dynamics, baselines on their frontier and multilevel settings on theirs, cheap to expensive."""
     chosen: dict[SamplerSetting, None] = {}
     for dynamics in dict.fromkeys(row["dynamics"] for row in rows):
         for is_baseline in (True, False):
@@ -47,7 +49,7 @@ def frontier_settings(rows: list[dict[str, Any]]) -> list[SamplerSetting]:
 
 
 def run_in(stage: Stage, precision: str, settings: list[SamplerSetting]) -> list[speedup.Measurement]:
-    """The settings in one precision, each against the reference in the same one, without distances."""
+    """Run the settings in one precision, against the reference in the same precision, without distances."""
     whole = stage.cfg
     changed: Any = merged(whole, {"precision": precision, "compare": {"num_samples": compared(whole)}})
     stage.cfg = changed
@@ -64,7 +66,7 @@ def run_in(stage: Stage, precision: str, settings: list[SamplerSetting]) -> list
 
 
 def finite_in_both(measured: dict[str, list[speedup.Measurement]]) -> dict[str, list[speedup.Measurement]]:
-    """Without the settings that diverged in either precision."""
+    """The measurements without the settings that diverged in either precision."""
     good = [all(s.row["error"] is not None for s in pair) for pair in zip(*measured.values(), strict=True)]
     return {p: [s for s, fine in zip(found, good, strict=True) if fine] for p, found in measured.items()}
 
@@ -115,7 +117,7 @@ def work(stage: Stage) -> None:
     for k, name in enumerate(found.names):
         ratio = found.ratio()[k]
         print(
-            f"{name}: bf16 rounds away {ratio.max():.2g} of the difference to the level below at worst "
+            f"{name}: the rounding error of bf16 is at most {ratio.max():.2g} of the difference to the level below "
             f"(log-SNR {logsnr[int(ratio.argmax())]:.3g}), {np.median(ratio):.2g} in the median."
         )
     result: dict[str, Any] = found.to_json()
@@ -131,7 +133,7 @@ def work(stage: Stage) -> None:
             f"{100 * abs(moved['change']) / moved['error_float32']:.2g}% ({moved['setting']})."
         )
     else:
-        print("compare.csv is not there, so no settings were run in both precisions (make sample-compare first).")
+        print("compare.csv is missing, so no settings were run in both precisions (run make sample-compare first).")
     write_json(stage.results / "precision.json", result)
     stage.record(fingerprint, ["precision.json", "precision.png"], images.manifest)
 

@@ -1,8 +1,8 @@
-"""A script in several processes, one per GPU: python scripts/launch.py 8 scripts/sample.py experiment=celeba64
+"""Run a script in several processes, one per GPU: python scripts/launch.py 8 scripts/sample.py experiment=celeba64
 
-The processes find the same environment as under `torchrun --standalone`, which works as well. Started here, a mistake
-ends in one sentence and its exit status, and a process that was asked to stop may finish what it is at (torchrun kills
-it after 30 seconds).
+The processes get the same environment as under `torchrun --standalone`, which works as well. With this launcher an
+error ends in one sentence and its exit status. A stopped process may finish its batch; torchrun kills it after 30
+seconds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import time
 from typing import Any
 
-PATIENCE = 60.0  # seconds that the other processes have to end once one has failed
+PATIENCE = 60.0  # seconds for the other processes to end after one has failed
 
 
 def environment(rank: int, count: int, port: int) -> dict[str, str]:
@@ -32,7 +32,7 @@ def free_port() -> int:
 
 
 def run(count: int, command: list[str]) -> int:
-    """Exit status of the main process, or where it ends well of another that fails."""
+    """Run `count` processes; return the first nonzero exit status in the order of ranks, else 0."""
     port = free_port()
     started = [subprocess.Popen(command, env=environment(rank, count, port)) for rank in range(count)]
 
@@ -51,7 +51,7 @@ def run(count: int, command: list[str]) -> int:
             for process in started:
                 process.kill()
     status = next((process.returncode for process in started if process.returncode), 0)
-    return status if status >= 0 else 128 - status  # of a signal, as the shell has it
+    return status if status >= 0 else 128 - status  # after a signal, as in the shell
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ OUTPUTS = ["gamma.json", "gamma.png"]
 
 
 def measure(stage: Stage, images: Any, snapshot: int, label: str) -> tuple[LevelErrors, list[Repeat]]:
-    """Errors of the family, and of its levels that were trained again, at one training length on held-out images."""
+    """Errors of the family and of the levels trained again, at one training length on held-out images."""
     cfg, process = stage.cfg, stage.process()
     metadata = read_metadata(stage.checkpoints, cfg.family.widths)
     levels = load_family(stage.checkpoints, cfg.family.widths, stage.device, "float32", snapshot, compile="off")
@@ -35,7 +35,8 @@ def measure(stage: Stage, images: Any, snapshot: int, label: str) -> tuple[Level
     logsnr = noise_levels(process, cfg.gamma.noise_levels)
     with bar(label, len(logsnr), unit="noise level") as progress:
         found = squared_differences(
-            levels, [*pairs, *(p for group in own for p in group)], held_out, logsnr, cfg.gamma.seed, cfg.gamma.batch, progress
+            levels, [*pairs, *(p for group in own for p in group)], held_out, logsnr,
+            cfg.gamma.seed, cfg.gamma.batch, progress,
         )  # fmt: skip
     loss, previous, largest = split_by_kind(found, count)
     repeats, start = [], len(pairs)
@@ -60,7 +61,7 @@ def measure(stage: Stage, images: Any, snapshot: int, label: str) -> tuple[Level
 
 
 def estimates(stage: Stage, errors: LevelErrors, repeats: list[Repeat]) -> dict[str, Any]:
-    """gamma at one training length, with what levels trained again add to its intervals, and how good the hierarchy is."""
+    """gamma at one training length, including the spread between training seeds, and checks of the hierarchy."""
     options = {"seed": stage.cfg.gamma.seed, "bootstrap": stage.cfg.gamma.bootstrap}
     found = estimate(errors, **options)
     if repeats:
@@ -89,13 +90,13 @@ def work(stage: Stage) -> None:
         return
     lengths, losses = [], []
     count = min(len(m["snapshots"]) for m in trained)
-    for i in range(count):  # counted from the end: every level's last is its final one
+    for i in range(count):  # count from the end: the last snapshot of every level is its final one
         errors, repeats = measure(stage, images, i - count, f"training length {i + 1}")
         losses.append(errors.loss @ errors.weights)
         fraction = round(errors.images[0] / metadata[0]["images"], 3)
         lengths.append({"fraction": fraction, "images": errors.images, **estimates(stage, errors, repeats)})
     last = lengths[-1]
-    for entry in lengths:  # the last length stands at the top level already
+    for entry in lengths:  # the top of the file already holds the last length
         entry.pop("per_noise_level", None) if entry is not last else None
     result = {k: v for k, v in last.items() if k not in ("fraction", "images")}
     overfitting = overfitting_warnings([m["name"] for m in metadata], [e["images"] for e in lengths], losses)

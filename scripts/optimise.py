@@ -1,5 +1,7 @@
-"""Levels -> gains.png, diagnostics.json, plans.json, ablation.json: measure gains, plan, select plans on seeds of their own, and
-compare plans without each level."""
+"""Levels -> gains.png, diagnostics.json, plans.json, ablation.json: measure gains, select plans, ablate levels.
+
+Plans are selected on seeds that the comparison does not use.
+"""
 
 from __future__ import annotations
 
@@ -31,22 +33,22 @@ from mlem_diffusion.multilevel.planner import plan_for_cost, plans
 from mlem_diffusion.multilevel.probabilities import c_for_cost, constant_probabilities, measured_probabilities
 
 OUTPUTS = ["plans.json", "plans.npz", "gains.png", "diagnostics.json", "ablation.json", "ablation.png"]
-Candidates = dict[str, list[Plan]]  # by "method, probabilities"
+Candidates = dict[str, list[Plan]]  # keys "method, probabilities"
 
 
 def stoppable(stage: Stage, progress: Any) -> Any:
-    """The same progress callback, which also stops when the stage is asked to."""
+    """A progress callback that also raises Interrupted if the stage should stop."""
 
     def call(done: int, total: int) -> None:
         progress(done, total)
         if stage.should_stop():
-            raise Interrupted("stopped as asked; what was measured is kept")
+            raise Interrupted("stopped; finished measurements are saved")
 
     return call
 
 
 def effects_of(stage: Stage, runner: Runner, dynamics: str, rule: str) -> Effects:
-    """RuleInputs once, then read from the cache."""
+    """The effects for one step rule, measured once and then read from the cache."""
     o = stage.cfg.optimise
     facts = [o.seed, o.calibrate, o.probes, o.calibrate_steps, dynamics, rule]
     key = stage.fingerprint(("process",), runner=runner.key, facts=facts)[:20]
@@ -58,7 +60,8 @@ def effects_of(stage: Stage, runner: Runner, dynamics: str, rule: str) -> Effect
             grid = runner.process.grid(o.calibrate_steps)
             family = list(runner.levels.values())
             measure_effects(
-                family, grid, dynamics, rule, seeds, runner.shape, runner.device, o.probes, runner.batch, stoppable(stage, progress)
+                family, grid, dynamics, rule, seeds, runner.shape, runner.device, o.probes, runner.batch,
+                stoppable(stage, progress),
             ).save(path)  # fmt: skip
 
     return cached(path, Effects.load, measure)
@@ -70,10 +73,12 @@ def check(stage: Stage) -> None:
 
 
 def timed(stage: Stage, runner: Runner) -> dict[str, Any]:
-    """{"seconds": per image of one evaluation of each level, "batch", "device", "threads"}: measured alone, once, then read from
-    the cache, so that the same plans come out again."""
+    """{"seconds": per image of one evaluation of each level, "batch", "device", "threads"}.
+
+    Measured once with nothing else running, then read from the cache, so that a repeated run gives the same plans.
+    """
     family, batch = list(runner.levels.values()), stage.cfg.compare.batch
-    if runner.device.type == "cpu":  # seconds per image hardly depend on it there, and large images would take long
+    if runner.device.type == "cpu":  # seconds per image hardly depend on the batch, and large images would take long
         batch = max(1, min(batch, int(20e9 / family[-1].flops)))
     where = {"batch": batch, "device": device_model(runner.device), "threads": torch.get_num_threads()}
     key = stage.fingerprint(("precision",), runner=runner.key, **where)[:20]
@@ -87,12 +92,12 @@ def timed(stage: Stage, runner: Runner) -> dict[str, Any]:
 
 
 def write_cached(path: Path, content: dict[str, Any]) -> None:
-    """A JSON file of the cache, under the name that says what it depends on."""
+    """Write a JSON file of the cache, with its name; the name contains a hash of all inputs."""
     write_json(path, {**content, "file": path.name})
 
 
 def read_cached(path: Path) -> dict[str, Any]:
-    """What write_cached was given; Damaged where it is another file's content."""
+    """The content given to write_cached; Damaged if it belongs to another file."""
     content = read_json(path, "run make optimise again")
     if content.pop("file", None) != path.name:
         raise Damaged(path, f"{path} holds another file's content: remove it and run make optimise again.")
@@ -100,7 +105,7 @@ def read_cached(path: Path) -> dict[str, Any]:
 
 
 def measured_plans(stage: Stage, runner: Runner, effects: Effects, costs: np.ndarray) -> list[Plan]:
-    """The square-root law from measured differences, constant in time, at the wanted costs."""
+    """Plans by the square-root law from measured differences, constant in time, at the configured costs."""
     o, family = stage.cfg.optimise, list(runner.levels.values())
     weights = runner.process.drift_weights(effects.logsnr)
     squares, unit = effects.squares @ weights, costs.tolist()
@@ -117,7 +122,7 @@ def measured_plans(stage: Stage, runner: Runner, effects: Effects, costs: np.nda
 def learned_plans(
     stage: Stage, runner: Runner, effects: Effects, start: list[Plan], costs: np.ndarray
 ) -> tuple[list[Plan], float]:
-    """Probabilities learned by SGD from the measured ones of about the same cost; and the FLOPs spent."""
+    """Plans with probabilities learned by SGD, started from measured ones of similar cost; and the FLOPs spent."""
     o, family, out, spent = stage.cfg.optimise, list(runner.levels.values()), [], 0.0
     dynamics, rule, steps = effects.dynamics, effects.step_rule, o.learned.steps
     grid = runner.process.grid(steps)
@@ -148,7 +153,7 @@ def learned_plans(
 def _plain_plan(
     source: str, names: tuple[str, ...], steps: int, p: np.ndarray, family: list, effects: Effects, costs: np.ndarray
 ) -> Plan:
-    """A plan for independent coins on the whole family, with its predicted error."""
+    """A plan for independent coins on the full family, with its predicted error."""
     p = np.broadcast_to(p, (len(effects.logsnr), len(names))).astype(np.float32)
     gains = effects.gains()[0][1:].T
     ratio = 1 / p[:, 1:].astype(np.float64)
@@ -162,8 +167,10 @@ def _plain_plan(
 def candidates(
     stage: Stage, runner: Runner, rule: Any, own: dict[tuple[int, int], float], costs: np.ndarray
 ) -> tuple[Candidates, Effects, float]:
-    """Predicted frontiers of all methods for one rule, thinned; the effects they rest on; and FLOPs spent on learning. costs [K]:
-    of one evaluation of each level, in the unit to be saved."""
+    """Thinned predicted frontiers of all methods for one rule; the effects they use; and the FLOPs spent on learning.
+
+    costs [K]: cost of one evaluation of each level, in the unit that plans minimise.
+    """
     o = stage.cfg.optimise
     effects = effects_of(stage, runner, rule.dynamics, rule.step_rule)
     grids = {n: runner.process.grid(n).logsnr for n in rule.steps}
@@ -175,7 +182,7 @@ def candidates(
             for base in bases:
                 best = plans(effects, method, grids, own, costs, base=base, progress=stoppable(stage, progress))
                 chosen |= {p.id: p for p in spread([p for p in best if len(p.levels) > 1], o.plans)}
-        for cost in o.measured.costs:  # at the very costs that other sources of probabilities are tried at
+        for cost in o.measured.costs:  # at the same costs as the measured probabilities
             plan = plan_for_cost(effects, method, grids, own, cost * costs[-1], costs)
             if plan is not None and len(plan.levels) > 1:
                 chosen[plan.id] = plan
@@ -193,7 +200,7 @@ def candidates(
 
 
 def spread(found: list[Plan], most: int) -> list[Plan]:
-    """At most so many of a frontier's plans, from end to end."""
+    """At most `most` of a frontier's plans, spread evenly and including both ends."""
     if len(found) <= most:
         return found
     return [found[i] for i in np.unique(np.round(np.linspace(0, len(found) - 1, most)).astype(int))]
@@ -204,8 +211,10 @@ def _with_own_error(plan: Plan, own: float | None) -> Plan:
 
 
 def singles(stage: Stage, runner: Runner) -> list[SamplerSetting]:
-    """Every level alone on every grid that plans may use: their errors are the floor of what is planned. The cheap levels
-    are left out of fine grids, where they cost much and add nothing."""
+    """Settings of every level alone on every grid of the plans: a plan's error is at least that of its top level alone.
+
+    Fine grids leave out the cheap levels, which cost much there and add nothing.
+    """
     out = []
     largest = list(runner.levels.values())[-1].flops
     for rule in stage.cfg.optimise.rules:
@@ -216,9 +225,9 @@ def singles(stage: Stage, runner: Runner) -> list[SamplerSetting]:
 
 
 def diagnosis(stage: Stage, runner: Runner) -> float:
-    """Print and save the diagnostics of the family; FLOPs spent."""
+    """Print and save the diagnostics of the family; return the FLOPs spent."""
     o, family, spent, saved = stage.cfg.optimise, list(runner.levels.values()), 0.0, {}
-    p = constant_probabilities([level.flops for level in family], gamma=2.5, c=1.0)  # for the column of fires
+    p = constant_probabilities([level.flops for level in family], gamma=2.5, c=1.0)  # for the table's column of fires
     for dynamics in dict.fromkeys(rule.dynamics for rule in o.rules):
         rule = next(r.step_rule for r in o.rules if r.dynamics == dynamics)
         with bar(f"diagnose {dynamics}", None) as progress:
@@ -239,7 +248,7 @@ def diagnosis(stage: Stage, runner: Runner) -> float:
 
 
 def priced(plan: Plan, runner: Runner, seconds: dict[str, float]) -> Plan:
-    """The plan with its expected FLOPs as its cost, and its expected seconds."""
+    """The plan with expected FLOPs as its cost, and expected seconds."""
     estimator = plan.build(runner.levels.values())
     counts = estimator.expected_evaluations(len(plan.table))
     flops = float(np.dot(counts, [level.flops for level in estimator.levels]))
@@ -247,7 +256,7 @@ def priced(plan: Plan, runner: Runner, seconds: dict[str, float]) -> Plan:
 
 
 def ablation(stage: Stage, runner: Runner, timing: dict[str, Any], rules: list[RuleInputs]) -> None:
-    """Print and write the cost ratios without each level: ablation.json and ablation.png."""
+    """Print the cost ratios without each level, and write ablation.json and ablation.png."""
     o, names = stage.cfg.optimise, list(runner.levels)
     seconds = [timing["seconds"][name] for name in names]
     with bar("ablation", None, unit="family") as progress:
@@ -276,14 +285,14 @@ def work(stage: Stage) -> None:
     if stage.finished(fingerprint, OUTPUTS):
         return
     stage.catch_signals()
-    timing = timed(stage, runner)  # before any worker makes the machine busy
+    timing = timed(stage, runner)  # before workers use the machine
     costs = np.array([level.flops if o.cost == "flops" else timing["seconds"][n] for n, level in runner.levels.items()])
     spent = diagnosis(stage, runner)
 
-    # ---- what levels achieve alone, then plans from gains ---------------------------------------------------
+    # ---- errors of single levels, then plans from gains ------------------------------------------------------
     alone = singles(stage, runner)
     errors = [found["costs"]["error"] for found in sampler_runs.run_all(stage, runner, alone, "levels alone")]
-    fit = [i for i, error in enumerate(errors) if error is not None]  # others diverged
+    fit = [i for i, error in enumerate(errors) if error is not None]  # without those that diverged
     alone, errors = [alone[i] for i in fit], [errors[i] for i in fit]
     index = {name: i for i, name in enumerate(runner.levels)}
     by_rule, rules = {}, []
@@ -306,7 +315,7 @@ def work(stage: Stage) -> None:
     where = runner.cache / "candidates.json"
     save_plans(where, [(p, {}) for p in {p.id: p for p in pool}.values()])
 
-    # ---- selection: run them --------------------------------------------------------------------------------
+    # ---- selection: run the plans ----------------------------------------------------------------------------
     runner, _ = sampler_runs.make_runner(stage)  # with the candidates
     tried = [setting_of(p, *key) for key, found in by_rule.items() for group in found.values() for p in group]
     tried = list(dict.fromkeys(tried))
@@ -349,8 +358,11 @@ def work(stage: Stage) -> None:
 
 
 def cost(stage: Stage) -> list[tuple[str, float, float]]:
-    """Rows (what, FLOPs, seconds here); what the candidate plans will cost is known only once they are made: taken as a
-    quarter of the largest level at every step of the middle grid."""
+    """Rows (description, FLOPs, seconds on this device).
+
+    The cost of candidate plans is not known before they are made: it is estimated as a quarter of the largest level at
+    every step of the middle grid.
+    """
     check(stage)
     o, (levels, seconds) = stage.cfg.optimise, sampler_runs.priced_levels(stage)
     *_, largest = levels.values()

@@ -7,8 +7,9 @@ def work(stage: Stage) -> None:
     manifest = stage.prepare_data()
     split, size = manifest["split"], manifest["size"]
     print(
-        f"data: {manifest['count']} images of {size[0]}x{size[1]} from {manifest['source']['name']} in {stage.cfg.paths.data} "
-        f"({split['train']} to train, {split['valid'] + split['test']} held out, {split['method']} split)."
+        f"data: {manifest['count']} images of {size[0]}x{size[1]} from {manifest['source']['name']} "
+        f"in {stage.cfg.paths.data} ({split['train']} to train, {split['valid'] + split['test']} held out, "
+        f"{split['method']} split)."
     )
     for treatment, count in manifest["treatment"].items():
         print(f"data: {count} images: {treatment}.")

@@ -1,4 +1,4 @@
-"""A trained family -> checkpoints/<experiment>/published/: bf16 weights, what else sampling takes from the images, model card."""
+"""A trained family -> checkpoints/<experiment>/published/: bf16 weights, statistics of the images, model card."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ from mlem_diffusion.models.model_card import write_card
 from mlem_diffusion.models.unet import Denoiser
 from mlem_diffusion.statistics import standard_error
 
-KEPT = ("data", "process", "train")  # groups of the configuration that the rest of metadata.json does not tell
+KEPT = ("data", "process", "train")  # configuration groups in a published metadata.json; its other keys cover the rest
 
 
 def work(stage: Stage) -> None:
     if stage.cfg.family.callable is not None:
-        raise UserError("The levels of this experiment are functions of your own: there are no weights to publish.")
+        raise UserError("The levels of this experiment are your own functions, so there are no weights to publish.")
     images = stage.data()
     metadata = stage.levels_of(images)
     published.check_size(2 * sum(m["parameters"] for m in metadata), "The weights")
@@ -85,7 +85,7 @@ def work(stage: Stage) -> None:
 
 
 def trained_again(stage: Stage) -> list[dict[str, Any]]:
-    """metadata.json of the cheapest levels' other training seeds, which gamma's intervals need, where they are trained."""
+    """metadata.json of the cheapest levels' other training seeds, which gamma's intervals need, if they are trained."""
     wanted = [
         (width, seed)
         for width, seed in training_plan.repeated(stage)
@@ -96,9 +96,9 @@ def trained_again(stage: Stage) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the target's place at the end; after an error the target is as it was."""
+    """A folder to fill, which replaces the target at the end; after an error the target is unchanged."""
     partial, old = (target.with_name(f".{target.name}.{kind}-{os.getpid()}") for kind in ("partial", "old"))
-    for left in target.parent.glob(f".{target.name}.*-*"):  # of runs that were killed
+    for left in target.parent.glob(f".{target.name}.*-*"):  # left by killed runs
         shutil.rmtree(left, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -112,7 +112,7 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def trained(stage: Stage, m: dict[str, Any], path: Path, sha256: str | None = None) -> Denoiser:
-    """The level's network with the weights of a file; UserError where these are not those that its metadata speak of."""
+    """The level's network with the weights of a file; UserError if their hash is not the given one."""
     network = build_denoiser(m["width"], m["size"], m["data_rms"], m["unet"], m["target"])
     load_weights(path, network, sha256)
     return network
@@ -130,8 +130,7 @@ def rounded_name(file: str) -> str:
 
 
 def entry(stage: Stage, m: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """metadata.json of a published level: that of training, where the last snapshot is the final weights, with the
-    configuration that it was trained by."""
+    """metadata.json of a published level: that of training, with the published files and the training configuration."""
     *earlier, last = m["snapshots"]
     files = [rounded_name(s["file"]) for s in earlier if stage.cfg.publish.snapshots]
     snapshots = [
@@ -153,8 +152,11 @@ def entry(stage: Stage, m: dict[str, Any], folder: Path) -> dict[str, Any]:
 def rounding(
     stage: Stage, metadata: list[dict[str, Any]], networks: list[Denoiser], folder: Path, images: ImageData
 ) -> list[dict[str, Any]]:
-    """What rounding the weights changes, per level: the held-out loss, and the output, beside the difference of
-    neighbouring levels. Means over held-out images, noise levels along the sampler's path, channels and pixels."""
+    """Effect of rounding the weights, per level: on the held-out loss, and on the output.
+
+    The change of the output is compared with the difference of neighbouring levels. All values are means over held-out
+    images, noise levels along the sampler's path, channels and pixels.
+    """
     levels = []
     for m, network in zip(metadata, networks, strict=True):
         rounded = trained(stage, m, folder / m["name"] / published.WEIGHTS)
@@ -177,7 +179,7 @@ def rounding(
                 "loss_change": float((rounded - own).mean() / own.mean()),
                 "loss_change_se": standard_error(rounded - own) / float(own.mean()),
                 "squared_change": float(steps[2 * k].mean()),
-                # to the level below as published
+                # from the level below, as published
                 "squared_difference": float(steps[2 * k - 1].mean()) if k else None,
             }
         )
@@ -198,7 +200,7 @@ def write_gaussian(stage: Stage, folder: Path, images: ImageData) -> dict[str, A
 
 
 def write_statistics(stage: Stage, folder: Path, images: ImageData) -> dict[str, Any] | None:
-    """Mean and covariance of the training images' features; None where the experiment has no distances."""
+    """Mean and covariance of the training images' features; None if the experiment has no distances."""
     extractor = sampler_runs.make_extractor(stage)
     if extractor is None:
         return None
@@ -218,7 +220,7 @@ def write_statistics(stage: Stage, folder: Path, images: ImageData) -> dict[str,
 
 
 def training_record(stage: Stage, config: dict[str, Any]) -> dict[str, Any]:
-    """When, where, from which commit and with which arguments the family was trained, as far as that is on record."""
+    """When, where, from which commit and with which arguments the family was trained, as far as this is recorded."""
     noted = stage.read_provenance().get("stages", {}).get("train_levels", {})
     experiment = chosen_experiment()
     return {
@@ -229,7 +231,7 @@ def training_record(stage: Stage, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def arguments(experiment: str | None, config: dict[str, Any]) -> list[str]:
-    """What has to be passed as ARGS to train by this configuration from that experiment file."""
+    """The ARGS that reproduce this training configuration from the experiment file."""
     usual = composed("train_levels", experiment, ["name", *TRAINING])
     usual["data"]["source"] = config["data"]["source"]  # passed as SOURCE
     before, now = flat(usual), flat({key: config[key] for key in ("name", *TRAINING)})
@@ -237,13 +239,13 @@ def arguments(experiment: str | None, config: dict[str, Any]) -> list[str]:
 
 
 def written(value: Any) -> str:
-    """A value as Hydra reads it; blanks only within quotes."""
+    """A value in Hydra's syntax, with blanks only within quotes."""
     if isinstance(value, list):
         return f"[{','.join(map(written, value))}]"
     if isinstance(value, dict):
         return "{" + ",".join(f"{key}:{written(v)}" for key, v in value.items()) + "}"
     if isinstance(value, str) and not re.fullmatch(r"[\w./:+-]*", value):
-        return json.dumps(value)  # Hydra's quotes are JSON's
+        return json.dumps(value)  # Hydra quotes as JSON does
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -1,4 +1,4 @@
-"""Levels -> PNGs and a grid, one image per sample seed, with the best known sampler or one that you name."""
+"""Levels -> PNGs and a grid, one image per sample seed, with the best sampler of the comparison or a given one."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ def parse_seeds(text: str) -> list[int]:
                 raise ValueError(part)
             seeds += found
     except ValueError as error:
-        raise UserError(f"SEEDS={text} is not understood; write 0-63 or 3,7,100-120.") from error
+        raise UserError(f"SEEDS={text} is not a list of seeds; write 0-63 or 3,7,100-120.") from error
     return list(dict.fromkeys(seeds))
 
 
 def choose(stage: Stage) -> tuple[SamplerSetting, float]:
-    """The setting to sample with, and gamma of its probabilities."""
+    """The setting to sample with, and the gamma of its probabilities."""
     given = stage.cfg.sampler
     if given != "best":
         if not is_mapping(given):
-            raise UserError("sampler must be best, or the keys of a setting, such as sampler='{dynamics: ode, ...}'.")
+            raise UserError("sampler must be best, or a setting such as sampler='{dynamics: ode, ...}'.")
         values: Any = to_plain(given)
         try:
             return setting_from(values), float(values.get("gamma", 2.5))
@@ -60,18 +60,20 @@ def choose(stage: Stage) -> tuple[SamplerSetting, float]:
             sampler_runs.check_made_with(stage, best, levels, path, "make sample-compare")
         with expect_content(path, again):
             return setting_from(best), float(best["gamma"])
-    print("sample: no comparison has been run, so the sampler is DPM-Solver++(2M), 20 steps, largest level.")
+    print("sample: no comparison has been run, so the sampler is DPM-Solver++(2M) with 20 steps of the largest level.")
     return SamplerSetting("ode", "dpmpp_2m", "single", (level_name(stage.cfg.family.widths[-1]),), 20), 2.5
 
 
 def plans_of(stage: Stage, setting: SamplerSetting) -> dict[str, Plan]:
-    """The plans that the setting's may be among; UserError where it names one and there are none any more."""
+    """All plans if the setting names one, else none; UserError if the plans are missing."""
     return load_plans(stage.find("plans.json"))[0] if setting.plan else {}
 
 
 def load_levels(stage: Stage, setting: SamplerSetting) -> tuple[dict[str, Level], Any, tuple[int, ...]]:
-    """The levels by name, what identifies them, and the shape of a picture. The images that a family was trained on are
-    needed only where its Gaussian denoiser is one of the setting's levels."""
+    """The levels by name, their identity, and the shape of an image.
+
+    The training images are needed only if the setting uses the Gaussian denoiser.
+    """
     cfg = stage.cfg
     if cfg.family.callable is not None or sampler_runs.GAUSSIAN in setting.levels:
         levels, inputs, shape, _ = sampler_runs.load_levels(stage)
@@ -99,7 +101,10 @@ def draw(
     seeds: list[int],
     take: Callable[[dict[int, tuple[torch.Tensor, Ledger]]], object],
 ) -> None:
-    """Sample in batches; take(batch number -> uint8 images [B, 3, H, W] and ledger) gets them in order. Collective (parallel.py)."""
+    """Sample in batches; collective (parallel.py).
+
+    take(batch number -> uint8 images [B, 3, H, W] and ledger) receives them in order.
+    """
     grid, batch = stage.process().grid(setting.steps), stage.cfg.compare.batch
 
     def one(batch: list[int]) -> tuple[torch.Tensor, Ledger]:
@@ -110,7 +115,7 @@ def draw(
 
 
 def help_draw(stage: Stage, setting: SamplerSetting, gamma: float, seeds: list[int]) -> None:
-    """`draw` in a process that helps the main one."""
+    """Run `draw` in a process that helps the main one."""
     levels, _, shape = load_levels(stage, setting)
     estimator = setting.build(levels, gamma, plans_of(stage, setting))
     draw(stage, setting, estimator, shape, seeds, lambda found: None)
@@ -156,7 +161,7 @@ def work(stage: Stage) -> None:
 
 
 def cost(stage: Stage) -> list[tuple[str, float, float]]:
-    """Of the images asked for, with the sampler that would be used."""
+    """Cost of the requested images with the chosen sampler."""
     seeds, (setting, gamma) = parse_seeds(stage.cfg.seeds), choose(stage)
     levels, seconds = sampler_runs.priced_levels(stage)
     estimator, evaluations = (

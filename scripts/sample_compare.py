@@ -1,4 +1,7 @@
-"""Levels and gamma -> compare.csv, compare.png, speedup.json, best.json and grids: EM, ML-EM and baselines on the same seeds."""
+"""Levels and gamma -> compare.csv, compare.png, speedup.json, best.json, grids: EM, ML-EM and baselines compared.
+
+All settings run on the same seeds.
+"""
 
 from __future__ import annotations
 
@@ -34,20 +37,22 @@ OUTPUTS = ["compare.csv", "compare.png", "speedup.json"]
 
 
 def real_moments(stage: Stage, runner: Runner, images: ImageData | None) -> tuple[FeatureMoments, float | None]:
-    """FeatureMoments of all training images' features, and the real-against-real distance for as many images as are sampled
-    (None where that is not known): of the images, or without them the published ones."""
+    """Feature moments of all training images, and the real-against-real distance for as many images as are sampled.
+
+    Without images, both are the published ones. The distance is None if it is unknown.
+    """
     assert runner.extractor is not None
     if images is not None:
         real = real_features(stage, images, runner.extractor, runner.cache)
         return feature_moments(real), distance_floor(real, stage.cfg.compare.num_samples, stage.cfg.compare.seed)
     found = sampler_runs.published_moments(stage, runner.extractor)
     if found is None:
-        raise UserError("This family has no training images, so there is no distance to them: say metrics=none.")
+        raise UserError("This family has no training images, so there is no distance to them: set metrics=none.")
     return found
 
 
 def real_features(stage: Stage, images: ImageData, extractor: Extractor, cache: Path) -> np.ndarray:
-    """Features [N, D] of all training images, kept in the cache: Inception needs hours for them on a CPU."""
+    """Features [N, D] of all training images, cached because Inception needs hours for them on a CPU."""
     key = hashlib.sha256(f"{images.manifest['sha256']} {extractor.key}".encode()).hexdigest()[:20]
     path = cache / f"real-{key}.npz"
 
@@ -59,7 +64,7 @@ def real_features(stage: Stage, images: ImageData, extractor: Extractor, cache: 
 
 
 def extract(stage: Stage, images: ImageData, extractor: Extractor, path: Path, chunk: int = 1024) -> None:
-    """Make the file of the real images' features; collective (parallel.py)."""
+    """Write the features of the real images to a file; collective (parallel.py)."""
     train = images.train()
 
     def work(i: int) -> parallel.Arrays:
@@ -80,7 +85,7 @@ def extract(stage: Stage, images: ImageData, extractor: Extractor, path: Path, c
 
 
 def help_extract(stage: Stage, path: Path) -> None:
-    """`extract` in a process that helps the main one."""
+    """Run `extract` in a process that helps the main one."""
     extractor = sampler_runs.make_extractor(stage)
     assert extractor is not None
     extract(stage, stage.data(), extractor, path)
@@ -88,8 +93,11 @@ def help_extract(stage: Stage, path: Path) -> None:
 
 @dataclass(frozen=True)
 class Planned:
-    """What plans.json holds: plans by id, the settings that run them, errors on the selection seeds of these and of levels
-    alone, what calibration cost (FLOPs), and what plans were made to save ("flops" or "seconds")."""
+    """The content of plans.json.
+
+    plans: by id; settings: those that run the plans; selected: errors on the selection seeds, also of single levels;
+    flops: cost of the calibration; unit: the cost that plans minimise, "flops" or "seconds".
+    """
 
     plans: dict[str, Plan] = field(default_factory=dict)
     settings: list[SamplerSetting] = field(default_factory=list)
@@ -99,7 +107,7 @@ class Planned:
 
 
 def read_planned(stage: Stage) -> Planned:
-    """Empty where the optimiser has not run; UserError where its seeds are those to be judged on."""
+    """The content of plans.json, empty without the file; UserError if plans and comparison share sample seeds."""
     path = stage.find("plans.json")
     if stage.cfg.compare.plans == "none" or not path.is_file():
         return Planned()
@@ -108,7 +116,8 @@ def read_planned(stage: Stage) -> Planned:
         used = set(map(int, content["seeds_used"]))
     if used & set(range(stage.cfg.compare.seed, stage.cfg.compare.seed + stage.cfg.compare.num_samples)):
         raise UserError(
-            "The plans were selected on sample seeds that compare.seed and compare.num_samples would judge them on."
+            "The plans were selected on sample seeds that the comparison would use too: change compare.seed or "
+            "compare.num_samples."
         )
     with expect_content(path, "run make optimise again"):
         alone = {
@@ -150,9 +159,7 @@ def work(stage: Stage) -> None:
         statistics, floor = real_moments(stage, runner, images)
         shared |= {"distance_name": runner.extractor.name, "distance_floor": floor}
     elif cfg.metrics.get("_target_") is not None:
-        print(
-            "sample_compare: no distances, since the images are not here and no such statistics of them are published."
-        )
+        print("sample_compare: no distances, since the images are missing and no matching statistics are published.")
     rows, measured, pictures = [], [], {}
     for setting, found in zip(settings, sampler_runs.run_all(stage, runner, settings), strict=True):
         row = row_of(setting, found["costs"], **shared)
@@ -169,7 +176,8 @@ def work(stage: Stage) -> None:
         rows.append(row)
         if has_diverged:
             print(
-                f"sample_compare: {describe(row)} diverged in {row['diverged']} of {row['num_samples']} samples: no error, no distance."
+                f"sample_compare: {describe(row)} diverged in {row['diverged']} of {row['num_samples']} samples, so it "
+                "has no error and no distance."
             )
             continue
         measured.append(speedup.Measurement(row, found["errors"], found["clusters"], found.get("features")))
@@ -214,7 +222,7 @@ def work(stage: Stage) -> None:
 
 
 def pick_for_grid(rows: list[dict], pictures: dict, dynamics: str) -> list[tuple[str, Any]]:
-    """The reference, then for three points of the baselines' frontier the baseline and the best ML-EM of no higher cost."""
+    """The reference, then three baselines on their frontier, each with the best ML-EM setting of no higher cost."""
     mine = [r for r in rows if r["dynamics"] == dynamics]
     base = frontier([r for r in mine if r["estimator"] in BASELINES], "gflops_realised", "error")
     chosen = [("reference: largest level, finest grid", pictures[dynamics, "reference"])]
@@ -235,7 +243,7 @@ def best_within(rows: list[dict], cost: float) -> dict | None:
 
 
 def print_speedups(result: dict[str, Any]) -> None:
-    """The speed-ups in words, one line each."""
+    """Print one line per speed-up."""
     for dynamics, kinds in result.items():
         for kind in ("paper", "any"):
             for measure in ("error", "distance"):

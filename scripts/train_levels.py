@@ -1,6 +1,6 @@
 """Packed images -> checkpoints/<experiment>/<level>/: train every level of the family, cheap to expensive.
 
-With one process per GPU, launch.py or torchrun: torchrun --nproc-per-node 8 scripts/train_levels.py experiment=celeba64
+One process per GPU, with launch.py or torchrun: torchrun --nproc-per-node 8 scripts/train_levels.py experiment=celeba64
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ from mlem_diffusion.models.checkpoint import AGAIN, check_weights, load_state
 from mlem_diffusion.models.family import as_level, build_denoiser, read_metadata, weights_of
 from mlem_diffusion.training.loop import train_level
 
-TRAINING = ("data", "process", "unet", "train", "family")  # groups of the configuration that decide what is trained
+TRAINING = ("data", "process", "unet", "train", "family")  # groups of the configuration that define what is trained
 GROUPS = ("process", "unet", "train")
-WATCHED = 256  # held-out images on which every snapshot is measured
-JOBS = "jobs"  # folder in the results: records of levels that other processes train, one folder each
+WATCHED = 256  # held-out images for the loss of every snapshot
+JOBS = "jobs"  # folder in the results with records of levels trained by other processes, one folder each
 STATE = "state.pt"
 ANEW = "train this level anew (ARGS=overwrite=true)"
-CLAIM = "claim.json"  # in a level's folder: the fingerprint of what is trained there
+CLAIM = "claim.json"  # in a level's folder: the fingerprint of its training
 
 
 def level_fingerprint(stage: Stage, level: dict[str, Any], data_sha256: str) -> str:
@@ -62,8 +62,10 @@ def level_fingerprint(stage: Stage, level: dict[str, Any], data_sha256: str) -> 
 
 
 def is_trained(stage: Stage, folder: Path, fingerprint: str) -> bool:
-    """Whether the level was trained to the end by this configuration, and its files are still those. Damaged ones that its
-    state can replace count as not yet written; UserError for others, unless they are to be overwritten."""
+    """Whether the level was fully trained with this configuration and its files are unchanged.
+
+    False if a damaged file can be restored from the training state. UserError for other damage, unless overwrite=true.
+    """
     if not (folder / "metadata.json").is_file():
         return False
     try:
@@ -87,7 +89,7 @@ def is_trained(stage: Stage, folder: Path, fingerprint: str) -> bool:
 
 
 def claim_folder(stage: Stage, folder: Path, fingerprint: str) -> None:
-    """Make the level's folder ready for this configuration: to begin, or to go on where it stands."""
+    """Prepare the level's folder for this configuration, to begin training or to resume it."""
     if stage.cfg.overwrite and not can_go_on(folder, fingerprint):
         for file in folder.iterdir():
             if file.name != ".lock":
@@ -103,7 +105,7 @@ def claim_folder(stage: Stage, folder: Path, fingerprint: str) -> None:
 
 
 def can_go_on(folder: Path, fingerprint: str) -> bool:
-    """Whether the folder is this configuration's and its state and snapshots are undamaged."""
+    """Whether the folder belongs to this configuration and its state and snapshots are undamaged."""
     try:
         state = load_state(folder / STATE)
         for file, sha256 in (state or {}).get("snapshots", {}).items():
@@ -121,7 +123,7 @@ def train_one(
     tracker: Tracker | None,
     position: int = 0,
 ) -> dict[str, Any]:
-    """Train one level unless that has been done; returns its metadata. position: the progress bar's line."""
+    """Train one level unless it is trained already, and return its metadata. position: line of the progress bar."""
     folder = stage.checkpoints / level["name"]
     fingerprint = level_fingerprint(stage, level, images.manifest["sha256"])
     trained = parallel.from_main(lambda: is_trained(stage, folder, fingerprint))
@@ -133,7 +135,7 @@ def train_one(
         if is_main_process():
             lock.take()
             claim_folder(stage, folder, fingerprint)
-        wait_for_all()  # and no process reads the folder before that
+        wait_for_all()  # no process reads the folder before this
         return train_claimed(stage, level, images, held_out, tracker, position, fingerprint)
     finally:
         lock.release()
@@ -148,7 +150,7 @@ def train_claimed(
     position: int,
     fingerprint: str,
 ) -> dict[str, Any]:
-    """`train_one` in a folder that this process has."""
+    """The part of `train_one` after the folder is locked and claimed."""
     cfg, folder, process = stage.cfg, stage.checkpoints / level["name"], stage.process()
     config = training_plan.train_config(stage, level)
     unet: Any = to_plain(cfg.unet)
@@ -157,8 +159,8 @@ def train_claimed(
 
     def on_snapshot(seen: int, ema: Any) -> None:
         preview = sample(
-            SingleLevel(as_level(level["name"], ema, level["flops"], compile="off")), process.grid(min(25, process.base_steps)),
-            "ode", "ddim", seeds, shape, stage.device,
+            SingleLevel(as_level(level["name"], ema, level["flops"], compile="off")),
+            process.grid(min(25, process.base_steps)), "ode", "ddim", seeds, shape, stage.device,
         )[0]  # fmt: skip
         path = stage.results / "training" / f"{level['name']}-{seen:010d}-ema.png"
         save_grid(to_uint8(preview.cpu()), path, scale=None)
@@ -175,7 +177,7 @@ def train_claimed(
                 tracker.log({"level": level["name"], **record})
 
         def resume(seen: int) -> None:
-            if tracker is not None:  # what came after the saved state is recorded once more
+            if tracker is not None:  # records after the saved state are made again
                 tracker.rewind(level["name"], seen)
 
         started = time.monotonic()
@@ -192,9 +194,8 @@ def train_claimed(
         [as_level(level["name"], ema, level["flops"], cfg.precision, compile="off")], held_out, logsnr, seed=1
     )
     snapshots = snapshot_losses(
-        ema, {folder / name: state["snapshots"][name] for name in sorted(state["snapshots"])}, held_out[:WATCHED], logsnr,
-        process.drift_weights(logsnr),
-        precision=cfg.precision,
+        ema, {folder / name: state["snapshots"][name] for name in sorted(state["snapshots"])}, held_out[:WATCHED],
+        logsnr, process.drift_weights(logsnr), precision=cfg.precision,
     )  # fmt: skip
     metadata = {
         **level,
@@ -221,16 +222,14 @@ def wait_for_all() -> None:
 
 
 def work(stage: Stage) -> None:
-    """Every one of several processes does this: each trains on its part of every batch."""
+    """Train the levels; with several processes, each trains on its part of every batch."""
     chosen = chosen_levels(stage)
     if parallel.from_main(lambda: is_published(stage, chosen)):
         if is_main_process():
             where = shown(stage.checkpoints / published.FOLDER)
-            print(
-                f"train_levels: the levels are there already, published in {where}/ (ARGS=overwrite=true trains them anew)."
-            )
+            print(f"train_levels: the levels are already published in {where}/ (ARGS=overwrite=true trains them anew).")
         return
-    images = stage.data()  # draws the procedural images on first use, one process while others wait
+    images = stage.data()  # on first use one process draws the procedural images while others wait
     if stage.cfg.only is None:
         train_all(stage, images)
     else:
@@ -238,9 +237,11 @@ def work(stage: Stage) -> None:
 
 
 def is_published(stage: Stage, chosen: list[str]) -> bool:
-    """Whether these levels lie published in the experiment's folder, and none has been begun here; where levels of the
-    family are among them, those that are trained again need not be there. UserError where they are of another configuration
-    or data set than asked for. Needs no images."""
+    """Whether these levels are published in the experiment's folder and the training of none has begun.
+
+    Levels trained again may be missing if levels of the family are among these. UserError if the published levels have
+    another configuration or data set. Needs no images.
+    """
     folder = stage.checkpoints / published.FOLDER
     wanted = [level for level in training_plan.describe(stage) if level["name"] in chosen]
     there = [level for level in wanted if (folder / level["name"] / "metadata.json").is_file()]
@@ -261,7 +262,7 @@ def is_published(stage: Stage, chosen: list[str]) -> bool:
 
 
 def chosen_levels(stage: Stage) -> list[str]:
-    """Names of the levels to train: all, or those that `only` names; UserError for one that the family does not have."""
+    """Names of the levels to train: all, or those in `only`; UserError for a level that the family does not have."""
     names, only = training_plan.names(stage), stage.cfg.only
     wanted = names if only is None else [only] if isinstance(only, str) else list(only)
     missing = [name for name in wanted if name not in names]
@@ -272,8 +273,11 @@ def chosen_levels(stage: Stage) -> list[str]:
 
 
 def train_some(stage: Stage, images: ImageData, names: list[str]) -> None:
-    """Train some levels of the family, perhaps beside other jobs that train the rest: writes these levels' checkpoints and
-    pictures, and records in a folder of their own. What belongs to all is made by a later run without `only`."""
+    """Train some levels of the family, while other jobs may train the rest.
+
+    Writes these levels' checkpoints and images, and their records in separate folders. A later run without `only`
+    writes the artefacts of the full family.
+    """
     stage.catch_signals()
     levels = [level for level in training_plan.describe(stage, images.manifest["rms"]) if level["name"] in names]
     missing = parallel.from_main(lambda: [v for v in levels if not is_trained_here(stage, v, images)])
@@ -297,8 +301,10 @@ def is_trained_here(stage: Stage, level: dict[str, Any], images: ImageData) -> b
 
 @contextmanager
 def recorded(stage: Stage, levels: list[dict[str, Any]], folder: Path) -> Iterator[Tracker | None]:
-    """The main process's tracker for these levels, which writes to the folder. Where none of them has begun, records and
-    pictures of earlier runs are dropped."""
+    """The main process's tracker for these levels, which writes to the folder.
+
+    If the training of none has begun, records and images of earlier runs are removed.
+    """
     if not is_main_process():
         tracker = None
     else:
@@ -342,7 +348,7 @@ def train_all(stage: Stage, images: ImageData) -> None:
 
 
 def publish(stage: Stage, metadata: list[dict[str, Any]], tracker: Tracker) -> None:
-    """What belongs to all levels: the figure of their losses, and the losses in the records."""
+    """Plot the losses of all levels and add them to the records."""
     shown = [{**m, "logsnr": m["held_out"]["logsnr"], "held_out": m["held_out"]["loss"]} for m in metadata]
     tracker.image("training", Path(plot_training(shown, stage.results / "training.png", title=stage.cfg.title)))
     tracker.settle(
@@ -357,7 +363,7 @@ def collect_jobs(stage: Stage, tracker: Tracker) -> None:
     """Take over the records of processes that trained one level."""
     for path in sorted((stage.results / JOBS).glob("*/metrics.jsonl")):
         tracker.take_over(path)
-        with suppress(OSError):  # other things may lie there
+        with suppress(OSError):  # it may contain other files
             path.parent.rmdir()
     with suppress(OSError):
         (stage.results / JOBS).rmdir()
@@ -371,7 +377,7 @@ def mirror_pictures(stage: Stage, metadata: list[dict[str, Any]], tracker: Track
 
 
 def train_in_worker(stage: Stage, level: dict[str, Any], position: int) -> None:
-    """One of several levels that train at a time, each in a process of its own."""
+    """Train one of several levels at the same time, each in its own process."""
     stage.should_stop = side_by_side.stop_requested
     images = stage.data()
     with Tracker(stage.results / JOBS / level["name"], stage.name, {}, mode="disabled") as tracker:

@@ -1,4 +1,4 @@
-"""A problem with a known answer -> results/rates/: exponents of cost against error for EM, ML-EM and the jump process."""
+"""A problem with a known solution -> results/rates/: exponents of cost against error for EM, ML-EM and jump process."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def check(cfg: Config) -> None:
 
 
 def work_of(settings: Sequence[RateSetting]) -> int:
-    """Rough effort of a run, in steps of EM on one replicate; events cost five, steps of ML-EM three of them."""
+    """Rough effort of a run, in EM steps on one replicate: an event counts as five, an ML-EM step as three."""
     return sum(
         int(5 * s.rates.sum()) if s.method == "poisson" else s.steps * (1 if s.method == "em" else 3) for s in settings
     )
 
 
 def simulate(stage: Stage, label: str, wanted: list[tuple[str, Sequence[int], list[RateSetting]]]) -> Squared:
-    """Run (dynamics, seeds, settings) in parts, several processes at a time; replicates in the order of the seeds."""
+    """Run (dynamics, seeds, settings) in parts on several processes; replicates are in the order of the seeds."""
     r, tasks = stage.cfg.rates, []
     for dynamics, seeds, settings in wanted:
         unique = list(dict.fromkeys(s.run for s in settings))
@@ -112,7 +112,8 @@ def choose(r: Config, pilot: Sequence[RateSetting], squared: dict[RateSetting, n
     for (gamma, method), settings in chosen.items():
         if len(settings) < MIN_POINTS:
             raise UserError(
-                f"gamma = {gamma:g}, {method}: only {len(settings)} settings to fit; widen rates.targets or rates.poisson."
+                f"gamma = {gamma:g}, {method}: only {len(settings)} settings to fit; "
+                "widen rates.targets or rates.poisson."
             )
     return chosen, constants
 
@@ -152,15 +153,16 @@ def write_csv(path: Any, rows: list[dict[str, Any]]) -> None:
 
 def say(result: dict[str, Any], dynamics: Sequence[str]) -> None:
     print(
-        f"{'dynamics':<9}{'gamma':<7}{'method':<9}{'exponent':>9}  {'95% interval':<17}{'predicted':>9}  {'in this range':>13}  decades"
+        f"{'dynamics':<9}{'gamma':<7}{'method':<9}{'exponent':>9}  {'95% interval':<17}{'predicted':>9}  "
+        f"{'in this range':>13}  decades"
     )
     for d in dynamics:
         for gamma, entries in result[d].items():
             for method, e in entries.items():
                 low, high = e["interval"]
                 print(
-                    f"{d:<9}{gamma:<7}{method:<9}{e['exponent']:>9.2f}  [{low:.2f}, {high:.2f}]{'':<3}{e['predicted']:>9.2f}"
-                    f"  {e['expected_in_range']:>13.2f}  {e['decades']:.1f}"
+                    f"{d:<9}{gamma:<7}{method:<9}{e['exponent']:>9.2f}  [{low:.2f}, {high:.2f}]{'':<3}"
+                    f"{e['predicted']:>9.2f}  {e['expected_in_range']:>13.2f}  {e['decades']:.1f}"
                 )
     for d in dynamics:
         for name, curve in result["step_size"][d]["curves"].items():
@@ -218,7 +220,7 @@ def work(stage: Stage) -> None:
 
 @entry_point("verify_rates")
 def main(cfg: Config) -> None:
-    cfg.name = "rates"  # an experiment of its own
+    cfg.name = "rates"  # the results are independent of the experiment
     run_stage("verify_rates", cfg, work)
 
 

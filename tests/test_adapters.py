@@ -1,4 +1,4 @@
-"""Adapted networks against the denoiser they stand for, in every convention; diffusers UNets against schedulers."""
+"""Adapted networks against the denoiser that they wrap, in every convention; diffusers UNets against schedulers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def exact(x: Tensor, logsnr: Tensor, variance: float = 0.3) -> Tensor:
 
 
 def logsnr_from(given: Tensor, coordinates: str, time: Any) -> Tensor:
-    """What the toy network concludes about the noise from what it was given."""
+    """The log-SNR that the toy network infers from its time argument."""
     if time == "logsnr":
         return given
     if time == "sigma":
@@ -50,7 +50,7 @@ def logsnr_from(given: Tensor, coordinates: str, time: Any) -> Tensor:
 def network_of(
     prediction: str, coordinates: str, time: Any, denoise: Callable[[Tensor, Tensor], Tensor] = exact
 ) -> Any:
-    """The denoiser written as somebody else would have trained it; all inside in float64."""
+    """The denoiser in a foreign training convention; it computes in float64."""
 
     def network(inputs: Tensor, given: Tensor) -> Tensor:
         logsnr = logsnr_from(given, coordinates, time).double()
@@ -119,7 +119,7 @@ def test_gradient_and_jvp_go_through() -> None:
 
 
 def test_rounded_timesteps_are_the_nearest_trained_denoiser() -> None:
-    """The network sees integers only; the level is its denoiser at that noise level, for each prediction type alike."""
+    """The network gets integers only; the level is its denoiser at that noise level, for every prediction type."""
     x, logsnr = points(-9, 9, torch.float64)
     nearest = np.round(np.interp(logsnr.numpy(), TABLE.numpy()[::-1], np.arange(1000)[::-1])).astype(int)
     expected = exact(x, TABLE[torch.as_tensor(nearest)])
@@ -128,13 +128,13 @@ def test_rounded_timesteps_are_the_nearest_trained_denoiser() -> None:
         seen: list[Tensor] = []
         network = network_of(prediction, "vp", "timestep")
 
-        def watched(inputs: Tensor, given: Tensor, network: Any = network, seen: list[Tensor] = seen) -> Tensor:
+        def recorded(inputs: Tensor, given: Tensor, network: Any = network, seen: list[Tensor] = seen) -> Tensor:
             seen.append(given)
             return network(inputs, given.double())
 
         level = adapt(
             "toy",
-            watched,
+            recorded,
             prediction=prediction,
             time="timestep",
             alphas_cumprod=ALPHAS_CUMPROD,
@@ -165,7 +165,7 @@ def test_trained_range() -> None:
 
 
 class Conditioned(nn.Module):
-    """A convolution shifted by its conditioning [B,C]; notes the batch sizes it saw."""
+    """A convolution shifted by its conditioning [B,C]; it records its batch sizes."""
 
     def __init__(self, channels: int = 3, outputs: int = 3):
         super().__init__()
@@ -255,7 +255,7 @@ def test_sampling_with_adapted_levels() -> None:
         network = network_of(prediction, coordinates, time, denoise)
 
         def called(inputs: Tensor, given: Tensor, tag: Tensor, network: Any = network) -> Tensor:
-            assert tag.shape == (len(inputs), 2)  # what a gathered sub-batch must get
+            assert tag.shape == (len(inputs), 2)  # the conditioning that a gathered sub-batch must get
             return network(inputs, given)
 
         family.append(

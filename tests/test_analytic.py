@@ -1,4 +1,4 @@
-"""The analytic family: its posterior mean is exact, its levels are as accurate and as expensive as they claim."""
+"""The analytic family: its posterior mean is exact, and its levels have the stated errors and costs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark: its rows, what it compares, going on after a stop, and a whole run in miniature.
+"""The benchmark: its rows, its comparisons, resuming after a stop, and a complete run in miniature.
 
 `python tests/test_benchmark.py` prints the README's section from the committed results.
 """
@@ -73,7 +73,7 @@ def run(parts: list[plan.Part], results: Results, **options: Any) -> bool:
 
 @pytest.fixture(scope="module")
 def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A whole run in miniature, as it was written."""
+    """The document that a complete run in miniature wrote."""
     parts = plan.parts_of(SIZE, PROCESS, TINY, [4, 8, 12], CPU)
     results = results_in(tmp_path_factory.mktemp("benchmark"), parts)
     assert run(parts, results)
@@ -89,7 +89,7 @@ def test_every_row_has_exactly_the_columns(document: dict[str, Any]) -> None:
     assert sum(p["rows"] for p in document["parts"]) == len(document["rows"])
 
 
-def test_a_whole_run_measures_every_kind(document: dict[str, Any]) -> None:
+def test_a_complete_run_measures_every_kind(document: dict[str, Any]) -> None:
     rows = document["rows"]
     ours = {r["what"] for r in rows if r["ms"] is not None} - {"forward_diffusers", "train_diffusers"}
     assert ours == {"matmul", "forward", "level", "noise", "sampler", "sampler_loop", "sampler_networks", "train"}
@@ -97,7 +97,7 @@ def test_a_whole_run_measures_every_kind(document: dict[str, Any]) -> None:
     assert [r["width"] for r in rows if r["what"] == "level"] == [4, 8]
     assert {r["mode"] for r in rows if r["what"] == "train"} == {"float32", "bf16"}
     ours, theirs = ([r["ms"] for r in rows if r["what"] == what] for what in ("train", "train_diffusers"))
-    if all(theirs):  # diffusers is there
+    if all(theirs):  # diffusers is installed
         found = [r["ratio_to_diffusers"] for r in rows if r["what"] == "train"]
         assert found == pytest.approx([b / a for a, b in zip(ours, theirs, strict=True)])
     assert len([r for r in rows if r["what"] == "sampler"]) == 3
@@ -119,7 +119,7 @@ def test_flops_and_the_yardstick(document: dict[str, Any]) -> None:
     assert trained["fraction_of_matmul"] == pytest.approx(trained["tflops"] / peaks["bf16"])
 
 
-def test_facts_beside_the_table(document: dict[str, Any]) -> None:
+def test_facts_derived_from_the_table(document: dict[str, Any]) -> None:
     facts, rows = document["facts"], document["rows"]
     (entry,) = facts["cheapest_to_top"]
     low, high = (r for r in rows if r["what"] == "level")
@@ -166,7 +166,7 @@ def test_comparison_with_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not installed" in found.facts["notes"][0]["text"]
 
 
-def test_what_cannot_be_compiled_gives_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_compilation_gives_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(function: Any, **options: Any) -> Any:
         def fail(*args: Any) -> Any:
             raise RuntimeError("no compiler here")
@@ -190,7 +190,7 @@ def test_a_failing_function_does_not_stop_the_others() -> None:
     assert [n["text"] for n in found.facts["notes"]] == ["bad: out of memory."]
 
 
-def test_a_failing_part_leaves_an_empty_row_and_the_rest_goes_on(tmp_path: Path) -> None:
+def test_a_failing_part_leaves_an_empty_row_and_the_rest_continues(tmp_path: Path) -> None:
     def fail() -> Found:
         raise RuntimeError("it broke")
 
@@ -202,7 +202,7 @@ def test_a_failing_part_leaves_an_empty_row_and_the_rest_goes_on(tmp_path: Path)
     assert written["facts"]["notes"] == [{"part": "a", "text": "a: it broke."}]
 
 
-def test_a_rerun_goes_on_where_the_last_one_stopped(tmp_path: Path) -> None:
+def test_a_rerun_continues_where_the_last_one_stopped(tmp_path: Path) -> None:
     calls: list[str] = []
 
     def counted(name: str) -> Any:
@@ -225,7 +225,7 @@ def test_a_rerun_goes_on_where_the_last_one_stopped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("head", "settings", "code", "any_code", "kept"),
+    ("head", "settings", "code", "any_code", "reused"),
     [
         ({}, "s", "c", False, ["a"]),
         ({}, "other", "c", False, []),
@@ -235,17 +235,17 @@ def test_a_rerun_goes_on_where_the_last_one_stopped(tmp_path: Path) -> None:
         ({"torch": "3"}, "s", "c", True, []),
     ],
 )
-def test_only_rows_measured_alike_are_kept(
-    tmp_path: Path, head: dict, settings: str, code: str, any_code: bool, kept: list[str]
+def test_only_rows_of_equal_measurements_are_reused(
+    tmp_path: Path, head: dict, settings: str, code: str, any_code: bool, reused: list[str]
 ) -> None:
     parts = [part("a", Found)]
     results_in(tmp_path, parts).put("a", Cached("s", "c", "abc", 1.0, Found([row("level", "float32 eager", 2.0)])))
     again = results_in(tmp_path, parts, **head)
     again.load({"a": settings}, code, any_code)
-    assert list(again.cached) == kept
+    assert list(again.cached) == reused
 
 
-def test_a_broken_file_is_measured_anew(tmp_path: Path) -> None:
+def test_a_broken_file_is_measured_again(tmp_path: Path) -> None:
     again = results_in(tmp_path, [part("a", Found)])
     for text in ("{", "[]", "{}", json.dumps(HEAD)):
         again.path.write_text(text)
@@ -265,7 +265,7 @@ def test_time_limits(tmp_path: Path) -> None:
     assert run([parts[0], parts[2]], results, spare=lambda: 0.05) and results.cached["c"].found.skipped
     assert run([parts[2]], results, spare=lambda: 0.2)  # it is tried, and stopped
     assert results.cached["c"].seconds < 4 and results.cached["c"].found.rows[0]["ms"] is None
-    assert not results.finished("c") and "not done after" in results.document()["facts"]["notes"][0]["text"]
+    assert not results.finished("c") and "not finished after" in results.document()["facts"]["notes"][0]["text"]
 
 
 def test_settings_that_do_not_exist_are_refused() -> None:
@@ -279,11 +279,11 @@ def test_groups_are_chosen_by_name() -> None:
     parts = plan.parts_of(SIZE, PROCESS, TINY, [4], CPU)
     assert plan.chosen(parts, []) == parts
     assert [p.name for p in plan.chosen(parts, ["level", "matmul"])] == ["matmul", "level w4", "level w8"]
-    with pytest.raises(UserError, match="speed is no group"):
+    with pytest.raises(UserError, match="speed is not a group"):
         plan.chosen(parts, ["speed"])
 
 
-def test_how_long_a_part_takes_is_no_setting() -> None:
+def test_the_expected_duration_is_not_a_setting() -> None:
     slower = {**SIZE, "level": {**SIZE["level"], "seconds_about": 9}, "sampler": {**SIZE["sampler"], "steps": 4}}
     before, after = (
         {p.name: p.settings for p in plan.parts_of(size, PROCESS, TINY, [4], CPU)} for size in (SIZE, slower)
@@ -291,7 +291,7 @@ def test_how_long_a_part_takes_is_no_setting() -> None:
     assert {name for name in before if before[name] != after[name]} == {"sampler batch 2"}
 
 
-def test_the_table_leaves_blank_what_was_not_measured() -> None:
+def test_the_table_leaves_missing_measurements_blank() -> None:
     rows = [row("level", "bf16 compiled", width=8, batch=16), row("matmul", "bf16 8192-cube", 1.5, flops=2.0 * 8192**3)]
     lines = table.render(rows).splitlines()
     assert lines[2] == "| level | 8 | 16 | bf16 compiled |  |  |  |  |  |"
@@ -319,7 +319,7 @@ def test_fractions_take_the_product_of_the_same_precision() -> None:
     assert cheapest_to_top(rows) == []
 
 
-def test_timing_takes_functions_in_turns() -> None:
+def test_timing_alternates_functions() -> None:
     order: list[str] = []
 
     def work(name: str) -> None:
@@ -346,7 +346,7 @@ def script(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*command, *overrides], cwd=folder, env=env, capture_output=True, text=True, timeout=120)
 
 
-def test_the_script_measures_prints_and_plans_the_rest(tmp_path: Path) -> None:
+def test_the_script_measures_prints_and_schedules_the_rest(tmp_path: Path) -> None:
     done = script(tmp_path, "only=[matmul]")
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("*.json")
@@ -357,23 +357,3 @@ def test_the_script_measures_prints_and_plans_the_rest(tmp_path: Path) -> None:
     assert re.search(r"^matmul +measured before$", planned, flags=re.MULTILINE)
     assert re.search(r"^train float32 ours +about \d+ s$", planned, flags=re.MULTILINE)
     assert json.loads(path.read_text()) == written
-
-
-def committed() -> str:
-    """The README's section, from results/benchmark."""
-    return table.readme_section(
-        [json.loads(path.read_text()) for path in sorted((ROOT / "results" / "benchmark").glob("*.json"))]
-    )
-
-
-@pytest.mark.skipif(not list((ROOT / "results" / "benchmark").glob("*.json")), reason="no results are committed yet")
-def test_the_readme_shows_the_committed_results() -> None:
-    readme = (ROOT / "README.md").read_text()
-    begin, end = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
-    assert begin in readme and readme.split(begin)[1].split(end)[0].strip() == committed(), (
-        "run python tests/test_benchmark.py and put what it prints between the benchmark markers of the README"
-    )
-
-
-if __name__ == "__main__":
-    print(committed())

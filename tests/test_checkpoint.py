@@ -1,4 +1,4 @@
-"""Files of a level: writes are atomic, and whatever is wrong with a file is one sentence."""
+"""Files of a level: writes are atomic, and any fault of a file is reported in one sentence."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def net(seed: int = 0, width: int = 4) -> nn.Module:
     return nn.Sequential(nn.Linear(3, width), nn.Linear(width, 2))
 
 
-def test_weights_and_state_come_back_as_they_were(tmp_path: Path):
+def test_weights_and_state_round_trip(tmp_path: Path):
     a, b = net(0), net(1)
     save_weights(tmp_path / "a" / "w.safetensors", a)  # the folder is made
     load_weights(tmp_path / "a" / "w.safetensors", b)
@@ -48,7 +48,7 @@ def test_missing_files(tmp_path: Path):
 
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "foreign", "html", "other network", "fewer tensors"])
-def test_bad_weights_are_one_sentence(tmp_path: Path, damage: str):
+def test_bad_weights_give_one_sentence(tmp_path: Path, damage: str):
     path = tmp_path / "w.safetensors"
     save_weights(path, net())
     good = path.read_bytes()
@@ -71,11 +71,11 @@ def test_bad_weights_are_one_sentence(tmp_path: Path, damage: str):
 
 
 class Foreign:
-    """An object that weights_only must refuse to build."""
+    """An object that weights_only must refuse to unpickle."""
 
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "html", "pickled object"])
-def test_bad_states_are_one_sentence(tmp_path: Path, damage: str):
+def test_bad_states_give_one_sentence(tmp_path: Path, damage: str):
     path = tmp_path / "state.pt"
     save_state(path, {"model": net().state_dict()})
     good = path.read_bytes()
@@ -146,7 +146,7 @@ def test_initial_weights_depend_on_seed_and_width_alone():
     a = build_denoiser(4, 8, 0.4, SMALL, "v", seed=1)
     before = torch.get_rng_state()
     b = build_denoiser(4, 8, 0.4, SMALL, "v", seed=1)
-    assert torch.equal(before, torch.get_rng_state())  # the caller's stream is untouched
+    assert torch.equal(before, torch.get_rng_state())  # the caller's random stream is unchanged
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
     c = build_denoiser(4, 8, 0.4, SMALL, "v", seed=2)
     assert any(not torch.equal(p, q) for p, q in zip(a.parameters(), c.parameters(), strict=True))

@@ -1,4 +1,4 @@
-"""The comparison: settings from the configuration, the cache of finished settings, the best one, and gamma's fallbacks."""
+"""The comparison: configured settings, the cache of finished settings, the best setting, and fallbacks for gamma."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_levels_by_name_and_by_index(which, expected):
 
 
 @pytest.mark.parametrize("which", [[4], [-5], ["w2"], "medium", 3, [None]])
-def test_levels_that_are_not_there_are_one_sentence(which):
+def test_missing_levels_give_one_sentence(which):
     with pytest.raises(UserError, match="does not fit a family of 4 levels"):
         settings_of(EMPTY | {"baselines": [BASELINE | {"levels": which}]}, NAMES, 50)
 
@@ -104,7 +104,7 @@ def test_stitched_and_ml_em_settings():
         ({"steps": [1]}, r"1 steps are outside 2\.\.50"),
     ],
 )
-def test_impossible_settings_are_one_sentence(change, sentence):
+def test_impossible_settings_give_one_sentence(change, sentence):
     with pytest.raises(UserError, match=sentence):
         settings_of(EMPTY | {"baselines": [BASELINE | change]}, NAMES, 50)
 
@@ -132,11 +132,11 @@ def full_row(setting: SamplerSetting, **more: Any) -> dict[str, Any]:
     return row_of(setting, costs(), **(shared | more))
 
 
-def test_a_setting_survives_the_csv_and_json(tmp_path):
+def test_a_setting_round_trips_through_csv_and_json(tmp_path):
     path = write_rows([full_row(s) for s in SETTINGS], tmp_path / "compare.csv")
     assert [setting_from(row) for row in read_rows(path)] == SETTINGS
     assert [setting_from(full_row(s)) for s in SETTINGS] == SETTINGS
-    # and from a configuration, where levels may be a list
+    # also from a configuration, in which levels may be a list
     assert setting_from({**full_row(SETTINGS[3]), "levels": ["w2", "w4", "w8"]}) == SETTINGS[3]
 
 
@@ -176,7 +176,7 @@ PLANS = {plan.id: plan for plan in map(plan_of, ("independent", "nested", "syste
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=lambda p: p.method)
-def test_a_setting_with_a_plan_survives_the_csv_and_builds_it(plan, tmp_path):
+def test_a_setting_with_a_plan_round_trips_through_csv_and_builds_it(plan, tmp_path):
     setting = setting_of(plan, "sde", "ddpm")
     row = full_row(setting, predicted=plan.predicted, largest_effect=plan.largest_effect, selected_error=0.15)
     again = read_rows(write_rows([row, full_row(SETTINGS[0])], tmp_path / "compare.csv"))
@@ -202,7 +202,7 @@ def test_a_plan_of_one_level_is_the_baseline_itself():
     assert setting_of(plan, "sde", "ddpm") == SETTINGS[0] and "plan" not in full_row(setting_of(plan, "sde", "ddpm"))
 
 
-def test_levels_beside_the_family_are_baselines_where_all_are_asked_for():
+def test_levels_outside_the_family_are_baselines_if_all_are_selected():
     sweeps = [BASELINE, BASELINE | {"levels": "largest", "steps": [9]}, BASELINE | {"levels": [0], "steps": [10]}]
     config = EMPTY | {"baselines": sweeps, "ml_em": [ML_EM]}
     found = settings_of(config, NAMES, 50, beside=("gauss",))
@@ -244,7 +244,8 @@ def make(counter: Counter, tmp_path: Path) -> Callable[..., Runner]:
         given: dict[str, Any] = {
             "levels": {level.name: level for level in levels}, "process": Process(LinearSchedule(), base_steps=16),
             "gamma": 2.5, "shape": (3, 4, 4), "seeds": list(range(100, 110)), "num_reference": 6, "batch": 4,
-            "device": torch.device("cpu"), "extractor": extractor, "cache": tmp_path / "cache", "key": "a", "grid_images": 5,
+            "device": torch.device("cpu"), "extractor": extractor, "cache": tmp_path / "cache", "key": "a",
+            "grid_images": 5,
         }  # fmt: skip
         return Runner(**(given | more))
 
@@ -276,11 +277,11 @@ def test_a_finished_setting_is_not_evaluated_again(make, counter, setting):
 
 @pytest.mark.parametrize(
     "change",
-    [{"key": "b"}, {"gamma": 3.0}, {"seeds": list(range(200, 210))}, {"seeds": list(range(100, 109))}, {"num_reference": 5},
-     {"batch": 5}, {"grid_images": 4}],
+    [{"key": "b"}, {"gamma": 3.0}, {"seeds": list(range(200, 210))}, {"seeds": list(range(100, 109))},
+     {"num_reference": 5}, {"batch": 5}, {"grid_images": 4}],
     ids=lambda c: next(iter(c)),
 )  # fmt: skip
-def test_what_the_result_depends_on_is_in_the_key(make, counter, change):
+def test_every_input_of_the_result_is_in_the_key(make, counter, change):
     setting = SETTINGS[3]
     make().run(setting, make().reference("ode"), NoiseCache())
     other, before = make(**change), counter.images
@@ -322,8 +323,8 @@ def test_costs_are_per_image_and_realised_costs_are_counted(make):
 
 
 @pytest.mark.parametrize("setting", [SETTINGS[3], SETTINGS[4], SETTINGS[6]], ids=lambda s: s.coins)
-def test_fires_of_the_top_level_are_counted_in_the_compared_samples(make, setting):
-    """6 of 10 samples, in batches of 4."""
+def test_fires_of_the_top_level_are_counted_over_the_compared_samples(make, setting):
+    """Counts over 6 compared samples of 10, in batches of 4."""
     runner = make()
     found = runner.run(setting, runner.reference(setting.dynamics), NoiseCache())["costs"]["top_evaluations"]
     estimator, seeds = setting.build(runner.levels, runner.gamma), runner.seeds
@@ -376,7 +377,7 @@ def test_shared_coins_are_one_cluster_per_batch(make):
     assert own["clusters"].tolist() == list(range(100, 110))
 
 
-def test_the_noise_cache_gives_what_drawing_gives(make, monkeypatch):
+def test_the_noise_cache_equals_fresh_draws(make, monkeypatch):
     from mlem_diffusion.comparison import runner as compare
 
     drawn: list[tuple] = []
@@ -412,7 +413,7 @@ def stage_with(tmp_path: Path, gamma: Any) -> Any:
         ({"differences": None, "to_largest": None, "loss_fit": 3.0}, 3.0),
     ],
 )
-def test_gamma_is_the_first_estimate_that_is_finite(tmp_path, found, expected):
+def test_gamma_is_the_first_finite_estimate(tmp_path, found, expected):
     from mlem_diffusion.experiment.sampler_runs import used_gamma
 
     write_json(
@@ -422,7 +423,7 @@ def test_gamma_is_the_first_estimate_that_is_finite(tmp_path, found, expected):
     assert used_gamma(stage_with(tmp_path, 4), None) == 4.0  # a number in the configuration comes first
 
 
-def test_gamma_that_is_missing_is_one_sentence(tmp_path):
+def test_missing_gamma_gives_one_sentence(tmp_path):
     from mlem_diffusion.experiment.sampler_runs import used_gamma
 
     with pytest.raises(UserError, match="make measure-gamma"):

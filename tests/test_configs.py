@@ -50,11 +50,11 @@ def configuration(root: str, *overrides: str) -> DictConfig:
     return compose(root, overrides=list(overrides))
 
 
-def plain(node: Any) -> Any:
+def to_container(node: Any) -> Any:
     return OmegaConf.to_container(node, resolve=True)
 
 
-def test_there_is_a_root_for_every_script_and_the_other_way_round():
+def test_every_script_has_a_root_config_and_vice_versa():
     scripts = {p.stem for p in (ROOT / "scripts").glob("*.py") if "@entry_point(" in p.read_text()}
     assert set(ROOTS) == scripts
     assert {"demo", "smoke", "celeba64"} <= set(EXPERIMENTS)
@@ -67,7 +67,7 @@ def test_every_experiment_composes_with_every_script(root, experiment):
     if experiment:
         assert cfg.name == experiment
     for node in (cfg.process, cfg.train, cfg.unet, cfg.compare, cfg.gamma, cfg.tracking, cfg.paths, cfg.family):
-        plain(node)  # every interpolation resolves
+        to_container(node)  # every interpolation resolves
     assert "/" not in cfg.name and cfg.paths.results == f"results/{cfg.name}"
     assert cfg.paths.checkpoints == f"checkpoints/{cfg.name}" and cfg.paths.data == f"data/{cfg.data.name}"
 
@@ -78,13 +78,13 @@ def test_every_experiment_instantiates(experiment):
     process = instantiate(cfg.process)
     assert isinstance(process, Process) and np.all(np.diff(process.grid().logsnr) > 0)
     for width in cfg.family.widths:
-        train = instantiate(at_width(plain(cfg.train), width))
+        train = instantiate(at_width(to_container(cfg.train), width))
         assert isinstance(train, TrainConfig) and max(train.snapshots) == 1.0 and len(train.snapshots) >= 3
         if not cfg.train.narrow:
             assert train.images == cfg.train.images
     widths = list(cfg.family.widths)
     assert widths == sorted(set(widths))
-    unet = plain(cfg.unet)
+    unet = to_container(cfg.unet)
     build_denoiser(widths[0], cfg.data.size, 0.5, unet, cfg.family.target)
     assert cfg.data.holdout >= 2 and cfg.gamma.images <= cfg.data.holdout
     assert cfg.compare.num_reference <= cfg.compare.num_samples
@@ -100,10 +100,10 @@ def level_names(cfg: DictConfig) -> list[str]:
 def test_every_experiment_has_settings_of_every_kind(experiment):
     cfg = configuration("sample_compare", f"experiment={experiment}")
     names = level_names(cfg)
-    settings = settings_of(plain(cfg.compare), names, cfg.process.base_steps)
+    settings = settings_of(to_container(cfg.compare), names, cfg.process.base_steps)
     kinds = {(s.dynamics, s.estimator) for s in settings}
     expected = {(d, k) for d in ("sde", "ode") for k in ("single", "stitched", "ml_em")}
-    if experiment == "analytic":  # there, plans are what is compared
+    if experiment == "analytic":  # these experiments compare plans
         assert {("sde", k) for k in ("single", "stitched", "ml_em")} | {("ode", "single")} <= kinds <= expected
     else:
         assert kinds == expected
@@ -127,7 +127,7 @@ def test_every_experiment_can_be_optimised_and_judged_on_other_seeds(experiment)
         steps = list(rule.steps)
         assert steps == sorted(set(steps)) and steps[0] >= 2 and steps[-1] <= base
         assert max(o.measured.steps, default=2) <= base
-        # what is learned starts from measured probabilities at those steps
+        # learned probabilities start from measured ones at those steps
         if rule.get("learn", False):
             assert o.measured.costs and o.learned.steps in o.measured.steps
     calibration = set(range(o.seed, o.seed + max(o.calibrate, o.diagnose.seeds, o.num_select)))
@@ -171,7 +171,7 @@ def test_every_option_of_every_group_composes(option):
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (CONFIGS / "process").glob("*.yaml")))
-def test_every_process_instantiates_over_its_whole_range(name):
+def test_every_process_instantiates_over_its_range(name):
     process = instantiate(configuration("train_levels", f"process={name}").process)
     grid = process.grid()
     assert grid.steps == process.base_steps
@@ -185,8 +185,8 @@ UNETS = {"small": 16, "small_fast": 16, "adm": 64, "adm_fast": 64}
 
 @pytest.mark.parametrize(("name", "size"), list(UNETS.items()))
 def test_every_unet_is_one_function_of_width(name, size):
-    """It builds, and costs more FLOPs the wider it is, across all changes of shape."""
-    unet = plain(configuration("train_levels", f"unet={name}").unet)
+    """Every UNet builds, and its FLOPs grow with the width, across all changes of shape."""
+    unet = to_container(configuration("train_levels", f"unet={name}").unet)
     widths = sorted(
         {4, 96, *(e["upto"] for e in unet.get("narrow", ())), *(e["upto"] + 8 for e in unet.get("narrow", ()))}
     )
@@ -240,11 +240,11 @@ def test_a_custom_extractor_instantiates():
         "no dimension",
         "a name that is taken",
         "no such module",
-        "nothing said",
+        "no callable",
         "unknown key",
     ],
 )
-def test_a_metric_that_cannot_be_made_is_one_sentence(overrides, sentence):
+def test_a_bad_metric_gives_one_sentence(overrides, sentence):
     from mlem_diffusion.experiment.sampler_runs import make_extractor
 
     with pytest.raises(UserError, match=sentence) as error:
@@ -252,7 +252,7 @@ def test_a_metric_that_cannot_be_made_is_one_sentence(overrides, sentence):
     assert "\n" not in str(error.value)
 
 
-def test_an_impossible_process_is_one_sentence():
+def test_an_impossible_process_gives_one_sentence():
     from mlem_diffusion.experiment import stage as common
 
     with pytest.raises(UserError, match=r"process\.spacing is 'even'"):
@@ -262,20 +262,20 @@ def test_an_impossible_process_is_one_sentence():
 # ----------------------------------------------------------------------------------------------- the rest
 
 
-def test_wandb_is_offline_unless_the_environment_says_otherwise(monkeypatch):
+def test_wandb_is_offline_unless_the_environment_overrides_it(monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     assert configuration("train_levels").tracking.mode == "offline"
     monkeypatch.setenv("WANDB_MODE", "online")
     assert configuration("train_levels").tracking.mode == "online"
 
 
-def test_an_experiment_that_is_not_there_is_named():
+def test_a_missing_experiment_is_named():
     with pytest.raises(MissingConfigException, match="nothing"):
         configuration("train_levels", "experiment=nothing")
 
 
 def test_the_defaults_of_the_configuration_are_those_of_the_code():
-    cfg = plain(configuration("train_levels").train)
+    cfg = to_container(configuration("train_levels").train)
     cfg.pop("_target_")
     assert cfg.pop("narrow") == []
     assert TrainConfig(**cfg) == TrainConfig()
@@ -287,7 +287,7 @@ def test_the_comment_on_the_reference_architecture_is_true():
     text = (CONFIGS / "unet" / "adm.yaml").read_text()
     found = re.search(r"([\d.]+) GFLOP at width (\d+), ([\d.]+) at width (\d+)", text)
     assert found
-    unet = plain(configuration("train_levels", "unet=adm").unet)
+    unet = to_container(configuration("train_levels", "unet=adm").unet)
     for gflop, width in (found.group(1, 2), found.group(3, 4)):
         flops = describe(int(width), 64, 0.5, unet, "v")["flops"]
         assert flops / 1e9 == pytest.approx(float(gflop), rel=0.02)

@@ -66,14 +66,14 @@ def prepare(source: Path | str, destination: Path, **settings) -> dict:
 
 
 def one(pixels: np.ndarray, tmp_path: Path, size: int, crop: str = "celeba") -> tuple[np.ndarray, dict]:
-    """Prepare three copies of one image; returns the first as [size,size,3] and the manifest."""
+    """Prepare three copies of one image; return the first as [size,size,3] and the manifest."""
     source = write_folder(tmp_path / "one", {f"{i}.png": encode(pixels) for i in range(3)})
     manifest = prepare(source, tmp_path / "packed", size=size, crop=crop, holdout=1)
     return data.load(tmp_path / "packed").images[0].transpose(1, 2, 0), manifest
 
 
 def assert_refused(source: Path | str, destination: Path, *words: str, **settings) -> None:
-    """One clear sentence with these words, and no trace on disk."""
+    """Check that preparation fails in one sentence with these words and leaves nothing on disk."""
     with pytest.raises(UserError) as caught:
         prepare(source, destination, **settings)
     text = str(caught.value)
@@ -186,7 +186,7 @@ def test_portraits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("width", "height", "side"), [(178, 218, 148), (89, 109, 74), (356, 436, 296), (45, 55, 37)])
 def test_celeba_crop_keeps_exactly_the_centred_square(tmp_path: Path, width: int, height: int, side: int) -> None:
-    pixels = np.full((height, width, 3), 255, np.uint8)  # white outside the square that has to be kept
+    pixels = np.full((height, width, 3), 255, np.uint8)  # white outside the square that the crop must keep
     left, top = (width - side) // 2, (height - side) // 2
     inner = noise(1, side, side) // 2
     pixels[top : top + side, left : left + side] = inner
@@ -224,7 +224,7 @@ def test_a_centred_mark_stays_centred(tmp_path: Path) -> None:
         ("none", 109, 89, "whole frame squashed to a square, reduced to 16x16"),
     ],
 )
-def test_what_was_done_is_said(tmp_path: Path, crop: str, height: int, width: int, words: str) -> None:
+def test_the_treatment_is_recorded(tmp_path: Path, crop: str, height: int, width: int, words: str) -> None:
     result, manifest = one(noise(4, height, width), tmp_path, 16, crop)
     assert manifest["treatment"] == {words: 3} and manifest["crop"] == crop
     side = min(height, width)
@@ -326,7 +326,7 @@ def test_partition_that_does_not_fit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["zip", "folder"])
-def test_a_broken_partition_list_is_not_passed_over(tmp_path: Path, kind: str) -> None:
+def test_a_broken_partition_list_is_refused(tmp_path: Path, kind: str) -> None:
     name = "list_eval_partition.txt"
     if kind == "zip":  # a seeded split instead would be another data set
         source = write_zip(tmp_path / "a.zip", faces() | {name: PARTITION})
@@ -337,11 +337,11 @@ def test_a_broken_partition_list_is_not_passed_over(tmp_path: Path, kind: str) -
     assert_refused(source, tmp_path / "packed", name, "broken", "fetch it again")
 
 
-def test_a_partition_list_beside_that_is_none(tmp_path: Path) -> None:
+def test_an_oversized_partition_list_is_refused(tmp_path: Path) -> None:
     source = write_zip(tmp_path / "a.zip", faces())
     (tmp_path / "list_eval_partition.txt").touch()
     os.truncate(tmp_path / "list_eval_partition.txt", archives.MAX_FILE + 1)  # takes no space
-    assert_refused(source, tmp_path / "packed", "list_eval_partition.txt", "larger than", "take it away")
+    assert_refused(source, tmp_path / "packed", "list_eval_partition.txt", "larger than", "remove it")
 
 
 def test_seeded_split_is_reproducible(tmp_path: Path) -> None:
@@ -358,7 +358,7 @@ def test_seeded_split_is_reproducible(tmp_path: Path) -> None:
 # -------------------------------------------------------------------- again, interrupted, replaced
 
 
-def test_second_run_keeps_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_run_reuses_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_zip(tmp_path / "a.zip", faces())
     first = prepare(source, tmp_path / "packed")
     with monkeypatch.context() as patch:
@@ -405,7 +405,7 @@ def test_other_files_in_the_destination_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["missing", "incomplete", "truncated", "shape", "split", "json"])
-def test_load_refuses_what_does_not_fit(tmp_path: Path, damage: str) -> None:
+def test_load_refuses_broken_or_mismatched_files(tmp_path: Path, damage: str) -> None:
     packed = tmp_path / "packed"
     if damage != "missing":
         prepare(write_zip(tmp_path / "a.zip", faces()), packed)
@@ -504,7 +504,7 @@ def test_broken_image_among_good_ones(tmp_path: Path, kind: str, damage: str) ->
     good = [i for i in range(1, 13) if i != 5]
     assert np.array_equal(loaded.images, np.stack([noise(i).transpose(2, 0, 1) for i in good]))
     assert prepare(source, tmp_path / "packed", skip_broken=True) == manifest
-    with pytest.raises(UserError, match="is broken"):  # what was skipped is not quietly kept
+    with pytest.raises(UserError, match="is broken"):  # the result without the broken image is not reused
         prepare(source, tmp_path / "packed")
 
 
@@ -609,7 +609,7 @@ def test_nonsense_settings(tmp_path: Path, setting: str, value: object) -> None:
 # ----------------------------------------------------------------------------------------- download
 
 
-def test_failed_download_says_what_to_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_names_the_files_to_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     utils = pytest.importorskip("torchvision.datasets.utils")
 
     def quota(file_id: str, root: str, filename: str, md5: str) -> None:

@@ -30,7 +30,7 @@ def run(family: Sequence[Level], **changes) -> Diagnostics:
 def statistics(
     pooled: Sequence[float], flops: Sequence[float], samples: int = 40, spread_of: float = 0.05, **changes
 ) -> LevelStatistics:
-    """A family of independent differences with these mean squares, the same at 6 noise levels, 5% noise over samples."""
+    """A family of independent differences with these mean squares, equal at 6 noise levels, 5% noise over samples."""
     k, s = len(flops), 6
     noise = 1 + 0.05 * np.random.default_rng(0).standard_normal((k, samples, s))
     square = np.array(pooled)[:, None, None] * noise
@@ -64,7 +64,7 @@ def errors(found: Diagnostics) -> list[str]:
 
 
 def test_differences_of_linear_levels_are_exact() -> None:
-    """f^k = c_k x: every statistic follows from x, which the largest level's own sampler visits."""
+    """For f^k = c_k x every statistic follows from the states x of the largest level's sampler."""
     scales = [0.5, 0.7, 0.8]
     family = [Level(f"l{i}", lambda x, u, c=c: c * x, 4.0**i) for i, c in enumerate(scales)]
     s = run(family).statistics
@@ -93,7 +93,7 @@ def test_states_are_those_of_the_largest_level_alone() -> None:
         assert len(found.statistics.logsnr) == 8
 
 
-def test_batches_do_not_matter_and_spending_is_counted() -> None:
+def test_batches_do_not_matter_and_cost_is_counted() -> None:
     whole, parts = run(toy_family(), batch=12), run(toy_family(), batch=5)
     assert whole.statistics is not None and parts.statistics is not None
     np.testing.assert_allclose(whole.statistics.pairs, parts.statistics.pairs, rtol=1e-4, atol=1e-10)
@@ -132,14 +132,14 @@ def test_a_sound_family_passes() -> None:
     assert any(finding.severity == "ok" and "telescope holds" in finding.text for finding in found.findings)
 
 
-def test_identical_levels_do_not_upset_the_check() -> None:
+def test_identical_levels_pass_the_check() -> None:
     family = [gaussian_level(0.5, 1.0), Level("same", gaussian_level(0.5).denoise, 4.0)]
     found = run(family)
     assert not found.failed
     assert any("same output" in finding.text for finding in found.findings)
 
 
-def test_two_equal_coins_leave_no_false_alarm() -> None:
+def test_two_equal_coins_raise_no_false_alarm() -> None:
     """With two levels and p = 1/2 the squared deviation is constant, up to rounding."""
     x = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0))
     assert check_telescope(toy_family(2), x, 0.0).holds
@@ -172,11 +172,11 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("says", BROKEN)
-def test_broken_contracts_are_named(says: str) -> None:
-    found = run([toy_family()[0], Level("mine", BROKEN[says], 4.0)])
+@pytest.mark.parametrize("message", BROKEN)
+def test_broken_contracts_are_named(message: str) -> None:
+    found = run([toy_family()[0], Level("mine", BROKEN[message], 4.0)])
     assert found.failed and found.statistics is None
-    assert len(errors(found)) == 1 and says in errors(found)[0] and "mine" in errors(found)[0]
+    assert len(errors(found)) == 1 and message in errors(found)[0] and "mine" in errors(found)[0]
     assert "error" in table(found)
     json.dumps(found.to_json(), allow_nan=False)
     with pytest.raises(UserError, match="mine"):
@@ -199,8 +199,8 @@ def test_rounding_between_batches_is_only_a_warning() -> None:
     assert [finding.severity for finding in found] == ["warning"] and "bf16" in found[0].text
 
 
-def test_the_telescope_check_sees_wrong_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights without 1/p, and coins that come in pairs: a biased mean, and a wrong variance with the right mean."""
+def test_the_telescope_check_detects_wrong_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights without 1/p give a biased mean; coins in pairs give a wrong variance with the right mean."""
     from mlem_diffusion.multilevel import estimators
 
     x = torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(0))
@@ -220,7 +220,7 @@ def test_the_telescope_check_sees_wrong_weights(monkeypatch: pytest.MonkeyPatch)
     assert not wrong.holds and abs(wrong.size_z) > 8 and max(abs(z) for z in wrong.bias_z) < 4
 
 
-def test_the_telescope_check_sees_a_wrong_gather(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_telescope_check_detects_a_wrong_gather(monkeypatch: pytest.MonkeyPatch) -> None:
     from mlem_diffusion.diffusion import estimator
 
     right = estimator.WeightTable.__call__
@@ -232,7 +232,7 @@ def test_the_telescope_check_sees_a_wrong_gather(monkeypatch: pytest.MonkeyPatch
 # -------------------------------------------------------------------------------------------------- findings
 
 
-def test_a_good_hierarchy_is_left_in_peace() -> None:
+def test_a_good_hierarchy_gives_no_warnings() -> None:
     s = statistics([1.0, 4e-3, 1e-3, 2.5e-4], [1, 16, 256, 4096])
     assert texts(s) == []
     assert any("good hierarchy" in text for text in texts(s, "ok"))
@@ -244,12 +244,12 @@ def test_differences_that_grow_are_located() -> None:
     (text,) = [t for t in texts(s) if "more than" in t]
     assert text.startswith("n2 differs from n1 more than n1 from n0 at log-SNR -1.8 to 1.8 (")
     one = statistics([1.0, 4e-3, 1e-3, 2.5e-4], [1, 16, 256, 4096])
-    one.pairs[2, 2, :, 3] *= 8  # a noise level alone
+    one.pairs[2, 2, :, 3] *= 8  # a single noise level
     assert not [t for t in texts(one) if "more than" in t]
 
 
-def test_levels_not_worth_their_cost_are_dropped() -> None:
-    """n1 is no better than n0: all the way from n0 to n2 the difference is n2's own."""
+def test_levels_that_do_not_repay_their_cost_are_dropped() -> None:
+    """n1 is no better than n0: n2 differs from n1 as much as from n0."""
     s = statistics([1.0, 1e-2, 1e-2], [1, 8, 64])
     s.pairs[1, 2] = s.pairs[2, 2]
     chain, change, se = best_chain(s)
@@ -293,9 +293,9 @@ def test_costs_tails_base_and_growth() -> None:
     assert any("cannot be told" in t for t in texts(unsure))
     flat = texts(statistics([1.0, 1e-3, 1e-3], [1, 16, 256]))
     assert any("hardly fall with cost" in t for t in flat)
-    for fall, says in ((0.25, "harder than Monte Carlo: "), (1 / 64, "easier than Monte Carlo: ")):
+    for fall, message in ((0.25, "harder than Monte Carlo: "), (1 / 64, "easier than Monte Carlo: ")):
         grown = texts(statistics([1.0, 1e-3, 1e-3 * fall], [1, 16, 256]), "ok")
-        assert any(says in t for t in grown)
+        assert any(message in t for t in grown)
     (text,) = [t for t in texts(statistics([1.0, 1e-3, 2.5e-4], [1, 16, 256]), "ok") if "gamma" in t]
     assert "gamma about 4" in text  # V falls 4 times per 16 times the cost
 
@@ -333,14 +333,14 @@ def test_the_figure_is_drawn(tmp_path: Path) -> None:
         assert image.width > 1000 and len(image.convert("RGB").getcolors(1 << 24) or []) > 50
 
 
-def test_bad_input_is_said() -> None:
+def test_bad_input_is_reported() -> None:
     family = toy_family()
-    for bad, changes, says in (
+    for bad, changes, message in (
         (family[:1], {}, "at least two levels"),
         (family, {"seeds": [1]}, "two seeds"),
         (family[::-1], {}, "ordered by cost"),
         (family, {"p": np.array([1.0, 0.5])}, "do not fit"),
         (family, {"step_rule": "magic"}, "unknown"),
     ):
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=message):
             run(bad, **changes)

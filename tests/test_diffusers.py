@@ -23,7 +23,7 @@ COUNTS = [10, 25]  # DPM-Solver treats fewer than 15 steps specially
 
 
 def theirs(scheduler: Any, logsnr: np.ndarray, prediction: str) -> Tensor:
-    """Run a scheduler from our starting points; `prediction` is what it is told the network predicts."""
+    """Run a scheduler from our starting points; `prediction` is its prediction type."""
     x = initial_noise(SEEDS, SHAPE, CPU)
     for t, value in zip(scheduler.timesteps, logsnr, strict=True):
         noise_level = torch.full((len(x),), float(value))
@@ -45,7 +45,7 @@ def ours(logsnr: np.ndarray, dynamics: str, rule: str, increments: Tensor | None
 
 
 def agree(a: Tensor, b: Tensor) -> None:
-    """To 1e-5 of the largest value, in float32."""
+    """Check agreement to 1e-5 of the largest value, in float32."""
     assert (a - b).abs().max() < 1e-5 * b.abs().max()
 
 
@@ -62,7 +62,7 @@ def test_ddpm(count: int, prediction: str, monkeypatch: pytest.MonkeyPatch) -> N
     draws = iter(noise)
     monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, **k: next(draws))
     expected = theirs(scheduler, logsnr, prediction)
-    assert next(draws, None) is None  # they used all of it
+    assert next(draws, None) is None  # the scheduler used all the noise
     agree(ours(logsnr, "sde", "ddpm", noise), expected)
 
 
@@ -111,7 +111,7 @@ def test_sde_dpm_solver(count: int, spacing: str, monkeypatch: pytest.MonkeyPatc
     scheduler.set_timesteps(count)
     logsnr = -2 * np.log(scheduler.sigmas[:-1].double().numpy())
     noise = torch.randn(count, len(SEEDS), *SHAPE, generator=torch.Generator().manual_seed(1))
-    draws = iter(noise)  # they draw once more for the final denoising, and multiply it by zero
+    draws = iter(noise)  # the scheduler draws once more for the final denoising and multiplies by zero
     module = "diffusers.schedulers.scheduling_dpmsolver_multistep.randn_tensor"
     monkeypatch.setattr(module, lambda *a, **k: next(draws))
     expected = theirs(scheduler, logsnr, "sample")
@@ -139,7 +139,7 @@ def test_unipc(count: int, spacing: str) -> None:
 @pytest.mark.parametrize("spacing", ["linspace", "trailing"])
 @pytest.mark.parametrize("count", COUNTS)
 def test_heun(count: int, spacing: str) -> None:
-    """Theirs runs in EDM's coordinates x / alpha; its last step, to no noise, is Euler's: the final denoising."""
+    """The scheduler uses EDM's coordinates x / alpha; its last step, to no noise, is Euler's: the final denoising."""
     scheduler = diffusers.HeunDiscreteScheduler(prediction_type="sample", timestep_spacing=spacing)
     scheduler.set_timesteps(count)
     sigmas = scheduler.sigmas[:-1].double()

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, and are checked before they are believed."""
+"""Files are complete or absent, and are checked before they are used."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def refused(read, *arguments: object) -> str:
 # --------------------------------------------------------------------------------------------------- JSON
 
 
-def test_json_comes_back_without_its_seal(tmp_path: Path):
+def test_json_is_read_without_its_seal(tmp_path: Path):
     path, value = tmp_path / "a.json", {"x": [1, 2.5, None], "y": {"z": "ü"}, "n": 1e-300}
     write_json(path, value)
     assert read_json(path, "") == value
@@ -59,7 +59,7 @@ def test_layout_and_order_do_not_matter(tmp_path: Path):
     [
         ('{"x": 2, "content_sha256": "0"}', "changed or damaged"),
         ('{"x": 2}', "does not carry its checksum"),
-        ("[1, 2]", "does not hold what was written"),
+        ("[1, 2]", "does not contain a JSON object"),
         ("{", "is not valid JSON"),
         ("[" * 100_000, "is not valid JSON"),
     ],
@@ -67,11 +67,11 @@ def test_layout_and_order_do_not_matter(tmp_path: Path):
 def test_other_json_is_refused(tmp_path: Path, text: str, what: str):
     path = tmp_path / "a.json"
     path.write_text(text)
-    said = refused(read_json, path, "make it again")
-    assert what in said and "make it again" in said and "a.json" in said
+    message = refused(read_json, path, "make it again")
+    assert what in message and "make it again" in message and "a.json" in message
 
 
-def test_every_changed_digit_is_seen(tmp_path: Path):
+def test_every_changed_digit_is_detected(tmp_path: Path):
     path = tmp_path / "a.json"
     write_json(path, {"gamma": 2.517, "levels": {"w4": 12}, "text": "7"})
     text = path.read_text()
@@ -81,7 +81,7 @@ def test_every_changed_digit_is_seen(tmp_path: Path):
             assert "a.json" in refused(read_json, path, "")
 
 
-def test_what_is_checked_otherwise_needs_no_seal(tmp_path: Path):
+def test_a_seal_can_be_optional(tmp_path: Path):
     path = tmp_path / "a.json"
     path.write_text('{"x": 2}')
     assert read_json(path, "", sealed=False) == {"x": 2}
@@ -98,7 +98,7 @@ def arrays() -> dict:
 
 
 @pytest.mark.parametrize("compress", [True, False])
-def test_arrays_come_back_and_other_programs_read_them(tmp_path: Path, compress: bool):
+def test_arrays_round_trip_and_other_programs_read_them(tmp_path: Path, compress: bool):
     path = tmp_path / "a.npz"
     write_arrays(path, arrays(), compress)
     found = read_arrays(path, "")
@@ -110,7 +110,7 @@ def test_arrays_come_back_and_other_programs_read_them(tmp_path: Path, compress:
         assert archive.testzip() is None
 
 
-def test_every_bit_counts(tmp_path: Path):
+def test_every_changed_bit_is_detected(tmp_path: Path):
     path = tmp_path / "a.npz"
     write_arrays(path, {"a": np.arange(3)})
     data = path.read_bytes()
@@ -159,7 +159,7 @@ def test_torch_reads_a_sealed_file(tmp_path: Path):
         (OSError(errno.EACCES, "Permission denied"), "cannot be written"),
     ],
 )
-def test_a_disk_that_does_not_take_it_is_one_sentence(tmp_path: Path, error: Exception, what: str):
+def test_a_failed_write_gives_one_sentence(tmp_path: Path, error: Exception, what: str):
     path = tmp_path / "a.txt"
     path.write_text("old")
 
@@ -171,7 +171,7 @@ def test_a_disk_that_does_not_take_it_is_one_sentence(tmp_path: Path, error: Exc
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
-def test_what_killed_writers_left_is_removed(tmp_path: Path):
+def test_leftovers_of_killed_writers_are_removed(tmp_path: Path):
     (tmp_path / "deep").mkdir()
     for name in (".a.json.123.partial", "deep/.b.npz.7.partial", "a.json", "deep/b.partial"):
         (tmp_path / name).write_text("x")
@@ -182,7 +182,7 @@ def test_what_killed_writers_left_is_removed(tmp_path: Path):
 # --------------------------------------------------------------------------------------------------- caches
 
 
-def test_a_damaged_file_of_a_cache_is_made_again(tmp_path: Path):
+def test_a_damaged_cache_file_is_computed_again(tmp_path: Path):
     path, made = tmp_path / "x.json", []
 
     def make() -> None:
@@ -194,10 +194,10 @@ def test_a_damaged_file_of_a_cache_is_made_again(tmp_path: Path):
 
     assert cached(path, read, make) == {"x": 1} == cached(path, read, make) and len(made) == 1
     path.write_text("{")
-    with pytest.warns(SlowPath, match=r"x\.json was damaged, so it is made again"):
+    with pytest.warns(SlowPath, match=r"x\.json was damaged, so it is computed again"):
         assert cached(path, read, make) == {"x": 2}
 
 
-def test_damage_travels_between_processes(tmp_path: Path):
+def test_a_damage_error_can_be_pickled(tmp_path: Path):
     error = pickle.loads(pickle.dumps(Damaged(tmp_path / "a", "a is damaged: remove it.")))
     assert isinstance(error, Damaged) and error.path == tmp_path / "a" and str(error) == "a is damaged: remove it."

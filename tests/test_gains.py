@@ -1,4 +1,4 @@
-"""Gains: the adjoint sweep against forward derivatives, perturbations and what really happens to images."""
+"""Gains: the adjoint sweep against forward derivatives, perturbations and real changes of images."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def effects(
 
 @pytest.mark.parametrize("rule", RULES)
 def test_adjoint_agrees_with_forward_derivatives(rule: tuple[str, str]) -> None:
-    """Many directions on few seeds: the mean over 400 directions is within 5 of its standard errors, for all pairs."""
+    """For few seeds, the mean over 400 directions is within 5 of its standard errors, for all pairs."""
     measured = effects(7, rule, range(3), probes=400).values.astype(np.float64) ** 2
     at = [(k, j) for k in range(3) for j in (0, 3, measured.shape[-1] - 1)]
     exact = forward_gains(FAMILY, PROCESS.grid(7), *rule, range(3), SHAPE, at)
@@ -41,7 +41,7 @@ def test_adjoint_agrees_with_forward_derivatives(rule: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_small_perturbations_agree_with_derivatives(rule: tuple[str, str]) -> None:
-    """To 3%: float32 differences of images."""
+    """Agreement to 3%, because the differences of images are in float32."""
     at = [(0, 2), (1, 4), (2, 6)]
     exact = forward_gains(FAMILY, PROCESS.grid(7), *rule, range(3), SHAPE, at)
     found = forward_gains(FAMILY, PROCESS.grid(7), *rule, range(3), SHAPE, at, method="perturbation", size=0.02)
@@ -49,8 +49,11 @@ def test_small_perturbations_agree_with_derivatives(rule: tuple[str, str]) -> No
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_the_summed_effects_are_what_a_smaller_level_changes(rule: tuple[str, str]) -> None:
-    """f^2 and f^3 differ little: mean square of the images' difference over 64 seeds, to 25% (sampling and second order)."""
+def test_the_summed_effects_predict_the_change_by_a_smaller_level(rule: tuple[str, str]) -> None:
+    """For close levels f^2 and f^3, the images' mean squared difference over 64 seeds agrees to 25%.
+
+    The 25% cover the sampling error and the terms of second order.
+    """
     family, seeds, grid = analytic_family(levels=3, amplitude=0.02), range(64), PROCESS.grid(17)
     predicted = (measure_effects(family, grid, *rule, seeds, SHAPE, probes=4).difference(1, 2).sum(axis=1) ** 2).mean()
     images = [sample(SingleLevel(level), grid, *rule, seeds, SHAPE)[0] for level in family]
@@ -65,8 +68,8 @@ def test_levels_merge_and_seeds_do_not_depend_on_the_batch() -> None:
     assert gains.shape == error.shape == (3, 9) and np.all(gains[1:, 1:-1] > 0)
 
 
-def test_effects_carry_over_to_other_grids() -> None:
-    """From 33 to 65 points: the summed effect of a difference to 15%, each gain to 30% of the largest."""
+def test_effects_transfer_to_other_grids() -> None:
+    """From 33 to 65 points, the summed effect of a difference agrees to 15%, each gain to 30% of the largest."""
     coarse, fine = (effects(steps, seeds=range(24), probes=4) for steps in (33, 65))
     moved = coarse.on(fine.logsnr)
     for k in (1, 2):
@@ -78,7 +81,7 @@ def test_effects_carry_over_to_other_grids() -> None:
         effects(9, ("ode", "heun")).on(fine.logsnr)
 
 
-def test_effects_survive_the_disk(tmp_path: Path) -> None:
+def test_effects_round_trip_through_files(tmp_path: Path) -> None:
     one = effects()
     one.save(tmp_path / "effects.npz")
     again = Effects.load(tmp_path / "effects.npz")

@@ -26,7 +26,7 @@ def correlated(count: int, seed: int = 0) -> np.ndarray:
 
 
 def dense_denoiser(model: GaussianDenoiser, x: torch.Tensor, logsnr: float) -> np.ndarray:
-    """mu + alpha C (alpha^2 C + sigma^2)^-1 (x - alpha mu) by a full solve in float64; rows [B, D]."""
+    """mu + alpha C (alpha^2 C + sigma^2)^-1 (x - alpha mu) by a dense solve in float64; rows [B, D]."""
     u, mean = model.basis.double().numpy(), model.mean.double().numpy().ravel()
     c = u @ np.diag(model.variances.double().numpy()) @ u.T + float(model.residual) * (np.eye(D) - u @ u.T)
     alpha, sigma = alpha_sigma(logsnr)
@@ -36,7 +36,7 @@ def dense_denoiser(model: GaussianDenoiser, x: torch.Tensor, logsnr: float) -> n
 
 @pytest.mark.parametrize("logsnr", [-9.0, -1.0, 3.0, 9.0])
 @pytest.mark.parametrize("rank", [5, D])
-def test_it_is_the_dense_formula(logsnr: float, rank: int) -> None:
+def test_the_denoiser_equals_the_dense_formula(logsnr: float, rank: int) -> None:
     model = fit_gaussian(correlated(300), rank, flips=False)
     x = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(1))
     got = model(x, torch.full((4,), logsnr)).flatten(1)
@@ -63,8 +63,8 @@ def test_the_fit_has_the_data_s_mean_and_variances() -> None:
     np.testing.assert_allclose(model.basis.T @ model.basis, np.eye(7), atol=1e-5)
 
 
-def test_a_linear_denoiser_can_do_no_better() -> None:
-    """Against the least-squares linear denoiser, fitted to many noisy images, on fresh Gaussian data."""
+def test_no_linear_denoiser_is_better() -> None:
+    """The least-squares linear denoiser, fitted to many noisy images, is not better on fresh Gaussian data."""
     images, fresh = torch.as_tensor(correlated(30_000)).split([20_000, 10_000])
     model, level = fit_gaussian(images, D, flips=False), torch.zeros(1)
     generator = torch.Generator().manual_seed(0)
@@ -135,7 +135,7 @@ def test_as_the_first_level_of_a_family() -> None:
     assert 0 < ledger.evaluations[1] < 64
 
 
-def test_gradients_flow_through_it() -> None:
+def test_gradients_flow_through_the_denoiser() -> None:
     level = fit_gaussian(correlated(300), 5).double().as_level("base")
     x = torch.randn(2, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     logsnr = torch.zeros(2, dtype=torch.float64)
@@ -155,10 +155,10 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     assert (again.images, again.rank, again.flops) == (300, 5, model.flops)
 
 
-def test_bad_input_is_said(tmp_path: Path) -> None:
+def test_bad_input_is_reported(tmp_path: Path) -> None:
     images = correlated(20)
-    for bad, rank, says in ((images[:1], 2, "at least two"), (images[0], 2, "images"), (images, 0, "outside 1..48")):
-        with pytest.raises(UserError, match=says):
+    for bad, rank, message in ((images[:1], 2, "at least two"), (images[0], 2, "images"), (images, 0, "outside 1..48")):
+        with pytest.raises(UserError, match=message):
             fit_gaussian(bad, rank)
     with pytest.raises(UserError, match="do not fit"):
         fit_gaussian(images, 2)(torch.zeros(1, 3, 8, 8), torch.zeros(1))

@@ -1,4 +1,4 @@
-"""A level per job (submitit, joblib), several processes of one script, and images prepared by several jobs at once."""
+"""One level per job (submitit, joblib), several processes of one script, and several jobs that prepare images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SAMPLER = "sampler={dynamics: sde, step_rule: ddpm, estimator: single, levels: w
 
 @dataclass(frozen=True)
 class Place:
-    """A folder for everything, with an experiment of its own: overrides would name folders in a sweep."""
+    """A folder for everything, with its own experiment, because overrides would name folders in a sweep."""
 
     folder: Path
 
@@ -57,15 +57,15 @@ class Place:
         return run([*several, *self.words(script, *more)], self.folder)
 
     def here(self, script: str, *more: str) -> str:
-        """In this process, which has paid for the imports; what it printed."""
-        said = io.StringIO()
-        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        """Run a script in this process, which has the imports already; return its output."""
+        output = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
             patch.chdir(self.folder)
             patch.setenv("WANDB_MODE", "disabled")
             patch.setattr(sys, "argv", self.words(script, *more))
             GlobalHydra.instance().clear()
             importlib.import_module(script).main()
-        return said.getvalue()
+        return output.getvalue()
 
 
 def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
@@ -83,7 +83,7 @@ def level_per_job(place: Place, launcher: str, *more: str) -> None:
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """Two levels trained by two jobs of submitit, on this machine."""
+    """Two levels trained by two jobs of submitit on this machine."""
     place = Place(tmp_path_factory.mktemp("jobs"))
     level_per_job(place, "submitit_local", "hydra.launcher.timeout_min=5")
     return place
@@ -91,17 +91,17 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture(scope="module")
 def trained(jobs: Place) -> tuple[Place, str]:
-    """The same after a plain run, and what that said."""
+    """The same place after a run without jobs, and the output of that run."""
     before = {path: path.stat().st_mtime_ns for path in jobs.checkpoints.rglob("*")}
     assert [
         name for name in ("provenance.json", "training.png", "metrics.jsonl") if (jobs.results / name).exists()
     ] == []
-    said = jobs.here("train_levels")
+    output = jobs.here("train_levels")
     assert {path: path.stat().st_mtime_ns for path in jobs.checkpoints.rglob("*")} == before
-    return jobs, said
+    return jobs, output
 
 
-def test_jobs_share_one_folder_and_leave_what_belongs_to_all_alone(jobs):
+def test_jobs_share_one_folder_and_leave_shared_files_unchanged(jobs):
     assert sorted(path.name for path in jobs.checkpoints.iterdir()) == ["w2", "w3"]
     for name in ("w2", "w3"):
         folder = jobs.checkpoints / name
@@ -112,9 +112,9 @@ def test_jobs_share_one_folder_and_leave_what_belongs_to_all_alone(jobs):
     assert [path.name for path in data.parent.iterdir()] == ["tiny"]  # no lock is left
 
 
-def test_a_plain_run_finds_all_levels_trained(trained):
-    place, said = trained
-    assert said.splitlines()[:2] == ["w2: already trained.", "w3: already trained."]
+def test_a_run_without_jobs_finds_all_levels_trained(trained):
+    place, output = trained
+    assert output.splitlines()[:2] == ["w2: already trained.", "w3: already trained."]
     for name in ("provenance.json", "training.png", "config.yaml"):
         assert (place.results / name).is_file(), name
     records = [json.loads(line) for line in (place.results / "metrics.jsonl").read_text().splitlines()]
@@ -135,18 +135,18 @@ def test_joblib_trains_the_same(trained, tmp_path):
         assert a.keys() == b.keys() and all(bool((a[key] == b[key]).all()) for key in a)
 
 
-def test_a_level_that_is_not_there_is_one_sentence_of_all_processes(trained):
+def test_a_missing_level_gives_one_sentence_for_all_processes(trained):
     done = trained[0]("train_levels", "only=[w2,w9]", processes=2)
     sentence = "train_levels: only=['w2', 'w9']: there is no level w9; the family has w2, w3.\n"
     assert (done.returncode, done.stderr, done.stdout) == (2, sentence, "")
 
 
-def test_a_dry_run_counts_the_levels_that_are_asked_for(trained):
-    said = trained[0].here("train_levels", "only=w3", "dry_run=true")
-    assert "train w3" in said and "train w2" not in said
+def test_a_dry_run_counts_the_selected_levels(trained):
+    output = trained[0].here("train_levels", "only=w3", "dry_run=true")
+    assert "train w3" in output and "train w2" not in output
 
 
-def test_two_processes_draw_what_one_draws(trained):
+def test_two_processes_draw_the_images_of_one(trained):
     place, words = trained[0], ("sample", SAMPLER, "seeds='0-8'", "compare.batch=2", "force=true")
 
     def pictures() -> dict[str, bytes]:
@@ -186,7 +186,7 @@ processes.together(work, report, Stopped)
 
 
 @pytest.mark.parametrize("failing", [[1], [0, 1]])
-def test_an_error_ends_all_processes_and_is_told_once(tmp_path, failing):
+def test_an_error_ends_all_processes_and_is_reported_once(tmp_path, failing):
     script = tmp_path / "script.py"
     script.write_text(ENDS.format(scripts=str(ROOT / "scripts"), failing=failing))
     done = run([f"{ROOT}/scripts/launch.py", "2", str(script)], tmp_path)
@@ -204,7 +204,8 @@ folder, me = Path(sys.argv[1]), sys.argv[2]
 while not all((folder / f"ready-{other}").exists() for other in "01"):
     time.sleep(0.01)
 drawn = []
-manifest = data.prepare("portraits", folder / "packed", name="p", size=8, holdout=20, count=600, progress=lambda *_: drawn.append(1))
+settings = dict(name="p", size=8, holdout=20, count=600, progress=lambda *_: drawn.append(1))
+manifest = data.prepare("portraits", folder / "packed", **settings)
 assert data.load(folder / "packed").manifest == manifest
 print(int(bool(drawn)))
 """

@@ -1,4 +1,4 @@
-"""Learned probabilities: the gradient against exact enumeration, memory, cost, and whether learning helps."""
+"""Learned probabilities: the gradient against exact enumeration, memory, cost, and the benefit of learning."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def toy_p(n: int) -> np.ndarray:
 
 
 class Enumerated:
-    """E[L] over all coins of a short run, exactly, as a differentiable function of p [n, K], for given starts and noise."""
+    """The exact E[L] over all coins of a short run with given starts and noise, differentiable in p [n, K]."""
 
     def __init__(self, dynamics: str, rule: str, n: int, paths: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -48,7 +48,7 @@ class Enumerated:
         self.family = toy_family()
 
     def run(self, weights: Tensor) -> Tensor:
-        """Final images for weights [n, K], the same for all paths."""
+        """The final images for weights [n, K], which are the same for all paths."""
         state: list[Tensor | None] = [self.x] + [None] * (len(self.program[0].update) - 1)
         for j, e in enumerate(self.program):
             x, noise_level = state[0], torch.full((len(self.x),), e.logsnr)
@@ -62,7 +62,7 @@ class Enumerated:
         return state[0]
 
     def loss(self, p: Tensor) -> Tensor:
-        """[paths]"""
+        """E[L] of each path."""
         n, levels = p.shape
         reference, total = self.run(torch.eye(levels)[-1:].expand(n, levels)), torch.zeros(len(self.x))
         for coins in outcomes(n, levels):
@@ -74,7 +74,7 @@ class Enumerated:
         return total
 
     def gradient(self, p: np.ndarray) -> np.ndarray:
-        """d mean(E[L]) / dp [n, K]; the column of the first level means nothing."""
+        """d mean(E[L]) / dp [n, K]; the column of the first level has no meaning."""
         leaf = torch.tensor(p, requires_grad=True)
         return torch.autograd.grad(self.loss(leaf).mean(), leaf)[0].numpy()
 
@@ -86,8 +86,11 @@ def outcomes(n: int, levels: int) -> list[np.ndarray]:
 
 @pytest.mark.parametrize(("dynamics", "rule"), [("ode", "ddim"), ("sde", "ddpm"), ("sde", "dpmpp_2m")])
 def test_one_coin_at_a_time_gives_the_exact_gradient(dynamics: str, rule: str) -> None:
-    """-E[D_c], averaged over every outcome of the other coins with its exact chance, is dE[L]/dp_c to 1e-6 for each of 6
-    coins, and p l(1/p) + (1 - p) l(0) averages to E[L]; in float64, along 3 paths."""
+    """-E[D_c] equals dE[L]/dp_c to 1e-6 for each of 6 coins, in float64 along 3 paths.
+
+    E averages over every outcome of the other coins with its exact probability. Also p l(1/p) + (1 - p) l(0) averages
+    to E[L].
+    """
     n, exact = 3, Enumerated(dynamics, rule, 3, paths=3)
     p = toy_p(n)
     networks = Networks(exact.family, SHAPE, CPU)
@@ -100,7 +103,7 @@ def test_one_coin_at_a_time_gives_the_exact_gradient(dynamics: str, rule: str) -
         out = follow_coins(
             networks, exact.program, p, *rows, exact.x, lambda j: exact.z[j], lambda j: np.tile(table[:, j], (3, 1))
         )
-        # chances of the other coins: each outcome of theirs is met twice, with the followed coin either way
+        # probabilities of the other coins' outcomes; each occurs twice, once per value of the followed coin
         other = chance / np.where(table[:, step, level], p[step, level], 1 - p[step, level]) / 2
         means = [np.tile(other, 3) @ values / 3 for values in (out.divergence, out.fired, out.unfired)]
         assert -means[0] == pytest.approx(expected[step, level], rel=1e-6)
@@ -108,8 +111,11 @@ def test_one_coin_at_a_time_gives_the_exact_gradient(dynamics: str, rule: str) -
 
 
 def test_batches_of_random_coins_estimate_the_gradient_and_the_loss() -> None:
-    """Mean of 120 independent batches within 4.5 standard errors of the enumerated gradient by the log-odds at all 4 knots
-    and of the enumerated loss; the enumeration averages 400 paths of its own, whose error (2%) is allowed for."""
+    """The mean of 120 independent batches is within 4.5 standard errors of the enumerated gradient and loss.
+
+    The gradient is by the log-odds at all 4 knots. The enumeration averages 400 other paths; the tolerance includes
+    their error (2%).
+    """
     exact = Enumerated("sde", "ddpm", 3, paths=400)
     odds = LogOdds([e.logsnr for e in exact.program], FLOPS, knots=2, p_min=1e-3)
     phi = odds.fit(toy_p(3))
@@ -130,9 +136,8 @@ def test_batches_of_random_coins_estimate_the_gradient_and_the_loss() -> None:
     assert np.mean([b.loss_se**2 for b in batches]) ** 0.5 == pytest.approx(losses.std(ddof=1), rel=0.25)
 
 
-def test_finite_differences_stand_in_for_levels_without_forward_mode() -> None:
-    """A level that leaves torch on its way, and one that runs under inference mode: found out, and derivatives within 1e-3
-    of the forward-mode ones."""
+def test_finite_differences_replace_a_missing_forward_mode() -> None:
+    """Levels that leave torch or run under inference mode are detected; derivatives agree with forward mode to 1e-3."""
 
     def through_numpy(x: Tensor, logsnr: Tensor) -> Tensor:
         return torch.as_tensor(nonlinear_denoise(x.detach(), logsnr, 0.8).numpy())
@@ -158,7 +163,7 @@ def test_finite_differences_stand_in_for_levels_without_forward_mode() -> None:
 
 
 def uneven_family() -> tuple[Level, ...]:
-    """Level differences that matter around log-SNR 1 only: there 0.4 and 0.1 in size, else 30 times smaller."""
+    """Level differences of size 0.4 and 0.1 around log-SNR 1, and 30 times smaller elsewhere."""
 
     def make(k: int) -> Level:
         def denoise(x: Tensor, logsnr: Tensor) -> Tensor:
@@ -171,8 +176,11 @@ def uneven_family() -> tuple[Level, ...]:
 
 
 def test_learned_probabilities_beat_constant_ones_at_the_same_cost() -> None:
-    """On gains that vary strongly in time, judged on 1000 other seeds: less than 0.8 of the constant ones' error, by more
-    than 4 standard errors of the paired difference; expected cost equal to 0.1%, throughout. Twice the same from one seed."""
+    """On gains that vary strongly in time, the learned probabilities have less than 0.8 of the constant ones' error.
+
+    On 1000 other seeds the paired difference exceeds 4 standard errors. The expected cost agrees to 0.1% at every
+    iteration. Learning again from the same seed gives the same probabilities.
+    """
     family, grid, n = uneven_family(), process(spacing="logsnr").grid(16), 16
     constant = constant_probabilities([f.flops for f in family], 2.5, 2.0)
     budget = Multilevel(family, constant).expected_flops(n)
@@ -197,7 +205,7 @@ def test_learned_probabilities_beat_constant_ones_at_the_same_cost() -> None:
         assert len(learned.loss) == len(learned.loss_se) == iterations and learned.flops > 0
         return learned.p
 
-    # in other units the costs are other numbers, and nothing else is: a thousandth of the FLOPs
+    # other units change the costs and nothing else: a thousandth of the FLOPs
     in_kiloflops = learn_probabilities(
         family, grid, "sde", "ddpm", SHAPE, expected_flops=1e-3 * budget, start=constant, iterations=2, paths=4,
         knots=7, costs=[1e-3 * f.flops for f in family],
@@ -222,8 +230,10 @@ def test_learned_probabilities_beat_constant_ones_at_the_same_cost() -> None:
 
 
 def test_memory_does_not_grow_with_the_number_of_steps() -> None:
-    """Bytes in living tensors, at their most over some 16 network calls along a run: for 256 steps less than 1.2 times as for
-    16 (a stored trajectory would take 16 times)."""
+    """The peak bytes of live tensors for 256 steps are less than 1.2 times those for 16 steps.
+
+    The peak is taken over about 16 network calls along a run. A stored trajectory would need 16 times the bytes.
+    """
 
     def peak(steps: int) -> int:
         most, calls = 0, 0
@@ -253,7 +263,7 @@ def test_memory_does_not_grow_with_the_number_of_steps() -> None:
         return most
 
     first, second = peak(16), peak(256)
-    assert first > 4 * 16 * 3 * 8 * 8 * 4  # four images in each of 16 rows: the watch works
+    assert first > 4 * 16 * 3 * 8 * 8 * 4  # four images in each of 16 rows: the counter works
     assert second < 1.2 * first
 
 
@@ -267,7 +277,7 @@ def test_memory_does_not_grow_with_the_number_of_steps() -> None:
         ({"knots": 1}, "knots"),
     ],
 )
-def test_bad_input_is_one_sentence(change: dict, message: str) -> None:
+def test_bad_input_gives_one_sentence(change: dict, message: str) -> None:
     settings = {"expected_flops": 40.0, "start": np.array([1.0, 0.3, 0.1]), "iterations": 1} | change
     with pytest.raises(UserError, match=message):
         learn_probabilities(toy_family(), process().grid(8), "sde", "ddpm", SHAPE, **settings)

@@ -1,4 +1,4 @@
-"""One run at a time in a folder."""
+"""A folder lock allows one run at a time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def holder(folder: Path, kind: str = "alone") -> subprocess.Popen[str]:
     return process
 
 
-def test_the_second_is_refused_and_told_who_is_there(tmp_path: Path):
+def test_a_second_run_is_refused_and_the_message_names_the_first(tmp_path: Path):
     process = holder(tmp_path)
     try:
         with pytest.raises(
@@ -46,7 +46,7 @@ def test_the_second_is_refused_and_told_who_is_there(tmp_path: Path):
     lock.release()
 
 
-def test_some_share_a_folder(tmp_path: Path):
+def test_some_runs_share_a_folder(tmp_path: Path):
     process = holder(tmp_path, "shared")
     try:
         lock = FolderLock(tmp_path, "another job")
@@ -59,7 +59,7 @@ def test_some_share_a_folder(tmp_path: Path):
         process.wait()
 
 
-def test_a_holder_that_is_just_ending_is_waited_for(tmp_path: Path):
+def test_a_run_waits_for_a_holder_that_is_ending(tmp_path: Path):
     process = holder(tmp_path)
     process.kill()
     lock = FolderLock(tmp_path, "next")
@@ -68,7 +68,7 @@ def test_a_holder_that_is_just_ending_is_waited_for(tmp_path: Path):
     lock.release()
 
 
-def test_what_killed_writers_left_is_removed_by_who_is_alone(tmp_path: Path):
+def test_a_run_that_is_alone_removes_leftovers_of_killed_writers(tmp_path: Path):
     left = tmp_path / "deep" / ".x.json.1.partial"
     left.parent.mkdir()
     left.write_text("half")
@@ -81,7 +81,7 @@ def test_what_killed_writers_left_is_removed_by_who_is_alone(tmp_path: Path):
     assert not left.exists()
 
 
-def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path):
+def test_a_folder_that_cannot_be_created_gives_one_sentence(tmp_path: Path):
     (tmp_path / "file").write_text("here first")
     with pytest.raises(UserError, match="cannot be written"):
         FolderLock(tmp_path / "file" / "folder", "run").take()

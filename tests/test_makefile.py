@@ -1,4 +1,4 @@
-"""The Makefile's targets, seen through make -n: which commands run, with which arguments."""
+"""The Makefile's targets, tested with make -n: which commands run, with which arguments."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ OWN = (
 
 
 def commands(*arguments: str, **environment: str) -> list[list[str]]:
-    """The scripts that a target would run, as argument lists after the shell has read them."""
+    """The scripts that a target would run, as argument lists after shell parsing."""
     env = {k: v for k, v in os.environ.items() if k not in OWN} | environment
     done = subprocess.run(
         ["make", "-n", "--no-print-directory", *arguments],
@@ -67,7 +67,7 @@ def test_each_target_runs_its_script_on_the_experiment(target, script):
     assert not any("dry_run" in word for word in command)
 
 
-def test_the_demo_is_the_whole_experiment_in_order():
+def test_the_demo_runs_every_stage_in_order():
     found = commands("demo")
     stages = ["prepare_data", "train_levels", "measure_gamma", "optimise", "sample_compare", "report"]
     assert [Path(c[1]).stem for c in found] == stages
@@ -89,13 +89,13 @@ def test_verify_rates_needs_no_experiment():
     assert found[2:] == ["-m", "dry_run=true", "rates.gammas=[2],[3]", "force=true"]
 
 
-def test_the_benchmark_takes_the_levels_of_celeba64_unless_said_otherwise():
+def test_the_benchmark_uses_the_levels_of_celeba64_by_default():
     assert only("benchmark") == [".venv/bin/python", "scripts/benchmark.py", "experiment=celeba64"]
     found = only("benchmark", "EXPERIMENT=demo", "ARGS=size=full only=[train]", "DRY_RUN=1")
     assert found[2:] == ["experiment=demo", "dry_run=true", "size=full", "only=[train]"]
 
 
-def test_data_is_celeba_unless_said_otherwise():
+def test_data_is_celeba_by_default():
     assert "experiment=celeba64" in only("data", "SOURCE=download")
     assert "experiment=demo" in only("data", "EXPERIMENT=demo")
     assert "experiment=celeba32" in only("data", EXPERIMENT="celeba32")
@@ -149,7 +149,7 @@ def test_help_lists_every_target_and_experiment():
         assert variable in done.stdout
 
 
-def test_set_up_happens_by_itself_and_once(tmp_path):
+def test_set_up_happens_automatically_and_once(tmp_path):
     env = {k: v for k, v in os.environ.items() if k not in OWN}
 
     def planned() -> str:

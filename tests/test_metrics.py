@@ -89,15 +89,15 @@ def test_squared_errors_are_means_before_clipping() -> None:
 def test_standard_error_matches_its_sampling_spread() -> None:
     rng = np.random.default_rng(0)
     clusters = np.repeat(np.arange(40), 10)
-    means, plain, clustered = [], [], []
+    means, unclustered, clustered = [], [], []
     for _ in range(400):
         values = np.repeat(rng.standard_normal(40), 10) + 0.5 * rng.standard_normal(400)
         means.append(values.mean())
-        plain.append(statistics.standard_error(values))
+        unclustered.append(statistics.standard_error(values))
         clustered.append(statistics.standard_error(values, clusters))
     spread = np.std(means)
     assert np.mean(clustered) == pytest.approx(spread, rel=0.12)
-    assert np.mean(plain) < 0.5 * spread  # ignoring the clusters is far too sure
+    assert np.mean(unclustered) < 0.5 * spread  # ignoring the clusters is far too sure
     values = rng.standard_normal(50)
     textbook = values.std(ddof=1) / np.sqrt(50)
     assert statistics.standard_error(values) == pytest.approx(textbook, rel=1e-12)

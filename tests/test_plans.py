@@ -1,4 +1,4 @@
-"""Plans: what names them, what they build, and their files."""
+"""Plans: their ids, the estimators they build, and their files."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ WEIGHTS = replace(PLAN, method="quadrature", table=np.where(TABLE > 0.15, 2 * TA
 SINGLE = Plan("systematic", "optimal", ("w1",), 6, np.ones((6, 1), np.float32), 24.0, 0.0, 2e-3, 0.0)
 
 
-def test_the_id_names_what_is_done() -> None:
-    """Not what is expected of it, and not the number type of its table; every part of what is done counts."""
+def test_the_id_depends_on_the_computation_alone() -> None:
+    """The id depends on every part of the computation, but not on predictions or on the table's number type."""
     assert len(PLAN.id) == 12 and PLAN.id == replace(PLAN, table=TABLE.copy()).id
     same = (
         {"cost": 1.0}, {"added": None, "predicted": None, "largest_effect": None}, {"probabilities": "learned"},
@@ -45,7 +45,7 @@ def test_the_id_names_what_is_done() -> None:
     assert len({PLAN.id, *(p.id for p in others)}) == 1 + len(others)
 
 
-def test_a_plan_builds_its_drift_from_any_family_that_has_its_levels() -> None:
+def test_a_plan_builds_its_estimator_from_any_family_that_has_its_levels() -> None:
     estimator = PLAN.build(FAMILY)
     assert isinstance(estimator, Multilevel) and estimator.coins == "nested" and np.array_equal(estimator.p, TABLE)
     assert isinstance(WEIGHTS.build(FAMILY), Quadrature)
@@ -64,7 +64,7 @@ def test_settings_that_run_plans() -> None:
     assert setting_of(WEIGHTS, "ode", "ddim") == SamplerSetting(
         "ode", "ddim", "quadrature", names, 6, "optimal", plan=WEIGHTS.id
     )
-    # one level is that level, whichever method found it: a baseline, and not run twice
+    # a plan of one level is a baseline, whichever method found it, and does not run twice
     assert setting_of(SINGLE, "ode", "ddim") == SamplerSetting("ode", "ddim", "single", ("w1",), 6)
 
 
@@ -72,7 +72,7 @@ def priced(*points: tuple[float, float | None]) -> list[Plan]:
     return [replace(PLAN, cost=cost, predicted=error) for cost, error in points]
 
 
-def test_the_frontier_keeps_what_nothing_cheaper_matches() -> None:
+def test_the_frontier_holds_plans_that_no_cheaper_plan_matches() -> None:
     found = frontier(
         priced((4, 1.0), (1, 3.0), (2, 3.0), (3, None), (1, 5.0), (3, 2.0), (9, 1.0), (8, 0.5)), lambda p: p.predicted
     )
@@ -106,7 +106,7 @@ def stored(tmp_path: Path) -> Path:
     return path
 
 
-def test_plans_survive_the_disk(stored: Path) -> None:
+def test_plans_round_trip_through_files(stored: Path) -> None:
     found, content = load_plans(stored)
     assert list(found) == [PLAN.id, WEIGHTS.id, SINGLE.id]
     for plan in (PLAN, WEIGHTS, SINGLE):
@@ -122,14 +122,14 @@ def test_plans_survive_the_disk(stored: Path) -> None:
     assert load_plans(nothing)[0] == {}
 
 
-def test_unknown_predictions_survive_too(tmp_path: Path) -> None:
+def test_unknown_predictions_round_trip(tmp_path: Path) -> None:
     plan = replace(PLAN, added=None, predicted=None, largest_effect=None)
     save_plans(tmp_path / "plans.json", [(plan, {})])
     assert load_plans(tmp_path / "plans.json")[0][plan.id].predicted is None
     save_plans(tmp_path / "plans.json", [(replace(plan, seconds=0.25), {})])
     assert load_plans(tmp_path / "plans.json")[0][plan.id].seconds == 0.25
     content = json.loads((tmp_path / "plans.json").read_text())
-    del content["plans"][0]["seconds"]  # a file of before plans had any
+    del content["plans"][0]["seconds"]  # a file from before plans had predictions
     write_json(tmp_path / "plans.json", content)
     assert load_plans(tmp_path / "plans.json")[0][plan.id].seconds is None
 
@@ -170,7 +170,7 @@ def spoil(path: Path, how: str) -> None:
     "no json", "broken json", "no tables", "empty tables", "foreign tables", "cut tables", "other tables",
     "another number of steps", "a field is missing", "another format", "a list",
 ])  # fmt: skip
-def test_what_is_broken_or_does_not_belong_together_is_one_sentence(stored: Path, how: str) -> None:
+def test_broken_or_mismatched_files_give_one_sentence(stored: Path, how: str) -> None:
     spoil(stored, how)
     with pytest.raises(UserError, match="make optimise") as error:
         load_plans(stored)

@@ -109,7 +109,7 @@ def test_csv_round_trip(tmp_path: Path) -> None:
 
 
 def test_bad_tables_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not there"):
+    with pytest.raises(UserError, match="does not exist"):
         read_rows(tmp_path / "absent.csv")
     row = make_row()
     del row["steps"]
@@ -127,27 +127,27 @@ def test_bad_tables_are_refused(tmp_path: Path) -> None:
             read_rows(path)
 
 
-def test_methods_trust_and_words() -> None:
-    plain = make_row(estimator="ml_em", probabilities="constant", coins="independent", levels="w4+w8", c=0.3)
-    assert method_of(plain) == "paper"
-    assert method_of(plain | {"coins": "systematic"}) == "other"
+def test_methods_trust_and_descriptions() -> None:
+    paper = make_row(estimator="ml_em", probabilities="constant", coins="independent", levels="w4+w8", c=0.3)
+    assert method_of(paper) == "paper"
+    assert method_of(paper | {"coins": "systematic"}) == "other"
     assert (
-        method_of(plain | {"coins": "nested"}) == method_of(plain | {"estimator": "quadrature", "coins": ""}) == "other"
+        method_of(paper | {"coins": "nested"}) == method_of(paper | {"estimator": "quadrature", "coins": ""}) == "other"
     )
-    assert method_of(plain | {"coins": "independent-shared"}) == "other"
-    assert method_of(plain | {"probabilities": "learned"}) == "paper"  # any probabilities, if the coins are independent
+    assert method_of(paper | {"coins": "independent-shared"}) == "other"
+    assert method_of(paper | {"probabilities": "learned"}) == "paper"  # any probabilities, if the coins are independent
     assert [method_of(make_row(estimator=d)) for d in ("single", "stitched")] == ["single", "stitched"]
-    assert trusted(plain) and trusted(plain | {"top_evaluations": 100}) and not trusted(plain | {"top_evaluations": 99})
-    assert trusted(plain | {"top_evaluations": ""})  # not recorded
+    assert trusted(paper) and trusted(paper | {"top_evaluations": 100}) and not trusted(paper | {"top_evaluations": 99})
+    assert trusted(paper | {"top_evaluations": ""})  # not recorded
     assert describe(make_row()) == "DDIM, w8, 16 steps"
-    assert describe(plain) == "ML-EM w4+w8, DDIM, 16 steps, independent coins, C = 0.3"
-    planned = plain | {"probabilities": "optimal", "c": None, "plan": "abc"}
+    assert describe(paper) == "ML-EM w4+w8, DDIM, 16 steps, independent coins, C = 0.3"
+    planned = paper | {"probabilities": "optimal", "c": None, "plan": "abc"}
     assert describe(planned) == "ML-EM w4+w8, DDIM, 16 steps, independent coins, optimal probabilities"
     weights = planned | {"estimator": "quadrature", "coins": ""}
     assert describe(weights).startswith("quadrature w4+w8, DDIM, 16 steps") and trusted(
         weights | {"top_evaluations": 1}
     )
-    # plans with other tables are other settings, whatever their names have in common
+    # plans with different tables are different settings, even if the rest agrees
     assert key_of(planned) == key_of(planned | {"seed": 7, "error": 9.0}) != key_of(planned | {"plan": "abd"})
 
 
@@ -184,7 +184,7 @@ def test_pooling_over_seeds() -> None:
     assert pooled[0]["error"] == pytest.approx(0.03) and pooled[0]["error_se"] == pytest.approx(0.0025)
 
 
-def test_numbers_for_people() -> None:
+def test_number_formatting() -> None:
     shown = [
         number(v) for v in (0.123456, 12.3456, 1234.56, 123456.7, 1.234e-7, 0.9996, 0.0, None, float("nan"), 24000)
     ]
@@ -209,12 +209,12 @@ def test_plot_compare_full_and_for_one_dynamics(tmp_path: Path) -> None:
     assert one.shape[1] < both.shape[1] and one.shape[0] == both.shape[0]
 
 
-def test_plot_compare_says_what_was_not_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
+def test_plot_compare_notes_missing_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
     draw = plots.note
 
     def listen(ax: Any, text: str) -> None:
-        said.append(text)
+        notes.append(text)
         draw(ax, text)
 
     monkeypatch.setattr(plots, "note", listen)
@@ -222,17 +222,17 @@ def test_plot_compare_says_what_was_not_computed(tmp_path: Path, monkeypatch: py
     rows = make_rows(("sde",))
     bare = pixels(plot_compare(for_figures(row | absent for row in rows), tmp_path / "bare.png"))
     full = pixels(plot_compare(for_figures(rows), tmp_path / "full.png"))
-    assert said == [] and bare.shape[0] < 0.8 * full.shape[0]  # without any distance there is no panel for it
+    assert notes == [] and bare.shape[0] < 0.8 * full.shape[0]  # without distances there is no panel for them
     plot_compare(
         for_figures(row | (absent if row["dynamics"] == "sde" else {}) for row in make_rows()), tmp_path / "half.png"
     )
-    assert said == ["not computed"]
-    # An error of exactly zero has no place on a log axis.
+    assert notes == ["not computed"]
+    # An error of exactly zero cannot appear on a log axis.
     plot_compare(for_figures([make_row(error=0.0, seconds=None)]), tmp_path / "zero.png")
-    assert said == ["not computed"] * 3 and pixels(tmp_path / "zero.png").shape[0] > 1000
+    assert notes == ["not computed"] * 3 and pixels(tmp_path / "zero.png").shape[0] > 1000
 
 
-def test_plot_compare_refuses_what_cannot_share_an_axis(tmp_path: Path) -> None:
+def test_plot_compare_refuses_rows_that_cannot_share_an_axis(tmp_path: Path) -> None:
     rows = make_rows(("ode",))[:3]
     for change, message in (
         ({"num_samples": 65}, "sample counts num_samples.*64.*65"),
@@ -243,7 +243,7 @@ def test_plot_compare_refuses_what_cannot_share_an_axis(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no rows"):
         plot_compare([], tmp_path / "mixed.png")
     assert not (tmp_path / "mixed.png").exists()
-    # A row without a distance has no say in its name.
+    # A row without a distance does not determine the distance's name.
     plot_compare(for_figures([*rows, make_row(distance=None, distance_name="FID")]), tmp_path / "fine.png")
 
 

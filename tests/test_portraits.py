@@ -31,7 +31,7 @@ def test_same_person_at_every_size() -> None:
     assert same < 5 and other > 40  # grey levels of 255
 
 
-def test_people_vary_in_many_directions() -> None:
+def test_portraits_vary_in_many_directions() -> None:
     images = render(400, 16, seed=2).reshape(400, -1).astype(float) / 255
     assert len(np.unique(images, axis=0)) == 400
     assert images.std(0).min() > 0.08  # every pixel varies
@@ -46,7 +46,7 @@ def test_edges_are_antialiased() -> None:
     assert all(len(np.unique(image)) > 100 for image in render(5, 64, seed=3))
 
 
-def test_nothing_asked_and_nonsense_asked() -> None:
+def test_zero_images_and_bad_arguments() -> None:
     assert render(0, 16).shape == (0, 3, 16, 16)
     for wrong in ({"count": -1, "size": 16}, {"count": 1, "size": 2}, {"count": 1, "size": 16, "seed": -1}):
         with pytest.raises(ValueError):

@@ -1,4 +1,4 @@
-"""Coins and weights: unbiased at every step, cost as expected, evenly spread where asked."""
+"""Coins and weights: unbiased at every step, with the expected cost, and evenly spread if systematic."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TABLES = [
 
 
 def outcomes(p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All coin outcomes [2^K, K] and their chances for independent coins."""
+    """All coin outcomes [2^K, K] and their probabilities for independent coins."""
     coins = np.array(list(product([False, True], repeat=len(p))))
     return coins, np.where(coins, p, 1 - p).prod(axis=1)
 
@@ -107,9 +107,9 @@ def test_systematic_fires_are_the_sum_of_p_rounded(p: np.ndarray) -> None:
     coins = draw_coins(p, range(300), "systematic")
     for k in range(p.shape[1]):
         fires, total = coins[:, :, k].sum(axis=0), p[:, k].sum()
-        # to 1e-9: sums that are whole numbers but for rounding
+        # to 1e-9, because integer sums have rounding errors
         assert np.all((fires == np.floor(total + 1e-9)) | (fires == np.ceil(total - 1e-9)))
-        # and evenly spread: every stretch of steps holds its share to within one fire
+        # fires are evenly spread: every range of steps has its share to within one fire
         running = np.cumsum(p[:, k])[:, None] - np.cumsum(coins[:, :, k], axis=0)
         assert np.ptp(running, axis=0).max() < 1 + 1e-9
 
@@ -130,7 +130,10 @@ def test_coins_of_a_level_ignore_the_other_levels_and_samples(kind: str) -> None
 
 
 def test_constant_probabilities_are_the_square_root_law() -> None:
-    """Error T^(-1/gamma) and cost T give sqrt(V/T) = T^-(1/2 + 1/gamma): 0.287 and 0.379 per fourfold cost (gamma 2.5 and 5)."""
+    """Error T^(-1/gamma) and cost T give sqrt(V/T) = T^-(1/2 + 1/gamma).
+
+    For gamma 2.5 and 5 that is a factor of 0.287 and 0.379 per fourfold cost.
+    """
     flops = [3.0, 12.0, 48.0, 192.0]
     for gamma, ratio in ((2.5, 0.287), (5.0, 0.379)):
         p = constant_probabilities(flops, gamma, 0.9)
@@ -166,7 +169,7 @@ NESTED = [*TABLES, np.array([1.0, 0.6, 0.6, 0.6, 0.1]), np.array([1.0, 1.0, 0.5,
 
 
 def nested_outcomes(p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All coin outcomes of one uniform number and their chances: it lies between two neighbouring probabilities."""
+    """All coin outcomes of one uniform number and their probabilities."""
     edges = np.unique([0.0, *p, 1.0])
     middle = 0.5 * (edges[1:] + edges[:-1])
     return p > middle[:, None], np.diff(edges)
@@ -200,21 +203,21 @@ def test_nested_coins_fire_only_where_those_below_do() -> None:
 # ------------------------------------------------------------------------------------------ measured probabilities
 
 
-def test_measured_probabilities_are_the_square_root_law_of_what_was_measured() -> None:
+def test_measured_probabilities_follow_the_square_root_law_of_the_measurements() -> None:
     flops, squares = [1.0, 4.0, 16.0, 64.0], np.array([9.0, 0.4, 0.02, 0.01])
     p = measured_probabilities(squares, flops, 0.3)
     assert p[:2] == pytest.approx([1.0, 0.3])
     assert p[2] / p[1] == pytest.approx(np.sqrt(0.02 / 16) / np.sqrt(0.4 / 4))
     assert p[3] / p[2] == pytest.approx(np.sqrt(0.01 / 64) / np.sqrt(0.02 / 16))
     assert np.array_equal(measured_probabilities(squares, flops, 1e9), np.ones(4))
-    # a power law of errors gives the probabilities that assume one, up to c: V = T^(-2/gamma)
+    # for a power law V = T^(-2/gamma), these are the probabilities that assume the law, up to c
     law = measured_probabilities(np.array(flops) ** (-2 / 2.5), flops, 0.2)
     ratio = constant_probabilities(flops, 2.5, 0.2)
     np.testing.assert_allclose(law[1:] / law[1], ratio[1:] / ratio[1])
 
 
 @pytest.mark.parametrize("wanted", [3.0, 60.0, 900.0, 6000.0])
-def test_a_knob_is_found_for_a_cost(wanted: float) -> None:
+def test_c_is_found_for_a_cost(wanted: float) -> None:
     flops = [1.0, 4.0, 16.0, 64.0]
 
     def table(c: float) -> np.ndarray:
@@ -226,11 +229,11 @@ def test_a_knob_is_found_for_a_cost(wanted: float) -> None:
     assert float(evaluation_probabilities(p[None])[0] @ flops) * steps == pytest.approx(wanted, rel=1e-9)
 
 
-def test_a_cost_that_no_knob_has_is_none() -> None:
+def test_a_cost_that_no_c_reaches_gives_none() -> None:
     flops = [1.0, 4.0]
 
     def table(c: float) -> np.ndarray:
         return measured_probabilities([9.0, 0.4], flops, c)
 
-    assert c_for_cost(table, flops, 10, 9.9) is None  # below level 1 alone
-    assert c_for_cost(table, flops, 10, 51.0) is None  # above everything
+    assert c_for_cost(table, flops, 10, 9.9) is None  # below the cost of level 1 alone
+    assert c_for_cost(table, flops, 10, 51.0) is None  # above the cost of all levels

@@ -92,7 +92,7 @@ def test_bad_arguments_are_refused() -> None:
 
 
 def test_drift_weights_are_a_quadrature_of_alpha2_over_log_snr() -> None:
-    """A weighted mean must not depend on where the noise levels were put, up to quadrature error."""
+    """A weighted mean must not depend on the choice of noise levels, up to quadrature error."""
     p = process()
     fine = np.linspace(-9, 9, 4001)
 

@@ -1,4 +1,4 @@
-"""A published family: what is in the folder, that a clone needs nothing else, and what is refused."""
+"""A published family: the folder's content, a clone that has nothing else, and refusals."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ GAUSSIAN = "sampler={dynamics: ode, step_rule: ddim, estimator: stitched, levels
 
 @dataclass(frozen=True)
 class Place:
-    """A folder that takes everything that scripts write, and perhaps the images, as a user has them."""
+    """A folder for everything that scripts write, and possibly the images."""
 
     folder: Path
 
@@ -87,7 +87,7 @@ class Run:
 
     @property
     def complaint(self) -> str:
-        """The one line on stderr, progress bars aside."""
+        """The single line on stderr, without progress bars."""
         lines = [line.split("\r")[-1].strip() for line in self.err.splitlines()]
         lines = [line for line in lines if line and "|" not in line]
         assert len(lines) == 1, self.err
@@ -95,7 +95,7 @@ class Run:
 
 
 def run(script: str, place: Place, *more: str) -> int:
-    """Run a script's main in this process; its exit status."""
+    """Run a script's main in this process and return its exit status."""
     before, handlers = sys.argv, {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     sys.argv = [f"{script}.py", *place.overrides(*more)]
     GlobalHydra.instance().clear()
@@ -128,7 +128,7 @@ def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """A family that was trained and published; nobody writes into this folder afterwards."""
+    """A trained and published family; tests must not write into this folder."""
     place = Place(tmp_path_factory.mktemp("publish"))
     (place.folder / "celeba_few").mkdir()
     for i, image in enumerate(render(128, 8)):
@@ -146,7 +146,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture
 def clone(done: Place, tmp_path: Path) -> Place:
-    """What somebody else has: the published files and nothing more."""
+    """A clone of the repository: the published files and nothing more."""
     place = Place(tmp_path / "clone")
     shutil.copytree(done.published, place.published)
     return place
@@ -168,7 +168,7 @@ def index_of(place: Place) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------- what is published
 
 
-def test_git_keeps_the_published_files_and_no_others(done: Place):
+def test_git_tracks_the_published_files_and_no_others(done: Place):
     expected = {"README.md", "family.json", "gauss.safetensors", "statistics.npz"}
     expected |= {
         f"{name}/{file}" for name in [*LEVELS, "w2-seed7"] for file in ("ema-bf16.safetensors", "metadata.json")
@@ -179,10 +179,11 @@ def test_git_keeps_the_published_files_and_no_others(done: Place):
         pytest.skip("not a git checkout")
     paths = [f"checkpoints/celeba32/{name}" for name in sorted(files_below(done.checkpoints))]
     found = subprocess.run(
-        ["git", "check-ignore", "--no-index", "--stdin"], cwd=ROOT, input="\n".join(paths), capture_output=True, text=True
+        ["git", "check-ignore", "--no-index", "--stdin"], cwd=ROOT, input="\n".join(paths), capture_output=True,
+        text=True,
     )  # fmt: skip
-    kept = set(paths) - set(found.stdout.split())
-    assert kept == {f"checkpoints/celeba32/published/{name}" for name in expected}
+    tracked = set(paths) - set(found.stdout.split())
+    assert tracked == {f"checkpoints/celeba32/published/{name}" for name in expected}
 
 
 def test_weights_are_those_of_training_rounded(done: Place, clone: Place):
@@ -197,8 +198,9 @@ def test_weights_are_those_of_training_rounded(done: Place, clone: Place):
             assert torch.equal(value.float(), own[key].to(value.dtype).float())
         assert metadata["weights_sha256"] == published.sha256_of(file) != metadata["trained_weights_sha256"]
         assert (
-            metadata["trained_weights_sha256"] == json.loads((done.checkpoints / name / "metadata.json").read_text())["weights_sha256"]
-        )  # fmt: skip
+            metadata["trained_weights_sha256"]
+            == (json.loads((done.checkpoints / name / "metadata.json").read_text())["weights_sha256"])
+        )
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -214,7 +216,7 @@ def test_a_published_family_is_a_float32_family(done: Place, clone: Place, devic
         assert 0 < change < 0.02
 
 
-def test_the_card_says_what_the_metadata_say(done: Place):
+def test_the_card_agrees_with_the_metadata(done: Place):
     card, index = (done.published / "README.md").read_text(), index_of(done)
     for m in read_metadata(done.published, WIDTHS):
         row = next(line for line in card.splitlines() if line.startswith(f"| {m['name']} |"))
@@ -264,7 +266,7 @@ def test_a_clone_samples_without_images_and_training(done: Place, clone: Place, 
     assert pictures[0].std() > 5
 
 
-def test_a_clone_compares_with_the_distances_that_the_images_give(done: Place, clone: Place, here: Callable[..., Run]):
+def test_a_clone_computes_the_distances_that_the_images_give(done: Place, clone: Place, here: Callable[..., Run]):
     found = here("sample_compare", clone)
     assert found.code == 0, found.err
     assert not (clone.folder / "data").exists()
@@ -282,10 +284,10 @@ def test_a_clone_compares_with_the_distances_that_the_images_give(done: Place, c
         assert row == other
 
 
-def test_without_statistics_there_are_no_distances_and_that_is_said(clone: Place, here: Callable[..., Run]):
+def test_missing_statistics_give_no_distances_and_one_message(clone: Place, here: Callable[..., Run]):
     found = here("sample_compare", clone, "metrics.seed=1")
     assert found.code == 0, found.err
-    assert found.out.count("no distances, since the images are not here") == 1
+    assert found.out.count("no distances, since the images are missing") == 1
     assert all(row["distance"] == "" for row in rows_of(clone))
     assert here("sample_compare", clone, "metrics.seed=0", "compare.num_samples=18").code == 0
     rows = rows_of(clone)  # distances, but the floor is that of other numbers of images
@@ -301,7 +303,7 @@ def test_gamma_needs_images_and_the_published_lengths(done: Place, clone: Place,
     assert [entry["images"] for entry in lengths] == [[256] * 3]
 
 
-def test_snapshots_are_published_where_asked_for(done: Place, clone: Place, here: Callable[..., Run]):
+def test_snapshots_are_published_on_request(done: Place, clone: Place, here: Callable[..., Run]):
     place = Place(clone.folder / "more")
     shutil.copytree(done.checkpoints, place.checkpoints)
     shutil.copytree(done.folder / "data", place.folder / "data")
@@ -333,7 +335,7 @@ def test_a_changed_file_is_refused_by_name(clone: Place, here: Callable[..., Run
         "sample", clone, "seeds=0", "sampler={dynamics: ode, step_rule: ddim, estimator: single, levels: w2, steps: 2}"
     )
     assert found.code == 2
-    # without its index or one of its levels it is no published family
+    # without its index or one of its levels it is not a published family
     absent = damage == "missing" and name.endswith(".json")
     assert ("make train-levels" if absent else name) in found.complaint
     if not absent:
@@ -352,11 +354,11 @@ def test_other_images_are_refused(done: Place, clone: Place, here: Callable[...,
     assert found.code == 2 and "another configuration or data set" in found.complaint
 
 
-def test_training_finds_published_levels_and_leaves_them(done: Place, clone: Place, here: Callable[..., Run]):
+def test_training_finds_published_levels_and_leaves_them_unchanged(done: Place, clone: Place, here: Callable[..., Run]):
     before = {name: published.sha256_of(clone.published / name) for name in files_below(clone.published)}
     for more in ([], ["only=w3"], ["only=w2-seed7"]):
         found = here("train_levels", clone, *more)
-        assert found.code == 0 and "there already, published" in found.out and "ARGS=overwrite=true" in found.out
+        assert found.code == 0 and "already published in" in found.out and "ARGS=overwrite=true" in found.out
     found = here("train_levels", clone, "train.lr=0.1")
     assert found.code == 2 and "another configuration" in found.complaint
     assert sorted(p.name for p in clone.checkpoints.iterdir()) == ["published"]
@@ -364,11 +366,11 @@ def test_training_finds_published_levels_and_leaves_them(done: Place, clone: Pla
     shutil.copytree(done.folder / "data", clone.folder / "data")
     stopped = here("train_levels", clone, "overwrite=true", "train.seed=5", "max_minutes=0", "workers=1")
     assert stopped.code == 75
-    found = here("train_levels", clone, "train.seed=5", "workers=1")  # goes on, now that it has begun
-    assert found.code == 0 and "there already" not in found.out
+    found = here("train_levels", clone, "train.seed=5", "workers=1")  # continues, because it has begun
+    assert found.code == 0 and "already published" not in found.out
     after = {name: published.sha256_of(clone.published / name) for name in files_below(clone.published)}
     assert after == before
-    # and from now on the levels are those trained here
+    # from now on the levels are those trained in this place
     assert published.levels_folder(clone.checkpoints, LEVELS) == clone.checkpoints
     shutil.rmtree(clone.checkpoints / "w3")
     assert published.levels_folder(clone.checkpoints, LEVELS) == clone.published
@@ -404,7 +406,7 @@ def test_weights_that_are_not_those_of_the_metadata_are_not_published(
 
 
 @pytest.mark.parametrize(("dimensions", "exact"), [(32, True), (600, False)])
-def test_statistics_come_back(tmp_path: Path, dimensions: int, exact: bool):
+def test_statistics_round_trip(tmp_path: Path, dimensions: int, exact: bool):
     rng = np.random.default_rng(0)
     a, b = (rng.normal(size=(2000, dimensions)) @ np.diag(0.98 ** np.arange(dimensions)) for _ in range(2))
     before = FeatureMoments(a.mean(0) + 0.1, np.cov(a.T), len(a))
@@ -429,7 +431,7 @@ def test_parameters_alone_are_rounded(tmp_path: Path):
     assert torch.equal(found.running_mean, network.running_mean)  # pyright: ignore
 
 
-def test_the_commands_on_the_card_reach_hydra_as_they_were_meant():
+def test_the_commands_on_the_card_reach_hydra_unchanged():
     import publish
 
     note = ', "whole" frames'

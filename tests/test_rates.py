@@ -1,4 +1,4 @@
-"""The problem with a known answer: its integrators, the expected costs, the choice of settings and the exponents."""
+"""The problem with a known solution: its integrators, the expected costs, the choice of settings and the exponents."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def replicates(request) -> synthetic.Replicates:
 
 
 def level_drift(replicates: synthetic.Replicates, k: int, x: np.ndarray, t: float) -> np.ndarray:
-    """f^k, written out from the definition."""
+    """The drift f^k, written out from the definition."""
     time, phase, *rest = replicates.parameters[:, :, k * replicates.count : (k + 1) * replicates.count]
     wave = np.cos(time * t + phase + rest[0] * x[0] + rest[1] * x[1])
     return synthetic.true_drift(x, t) + 0.5**k * np.stack([(a * wave).sum(axis=0) for a in rest[2:]])
@@ -117,7 +117,7 @@ def test_steps_that_are_not_nested_are_refused(replicates):
 # ---- costs ---------------------------------------------------------------------------------------------------
 
 
-def test_expected_cost_is_what_is_evaluated():
+def test_expected_cost_matches_the_evaluations():
     setting = RateSetting("ml_em", 2.0, 4, 40, 3.0)
     p = np.tile(setting.p, (setting.steps, 1))
     weights = telescope_weights(p, draw_coins(p, range(4000), "independent"))
@@ -126,7 +126,7 @@ def test_expected_cost_is_what_is_evaluated():
     assert RateSetting("ml_em", 2.0, 4, 40, 1e9).cost == RateSetting("em", 2.0, 4, 40).cost == 40 * 2.0**8
 
 
-def test_probabilities_follow_the_law_of_the_knob():
+def test_probabilities_follow_the_law_with_c():
     setting = RateSetting("ml_em", 2.5, 6, 512, 4.0)
     c = setting.c
     assert c is not None and setting.p[0] == 1
@@ -159,7 +159,7 @@ def test_between_events_the_path_follows_the_brownian_motion():
     coarse = replace(fine, dw=dw, area=area)
     known = jumps._linear_response(coarse)
     assert np.abs(known - jumps._linear_response(fine)[::16]).max() < 2e-3  # 0.02 and more without the areas
-    # two events in cell 25 of 64 and one in cell 40, bridges without their noise: straight lines from the last known point
+    # Two events in cell 25 of 64, one in cell 40. Bridges without noise are straight lines from the last known point.
     state = [np.zeros(50, complex), np.zeros(50, complex), np.zeros(50)]
     still, level = np.zeros(50), np.ones(50, int)
     for wait, end, share, start in ((25.25, 26, 0.25, known[25]), (0.5, 26, 2 / 3, None), (14.5, 41, 0.25, known[40])):
@@ -182,7 +182,7 @@ def test_the_jump_process_is_the_limit_of_small_steps(dynamics):
     assert replace(setting, method="poisson", steps=0).cost == pytest.approx(setting.cost, rel=0.05)
 
 
-def test_the_jump_process_knows_no_step():
+def test_the_jump_process_does_not_depend_on_the_step():
     coarse, fine = (synthetic.draw((5,), 20, 2, grid, 0.0) for grid in (4, 64))
     settings = [Rates((20.0, 5.0))]
     assert np.array_equal(jump_process(coarse, settings), jump_process(fine, settings))

@@ -213,7 +213,7 @@ def test_levels_have_a_section_of_their_own(results: Path) -> None:
         make_page(results)
 
 
-def test_summary_is_in_words(results: Path) -> None:
+def test_summary_text(results: Path) -> None:
     text = make_page(results).text
     assert "2.51 (2.21 to 3.04) from the differences of neighbouring levels" in text
     assert "no finite value (0.800 and above)" in text
@@ -238,14 +238,15 @@ def test_tables_and_provenance(results: Path) -> None:
         "ML-EM w4+w8, EM, 16 steps, independent coins, C = 0.5",
         "All settings (3 rows of compare.csv)",
         "In 1 of them the top level fired too rarely",
-        "Distances are the Frechet of n = 64 images to the training images; as many real images are 1.25",
+        "Distances are the Frechet of n = 64 images to the training images; "
+        "for as many real images the distance is 1.25",
         "w4 & w8 are <close>.",
     ):
         assert words in text
     assert text.index("w8-ema-1000") < text.index("w16-ema-1000")  # natural order
 
 
-def test_stages_say_commit_device_and_further_facts(results: Path) -> None:
+def test_stages_list_commit_device_and_further_facts(results: Path) -> None:
     text = make_page(results).text
     assert "stage time finished commit device further" in text
     assert "train levels 1 h 2 min 2026-01-02 – – –" in text
@@ -292,9 +293,9 @@ def test_names_are_escaped(results: Path) -> None:
         ("provenance.json", "train-levels"),
     ],
 )
-def test_missing_artefacts_are_said(results: Path, name: str, stage: str) -> None:
+def test_missing_artefacts_are_reported(results: Path, name: str, stage: str) -> None:
     (results / name).unlink()
-    assert f"{name} is not there: run make {stage} EXPERIMENT=tiny." in make_page(results).text
+    assert f"{name} is missing: run make {stage} EXPERIMENT=tiny." in make_page(results).text
 
 
 @pytest.mark.parametrize(
@@ -305,10 +306,10 @@ def test_one_artefact_is_enough(results: Path, keep: str) -> None:
     for path in list(results.rglob("*")):
         if path.is_file() and path.name != keep:
             path.unlink()
-    assert "is not there" in make_page(results).text
+    assert "is missing" in make_page(results).text
 
 
-def test_nothing_at_all_is_refused(tmp_path: Path) -> None:
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no results yet"):
         write_report(tmp_path, title="x")
     with pytest.raises(UserError, match="no results yet"):
@@ -321,7 +322,7 @@ def test_nothing_at_all_is_refused(tmp_path: Path) -> None:
     [
         ("gamma.json", b'{"estimates": ', "is not valid JSON"),
         ("gamma.json", b'{"estimates": {}}', "does not carry its checksum"),
-        ("speedup.json", b"[1, 2]", "does not hold what was written there"),
+        ("speedup.json", b"[1, 2]", "does not contain a JSON object"),
         ("provenance.json", b"\xff\xfe\x00", "is not valid JSON"),
         ("compare.csv", b"a,b\n1,2\n", "cannot be read"),
         ("compare.png", b"", "is not a readable PNG"),
@@ -343,13 +344,13 @@ def test_a_picture_with_one_wrong_bit_is_refused(results: Path) -> None:
         make_page(results)
 
 
-def test_what_a_stage_did_not_write_is_refused(results: Path) -> None:
+def test_files_that_no_stage_wrote_are_refused(results: Path) -> None:
     table = results / "compare.csv"
     stages = {"sample_compare": {"seconds": 1.0, "outputs": {"compare.csv": sha256_of(table)}}}
     write_json(results / "provenance.json", {**PROVENANCE, "stages": stages})
     make_page(results)
     table.write_text(table.read_text().replace("0.02", "0.03"))
-    with pytest.raises(UserError, match=r"compare\.csv is not what sample-compare wrote: run make sample-compare"):
+    with pytest.raises(UserError, match=r"compare\.csv is not the file that sample-compare wrote: run make"):
         make_page(results)
 
 
@@ -386,16 +387,19 @@ def test_odd_but_valid_gamma(results: Path) -> None:
     assert "Harder than Monte Carlo: undetermined" in make_page(results).text
 
 
-def test_precision_is_shown_where_it_was_checked(results: Path) -> None:
+def test_precision_is_shown_if_it_was_checked(results: Path) -> None:
     content = {
         "logsnr": [-1.0, 1.0],
         "levels": [{"level": "w4", "rms_rounding": [0.001, 0.003], "rms_difference": [0.1, 0.1], "worst_ratio": 0.031}],
         "samples": 48,
         "settings": [
-            {"dynamics": "sde", "setting": "DDPM, w4, 8 steps", "gflops": 1.0, "error_float32": 0.02, "error_bf16": 0.0202,
-             "change": 0.0002, "change_se": 0.0001}
+            {"dynamics": "sde", "setting": "DDPM, w4, 8 steps", "gflops": 1.0, "error_float32": 0.02,
+             "error_bf16": 0.0202, "change": 0.0002, "change_se": 0.0001}
         ],
-        "speedup": {p: {"sde": {"paper": {"max": None, "lower95": None}, "any": {"max": 2.5, "lower95": 2.1}}} for p in ("float32", "bf16")},
+        "speedup": {
+            p: {"sde": {"paper": {"max": None, "lower95": None}, "any": {"max": 2.5, "lower95": 2.1}}}
+            for p in ("float32", "bf16")
+        },
     }  # fmt: skip
     assert "Precision: bf16" not in make_page(results).text
     write_json(results / "precision.json", content)

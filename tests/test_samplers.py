@@ -33,7 +33,7 @@ def run(
     denoise: Callable[[np.ndarray, float], np.ndarray],
     increments: np.ndarray | None = None,
 ) -> list[np.ndarray]:
-    """A program as its matrices say, in float64: state 0 [n + 1, *x.shape] before each evaluation and at the end."""
+    """Apply a program's matrices in float64; return state 0 [n + 1, *x.shape] before each evaluation and at the end."""
     state = np.zeros((len(program[0].update), *x.shape))
     state[0], seen = x, [x]
     for evaluation in program:
@@ -68,8 +68,8 @@ def test_programs_are_well_formed(dynamics: str, rule: str) -> None:
 
 @pytest.mark.parametrize("steps", [2, 3, 7])
 @pytest.mark.parametrize(("dynamics", "rule"), RULES)
-def test_a_constant_image_is_kept(dynamics: str, rule: str, steps: int) -> None:
-    """Without noise, alpha_s c goes to alpha_t c at every evaluation if all estimates are c; and c is the image."""
+def test_a_constant_image_is_preserved(dynamics: str, rule: str, steps: int) -> None:
+    """Without noise and with all estimates c, alpha_s c becomes alpha_t c at every evaluation, and the image is c."""
     program = STEP_RULES[dynamics, rule].program(process().grid(steps))
     alpha = alpha_sigma(np.array([e.logsnr for e in program]))[0]
     seen = run(program, np.array([alpha[0] * 0.7]), lambda x, logsnr: np.full_like(x, 0.7))
@@ -81,8 +81,8 @@ def test_a_constant_image_is_kept(dynamics: str, rule: str, steps: int) -> None:
 
 
 @pytest.mark.parametrize(("dynamics", "rule"), RULES)
-def test_the_loop_does_what_the_matrices_say(dynamics: str, rule: str) -> None:
-    """To 1e-5 of the largest value, float32 against float64."""
+def test_the_loop_applies_the_program_matrices(dynamics: str, rule: str) -> None:
+    """Agreement to 1e-5 of the largest value, float32 against float64."""
     grid, shape, seeds = process().grid(9), (3, 6, 6), [4]
     program, clock = STEP_RULES[dynamics, rule].program(grid), STEP_RULES[dynamics, rule].clock
     increments = None if clock is None else path_increments(seeds, shape, grid, clock, CPU)
@@ -92,8 +92,8 @@ def test_the_loop_does_what_the_matrices_say(dynamics: str, rule: str) -> None:
     assert np.abs(images[0].numpy() - expected).max() < 1e-5 * np.abs(expected).max()
 
 
-def test_estimates_are_left_as_they_are() -> None:
-    """The loop and its states may hold the very tensors that an estimator returned."""
+def test_estimates_are_not_modified() -> None:
+    """The loop must not change the tensors that an estimator returned, although its states may be these tensors."""
     returned: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     class Watched(SingleLevel):
@@ -120,32 +120,30 @@ def test_estimates_are_left_as_they_are() -> None:
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("coins", COINS)
 @pytest.mark.parametrize(("dynamics", "rule"), RULES)
-def test_certain_coins_are_plain_sampling_with_the_top_level(
-    dynamics: str, rule: str, coins: str, shared: bool
-) -> None:
-    """Bit for bit, at the same cost."""
+def test_certain_coins_equal_sampling_with_the_top_level(dynamics: str, rule: str, coins: str, shared: bool) -> None:
+    """Images are equal bit for bit, at the same cost."""
     family, grid, seeds = toy_family(), process().grid(9), [3, 1, 4]
     n = 17 if rule == "heun" else 9
     single = SingleLevel(family[-1])
     multilevel = Multilevel(family, np.ones(3), coins, shared)
-    expected, plain = sample(single, grid, dynamics, rule, seeds, SHAPE)
+    expected, single_ledger = sample(single, grid, dynamics, rule, seeds, SHAPE)
     images, ledger = sample(multilevel, grid, dynamics, rule, seeds, SHAPE)
     assert torch.equal(images, expected)
-    assert ledger.evaluations == [0, 0, *plain.evaluations] == [0, 0, 3 * n]
-    assert ledger.launches == [0, 0, *plain.launches]
-    assert ledger.flops_per_image == plain.flops_per_image == multilevel.expected_flops(n) == n * 16.0
+    assert ledger.evaluations == [0, 0, *single_ledger.evaluations] == [0, 0, 3 * n]
+    assert ledger.launches == [0, 0, *single_ledger.launches]
+    assert ledger.flops_per_image == single_ledger.flops_per_image == multilevel.expected_flops(n) == n * 16.0
 
 
-def test_one_level_is_plain_sampling() -> None:
+def test_one_level_equals_sampling_with_that_level() -> None:
     family, grid = toy_family(1), process().grid(9)
-    expected, plain = sample(SingleLevel(family[0]), grid, "sde", "em", [0, 1], SHAPE)
+    expected, single_ledger = sample(SingleLevel(family[0]), grid, "sde", "em", [0, 1], SHAPE)
     images, ledger = sample(Multilevel(family, np.ones(1)), grid, "sde", "em", [0, 1], SHAPE)
-    assert torch.equal(images, expected) and ledger.evaluations == plain.evaluations
+    assert torch.equal(images, expected) and ledger.evaluations == single_ledger.evaluations
 
 
 @pytest.mark.parametrize(("dynamics", "rule"), RULES)
 def test_every_evaluation_of_the_program_is_made_the_last_a_denoising(dynamics: str, rule: str) -> None:
-    """n for n noise levels, and 2 n - 1 for Heun."""
+    """There are n evaluations for n noise levels, and 2 n - 1 for Heun."""
     seen: list[float] = []
 
     def constant(x: torch.Tensor, logsnr: torch.Tensor) -> torch.Tensor:
@@ -163,7 +161,7 @@ def test_every_evaluation_of_the_program_is_made_the_last_a_denoising(dynamics: 
 
 @pytest.mark.parametrize("rule", ["ddim", "dpmpp_2m", "heun", "unipc"])
 def test_ode_rules_are_exact_for_a_constant_image(rule: str) -> None:
-    """With denoised = c the flow keeps (x - alpha c) / sigma, in one step as in ten."""
+    """With denoised = c the flow preserves (x - alpha c) / sigma, in one step as in ten."""
     logsnr, x0 = np.linspace(-6, 6, 11), np.array([1.7])
     alpha, sigma = alpha_sigma(logsnr)
     end = run(STEP_RULES["ode", rule].program(grid_of(logsnr)), x0, lambda x, logsnr: np.full_like(x, 0.3))[-2]
@@ -182,7 +180,10 @@ def test_ancestral_steps_sample_the_posterior(rule: str) -> None:
 
 
 def test_euler_rules_are_one_step_of_the_equations_in_time() -> None:
-    """dx = -beta (x/2 + score) dt + sqrt(beta) dW backwards, and half the score for the flow; beta at the start of the step."""
+    """dx = -beta (x/2 + score) dt + sqrt(beta) dW backwards in time; the flow has half the score.
+
+    beta is taken at the start of the step.
+    """
     p = process()
     grid = p.grid(5)
     x, denoised, z = np.random.default_rng(0).normal(size=(3, 6))
@@ -222,7 +223,7 @@ def test_an_unknown_rule_is_refused() -> None:
 
 
 def convolution_family() -> tuple[Level, ...]:
-    """Levels with convolutions, whose arithmetic may differ between batch shapes."""
+    """Levels with convolutions, whose rounding may differ between batch shapes."""
     family = []
     for k in range(3):
         kernel = 0.1 * torch.randn(3, 3, 3, 3, generator=torch.Generator().manual_seed(k))
@@ -237,7 +238,7 @@ def convolution_family() -> tuple[Level, ...]:
 @pytest.mark.parametrize("coins", COINS)
 @pytest.mark.parametrize(("dynamics", "rule"), RULES)
 def test_a_sample_depends_on_its_seed_alone(dynamics: str, rule: str, coins: str) -> None:
-    """Not on batch size, neighbours or order: to 1e-5 of the largest value."""
+    """It does not depend on batch size, neighbours or order, to 1e-5 of the largest value."""
     estimator, grid = Multilevel(convolution_family(), np.array([1.0, 0.5, 0.3]), coins), process().grid(12)
 
     def run(seeds: list[int]) -> torch.Tensor:
@@ -251,7 +252,7 @@ def test_a_sample_depends_on_its_seed_alone(dynamics: str, rule: str, coins: str
 
 @pytest.mark.parametrize("coins", COINS)
 def test_adding_a_level_leaves_noise_and_lower_coins_alone(coins: str) -> None:
-    """A fourth level equal to the third adds nothing, whatever its coins."""
+    """A fourth level equal to the third adds nothing, for any coins."""
     *lower, top = toy_family()
     grid, p = process().grid(12), [1.0, 0.5, 0.3]
     again = Level("again", top.denoise, 99.0)
@@ -269,7 +270,8 @@ def test_increments_may_be_passed_in() -> None:
 
 
 # ------------------------------------------------------------------------------- convergence on Gaussian data
-# Data N(0, S^2 I): the denoiser is linear and the flow has the closed form x_t = x_s sqrt(v_t / v_s), v = alpha^2 S^2 + sigma^2.
+# Data N(0, S^2 I): the denoiser is linear, and the flow has the closed form
+# x_t = x_s sqrt(v_t / v_s), v = alpha^2 S^2 + sigma^2.
 
 STEPS = (16, 32, 64, 128)
 
@@ -317,7 +319,7 @@ def test_order_survives_uneven_steps(rule: str, order: int) -> None:
 
 @pytest.mark.parametrize("rule", ODE_RULES)
 def test_sampling_reaches_the_exact_flow(rule: str) -> None:
-    """The same through the sampling loop, in float32."""
+    """The same convergence through the sampling loop, in float32."""
     p, estimator, shape = process(512, "logsnr", reach=4.0), SingleLevel(gaussian_level(S)), (3, 8, 8)
     end = initial_noise([0, 1], shape, CPU) * float(np.sqrt(gaussian_variance(4.0, S) / gaussian_variance(-4.0, S)))
     exact = estimator.level.denoise(end, torch.full((2,), 4.0))
@@ -353,13 +355,13 @@ def test_two_step_sde_rule_is_closer_to_the_reference_than_the_ancestral_one() -
     p, estimator, shape = process(1024, "logsnr", reach=4.0), SingleLevel(gaussian_level(S)), (3, 16, 16)
     reference, _ = sample(estimator, p.grid(), "sde", "ddpm", [0, 1], shape)
     for n in STEPS:
-        plain, two = (sample(estimator, p.grid(n), "sde", rule, [0, 1], shape)[0] for rule in ("ddpm", "dpmpp_2m"))
-        assert rms(two - reference) < 0.75 * rms(plain - reference)
+        one, two = (sample(estimator, p.grid(n), "sde", rule, [0, 1], shape)[0] for rule in ("ddpm", "dpmpp_2m"))
+        assert rms(two - reference) < 0.75 * rms(one - reference)
 
 
 @pytest.mark.parametrize("rule", SDE_RULES)
 def test_an_unrelated_path_does_not_converge(rule: str) -> None:
-    """What the shared path is for: with fresh noise the distance to the reference stays at the size of the samples."""
+    """The shared path is needed: with fresh noise, the distance to the reference stays as large as the samples."""
     p, estimator, shape = process(512, reach=4.0), SingleLevel(gaussian_level(S)), (3, 16, 16)
     reference, _ = sample(estimator, p.grid(), "sde", "ddpm", [0], shape)
     fresh = torch.randn(127, 1, *shape, generator=torch.Generator().manual_seed(0))
@@ -382,7 +384,7 @@ def test_fine_grids_give_the_variance_of_the_data(dynamics: str, rule: str) -> N
 
 
 def test_long_paths_are_drawn_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing a few steps at a time changes neither the samples nor what is counted."""
+    """Drawing a few steps at a time changes neither the samples nor the counts."""
     level, grid = toy_family(1)[0], process(100, spacing="logsnr").grid(40)
     arguments = (SingleLevel(level), grid, "sde", "ddpm", [3, 5], SHAPE)
     whole, _ = sample(*arguments)

@@ -1,4 +1,4 @@
-"""The scripts end to end on the miniature experiment: artefacts, formats, what is done stays done, and wrong input."""
+"""The scripts end to end on the miniature experiment: artefacts, formats, reuse of finished work, and wrong input."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ COMPARE_COLUMNS = [
 
 @dataclass(frozen=True)
 class Place:
-    """A folder that takes everything the scripts write."""
+    """A folder for everything that the scripts write."""
 
     folder: Path
 
@@ -82,7 +82,7 @@ class Place:
         return Place(folder)
 
     def digest(self) -> dict[str, str]:
-        """Hash of every file, to see what a command changed."""
+        """The hash of every file, to detect what a command changed."""
         files = sorted(p for p in self.folder.rglob("*") if p.is_file() and p.name != ".lock")
         return {str(p.relative_to(self.folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
@@ -97,7 +97,7 @@ for script, arguments in json.loads(sys.argv[1]):
 
 
 def run_apart(place: Place, *scripts: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
-    """As a user would, from the repository's root; one process for all, as importing torch takes seconds."""
+    """Run scripts from the repository's root, all in one new process, because importing torch takes seconds."""
     return run_python("-c", DRIVER, json.dumps([[script, place.overrides(*more)] for script, *more in scripts]))
 
 
@@ -115,7 +115,7 @@ class Run:
 
     @property
     def complaint(self) -> str:
-        """The one line on stderr, progress bars aside."""
+        """The single line on stderr, without progress bars."""
         unmoved = self.err.replace("\x1b[A", "")  # bars on several lines move the cursor
         shown = [line.split("\r")[-1].strip() for line in unmoved.splitlines()]
         lines = [line for line in shown if line and not re.search(r"\d+%\|| \[\d\d:\d\d", line)]
@@ -124,7 +124,7 @@ class Run:
 
 
 class Here:
-    """Runs a script's main in this process (imports of torch and friends are paid once)."""
+    """Runs a script's main in this process, which imports torch only once."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path):
         self.capsys, self.monkeypatch = capsys, monkeypatch
@@ -158,7 +158,7 @@ def here(capsys, monkeypatch, tmp_path_factory) -> Iterator[Here]:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, str]:
-    """The whole pipeline, run once; what it printed."""
+    """The pipeline, run once, and its output."""
     place = Place(tmp_path_factory.mktemp("pipeline"))
     scripts = [(stage, *(["seeds='0-2,5'"] if stage == "sample" else [])) for stage in STAGES]
     finished = run_apart(place, *scripts)
@@ -180,7 +180,7 @@ def strict(path: Path) -> Any:
 # ------------------------------------------------------------------------------------------------- artefacts
 
 
-def test_every_stage_says_where_its_results_are(done):
+def test_every_stage_prints_where_its_results_are(done):
     place, printed = done
     for stage in RECORDED:
         assert re.search(rf"^{stage}: done in \d+ s; see {re.escape(str(place.results))}/$", printed, re.MULTILINE)
@@ -192,7 +192,8 @@ def test_all_artefacts_exist(done):
     place, _ = done
     expected = [
         "gamma.json", "gamma.png", "compare.csv", "compare.png", "speedup.json", "best.json", "provenance.json",
-        "plans.json", "plans.npz", "gains.png", "diagnostics.json", "ablation.json", "ablation.png", "diagnostics-sde.png", "diagnostics-ode.png", "verdicts.json",
+        "plans.json", "plans.npz", "gains.png", "diagnostics.json", "ablation.json", "ablation.png",
+        "diagnostics-sde.png", "diagnostics-ode.png", "verdicts.json",
         "metrics.jsonl", "report.html", "training.png", "grids/sde.png", "grids/ode.png",
         "config.yaml",
         *(f"training/w{w}-{seen:010d}-ema.png" for w in range(2, 7) for seen in (192, 320, 640)),
@@ -288,7 +289,7 @@ def test_format_of_speedup_json(done):
                     assert entry is None or {"max", "lower95", "at", "baseline", "ours"} <= set(entry)
 
 
-def test_provenance_tells_where_everything_comes_from(done):
+def test_provenance_records_every_origin(done):
     place, _ = done
     p = strict(place.results / "provenance.json")
     assert p["experiment"] == "smoke" and set(p["stages"]) == set(RECORDED)
@@ -316,7 +317,7 @@ def test_the_report_is_self_contained(done):
 
 
 @pytest.mark.parametrize("stage", ["prepare_data", *RECORDED])
-def test_a_finished_stage_is_not_done_again(done, here, stage):
+def test_a_finished_stage_is_not_repeated(done, here, stage):
     place, _ = done
     before = place.digest()
     run = here(stage, place)
@@ -326,7 +327,7 @@ def test_a_finished_stage_is_not_done_again(done, here, stage):
         assert "already done" in run.out
 
 
-def test_the_report_and_the_samples_are_the_same_again(done, here, tmp_path):
+def test_the_report_and_the_samples_are_reproducible(done, here, tmp_path):
     place = done[0].copy_to(tmp_path / "again")
     before = place.digest()
     assert here("sample", place, "seeds='0-2,5'").code == 0
@@ -335,7 +336,7 @@ def test_the_report_and_the_samples_are_the_same_again(done, here, tmp_path):
     assert changed <= {"results/smoke/samples/samples.json"}  # it holds seconds
 
 
-def test_force_does_a_results_stage_again_with_the_same_result(done, here, tmp_path):
+def test_force_repeats_a_results_stage_with_the_same_result(done, here, tmp_path):
     place = done[0].copy_to(tmp_path / "forced")
     gamma = (place.results / "gamma.json").read_text()
     (place.results / "gamma.png").unlink()
@@ -344,14 +345,14 @@ def test_force_does_a_results_stage_again_with_the_same_result(done, here, tmp_p
     assert (place.results / "gamma.json").read_text() == gamma and (place.results / "gamma.png").is_file()
 
 
-def test_changed_settings_are_measured_anew(done, here, tmp_path):
+def test_changed_settings_are_measured_again(done, here, tmp_path):
     place = done[0].copy_to(tmp_path / "changed")
     run = here("measure_gamma", place, "gamma.images=32")
     assert run.code == 0 and "already done" not in run.out
     assert strict(place.results / "gamma.json")["held_out_images"] == 32
 
 
-def test_interrupted_training_goes_on_to_the_same_weights(done, here, tmp_path):
+def test_interrupted_training_resumes_to_the_same_weights(done, here, tmp_path):
     whole = done[0]
     place = Place(tmp_path / "stopped")
     shutil.copytree(whole.folder / "data", place.folder / "data")
@@ -360,7 +361,7 @@ def test_interrupted_training_goes_on_to_the_same_weights(done, here, tmp_path):
     assert run.code == 75
     assert "stopped after 64 of 640 images" in run.complaint and "run the same command again" in run.complaint
     assert not (place.checkpoints / "w2" / "metadata.json").exists()
-    assert here("measure_gamma", place, widths).code == 2  # half a family is none
+    assert here("measure_gamma", place, widths).code == 2  # half a family is not a family
     codes = []
     for minutes in (0, 0, 0.0005):
         codes.append(here("train_levels", place, widths, f"max_minutes={minutes}").code)
@@ -375,13 +376,13 @@ def test_interrupted_training_goes_on_to_the_same_weights(done, here, tmp_path):
             assert a[key] == b[key], key
 
 
-def test_an_interrupted_comparison_goes_on(done, here, tmp_path):
+def test_an_interrupted_comparison_resumes(done, here, tmp_path):
     place = done[0].copy_to(tmp_path / "compare")
     shutil.rmtree(place.results / "cache")
     for name in ("compare.csv", "speedup.json"):
         (place.results / name).unlink()
     run = here("sample_compare", place, "max_minutes=0")
-    assert run.code == 75 and "finished batches are kept" in run.complaint
+    assert run.code == 75 and "finished batches are saved" in run.complaint
     assert not (place.results / "compare.csv").exists()
     assert here("sample_compare", place).code == 0
 
@@ -396,13 +397,13 @@ def test_an_interrupted_comparison_goes_on(done, here, tmp_path):
 
 
 def train_two_at_a_time(place: Place, *more: str) -> Run:
-    """As a program of its own: worker processes import the script again by its path."""
+    """Train in a separate program, because worker processes import the script again by its path."""
     run = run_python("scripts/train_levels.py", *place.overrides("family.widths=[2,3]", "workers=2", *more))
     assert "\x1b[A" in run.stderr  # the second level's bar has a line of its own
     return Run(run.returncode, run.stdout, run.stderr)
 
 
-def test_levels_that_train_side_by_side_are_the_same_to_the_bit(done, tmp_path):
+def test_levels_that_train_in_parallel_are_bit_identical(done, tmp_path):
     place = Place(tmp_path / "two")
     shutil.copytree(done[0].folder / "data", place.folder / "data")
     run = train_two_at_a_time(place)
@@ -487,7 +488,7 @@ def test_wrong_input_is_one_line_and_exit_status_2(here, tmp_path, stage, more, 
         ("sample_compare", ["compare.gamma=often"], "neither a number nor auto"),
         ("sample_compare", ["compare.num_samples=1"], ""),
         ("sample_compare", ["compare.seed=499999"], "were selected on sample seeds that"),
-        ("sample", ["seeds=many"], "SEEDS=many is not understood"),
+        ("sample", ["seeds=many"], "SEEDS=many is not a list of seeds"),
         ("sample", ["sampler=heun"], "sampler must be best"),
         ("sample", ["sampler={dynamics: ode}"], "sampler lacks the key"),
         ("sample", ["precision=half"], "precision = 'half' is unknown"),
@@ -512,7 +513,7 @@ def test_levels_of_another_data_set_are_refused(done, here, tmp_path):
         assert run.code == 2 and "is not the data set that the levels" in run.complaint
 
 
-def test_overwrite_trains_anew(done, here, tmp_path):
+def test_overwrite_trains_again(done, here, tmp_path):
     place = done[0].copy_to(tmp_path / "anew")
     run = here("train_levels", place, "train.lr=0.001", "overwrite=true", "train.images=128", "family.widths=[2]")
     assert run.code == 0, run.err
@@ -539,7 +540,7 @@ def test_a_sweep_over_training_writes_to_folders_of_its_own(done, here, tmp_path
     assert len(list(place.results.rglob("gamma.json"))) == 2
 
 
-def test_a_sweep_over_what_follows_training_shares_the_levels(done, here, tmp_path):
+def test_a_sweep_over_later_stages_shares_the_levels(done, here, tmp_path):
     place = done[0].copy_to(tmp_path / "sweep")
     before = place.digest()
     run = here("measure_gamma", place, "-m", "gamma.seed=0,1")
@@ -566,7 +567,10 @@ def test_a_sample_is_keyed_by_its_seed(done, here, tmp_path):
 
 def test_a_sampler_can_be_named(done, here, tmp_path):
     place = done[0].copy_to(tmp_path / "named")
-    sampler = "sampler={dynamics: ode, step_rule: ddim, estimator: ml_em, levels: w2+w4+w6, steps: 8, c: 4, coins: systematic}"
+    sampler = (
+        "sampler={dynamics: ode, step_rule: ddim, estimator: ml_em, levels: w2+w4+w6, steps: 8, c: 4, "
+        "coins: systematic}"
+    )
     run = here("sample", place, sampler, "seeds=0-1")
     assert run.code == 0, run.err
     facts = strict(place.results / "samples" / "samples.json")
@@ -574,7 +578,7 @@ def test_a_sampler_can_be_named(done, here, tmp_path):
 
 
 def best_by_plan(place: Place, kind: str) -> dict[str, Any]:
-    """best.json names a plan of this kind of coins; its entry in plans.json."""
+    """Make best.json name a plan with this kind of coins; return its entry in plans.json."""
     entry = next(
         e for e in strict(place.results / "plans.json")["plans"] if e["method"] == kind and "gauss" in e["levels"]
     )
@@ -611,14 +615,14 @@ def test_the_best_sampler_may_be_a_plan(done, here, tmp_path, kind):
     assert run.code == 0, run.err
     facts = strict(place.results / "samples" / "samples.json")
     assert facts["setting"]["plan"] == entry["id"] and facts["setting"]["steps"] == entry["steps"]
-    if kind == "quadrature":  # fixed weights: every image costs what the plan says
+    if kind == "quadrature":  # fixed weights: every image has the plan's cost
         assert facts["per_image"]["gflops"] == pytest.approx(entry["cost"] / 1e9)
     dry = here("sample", place, "seeds=0-7", "dry_run=true")
     assert dry.code == 0 and all(f"sample with {name}" in dry.out for name in entry["levels"])
 
 
 @pytest.mark.parametrize("gone", ["plans.json", "plans.npz", "the plan"])
-def test_a_best_plan_that_is_gone_is_one_sentence(done, here, tmp_path, gone):
+def test_a_missing_best_plan_gives_one_sentence(done, here, tmp_path, gone):
     place = done[0].copy_to(tmp_path / "gone")
     entry = best_by_plan(place, "systematic")
     if gone == "the plan":
@@ -637,7 +641,7 @@ def test_a_best_plan_that_is_gone_is_one_sentence(done, here, tmp_path, gone):
 
 @dataclass(frozen=True)
 class Analytic(Place):
-    """Three levels of the analytic family, judged on seeds 0..31; no data, no checkpoints, no images."""
+    """Three levels of the analytic family, compared on seeds 0..31, without data, checkpoints or images."""
 
     @property
     def results(self) -> Path:
@@ -646,8 +650,10 @@ class Analytic(Place):
     def overrides(self, *more: str) -> list[str]:
         o = {
             "calibrate": 16, "calibrate_steps": 17, "num_select": 24, "plans": 3, "diagnose": "{seeds: 16, steps: 6}",
-            "rules": "[{dynamics: sde, step_rule: ddpm, steps: [5, 17], learn: true}, {dynamics: ode, step_rule: dpmpp_2m, steps: [9]}]",
-            "measured": "{costs: [8], steps: [17]}", "learned": "{costs: [8], steps: 17, iterations: 2, paths: 2, draws: 2}",
+            "rules": "[{dynamics: sde, step_rule: ddpm, steps: [5, 17], learn: true}, "
+                     "{dynamics: ode, step_rule: dpmpp_2m, steps: [9]}]",
+            "measured": "{costs: [8], steps: [17]}",
+            "learned": "{costs: [8], steps: 17, iterations: 2, paths: 2, draws: 2}",
         }  # fmt: skip
         c = {
             "num_samples": 32, "num_reference": 32, "seed": 0, "bootstrap": 20, "stitched": "[]", "ml_em": "[]",
@@ -670,7 +676,7 @@ def analytic(tmp_path_factory: pytest.TempPathFactory) -> Analytic:
     return place
 
 
-def test_plans_are_selected_and_judged_on_seeds_apart(analytic):
+def test_plans_are_selected_and_judged_on_separate_seeds(analytic):
     content = strict(analytic.results / "plans.json")
     assert content["seeds_used"] == list(range(500000, 500024)) and content["tried"] >= len(content["plans"])
     assert content["calibration"]["flops"] > content["calibration"]["gains_flops"] > 0
@@ -701,19 +707,19 @@ def test_every_plan_is_a_row_of_the_comparison(analytic):
         )
         if entry["predicted"] is not None:
             assert float(row["predicted"]) == pytest.approx(entry["predicted"], rel=1e-4)
-        # on other seeds than it was selected on, within a factor of a few: 32 of them, large jumps included
+        # judged on 32 other seeds than those of the selection: within a factor of a few, even for large effects
         assert 0.1 < float(row["error"]) / entry["selected_error"] < 10
         if row["estimator"] == "quadrature":
             assert float(row["gflops_realised"]) == pytest.approx(float(row["gflops_expected"]), rel=1e-5)
     assert all(row["predicted"] == row["largest_effect"] == "" for row in rows if not row["plan"])
 
 
-def test_the_verdicts_are_of_the_rules_that_were_planned(analytic):
+def test_the_verdicts_cover_the_planned_rules(analytic):
     found = strict(analytic.results / "verdicts.json")
     assert set(found) == {"sde/ddpm", "ode/dpmpp_2m"}
     assert "any" in found["sde/ddpm"]["against_em"] and found["ode/dpmpp_2m"]["against_em"] == {}
     assert found["sde/ddpm"]["predicted_error"]["quadrature"]["rows"] >= 1
-    assert not (analytic.results / "best.json").exists()  # without distances nothing is called best
+    assert not (analytic.results / "best.json").exists()  # without distances there is no best sampler
 
 
 def test_seeds_that_plans_were_selected_on_cannot_judge_them(analytic, here):
@@ -732,7 +738,7 @@ def test_plans_can_be_left_out(analytic, here, tmp_path):
     assert len(rows) == 6 and not any("plan" in row for row in rows)
 
 
-def test_what_is_done_is_not_optimised_again(analytic, here):
+def test_finished_plans_are_not_optimised_again(analytic, here):
     before = analytic.digest()
     for stage in ("optimise", "sample_compare"):
         run = here(stage, analytic)
@@ -742,7 +748,7 @@ def test_what_is_done_is_not_optimised_again(analytic, here):
     assert dry.code == 0 and "ode quadrature dpmpp_2m" in dry.out and analytic.digest() == before
 
 
-def test_what_levels_are_worth_is_written_down(analytic):
+def test_the_ablation_is_written(analytic):
     content, plans = strict(analytic.results / "ablation.json"), strict(analytic.results / "plans.json")
     assert [level["name"] for level in content["levels"]] == ["f1", "f2", "f3"]
     for level in content["levels"]:
@@ -764,7 +770,7 @@ SECONDS = {"f1": 1e-3, "f2": 3e-2, "f3": 1e-2}  # the middle level takes longer 
 
 
 def test_plans_in_seconds(analytic, here, tmp_path, monkeypatch):
-    """Levels are timed once; plans are chosen, and later judged, by seconds, and still say what FLOPs they take."""
+    """Levels are timed once; seconds choose and later judge the plans, which still record their FLOPs."""
     place, optimise = Analytic(tmp_path / "seconds"), importlib.import_module("optimise")
     calls = []
 
@@ -790,7 +796,7 @@ def test_plans_in_seconds(analytic, here, tmp_path, monkeypatch):
         mine = [e for e in content["plans"] if (e["dynamics"], e["method"], e["probabilities"]) == group]
         mine.sort(key=lambda e: e["seconds"])
         assert all(a["selected_error"] > b["selected_error"] for a, b in pairwise(mine))
-    # judged, and again without measuring
+    # compared, and then planned again without measuring
     assert here("sample_compare", place).code == 0
     with (place.results / "compare.csv").open(newline="") as file:
         rows = {row["plan"]: row for row in csv.DictReader(file) if row["plan"]}
@@ -807,8 +813,8 @@ def test_plans_in_seconds(analytic, here, tmp_path, monkeypatch):
     assert strict(place.results / "plans.json")["plans"] == content["plans"]
 
 
-def test_no_plan_at_all_where_all_levels_take_as_long(here, tmp_path, monkeypatch):
-    """The largest level alone is then the best plan."""
+def test_no_plan_if_all_levels_take_equal_time(here, tmp_path, monkeypatch):
+    """The largest level alone is the best plan in this case."""
     place = Analytic(tmp_path / "equal")
     monkeypatch.setattr(
         importlib.import_module("optimise"), "seconds_per_image", lambda family, *_: [1e-3] * len(family)
@@ -820,12 +826,12 @@ def test_no_plan_at_all_where_all_levels_take_as_long(here, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("more", [[], ["dry_run=true"]])
-def test_an_unknown_unit_of_cost_is_one_sentence(here, tmp_path, more):
+def test_an_unknown_unit_of_cost_gives_one_sentence(here, tmp_path, more):
     run = here("optimise", Analytic(tmp_path), "optimise.cost=joules", *more)
     assert run.code == 2 and run.complaint == "optimise: optimise.cost = joules is unknown; expected flops or seconds."
 
 
-def test_no_picture_can_be_drawn_of_numbers(analytic, here):
+def test_samples_that_are_not_pictures_are_refused(analytic, here):
     named = "sampler={dynamics: ode, step_rule: ddim, estimator: single, levels: f1, steps: 4}"
     run = here("sample", analytic, named)
     assert run.code == 2 and "are not pictures in RGB" in run.complaint
@@ -842,14 +848,14 @@ def test_no_picture_can_be_drawn_of_numbers(analytic, here):
         ("1,1-2", [1, 2]),
     ],
 )
-def test_seeds_that_are_understood(text, seeds):
+def test_valid_seeds(text, seeds):
     from sample import parse_seeds
 
     assert parse_seeds(text) == seeds
 
 
 @pytest.mark.parametrize("text", ["", "a", "1-", "-1", "1--2", "5-3", "0-3,7-5", "1.5", "0-x", "1,,2"])
-def test_seeds_that_are_not_understood(text):
+def test_invalid_seeds(text):
     from sample import parse_seeds
 
     from mlem_diffusion.errors import UserError
@@ -861,7 +867,7 @@ def test_seeds_that_are_not_understood(text):
 # ------------------------------------------------------------------------------------------------ small helpers
 
 
-def test_paths_are_shown_from_the_root_where_they_lie_inside(tmp_path):
+def test_paths_inside_the_root_are_shown_relative_to_it(tmp_path):
     from mlem_diffusion.experiment import stage as common
 
     assert common.shown(ROOT / "results" / "demo") == Path("results/demo")
@@ -869,7 +875,7 @@ def test_paths_are_shown_from_the_root_where_they_lie_inside(tmp_path):
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (119, "119 s"), (150, "2 min"), (7200, "2.0 h")])
-def test_durations_in_words(seconds, text):
+def test_duration_formatting(seconds, text):
     from mlem_diffusion.experiment import stage as common
 
     assert common.duration(seconds) == text

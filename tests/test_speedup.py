@@ -29,12 +29,12 @@ def setting(estimator: str, cost: float, error: float, spread: float = 0.02, see
 
 
 def em(costs: list[float], **row: Any) -> list[Measurement]:
-    """error = 1 / cost."""
+    """EM with error = 1 / cost."""
     return [setting("single", c, 1 / c, **row) for c in costs]
 
 
 def ml_em(costs: list[float], speedup: float, **row: Any) -> list[Measurement]:
-    """The same error at 1 / speedup of the cost."""
+    """ML-EM with the same error at 1 / speedup of the cost."""
     return [setting("ml_em", c / speedup, 1 / c, **row) for c in costs]
 
 
@@ -65,7 +65,7 @@ def test_flops_and_seconds_can_disagree() -> None:
 
 
 def test_a_coarse_baseline_grid_does_not_flatter() -> None:
-    """Ours reaches errors between the baseline's: the targets are the baseline's own errors."""
+    """Targets are the baseline's own errors, although our errors are between them."""
     base = em([1.0, 100.0])
     ours = [setting("ml_em", 2.0, 0.5), setting("ml_em", 50.0, 1 / 50.0), setting("ml_em", 100.0, 0.01)]
     entry = speedups(base + ours)["ode"]["any"]["error"]["flops"]
@@ -91,7 +91,7 @@ def test_unreached_errors_give_null() -> None:
     assert json.loads(json.dumps(out, allow_nan=False)) == out
 
 
-def test_methods_and_dynamics_stay_apart() -> None:
+def test_methods_and_dynamics_are_separate() -> None:
     learned = ml_em(COSTS, 4.0, probabilities="measured", coins="systematic")
     systematic = ml_em(COSTS, 3.0, coins="systematic") + ml_em(COSTS, 3.9, coins="nested")
     shared = ml_em(COSTS, 3.5, coins="independent-shared")
@@ -108,7 +108,7 @@ def test_methods_and_dynamics_stay_apart() -> None:
     assert renamed["ode"]["paper"]["error"]["flops"]["max"] == pytest.approx(4)
 
 
-def test_plain_is_every_kind_of_probabilities_with_independent_coins() -> None:
+def test_paper_covers_all_probabilities_with_independent_coins() -> None:
     planned = ml_em(COSTS, 3.0, probabilities="optimal", c=None, plan="abc")
     weights = [Measurement({**s.row, "estimator": "quadrature", "coins": ""}, s.errors) for s in ml_em(COSTS, 5.0)]
     out = speedups(em(COSTS) + ml_em(COSTS, 2.0) + planned + weights)["ode"]
@@ -177,7 +177,7 @@ def test_error_ratio_at_equal_cost() -> None:
 
 
 def test_lower_bound_covers_the_true_speedup() -> None:
-    """Ours at cost 1 truly misses the target in half of all worlds; at cost 2 it always reaches it."""
+    """At cost 1 our sampler misses the target in half of all draws; at cost 2 it always reaches it."""
     misses, trials = 0, 60
     for trial in range(trials):
         base = [setting("single", 4.0, 1.0, spread=0.3, seed=3 * trial)]
@@ -209,7 +209,7 @@ def test_a_resample_may_give_the_target_to_a_cheaper_baseline() -> None:
 
 
 def test_shared_coins_widen_the_bound() -> None:
-    """Seeds that share coins err together: resampling by draw must see more uncertainty than by seed."""
+    """Seeds that share coins have correlated errors: resampling by draw must give more uncertainty than by seed."""
     rng = np.random.default_rng(0)
     draws = np.repeat(np.arange(20), N // 20)
     row = setting("ml_em", 1.0, 1.0).row
@@ -237,9 +237,9 @@ def test_one_shared_coin_draw_bounds_nothing() -> None:
     assert speedups(em(COSTS) + two)["ode"]["any"]["error"]["flops"]["lower95"] is not None
 
 
-def with_features(plain: Measurement, stretch: float, seed: int) -> Measurement:
+def with_features(measurement: Measurement, stretch: float, seed: int) -> Measurement:
     features = stretch * np.random.default_rng(seed).standard_normal((N, 6))
-    return Measurement(plain.row, plain.errors, plain.clusters, features.astype(np.float32))
+    return Measurement(measurement.row, measurement.errors, measurement.clusters, features.astype(np.float32))
 
 
 def test_distance_is_compared_like_the_error() -> None:

@@ -1,4 +1,4 @@
-"""Records of a run: metrics.jsonl is always written, and nothing that W&B does can stop it."""
+"""Records of a run: metrics.jsonl is always written, whatever W&B does."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mlem_diffusion.errors import UserError
 from mlem_diffusion.experiment import tracking, wandb_process
 from mlem_diffusion.experiment.tracking import Tracker
 
-# A `wandb` that writes down what it is asked to do, and does what FAKE_WANDB says in the function of that name.
+# A `wandb` that records its calls and misbehaves as FAKE_WANDB specifies in the function of that name.
 FAKE = """
 import json, os, subprocess, sys, time
 
@@ -82,7 +82,7 @@ def records(folder: Path) -> list[dict]:
 
 
 class Fake:
-    """The fake in place of wandb, and what it noted."""
+    """Replaces wandb by a fake that records its calls."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
         self.notes, self.monkeypatch = folder / "fake" / "notes", monkeypatch
@@ -247,7 +247,7 @@ def test_taking_over_is_one_replacement(tmp_path: Path, monkeypatch):
     assert tracker.path.read_bytes() == before and other.is_file()
 
 
-def test_several_may_record_in_one_file_while_it_is_rewritten(tmp_path: Path):
+def test_several_processes_may_record_in_one_file_while_it_is_rewritten(tmp_path: Path):
     def log() -> None:
         tracker = Tracker(tmp_path, "train", {}, mode="disabled")
         for k in range(200):
@@ -270,7 +270,7 @@ def test_several_may_record_in_one_file_while_it_is_rewritten(tmp_path: Path):
 # -------------------------------------------------------------------------------------------------- the mirror
 
 
-def test_wandb_gets_the_same(tmp_path: Path, fake: Fake, capfd):
+def test_wandb_gets_the_same_records(tmp_path: Path, fake: Fake, capfd):
     folder, image = tmp_path / "run", tmp_path / "grid.png"
     image.write_bytes(b"")
     with warnings.catch_warnings():
@@ -290,7 +290,7 @@ def test_wandb_gets_the_same(tmp_path: Path, fake: Fake, capfd):
     logged = fake.noted("log")
     assert logged[0] == {"loss": 1.0} and logged[1]["loss"] != logged[1]["loss"]
     assert logged[-2:] == [{"level": "w8", "images": 0, "loss": 1.0}, {"level": "w8", "note": "done"}]
-    assert all(set(record) == {"grid"} for record in logged[2:-2])  # where it came in time
+    assert all(set(record) == {"grid"} for record in logged[2:-2])  # if it arrived in time
     assert len(fake.noted("finish")) == 1 and capfd.readouterr() == ("", "")
     assert [r.get("loss") for r in records(folder)] == [1.0, 1.0, None]
 
@@ -302,7 +302,7 @@ def test_a_wandb_that_breaks_is_one_warning(tmp_path: Path, fake: Fake, what: st
     with pytest.warns(UserWarning) as caught, Tracker(tmp_path, "train", {}, mode="online") as tracker:
         for k in range(3):
             tracker.log({"loss": float(k)})
-    assert [str(w.message) for w in caught] == [f"W&B is off ({reason}); metrics.jsonl goes on."]
+    assert [str(w.message) for w in caught] == [f"W&B is off ({reason}); metrics.jsonl is still written."]
     assert [r["loss"] for r in records(tmp_path)] == [0.0, 1.0, 2.0] and capfd.readouterr() == ("", "")
 
 
@@ -324,7 +324,7 @@ def test_a_wandb_that_is_not_installed_is_a_warning(tmp_path: Path, monkeypatch)
         tracker = Tracker(tmp_path, "train", {})
         tracker.log({"loss": 1.0})
         tracker.finish()
-    assert [str(w.message) for w in caught] == ["W&B is off (not installed); metrics.jsonl goes on."]
+    assert [str(w.message) for w in caught] == ["W&B is off (not installed); metrics.jsonl is still written."]
     assert len(records(tmp_path)) == 1 and tracker.wandb is None
 
 
@@ -336,7 +336,7 @@ def test_a_process_that_cannot_be_started_is_a_warning(tmp_path: Path, fake: Fak
 
 
 @pytest.mark.parametrize("where", ["import", "init", "log", "finish"])
-def test_a_wandb_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path, fake: Fake, monkeypatch, where: str):
+def test_a_wandb_that_hangs_is_ended_with_all_its_processes(tmp_path: Path, fake: Fake, monkeypatch, where: str):
     monkeypatch.setattr(tracking, "PATIENCE", 1.0)
     fake.should(f"{where}:hang")
     tracker = Tracker(tmp_path, "train", {}, mode="online")
@@ -373,7 +373,7 @@ def test_a_wandb_that_is_slow_misses_records_with_one_warning(tmp_path: Path, fa
     assert len(records(tmp_path)) == 300
 
 
-def test_signals_leave_the_end_to_the_other_process(tmp_path: Path, fake: Fake):
+def test_signals_do_not_end_the_wandb_process(tmp_path: Path, fake: Fake):
     with Tracker(tmp_path, "train", {}) as tracker:
         assert fake.wait_for("init")
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):

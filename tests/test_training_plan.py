@@ -70,20 +70,20 @@ def test_levels_know_their_own_settings():
             training_plan.repeated(stage_of(*bad))
 
 
-def test_a_fingerprint_is_of_the_settings_that_a_level_is_trained_by():
+def test_a_fingerprint_depends_on_the_training_settings_of_its_level():
     from train_levels import GROUPS, level_fingerprint
 
     levels = [{"width": w, "target": "v"} for w in (2, 6)]
-    plain = [level_fingerprint(stage_of(), v, "data") for v in levels]
+    unmixed = [level_fingerprint(stage_of(), v, "data") for v in levels]
     mixed = [level_fingerprint(stage_of(NARROW, *AGAIN), v, "data") for v in levels]
-    assert mixed[0] != plain[0] and mixed[1] == plain[1]
+    assert mixed[0] != unmixed[0] and mixed[1] == unmixed[1]
     assert mixed[0] == level_fingerprint(stage_of("train.images=128"), levels[0], "data")
     again = level_fingerprint(stage_of(NARROW, *AGAIN), {**levels[0], "train_seed": 1}, "data")
     assert again != mixed[0]
-    # compilation is not what is trained
+    # compilation does not change the training
     other = NARROW.replace("compile: 'off'", "compile: 'on'")
     assert level_fingerprint(stage_of(other), levels[0], "data") == mixed[0]
-    # an empty list is as none: experiments without it keep their levels
+    # an empty list counts as absent, so that experiments without it keep their levels
     stage = stage_of()
     with_it = stage.fingerprint(GROUPS, data="data")
     OmegaConf.set_struct(stage.cfg, False)
@@ -143,7 +143,7 @@ def test_losses_at_the_snapshots_show_a_rise(tmp_path):
     assert found[1]["held_out_rise"] > 2 * found[1]["held_out_rise_se"] > 0
 
 
-def test_levels_trained_again_end_in_gamma(tmp_path):
+def test_repeated_levels_enter_gamma(tmp_path):
     paths = [f"paths.{kind}='{tmp_path}/{kind}'" for kind in ("results", "checkpoints", "data")]
     small = ["family.widths=[2,3,4]", "train.images=256", "gamma.images=16", "gamma.bootstrap=10", "threads=1"]
     arguments = ["experiment=smoke", *paths, *small, *AGAIN, NARROW, "tracking.mode=disabled"]

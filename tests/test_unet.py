@@ -18,7 +18,7 @@ LOGSNRS = torch.linspace(-9, 9, 13).tolist()
 
 
 class Fake(nn.Module):
-    """A network that remembers what it was given and returns what it was told."""
+    """A network that records its input and returns a given output."""
 
     def __init__(self, answer: Tensor | None = None):
         super().__init__()
@@ -31,7 +31,7 @@ class Fake(nn.Module):
 
 
 def randomised(net: nn.Module, seed: int = 0) -> nn.Module:
-    """The network with every parameter drawn anew, so that nothing is zero by its initialisation."""
+    """The network with random parameters, so that none is zero from its initialisation."""
     generator = torch.Generator().manual_seed(seed)
     for p in net.parameters():
         p.data.normal_(0, 0.2, generator=generator)
@@ -124,7 +124,7 @@ def test_input_and_target_have_unit_variance_at_every_noise_level(target, rms):
         logsnr = torch.full((len(x0),), value)
         noise = torch.randn(x0.shape, generator=generator)
         x = add_noise(x0, noise, logsnr)
-        # the network says zero, so its loss is the mean square of its target; 150,000 values: 4 standard errors are 1.5%
+        # The network returns zero, so the loss is the target's mean square. 4 standard errors of 150,000 values: 1.5%.
         assert float(denoiser.loss(x, x0, logsnr).mean()) == pytest.approx(1, abs=0.02), value
         assert float(net.seen.square().mean()) == pytest.approx(1, abs=0.02), value
 

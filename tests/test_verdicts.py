@@ -38,9 +38,9 @@ def test_the_widest_window_is_found_in_ratios_of_rms_errors() -> None:
 def setting(estimator: str, cost: float, error: float, seed: int = 0, spread: float = 0.0, **row: Any) -> Measurement:
     noise = 1 + spread * np.random.default_rng(seed).standard_normal(N)
     defaults = {
-        "dynamics": "sde", "step_rule": "ddpm", "estimator": estimator, "levels": "w1+w2", "steps": 16, "probabilities": "",
-        "coins": "", "c": None, "switch": None, "error": error, "gflops_realised": cost, "gflops_expected": cost,
-        "seconds": cost, "top_evaluations": 1000,
+        "dynamics": "sde", "step_rule": "ddpm", "estimator": estimator, "levels": "w1+w2", "steps": 16,
+        "probabilities": "", "coins": "", "c": None, "switch": None, "error": error, "gflops_realised": cost,
+        "gflops_expected": cost, "seconds": cost, "top_evaluations": 1000,
     }  # fmt: skip
     return Measurement({**defaults, **row}, error * noise)
 
@@ -67,8 +67,8 @@ def test_points_cheaper_than_ours_are_not_judged() -> None:
     assert none["never_above"] is None and none["worst"] is None and none["not_judged"] == 1
 
 
-def test_above_by_no_more_than_the_seeds_allow_is_not_above() -> None:
-    """0.5% above with 50% scatter over 300 seeds: se of the ratio about 4%; 30% above is above."""
+def test_an_excess_within_seed_noise_is_not_above() -> None:
+    """With 50% scatter over 300 seeds the ratio has a standard error of about 4%: 0.5% is within it, 30% is not."""
     theirs = [setting("single", 1, 1.0, seed=1, spread=0.5)]
     mean = theirs[0].errors.mean()
 
@@ -89,7 +89,7 @@ def test_blind_choices_are_made_by_the_selection_seeds_and_judged_on_others() ->
         setting("ml_em", 16.01, 0.05, selected_error=0.1),
     ]  # fmt: skip
     found = chosen_blindly(ours, theirs)
-    # at 4 the choice is what was selected best, 0.5 here, though one was better there and another is better here
+    # at cost 4 the choice is the best on the selection seeds, with 0.5 on these seeds, although another is better
     assert found["points"] == 2 and found["unserved"] == 1 and found["never_above"] is False
     assert found["worst"] == {"gflops": 4, "ratio": pytest.approx(2), "lower95": pytest.approx(2)}
     assert chosen_blindly(ours[3:], theirs)["worst"]["ratio"] == pytest.approx(0.8)  # within a thousandth of the cost
@@ -97,8 +97,8 @@ def test_blind_choices_are_made_by_the_selection_seeds_and_judged_on_others() ->
         assert empty["never_above"] is None and empty["points"] == 0
 
 
-def test_what_was_made_for_seconds_is_judged_by_seconds() -> None:
-    """Twice the FLOPs and half the seconds of EM, at the same errors: late in the one unit, early in the other."""
+def test_plans_made_for_seconds_are_judged_by_seconds() -> None:
+    """The plans take twice the FLOPs and half the seconds of EM at the same errors."""
     theirs = [setting("single", c, 1 / c) for c in (1, 4, 16)]
     ours = [setting("ml_em", 2 * c, 1 / c, seconds=0.5 * c, selected_error=1 / c) for c in (1, 4, 16)]
     assert not_worse(ours, theirs)["never_above"] is False
@@ -130,7 +130,7 @@ def predicted(largest_effect: float, ratio: float, coins: str = "independent", *
     return {**base, **row}
 
 
-def test_predictions_agree_up_to_some_jump() -> None:
+def test_predictions_agree_up_to_some_largest_effect() -> None:
     rows = [
         predicted(0.3, 1.5), predicted(0.01, 1.0), predicted(0.1, 0.8), predicted(0.05, 1.24), predicted(0.5, 1.1),
         predicted(0.02, 3.0, "nested"), predicted(0.01, 0.9, "", estimator="quadrature"),
@@ -143,7 +143,7 @@ def test_predictions_agree_up_to_some_jump() -> None:
     assert independent["largest_effect_up_to_which_all_agree"] == 0.1 and independent["largest_effect"] == 0.5
     assert independent["measured_over_predicted"] == pytest.approx([0.8, 1.1, 1.5])
     assert found["nested"]["largest_effect_up_to_which_all_agree"] is None and found["nested"]["rows_up_to_it"] == 0
-    assert found["quadrature"]["largest_effect_up_to_which_all_agree"] == 0.01  # none disagrees: the largest
+    assert found["quadrature"]["largest_effect_up_to_which_all_agree"] == 0.01  # all agree: the largest
     assert prediction([]) == {}
 
 
@@ -170,12 +170,13 @@ FOURTH = [(0.25, 1.0), (1, 0.25), (4, 0.0625), (16, 0.015625)]
 ONCE = [(1, 1.0), (4, 0.25), (16, 0.0625), (64, 0.015625)]
 
 
-def test_a_whole_comparison() -> None:
+def test_a_complete_comparison() -> None:
     fancy = singles((1, 0.25), (4, 0.0625), (16, 0.015625), step_rule="dpmpp_2m")
     few = planned("systematic", "optimal", [(0.01, 0.001)], top_evaluations=3)
     settings = [
         *BASE, *fancy, *few, *planned("independent", "measured", ONCE), *planned("independent", "optimal", TWICE),
-        *planned("systematic", "optimal", FOURTH), setting("ml_em", 3, 0.9, coins="independent", probabilities="constant"),
+        *planned("systematic", "optimal", FOURTH),
+        setting("ml_em", 3, 0.9, coins="independent", probabilities="constant"),
     ]  # fmt: skip
     out = verdicts(settings, calibration_flops=48e9 * 1000)
     assert list(out) == ["sde/ddpm"] and json.loads(json.dumps(out, allow_nan=False)) == out
@@ -205,11 +206,14 @@ def test_a_whole_comparison() -> None:
     assert entry["optimal_over_measured"]["max"] == pytest.approx(2)
     assert entry["optimal_over_measured"]["error_at_equal_cost"]["never_above"] is True
     assert "learned_over_measured" not in entry
-    assert entry["predicted_error"]["systematic"]["rows"] == 4  # the one that hardly fired is not judged
+    assert entry["predicted_error"]["systematic"]["rows"] == 4  # the plan that hardly fired is not judged
 
 
 def test_learned_probabilities_are_compared_at_their_own_steps_and_costs() -> None:
-    """Measured ones on a finer grid are four times cheaper: no matter. Half the error at each cost is half the error."""
+    """Learned probabilities with half the error at each cost get the ratio one half.
+
+    Measured ones on a finer grid, four times cheaper, do not count.
+    """
     settings = [
         *BASE, *planned("independent", "measured", ONCE), *planned("independent", "measured", FOURTH, steps=99),
         *planned("independent", "learned", [(cost, error / 2) for cost, error in ONCE]),
@@ -224,7 +228,7 @@ def test_learned_probabilities_are_compared_at_their_own_steps_and_costs() -> No
     assert "learned_over_measured" not in verdicts(elsewhere)["sde/ddpm"]
 
 
-def test_dynamics_and_rules_stay_apart_and_nothing_planned_is_nothing_said() -> None:
+def test_dynamics_and_rules_are_separate_and_no_plan_gives_no_verdict() -> None:
     assert verdicts(BASE) == {}
     ode = [setting("single", c, e, dynamics="ode", step_rule="dpmpp_2m") for c, e in ONCE]
     settings = [*BASE, *ode, *planned("", "optimal", TWICE, dynamics="ode", step_rule="dpmpp_2m")]

@@ -1,7 +1,7 @@
 """Multilevel Euler-Maruyama sampling for diffusion models (arXiv:2603.24594).
 
-The pieces needed to sample with networks of your own are importable from here; training, measurement and comparison
-live in the modules of their names.
+This package exports all that you need to sample with your own networks. Training, measurement and comparison have
+sub-packages of their own.
 """
 
 from .diffusion.estimator import SingleLevel, Stitched

@@ -1,4 +1,4 @@
-"""The exceptions meant for people: their texts are sentences."""
+"""Exceptions and warnings for users; their texts are sentences."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ import torch
 
 
 class UserError(Exception):
-    """Bad input or a missing artefact; scripts print the text alone and exit with status 2."""
+    """Bad input or a missing artefact; scripts print only the text and exit with status 2."""
 
 
 class Interrupted(Exception):
-    """The work was asked to stop, and what it had is saved: the same command goes on from there."""
+    """The work stopped on request and saved its progress; the same command resumes it."""
 
 
 class SlowPath(UserWarning):
-    """Something fast did not work and the slow way is taken; the text says what and why in one sentence."""
+    """A fast method failed and a slow one replaces it; the text is one sentence with the method and the reason."""
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether a device or the machine could not give the memory that was asked for. On a CPU torch says so in words only."""
+    """Whether a device or the machine ran out of memory. On a CPU, torch reports this only in the error text."""
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     if isinstance(error, RuntimeError):
-        return str(error) in _WHOLE or any(word in str(error) for word in _WORDS)
-    return isinstance(error, ImportError) and "failed to map segment" in str(error)  # a library that is loaded late
+        return str(error) in _EXACT or any(word in str(error) for word in _WORDS)
+    return isinstance(error, ImportError) and "failed to map segment" in str(error)  # a library loaded on first use
 
 
 _WORDS = (
@@ -37,4 +37,5 @@ _WORDS = (
     "CUDA out of memory",
     "can't start new thread",
 )
-_WHOLE = ("could not create a primitive", "could not execute a primitive")  # oneDNN; what it cannot do at all says more
+# oneDNN; its messages for unsupported operations begin alike but are longer
+_EXACT = ("could not create a primitive", "could not execute a primitive")

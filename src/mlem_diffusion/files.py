@@ -1,8 +1,8 @@
-"""Files that a run writes and reads back: each appears whole or not at all, and is checked before it is believed.
+"""Files that a run writes and reads back: written atomically, and verified when read.
 
-JSON objects carry the SHA-256 of their content; npz and torch files, which are zip archives, carry that of their bytes as
-the archive's comment, so other programs read them as ever. Of weights the hash stands in metadata.json. A file that is not
-what was written raises Damaged, with what to do about it.
+A JSON object stores the SHA-256 of its content. Npz and torch files are zip archives; they store the SHA-256 of their
+bytes as the archive's comment, so other programs can still read them. The hash of weights is in metadata.json. A file
+that has changed since it was written raises Damaged, with a text that tells the user what to do.
 """
 
 from __future__ import annotations
@@ -25,41 +25,41 @@ from .errors import SlowPath, UserError
 T = TypeVar("T")
 
 SEAL = "content_sha256"  # key of a JSON object's own hash
-_END = b"PK\x05\x06"  # begins a zip archive's last record, 22 bytes where there is no comment
+_END = b"PK\x05\x06"  # start of a zip archive's last record, 22 bytes without a comment
 _DIGEST = 64  # characters of a hexadecimal SHA-256
 FULL = (errno.ENOSPC, errno.EDQUOT)
-_FULL_WORDS = ("os error 28", os.strerror(errno.ENOSPC))  # safetensors', torch's
+_FULL_WORDS = ("os error 28", os.strerror(errno.ENOSPC))  # from safetensors, from torch
 _SHORT = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
 class Damaged(UserError):
-    """The file at `path` is not what was written there."""
+    """The file at `path` has changed since it was written."""
 
     def __init__(self, path: Path, text: str):
         super().__init__(text)
         self.path = path
 
-    def __reduce__(self) -> tuple:  # it travels between processes
+    def __reduce__(self) -> tuple:  # pickled when sent between processes
         return type(self), (self.path, str(self))
 
 
 @contextlib.contextmanager
 def expect_content(path: Path, hint: str) -> Iterator[None]:
-    """Around what takes a file's content apart: Damaged where the file is whole but holds something else than belongs there."""
+    """Context for code that parses the content of an intact file: raises Damaged if the parsing fails."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise Damaged(path, f"{path} does not hold what belongs there: {hint}.") from error
+        raise Damaged(path, f"{path} has unexpected content: {hint}.") from error
 
 
 def discard_damaged(error: Damaged) -> None:
-    """Remove a damaged file of a cache, and say that what it held is computed again."""
+    """Remove a damaged cache file, and warn that its content is computed again."""
     error.path.unlink(missing_ok=True)
-    warnings.warn(f"{error.path} was damaged, so it is made again.", SlowPath, stacklevel=3)
+    warnings.warn(f"{error.path} was damaged, so it is computed again.", SlowPath, stacklevel=3)
 
 
 def cached(path: Path, read: Callable[[Path], T], make: Callable[[], object]) -> T:
-    """read(path) of a file in a cache, made first where it is not there, and again where it is damaged."""
+    """The result of read(path) for a cache file; make() creates the file if it is missing or damaged."""
     for _ in range(2):
         if not path.is_file():
             make()
@@ -72,7 +72,7 @@ def cached(path: Path, read: Callable[[Path], T], make: Callable[[], object]) ->
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file's bytes, read in pieces."""
+    """The SHA-256 of a file's bytes, read in blocks."""
     return _sha256(path, path.stat().st_size)
 
 
@@ -89,8 +89,10 @@ def _sha256(path: Path, size: int, digest: hashlib._Hash | None = None) -> str:
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
-    """Call write(temporary path), then rename over `path`: a stop at any moment, of the machine too, leaves the old file or the
-    new one. UserError where the disk is full or the place cannot be written."""
+    """Call write(temporary path), then rename the temporary file to `path`.
+
+    A stop at any moment, even of the machine, leaves the old file or the new one. Raises UserError if the disk is full
+    or the path cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,15 +112,16 @@ def _to_disk(path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems do not offer it for folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot sync a folder
             raise
     finally:
         os.close(handle)
 
 
 def _explained(error: Exception, path: Path) -> Exception:
-    """A UserError for a disk that is full or cannot be written; other errors as they are. Libraries wrap the system's error in
-    their own, or lose it."""
+    """A UserError if the disk is full or cannot be written, else the error itself.
+
+    Libraries wrap the system's error in their own or lose it, so the text and the free space are checked too."""
     if isinstance(error, UserError) or is_the_systems(error):
         return error
     number = error.errno if isinstance(error, OSError) else None
@@ -129,18 +132,19 @@ def _explained(error: Exception, path: Path) -> Exception:
             or (number is None and _free(path.parent) < 2**16)
         ):
             return UserError(
-                f"The disk that holds {path.parent} is full, so {path.name} could not be written: make room and run the same "
-                "command again."
+                f"The disk that holds {path.parent} is full, so {path.name} could not be written: "
+                "make room and run the same command again."
             )
     if isinstance(error, OSError):
         return UserError(
-            f"{path} cannot be written ({error.strerror or error}): make its folder writable, or choose another (paths.*)."
+            f"{path} cannot be written ({error.strerror or error}): make its folder writable, "
+            "or choose another (paths.*)."
         )
     return error
 
 
 def is_the_systems(error: Exception) -> bool:
-    """Whether it tells of a machine that is short of something, not of a file's content."""
+    """Whether the error shows that the machine lacks memory or file handles, not that a file is bad."""
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _SHORT)
 
 
@@ -149,14 +153,14 @@ def _free(folder: Path) -> int:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what writers that were killed left below the folder. Only for who has it alone (locks.py)."""
+    """Remove temporary files of killed writers below the folder; the caller must lock it (experiment/locks.py)."""
     for left in [*folder.rglob(".*.partial")]:
         with contextlib.suppress(OSError):
             left.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8, atomic."""
+    """Write UTF-8 text, atomically."""
     atomic_write(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
@@ -164,14 +168,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def content_sha256(content: dict[str, Any]) -> str:
-    """Of a JSON object without its seal, whatever the order of its keys."""
+    """The SHA-256 of a JSON object without its seal; the order of the keys does not matter."""
     own = {key: value for key, value in content.items() if key != SEAL}
     return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Strict JSON (no NaN), two-space indent, atomic. An object gets its own hash as the last key; anything but an object is
-    written without."""
+    """Write strict JSON (no NaN) with two-space indent, atomically.
+
+    An object gets its own hash as the last key; other values get no hash."""
     if isinstance(value, dict):
         plain = json.loads(json.dumps(value, allow_nan=False))  # as it will be read back
         value = plain | {SEAL: content_sha256(plain)}
@@ -179,10 +184,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, hint: str, sealed: bool = True) -> Any:
-    """What write_json was given. hint: what to run where the file is missing or damaged. sealed: refuse an object without its
-    hash; false for files that are checked otherwise (published families)."""
+    """The value that write_json wrote.
+
+    hint: what to run if the file is missing or damaged. sealed: refuse an object without its hash; False is for files
+    that are verified otherwise (published families)."""
     if not path.is_file():
-        raise UserError(f"{path} is not there: {hint}.")
+        raise UserError(f"{path} is missing: {hint}.")
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -191,11 +198,11 @@ def read_json(path: Path, hint: str, sealed: bool = True) -> Any:
         raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
     if not isinstance(content, dict):
         if sealed:
-            raise Damaged(path, f"{path} does not hold what was written there: {hint}.")
+            raise Damaged(path, f"{path} does not contain a JSON object: {hint}.")
         return content
     seal = content.pop(SEAL, None)
     if seal is None and sealed:
-        raise Damaged(path, f"{path} does not carry its checksum ({SEAL}), so it may be anything: {hint}.")
+        raise Damaged(path, f"{path} does not carry its checksum ({SEAL}), so it cannot be verified: {hint}.")
     if seal is not None and seal != content_sha256(content):
         raise Damaged(path, f"{path} has been changed or damaged since it was written: {hint}.")
     return content
@@ -205,7 +212,7 @@ def read_json(path: Path, hint: str, sealed: bool = True) -> Any:
 
 
 def seal_zip(path: Path, name: str) -> None:
-    """Put the SHA-256 of the archive's bytes, and of the name that it will have, behind it as its comment."""
+    """Append the SHA-256 of the final file name and the archive's bytes, as the archive's comment."""
     with path.open("r+b") as file:
         file.seek(-22, os.SEEK_END)
         end = file.read(22)
@@ -219,9 +226,9 @@ def seal_zip(path: Path, name: str) -> None:
 
 
 def check_zip(path: Path, hint: str) -> None:
-    """Raise Damaged unless the bytes are those that seal_zip saw under this name, and UserError where there is no file."""
+    """Raise Damaged unless seal_zip hashed these bytes and this name; raise UserError if the file is missing."""
     if not path.is_file():
-        raise UserError(f"{path} is not there: {hint}.")
+        raise UserError(f"{path} is missing: {hint}.")
     try:
         size = path.stat().st_size - _DIGEST
         with path.open("rb") as file:
@@ -235,7 +242,7 @@ def check_zip(path: Path, hint: str) -> None:
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any], compress: bool = True) -> None:
-    """An npz, atomic and sealed."""
+    """Write a sealed npz file, atomically."""
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:  # an open file: numpy would append .npz to the temporary name
@@ -246,17 +253,17 @@ def write_arrays(path: Path, arrays: Mapping[str, Any], compress: bool = True) -
 
 
 def read_arrays(path: Path, hint: str) -> dict[str, np.ndarray]:
-    """What write_arrays was given; Damaged where it is not. No pickled objects."""
+    """The arrays that write_arrays wrote, without pickled objects; raises Damaged if the file has changed."""
     check_zip(path, hint)
     return load_arrays(path, hint)
 
 
 def load_arrays(path: Path, hint: str) -> dict[str, np.ndarray]:
-    """The arrays of an npz whose bytes have been checked otherwise."""
+    """The arrays of an npz file whose bytes have been verified already."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
-    except Exception as error:  # damaged archives raise nearly anything
+    except Exception as error:  # a damaged archive can raise almost any exception
         if is_the_systems(error):
             raise
         raise Damaged(path, f"{path} cannot be read: {hint}.") from error

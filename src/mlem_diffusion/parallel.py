@@ -1,15 +1,15 @@
-"""One piece of work over several processes (torchrun): who does what, and how the results come together.
+"""Work shared by several processes (torchrun): who does what, and how the results are combined.
 
-Item i of a list is done by process i % world, and results are put together in the order of the items, so they do not
-depend on the number of processes. Objects travel over gloo, on the CPU: initialise torch.distributed with "gloo" or
-"cpu:gloo,cuda:nccl". Without a process group there is one process, and nothing here costs anything.
+Process i % world works on item i of a list. The results are combined in the order of the items, so they do not depend
+on the number of processes. Objects are sent over gloo, on the CPU: initialise torch.distributed with "gloo" or
+"cpu:gloo,cuda:nccl". Without a process group there is one process and no overhead.
 
-`gather`, `agree`, `from_main` and `deal` are collective: every process must come to the same ones in the same order. A
-program that only the main process follows (it reads caches, plots and prints) lets the others `serve`: they do what it
-asks them to (`ask`), until it lets them go (`dismiss`).
+`gather`, `agree`, `from_main` and `deal` are collective: all processes must call them in the same order. In a program
+that only the main process runs (it reads caches, plots and prints), the other processes `serve`. They call the
+functions that the main process sends with `ask`, until it calls `dismiss`.
 
-`run_jobs` makes files in batches: dealt out over the processes, and kept batch by batch until the file is whole. A stop loses
-at most the batches in flight. The boundaries of batches, and so the results, do not depend on how many processes share them.
+`run_jobs` makes files from batches. Each batch is cached until the file is complete, so a stop loses at most the
+batches in progress. The boundaries of the batches, and so the results, do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def never() -> bool:
 
 
 def gather(parts: dict[int, T]) -> dict[int, T]:
-    """What all processes hold under their numbers, in the order of the numbers, on every process. Arrays must be on the CPU."""
+    """The numbered parts of all processes, sorted by number, on every process. Arrays must be on the CPU."""
     if world() == 1:
         return dict(sorted(parts.items()))
     found: list[Any] = [None] * world()
@@ -59,12 +59,12 @@ def gather(parts: dict[int, T]) -> dict[int, T]:
 
 
 def agree(flag: bool) -> bool:
-    """Whether the flag is set on any process, on every process."""
+    """Whether the flag is set on any process; all processes get the same answer."""
     return any(gather({rank(): bool(flag)}).values())
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """What make() gives on the main process, on every process: only there it is called."""
+    """The result of make() on every process; only the main process calls it."""
     if world() == 1:
         return make()
     box = [make() if is_main() else None]
@@ -78,25 +78,25 @@ def deal(
     take: Callable[[dict[int, R]], object],
     should_stop: Callable[[], bool] = never,
 ) -> None:
-    """work(item) for all items, one per process at a time; take(results by item number) after each such round, in order.
+    """Call work(item) for all items, one per process in each round, and take(results by item number) after each round.
 
-    take is called with the same results on every process. Raises Interrupted between two rounds where should_stop() is
-    true on any process.
+    take gets the same results on all processes. Raises Interrupted between rounds if should_stop() is true on one.
     """
     for first in range(0, len(items), world()):
         number = first + rank()
         take(gather({number: work(items[number])} if number < len(items) else {}))
         if first + world() < len(items) and agree(should_stop()):
-            raise Interrupted(f"stopped as asked after {first + world()} of {len(items)} batches")
+            raise Interrupted(f"stopped on request after {first + world()} of {len(items)} batches")
 
 
-# ------------------------------------------------------------------------------- one that leads, others that serve
+# ------------------------------------------------------------------- one process leads, the others serve
 
 
 def ask(function: Callable[..., object], *args: Any) -> None:
-    """On the main process: let all others call function(context, *args), as it goes on to do its own part of the same.
+    """Make all other processes call function(context, *args); only the main process may call this.
 
-    function must be importable by its name, the arguments must pickle; `context` is what each process gave to `serve`.
+    The main process then does its own part of the work. function must be importable by its name and the arguments must
+    be picklable. `context` is the argument that each process passed to `serve`.
     """
     if world() > 1:
         if not is_main():
@@ -105,18 +105,18 @@ def ask(function: Callable[..., object], *args: Any) -> None:
 
 
 def serve(context: Any) -> None:
-    """On all other processes: do what the main one asks for until it dismisses them."""
+    """Call the functions that the main process sends until it calls `dismiss`; for all other processes."""
     while True:
         order: Any = from_main(lambda: None)
         if order is None:
             return
         function, args = order
-        with contextlib.suppress(Interrupted):  # so is the main process, which decides what follows
+        with contextlib.suppress(Interrupted):  # it also stops the main process, which decides what follows
             function(context, *args)
 
 
 def dismiss() -> None:
-    """On the main process: no more work; `serve` returns on the others."""
+    """End the work of the other processes: `serve` returns on them. Only for the main process."""
     if world() > 1:
         from_main(lambda: None)
 
@@ -128,8 +128,8 @@ def dismiss() -> None:
 class Job:
     """A file made of `count` batches.
 
-    work(i) gives the arrays of batch i, the same names for every batch; write(arrays) makes the file from all of them,
-    joined along their first axis in the order of the batches. The name of the file must say what it depends on.
+    work(i) returns the arrays of batch i, with the same names for all batches. write(arrays) makes the file from all
+    batches, joined along their first axis in order. The file name must identify all inputs of the file.
     """
 
     path: Path
@@ -138,7 +138,7 @@ class Job:
     write: Callable[[Arrays], object]
 
     def part(self, i: int) -> Path:
-        """Where batch i is kept until all are there."""
+        """The file that caches batch i until all batches are complete."""
         return self.path.with_name(f"{self.path.stem}-part{i:06d}.npz")
 
 
@@ -147,13 +147,13 @@ def run_jobs(
     should_stop: Callable[[], bool] = never,
     progress: Callable[[int], object] | None = None,
 ) -> None:
-    """Make the files that are not there yet; files are read and written by the main process alone.
+    """Make the missing files; only the main process reads and writes files.
 
     Collective: every process calls it with the same jobs. progress(job number) is called on the main process once for
     each batch of the unfinished jobs. Raises Interrupted between batches.
     """
     found = [_cached_batches(job) for job in jobs] if is_main() else []
-    # numbers of batches; None: the file is there
+    # numbers of the cached batches; None if the file exists
     cached = from_main(lambda: [None if have is None else sorted(have) for have in found])
     todo = [(j, i) for j, have in enumerate(cached) if have is not None for i in range(jobs[j].count) if i not in have]
     parts: list[dict[int, Arrays]] = [{} for _ in jobs]
@@ -164,7 +164,7 @@ def run_jobs(
             if progress is not None:
                 progress(j)
         for j in {j for j, _ in found}:
-            _finish_or_keep(jobs[j], parts[j], [i for k, i in found if k == j])
+            _write_or_cache(jobs[j], parts[j], [i for k, i in found if k == j])
 
     if is_main():
         for j, have in enumerate(found):
@@ -178,14 +178,14 @@ def run_jobs(
 
 
 def remove_parts(folder: Path) -> None:
-    """Of files that are whole: a kill may come between writing these and removing their parts."""
+    """Remove the cached batches of complete files; a kill can come between writing a file and removing its batches."""
     for part in folder.glob("*-part[0-9]*.npz"):
         if part.with_name(f"{part.stem.rpartition('-part')[0]}.npz").is_file():
             part.unlink()
 
 
 def _cached_batches(job: Job) -> dict[int, Arrays] | None:
-    """The batches that an earlier run kept; None where the whole file is there."""
+    """The batches that an earlier run cached; None if the complete file exists."""
     if job.path.is_file():
         return None
     found = {}
@@ -198,8 +198,8 @@ def _cached_batches(job: Job) -> dict[int, Arrays] | None:
     return found
 
 
-def _finish_or_keep(job: Job, parts: dict[int, Arrays], new: list[int]) -> None:
-    """Write the whole file where all batches are there, else the new batches."""
+def _write_or_cache(job: Job, parts: dict[int, Arrays], new: list[int]) -> None:
+    """Write the complete file if all batches exist, else cache the new batches."""
     if len(parts) < job.count:
         for i in new:
             if not job.part(i).is_file():

@@ -1,6 +1,6 @@
 """Errors of samples against a reference, standard errors, and frontiers of error against cost.
 
-Errors are mean squared differences (over channels and pixels, images in [-1, 1], before clipping).
+Errors are mean squared differences over channels and pixels, for unclipped images on the scale [-1, 1].
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ def squared_errors(samples: Tensor, reference: Tensor) -> np.ndarray:
             f"Samples {tuple(samples.shape)} and reference {tuple(reference.shape)} must be stacks of the same shape."
         )
     if not (samples.is_floating_point() and reference.is_floating_point()):
-        raise UserError("Squared errors are taken of unclipped float images, not of 8-bit ones.")
+        raise UserError("Squared errors need unclipped float images, not 8-bit images.")
     difference = samples.detach().cpu().double() - reference.detach().cpu().double()
     return difference.square().flatten(1).mean(1).numpy()
 
 
 def standard_error(values: np.ndarray, clusters: np.ndarray | None = None) -> float:
-    """Standard error of the mean of values [N]; NaN if fewer than two values or clusters.
+    """Standard error of the mean of values [N]; NaN with fewer than two values or clusters.
 
-    `clusters` [N] holds an id per value (one per shared coin draw): values of one cluster count as
-    dependent (the usual cluster-robust formula with the factor G / (G - 1)).
+    `clusters` [N] has an id per value, one id per shared coin draw. Values of one cluster count as dependent (the usual
+    cluster-robust formula with the factor G / (G - 1)).
     """
     values = np.asarray(values, dtype=np.float64)
     residual = values - values.mean() if values.size else values
@@ -38,7 +38,7 @@ def standard_error(values: np.ndarray, clusters: np.ndarray | None = None) -> fl
         sums = residual
     else:
         if len(clusters) != len(values):
-            raise UserError(f"{len(values)} values came with {len(clusters)} cluster ids.")
+            raise UserError(f"{len(values)} values need as many cluster ids, not {len(clusters)}.")
         _, index = np.unique(np.asarray(clusters), return_inverse=True)
         sums = np.bincount(index.ravel(), weights=residual)
     groups = len(sums)
@@ -48,9 +48,9 @@ def standard_error(values: np.ndarray, clusters: np.ndarray | None = None) -> fl
 
 
 def frontier(rows: Iterable[dict[str, Any]], cost: str, measure: str) -> list[dict[str, Any]]:
-    """The lower-left frontier, cheapest first: rows with a smaller `measure` than every row that is as cheap or cheaper.
+    """The lower-left frontier, cheapest first: the rows with a smaller `measure` than all rows of equal or lower cost.
 
-    Rows with an absent or non-positive cost or measure (the reference compared with itself) are left out.
+    Rows with a missing or non-positive cost or measure are left out, such as the reference compared with itself.
     """
     usable = [r for r in rows if (r.get(cost) or 0) > 0 and (r.get(measure) or 0) > 0]
     best: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""The analytic family with a level that fails: what configurations name as family.callable."""
+"""The analytic family with one level that fails. Configurations name it as family.callable."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from mlem_diffusion.models.analytic import analytic_family
 
 
 def broken_family(broken: int = -1, above: float = 0.0, value: float | str = "nan", **settings: float) -> list[Level]:
-    """broken: index of the level that gives this value at log-SNRs above `above`; the others are as they were. A value that
-    is not finite comes as text, since a configuration holds none."""
+    """The analytic family, except that level number `broken` returns `value` at log-SNRs above `above`.
+
+    A value that is not finite is given as text, because a configuration cannot hold one.
+    """
     levels = analytic_family(**settings)  # type: ignore[arg-type]
     level = levels[broken]
 

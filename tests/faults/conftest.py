@@ -1,7 +1,7 @@
-"""Faults are injected for real and counted: promise, faults injected, survived.
+"""Inject real faults and count them in a table: promise, fault, number injected, number survived.
 
-FAULTS=whole (make test-faults) runs every fault and writes the table to results/faults/; without it a short form of the
-same tests runs, for continuous integration.
+FAULTS=whole (make test-faults) injects every fault and writes the table to results/faults/. Without it the same tests
+run in a short form, for continuous integration.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "scripts")]
 
-import ledger  # noqa: E402  (beside this file, as the next)
+import ledger  # noqa: E402  (in this folder, like pipeline)
 from pipeline import Forker, Place  # noqa: E402
 
 IS_WHOLE = os.environ.get("FAULTS") == "whole"
@@ -37,13 +37,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def whole() -> bool:
-    """Whether every fault is to be injected, not a sample of them."""
+    """Whether the tests inject every fault instead of a sample."""
     return IS_WHOLE
 
 
 @pytest.fixture
 def count(request: pytest.FixtureRequest) -> ledger.Count:
-    """count(promise, fault, survived): one fault was injected; the test fails at its end where one was not survived."""
+    """count(promise, fault, survived) records one injected fault; the test fails at its end if any was not survived."""
     counter = ledger.Count(request.config.stash[ledger.KEY])
     request.addfinalizer(counter.check)
     return counter
@@ -63,7 +63,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(scope="session")
 def forkers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Forker]]:
-    """One per core."""
+    """Two forkers, one per core."""
     started = [Forker(tmp_path_factory.mktemp("forker")) for _ in range(2)]
     yield started
     for forker in started:
@@ -77,7 +77,7 @@ def forker(forkers: list[Forker]) -> Forker:
 
 @dataclass(frozen=True)
 class Stages:
-    """The pipeline, uninterrupted: the place before any stage and after each, and how long each took."""
+    """An uninterrupted pipeline: the place before all stages and after each one, and the seconds that each took."""
 
     after: dict[str, Place]
     seconds: dict[str, float]
@@ -89,7 +89,7 @@ class Stages:
 
 @pytest.fixture(scope="session")
 def stages(tmp_path_factory: pytest.TempPathFactory, forker: Forker) -> Stages:
-    """prepare_data, train_levels, measure_gamma, sample_compare; then what else reads and writes: optimise, sample, report."""
+    """The pipeline after each stage: data, training, gamma, comparison, then optimise, sample and report."""
     base = tmp_path_factory.mktemp("pipeline")
     place = Place(base / "nothing")
     place.folder.mkdir()
@@ -100,7 +100,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory, forker: Forker) -> Stages:
         assert run.code == 0, str(run)
         after[stage], seconds[stage] = place, run.seconds
     place = place.copy_to(base / "everything")
-    for stage in ("sample_compare", "sample", "report"):  # the comparison now with plans
+    for stage in ("sample_compare", "sample", "report"):  # this comparison includes the plans
         run = forker(stage, place.arguments(*(["seeds='0-3'"] if stage == "sample" else [])))
         assert run.code == 0, str(run)
     return Stages({**after, "everything": place}, seconds)

@@ -1,4 +1,4 @@
-"""Small file systems of their own, which fill up and become read-only as disks do."""
+"""Small separate file systems that fill up and become read-only like disks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 
 @dataclass(frozen=True)
 class Disk:
-    """Mounted at `folder`; what fills it lies beside the places that are put there."""
+    """A file system mounted at `folder`; the file `filler` takes its free space."""
 
     folder: Path
 
@@ -29,7 +29,7 @@ class Disk:
         return shutil.disk_usage(self.folder).free
 
     def leave(self, left: int) -> None:
-        """Leave so many bytes free."""
+        """Leave `left` bytes free."""
         if (size := self.free() - left) > 0:
             with self.filler.open("wb") as file:
                 os.posix_fallocate(file.fileno(), 0, size)
@@ -38,7 +38,7 @@ class Disk:
         self.filler.unlink(missing_ok=True)
 
     def leave_files(self, left: int) -> None:
-        """Leave room for so many more files."""
+        """Leave room for `left` more files."""
         self.make_room()
         used = os.statvfs(self.folder)
         self.remount(f"nr_inodes={used.f_files - used.f_ffree + left}")
@@ -47,7 +47,7 @@ class Disk:
         subprocess.run(["mount", "-o", f"remount,{options}", str(self.folder)], check=True, capture_output=True)
 
     def reset(self) -> None:
-        """Empty and writable."""
+        """Empty the disk and make it writable."""
         self.remount("rw,nr_inodes=100000")
         for found in self.folder.iterdir():
             shutil.rmtree(found) if found.is_dir() else found.unlink()
@@ -55,7 +55,7 @@ class Disk:
 
 @contextmanager
 def small_disk(folder: Path, size: int = 64 << 20) -> Iterator[Disk]:
-    """Skips the test where this may not be mounted."""
+    """A small disk; the test is skipped if mounting is not permitted."""
     folder.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     done = subprocess.run(mount, capture_output=True, text=True) if sys.platform == "linux" else None

@@ -1,8 +1,9 @@
 """A process that has imported everything and forks once per command, so that a script starts in milliseconds.
 
-One JSON object per line on stdin: script, arguments, environment, out, err (files), group (a process group of its own), and
-what is to go wrong inside: kill_at (SIGKILL itself at this event that touches a file), memory (bytes that may be added to the
-address space), files (that may be open at a time). Answers are lines too: {"pid"}, then {"status", "events"}.
+It reads one JSON object per line on stdin: script, arguments, environment, out, err (files) and group (a process group
+of its own). Three more keys inject a fault: kill_at (SIGKILL itself at the event of this number that touches a file),
+memory (bytes that may be added to the address space) and files (that may be open at a time).
+It answers with two lines: {"pid"}, then {"status", "events"}.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-WRITING = {"os.rename", "os.remove", "os.truncate"}  # audit events; "open" too where it is for writing
+WRITING = {"os.rename", "os.remove", "os.truncate"}  # audit events; also "open", if it is for writing
 SCRIPTS = (
-    "prepare_data", "train_levels", "measure_gamma", "optimise", "sample_compare", "sample", "report", "publish", "check_precision",
+    "prepare_data", "train_levels", "measure_gamma", "optimise", "sample_compare", "sample", "report", "publish",
+    "check_precision",
 )  # fmt: skip
 
 
@@ -32,8 +34,8 @@ def touches(event: str, arguments: tuple) -> bool:
     return event in WRITING
 
 
-def watch(kill_at: int | None, count: list[int]) -> None:
-    """Count the events that touch files, and end this process at one of them as a machine would."""
+def count_events(kill_at: int | None, count: list[int]) -> None:
+    """Count the events that touch files, and kill this process at event number `kill_at`, like a machine failure."""
 
     def hook(event: str, arguments: tuple) -> None:
         if touches(event, arguments):
@@ -54,7 +56,7 @@ def child(order: dict, answer: int) -> None:
     os.environ.update(order.get("environment", {}))
     sys.argv = [str(ROOT / "scripts" / f"{order['script']}.py"), *order["arguments"]]
     count = [0]
-    watch(order.get("kill_at"), count)
+    count_events(order.get("kill_at"), count)
     if order.get("memory"):
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + order["memory"],) * 2)
@@ -99,8 +101,8 @@ def main() -> None:
         print(json.dumps({"pid": pid}), flush=True)
         _, status = os.waitpid(pid, 0)
         with os.fdopen(reading) as pipe:
-            said = pipe.read()
-        events = json.loads(said)["events"] if said else None
+            reply = pipe.read()
+        events = json.loads(reply)["events"] if reply else None
         print(json.dumps({"status": os.waitstatus_to_exitcode(status), "events": events}), flush=True)
 
 

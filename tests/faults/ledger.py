@@ -1,4 +1,4 @@
-"""What was injected and what was survived, as a table."""
+"""A table of the faults injected and survived."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROMISES = {
 
 @dataclass
 class Ledger:
-    """(promise, fault) -> [injected, survived], in the order of first mention."""
+    """Counts per fault: (promise, fault) -> [injected, survived], in the order of first use."""
 
     rows: dict[tuple[int, str], list[int]] = field(default_factory=dict)
 
@@ -40,8 +40,10 @@ class Ledger:
         return [(f"{p}. {PROMISES[p]}", fault, *counts) for (p, fault), counts in ordered]
 
     def write(self, folder: Path) -> None:
-        """faults.json, and README.md with the table. Rows of an earlier run stay where this one did not inject the same faults
-        (`make test-faults ARGS="-k kills"`)."""
+        """Write faults.json, and README.md with the table.
+
+        Rows of an earlier run stay unless this run injected the same faults (`make test-faults ARGS="-k kills"`).
+        """
         path, before = folder / "faults.json", []
         with contextlib.suppress(OSError, ValueError, KeyError):
             before = json.loads(path.read_text())["rows"]
@@ -60,7 +62,7 @@ Line = tuple[str, str, int, int]
 
 
 def table(lines: Sequence[Line]) -> str:
-    """Markdown, with the sums."""
+    """The table in Markdown, with the sums."""
     body = [f"| {promise} | {fault} | {injected:,} | {survived:,} |" for promise, fault, injected, survived in lines]
     head = ["| promise | fault | injected | survived |", "| --- | --- | ---: | ---: |"]
     injected, survived = (sum(line[i] for line in lines) for i in (2, 3))
@@ -74,7 +76,7 @@ class Count:
         self.ledger, self.lost = ledger, []
 
     def __call__(self, promise: int, fault: str, survived: bool, detail: str = "") -> None:
-        """One fault was injected. detail: what happened, shown where it was not survived."""
+        """Record one injected fault; `detail` is shown if it was not survived."""
         self.ledger.add(promise, fault, survived)
         if not survived:
             self.lost.append(f"{fault}: {detail}")

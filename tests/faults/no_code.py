@@ -1,4 +1,4 @@
-"""Calls in Python source that can run code from data, found by reading it; and what such a call would run."""
+"""Find calls in Python source that can run code from data, without running them; and a command such calls could run."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ NEVER = {
     "numpy.lib.format.read_array", "pandas.read_pickle", "hydra.utils.get_object", "hydra.utils.get_class",
     "hydra.utils.get_method", "importlib.import_module", "runpy.run_path", "runpy.run_module",
 }  # fmt: skip
-INSTANTIATES = "src/mlem_diffusion/experiment/stage.py"  # the one file that may build objects from a configuration
+INSTANTIATES = "src/mlem_diffusion/experiment/stage.py"  # the only file that may build objects from a configuration
 
 
 def run(command: str) -> int:
-    """What configurations and pickles name that are to be harmful."""
+    """The harmful function that attacking configurations name as their target."""
     return os.system(command)
 
 
 def full_names(tree: ast.AST) -> dict[str, str]:
-    """Local name -> what it was imported as."""
+    """The imported name of each local name."""
     names = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -40,7 +40,7 @@ def full_names(tree: ast.AST) -> dict[str, str]:
 
 
 def dotted(node: ast.expr, names: dict[str, str]) -> str:
-    """A function's full name; empty for what is no name."""
+    """A function's full name; empty if the expression is not a name."""
     if isinstance(node, ast.Name):
         return names.get(node.id, node.id)
     if isinstance(node, ast.Attribute):
@@ -54,7 +54,7 @@ def is_literally(value: ast.expr | None, wanted: object) -> bool:
 
 
 def of_call(name: str, given: dict[str | None, ast.expr], file: str) -> str:
-    """What is wrong with a call; empty where nothing is."""
+    """Why a call is forbidden; empty if it is allowed."""
     if name in NEVER or name.split(".")[0] in PICKLES:
         return f"calls {name}"
     if name == "torch.load" and not is_literally(given.get("weights_only"), True):
@@ -69,7 +69,7 @@ def of_call(name: str, given: dict[str | None, ast.expr], file: str) -> str:
 
 
 def violations(source: str, file: str) -> Iterator[str]:
-    """file: as people are told it, from the repository's root."""
+    """The forbidden calls and imports of a file, whose name is relative to the repository's root."""
     tree = ast.parse(source)
     names = full_names(tree)
     for local, name in names.items():

@@ -1,4 +1,4 @@
-"""The miniature pipeline as something that faults happen to: run a stage, hurt it, and compare what came out."""
+"""Helpers of the fault tests: run a stage of the miniature pipeline, inject a fault, and compare the output."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
-    "experiment=smoke", "threads=1", "family.widths=[2,3,4]", "train.images=640", "train.log_every=128", "train.save_every=0.1",
-    "compare.num_samples=24", "gamma.bootstrap=10", "optimise.methods=[quadrature]",
+    "experiment=smoke", "threads=1", "family.widths=[2,3,4]", "train.images=640", "train.log_every=128",
+    "train.save_every=0.1", "compare.num_samples=24", "gamma.bootstrap=10", "optimise.methods=[quadrature]",
 ]  # fmt: skip
-# what tells of time, dates and machines, or follows from it
+# keys that depend on times, dates or machines
 TIMES = re.compile(r"second|finished|date|timing|commit|device|duration|content_sha256|^outputs$|^cpu$|threads|workers")
-TIMED = {"compare.png", "ablation.png", "report.html", "diagnostics.json"}  # they show seconds, or judge them
+TIMED = {"compare.png", "ablation.png", "report.html", "diagnostics.json"}  # files that depend on seconds
 NOISE = re.compile(
     r"\d+%\|| \[\d\d:\d\d|^\s*$|it/s\]|img/s\]|resource_tracker"
-)  # progress bars, and what Python says of workers that were killed
+)  # progress bars, and Python's messages about killed workers
 
 
 @dataclass
 class Place:
-    """A folder that takes everything that the scripts write."""
+    """A folder for everything that the scripts write."""
 
     folder: Path
     more: list[str] = field(default_factory=list)
@@ -59,7 +59,7 @@ class Place:
         return [*SMALL, *paths, f"paths.data='{self.folder}/data'", *self.more, *more]
 
     def copy_to(self, folder: Path, link: bool = False) -> Place:
-        """link: share the files' content, for copies in which files are only ever replaced, not changed in place."""
+        """Copy the place. With link, files are hard links: safe only if they are replaced, never changed in place."""
 
         def copy(source: str, target: str) -> None:
             if link and not source.endswith((".jsonl", ".lock")):
@@ -71,7 +71,7 @@ class Place:
         return Place(folder, self.more)
 
     def contents(self, which: str = "") -> dict[str, Any]:
-        """Everything in the folder whose name matches the pattern, without times and dates."""
+        """The content of every file whose name matches the pattern, without times and dates."""
         files = (
             p
             for p in sorted(self.folder.rglob("*"))
@@ -81,37 +81,37 @@ class Place:
         return {name: content_of(p) for name, p in named if re.search(which, name)}
 
 
-def plain(value: Any) -> Any:
+def without_times(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items() if not TIMES.search(k)}
-    return [plain(v) for v in value] if isinstance(value, list) else value
+        return {k: without_times(v) for k, v in value.items() if not TIMES.search(k)}
+    return [without_times(v) for v in value] if isinstance(value, list) else value
 
 
 def content_of(path: Path) -> Any:
-    """What a file says, without times and dates."""
+    """A file's content without times and dates."""
     if path.name in TIMED or path.name.startswith("seconds-"):
         return "there"
     if path.suffix == ".json":
-        return plain(json.loads(path.read_text()))
+        return without_times(json.loads(path.read_text()))
     if path.suffix == ".jsonl":
-        return [plain(json.loads(line)) for line in path.read_text().splitlines()]
+        return [without_times(json.loads(line)) for line in path.read_text().splitlines()]
     if path.suffix == ".csv":
-        return [plain(dict(row)) for row in csv.DictReader(io.StringIO(path.read_text()))]
+        return [without_times(dict(row)) for row in csv.DictReader(io.StringIO(path.read_text()))]
     if path.suffix == ".npz":
         with np.load(path) as stored:
             found: dict[str, Any] = {name: stored[name] for name in stored.files}
         for name in ("costs", "facts"):
             if name in found:
-                found[name] = plain(json.loads(str(found[name])))
+                found[name] = without_times(json.loads(str(found[name])))
         found.pop("seconds", None)
         return {k: v if isinstance(v, dict) else (v.shape, str(v.dtype), v.tobytes()) for k, v in found.items()}
     if path.suffix == ".pt":
-        return plain(tree(torch.load(path, map_location="cpu", weights_only=True)))
+        return without_times(tree(torch.load(path, map_location="cpu", weights_only=True)))
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def tree(value: Any) -> Any:
-    """Tensors as bytes: pickles of equal content differ in what they remember."""
+    """The value with tensors as bytes, because pickles of equal tensors may differ."""
     if isinstance(value, torch.Tensor):
         return str(value.dtype), tuple(value.shape), value.numpy().tobytes()
     if isinstance(value, dict):
@@ -120,7 +120,7 @@ def tree(value: Any) -> Any:
 
 
 def difference(wanted: dict[str, Any], found: dict[str, Any]) -> str:
-    """The first few files that differ, in words; empty where none does."""
+    """A description of the first five files that differ; empty if none does."""
     out = [f"{name} is missing" for name in wanted.keys() - found.keys()]
     out += [f"{name} is left over" for name in found.keys() - wanted.keys()]
     out += [f"{name} differs" for name in wanted.keys() & found.keys() if wanted[name] != found[name]]
@@ -129,32 +129,32 @@ def difference(wanted: dict[str, Any], found: dict[str, Any]) -> str:
 
 @dataclass
 class Run:
-    """How a command ended."""
+    """The result of a command."""
 
     code: int
     out: str
     err: str
     seconds: float
-    events: int | None = None  # that touched files
+    events: int | None = None  # number of events that touched files
 
     @property
     def lines(self) -> list[str]:
-        """What was said on stderr, progress bars aside."""
+        """The lines on stderr without progress bars."""
         text = self.err.replace("\x1b[A", "")
         return [line for part in text.splitlines() if not NOISE.search(line := part.split("\r")[-1].strip())]
 
     @property
     def sentence(self) -> str:
-        """The one sentence that the run ended with; empty unless it ended in one, without a traceback."""
-        said = [line for line in self.lines if " was damaged, so it is made again" not in line]
-        return said[0] if len(said) == 1 and self.code in (2, 75, 130) and "Traceback" not in self.err else ""
+        """The single sentence that ended the run; empty if it did not end in one, or printed a traceback."""
+        messages = [line for line in self.lines if " was damaged, so it is computed again" not in line]
+        return messages[0] if len(messages) == 1 and self.code in (2, 75, 130) and "Traceback" not in self.err else ""
 
     def __str__(self) -> str:
         return f"status {self.code}, {self.seconds:.1f} s: {' / '.join(self.lines)[-400:]}"
 
 
 class Forker:
-    """Starts scripts in no time (forker.py). One command at a time; for several, have several."""
+    """Starts scripts within milliseconds (forker.py), one at a time; use several forkers for several scripts."""
 
     def __init__(self, folder: Path, **environment: str):
         self.folder = folder
@@ -162,15 +162,15 @@ class Forker:
         usual = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "PYTHONPATH": str(ROOT / "src")}
         environment = {**os.environ, **usual, **environment}
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "faults" / "forker.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            text=True, env=environment, cwd=ROOT,
+            [sys.executable, str(ROOT / "tests" / "faults" / "forker.py")], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
         )  # fmt: skip
         self.pid, self.lock = 0, threading.Lock()
 
     def __call__(
         self, script: str, arguments: list[str], during: Callable[[int], object] | None = None, **order: Any
     ) -> Run:
-        """Run a script to its end. during(pid) happens as soon as it has started; what else may be ordered: forker.py."""
+        """Run a script to its end. during(pid) is called once it has started; forker.py lists the other options."""
         with self.lock:
             out, err = self.folder / "out", self.folder / "err"
             order |= {"script": script, "arguments": arguments, "out": str(out), "err": str(err)}
@@ -202,7 +202,7 @@ class Forker:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether the process runs; one that has ended and waits to be noticed does not."""
+    """Whether the process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
@@ -210,7 +210,7 @@ def is_alive(pid: int) -> bool:
 
 
 def children(pid: int) -> list[int]:
-    """Processes that this one has started, and theirs."""
+    """All descendants of a process."""
     parents: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):

@@ -75,12 +75,12 @@ def member(name: str, **fields) -> tarfile.TarInfo:
 
 
 def refusal(source: Path, *words: str) -> str:
-    """What is wrong with how `source` was refused; empty when nothing is."""
+    """How the refusal of `source` was wrong; empty if it was right."""
     home = source.parent
     before, start = sorted(home.parent.rglob("*")), time.time()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     signal.signal(signal.SIGALRM, signal.default_int_handler)
-    signal.alarm(30)  # what waits for ever is interrupted
+    signal.alarm(30)  # interrupts a read that never returns
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -155,7 +155,7 @@ def test_links_and_devices_in_a_zip(tmp_path: Path, refused: Callable[..., None]
         refused("link, device or pipe in an archive", source, "images/x.png", "link" if i < 1 else "a device or a pipe")
 
 
-def test_members_that_are_no_files_are_harmless(tmp_path: Path) -> None:
+def test_members_that_are_not_files_are_harmless(tmp_path: Path) -> None:
     for kind in ("zip", "tar"):
         source = write(tmp_path / f"good.{kind}", kind, IMAGES | {"notes.txt": b"text"})
         if kind == "zip":
@@ -168,14 +168,14 @@ def test_members_that_are_no_files_are_harmless(tmp_path: Path) -> None:
 
 
 def deflated(total: int, unit: bytes = bytes(1 << 20)) -> bytes:
-    """A raw deflate stream of many times the same bytes, made in no time."""
+    """A raw deflate stream that repeats `unit` up to `total` bytes, built quickly."""
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
     once = packer.compress(unit) + packer.flush(zlib.Z_FULL_FLUSH)
     return once * (total // len(unit)) + zlib.compress(b"")[2:-4]
 
 
 def raw_zip(path: Path, members: list[tuple[str, bytes, int]]) -> Path:
-    """A zip of the images and of (name, deflated bytes, claimed size)."""
+    """A zip with the images and the given members (name, deflated bytes, claimed size)."""
     body, table = b"", b""
     good = [(name, zlib.compress(contents)[2:-4], len(contents)) for name, contents in IMAGES.items()]
     crc = {name: zlib.crc32(contents) for name, contents in IMAGES.items()}
@@ -214,7 +214,9 @@ def test_bombs_in_a_zip(tmp_path: Path, refused: Callable[..., None]) -> None:
     lie = "header that lies about a size"
     refused(lie, raw_zip(home / "e.zip", [("x.png", bomb, 1000)]), "x.png", "broken")
     refused(lie, raw_zip(home / "f.zip", [("x.png", tiny, 60 << 20)]), "x.png", "broken")
-    refused(lie, raw_zip(home / "g.zip", [("x.png", nothing, 60 << 20)]), "x.png", "not what the archive says")
+    refused(
+        lie, raw_zip(home / "g.zip", [("x.png", nothing, 60 << 20)]), "x.png", "differs from the size in the archive"
+    )
     with zipfile.ZipFile(home / "h.zip", "w", zipfile.ZIP_BZIP2) as archive:  # 50 bytes of bzip2 become 46 MB
         archive.writestr("x.png", noise(1))
     refused(fault, home / "h.zip", "x.png", "not supported")
@@ -256,7 +258,7 @@ def test_bombs_in_a_tar(tmp_path: Path, refused: Callable[..., None], kind: str)
 
 
 def blank_png(width: int, height: int) -> bytes:
-    """White, one bit for each pixel."""
+    """A white PNG with one bit per pixel."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">L", len(body)) + kind + body + struct.pack(">L", zlib.crc32(kind + body))
@@ -281,14 +283,14 @@ def test_images_of_absurd_size(tmp_path: Path, refused: Callable[..., None]) -> 
     refused("image of absurd size", source, "000003.png", "larger than")
 
 
-def test_what_is_no_file_in_a_folder(tmp_path: Path, refused: Callable[..., None], monkeypatch) -> None:
+def test_special_files_in_a_folder(tmp_path: Path, refused: Callable[..., None], monkeypatch) -> None:
     fault, home = "pipe, device or socket in a folder", tmp_path / "home"
     for name in ("images/000007.png", "list_eval_partition.txt"):
         for kind in ("pipe", "device", "socket", "link"):
             source = write(home / f"{kind}-{name[:4]}", "folder", IMAGES)
             (source / name).unlink(missing_ok=True)
             if kind == "socket":
-                monkeypatch.chdir((source / name).parent)  # the path of a socket has to be short
+                monkeypatch.chdir((source / name).parent)  # a socket's path must be short
                 with socket.socket(socket.AF_UNIX) as server:
                     server.bind(Path(name).name)
             elif kind == "device":
@@ -328,7 +330,7 @@ def test_links_to_images_in_a_folder_are_followed(tmp_path: Path) -> None:
 
 
 def zeroed(raw: bytes, random: np.random.Generator) -> bytes:
-    """A block of a disk read as zeros; never the last bytes: a tar whose last files are zeros is a shorter tar."""
+    """The data with one block zeroed. The end is spared, because a tar with zeros at its end is a valid shorter tar."""
     end = len(raw.rstrip(b"\0"))
     size = min(int(random.choice([64, 512, 4096])), end // 2)
     start = random.integers(end - size)
@@ -359,7 +361,7 @@ KINDS = ("zip", "zip deflated", "tar", "tar.gz", "tar.xz", "folder")
 
 
 def outcome(source: Path, destination: Path, broken: str = "", skip: bool = False) -> str:
-    """ "right", "refused", or what came instead. broken: the file that a refusal has to name."""
+    """ "right", "refused", or a description of anything else. A refusal must name the file `broken`."""
     try:
         manifest = prepare(source, destination, skip_broken=skip)
     except UserError as error:
@@ -388,7 +390,7 @@ def test_random_damage(tmp_path: Path, count: Count, whole: bool) -> None:
                 name = random.choice(list(IMAGES)) if kind == "folder" else ""
                 good = (source / name).read_bytes()
                 (source / name).write_bytes(apply(good, random))
-                # Every other time broken images may be left out: then the others have to be there.
+                # Every second turn may skip broken images; the other images must then be right.
                 found = outcome(source, tmp_path / "packed", name, skip=turn % 2 == 1)
                 (source / name).write_bytes(good)
                 what = "image in a folder" if kind == "folder" else "archive"

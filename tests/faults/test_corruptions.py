@@ -1,7 +1,7 @@
-"""Promise 2: artefacts that were truncated, flipped or swapped give the right result or one sentence, never a wrong number.
+"""Promise 2: damaged or swapped artefacts give the right result or one sentence, never a wrong number.
 
-Each trial damages one file of a finished pipeline and runs a stage that reads it. Survived: what the stage then writes is what
-it writes from undamaged files, or it ends in one sentence that names the file and says what to do.
+Each trial damages one file of a finished pipeline and runs a stage that reads it. The fault is survived if the stage
+writes the same as from undamaged files, or if it ends in one sentence that names the file and the remedy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CURE = re.compile(r"run .*again|run `?make|delete it|remove it|restore it|overwr
 
 @dataclass(frozen=True)
 class Reader:
-    """A stage that reads some artefacts of a place: which place, with what arguments, and which files these are."""
+    """A stage that reads artefacts, with its place, its arguments and the patterns of these files."""
 
     name: str
     stage: str
@@ -32,17 +32,27 @@ class Reader:
 
 
 READERS = (
-    Reader("images, by measure_gamma", "measure_gamma", "everything", ("force=true", "data.source=???"), ("data/*.npy", "data/manifest.json")),
+    Reader("images, by measure_gamma", "measure_gamma", "everything", ("force=true", "data.source=???"),
+           ("data/*.npy", "data/manifest.json")),
     Reader("images, drawn again", "measure_gamma", "everything", ("force=true",), ("data/*.npy", "data/manifest.json")),
-    Reader("weights, by measure_gamma", "measure_gamma", "everything", ("force=true",), ("checkpoints/smoke/w*/*.safetensors", "checkpoints/smoke/w*/metadata.json")),
-    Reader("weights, by train_levels", "train_levels", "everything", (), ("checkpoints/smoke/w*/*.safetensors", "checkpoints/smoke/w*/metadata.json", "checkpoints/smoke/w*/state.pt")),
-    Reader("resume state, by train_levels", "train_levels", "halfway", ("workers=1",), ("checkpoints/smoke/w*/state.pt", "checkpoints/smoke/w*/claim.json")),
-    Reader("gamma and plans, by sample_compare", "sample_compare", "everything", ("force=true",), ("results/smoke/gamma.json", "results/smoke/plans.*")),
+    Reader("weights, by measure_gamma", "measure_gamma", "everything", ("force=true",),
+           ("checkpoints/smoke/w*/*.safetensors", "checkpoints/smoke/w*/metadata.json")),
+    Reader("weights, by train_levels", "train_levels", "everything", (),
+           ("checkpoints/smoke/w*/*.safetensors", "checkpoints/smoke/w*/metadata.json",
+            "checkpoints/smoke/w*/state.pt")),
+    Reader("resume state, by train_levels", "train_levels", "halfway", ("workers=1",),
+           ("checkpoints/smoke/w*/state.pt", "checkpoints/smoke/w*/claim.json")),
+    Reader("gamma and plans, by sample_compare", "sample_compare", "everything", ("force=true",),
+           ("results/smoke/gamma.json", "results/smoke/plans.*")),
     Reader("cache, by sample_compare", "sample_compare", "compared", ("force=true",), ("results/smoke/cache/*",)),
     Reader("cache, by optimise", "optimise", "optimised", ("force=true",), ("results/smoke/cache/*",)),
-    Reader("best sampler, by sample", "sample", "everything", ("seeds='0-3'", "force=true"), ("results/smoke/best.json", "results/smoke/plans.*", "checkpoints/smoke/w4/ema.safetensors")),
-    Reader("results, by report", "report", "everything", (), ("results/smoke/*.json", "results/smoke/*.csv", "results/smoke/*.png", "results/smoke/grids/*.png", "results/smoke/training/*.png", "results/smoke/config.yaml")),
-    Reader("published family, by sample", "sample", "published", ("seeds='0-1'", "force=true"), ("checkpoints/smoke/published/**/*",)),
+    Reader("best sampler, by sample", "sample", "everything", ("seeds='0-3'", "force=true"),
+           ("results/smoke/best.json", "results/smoke/plans.*", "checkpoints/smoke/w4/ema.safetensors")),
+    Reader("results, by report", "report", "everything", (),
+           ("results/smoke/*.json", "results/smoke/*.csv", "results/smoke/*.png", "results/smoke/grids/*.png",
+            "results/smoke/training/*.png", "results/smoke/config.yaml")),
+    Reader("published family, by sample", "sample", "published", ("seeds='0-1'", "force=true"),
+           ("checkpoints/smoke/published/**/*",)),
 )  # fmt: skip
 
 
@@ -78,7 +88,7 @@ def emptied(data: bytes, rng: random.Random) -> bytes:
 
 
 def digit(data: bytes, rng: random.Random) -> bytes:
-    """Another digit in a text, which parses as well as before."""
+    """The text with one digit changed, so that it still parses."""
     places = [i for i, byte in enumerate(data) if 48 <= byte <= 57]
     if not places:
         return one_bit(data, rng)
@@ -89,7 +99,7 @@ def digit(data: bytes, rng: random.Random) -> bytes:
 
 
 Damage = Callable[[bytes, random.Random], bytes]
-DAMAGES: dict[str, tuple[Damage, int]] = {  # with their weights
+DAMAGES: dict[str, tuple[Damage, int]] = {  # each with its weight
     "truncated": (truncated, 3), "one bit": (one_bit, 5), "8 bytes": (some_bytes, 3), "zeroed": (zeroed, 2),
     "appended": (appended, 1), "emptied": (emptied, 1), "digit": (digit, 3), "swapped": (one_bit, 3),
 }  # fmt: skip
@@ -102,8 +112,8 @@ def files_of(place: Place, reader: Reader) -> list[Path]:
     return [p.relative_to(place.folder) for p in found]
 
 
-def hurt(place: Place, file: Path, kind: str, others: list[Path], rng: random.Random) -> str:
-    """Damage the file; in words. Files may share their content with other places, so they are replaced."""
+def damage_file(place: Place, file: Path, kind: str, others: list[Path], rng: random.Random) -> str:
+    """Damage a file and describe the damage. The file is replaced, because places may share its content."""
     path = place.folder / file
     data = path.read_bytes()
     alike = [p for p in others if p.suffix == file.suffix and p != file and (place.folder / p).read_bytes() != data]
@@ -119,7 +129,7 @@ def hurt(place: Place, file: Path, kind: str, others: list[Path], rng: random.Ra
 
 @pytest.fixture(scope="module")
 def places(stages, forker: Forker, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Place]:
-    """Finished, and in other states that readers find."""
+    """A finished place, and places in other states that readers can meet."""
     base = tmp_path_factory.mktemp("places")
     found = {
         "everything": stages.after["everything"],
@@ -140,7 +150,7 @@ def places(stages, forker: Forker, tmp_path_factory: pytest.TempPathFactory) -> 
     return {**found, "halfway": halfway, "published": clone}
 
 
-# what a reader writes, as far as times and what was damaged do not tell in it
+# what each stage writes, except files that depend on times or on the damaged file itself
 WRITTEN = {
     "measure_gamma": r"results/smoke/gamma\.(json|png)$",
     "train_levels": r"checkpoints/smoke/w\d/(ema.*\.safetensors|metadata\.json)$",
@@ -152,30 +162,30 @@ WRITTEN = {
 
 
 def outcome(forker: Forker, place: Place, reader: Reader, file: Path, wanted: dict) -> str:
-    """What is not as promised; empty where the fault was survived."""
+    """How the stage broke the promise; empty if the fault was survived."""
     run = forker(reader.stage, place.arguments(*reader.arguments))
     if run.code == 0:
         wrong = difference(wanted, place.contents(WRITTEN[reader.stage]))
         return wrong and f"another result: {wrong}; {run}"
-    said = run.sentence
-    if not said:
+    sentence = run.sentence
+    if not sentence:
         return f"no sentence: {run}"
-    if file.name not in said and str(file.parent) not in said:
-        return f"the file is not named: {said}"
-    return "" if CURE.search(said) else f"no cure: {said}"
+    if file.name not in sentence and str(file.parent) not in sentence:
+        return f"the file is not named: {sentence}"
+    return "" if CURE.search(sentence) else f"no cure: {sentence}"
 
 
 def trial(number: int, reader: Reader, forker: Forker, places: dict[str, Place], wanted: dict, folder: Path) -> str:
     rng = random.Random(number)
     origin = places[reader.place]
     files = files_of(origin, reader)
-    # kinds of files equally often, however many there are of each
+    # each kind of file has the same probability, whatever its number of files
     kinds = sorted({re.sub(r"[0-9a-f]{12,}|\d+", "", str(f)) for f in files})
     kind = rng.choice(kinds)
     file = rng.choice([f for f in files if re.sub(r"[0-9a-f]{12,}|\d+", "", str(f)) == kind])
     damage = rng.choices(list(DAMAGES), [weight for _, weight in DAMAGES.values()])[0]
     place = origin.copy_to(folder / str(number), link=True)
-    what = hurt(place, file, damage, files, rng)
+    what = damage_file(place, file, damage, files, rng)
     detail = outcome(forker, place, reader, file, wanted)
     shutil.rmtree(place.folder)
     return detail and f"trial {number}, {what}: {detail}"

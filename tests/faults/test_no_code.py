@@ -1,8 +1,8 @@
-"""Promise 3: nothing that a run reads can execute code, and what it cannot use it refuses in one sentence.
+"""Promise 3: no file that a run reads can execute code; a run refuses an unusable file in one sentence.
 
-Each attack writes a file that would run a command in a reader that trusts it, with every checksum made anew (they are checksums,
-not signatures), and runs the stage that reads it. Survived: the command has not run, and the stage ends as it does without the
-attack or in one sentence.
+Each attack writes a file that would run a command in a reader that trusts it. It recomputes every checksum (they are
+not signatures) and runs the stage that reads the file. The attack is survived if the command has not run, and the stage
+ends as it does without the attack or in one sentence.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from mlem_diffusion.models.published import write_index
 
 SETTING = "sampler={dynamics:ode,step_rule:ddim,estimator:single,levels:[w4],steps:4}"
 SECRET = "a-word-from-the-environment"
-PRODUCT = "62615533"  # what {{ 7919 * 7907 }} is where a template is made of it
+PRODUCT = "62615533"  # the text that a template renders from {{ 7919 * 7907 }}
 MARKUP = "<script>alert(7)</script><img src=x onerror=alert(7)> {{ 7919 * 7907 }} "
 
 
 class Payload:
-    """Unpickled, it runs a command."""
+    """An object that runs a command when it is unpickled."""
 
     def __init__(self, command: str):
         self.command = command
@@ -53,13 +53,13 @@ class Payload:
 
 
 def target(command: str) -> dict[str, Any]:
-    """Instantiated by Hydra, it runs a command. Newer versions of Hydra refuse os.system itself."""
+    """A configuration that runs a command when Hydra instantiates it; newer versions of Hydra refuse os.system."""
     return {"_target_": "no_code.run", "command": command}
 
 
 @dataclass(frozen=True)
 class Attack:
-    """plant(place, command) writes the file; check(place) says what is wrong afterwards besides."""
+    """plant(place, command) writes the file; check(place) describes any further damage; empty if there is none."""
 
     kind: str
     stage: str
@@ -91,18 +91,18 @@ def attack(
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Places share the content of files."""
+    """Write a new file in place of the old one, because places share the content of files."""
     path.unlink(missing_ok=True)
     path.write_bytes(data)
 
 
 def sealed(path: Path, data: bytes) -> bytes:
-    """Any bytes, with what makes files.check_zip believe them."""
+    """The bytes with the checksum that files.check_zip expects."""
     return data + hashlib.sha256(path.name.encode() + data).hexdigest().encode()
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change a JSON object in place, and seal it again."""
+    """Change a JSON object and seal it again."""
     content = json.loads(path.read_text())
     content.pop(SEAL, None)
     change(content)
@@ -110,7 +110,7 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def note(place: Place, *names: str) -> None:
-    """Write into provenance.json that these results are what their stages wrote."""
+    """Record in provenance.json that the stages wrote these results."""
 
     def change(content: dict[str, Any]) -> None:
         for entry in content["stages"].values() if "provenance.json" not in names else ():
@@ -152,7 +152,7 @@ def torch_pickle(command: str, **more: Any) -> bytes:
 
 
 def untrained(place: Place) -> Path:
-    """The state of a level that training has to go on with."""
+    """The state of an unfinished level, from which training must resume."""
     (place.checkpoints / "w2" / "metadata.json").unlink()
     return place.checkpoints / "w2" / "state.pt"
 
@@ -163,7 +163,7 @@ TRAIN = ("only=w2", "workers=1")
 @attack("pickle as resume state", "train_levels", *TRAIN)
 def a_plain_pickle(place: Place, command: str) -> None:
     path = untrained(place)
-    replace(path, sealed(path, pickle.dumps(Payload(command), protocol=2)))  # of later ones torch warns
+    replace(path, sealed(path, pickle.dumps(Payload(command), protocol=2)))  # torch warns about later protocols
 
 
 @attack("pickle as resume state", "train_levels", *TRAIN)
@@ -239,7 +239,7 @@ def a_cached_gaussian(place: Place, command: str) -> None:
 
 
 def object_arrays(pattern: str) -> Plant:
-    """The arrays of these files of the results replaced by pickled objects."""
+    """Replace the arrays of these result files by pickled objects."""
 
     def plant(place: Place, command: str) -> None:
         for path in place.results.glob(pattern):
@@ -250,10 +250,10 @@ def object_arrays(pattern: str) -> Plant:
     return plant
 
 
-for kept, stage in (("cache/setting-*.npz", "sample_compare"), ("cache/reference-*.npz", "sample_compare"),
-                    ("cache/real-*.npz", "sample_compare"), ("plans.npz", "sample_compare"),
-                    ("cache/candidates.npz", "optimise"), ("cache/effects-*.npz", "optimise")):  # fmt: skip
-    attack("pickled arrays", stage, "force=true")(object_arrays(kept))
+for pattern, stage in (("cache/setting-*.npz", "sample_compare"), ("cache/reference-*.npz", "sample_compare"),
+                       ("cache/real-*.npz", "sample_compare"), ("plans.npz", "sample_compare"),
+                       ("cache/candidates.npz", "optimise"), ("cache/effects-*.npz", "optimise")):  # fmt: skip
+    attack("pickled arrays", stage, "force=true")(object_arrays(pattern))
 
 
 @attack("pickled arrays", "sample_compare", "force=true")
@@ -282,7 +282,7 @@ def npy(array: np.ndarray) -> bytes:
 
 
 def images_as(name: str, make: Callable[[str], bytes]) -> Plant:
-    """A file of the prepared images replaced, its hash in the manifest with it."""
+    """Replace a file of the prepared images, and its hash in the manifest."""
 
     def plant(place: Place, command: str) -> None:
         data = make(command)
@@ -306,7 +306,7 @@ for file in ("images", "split"):
 
 
 def added(path: Callable[[Place], Path]) -> Plant:
-    """A JSON object with targets beside what it holds."""
+    """Add targets to a JSON object."""
 
     def plant(place: Place, command: str) -> None:
         more = {**target(command), "more": target(command), "callable": target(command), "family": target(command)}
@@ -317,7 +317,7 @@ def added(path: Callable[[Place], Path]) -> Plant:
 
 
 def instead(path: Callable[[Place], Path], *keys: str) -> Plant:
-    """A JSON object whose values are targets."""
+    """Replace the values of a JSON object by targets."""
 
     def plant(place: Place, command: str) -> None:
         rewrite(path(place), lambda content: content.update({key: target(command) for key in keys or content}))
@@ -467,7 +467,7 @@ def markup(command: str) -> str:
 
 
 def everywhere(value: Any, text: str) -> Any:
-    """Every string replaced that is no hash or kind that readers look up."""
+    """The value with every string replaced, except hashes and kinds that readers look up."""
     if isinstance(value, dict):
         return {
             k: v if k in ("outputs", "made_with", "unit", "dynamics") else everywhere(v, text) for k, v in value.items()
@@ -559,7 +559,7 @@ def picture() -> bytes:
 
 
 def members(command: str) -> dict[str, bytes]:
-    """Pictures beside code, and code that is called a picture."""
+    """Pictures, code, and code named like a picture."""
     code = {name: f"import os; os.system('{command}')\n".encode() for name in HOSTILE}
     code |= {name: pickle.dumps(Payload(command)) for name in HOSTILE if name.endswith(("pkl", "pt", "npy"))}
     return {**code, **{f"{i}.png": picture() for i in range(6)}}
@@ -613,7 +613,8 @@ def called_a_picture(place: Place, command: str) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         for i in range(6):
             archive.writestr(f"{i}.jpg", pickle.dumps(Payload(command)))
-        archive.writestr("6.png", f"%!PS\n({command}) (w) file\n")  # Postscript, for which others start an interpreter
+        # PostScript, for which some readers start an interpreter
+        archive.writestr("6.png", f"%!PS\n({command}) (w) file\n")
     place.more.append(f"data.source='{path}'")
 
 
@@ -632,7 +633,7 @@ def places(stages, forker: Forker, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def outcome(forker: Forker, origin: Place, attack: Attack, folder: Path) -> str:
-    """What is not as promised; empty where the attack was survived."""
+    """How the stage broke the promise; empty if the attack was survived."""
     place, sentinel = origin.copy_to(folder / "place", link=True), folder / "it-has-run"
     place.more = [*place.more]
     attack.plant(place, f"touch {sentinel}")
@@ -662,7 +663,7 @@ def test_attacks(places, forkers, count, whole, tmp_path):
 
 
 def test_attacks_are_real(tmp_path):
-    """Readers that trust what they read do run the command."""
+    """Readers that trust their input do run the command."""
     readers: dict[str, Callable[[str], object]] = {
         "pickle": lambda command: pickle.loads(pickle.dumps(Payload(command))),
         "torch": lambda command: torch.load(io.BytesIO(torch_pickle(command)), weights_only=False),
@@ -680,17 +681,20 @@ def test_attacks_are_real(tmp_path):
 
 PLANTED = (
     "eval(text)", "exec(text)", "__import__(name)",
-    "import pickle\npickle.load(file)", "from pickle import loads as read\nread(data)", "import marshal", "import shelve as s\ns.open(path)",
-    "import yaml\nyaml.load(text)", "import yaml as y\ny.unsafe_load(text)", "from yaml import full_load\nfull_load(text)",
-    "import torch\ntorch.load(path)", "import torch\ntorch.load(path, weights_only=False)", "import torch\ntorch.load(path, weights_only=safe)",
-    "from torch import load\nload(path)", "import torch\ntorch.hub.load(repository, name)",
+    "import pickle\npickle.load(file)", "from pickle import loads as read\nread(data)", "import marshal",
+    "import shelve as s\ns.open(path)", "import yaml\nyaml.load(text)", "import yaml as y\ny.unsafe_load(text)",
+    "from yaml import full_load\nfull_load(text)",
+    "import torch\ntorch.load(path)", "import torch\ntorch.load(path, weights_only=False)",
+    "import torch\ntorch.load(path, weights_only=safe)", "from torch import load\nload(path)",
+    "import torch\ntorch.hub.load(repository, name)",
     "import numpy as np\nnp.load(path, allow_pickle=True)", "import numpy as np\nnp.load(path, allow_pickle=trusted)",
     "from numpy import load\nload(path, allow_pickle=1)",
     "from hydra.utils import instantiate\ninstantiate(config)", "import hydra\nhydra.utils.instantiate(config)",
-    "from hydra.utils import instantiate as make\nmake(config)", "from hydra.utils import get_method\nget_method(name)()",
-    "import os\nos.system(command)", "from os import system\nsystem(command)", "import os\nos.popen(command)",
-    "import subprocess\nsubprocess.run(command, shell=True)", "from subprocess import Popen\nPopen(command, shell=quick)",
-    "import importlib\nimportlib.import_module(name)",
+    "from hydra.utils import instantiate as make\nmake(config)",
+    "from hydra.utils import get_method\nget_method(name)()", "import os\nos.system(command)",
+    "from os import system\nsystem(command)", "import os\nos.popen(command)",
+    "import subprocess\nsubprocess.run(command, shell=True)",
+    "from subprocess import Popen\nPopen(command, shell=quick)", "import importlib\nimportlib.import_module(name)",
 )  # fmt: skip
 
 
@@ -703,7 +707,7 @@ def test_the_source_calls_nothing_that_runs_code(count):
         count(3, "source files that might run code from data", not found, "; ".join(found))
 
 
-def test_templates_escape_what_they_show():
+def test_templates_escape_their_values():
     for path in (ROOT / "src").rglob("*.jinja"):
         assert "safe" not in path.read_text(), path
 

@@ -1,5 +1,7 @@
-"""Promise 5: disks that fill up or cannot be written, memory that runs out, folders in use, and handles that run out end a
-run in one sentence, and the same command afterwards ends with what an undisturbed run gives."""
+"""Promise 5: a run that lacks a resource ends in one sentence, and running it again gives the undisturbed result.
+
+The resources are disk space, write permission, memory, folders that another run uses, and file handles.
+"""
 
 from __future__ import annotations
 
@@ -32,19 +34,19 @@ from mlem_diffusion.models.checkpoint import load_state
 FULL = re.compile(r"\bfull\b|[Nn]ot enough disk space|No space left")
 STAGES = ("prepare_data", "train_levels", "measure_gamma", "sample_compare")
 MORE_STAGES = ("optimise", "sample", "report", "publish")
-ARGUMENTS = {"sample": ("seeds='4-9'",)}  # "everything" has others
+ARGUMENTS = {"sample": ("seeds='4-9'",)}  # the place "everything" has other seeds
 
 
 @pytest.fixture(scope="module")
 def disks(forkers, tmp_path_factory) -> Iterator[list[Disk]]:
-    """One for each forker."""
+    """One disk per forker."""
     base = tmp_path_factory.mktemp("disks")
     with ExitStack() as stack:
         yield [stack.enter_context(small_disk(base / str(i))) for i, _ in enumerate(forkers)]
 
 
 def before(stages: Any, stage: str) -> Place:
-    """The place in which the stage finds what it needs, and nothing of its own (a report is written anew each time)."""
+    """The place with the stage's inputs, without its outputs (a report is always written again)."""
     return stages.after["everything"] if stage in ("sample", "report", "publish") else stages.before(stage)
 
 
@@ -53,7 +55,7 @@ def go(forker: Forker, stage: str, place: Place, *more: str, **order: Any) -> Ru
 
 
 def broken_files(place: Place) -> str:
-    """Files under their final names that are not whole, in words."""
+    """A description of incomplete files under their final names; empty if there are none."""
     found = []
     for path in sorted(p for p in place.folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
         try:
@@ -64,7 +66,7 @@ def broken_files(place: Place) -> str:
 
 
 def check_file(path: Path) -> None:
-    """Raise something unless the file is whole."""
+    """Raise an exception if the file is incomplete."""
     if path.suffix == ".json":
         read_json(path, "", sealed=False)
     elif path.suffix == ".jsonl":
@@ -87,7 +89,7 @@ def check_file(path: Path) -> None:
 
 
 def ended_well(run: Run, expected: re.Pattern[str], place: Place, may_finish: bool = True) -> str:
-    """What is not as promised of a run to which a fault happened."""
+    """How a run that met a fault broke the promise; empty if it holds."""
     if run.code == 0:
         return broken_files(place) if may_finish else f"it finished: {run}"
     if run.code != 2 or not expected.search(run.sentence):
@@ -99,7 +101,7 @@ def ended_well(run: Run, expected: re.Pattern[str], place: Place, may_finish: bo
 
 
 def test_disk_full(stages, forkers, disks, count, whole, tmp_path):
-    """Before a stage begins its disk has only some bytes left, by chance between none and what the stage needs."""
+    """A stage starts on a disk whose free space is a random part of what it needs."""
     rng = random.Random(5)
     times = dict.fromkeys(STAGES, 6) | dict.fromkeys(MORE_STAGES, 3) if whole else dict.fromkeys(STAGES[1:3], 1)
     tasks = [(stage, 1 + i % 2) for stage, n in times.items() for i in range(n)]
@@ -128,29 +130,29 @@ def test_disk_full(stages, forkers, disks, count, whole, tmp_path):
 
 
 def again(forker: Forker, stage: str, place: Place, wanted: dict, *more: str) -> str:
-    """Run the stage to its end; what is then not as it should be."""
+    """Run the stage to its end and describe how the result is wrong; empty if it is right."""
     run = go(forker, stage, place, *more)
-    return unlike(wanted, place) if run.code == 0 else f"not finished by the same command: {run}"
+    return result_difference(wanted, place) if run.code == 0 else f"not finished by the same command: {run}"
 
 
-def unlike(wanted: dict, place: Place) -> str:
-    """Files that differ, those aside that only note with how many workers they were made."""
-    kept = [
+def result_difference(wanted: dict, place: Place) -> str:
+    """A description of the files that differ, without the configs, which record the number of workers."""
+    compared = [
         {n: c for n, c in files.items() if not re.search(r"config.*\.yaml$", n)} for files in (wanted, place.contents())
     ]
-    return difference(*kept)
+    return difference(*compared)
 
 
 def in_pairs(one: Callable[[int], tuple[str, str]], tasks: int) -> Iterator[tuple[str, str]]:
-    """one(number) for all numbers: even ones on the first forker and disk, odd ones beside them on the second."""
+    """one(number) for all numbers, in two threads: even numbers use the first forker and disk, odd ones the second."""
     with ThreadPoolExecutor(2) as pool:
         halves = [pool.submit(lambda first: [one(n) for n in range(first, tasks, 2)], first) for first in (0, 1)]
         yield from itertools.chain(*(half.result() for half in halves))
 
 
 @pytest.mark.whole
-def test_disk_that_fills_up_on_the_way(stages, forkers, disks, count, whole, tmp_path):
-    """Another program writes meanwhile."""
+def test_disk_that_fills_up_during_the_run(stages, forkers, disks, count, whole, tmp_path):
+    """Another program fills the disk while the stage runs."""
     rng = random.Random(6)
     tasks = [stage for stage in STAGES[1:] for _ in range(3 if whole else 1)][: None if whole else 2]
     moments = [rng.uniform(0.2, 0.8) * stages.seconds[stage] for stage in tasks]
@@ -173,7 +175,7 @@ def test_disk_that_fills_up_on_the_way(stages, forkers, disks, count, whole, tmp
 
 @pytest.mark.whole
 def test_no_room_for_more_files(stages, forkers, disks, count, whole, tmp_path):
-    """A disk with bytes left, and no place in its table of files."""
+    """A disk that has free bytes but no free inodes."""
     rng = random.Random(7)
     tasks = [stage for stage in STAGES for _ in range(2 if whole else 1)][: None if whole else 2]
     lefts = [rng.randint(0, 12) for _ in tasks]
@@ -191,7 +193,7 @@ def test_no_room_for_more_files(stages, forkers, disks, count, whole, tmp_path):
         count(5, f"no room for more files, {stage}", not detail, detail)
 
 
-# ---------------------------------------------------------------------------------------- folders that cannot be written
+# --------------------------------------------------------------------------------------- folders that cannot be written
 
 READ_ONLY = re.compile(r"cannot be written|[Rr]ead-only")
 
@@ -217,7 +219,7 @@ def test_read_only_disk(stages, forkers, disks, count, whole, tmp_path):
 
 @pytest.mark.whole
 def test_only_one_folder_is_read_only(stages, forker, disks, count, tmp_path):
-    """data or checkpoints elsewhere than the results."""
+    """data or checkpoints are on another disk than the results."""
     disk = disks[0]
     for stage, kind, path in (("prepare_data", "data", "data"), ("train_levels", "checkpoints", "${name}")):
         disk.reset()
@@ -233,7 +235,12 @@ def test_only_one_folder_is_read_only(stages, forker, disks, count, tmp_path):
 
 @pytest.mark.whole
 def test_a_file_where_a_folder_should_be(stages, forker, count, whole, tmp_path):
-    cases = (("train_levels", "results"), ("train_levels", "results/smoke"), ("train_levels", "checkpoints"), ("measure_gamma", "results/smoke/cache"))  # fmt: skip
+    cases = (
+        ("train_levels", "results"),
+        ("train_levels", "results/smoke"),
+        ("train_levels", "checkpoints"),
+        ("measure_gamma", "results/smoke/cache"),
+    )
     for number, (stage, name) in enumerate(cases if whole else cases[2:]):
         place = stages.before(stage).copy_to(tmp_path / str(number))
         path = place.folder / name
@@ -259,8 +266,8 @@ MEMORY = re.compile(r"memory")
 
 
 def test_batches_that_do_not_fit_in_memory(count, whole, tmp_path):
-    """The allocator is refused what a whole batch needs: training goes on with parts of it, and what it trains is the same."""
-    # as on a device, freed memory can be had again: glibc would keep blocks of this size in its heap
+    """If a full batch does not fit in memory, training splits it, and the trained weights are the same."""
+    # freed memory must be available again, as on a device; glibc would keep blocks of this size in its heap
     forker = Forker(tmp_path / "forker", MALLOC_MMAP_THRESHOLD_="131072")
     data = Place(tmp_path / "data", [*WIDE])
     data.folder.mkdir()
@@ -279,7 +286,7 @@ def test_batches_that_do_not_fit_in_memory(count, whole, tmp_path):
             return "never", "" if "train.accumulate" in last or "smaller" in last else f"{what}: {run}"
         if run.code != 0 or (limits[number] <= 400 and not HALVED.search(run.err)):
             return "halved", f"{what}: {run}"
-        return "halved", apart(undisturbed, place)
+        return "halved", training_difference(undisturbed, place)
 
     found = [one(number) for number in range(len(limits))]
     assert any(kind == "halved" for kind, _ in found)
@@ -289,8 +296,8 @@ def test_batches_that_do_not_fit_in_memory(count, whole, tmp_path):
     forker.close()
 
 
-def apart(wanted: Place, found: Place) -> str:
-    """How two trainings differ beyond rounding; empty where they do not."""
+def training_difference(wanted: Place, found: Place) -> str:
+    """How two trainings differ beyond rounding; empty if they agree."""
     states: list[Any] = [load_state(place.checkpoints / "w4" / "state.pt") for place in (wanted, found)]
     if states[0]["images"] != states[1]["images"]:
         return "other images were seen"
@@ -304,25 +311,27 @@ def apart(wanted: Place, found: Place) -> str:
 
 @pytest.mark.whole
 def test_memory_that_is_too_small(stages, forkers, count, whole, tmp_path):
-    """Of any stage: one sentence, and the same command with more memory gives what it always gives."""
+    """Every stage ends in one sentence, and the same command with more memory gives the usual result."""
     limits = (60, 30, 15, 8, 4) if whole else (15,)
-    stages_hurt = STAGES if whole else STAGES[1::2]
-    tasks = [(stage, mb) for stage in stages_hurt for mb in limits]
+    limited_stages = STAGES if whole else STAGES[1::2]
+    tasks = [(stage, mb) for stage in limited_stages for mb in limits]
 
     def one(number: int) -> tuple[str, str]:
         (stage, mb), forker = tasks[number], forkers[number % 2]
         place = stages.before(stage).copy_to(tmp_path / str(number))
         run = go(forker, stage, place, "workers=1", memory=mb << 20)
-        said = [line for line in run.lines if not HALVED.search(line)]
-        fine = run.code == 2 and len(said) == 1 and MEMORY.search(said[0])
-        aborted = run.code in (-signal.SIGABRT, -signal.SIGSEGV)  # not by us: a library gave up, as good as a kill
+        messages = [line for line in run.lines if not HALVED.search(line)]
+        fine = run.code == 2 and len(messages) == 1 and MEMORY.search(messages[0])
+        aborted = run.code in (-signal.SIGABRT, -signal.SIGSEGV)  # a library aborted, which counts as a kill
         detail = "" if run.code == 0 or fine or aborted else f"{mb} MB, no such sentence: {run}"
         stage = f"until a library aborts, {stage}" if aborted else stage
-        wrong = detail or broken_files(place)
-        wrong = wrong or again(forker, tasks[number][0], place, stages.after[tasks[number][0]].contents(), "workers=1")
-        if HALVED.search(run.err):  # what a half-batch trained is the same up to rounding only
-            wrong = "; ".join(part for part in wrong.split("; ") if not part.endswith(" differs"))
-        return stage, wrong
+        failure = detail or broken_files(place)
+        failure = failure or again(
+            forker, tasks[number][0], place, stages.after[tasks[number][0]].contents(), "workers=1"
+        )
+        if HALVED.search(run.err):  # half-batches change the result by rounding
+            failure = "; ".join(part for part in failure.split("; ") if not part.endswith(" differs"))
+        return stage, failure
 
     for stage, detail in in_pairs(one, len(tasks)):
         count(5, f"memory refused, {stage}", not detail, detail)
@@ -333,8 +342,8 @@ def test_memory_that_is_too_small(stages, forkers, count, whole, tmp_path):
 IN_USE = re.compile(r"is in use by another run \((.+), process \d+ on .+\): wait for it, or stop it")
 
 
-class Beside:
-    """A run that goes on while others are started."""
+class BackgroundRun:
+    """A run in the background while other runs start."""
 
     def __init__(self, forker: Forker, stage: str, place: Place, *more: str):
         self.pid = 0
@@ -349,7 +358,7 @@ class Beside:
         assert started.wait(300)
 
     def wait_for(self, path: Path, text: str) -> None:
-        """Until it has written its name into a lock."""
+        """Wait until the run has written its name into a lock."""
         until = time.monotonic() + 60
         while time.monotonic() < until and not self.run.done():
             if path.is_file() and text in path.read_text():
@@ -375,7 +384,7 @@ def test_two_runs_in_one_folder(stages, forkers, count, tmp_path):
     long = ("workers=1", "train.images=6400", "train.save_every=1")
     place = stages.before("train_levels").copy_to(tmp_path / "twice")
     undisturbed = place.copy_to(tmp_path / "undisturbed")
-    holder = Beside(first, "train_levels", place, *long)
+    holder = BackgroundRun(first, "train_levels", place, *long)
     holder.wait_for(place.results / "cache" / ".lock", "train_levels")
     for stage in ("train_levels", "sample_compare"):
         detail = refused(second(stage, place.arguments(*long)), "train_levels")
@@ -391,7 +400,7 @@ def test_two_runs_in_one_folder(stages, forkers, count, tmp_path):
 @pytest.mark.whole
 def test_report_beside_a_comparison(stages, forkers, count, tmp_path):
     place = stages.before("sample_compare").copy_to(tmp_path / "report")
-    holder = Beside(
+    holder = BackgroundRun(
         forkers[0], "sample_compare", place, "workers=1", "compare.num_samples=120", "compare.bootstrap=5000"
     )
     holder.wait_for(place.results / "cache" / ".lock", "sample_compare")
@@ -399,17 +408,17 @@ def test_report_beside_a_comparison(stages, forkers, count, tmp_path):
     count(5, "report beside sample_compare", not detail, detail)
     os.kill(holder.pid, signal.SIGKILL)
     holder.end()
-    run = forkers[1]("sample_compare", place.arguments())  # no lock of the dead stands in its way
+    run = forkers[1]("sample_compare", place.arguments())  # the lock of the killed run does not block it
     detail = difference(stages.after["sample_compare"].contents(), place.contents()) if run.code == 0 else str(run)
     count(5, "a run after one that was killed", run.code == 0, detail)
 
 
 @pytest.mark.whole
 def test_jobs_of_single_levels(stages, forkers, count, tmp_path):
-    """Beside each other where the levels differ."""
+    """Jobs may run at the same time if their levels differ."""
     long = ("workers=1", "train.images=6400")
     place = stages.before("train_levels").copy_to(tmp_path / "jobs")
-    holder = Beside(forkers[0], "train_levels", place, "only=w4", *long)
+    holder = BackgroundRun(forkers[0], "train_levels", place, "only=w4", *long)
     holder.wait_for(place.checkpoints / "w4" / ".lock", "training of w4")
     detail = refused(forkers[1]("train_levels", place.arguments("only=w4", *long)), "w4")
     count(5, "a level that another job trains", not detail, detail)
@@ -421,11 +430,11 @@ def test_jobs_of_single_levels(stages, forkers, count, tmp_path):
 
 
 def test_two_preparations_of_one_data_set(stages, forkers, count, tmp_path):
-    """With results of their own: one draws the images, the other waits for them."""
+    """With separate results folders, one run draws the images and the other waits for them."""
     shared = Place(tmp_path / "0")
     shared.folder.mkdir()
     other = f"paths.results='{tmp_path}/1/${{name}}'"
-    holder = Beside(forkers[0], "prepare_data", shared)
+    holder = BackgroundRun(forkers[0], "prepare_data", shared)
     run = forkers[1]("prepare_data", shared.arguments(other))
     runs = [holder.end(), run]
     detail = "; ".join(str(run) for run in runs if run.code != 0 or run.lines)
@@ -438,7 +447,7 @@ def test_two_preparations_of_one_data_set(stages, forkers, count, tmp_path):
 def test_a_worker_is_killed(stages, forkers, count, tmp_path):
     for stage in ("train_levels", "sample_compare"):
         place = stages.before(stage).copy_to(tmp_path / stage)
-        holder = Beside(forkers[0], stage, place, "workers=2")
+        holder = BackgroundRun(forkers[0], stage, place, "workers=2")
         workers: list[int] = []
         while not workers and not holder.run.done():
             time.sleep(0.2)

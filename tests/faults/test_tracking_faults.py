@@ -1,4 +1,4 @@
-"""W&B down, slow, absent or killed: metrics.jsonl is complete, and training waits for none of it. On this machine only."""
+"""W&B down, slow, absent or killed: metrics.jsonl is complete and training never waits. The server is local."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ print(json.dumps({{"logging": logging, "finish": time.monotonic() - started, "wa
 def run(
     folder: Path, mode: str, fault: str, moment: float = 0.0, **environment: str
 ) -> tuple[subprocess.Popen, str, str]:
-    """The child, which has ended, and what it said."""
+    """The ended child process, its stdout and its stderr."""
     own = {f"WANDB_{name}_DIR": str(folder / name.lower()) for name in ("CACHE", "CONFIG", "DATA")}
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     command = [sys.executable, "-c", CHILD, str(folder / "run"), mode, fault, str(moment)]
@@ -69,7 +69,7 @@ def run(
 
 
 def started_by(folder: Path) -> list[str]:
-    """Processes whose environment names the folder: the child's and all that these started."""
+    """Processes whose environment names the folder: the child and its descendants."""
     found = []
     for process in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
@@ -85,8 +85,8 @@ def seconds_until_gone(folder: Path, limit: float) -> float:
     return time.monotonic() - started
 
 
-def wrong(folder: Path, child: subprocess.Popen, out: str, err: str, warning: str | None) -> str:
-    """What the fault did that it should not have done."""
+def failures(folder: Path, child: subprocess.Popen, out: str, err: str, warning: str | None) -> str:
+    """How the fault broke the promise; empty if it was survived."""
     if child.returncode != 0:
         return f"exit status {child.returncode}: {err[-500:]}"
     seconds, found = json.loads(out), []
@@ -95,8 +95,8 @@ def wrong(folder: Path, child: subprocess.Popen, out: str, err: str, warning: st
         found.append(f"{len(lines)} records")
     if seconds["logging"] > 1 or seconds["finish"] > PATIENCE + 1 or (seconds["wandb"] and warning != "not installed"):
         found.append(str(seconds))
-    said = [line for line in err.splitlines() if "Warning: " in line]
-    if "Traceback" in err or len(said) != (warning is not None) or (warning or "") not in err:
+    warnings_found = [line for line in err.splitlines() if "Warning: " in line]
+    if "Traceback" in err or len(warnings_found) != (warning is not None) or (warning or "") not in err:
         found.append(err)
     if seconds_until_gone(folder, 5) > 5:
         found.append(f"still running: {started_by(folder)}")
@@ -125,7 +125,7 @@ def slow_garbage(connection: socket.socket) -> None:
 
 @contextlib.contextmanager
 def server(behave) -> Iterator[str]:
-    """Its address."""
+    """The address of a server that answers as `behave` does."""
 
     def serve() -> None:
         with contextlib.suppress(OSError):
@@ -152,52 +152,54 @@ def closed_port() -> str:
 # ---- the faults ----------------------------------------------------------------------------------------------------
 
 
-def test_nobody_answers(tmp_path: Path, count):
-    found = wrong(
+def test_no_server_answers(tmp_path: Path, count):
+    found = failures(
         tmp_path, *run(tmp_path, "online", "down", WANDB_BASE_URL=closed_port()), "did not finish within 10 s"
     )
     count(5, FAULT, not found, found)
 
 
 @pytest.mark.parametrize("behave", [silent, error_500, slow_garbage])
-def test_a_server_that_is_of_no_use(tmp_path: Path, count, whole: bool, behave):
+def test_a_useless_server(tmp_path: Path, count, whole: bool, behave):
     if not whole:
-        pytest.skip("only in the whole form")
+        pytest.skip("only if FAULTS=whole")
     with server(behave) as address:
-        found = wrong(tmp_path, *run(tmp_path, "online", "slow", WANDB_BASE_URL=address), "W&B")
+        found = failures(tmp_path, *run(tmp_path, "online", "slow", WANDB_BASE_URL=address), "W&B")
     count(5, FAULT, not found, f"{behave.__name__}: {found}")
 
 
 @pytest.mark.whole
-def test_it_is_not_installed(tmp_path: Path, count):
-    found = wrong(tmp_path, *run(tmp_path, "online", "absent"), "not installed")
+def test_wandb_is_not_installed(tmp_path: Path, count):
+    found = failures(tmp_path, *run(tmp_path, "online", "absent"), "not installed")
     count(5, FAULT, not found, found)
 
 
 @pytest.mark.whole
-def test_it_cannot_be_imported(tmp_path: Path, count):
+def test_wandb_cannot_be_imported(tmp_path: Path, count):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "wandb.py").write_text("raise ImportError('no such library')\n")
-    found = wrong(tmp_path, *run(tmp_path, "online", "broken", PYTHONPATH=str(tmp_path / "broken")), "no such library")
+    found = failures(
+        tmp_path, *run(tmp_path, "online", "broken", PYTHONPATH=str(tmp_path / "broken")), "no such library"
+    )
     count(5, FAULT, not found, found)
 
 
 def moments(whole: bool) -> list[float]:
-    """Seconds at which to kill: while it starts, and when it runs."""
+    """Seconds at which to kill the process: while it starts and while it runs."""
     return [0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.5] if whole else [0.5]
 
 
-def test_its_process_is_killed(tmp_path: Path, count, whole: bool):
+def test_the_wandb_process_is_killed(tmp_path: Path, count, whole: bool):
     for k, moment in enumerate(moments(whole)):
         folder = tmp_path / str(k)
-        found = wrong(folder, *run(folder, "offline", "mirror", moment), "ended with -9")
+        found = failures(folder, *run(folder, "offline", "mirror", moment), "ended with -9")
         count(5, FAULT, not found, f"killed after {moment} s: {found}")
 
 
 @pytest.mark.parametrize("mode", ["offline", "online"])
-def test_its_process_does_not_outlive_a_killed_run(tmp_path: Path, count, whole: bool, mode: str):
+def test_the_wandb_process_does_not_outlive_a_killed_run(tmp_path: Path, count, whole: bool, mode: str):
     if mode == "online" and not whole:
-        pytest.skip("only in the whole form")
+        pytest.skip("only if FAULTS=whole")
     for k, moment in enumerate(moments(whole) if mode == "offline" else [0.0, 3.0]):
         folder = tmp_path / str(k)
         child, _, err = run(folder, mode, "parent", moment, WANDB_BASE_URL=closed_port())

@@ -1,4 +1,4 @@
-"""Promise 4: numbers that mean nothing say so: training and samplers that diverge, and artefacts that do not fit each other."""
+"""Promise 4: meaningless numbers are reported: diverging training and samplers, and artefacts that do not match."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pipeline import Forker, Place, Run, content_of, difference, plain
+from pipeline import Forker, Place, Run, content_of, difference, without_times
 from torch import Tensor, nn
 
 from mlem_diffusion.comparison.table import read_rows
@@ -31,14 +31,15 @@ from mlem_diffusion.training.loop import TrainConfig, train_level
 # ------------------------------------------------------------------------------------------ training that diverges
 
 WHERE = re.compile(
-    r"width \d+ .*(?:at|after) step \d+ \(\d+ images\), (at every noise level|for [\d.]+% of the batch, first at log-SNR)"
+    r"width \d+ .*(?:at|after) step \d+ \(\d+ images\), "
+    r"(at every noise level|for [\d.]+% of the batch, first at log-SNR)"
 )
 
 
 def of_stopped_training(run: Run, folders: list[Path]) -> str:
-    """What is not as promised where training has diverged; empty where all is."""
-    said = [line for line in run.lines if "resource_tracker" not in line]  # the forker ends without tidying up
-    if run.code != 2 or len(said) != 1 or not WHERE.search(said[0]) or "train.lr" not in said[0]:
+    """How a diverged training breaks the promise; empty if it holds."""
+    messages = [line for line in run.lines if "resource_tracker" not in line]  # the forker ends without cleaning up
+    if run.code != 2 or len(messages) != 1 or not WHERE.search(messages[0]) or "train.lr" not in messages[0]:
         return str(run)
     return "; ".join(filter(None, (of_state(folder) for folder in folders)))
 
@@ -62,17 +63,17 @@ def of_state(folder: Path) -> str:
 @pytest.mark.parametrize("lr", ["1e30", "1e39"])
 def test_training_that_diverges(stages, forker, count, whole, tmp_path, lr, more):
     if not whole and (lr, more) not in [("1e30", ["workers=1"]), ("1e39", ["workers=1", "train.save_every=0"])]:
-        pytest.skip("in the whole table only")
+        pytest.skip("only if FAULTS=whole")
     place = stages.before("train_levels").copy_to(tmp_path / "place")
     run = forker("train_levels", place.arguments(f"train.lr={lr}", "train.log_every=64", *more))
     detail = of_stopped_training(run, [place.checkpoints / f"w{w}" for w in (2, 3, 4)])
     count(4, "learning rates at which training diverges", not detail, detail)
 
 
-def test_training_again_as_told(stages, forker, count, whole, tmp_path):
-    """What the sentence says to do gives what training gives that never diverged."""
+def test_training_again_as_the_message_says(stages, forker, count, whole, tmp_path):
+    """Training again as the message says gives the same weights as a training that never diverged."""
     if not whole:
-        pytest.skip("in the whole table only")
+        pytest.skip("only if FAULTS=whole")
     place = stages.before("train_levels").copy_to(tmp_path / "place")
     run = forker("train_levels", place.arguments("train.lr=1e30", "train.save_every=0", "workers=1"))
     again = forker("train_levels", place.arguments("overwrite=true"))
@@ -86,7 +87,7 @@ def test_training_again_as_told(stages, forker, count, whole, tmp_path):
 
 
 class Overflowing(nn.Module):
-    """A network whose output is too large above a log-SNR."""
+    """A network whose output is too large above a given log-SNR."""
 
     def __init__(self, above: float, scale: float):
         super().__init__()
@@ -102,15 +103,15 @@ def test_training_that_diverges_at_some_noise_levels(count, tmp_path, scale, acc
     images = np.random.default_rng(0).integers(0, 256, (64, 3, 8, 8), dtype=np.uint8)
     config = TrainConfig(images=640, batch=64, accumulate=accumulate, log_every=64, snapshots=[1.0], save_every=0)
     process = Process(LinearSchedule(0.1, 20.0), -9.0, 9.0, 50)
-    said, network = "", Denoiser(Overflowing(5.0, scale))
+    message, network = "", Denoiser(Overflowing(5.0, scale))
     try:
         train_level(network, images, process, config, tmp_path, width=7)
     except UserError as error:
-        said = str(error)
-    found = re.search(r"width 7 .*step 1 \(64 images\), for ([\d.]+)% of the batch, first at log-SNR ([\d.]+)", said)
-    # a third of the path's middle lies above it; of micro-batches the second half of the path comes alone
+        message = str(error)
+    found = re.search(r"width 7 .*step 1 \(64 images\), for ([\d.]+)% of the batch, first at log-SNR ([\d.]+)", message)
+    # about a third of the path lies above log-SNR 5; the second micro-batch covers only the path's second half
     fine = found is not None and float(found[1]) < 60 and 5 < float(found[2]) < 6 and not of_state(tmp_path)
-    count(4, "training that diverges at some noise levels only", fine, said)
+    count(4, "training that diverges at some noise levels only", fine, message)
 
 
 # ------------------------------------------------------------------------------------------ samplers that diverge
@@ -118,12 +119,17 @@ def test_training_that_diverges_at_some_noise_levels(count, tmp_path, scale, acc
 ANALYTIC = [
     "experiment=analytic", "threads=1", "workers=1", "tracking.mode=disabled", "process.base_steps=65",
     "+family.callable.broken=1", "family.callable.levels=4", "family.callable._target_=broken_family.broken_family",
-    "compare.num_samples=12", "compare.num_reference=8", "compare.batch=6", "compare.bootstrap=20", "compare.plans=none",
-    "compare.baselines=[{dynamics:sde,step_rule:ddpm,levels:all,steps:[9,17]},{dynamics:ode,step_rule:dpmpp_2m,levels:all,steps:[9]}]",
+    "compare.num_samples=12", "compare.num_reference=8", "compare.batch=6", "compare.bootstrap=20",
+    "compare.plans=none",
+    "compare.baselines=[{dynamics:sde,step_rule:ddpm,levels:all,steps:[9,17]},"
+        "{dynamics:ode,step_rule:dpmpp_2m,levels:all,steps:[9]}]",
     "compare.stitched=[{dynamics:sde,step_rule:ddpm,pairs:[[1,3],[0,3]],switch:[0.5],steps:[17]}]",
-    "compare.ml_em=[{dynamics:sde,step_rule:ddpm,families:[all,[0,2,3]],coins:[independent,systematic],c:[0.5,4],steps:[33]}]",
-    "optimise.calibrate=8", "optimise.calibrate_steps=9", "optimise.num_select=8", "optimise.plans=2", "optimise.diagnose={seeds:8,steps:6}",
-    "optimise.rules=[{dynamics:sde,step_rule:ddpm,steps:[9,17],learn:false},{dynamics:ode,step_rule:dpmpp_2m,steps:[9]}]",
+    "compare.ml_em=[{dynamics:sde,step_rule:ddpm,families:[all,[0,2,3]],coins:[independent,systematic],c:[0.5,4],"
+        "steps:[33]}]",
+    "optimise.calibrate=8", "optimise.calibrate_steps=9", "optimise.num_select=8", "optimise.plans=2",
+    "optimise.diagnose={seeds:8,steps:6}",
+    "optimise.rules=[{dynamics:sde,step_rule:ddpm,steps:[9,17],learn:false},"
+        "{dynamics:ode,step_rule:dpmpp_2m,steps:[9]}]",
     "optimise.measured={costs:[4],steps:[17]}",
 ]  # fmt: skip
 
@@ -143,7 +149,7 @@ SHARED = ("dynamics", "step_rule", "estimator", "levels", "coins", "c", "steps")
 
 @pytest.fixture(scope="module")
 def unbroken(forker: Forker, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], dict[str, str]]:
-    """Rows of the family without a level that fails: its levels fail above a log-SNR that no sampler reaches."""
+    """Rows of a family that never fails, because no sampler reaches the log-SNR above which it would."""
     folder = tmp_path_factory.mktemp("unbroken")
     run = forker("sample_compare", analytic(folder, "+family.callable.above=100"))
     assert run.code == 0, str(run)
@@ -151,16 +157,20 @@ def unbroken(forker: Forker, tmp_path_factory: pytest.TempPathFactory) -> dict[t
 
 
 def of_diverged(folder: Path, healthy: dict[tuple[str, ...], dict[str, str]]) -> str:
-    """What is not as promised in a comparison with a level that fails, f2; empty where all is."""
+    """How a comparison whose level f2 fails breaks the promise; empty if it holds."""
     rows = rows_of(folder)
     if [tuple(row[k] for k in SHARED) for row in rows] != list(healthy):
         return "other rows"
     for row in rows:
         before = healthy[tuple(row[k] for k in SHARED)]
-        whole = {k: v for k, v in plain(row).items() if k != "diverged"} == plain(before)
-        said = not row["error"] and not row["error_se"] and int(row["diverged"] or 0) > 0
+        unchanged = {k: v for k, v in without_times(row).items() if k != "diverged"} == without_times(before)
+        reported = not row["error"] and not row["error_se"] and int(row["diverged"] or 0) > 0
         uses = "f2" in row["levels"].split("+")
-        if not (said or whole) or (said and not uses) or (uses and row["estimator"] == "single" and not said):
+        if (
+            not (reported or unchanged)
+            or (reported and not uses)
+            or (uses and row["estimator"] == "single" and not reported)
+        ):
             return f"{row['levels']}, {row['estimator']}: error {row['error']!r}, diverged {row['diverged']!r}"
     missing = [n for n in ("compare.png", "speedup.json", "provenance.json") if not (folder / "results" / n).is_file()]
     text = (folder / "results" / "speedup.json").read_text() if not missing else ""
@@ -182,8 +192,8 @@ def test_samplers_that_diverge(forkers, count, whole, unbroken, tmp_path):
         if run.code != 0 or "diverged in" not in run.out:
             return str(run)
         detail = of_diverged(folder, unbroken)
-        told = forker("report", analytic(folder, *values))
-        return detail or ("" if told.code == 0 and (folder / "results" / "report.html").is_file() else str(told))
+        report = forker("report", analytic(folder, *values))
+        return detail or ("" if report.code == 0 and (folder / "results" / "report.html").is_file() else str(report))
 
     chosen = range(len(CASES) if whole else 2)
     with ThreadPoolExecutor(len(forkers)) as pool:
@@ -194,9 +204,9 @@ def test_samplers_that_diverge(forkers, count, whole, unbroken, tmp_path):
 @pytest.mark.parametrize("stage", ["sample_compare", "optimise"])
 @pytest.mark.parametrize("broken", [1, 3])
 def test_families_with_a_level_that_fails(forker, count, whole, tmp_path, stage, broken):
-    """The largest level is the reference, so there is nothing to compare with; of another one no plan can be made."""
+    """If the largest level fails, there is no reference; if another level fails, there is no plan."""
     if (stage, broken) == ("sample_compare", 1) or not (whole or (stage, broken) != ("optimise", 3)):
-        pytest.skip("elsewhere, or in the whole table only")
+        pytest.skip("tested elsewhere, or only if FAULTS=whole")
     run = forker(stage, analytic(tmp_path, f"family.callable.broken={broken}", "+family.callable.above=0"))
     if broken == 3:
         fine = run.code == 2 and bool(run.sentence) and re.search(r"not finite|diverge", run.sentence) is not None
@@ -211,7 +221,7 @@ def test_families_with_a_level_that_fails(forker, count, whole, tmp_path, stage,
 
 @pytest.fixture(scope="module")
 def other(stages, forker: Forker, whole: bool, tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """The same pipeline on the same images, trained from another seed; with plans in the whole table only."""
+    """The same pipeline on the same images, trained from another seed; plans only if FAULTS=whole."""
     place = stages.before("train_levels").copy_to(tmp_path_factory.mktemp("other") / "place")
     place = Place(place.folder, ["train.seed=1"])
     for stage in ("train_levels", "measure_gamma", *(["optimise"] if whole else []), "sample_compare"):
@@ -233,7 +243,7 @@ def published(stages, forker: Forker, tmp_path_factory: pytest.TempPathFactory) 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """make(place, other) brings together what does not fit; the stage then ends in one sentence that holds these words."""
+    """make(place, other) mixes artefacts that do not fit; the stage must end in one sentence that contains `words`."""
 
     kind: str
     stage: str
@@ -243,7 +253,7 @@ class Mismatch:
 
 
 def take(*names: str) -> Callable[[Place, Place], None]:
-    """Files or folders of the other place, in place of the own."""
+    """Replace files or folders by those of the other place."""
 
     def make(place: Place, other: Place) -> None:
         for name in names:
@@ -266,13 +276,13 @@ def swapped(place: Place, other: Place) -> None:
 
 
 def renamed(place: Place, other: Place) -> None:
-    """The metadata of another level under this one's name."""
+    """Give w3 the metadata of w2, with the name changed to w3."""
     swapped(place, other)
     reseal(place.checkpoints / "w3" / "metadata.json", name="w3")
 
 
 def weights_of_another_level(place: Place, other: Place) -> None:
-    """And metadata that speak of them."""
+    """Give w3 the weights of w2, with matching metadata."""
     for name in ("ema.safetensors", "ema-0000000640.safetensors"):
         path = place.checkpoints / "w3" / name
         path.unlink()
@@ -289,33 +299,55 @@ def nothing(place: Place, other: Place) -> None:
 LEVELS = tuple(f"checkpoints/smoke/w{w}" for w in (2, 3, 4))
 PLANS = ("results/smoke/plans.json", "results/smoke/plans.npz")
 MISMATCHES = (
-    Mismatch("results of other levels", "sample_compare", ("gamma.json", "made with other levels", "w2, w3, w4", "again"), take("results/smoke/gamma.json")),
-    Mismatch("results of other levels", "sample_compare", ("plans.json", "made with other levels", "again"), take(*PLANS)),
-    Mismatch("results of other levels", "sample", ("best.json", "made with other levels", "again"), take("results/smoke/best.json"), ("force=true", "seeds='0-1'")),
-    Mismatch("results of other levels", "report", ("compare.csv", "is not what sample-compare wrote", "again"), take("results/smoke/compare.csv"), ()),
+    Mismatch("results of other levels", "sample_compare",
+             ("gamma.json", "made with other levels", "w2, w3, w4", "again"), take("results/smoke/gamma.json")),
+    Mismatch("results of other levels", "sample_compare", ("plans.json", "made with other levels", "again"),
+             take(*PLANS)),
+    Mismatch("results of other levels", "sample", ("best.json", "made with other levels", "again"),
+             take("results/smoke/best.json"), ("force=true", "seeds='0-1'")),
+    Mismatch("results of other levels", "report", ("compare.csv", "is not the file that sample-compare wrote", "again"),
+             take("results/smoke/compare.csv"), ()),
     Mismatch("results of other levels", "sample_compare", ("plans.json", "its tables", "again"), take(PLANS[0])),
     Mismatch("results of other levels", "sample_compare", ("plans.json", "its tables", "again"), take(PLANS[1])),
-    Mismatch("results of other levels", "report", ("gamma.json", "is not what measure-gamma wrote", "again"), take("results/smoke/gamma.json"), ()),
-    Mismatch("results of other levels", "report", ("speedup.json", "is not what", "again"), take("results/smoke/speedup.json"), ()),
-    Mismatch("levels of two families", "sample_compare", ("gamma.json", "made with other levels", "(w3 differ)", "again"), take(LEVELS[1])),
-    Mismatch("levels of two families", "sample", ("best.json", "made with other levels", "(w3 differ)", "again"), take(LEVELS[1]), ("force=true", "seeds='0-1'")),
-    Mismatch("levels of two families", "sample_compare", ("made with other levels", "(w2, w3, w4 differ)", "again"), take(*LEVELS)),
-    Mismatch("levels of two families", "train_levels", ("w3", "another configuration", "overwrite=true"), take(LEVELS[1]), ("workers=1",)),
-    Mismatch("a level's files under another's name", "measure_gamma", ("w3/metadata.json", "speaks of another level", "again"), swapped),
+    Mismatch("results of other levels", "report", ("gamma.json", "is not the file that measure-gamma wrote", "again"),
+             take("results/smoke/gamma.json"), ()),
+    Mismatch("results of other levels", "report", ("speedup.json", "is not the file that", "again"),
+             take("results/smoke/speedup.json"), ()),
+    Mismatch("levels of two families", "sample_compare",
+             ("gamma.json", "made with other levels", "(w3 differ)", "again"), take(LEVELS[1])),
+    Mismatch("levels of two families", "sample", ("best.json", "made with other levels", "(w3 differ)", "again"),
+             take(LEVELS[1]), ("force=true", "seeds='0-1'")),
+    Mismatch("levels of two families", "sample_compare", ("made with other levels", "(w2, w3, w4 differ)", "again"),
+             take(*LEVELS)),
+    Mismatch("levels of two families", "train_levels", ("w3", "another configuration", "overwrite=true"),
+             take(LEVELS[1]), ("workers=1",)),
+    Mismatch("a level's files under another's name", "measure_gamma",
+             ("w3/metadata.json", "speaks of another level", "again"), swapped),
     Mismatch("a level's files under another's name", "measure_gamma", ("w3", "again"), renamed),
-    Mismatch("a level's files under another's name", "measure_gamma", ("w3/ema", "does not fit the configured network", "again"), weights_of_another_level),
-    Mismatch("levels of other images", "measure_gamma", ("is not the data set that the levels", "make data"), nothing, ("force=true", "data.seed=1")),
-    Mismatch("levels of other images", "sample_compare", ("is not the data set that the levels", "make data"), nothing, ("force=true", "data.count=319")),
-    Mismatch("noise levels that were not trained", "measure_gamma", ("trained for log-SNR -9 to 9", "process.logsnr_max", "train"), nothing, ("force=true", "process.logsnr_max=12")),
-    Mismatch("noise levels that were not trained", "sample_compare", ("trained for log-SNR -9 to 9", "process.logsnr_min", "train"), nothing, ("force=true", "process.logsnr_min=-9.5")),
-    Mismatch("too few images for a distance", "sample_compare", ("too few", "32 features", "compare.num_samples=33"), nothing, ("force=true", "metrics.dim=32")),
-    Mismatch("too few images for a distance", "sample_compare", ("at least 302 real images", "256", "compare.num_samples"), nothing, ("force=true", "compare.num_samples=300")),
-    Mismatch("plans judged on their own seeds", "sample_compare", ("selected on sample seeds", "compare.seed"), nothing, ("force=true", "compare.seed=500000")),
+    Mismatch("a level's files under another's name", "measure_gamma",
+             ("w3/ema", "does not fit the configured network", "again"), weights_of_another_level),
+    Mismatch("levels of other images", "measure_gamma", ("is not the data set that the levels", "make data"),
+             nothing, ("force=true", "data.seed=1")),
+    Mismatch("levels of other images", "sample_compare", ("is not the data set that the levels", "make data"),
+             nothing, ("force=true", "data.count=319")),
+    Mismatch("noise levels that were not trained", "measure_gamma",
+             ("trained for log-SNR -9 to 9", "process.logsnr_max", "train"),
+             nothing, ("force=true", "process.logsnr_max=12")),
+    Mismatch("noise levels that were not trained", "sample_compare",
+             ("trained for log-SNR -9 to 9", "process.logsnr_min", "train"),
+             nothing, ("force=true", "process.logsnr_min=-9.5")),
+    Mismatch("too few images for a distance", "sample_compare", ("too few", "32 features", "compare.num_samples=33"),
+             nothing, ("force=true", "metrics.dim=32")),
+    Mismatch("too few images for a distance", "sample_compare",
+             ("at least 302 real images", "256", "compare.num_samples"),
+             nothing, ("force=true", "compare.num_samples=300")),
+    Mismatch("plans judged on their own seeds", "sample_compare", ("selected on sample seeds", "compare.seed"),
+             nothing, ("force=true", "compare.seed=500000")),
 )  # fmt: skip
 
 
-def test_what_does_not_fit_is_refused(stages, other, forkers, count, whole, tmp_path):
-    chosen = MISMATCHES if whole else MISMATCHES[::3]  # none that takes the other place's plans
+def test_mismatched_artefacts_are_refused(stages, other, forkers, count, whole, tmp_path):
+    chosen = MISMATCHES if whole else MISMATCHES[::3]  # this sample needs no plans of the other place
 
     def one(number: int) -> str:
         m, place = chosen[number], stages.after["everything"].copy_to(tmp_path / str(number), link=True)
@@ -330,18 +362,19 @@ def test_what_does_not_fit_is_refused(stages, other, forkers, count, whole, tmp_
 
 
 @pytest.mark.whole
-def test_gamma_of_levels_trained_since_the_comparison(stages, other, forker, count, tmp_path):
+def test_gamma_of_levels_retrained_after_the_comparison(stages, other, forker, count, tmp_path):
     place = stages.after["everything"].copy_to(tmp_path / "place", link=True)
     take(*LEVELS)(place, other)
     run = forker("measure_gamma", place.arguments("train.seed=1"))
     assert run.code == 0, str(run)
-    told = forker("report", place.arguments())
-    fine = told.code == 2 and all(w in told.sentence for w in ("gamma.json", "different levels", "again"))
-    count(4, "results of other levels", fine, str(told))
+    report = forker("report", place.arguments())
+    fine = report.code == 2 and all(w in report.sentence for w in ("gamma.json", "different levels", "again"))
+    count(4, "results of other levels", fine, str(report))
 
 
 FEW = (
-    "compare.baselines=[{dynamics:ode,step_rule:ddim,levels:all,steps:[4,8]}]", "compare.stitched=[]", "compare.plans=none",
+    "compare.baselines=[{dynamics:ode,step_rule:ddim,levels:all,steps:[4,8]}]", "compare.stitched=[]",
+    "compare.plans=none",
     "compare.ml_em=[{dynamics:ode,step_rule:ddim,families:[all],coins:[independent],c:[4],steps:[16]}]",
 )  # fmt: skip
 COMPARED = ("compare.csv", "speedup.json", "best.json")
@@ -353,7 +386,7 @@ def of_comparison(place: Place) -> dict[str, Any]:
 
 @pytest.mark.whole
 def test_caches_of_other_levels_and_settings(stages, other, forker, count, whole, tmp_path):
-    """Right numbers, whatever lies in the cache."""
+    """Results stay right with foreign or swapped files in the cache."""
     place = stages.after["everything"].copy_to(tmp_path / "place", link=True)
     wanted = of_comparison(place)
     for path in (other.results / "cache").iterdir():
@@ -374,8 +407,8 @@ def test_caches_of_other_levels_and_settings(stages, other, forker, count, whole
 
 
 @pytest.mark.whole
-def test_more_compared_images_than_there_are(stages, forker, count, whole, tmp_path):
-    """num_reference above n is n."""
+def test_more_compared_images_than_exist(stages, forker, count, whole, tmp_path):
+    """If num_reference exceeds n, n is used."""
     found = []
     for n in (24, 100):
         place = stages.after["everything"].copy_to(tmp_path / str(n), link=True)
@@ -387,7 +420,7 @@ def test_more_compared_images_than_there_are(stages, forker, count, whole, tmp_p
 
 
 def test_published_statistics_of_another_extractor(published, forker, count, tmp_path):
-    """There are no distances then, and the run says so."""
+    """The run computes no distances and reports that."""
     place = published.copy_to(tmp_path / "place")
     run = forker("sample_compare", place.arguments(*FEW, "metrics.dim=20", "compare.gamma=2.5"))
     rows = read_rows(place.results / "compare.csv") if run.code == 0 else []
@@ -398,7 +431,7 @@ def test_published_statistics_of_another_extractor(published, forker, count, tmp
 
 
 def test_published_statistics_of_another_size(published, forker, count, tmp_path):
-    """Those of another extractor under this one's name."""
+    """Statistics of another extractor, renamed to this one, are refused."""
     place = published.copy_to(tmp_path / "place")
     folder = place.checkpoints / "published"
     index = {k: v for k, v in json.loads((folder / "family.json").read_text()).items() if k != SEAL}

@@ -1,1 +1,1 @@
-"""How fast this repository runs on a device: networks, training, whole samplers, noise. Results are rows of one table."""
+"""Speed of this repository on a device: networks, training, complete samplers and noise, as rows of one table."""

@@ -1,4 +1,4 @@
-"""One training step in a process of its own, and the clock's time when it was done: for `training.first_step`."""
+"""Run one training step in a separate process and print the clock time at its end, for `training.first_step`."""
 
 from __future__ import annotations
 

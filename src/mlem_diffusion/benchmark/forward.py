@@ -1,4 +1,4 @@
-"""Forward passes: a plain matrix product as the yardstick, the reference networks, an experiment's own levels."""
+"""Forward passes: a matrix product as the yardstick, the reference networks, and the levels of an experiment."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NO_DIFFUSERS = "diffusers is not installed (the test extra), so nothing is compa
 
 @dataclass(frozen=True)
 class Bench:
-    """What all parts share: where, how large the images are ([3, size, size]), in which precision and how often."""
+    """Settings of all parts: the device, the image shape [3, size, size], the precision, and the number of repeats."""
 
     device: torch.device
     size: int
@@ -31,8 +31,8 @@ class Bench:
 
 
 def matmul(bench: Bench, side: int, precisions: Sequence[str]) -> Found:
-    """The product of two random square matrices: what this device can do at best with networks of matrix products."""
-    found, bench = Found(), replace(bench, repeats=3 * bench.repeats)  # everything else is held against it
+    """Time the product of two random square matrices: the best speed for networks of matrix products on this device."""
+    found, bench = Found(), replace(bench, repeats=3 * bench.repeats)  # all other parts are compared with it
     for precision in precisions:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         a, b = (torch.randn(side, side, device=bench.device).to(dtype) for _ in range(2))
@@ -42,7 +42,7 @@ def matmul(bench: Bench, side: int, precisions: Sequence[str]) -> Found:
 
 
 def forward(bench: Bench, width: int, batches: Sequence[int], mode: str, unet: Mapping[str, Any]) -> Found:
-    """The reference architecture at one width, ours and diffusers', in turns, through `FastDenoiser`."""
+    """Time the reference architecture at one width through `FastDenoiser`: ours and diffusers', in turns."""
     found = Found()
     names = {"ours": "forward", "diffusers": "forward_diffusers"}
     networks, flops = {}, {}
@@ -78,7 +78,7 @@ def forward(bench: Bench, width: int, batches: Sequence[int], mode: str, unet: M
 
 
 def level(bench: Bench, width: int, batches: Sequence[int], mode: str, unet: Mapping[str, Any]) -> Found:
-    """One level of an experiment's family, in the shape that the family gives it (unet.narrow)."""
+    """Time one level of an experiment's family, with the architecture that the family uses (unet.narrow)."""
     found = Found()
     denoiser = denoiser_of("ours", width, bench.size, unet, bench.device)
     flops = flops_per_evaluation(denoiser, bench.size)
@@ -93,19 +93,19 @@ def level(bench: Bench, width: int, batches: Sequence[int], mode: str, unet: Map
 
 
 def as_asked(net: FastDenoiser, mode: str) -> bool:
-    """Whether a network that was to be compiled is; FastDenoiser itself goes on eagerly where that fails."""
+    """False if the mode needs a compiled network and this one is not: FastDenoiser runs eagerly if compiling fails."""
     return mode not in ("compiled", "tuned") or "compiled" in net.mode
 
 
 def label(net: FastDenoiser, mode: str) -> str:
-    """Precision, and what a network runs with, by now; what it was asked to where it cannot."""
+    """Precision and the mode that the network runs in, or the requested mode if it cannot run in it."""
     if not as_asked(net, mode):
         return f"{net.precision} {mode}"
     return net.mode + (", tuned" if mode == "tuned" else "")
 
 
 def attempt(found: Found, functions: Mapping[str, Callable[[], object]], bench: Bench) -> dict[str, float | None]:
-    """Milliseconds of each function, timed in turns; None and one line for one that fails (out of memory, say)."""
+    """Milliseconds of each function, timed in turns; None and a note for one that fails (e.g. out of memory)."""
     times: dict[str, float | None] = dict.fromkeys(functions)
     with warnings.catch_warnings(record=True) as caught, torch.no_grad():
         warnings.simplefilter("always", SlowPath)

@@ -14,7 +14,7 @@ from ..models.compiled import FastDenoiser
 from ..models.family import build_denoiser
 from ..models.unet import Denoiser
 
-MODES: dict[str, dict[str, Any]] = {  # how FastDenoiser is asked for each
+MODES: dict[str, dict[str, Any]] = {  # the arguments of FastDenoiser for each mode
     "eager": {"compile": "off", "graphs": False},
     "graphs": {"compile": "off", "graphs": True},
     "compiled": {"compile": "on", "graphs": True},
@@ -29,8 +29,8 @@ def has_diffusers() -> bool:
 class DiffusersUNet(nn.Module):
     """diffusers' UNet2DModel as the network of a `Denoiser`: [B,3,S,S], logsnr [B] or [1] -> [B,3,S,S].
 
-    The same base width, multipliers, residual blocks, attention (heads of 64 channels, in the middle too), conditioning by
-    scale and shift, and resampling inside residual blocks as `unet.UNet`. Needs the package diffusers.
+    It has the same base width, multipliers, residual blocks, attention (heads of 64 channels, in the middle too),
+    conditioning by scale and shift, and resampling inside residual blocks as `unet.UNet`. Needs the package diffusers.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class DiffusersUNet(nn.Module):
         channels = [width * m for m in multipliers]
         attends = [size // 2**i in attention for i in range(len(channels))]
         heads = max(1, channels[-1] // 64)
-        # one number for all norms: what unet.UNet takes at its base width, which divides all others
+        # one number of groups for all norms: that of unet.UNet at its base width, which divides all other widths
         groups = max(g for g in range(1, 33) if width % g == 0 and (width // g >= 4 or g == 1))
         self.unet = UNet2DModel(
             sample_size=size,
@@ -76,35 +76,35 @@ def denoiser_of(
 ) -> Denoiser:
     """A denoiser on the device with random weights; whose: "ours" or "diffusers".
 
-    UserError where diffusers' UNet has no such shape.
+    Raises UserError if diffusers' UNet lacks an option.
     """
     if whose == "ours":
         denoiser = build_denoiser(width, size, 0.5, unet, target)
     else:
         extra = sorted(set(unet) - {"multipliers", "blocks", "attention", "dropout"})
         if extra:
-            raise UserError(f"diffusers' UNet has no {', '.join(extra)}; compare networks without.")
+            raise UserError(f"diffusers' UNet has no option {', '.join(extra)}: compare networks without it.")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(width)
             denoiser = Denoiser(DiffusersUNet(width, size, **unet), 0.5, target)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(width)
         for parameter in denoiser.parameters():
-            # layers that start at zero would send zeros on, and products with zeros draw less power, so run faster
+            # layers initialised to zero would output zeros; products with zeros draw less power and so run faster
             if parameter.ndim > 1 and not parameter.any():
                 parameter.normal_(std=0.02)
     return denoiser.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def fast(denoiser: Denoiser, precision: str, mode: str, name: str, batch: int | None = None) -> FastDenoiser:
-    """The denoiser as a sampler runs it; UserError for an unknown mode."""
+    """The denoiser in the form that a sampler runs. Raises UserError for an unknown mode."""
     if mode not in MODES:
         raise UserError(f"benchmark mode {mode!r} is unknown; expected one of {', '.join(MODES)}.")
     return FastDenoiser(denoiser, precision, name=name, batch=batch, **MODES[mode])
 
 
 def inputs(batch: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A random noisy batch [B,3,S,S] and its one noise level [B], stride 0, as a sampler passes them."""
+    """A random noisy batch [B,3,S,S] and its single noise level [B] (stride 0), as a sampler passes them."""
     generator = torch.Generator(device=device).manual_seed(batch)
     x = torch.randn(batch, 3, size, size, generator=generator, device=device)
     return x, torch.zeros((), device=device).expand(batch)

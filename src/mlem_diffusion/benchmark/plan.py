@@ -1,4 +1,4 @@
-"""Which parts a benchmark has, and doing them one after the other within the time there is."""
+"""The parts of a benchmark, and running them one after the other within a time limit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GROUPS = ("matmul", "forward", "level", "noise", "sampler", "train", "first_step
 
 @dataclass(frozen=True)
 class Part:
-    """Rows that are measured together. seconds: roughly; optional: left out where time is short, with `empty` rows."""
+    """Rows that are measured together. seconds: approximate; optional: if time is short, only gives `empty` rows."""
 
     name: str
     group: str
@@ -47,7 +47,7 @@ def parts_of(
 ) -> list[Part]:
     """All parts of one size of configs/benchmark.yaml; unet and widths: an experiment's own family.
 
-    A group whose entry is null is left out. UserError for an unknown group or option.
+    A group whose entry is null is left out. Raises UserError for an unknown group or option.
     """
     unknown = sorted(set(size) - {*GROUPS, "resolution", "precision", "repeats", "minutes", "reference", "levels"})
     if unknown:
@@ -57,7 +57,7 @@ def parts_of(
     out: list[Part] = []
 
     def add(name: str, group: str, options: Mapping[str, Any], empty: dict[str, Any], run: Any, *args: Any) -> None:
-        # how long it takes and whether it may be left out do not change what it finds
+        # these options do not change the measured values, so they are not part of the digest
         cached = {k: v for k, v in options.items() if k not in ("seconds_about", "optional", "modes")}
         settings = digest([group, repr(bench), cached, repr(args)])
         out.append(
@@ -120,27 +120,27 @@ def parts_of(
         else:
             shape, empty = {**reference, **o.get("unet", {})}, row("first_step", "cold", width=o["width"])
             add("first_step", group, o, empty, first_step, o["width"], o["batch"], shape, o["compile"], o["timeout"])
-    # what may be left out comes last
+    # optional parts come last
     return sorted(out, key=lambda part: part.optional)
 
 
 def chosen(parts: Sequence[Part], only: Sequence[str]) -> list[Part]:
-    """The parts of these groups, or all where none is named; UserError for a group that does not exist."""
+    """The parts of these groups, or all parts if none is named. Raises UserError for an unknown group."""
     unknown = [group for group in only if group not in GROUPS]
     if unknown:
         raise UserError(
-            f"only: {', '.join(unknown)} is no group of the benchmark; expected some of {', '.join(GROUPS)}."
+            f"only: {', '.join(unknown)} is not a group of the benchmark; expected some of {', '.join(GROUPS)}."
         )
     return [part for part in parts if not only or part.group in only]
 
 
 class _OutOfTime(BaseException):
-    """Not an Exception: nothing on the way may take it for a failure of its own."""
+    """A BaseException, so that no `except Exception` on the way treats it as a failure of a part."""
 
 
 @contextlib.contextmanager
 def _time_limit(seconds: float | None) -> Iterator[None]:
-    """_OutOfTime after so many seconds, where signals can be had."""
+    """Raise _OutOfTime after this many seconds, if signals are available."""
     if seconds is None or not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -169,11 +169,11 @@ def run_parts(
     seconds_left: Callable[[], float | None] = lambda: None,
     done: Callable[[Part, Found], None] = lambda part, found: None,
 ) -> bool:
-    """Measure what `results` does not hold yet, and write it after every part; whether everything asked for is there.
+    """Measure the parts that `results` lacks and write it after each part. Returns False if it stopped early.
 
-    spare: seconds for optional parts, which are skipped where they would not fit. seconds_left: seconds until this
-    call must end: a part that would not fit is left to the next call (the first part is always tried). A part that raises
-    leaves an empty row and one line, and the rest goes on.
+    spare: seconds for optional parts; parts that would not fit are skipped. seconds_left: seconds until this call must
+    end; a part that would not fit is left to the next call (the first part is always tried). A part that raises leaves
+    an empty row and a note, and the other parts still run.
     """
     first = True
     for part in parts:
@@ -184,17 +184,17 @@ def run_parts(
             return False
         first, start, limit = False, time.perf_counter(), spare() if part.optional else None
         if part.optional and not has_compiler(device):
-            found = _empty(part, "torch.compile needs a C++ compiler here, and there is none")
+            found = _empty(part, "torch.compile needs a C++ compiler on this machine, and found none")
         elif limit is not None and limit < part.seconds:
             found = _empty(
-                part, f"about {part.seconds:.0f} s would not have fitted; the same command measures it next time", True
+                part, f"about {part.seconds:.0f} s did not fit; run the same command again to measure it", True
             )
         else:
             try:
                 with _time_limit(limit):
                     found = part.measure()
             except _OutOfTime:
-                found = _empty(part, f"not done after {limit:.0f} s; the same command tries again", True)
+                found = _empty(part, f"not finished after {limit:.0f} s; run the same command to try again", True)
             except UserError:
                 raise
             except Exception as error:
@@ -212,7 +212,7 @@ def _empty(part: Part, why: str, skipped: bool = False) -> Found:
 
 
 def _forget(device: torch.device) -> None:
-    """Compiled programs, graphs and memory of the part before: each starts as a program of its own."""
+    """Drop compiled programs, graphs and memory of the previous part, so that each part starts as in a new process."""
     torch._dynamo.reset()
     gc.collect()
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: flat rows in one JSON file per device model, measured part by part and kept between runs."""
+"""Results of a benchmark: rows in one JSON file per device model, measured part by part and stored between runs."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ def row(
     flops: float | None = None,
     ratio: float | None = None,
 ) -> Row:
-    """One row; None is what was not measured or has no meaning. ms: of the whole batch; flops: per image (or of the whole
-    where there is no batch). fraction_of_matmul is filled in when rows are put together."""
+    """One row; None marks a value that was not measured or has no meaning.
+
+    ms: of the full batch; flops: per image, or in total without a batch. `add_fractions` sets fraction_of_matmul."""
     return {
         "what": what,
         "width": width,
@@ -46,7 +47,7 @@ def row(
 
 @dataclass
 class Found:
-    """What one part of a benchmark found. facts: lists of entries beside the table; skipped: to be measured another time."""
+    """The results of one part. facts: lists of entries that are not rows; skipped: to be measured in a later run."""
 
     rows: list[Row] = field(default_factory=list)
     facts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -56,13 +57,13 @@ class Found:
         self.facts.setdefault(kind, []).append(entry)
 
     def note(self, text: str) -> None:
-        """One line about a row that stays empty, or was not measured as asked."""
+        """Add one line about a row that is empty, or was not measured as requested."""
         self.add("notes", text=text)
 
 
 @dataclass
 class Cached:
-    """A part that has been measured: with which settings, code and commit, in how many seconds."""
+    """A measured part, with the settings, code and commit that it was measured with, and the seconds it took."""
 
     settings: str
     code: str
@@ -72,14 +73,14 @@ class Cached:
 
 
 class Results:
-    """Everything measured on one device, in the order of `parts`; `path` is written anew, atomically, after each part."""
+    """All results on one device, in the order of `parts`; `path` is rewritten atomically after each part."""
 
     def __init__(self, path: Path, head: Mapping[str, Any], parts: Sequence[str]):
         self.path, self.head, self.parts = path, dict(head), list(parts)
         self.cached: dict[str, Cached] = {}
 
     def load(self, settings: Mapping[str, str], code: str, any_code: bool = False) -> None:
-        """Keep from the file what was measured with the same device, versions, settings (by part) and code."""
+        """Load from the file the parts measured with the same device, versions, settings (by part) and code."""
         try:
             old = read_json(self.path, "")
             if any(old[key] != self.head[key] for key in ("device", "torch", "cuda", "size")):
@@ -98,7 +99,7 @@ class Results:
                     entry["settings"], entry["code"], entry["commit"], entry["seconds"], found
                 )
         except (UserError, ValueError, KeyError, TypeError, AttributeError):
-            return  # no file, or not one of ours
+            return  # no file, or not a file of this format
         for part, entry in cached.items():
             if settings.get(part) == entry.settings and (any_code or code == entry.code):
                 self.cached[part] = entry
@@ -111,7 +112,7 @@ class Results:
         write_json(self.path, self.document())
 
     def document(self) -> dict[str, Any]:
-        """The file's content: facts about the device, what stands beside the table, the parts, and the rows."""
+        """The file's content: the device and versions, facts that are not rows, the parts, and the rows."""
         rows: list[Row] = []
         facts: dict[str, list] = {}
         parts = []
@@ -140,13 +141,13 @@ class Results:
 
 
 def precision_of(mode: str) -> str | None:
-    """The precision that a row's mode begins with; autocast multiplies in bf16."""
+    """The precision at the start of a row's mode; autocast multiplies in bf16."""
     first = mode.split()[0] if mode else ""
     return {"float32": "float32", "bf16": "bf16", "autocast": "bf16"}.get(first)
 
 
 def add_fractions(rows: list[Row]) -> None:
-    """fraction_of_matmul: TFLOP/s over those of the matrix product in the same precision, where that was measured."""
+    """Set fraction_of_matmul: TFLOP/s over those of the matrix product in the same precision, if it was measured."""
     peaks = {precision_of(r["mode"]): r["tflops"] for r in rows if r["what"] == "matmul" and r["tflops"]}
     for r in rows:
         peak = peaks.get(precision_of(r["mode"]))
@@ -154,7 +155,7 @@ def add_fractions(rows: list[Row]) -> None:
 
 
 def add_training_ratios(rows: list[Row]) -> None:
-    """ratio_to_diffusers of the rows "train", from "train_diffusers" of the same width, batch and precision."""
+    """Set ratio_to_diffusers of the rows "train" from "train_diffusers" of the same width, batch and precision."""
     theirs = {(r["width"], r["batch"], r["mode"]): r["ms"] for r in rows if r["what"] == "train_diffusers"}
     for r in rows:
         other = theirs.get((r["width"], r["batch"], r["mode"]))
@@ -163,7 +164,7 @@ def add_training_ratios(rows: list[Row]) -> None:
 
 
 def cheapest_to_top(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """How many times the largest level's seconds and FLOPs are those of the cheapest, for each batch size and mode."""
+    """Ratios of the largest level's seconds and FLOPs to the cheapest level's, for each batch size and mode."""
     out = []
     levels = [r for r in rows if r["what"] == "level"]
     for batch, mode in dict.fromkeys((r["batch"], r["mode"]) for r in levels):
@@ -177,7 +178,7 @@ def cheapest_to_top(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def file_name(device_model: str, size: str = "") -> str:
-    """A device's model, and a size that is not the usual one there, as a file name: letters, digits and dashes."""
+    """The file name for a device model, and for a size that is not its default: letters, digits and dashes."""
     return re.sub(r"[^A-Za-z0-9]+", "-", f"{device_model} {size}").strip("-") + ".json"
 
 
@@ -186,7 +187,7 @@ def digest(value: Any) -> str:
 
 
 def code_digest() -> str:
-    """Of this package's sources: rows measured with other code are not mixed in."""
+    """The digest of this package's sources, so that rows measured with different code are not mixed."""
     package = Path(__file__).resolve().parents[1]
     files = sorted(package.rglob("*.py"))
     return digest([(str(p.relative_to(package)), hashlib.sha256(p.read_bytes()).hexdigest()) for p in files])

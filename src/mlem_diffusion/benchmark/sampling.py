@@ -1,4 +1,4 @@
-"""Whole samplers against the networks that they call, and the random numbers that they need."""
+"""Complete samplers against the networks that they call, and the random numbers that they need."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from .networks import denoiser_of, fast
 from .record import Found, row
 from .timing import measure
 
-GAMMA = 2.5  # of the probabilities; the coins' costs are what matters here, not what they buy
+GAMMA = 2.5  # of the probabilities; only the cost of the coins matters for timing, not the resulting error
 
 
 @dataclass
 class _Noting:
-    """A level's denoiser that notes how many samples it was called with."""
+    """A level's denoiser that records the number of samples of each call."""
 
     index: int
     denoise: Callable[[Tensor, Tensor], Tensor]
@@ -52,10 +52,10 @@ def sampler(
     c: float,
     repeats: int,
 ) -> Found:
-    """DDPM with the largest level and ML-EM with two kinds of coins; rows of three kinds:
+    """Time DDPM with the largest level and ML-EM with two kinds of coins, in three kinds of rows.
 
-    sampler: the whole call, with its random numbers; sampler_loop: without the drawing of noise (ledger.seconds);
-    sampler_networks: the very network calls that the sampler made, of the same sizes and in the same order, alone.
+    sampler: the complete call, with its random numbers; sampler_loop: without the drawing of noise (ledger.seconds);
+    sampler_networks: only the network calls that the sampler made, with the same sizes and in the same order.
     """
     found, bench = Found(), replace(bench, repeats=repeats)
     with warnings.catch_warnings(record=True) as caught:
@@ -106,7 +106,7 @@ def _one(
         _, ledger = sample(estimators(noting)[name], grid, "sde", "ddpm", seeds, shape, bench.device)
         flops = ledger.flops_per_image
         if len(calls) != sum(ledger.launches):
-            raise RuntimeError(f"{len(calls)} calls were seen, but the ledger counts {sum(ledger.launches)}")
+            raise RuntimeError(f"{len(calls)} calls were recorded, but the ledger counts {sum(ledger.launches)}")
         x = torch.randn(batch, *shape, device=bench.device)
         at = torch.zeros((), device=bench.device)
         estimator = estimators(levels)[name]
@@ -122,7 +122,7 @@ def _one(
         networks()
         if all(as_asked(net, mode) for net in nets):
             times["sampler"], times["sampler_networks"] = measure([whole, networks], bench.device, bench.repeats)
-            del loops[:1]  # of the call that measure() makes to see how long it takes
+            del loops[:1]  # from the call with which measure() estimates the duration
             times["sampler_loop"] = sorted(loops)[len(loops) // 2] if bench.device.type == "cuda" else min(loops)
             overhead = {
                 "overhead": times["sampler"] / times["sampler_networks"] - 1,
@@ -136,7 +136,7 @@ def _one(
 
 
 def noise(bench: Bench, process: Process, steps: int, batches: Sequence[int], levels: int, c: float) -> Found:
-    """Random numbers of one batch: path increments on a grid of `steps` and on the base grid, and both kinds of coins."""
+    """Time the random numbers of a batch: path increments on two grids (`steps`, base grid) and two kinds of coins."""
     found = Found()
     shape = (3, bench.size, bench.size)
     p = constant_probabilities([6.0**k for k in range(levels)], GAMMA, c)

@@ -1,4 +1,4 @@
-"""A benchmark's rows as a Markdown table; what was not measured is blank."""
+"""A benchmark's rows as a Markdown table; values that were not measured are blank."""
 
 from __future__ import annotations
 
@@ -33,24 +33,25 @@ def cell(column: str, value: Any) -> str:
 
 
 def render(rows: Sequence[Row]) -> str:
-    """Rows as they are, one line each."""
+    """The rows as a Markdown table, one line each."""
     lines = [[HEADINGS[c] for c in COLUMNS], ["---"] * len(COLUMNS)]
     lines += [[cell(c, r[c]) for c in COLUMNS] for r in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def beside(document: Mapping[str, Any]) -> str:
-    """The facts that are no rows, as sentences in a list."""
+    """The facts that are not rows, as sentences in a Markdown list."""
     facts, out = document["facts"], []
     for e in facts.get("sampler_overhead", []):
         out.append(
-            f"{e['estimator']}, {e['steps']} steps, batch {e['batch']}: the whole sampler takes {1 + e['overhead']:.3f} times its "
-            f"networks' seconds, {1 + e['overhead_without_noise']:.3f} times without drawing random numbers ({e['calls']} calls)."
+            f"{e['estimator']}, {e['steps']} steps, batch {e['batch']}: "
+            f"the whole sampler takes {1 + e['overhead']:.3f} times its networks' seconds, "
+            f"{1 + e['overhead_without_noise']:.3f} times without drawing random numbers ({e['calls']} calls)."
         )
     for e in facts.get("cheapest_to_top", []):
         out.append(
-            f"Level w{e['top']} to w{e['cheapest']}, batch {e['batch']}, {e['mode']}: {e['seconds_ratio']:.3g} times the seconds, "
-            f"{e['flops_ratio']:.3g} times the FLOPs."
+            f"Level w{e['top']} to w{e['cheapest']}, batch {e['batch']}, {e['mode']}: "
+            f"{e['seconds_ratio']:.3g} times the seconds, {e['flops_ratio']:.3g} times the FLOPs."
         )
     ratios = [e["ratio"] for e in facts.get("flops_ratio_diffusers", [])]
     if ratios:
@@ -59,7 +60,7 @@ def beside(document: Mapping[str, Any]) -> str:
 
 
 def head(document: Mapping[str, Any]) -> str:
-    """One line: device, versions, date, how it was timed."""
+    """One line: device, versions, date, size and timing method."""
     cuda = f", CUDA {document['cuda']}" if document["cuda"] else ""
     return (
         f"{document['device']}, torch {document['torch']}{cuda}, {document['date'][:10]}, size {document['size']} "
@@ -68,7 +69,7 @@ def head(document: Mapping[str, Any]) -> str:
 
 
 def report(document: Mapping[str, Any]) -> str:
-    """Everything, as scripts print it: head, table, facts, and the lines about rows that are empty."""
+    """The full report that scripts print: head, table, facts, and the notes about empty rows."""
     notes = [f"* {e['text']}" for e in document["facts"].get("notes", [])]
     return "\n".join(
         [head(document), "", render(document["rows"]), "", beside(document), *dict.fromkeys(notes)]
@@ -76,7 +77,7 @@ def report(document: Mapping[str, Any]) -> str:
 
 
 def summary(document: Mapping[str, Any]) -> str:
-    """For a README: head, the rows of the largest batch (and all that have none) without diffusers' own, and facts."""
+    """A summary in Markdown: head, facts, and the rows with the largest batch or no batch, without diffusers."""
     rows = [r for r in document["rows"] if not r["what"].endswith("_diffusers")]
     largest: dict[str, int] = {}
     for r in rows:
@@ -85,6 +86,6 @@ def summary(document: Mapping[str, Any]) -> str:
     return f"{head(document)}\n\n{render(rows)}\n\n{beside(document)}".rstrip()
 
 
-def readme_section(documents: Sequence[Mapping[str, Any]]) -> str:
-    """What stands in the README between its benchmark markers: the summaries of all devices."""
+def summaries(documents: Sequence[Mapping[str, Any]]) -> str:
+    """The summaries of all devices, as docs/speed.md shows them."""
     return "\n\n".join(summary(document) for document in documents)

@@ -1,4 +1,4 @@
-"""Timing: CUDA events or the wall clock, functions to be compared in turns."""
+"""Timing with CUDA events or the wall clock; functions to be compared are timed in turns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-_BLOCK_MS = 30.0  # short calls are timed several at once, so that the clock's resolution and one launch do not count
+_BLOCK_MS = 30.0  # short calls are timed in blocks, so that clock resolution and launch time do not matter
 _MOST = 200
 
 
@@ -29,8 +29,8 @@ def wall_ms(function: Callable[[], object], device: torch.device) -> float:
 def measure(functions: Sequence[Callable[[], object]], device: torch.device, repeats: int) -> list[float]:
     """Milliseconds per call of each function, taken in turns so that a warm or busy machine favours none of them.
 
-    The functions must have been called before (compiled, captured). CUDA: median of `repeats` pairs of events; CPU: the
-    smallest of `repeats` on the wall clock, for what else runs there only ever adds.
+    The functions must have been called before (compiled, captured). CUDA: median of `repeats` pairs of events. CPU: the
+    smallest of `repeats` wall-clock times, because other programs can only add time.
     """
     calls = [max(1, min(_MOST, int(_BLOCK_MS / max(wall_ms(f, device), 1e-3)))) for f in functions]
     if device.type == "cuda":
@@ -56,7 +56,7 @@ def measure(functions: Sequence[Callable[[], object]], device: torch.device, rep
 
 
 def described(device: torch.device, repeats: int) -> str:
-    """How `measure` times, in words."""
+    """A description of how `measure` times functions."""
     if device.type == "cuda":
         return f"CUDA events, median of {repeats}, random weights and data, compared networks in turns"
     return f"wall clock, smallest of {repeats}, random weights and data, compared networks in turns"

@@ -1,4 +1,4 @@
-"""Training speed through the real training loop, and the time to its first step."""
+"""Training speed in the real training loop, and the time to its first step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .networks import denoiser_of, has_diffusers
 from .record import Found, row
 
 _FOREVER = 10**9
-_SKIPPED = 2  # reports: compilation, capture and the caches' first fill lie before the clock starts
+_SKIPPED = 2  # reports before the clock starts: compilation, capture and the first filling of caches are not timed
 
 
 def train(
@@ -41,7 +41,7 @@ def train(
     compile: str = "auto",
     count: int = 20_000,
 ) -> Found:
-    """`seconds` of train_level on `count` random images of the benchmark's size, between two of its reports."""
+    """Time about `seconds` of train_level on `count` random images of the benchmark's size, between two reports."""
     found = Found()
     what = "train" if whose == "ours" else "train_diffusers"
     if whose == "diffusers" and not has_diffusers():
@@ -60,7 +60,7 @@ def train(
         return len(reports) > _SKIPPED and reports[-1][0] - reports[_SKIPPED - 1][0] >= seconds
 
     # a small learning rate: random images give nothing to learn, and the loss must stay finite
-    every = batch * (20 if bench.device.type == "cuda" else 1)  # a report waits for the device
+    every = batch * (20 if bench.device.type == "cuda" else 1)  # each report waits for the GPU, so they are rare
     config = TrainConfig(
         images=_FOREVER, batch=batch, lr=1e-5, log_every=every, save_every=1e9, snapshots=[1.0], precision=precision,
         compile=compile,
@@ -88,7 +88,7 @@ def train(
 def first_step(
     bench: Bench, width: int, batch: int, unet: Mapping[str, Any], compile: str = "auto", timeout: float = 900
 ) -> Found:
-    """From the start of a Python process to the end of its first training step: with empty caches, and once more."""
+    """Time from the start of a Python process to the end of its first training step, with empty and filled caches."""
     found = Found()
     task = {"width": width, "batch": batch, "size": bench.size, "unet": dict(unet), "compile": compile}
     command = [
@@ -98,7 +98,7 @@ def first_step(
         json.dumps(task | {"device": str(bench.device)}),
     ]
     with tempfile.TemporaryDirectory() as folder:
-        env = {k: v for k, v in os.environ.items() if k != "TRITON_CACHE_DIR"}  # it lies in inductor's own
+        env = {k: v for k, v in os.environ.items() if k != "TRITON_CACHE_DIR"}  # its default is inside inductor's cache
         source = str(Path(__file__).resolve().parents[2])
         env["PYTHONPATH"] = os.pathsep.join([source, *filter(None, [env.get("PYTHONPATH")])])
         env["TORCHINDUCTOR_CACHE_DIR"] = folder
@@ -113,9 +113,9 @@ def first_step(
                 for text in answer["slow"]:
                     found.note(text)
                 if answer["slow"]:
-                    ms = None  # not the step that was asked for
+                    ms = None  # a slow path ran instead of the requested one
             except subprocess.TimeoutExpired:
-                found.note(f"first_step {mode}: not done after {timeout:.0f} s.")
+                found.note(f"first_step {mode}: not finished after {timeout:.0f} s.")
             except (subprocess.CalledProcessError, ValueError, LookupError) as error:
                 lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
                 found.note(f"first_step {mode}: {lines[-1][:160] if lines else 'no answer'}.")
@@ -124,7 +124,7 @@ def first_step(
 
 
 def has_compiler(device: torch.device) -> bool:
-    """Whether torch.compile can work here: on the CPU it needs a C++ compiler."""
+    """Whether torch.compile can work on this device: on the CPU it needs a C++ compiler."""
     if device.type != "cpu":
         return True
     from torch._inductor.cpp_builder import get_cpp_compiler

@@ -1,1 +1,1 @@
-"""Samplers against each other: settings, runs, errors and distances, speed-ups."""
+"""Comparison of samplers: settings, runs, errors and distances, speed-ups."""

@@ -1,8 +1,7 @@
 """Feature extractors for the Frechet distance: a light one without download, Inception, and any callable.
 
-All take uint8 images [N, 3, H, W] and give float32 features [N, D] on the CPU. Only `inception` gives the
-distance that the literature calls FID (Heusel et al. 2017, arXiv:1706.08500); the others carry their own
-name.
+All take uint8 images [N, 3, H, W] and return float32 features [N, D] on the CPU. Only `inception` gives the
+distance that the literature calls FID (Heusel et al. 2017, arXiv:1706.08500). The others have their own names.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from ..errors import UserError
 
-# The file that torch-fidelity downloads; it is a pickle, so nothing but this exact content is ever loaded.
+# Hash of the file that torch-fidelity downloads. It is a pickle, so only this exact content is ever loaded.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
@@ -28,10 +27,9 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 class Extractor:
     """A named map from images to features.
 
-    `name` is what the distance is called in tables and figures, `key` identifies weights and settings in
-    caches, `compute` maps uint8 [N, 3, H, W] on the CPU to [N, D] on any device, `batch` is the number of
-    images per call. `identity` is a key that is the same on every device, for statistics that travel; where
-    it is empty, `key` is that.
+    `name` is the name of the distance in tables and figures. `key` identifies weights and settings in caches.
+    `compute` maps uint8 [N, 3, H, W] on the CPU to [N, D] on any device, with `batch` images per call. `identity`
+    is a key that is the same on every device, for published statistics; if it is empty, `key` is used.
     """
 
     name: str
@@ -48,7 +46,7 @@ class Extractor:
         """
         images = check_images(images_u8)
         if len(images) == 0:
-            raise UserError(f"{self.name}: there are no images to take features of.")
+            raise UserError(f"{self.name}: features need at least one image, but there are none.")
         parts: list[Tensor] = []
         with torch.no_grad():
             for chunk in images.split(self.batch):
@@ -56,7 +54,7 @@ class Extractor:
                 if out.ndim != 2 or len(out) != len(chunk):
                     raise UserError(
                         f"{self.name}: the extractor must return [N, D] features, "
-                        f"but gave shape {tuple(out.shape)} for {len(chunk)} images."
+                        f"but it returned shape {tuple(out.shape)} for {len(chunk)} images."
                     )
                 if not bool(torch.isfinite(out).all()):
                     raise UserError(f"{self.name}: the features contain NaN or infinite values.")
@@ -65,12 +63,12 @@ class Extractor:
 
 
 def check_images(images: Tensor | np.ndarray) -> Tensor:
-    """The images as a CPU tensor, or UserError unless they are uint8 [N, 3, H, W]."""
+    """The images as a CPU tensor. Raises UserError unless they are uint8 [N, 3, H, W]."""
     if images.ndim != 4 or images.shape[1] != 3 or images.dtype not in (torch.uint8, np.uint8):
         raise UserError(
             f"Distances need uint8 RGB images of shape [N, 3, H, W], but got {images.dtype} {tuple(images.shape)}."
         )
-    # A memory map opened read-only is copied: torch wants to be able to write.
+    # A read-only memory map is copied, because torch requires writable arrays.
     return images.cpu() if isinstance(images, Tensor) else torch.from_numpy(np.array(images))
 
 
@@ -78,13 +76,13 @@ def check_images(images: Tensor | np.ndarray) -> Tensor:
 
 
 def light(dim: int = 64, seed: int = 0, device: str = "cpu", batch: int = 64) -> Extractor:
-    """Random-convolution features of `dim` numbers: no download, the same weights on every machine.
+    """Extractor of `dim` random-convolution features: no download, the same weights on every machine.
 
     Two layers of random zero-mean 3x3 filters at three scales (full, half and quarter resolution) are
-    rectified; the logarithm of the mean response per quadrant, and the mean colour per quadrant, are
-    projected to `dim` numbers by a fixed random matrix. Logarithms make a relative loss of fine detail
-    (blur) as visible as a change of contrast. A design of this project, good for comparing samplers with
-    one another; the numbers are no FIDs.
+    rectified. A fixed random matrix projects the logarithm of the mean response per quadrant, and the mean
+    colour per quadrant, to `dim` numbers. Logarithms make a relative loss of fine detail (blur) as visible
+    as a change of contrast. This project designed the features to compare samplers with one another; the
+    distances are not FIDs.
 
     Raises UserError if dim < 1.
     """
@@ -101,13 +99,12 @@ def light(dim: int = 64, seed: int = 0, device: str = "cpu", batch: int = 64) ->
 
 _FIRST, _SECOND, _SCALES, _CELLS = 16, 32, 3, 4
 _COLOURS = 3 * _CELLS
-_FLOOR = 0.02  # in image units [-1, 1]: below about 2.5 grey levels, detail and rounding cannot be told apart
+_FLOOR = 0.02  # in image units [-1, 1]: below about 2.5 grey levels, detail and rounding look alike
 
 
 def _light_weights(dim: int, seed: int) -> list[np.ndarray]:
-    """Filters [16,3,3,3] and [32,16,3,3] with zero mean and unit norm, and the projection [raw, dim];
-    float32."""
-    rng = np.random.RandomState(seed)  # the legacy stream is frozen for good, default_rng's is not
+    """Filters [16,3,3,3] and [32,16,3,3] with zero mean and unit norm, and the projection [raw, dim]; float32."""
+    rng = np.random.RandomState(seed)  # numpy never changes the legacy stream, but may change default_rng's
     arrays = []
     for shape in ((_FIRST, 3, 3, 3), (_SECOND, _FIRST, 3, 3)):
         kernel = rng.standard_normal(shape)
@@ -116,7 +113,7 @@ def _light_weights(dim: int, seed: int) -> list[np.ndarray]:
         arrays.append(kernel.astype(np.float32))
     raw = _SCALES * _CELLS * (_FIRST + _SECOND) + _COLOURS
     projection = rng.standard_normal((raw, dim)) / np.sqrt(raw)
-    # The few colour numbers would drown in the many responses: give the two groups comparable total variance.
+    # There are few colour features and many responses: give the two groups comparable total variance.
     projection[-_COLOURS:] *= np.sqrt((raw - _COLOURS) / _COLOURS)
     arrays.append(projection.astype(np.float32))
     return arrays
@@ -131,7 +128,7 @@ def _light_features(images: Tensor, weights: list[Tensor]) -> Tensor:
         if scale:
             x = F.avg_pool2d(x, 2)
         a = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), first).abs()
-        # Divided by the local response, the second layer sees arrangement instead of contrast once more.
+        # Divide by the local response, so that the second layer measures arrangement and not contrast again.
         local = a.mean(1, keepdim=True) + _FLOOR
         b = F.conv2d(F.pad(a / local, (1, 1, 1, 1), mode="replicate"), second).abs()
         columns.append(torch.log(F.adaptive_avg_pool2d(a, 2) + _FLOOR).flatten(1))
@@ -146,10 +143,9 @@ def _light_features(images: Tensor, weights: list[Tensor]) -> Tensor:
 def inception(weights: str | None = None, device: str = "cpu", batch: int = 64) -> Extractor:
     """torch-fidelity's InceptionV3 (TF-2015 weights), 2048 pooled features: the distance is FID.
 
-    `weights` is a local copy of weights-inception-2015-12-05-6726825d.pth; without it torch-fidelity's
-    download is used and kept in the torch hub folder. Either way the file's SHA-256 is checked before it is
-    opened. About 3 images per second on two CPU cores. Raises UserError for a wrong file or a failed
-    download.
+    `weights` is a local copy of weights-inception-2015-12-05-6726825d.pth; without it, torch-fidelity's file is
+    downloaded and stored in the torch hub folder. In both cases the file's SHA-256 is checked before it is opened.
+    Speed: about 3 images per second on two CPU cores. Raises UserError for a wrong file or a failed download.
     """
     path = _local_weights(Path(weights)) if weights else _download_weights()
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # slow import
@@ -188,7 +184,7 @@ def _download_weights() -> Path:
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Downloads beside the target, compares the hash, then renames: no half file is left.
+            # This downloads to a temporary file, compares the hash, then renames: no partial file is left.
             torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), INCEPTION_SHA256, progress=False)
         except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
             reason = getattr(error, "reason", None) or error
@@ -203,15 +199,15 @@ def _download_weights() -> Path:
 
 
 def custom(callable: Callable[[Tensor], Any], name: str, key: str = "", batch: int = 256) -> Extractor:
-    """Any map from uint8 images [N, 3, H, W] to [N, D] features, under a name of its own.
+    """Extractor from any map of uint8 images [N, 3, H, W] to [N, D] features, with its own name.
 
-    From Hydra: `callable: {_target_: package.Class, ...}`. Without `key` (a hash of weights and settings)
-    one is derived from what the callable gives on a few fixed images, so that changed weights never meet an
-    old cache. Raises UserError for an empty name, the name FID (kept for Inception's TF-2015 weights), or
-    something that cannot be called.
+    From Hydra: `callable: {_target_: package.Class, ...}`. `key` is a hash of weights and settings. Without it, a
+    key is computed from the callable's output on a few fixed images, so that changed weights never use an old
+    cache. Raises UserError for an empty name, the name FID (reserved for Inception's TF-2015 weights), or an
+    object that is not callable.
     """
     if not name.strip() or name.strip().upper() == "FID":
-        raise UserError("A custom extractor needs a name of its own for its distance, and not FID.")
+        raise UserError("A custom extractor needs a name for its distance, and this name must not be FID.")
     if not hasattr(callable, "__call__"):  # noqa: B004  the builtin is shadowed by the argument
         raise UserError(f"The extractor {name} is not callable: {type(callable).__name__}.")
     extractor = Extractor(name.strip(), key, callable, batch)
@@ -226,7 +222,7 @@ def _probe_key(extractor: Extractor) -> str:
     mixes = [smooth * (1 - share) + noise * share for share in (0.0, 0.1, 0.4, 1.0)]
     features = extractor.features(np.stack(mixes).round().astype(np.uint8))
     text = f"{extractor.name}/{features.shape[1]}/"
-    # Five digits, so that the last bits of a convolution seldom matter; a needless miss costs only time.
+    # Five digits, so that the last bits of a convolution seldom matter; a needless cache miss costs only time.
     text += ",".join(f"{value:.5g}" for value in features.flatten().tolist())
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -235,12 +231,11 @@ def _probe_key(extractor: Extractor) -> str:
 
 
 def register_with_torch_fidelity(extractor: Extractor) -> str:
-    """Make the extractor known to torch_fidelity.calculate_metrics and return the name to pass as
-    `feature_extractor`.
+    """Register the extractor with torch-fidelity and return its name.
 
-    The registered name holds the key, because torch-fidelity's own cache looks at nothing but names.
-    Features are handed over in float64, so that its means are accumulated in float64 too. Pass `cuda`
-    explicitly there.
+    Pass the name to torch_fidelity.calculate_metrics as `feature_extractor`, and pass `cuda` explicitly. The name
+    contains the key, because torch-fidelity's own cache compares names only. Features are passed in float64, so
+    that torch-fidelity accumulates its means in float64 too.
     """
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor

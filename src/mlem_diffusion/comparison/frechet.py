@@ -1,7 +1,7 @@
-"""Frechet distance between sets of images, through torch-fidelity's arithmetic.
+"""Frechet distance between sets of images, computed with torch-fidelity.
 
 The Frechet distance between Gaussians fitted to features is |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))
-(Dowson & Landau 1982; Heusel et al. 2017). Its value depends on n: report n and `distance_floor` beside it.
+(Dowson & Landau 1982; Heusel et al. 2017). Its value depends on n: report n and `distance_floor` with it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .features import Extractor
 
 Images = np.ndarray | Tensor
 Features = np.ndarray | Tensor
-_DOUBLE = 512  # features up to which statistics are kept in float64
+_DOUBLE = 512  # the largest number of features for which moments are stored in float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ def _as_float64(features: Features) -> np.ndarray:
     _check_count(len(array))
     array = array.astype(np.float64)
     if not np.isfinite(array).all():
-        raise UserError("The features contain NaN or infinite values, so no distance can be given.")
+        raise UserError("The features contain NaN or infinite values, so their distance is undefined.")
     return array
 
 
@@ -96,11 +96,11 @@ def fast_frechet(
     counts: np.ndarray | None = None,
     projected: np.ndarray | None = None,
 ) -> float:
-    """The same distance for many bootstrap replicates: features [n, D], each taken counts[i] times.
+    """Frechet distance, faster for many bootstrap replicates: features [n, D], row i counted counts[i] times.
 
     With S2 the reference covariance, tr (S1 S2)^(1/2) is the sum of the singular values of the centred
-    features times S2^(1/2), divided by sqrt(n - 1): an n x n or D x D symmetric problem, whichever is
-    smaller. Pass `projected` = x @ reference.root [n, D] to share that product between replicates.
+    features times S2^(1/2), divided by sqrt(n - 1). This is an n x n or D x D symmetric eigenvalue problem,
+    whichever is smaller. Pass `projected` = x @ reference.root [n, D] to share that product between replicates.
     """
     x = _as_float64(x)
     if x.shape[1] != len(reference.mean):
@@ -122,16 +122,17 @@ def fast_frechet(
 
 
 def distance_floor(features_of_real: Features, n: int, seed: int, repeats: int = 3) -> float:
-    """Real against real: the distance of n random real images to the statistics of all *other* real ones.
+    """Real against real: the mean distance of n random real images to the moments of all *other* real ones.
 
-    `features_of_real` is [N, D] with N >= n + 2; the mean over `repeats` draws is returned. No sampler is
-    expected to go below it with n images. Raises UserError for too few images or NaN features.
+    `features_of_real` is [N, D] with N >= n + 2; the mean is over `repeats` draws. No sampler is expected to
+    go below it with n images. Raises UserError for too few images or NaN features.
     """
     _check_count(n)
     features = _as_float64(features_of_real)
     if len(features) < n + 2 or repeats < 1:
         raise UserError(
-            f"The floor at n = {n} needs at least {n + 2} real images, but there are {len(features)}: lower compare.num_samples."
+            f"The floor at n = {n} needs at least {n + 2} real images, but there are {len(features)}: "
+            "lower compare.num_samples."
         )
     rng = np.random.default_rng(seed)
     distances = []
@@ -145,14 +146,14 @@ def distance_floor(features_of_real: Features, n: int, seed: int, repeats: int =
 
 
 def save_moments(path: Path, statistics: FeatureMoments) -> None:
-    """Mean [D], upper triangle of the covariance and number of images as npz; float32 where there are many features."""
+    """Write mean [D], upper triangle of the covariance and number of images as npz; float32 for many features."""
     kind = np.float64 if len(statistics.mean) <= _DOUBLE else np.float32
     upper = statistics.cov[np.triu_indices(len(statistics.mean))]
     write_arrays(path, {"mean": statistics.mean.astype(kind), "upper": upper.astype(kind), "n": statistics.n})
 
 
 def load_moments(path: Path) -> FeatureMoments:
-    """What `save_moments` wrote, in float64."""
+    """The moments that `save_moments` wrote, in float64."""
     arrays = load_arrays(path, "restore it (git checkout), or publish the family again (make publish)")
     mean, upper, n = arrays["mean"].astype(np.float64), arrays["upper"].astype(np.float64), int(arrays["n"])
     cov = np.zeros((len(mean), len(mean)))

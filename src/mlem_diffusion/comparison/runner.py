@@ -1,7 +1,7 @@
-"""The comparison: every setting of the configuration against one fine reference on the same seeds and Brownian paths.
+"""The comparison: each configured setting against one fine reference on the same seeds and Brownian paths.
 
-A setting is one row of compare.csv. Finished settings are kept on disk under the hash of all they depend on, so a
-stopped comparison goes on where it was.
+A setting is one row of compare.csv. Finished settings are cached on disk under a hash of everything that they depend
+on, so a stopped comparison can resume.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from ..statistics import squared_errors, standard_error
 from .features import Extractor
 from .settings import SamplerSetting
 
-_REMOVE = "remove it and run the same command again"  # a damaged file of the cache
+_REMOVE = "remove it and run the same command again"  # advice for a damaged file of the cache
 
 
 @dataclass(frozen=True)
 class Runner:
-    """What all settings of one comparison share."""
+    """The data that all settings of one comparison share."""
 
     levels: dict[str, Level]
     process: Process
@@ -56,7 +56,7 @@ class Runner:
     grid_images: int = 12
     plans: Mapping[str, Plan] = field(default_factory=dict)
     reference_steps: int | None = None  # None: the base grid
-    made_with: Mapping[str, Any] | None = None  # family.identity_of its levels, which artefacts note
+    made_with: Mapping[str, Any] | None = None  # family.identity_of the levels; artefacts record it
 
     @property
     def reference_grid(self) -> TimeGrid:
@@ -84,7 +84,7 @@ class Runner:
         return self.cache / f"{kind}-{hashlib.sha256(asked.encode()).hexdigest()[:20]}.npz"
 
     def warm_up(self) -> None:
-        """One evaluation of every level, so that no setting pays for first-call overheads in its seconds."""
+        """Evaluate each level once, so that first-call overheads do not enter the seconds of any setting."""
         x = torch.zeros(min(self.batch, len(self.seeds)), *self.shape, device=self.device)
         for level in self.levels.values():
             level.denoise(x, torch.zeros(len(x), device=self.device))
@@ -93,7 +93,7 @@ class Runner:
         return self._path("reference", {"dynamics": dynamics})
 
     def reference_job(self, dynamics: str) -> Job:
-        """The reference of one dynamics, in batches."""
+        """The job that samples the reference of one dynamics, in batches."""
         path, grid = self.reference_path(dynamics), self.reference_grid
         estimator, rule = SingleLevel(list(self.levels.values())[-1]), REFERENCE_RULE[dynamics]
 
@@ -105,12 +105,12 @@ class Runner:
         return Job(path, -(-self.num_reference // self.batch), work, lambda arrays: write_arrays(path, arrays))
 
     def read_reference(self, dynamics: str) -> Tensor:
-        """What `reference` wrote."""
+        """The stored reference samples of one dynamics. Raises UserError if they are not finite."""
         images = read_arrays(self.reference_path(dynamics), _REMOVE)["images"]
         if not np.isfinite(images).all():
             raise UserError(
-                f"The reference of the {dynamics.upper()}, the largest level on the finest grid, is not finite: there is nothing to "
-                "compare with. Train the largest level longer or with a lower train.lr."
+                f"The reference of the {dynamics.upper()}, the largest level on the finest grid, is not finite, so "
+                "nothing can be compared with it: train the largest level longer or with a lower train.lr."
             )
         return torch.from_numpy(images)
 
@@ -122,7 +122,7 @@ class Runner:
     ) -> Tensor:
         """Samples [num_reference, *shape] of the largest level on the finest grid, in float32 on the CPU.
 
-        Collective: all processes call it, share the batches, and have all of it. Raises Interrupted between batches."""
+        Collective: all processes call it, share the batches and get all samples. Raises Interrupted between batches."""
         parallel.run_jobs([self.reference_job(dynamics)], should_stop, progress)
         return parallel.from_main(lambda: self.read_reference(dynamics))
 
@@ -130,8 +130,10 @@ class Runner:
         return self._path("setting", asdict(setting)).is_file()
 
     def setting_job(self, setting: SamplerSetting, reference: Tensor, noise: NoiseCache) -> Job:
-        """One setting, in batches. Its seconds per image are device seconds, summed over the batches and divided by the
-        images: what one device takes, however many share the work."""
+        """The job that runs one setting, in batches.
+
+        Its seconds per image are device seconds: summed over the batches, divided by the number of images. They do not
+        depend on how many devices share the work."""
         path, estimator, grid = (
             self._path("setting", asdict(setting)),
             self.build(setting),
@@ -165,14 +167,14 @@ class Runner:
             total = Ledger([level.flops for level in estimator.levels], len(self.seeds), float(arrays["seconds"].sum()))
             total.per_sample = arrays["evaluations"]
             costs = {
-                # nothing can be said of the mean where one sample has no error
+                # the mean is undefined if a sample has diverged
                 "error": None if lost else float(error.mean()),
                 "error_se": None if lost else finite(standard_error(error, arrays["clusters"][: len(error)])),
                 "network_calls": total.calls_per_image,
                 "gflops_expected": estimator.expected_flops(setting.evaluations(self.process)) / 1e9,
                 "gflops_realised": total.flops_per_image / 1e9,
                 "seconds": total.seconds_per_image,
-                # in the samples that the error is taken over
+                # only in the samples that the error averages
                 "top_evaluations": int(total.per_sample[: len(error), -1].sum()),
             }
             if lost:
@@ -194,33 +196,33 @@ class Runner:
         noise: NoiseCache,
         should_stop: Callable[[], bool] = parallel.never,
     ) -> dict[str, Any]:
-        """The same, of a setting that is run unless it is finished. Collective, and stops, as `reference`."""
+        """Run a setting unless it is finished, and return its `read`. Collective and interruptible like `reference`."""
         parallel.run_jobs([self.setting_job(setting, reference, noise)], should_stop)
         return parallel.from_main(lambda: self.read(setting))
 
 
-ABSURD = 1e3  # of pixels in [-1, 1]: no sampler that works comes near it
+ABSURD = 1e3  # size of a pixel value; pixels are in [-1, 1], and no working sampler comes near it
 
 
 def diverged(images: Tensor) -> np.ndarray:
-    """Which images [N, C, H, W] hold a value that is not finite or absurdly large: bool [N]."""
+    """bool [N]: which images [N, C, H, W] have a value that is not finite or is at least ABSURD in size."""
     return ~(images.abs().flatten(1).amax(1) < ABSURD).numpy()
 
 
 def finite(value: float) -> float | None:
-    """None for what JSON cannot hold: the standard error of samples that all share one coin draw, say."""
+    """The value, or None if JSON cannot hold it (e.g. the standard error if all samples share one coin draw)."""
     return value if np.isfinite(value) else None
 
 
 class NoiseCache:
-    """Keeps the increments of the last few (steps, clock, seeds): neighbouring settings share them."""
+    """Caches the increments of the last few (steps, clock, seeds), because neighbouring settings share them."""
 
     def __init__(self, entries: int = 2):
         self.entries, self.cached = entries, {}
 
     def get(self, runner: Runner, steps: int, clock: str | None, seeds: Sequence[int]) -> Tensor | None:
         if clock is None or 4 * (steps - 1) * len(seeds) * math.prod(runner.shape) > WINDOW_BYTES:
-            return None  # none, or too many to keep: the sampler draws them as it goes
+            return None  # no increments, or too many to cache: the sampler draws them step by step
         key = (steps, clock, seeds[0], len(seeds))
         if key not in self.cached:
             while len(self.cached) >= self.entries:

@@ -1,4 +1,4 @@
-"""Sampler settings by the names that compare.csv uses: from a configuration, a row or a plan; and the estimator of each."""
+"""Sampler settings from a configuration, a row or a plan, and their estimators. Fields are named as in compare.csv."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from ..multilevel.probabilities import constant_probabilities
 
 @dataclass(frozen=True)
 class SamplerSetting:
-    """One sampler setting, by the names that compare.csv uses."""
+    """One sampler setting, with the field names of compare.csv."""
 
     dynamics: str
     step_rule: str
     estimator: str  # "single", "stitched", "ml_em" or "quadrature"
     levels: tuple[str, ...]
     steps: int  # noise levels of the grid
-    probabilities: str = ""  # of ml_em: "constant", or as its plan says
+    probabilities: str = ""  # of ml_em: "constant", or the kind that its plan uses
     coins: str = ""  # kind of coins, "-shared" appended for one set of coins per batch
     c: float | None = None  # of ml_em: C of the constant probabilities
     switch: float | None = None  # of stitched: the fraction of evaluations made with the cheaper level
     plan: str = ""  # id of the plan that holds the table of probabilities or weights
 
     def build(self, levels: Mapping[str, Level], gamma: float, plans: Mapping[str, Plan] | None = None) -> Estimator:
-        """The estimator of this setting; UserError for unknown levels, kinds or plans."""
+        """The estimator of this setting. Raises UserError for unknown levels, kinds or plans."""
         if self.plan:
             if plans is None or self.plan not in plans:
                 raise UserError(f"There is no plan {self.plan}; run make optimise again.")
@@ -69,7 +69,7 @@ def setting_of(plan: Plan, dynamics: str, step_rule: str) -> SamplerSetting:
 
 
 def setting_from(values: Mapping[str, Any]) -> SamplerSetting:
-    """A setting from a row or a configuration: levels as a list or joined by "+", blank fields as None or ""."""
+    """A setting from a row or a configuration. Levels are a list or joined by "+"; blank fields are None or ""."""
     names = values["levels"]
 
     def number(key: str) -> float | None:
@@ -103,8 +103,10 @@ def _choose(names: Sequence[str], which: Any) -> list[str]:
 def settings_of(
     config: Mapping[str, Any], names: Sequence[str], base_steps: int, beside: Sequence[str] = ()
 ) -> list[SamplerSetting]:
-    """All settings of a `compare` configuration for a family with these level names, cheap to expensive. `beside`: levels
-    that no index counts (a Gaussian denoiser), baselines too where a sweep says "all"."""
+    """All settings of a `compare` configuration for a family with these level names, cheap to expensive.
+
+    `beside`: extra levels without an index (a Gaussian denoiser); a sweep with levels "all" has them as baselines too.
+    """
     out: dict[SamplerSetting, None] = {}
     for sweep in config["baselines"]:
         for name in [*(beside if sweep["levels"] == "all" else ()), *_choose(names, sweep["levels"])]:
@@ -159,10 +161,10 @@ def row_of(setting: SamplerSetting, costs: Mapping[str, Any], **more: Any) -> di
 
 
 def best_setting(rows: Sequence[Mapping[str, Any]], tolerance: float = 0.05) -> dict[str, Any]:
-    """The cheapest row (FLOPs) whose distance is within `tolerance` of the best distance of all."""
+    """The cheapest row (FLOPs) whose distance is within `tolerance` of the smallest distance."""
     measured = [row for row in rows if row.get("distance") is not None]
     if not measured:
         raise UserError("No setting has a distance, so none can be called best.")
     best = min(row["distance"] for row in measured)
-    limit = best + tolerance * abs(best)  # rounding can take a distance of nothing below zero
+    limit = best + tolerance * abs(best)  # rounding can make a zero distance negative
     return dict(min((r for r in measured if r["distance"] <= limit), key=lambda r: r["gflops_realised"]))

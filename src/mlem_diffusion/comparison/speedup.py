@@ -4,11 +4,11 @@ For a baseline setting b that no other baseline beats in both cost and error, wi
 
     speed-up(b) = (cheapest baseline cost with error <= e_b) / (cheapest ML-EM cost with error <= e_b).
 
-The targets are the baseline frontier's own errors, so a coarse baseline grid cannot flatter ML-EM. The
-bound is the 5th percentile over paired bootstrap resamples of the seeds, at the same b: one resample
-recomputes every setting's error and e_b itself. A resample in which ML-EM misses e_b counts as 0. The
-largest of several noisy speed-ups is biased upwards; the bound does not correct for having picked it, so
-the whole curve is returned too.
+The targets are the errors of the baseline frontier itself, so a coarse baseline grid cannot favour ML-EM. The
+bound is the 5th percentile over paired bootstrap resamples of the seeds, at the same b: each resample
+recomputes e_b and the error of each setting. A resample in which ML-EM does not reach e_b counts as 0. The
+largest of several noisy speed-ups is biased upwards. The bound does not correct for this selection, so the
+full curve is returned too.
 """
 
 from __future__ import annotations
@@ -25,17 +25,16 @@ from .frechet import FeatureMoments, fast_frechet
 from .table import BASELINES, method_of, trusted
 
 COSTS = {"flops": "gflops_realised", "seconds": "seconds"}
-_SLACK = 1e-9  # relative: the same sampler under two names must not differ by rounding
+_SLACK = 1e-9  # relative: rounding must not separate two settings that are the same sampler
 _NAMING = ("step_rule", "estimator", "levels", "probabilities", "coins", "c", "switch", "steps", "plan")
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One sampler setting: its compare.csv row (numeric costs per image) and what was measured per image.
+    """One sampler setting: its compare.csv row (numeric costs per image) and its measurements per image.
 
     `errors` [n]: squared error of each seed, same seeds and order in all settings. `clusters` [n]: id of
-    the coin draw of each seed, where coins are shared. `features` [m, D]: features of the samples, for
-    distances.
+    the coin draw of each seed, if coins are shared. `features` [m, D]: features of the samples, for distances.
     """
 
     row: dict[str, Any]
@@ -53,19 +52,18 @@ def speedups(
     distance_replicates: int = 50,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The content of speedup.json, one entry per dynamics present, within which all comparisons stay.
+    """The content of speedup.json: one entry per dynamics; settings are compared within their dynamics only.
 
     {dynamics: {"paper" | "any": {"error" | "distance": {"flops" | "seconds": entry}}, "left_out": count}},
     where entry is {"max", "lower95", "at", "baseline", "ours", "curve"} and, for errors,
     "error_ratio_at_equal_cost". Costs are GFLOPs and seconds per image. "curve" lists {"at", "speedup",
-    "lower95"} over the whole baseline frontier, from cheap to expensive. Everything unknown or unreached is
-    None, and so is every bound where all seeds share one coin draw; nothing is NaN.
+    "lower95"} over the baseline frontier, from cheap to expensive. Unknown or unreached values are None, and so
+    are all bounds if all seeds share one coin draw; no value is NaN.
 
-    "any" compares all multilevel rows, "paper" those for which `paper(row)` holds (default: constant
-    probabilities and independent coins, the paper's method). "distance" is present where `reference` is
-    given and any setting has features. ML-EM rows that fired the top level too rarely (`tables.trusted`),
-    and rows with errors that are not finite, are left out and counted. Raises UserError for settings of
-    unequal length.
+    "any" compares all multilevel rows, "paper" the rows with `paper(row)` true (default: independent coins, as
+    in `table.method_of`). "distance" is present if `reference` is given and any setting has features. ML-EM rows
+    that evaluated the top level too rarely (`table.trusted`), and rows with errors that are not finite, are left
+    out and counted. Raises UserError for settings of unequal length.
     """
     is_paper = paper or (lambda row: method_of(row) == "paper")
     result: dict[str, Any] = {}
@@ -88,7 +86,7 @@ def speedups(
 
 
 def resampled_errors(settings: Sequence[Measurement], replicates: int = 200, seed: int = 0) -> np.ndarray:
-    """Mean squared errors [S, 1 + R] on all seeds, then on each paired bootstrap resample of them."""
+    """Mean squared errors [S, 1 + R]: first on all seeds, then on each paired bootstrap resample of them."""
     return np.stack([m.values for m in _errors(list(settings), [], replicates, seed)[0]])
 
 
@@ -100,15 +98,17 @@ def equal_error(
     seed: int = 0,
     cost: str = "gflops_expected",
 ) -> dict[str, Any]:
-    """One entry as in `speedups`, in expected FLOPs at equal error (or in another column of the rows, `cost`: "seconds"), for
-    any two groups of settings; "errors_at_cost" lists, over the frontier of `ours`, {"gflops" (or "seconds"), "ratio": lowest
-    error of `base` within that cost over its error, "lower95"}."""
+    """One entry as in `speedups` at equal error, for any two groups of settings.
+
+    `cost` is the column of costs: expected FLOPs or "seconds". "errors_at_cost" lists {"gflops" (or "seconds"),
+    "ratio", "lower95"} over the frontier of `ours`. "ratio" is the lowest error of `base` within that cost, divided by
+    the error of the frontier point."""
     base_measured, our_measured = _errors(base, ours, replicates, seed)
     theirs, mine = (_sorted(group, cost) for group in (base_measured, our_measured))
     entry = _entry(theirs, mine, "error", "flops")
     points = []
     for i in mine.frontier():
-        # probabilities of equal expected cost differ by rounding
+        # the slack of 0.1%: plans of equal expected cost differ by the rounding of their probabilities
         ratios = theirs.lowest_within(1.001 * float(mine.costs[i])) / mine.values[i]
         known = bool(np.isfinite(ratios[0]))
         points.append({
@@ -124,7 +124,7 @@ def equal_error(
 
 @dataclass(frozen=True)
 class _Measured:
-    """A setting with its value (mean error or distance) on all seeds, then on each resample: [1 + R]."""
+    """A setting with its values [1 + R]: mean error or distance, first on all seeds, then on each resample."""
 
     setting: Measurement
     values: np.ndarray
@@ -168,8 +168,7 @@ def _distances(
 
 
 def _units(settings: list[Measurement], lengths: list[int], what: str) -> np.ndarray:
-    """The resampling unit of each seed [n]: seeds that share a coin draw in any of the settings move
-    together."""
+    """The resampling unit of each seed [n]: seeds that share a coin draw in any setting form one unit."""
     if len(set(lengths)) != 1 or lengths[0] < 2:
         raise UserError(
             f"All settings need {what} of the same seeds, at least 2, but there are {sorted(set(lengths))}."
@@ -178,9 +177,9 @@ def _units(settings: list[Measurement], lengths: list[int], what: str) -> np.nda
     labels = np.arange(n)
     clusters = [np.unique(s.clusters[:n], return_inverse=True)[1].ravel() for s in settings if s.clusters is not None]
     if any(len(c) != n for c in clusters):
-        raise UserError(f"Every one of the {n} seeds of a setting needs the id of its coin draw.")
+        raise UserError(f"Each of the {n} seeds of a setting needs the id of its coin draw.")
     changed = True
-    while changed:  # spread the smallest label over each cluster until nothing moves: connected components
+    while changed:  # spread the smallest label over each cluster until nothing changes: connected components
         before = labels.copy()
         for c in clusters:
             smallest = np.full(n, n)
@@ -191,8 +190,9 @@ def _units(settings: list[Measurement], lengths: list[int], what: str) -> np.nda
 
 
 def _resamples(units: np.ndarray, replicates: int, seed: int) -> np.ndarray:
-    """How often each seed is drawn, float64 [n, 1 + R]: once each in the first column, then resampled by
-    unit. A single unit tells nothing about the spread: R = 0."""
+    """How often each seed is drawn, float64 [n, 1 + R]: once each in the first column, then resampled by unit.
+
+    A single unit gives no information about the spread, so R = 0."""
     groups = int(units.max()) + 1
     replicates = replicates if groups > 1 else 0
     drawn = np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), size=replicates).T
@@ -215,7 +215,7 @@ class _Table:
     values: np.ndarray
 
     def frontier(self) -> list[int]:
-        """Settings that no cheaper or equally cheap one matches in value, from cheap to expensive."""
+        """Indices of the settings whose value no cheaper or equally cheap setting reaches, cheap to expensive."""
         chosen, lowest = [], math.inf
         for i, value in enumerate(self.values[:, 0]):
             if value < lowest:
@@ -224,15 +224,14 @@ class _Table:
         return chosen
 
     def cheapest(self, target: np.ndarray) -> np.ndarray:
-        """Index of the cheapest setting with value <= target, per column [1 + R]; S where there is none."""
+        """Index of the cheapest setting with value <= target, per column [1 + R]; S if no setting reaches it."""
         if not self.settings:
             return np.zeros(len(target), dtype=int)
         reached = self.values <= target + _SLACK * np.abs(target)
         return np.where(reached.any(0), reached.argmax(0), len(self.settings))
 
     def lowest_within(self, cost: float) -> np.ndarray:
-        """Smallest value among settings of at most this cost, per column [1 + R]; infinite where there is
-        none."""
+        """Smallest value among settings of at most this cost, per column [1 + R]; infinite if there are none."""
         affordable = self.values[self.costs <= cost * (1 + _SLACK)]
         return affordable.min(0, initial=math.inf)
 
@@ -277,14 +276,15 @@ def _entry(base: _Table, ours: _Table, kind: str, column: str) -> dict[str, Any]
 
 
 def _error_ratio(base: _Table, ours: _Table) -> dict[str, Any]:
-    """The largest (baseline error) / (lowest ML-EM error within the same cost), at the costs of the baseline frontier:
-    between two of its points a coarse grid of baselines would flatter ML-EM."""
+    """The largest (baseline error) / (lowest ML-EM error within the same cost), at the costs of the baseline frontier.
+
+    Costs between two frontier points are not used, because a coarse grid of baselines would favour ML-EM."""
     found: dict[str, Any] = {"max": None, "lower95": None, "at": None}
     for i in base.frontier():
         cost = float(base.costs[i])
         theirs, mine = base.lowest_within(cost), ours.lowest_within(cost)
         if not np.isfinite(mine[0]) or mine.min() <= 0:
-            continue  # no ML-EM is that cheap, or its error is exactly zero and the ratio has no value
+            continue  # no ML-EM setting is that cheap, or its error is exactly zero and the ratio is undefined
         ratios = theirs / mine
         if found["max"] is None or ratios[0] > found["max"]:
             found = {"max": float(ratios[0]), "lower95": _lower(ratios[1:]), "at": cost}
@@ -296,7 +296,7 @@ def _lower(ratios: np.ndarray) -> float | None:
 
 
 def _describe(table: _Table, index: int, kind: str) -> dict[str, Any]:
-    """What names a setting and what it measured, ready for JSON."""
+    """The identifying fields and the measured values of a setting, ready for JSON."""
     row = table.settings[index].row
     named = {key: _plain_value(row.get(key)) for key in _NAMING}
     measured = {key: _number(row.get(key)) for key in ("error", "distance", *COSTS.values())}

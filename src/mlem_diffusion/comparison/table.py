@@ -1,6 +1,6 @@
-"""compare.csv: its columns, reading and writing it, and what figures and report ask of it.
+"""compare.csv: its columns, reading and writing it, and functions of its rows for figures and the report.
 
-One row is one sampler setting; every cost is per image (GFLOPs, not GMACs; seconds of wall clock). A row is
+One row is one sampler setting; all costs are per image (GFLOPs, not GMACs; seconds of wall clock). A row is
 a plain dict: numbers are numbers, an empty field is None.
 """
 
@@ -30,21 +30,19 @@ EXTRA_COLUMNS = ["top_evaluations", "plan", "predicted", "largest_effect", "sele
 
 _TEXT = {"dynamics", "step_rule", "estimator", "probabilities", "coins", "levels", "distance_name", "plan"}
 _WHOLE = {"steps", "num_samples", "seed"}
-# Two rows that agree in all of these are one setting, run from different seeds.
+# Two rows that agree in all these columns are one setting, run from different seeds.
 _SETTING = ("dynamics", "step_rule", "estimator", "probabilities", "coins", "c", "switch", "levels", "steps", "plan")
 
 BASELINES = ("single", "stitched")
 
 MIN_FIRES = 100
-"""Below this many evaluations of the top level in a whole run, neither the error nor its standard error can
-be trusted."""
+"""With fewer evaluations of the top level in a run, neither the error nor its standard error is reliable."""
 
 
 def write_rows(rows: Iterable[Row], csv_path: Path) -> Path:
-    """Write rows with the columns in their fixed order, extra columns after them; None and non-finite become
-    empty fields.
+    """Write rows, the columns in their fixed order and extra columns after them, to a CSV file.
 
-    Floats keep six significant digits. The file appears whole or not at all.
+    None and non-finite values become empty fields. Floats have six significant digits. The file is written atomically.
     """
     rows = list(rows)
     for row in rows:
@@ -62,10 +60,9 @@ def write_rows(rows: Iterable[Row], csv_path: Path) -> Path:
 
 
 def read_rows(csv_path: Path) -> list[Row]:
-    """Read what `write_rows` wrote. Raises UserError when the file is missing, lacks a column or holds a
-    bad number."""
+    """The rows that `write_rows` wrote. Raises UserError if the file is missing, lacks a column or has a bad number."""
     if not csv_path.is_file():
-        raise UserError(f"{csv_path} is not there.")
+        raise UserError(f"{csv_path} does not exist.")
     with csv_path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file, restkey="", restval=None)
         missing = [name for name in COLUMNS if name not in (reader.fieldnames or [])]
@@ -87,7 +84,7 @@ def _to_field(value: Any) -> str:
 
 
 def _from_field(name: str, text: str, where: str) -> Any:
-    # "" is a value of a text column (no coins, no probabilities), but an absent number.
+    # "" is a value in a text column (no coins, no probabilities), but means a missing number in other columns.
     if name in _TEXT:
         return text
     if not text:
@@ -105,15 +102,15 @@ def _from_field(name: str, text: str, where: str) -> Any:
 
 
 def key_of(row: Row) -> tuple:
-    """What names a row's setting, whatever its seed."""
+    """The values that identify a row's setting, without its seed."""
     return tuple(row.get(name) for name in _SETTING)
 
 
 def pool_seeds(rows: Iterable[Row]) -> list[Row]:
-    """Average the rows that differ only in their seed: means of errors, distances and costs; standard errors
-    in quadrature.
+    """Average the rows that differ only in their seed: means of errors, distances and costs.
 
-    `num_samples` is kept (images per seed), `top_evaluations` is summed, and `runs` counts the rows that went in.
+    Standard errors are combined in quadrature. `num_samples` stays the number of images per seed, `top_evaluations`
+    is summed, and `runs` counts the averaged rows.
     """
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -145,8 +142,10 @@ def _numbers(rows: list[Row], name: str) -> list[float]:
 
 
 def method_of(row: Row) -> str:
-    """One of "single", "stitched" (both baselines), "paper" (independent coins, whatever the probabilities) or "other"
-    (nested and systematic coins, quadrature).
+    """The method of a row: "single", "stitched", "paper" or "other".
+
+    The first two are baselines. "paper" means independent coins with any probabilities, "other" means nested or
+    systematic coins, or quadrature.
     """
     if row["estimator"] in BASELINES:
         return row["estimator"]
@@ -154,15 +153,15 @@ def method_of(row: Row) -> str:
 
 
 def trusted(row: Row) -> bool:
-    """False for a random run whose top level fired fewer than MIN_FIRES times (True when the count was not
-    recorded)."""
+    """False for an ML-EM row with fewer than MIN_FIRES evaluations of its top level; True if they were not counted."""
     fires = row.get("top_evaluations")
     return row["estimator"] != "ml_em" or fires in (None, "") or float(fires) >= MIN_FIRES
 
 
 def describe(row: Row) -> str:
-    """A setting in words, e.g. "DDIM, w64, 16 steps" or "ML-EM w4+w8+w16, DDIM, 64 steps, systematic coins,
-    C = 0.3"."""
+    """A readable name of a row's setting.
+
+    Examples: "DDIM, w64, 16 steps" or "ML-EM w4+w8+w16, DDIM, 64 steps, systematic coins, C = 0.3"."""
     rule = STEP_RULE_NAMES.get(str(row.get("step_rule")), str(row.get("step_rule") or ""))
     names, steps = str(row.get("levels") or "").split("+"), row.get("steps")
     levels = "+".join(names) if len(names) <= 4 else f"{names[0]}+…+{names[-1]} ({len(names)} levels)"
@@ -186,5 +185,5 @@ def describe(row: Row) -> str:
 
 
 def for_figures(rows: Iterable[Row]) -> list[Row]:
-    """The pooled rows with what figures draw them by: "method" (`method_of`) and "trusted"."""
+    """The pooled rows with two columns that the figures need: "method" (`method_of`) and "trusted"."""
     return [row | {"method": method_of(row), "trusted": trusted(row)} for row in pool_seeds(rows)]

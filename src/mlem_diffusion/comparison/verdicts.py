@@ -1,4 +1,4 @@
-"""What a comparison says about the method: windows of speed-up, method against method, predicted against measured error."""
+"""Conclusions of a comparison: windows of speed-up, method against method, predicted against measured error."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .table import BASELINES, MIN_FIRES, Row, method_of
 def window(curve: Sequence[dict[str, Any]], least: float) -> dict[str, Any] | None:
     """The widest contiguous range of errors in which the lower 95% bound of the speed-up is at least `least`.
 
-    curve: {"at": mean squared error, "lower95"} along the baselines' frontier (speedup.py). "factor" is the ratio of the
-    root mean squared errors at its ends. None where no point qualifies.
+    curve: {"at": mean squared error, "lower95"} along the baseline frontier (speedup.py). "factor" is the ratio of the
+    root mean squared errors at its ends. None if no point qualifies.
     """
     best: tuple[float, int, int] | None = None
     start = None
@@ -41,9 +41,11 @@ def window(curve: Sequence[dict[str, Any]], least: float) -> dict[str, Any] | No
 def not_worse(
     ours: Sequence[Measurement], theirs: Sequence[Measurement], seed: int = 0, cost: str = "gflops_expected"
 ) -> dict[str, Any]:
-    """Whether `ours` is nowhere above the frontier of `theirs` in FLOPs (or seconds: `cost` names the column): at each of its points, our lowest error within the
-    same cost over its error. "worst" is the largest such ratio of squared errors; it counts as above where the one-sided 95% lower bound of
-    the ratio exceeds 1. Points cheaper than our cheapest setting are not judged, and counted."""
+    """Whether `ours` is nowhere above the frontier of `theirs`, in expected FLOPs or seconds (`cost` names the column).
+
+    At each frontier point, "ratio" is the lowest squared error of `ours` within the same cost, divided by the point's
+    squared error. "worst" is the point with the largest ratio. `ours` counts as above if the one-sided 95% lower bound
+    of the ratio exceeds 1. Points cheaper than the cheapest setting of `ours` are counted, but not judged."""
     entry = equal_error(list(ours), list(theirs), seed=seed, cost=cost)
     points = [p for p in entry["errors_at_cost"] if p["ratio"] is not None]
     worst = max(points, key=lambda p: p["ratio"], default=None)
@@ -56,11 +58,12 @@ def not_worse(
 def chosen_blindly(
     ours: Sequence[Measurement], theirs: Sequence[Measurement], seed: int = 0, cost: str = "gflops_expected"
 ) -> dict[str, Any]:
-    """An optimiser's choices against a frontier: at the cost of each of its points, the setting of `ours` that did best on
-    the selection seeds ("selected_error" of its row) within that cost, judged here.
+    """Whether an optimiser's choices are nowhere above the frontier of `theirs`.
 
-    "ratio" is its squared error over the point's; it counts as above where the one-sided 95% lower bound exceeds 1. cost: the
-    column of costs, expected GFLOPs or "seconds".
+    At the cost of each frontier point, the optimiser chooses within that cost the setting of `ours` with the lowest
+    error on the selection seeds ("selected_error" of its row). "ratio" is the squared error of this choice on the
+    seeds of the comparison, divided by the point's. It counts as above if the one-sided 95% lower bound exceeds 1.
+    cost: the column of costs, expected GFLOPs or "seconds".
     """
     known = [s for s in ours if s.row.get("selected_error") is not None]
     values = resampled_errors([*known, *theirs], seed=seed) if theirs else np.zeros((0, 1))
@@ -91,10 +94,11 @@ def chosen_blindly(
 
 
 def prediction(rows: Sequence[Row], tolerance: float = 0.25) -> dict[str, Any]:
-    """How far measured errors are from predicted ones: {kind of coins: {"rows", "within", "largest_effect"}}.
+    """How far measured errors are from predicted ones: {kind of coins: {"rows", "within", "largest_effect", ...}}.
 
-    The largest effect is the largest one for which all settings up to it agree within the tolerance (of the squared error, beyond two
-    standard errors of the measurement); "all" that of the largest in the comparison.
+    A setting agrees if its squared error is within the tolerance of the prediction, up to two standard errors of the
+    measurement. "largest_effect" is the largest effect in the comparison, "largest_effect_up_to_which_all_agree" the
+    largest one such that all settings up to it agree.
     """
     out = {}
     for kind in sorted({_kind(row) for row in rows if row.get("predicted") is not None}):
@@ -106,7 +110,8 @@ def prediction(rows: Sequence[Row], tolerance: float = 0.25) -> dict[str, Any]:
         ratios = [row["error"] / row["predicted"] for row in mine]
         out[kind] = {
             "rows": len(mine), "within": sum(good), "largest_effect": mine[-1]["largest_effect"],
-            "largest_effect_up_to_which_all_agree": mine[small - 1]["largest_effect"] if small else None, "rows_up_to_it": small,
+            "largest_effect_up_to_which_all_agree": mine[small - 1]["largest_effect"] if small else None,
+            "rows_up_to_it": small,
             "measured_over_predicted": [min(ratios), float(np.median(ratios)), max(ratios)],
         }  # fmt: skip
     return out
@@ -127,11 +132,11 @@ def _kind(row: Row) -> str:
 def verdicts(
     settings: Sequence[Measurement], calibration_flops: float | None = None, seed: int = 0, unit: str = "flops"
 ) -> dict[str, Any]:
-    """{"dynamics/rule": ...} for everything that the plans of an optimiser were run for: against the baselines of the same
-    dynamics, one kind of coins against another, one source of probabilities against another.
+    """{"dynamics/rule": entry} for each dynamics and step rule for which an optimiser's plans were run.
 
-    Speed-ups are in expected FLOPs at equal squared error, or in measured seconds where plans were made for those (`unit`); every
-    window is given for a speed-up of 1, 2, 4 and 8.
+    An entry compares the plans with the baselines of the same dynamics, one kind of coins with another, and one source
+    of probabilities with another. Speed-ups are at equal squared error, in expected FLOPs, or in measured seconds if
+    the plans were made for seconds (`unit`). Windows are given for speed-ups of 1, 2, 4 and 8.
     """
     cost = {"flops": "gflops_expected", "seconds": "seconds"}[unit]
     out: dict[str, Any] = {}
@@ -176,7 +181,7 @@ def verdicts(
         ):
             if methods.get(ours) and methods.get(theirs):
                 entry[name] = _speed(methods[theirs], methods[ours], None, seed, cost)
-                # the optimiser may choose a level alone
+                # the optimiser may also choose a single level
                 alone = [s for s in base if s.row["step_rule"] == rule] if name == "optimal_over_measured" else []
                 entry[name]["error_at_equal_cost"] = not_worse([*methods[ours], *alone], methods[theirs], seed, cost)
         entry["predicted_error"] = prediction([s.row for s in planned])
@@ -185,7 +190,7 @@ def verdicts(
 
 
 def _alike(one: Row, other: Row, cost: str) -> bool:
-    """As many steps and, to 1%, as much expected cost; measured seconds of one and the same plan differ by more."""
+    """Whether steps are equal and costs agree to 1%, or to 10% for seconds, which vary more for the same plan."""
     tolerance = 0.01 if cost == "gflops_expected" else 0.1
     return one["steps"] == other["steps"] and abs(one[cost] / other[cost] - 1) < tolerance
 

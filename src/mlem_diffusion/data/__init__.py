@@ -1,1 +1,1 @@
-"""Images: from an archive, a folder or a program to one packed array."""
+"""Image data: read an archive or a folder, or draw portraits, and pack the images into one array."""

@@ -1,8 +1,8 @@
-"""Images to one memory-mapped uint8 array [N,3,H,W] with a manifest: what every later stage reads.
+"""Pack images into one memory-mapped uint8 array [N,3,H,W] with a manifest, which every later stage reads.
 
-A prepared folder holds images.npy, split.npy (uint8 [N]: 0 train, 1 valid, 2 test) and manifest.json. All
-three are written into a temporary folder beside it and moved in place at the end, the manifest last; a run
-that fails or is interrupted leaves neither a half-written array nor a damaged earlier one.
+A prepared folder holds images.npy, split.npy (uint8 [N]: 0 train, 1 valid, 2 test) and manifest.json. All three
+are written to a temporary folder next to it and moved in place at the end, the manifest last. A failed or
+interrupted run leaves no half-written array and does not damage an earlier one.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from . import portraits, sources
 
 CROPS = ("celeba", "square", "none")
 RESIZE = "Pillow bicubic, antialiased (the filter widens with the reduction), after cropping"
-DEFAULT_PORTRAITS = 8000  # how many the embedded source draws when `count` is not given
-_FORMAT = 2  # of the prepared folder; part of the fingerprint, so that a change prepares anew
+DEFAULT_PORTRAITS = 8000  # number of images that the embedded source draws if `count` is not given
+_FORMAT = 2  # version of the prepared folder; part of the fingerprint, so a change prepares the data again
 _ASPECT = 178 / 218  # width : height of aligned CelebA images
 
 Progress = Callable[[int, int], None]
@@ -58,7 +58,7 @@ class ImageData:
         return np.flatnonzero(self.split == 0)
 
     def held_out(self) -> np.ndarray:
-        """Indices of the images that training must not see (valid and test)."""
+        """Indices of the images that training must not use (valid and test)."""
         return np.flatnonzero(self.split != 0)
 
 
@@ -81,18 +81,18 @@ def prepare(
     """Pack the images of `source` at size x size into `destination` and return the manifest.
 
     source: "portraits" (embedded), "download" (CelebA through torchvision), or the path of a zip, tar or
-    folder of JPEG or PNG files, taken in the order of their names; `count` keeps the first so many.
+    folder of JPEG or PNG files, read in the order of their names; only the first `count` are used.
     crop: "celeba" (frames of aspect ratio 178:218 give the centred square of 148/178 of the width, others
-    their largest centred square), "square" (largest centred square) or "none" (whole frame, squashed).
-    CelebA's official partition is used when its list lies inside or beside the source and leaves images on
-    both sides; else `holdout` images drawn with `seed` are held out, half valid and half test.
-    progress(done, total) is called in the calling thread, in images.
-    A destination prepared from the same source with the same settings is kept as it is; of several processes that prepare
-    one destination, one does and the others wait.
+    their largest centred square), "square" (largest centred square) or "none" (full frame, squashed).
+    CelebA's official partition is used if its list is inside or next to the source and both the training and the
+    held-out part get images. Otherwise `holdout` images drawn with `seed` are held out, half valid and half test.
+    progress(done, total) counts images and is called in the calling thread.
+    A destination prepared from the same source with the same settings is reused. If several processes prepare one
+    destination, one does the work and the others wait.
     Raises UserError for wrong input, a full disk, or a destination that cannot be written.
     """
     destination = Path(destination)
-    if destination.is_symlink():  # perhaps to another disk, where the files are then prepared
+    if destination.is_symlink():  # it may point to another disk, and files can be moved in place only within one
         destination = destination.resolve()
     if crop not in CROPS:
         raise UserError(f"data.crop={crop} is unknown: use one of {', '.join(CROPS)}.")
@@ -100,7 +100,7 @@ def prepare(
         if value < least:
             raise UserError(f"data.{key}={value} is too small: it must be at least {least}.")
     if destination.exists() and not destination.is_dir():
-        raise UserError(f"{destination} is a file: the prepared data need a folder of that name.")
+        raise UserError(f"{destination} is a file: move it away, the prepared data need a folder of that name.")
 
     settings = {"format": _FORMAT, "name": name, "size": size, "crop": crop, "holdout": holdout, "seed": seed}
     if source == "portraits":
@@ -133,7 +133,7 @@ def prepare(
 
     with _alone(destination):
         manifest = _prepared_before(destination, fingerprint, skip_broken)
-        if manifest is not None:  # by another process, meanwhile
+        if manifest is not None:  # another process has prepared it in the meantime
             return manifest
         with _workspace(destination, total * (3 * size * size + 1)) as folder:
             if listed:
@@ -143,7 +143,7 @@ def prepare(
                 _draw(folder, total, size, seed, progress)
                 treatment, skipped = {f"drawn at {size}x{size}": total}, []
             images = np.load(folder / "images.npy.partial", mmap_mode="r")
-            np.save(buffer := io.BytesIO(), split)  # numpy loses what is wrong with a full disk
+            np.save(buffer := io.BytesIO(), split)  # numpy's own file writing hides the error of a full disk
             (folder / "split.npy").write_bytes(buffer.getvalue())
             parts = np.bincount(split, minlength=3)
             split_record |= {part: int(n) for part, n in zip(("train", "valid", "test"), parts, strict=True)}
@@ -170,15 +170,15 @@ def prepare(
 
 
 def load(destination: Path) -> ImageData:
-    """Open a prepared folder (the images stay on disk, memory-mapped), all its files checked by hash.
+    """Open a prepared folder and check its files by hash; the images stay on disk, memory-mapped.
 
-    Raises UserError when it is missing, incomplete, or its files do not agree with the manifest.
+    Raises UserError if it is missing or incomplete, or if its files do not agree with the manifest.
     """
     destination = Path(destination)
-    again = "run `make data SOURCE=...` (portraits, download, or a path) to prepare it anew"
+    again = "run `make data SOURCE=...` (portraits, download, or a path) to prepare it again"
     missing = [f for f in ("manifest.json", "images.npy", "split.npy") if not (destination / f).is_file()]
     if missing:
-        state = "is incomplete" if len(missing) < 3 else "is not there"
+        state = "is incomplete" if len(missing) < 3 else "does not exist"
         raise UserError(f"The prepared data set {destination} {state} (no {', '.join(missing)}): {again}.")
     try:
         manifest = read_json(destination / "manifest.json", again)
@@ -188,7 +188,7 @@ def load(destination: Path) -> ImageData:
         found = images.shape, images.dtype, split.shape
     except UserError:
         raise
-    except Exception as error:  # damaged headers raise nearly anything
+    except Exception as error:  # damaged headers raise almost any exception
         if is_the_systems(error):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -202,7 +202,7 @@ def load(destination: Path) -> ImageData:
     for name, array, sha256 in (("images", images, manifest["sha256"]), ("split", split, manifest["split_sha256"])):
         if _array_sha256(array) != sha256:
             file = destination / f"{name}.npy"
-            raise Damaged(file, f"{file} is damaged: it is not what the manifest speaks of: {again}.")
+            raise Damaged(file, f"{file} is damaged, its SHA256 differs from the manifest: {again}.")
     return ImageData(images, split, manifest)
 
 
@@ -218,7 +218,7 @@ def _sha256_of(value: object) -> str:
 
 
 def _prepared_before(destination: Path, fingerprint: str, skip_broken: bool) -> dict | None:
-    """The manifest of an earlier preparation that gives the same, or None."""
+    """The manifest of an earlier preparation with the same result, or None."""
     try:
         manifest = load(destination).manifest
     except UserError:
@@ -231,9 +231,9 @@ def _prepared_before(destination: Path, fingerprint: str, skip_broken: bool) -> 
 
 
 def treat(image: Image.Image, size: int, crop: str) -> tuple[Image.Image, str]:
-    """Crop and resize an RGB image to size x size; returns it with what was done, in words.
+    """Crop and resize an RGB image to size x size; returns it with a description of the treatment.
 
-    An image that already has the target size passes unchanged. Offsets that are not whole are rounded down.
+    An image that already has the target size is returned unchanged. Fractional offsets are rounded down.
     """
     width, height = image.size
     if (width, height) == (size, size):
@@ -255,7 +255,7 @@ def treat(image: Image.Image, size: int, crop: str) -> tuple[Image.Image, str]:
 
 
 def _celeba_shaped(width: int, height: int) -> bool:
-    """178:218 within 0.6%, or what rounding a scaled 178x218 to whole pixels can give."""
+    """True if the ratio is 178:218 within 0.6%, or if rounding a scaled 178x218 to integers can give this size."""
     if abs(width / height / _ASPECT - 1) <= 0.006:
         return True
     low, high = max((width - 0.5) / 178, (height - 0.5) / 218), min((width + 0.5) / 178, (height + 0.5) / 218)
@@ -268,7 +268,7 @@ def _centre(image: Image.Image, side: int) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Upright RGB: EXIF orientation applied, transparency over white, 16-bit grey scaled to 8 bits."""
+    """Convert to upright RGB: apply the EXIF orientation, put transparency on white, scale 16-bit grey to 8 bits."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
@@ -282,13 +282,13 @@ class _BrokenImage(Exception):
     pass
 
 
-# More than any camera's picture that is worth a few pixels; decoding takes some ten bytes for each.
+# Limits of one image, above any usual camera picture; decoding takes about ten bytes per pixel.
 _MAX_PIXELS, _MAX_SIDE = 64_000_000, 32_768
 _MAX_WAITING = 256 << 20  # bytes of image files read ahead of the decoders
 
 
 def _open_image(data: bytes) -> Image.Image:
-    """Not Image.open: it warns of large images, and no thread can silence a warning for itself alone."""
+    """Open a JPEG or PNG image; Image.open would warn about large images, and one thread cannot silence that."""
     if data.startswith(b"\x89PNG"):
         image = PngImagePlugin.PngImageFile(io.BytesIO(data))
     elif data.startswith(b"\xff\xd8\xff"):
@@ -297,7 +297,7 @@ def _open_image(data: bytes) -> Image.Image:
         raise _BrokenImage("not a JPEG or PNG image")
     width, height = image.size
     if width * height > _MAX_PIXELS or max(width, height) > _MAX_SIDE:
-        raise _BrokenImage(f"{width}x{height} pixels are more than an image here may have")
+        raise _BrokenImage(f"{width}x{height} pixels are more than the limit for one image")
     return image
 
 
@@ -305,14 +305,14 @@ def _decode(data: bytes, size: int, crop: str) -> tuple[np.ndarray, str]:
     try:
         image = _open_image(data)
         if image.format == "PNG":
-            # Loading does not look at the checksums of the pixel data: a flipped bit could pass as another picture.
+            # Loading ignores the checksums of the pixel data: a flipped bit could give another picture silently.
             image.verify()
             image = _open_image(data)
         with image:
             rgb = _to_rgb(image)
     except (MemoryError, _BrokenImage):
         raise
-    except Exception as error:  # damaged files raise nearly anything
+    except Exception as error:  # damaged files raise almost any exception
         raise _BrokenImage(sources.reason(error)) from error
     treated, done = treat(rgb, size, crop)
     return np.asarray(treated).transpose(2, 0, 1), done
@@ -334,7 +334,7 @@ def _pack(
     skip_broken: bool,
     progress: Progress | None,
 ) -> tuple[Counter[str], list[int]]:
-    """Decode the named images into folder/images.npy.partial; returns treatments and the rows left out."""
+    """Decode the named images into folder/images.npy.partial; returns counts of treatments and skipped rows."""
     images = _create(folder / "images.npy.partial", len(names), size)
     rows = {name: row for row, name in enumerate(names)}
     treatment: Counter[str] = Counter()
@@ -409,16 +409,16 @@ def _draw(folder: Path, count: int, size: int, seed: int, progress: Progress | N
 def _split(
     names: list[str], partition_list: bytes | None, total: int, holdout: int, seed: int
 ) -> tuple[np.ndarray, dict]:
-    """Split uint8 [total] and its record; official when the list leaves images on both sides, else seeded."""
+    """Split uint8 [total] and its record: official if the list gives both sides images, else seeded."""
     note = ""
     official = sources.parse_partition(partition_list, names) if partition_list else None
     if partition_list and official is None:
-        note = "the partition list found speaks of other images"
+        note = "the partition list found names other images"
     if official is not None:
         split = np.asarray(official, np.uint8)
         if 0 < np.count_nonzero(split) < total:
             return split, {"method": "official", "seed": None}
-        note = "the official partition leaves these images all on one side"
+        note = "the official partition puts all these images on one side"
     if 2 * holdout >= total:
         raise UserError(f"data.holdout={holdout} is half or more of the {total} images: hold out fewer.")
     split = np.zeros(total, np.uint8)
@@ -453,7 +453,7 @@ def _statistics(images: np.ndarray, split: np.ndarray) -> tuple[float, float, st
 def _create(path: Path, count: int, size: int) -> np.memmap:
     images = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(count, 3, size, size))
     if hasattr(os, "posix_fallocate"):
-        # Reserve the blocks now: a full disk is an error here, but kills the process in the memory map.
+        # Reserve the blocks now: a full disk raises an error, but later, in the memory map, it kills the process.
         with path.open("r+b") as file:
             try:
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
@@ -465,19 +465,19 @@ def _create(path: Path, count: int, size: int) -> np.memmap:
 
 @contextmanager
 def _workspace(destination: Path, needed: int) -> Iterator[Path]:
-    """A temporary folder beside the destination, gone afterwards; its write errors become UserErrors."""
+    """A temporary folder next to the destination, removed at the end; its write errors become UserErrors."""
     parent, prefix = destination.absolute().parent, f".{destination.name}.partial-{socket.gethostname()}-"
     folder = parent / f"{prefix}{os.getpid()}"
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        for stale in parent.glob(f"{prefix}*"):  # of runs that were killed
+        for stale in parent.glob(f"{prefix}*"):  # left by killed runs
             if not _alive(stale.name.removeprefix(prefix)) or stale == folder:
                 shutil.rmtree(stale, ignore_errors=True)
         free = shutil.disk_usage(parent).free
         if free < needed + 2**20:
             raise UserError(
-                f"Not enough disk space in {parent}: the packed images need {needed / 1e6:.1f} MB "
-                f"and a little more, and {free / 1e6:.1f} MB are free."
+                f"Not enough disk space in {parent}: the packed images need slightly more than {needed / 1e6:.1f} MB, "
+                f"but {free / 1e6:.1f} MB are free."
             )
         folder.mkdir()
         yield folder
@@ -493,7 +493,7 @@ def _workspace(destination: Path, needed: int) -> Iterator[Path]:
 
 @contextmanager
 def _alone(destination: Path) -> Iterator[None]:
-    """One process at a time, also on other machines that share the disk; without locks where the system has none."""
+    """Let one process in at a time, also across machines that share the disk; no lock if the system has none."""
     path = destination.absolute().parent / f".{destination.name}.lock"
     file = None
     try:
@@ -502,7 +502,7 @@ def _alone(destination: Path) -> Iterator[None]:
             file = path.open("w")
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX)
-            try:  # the one before us removed the file that we waited for: take its successor
+            try:  # the previous holder may have removed the file that we locked: open the new one
                 same = os.path.samestat(os.fstat(file.fileno()), path.stat())
             except FileNotFoundError:
                 same = False
@@ -510,7 +510,7 @@ def _alone(destination: Path) -> Iterator[None]:
                 file.close()
                 file = None
     except OSError:
-        pass  # no locks here, or nothing can be written, which the preparation will say itself
+        pass  # no locks, or no permission to write, which the preparation itself will report
     try:
         yield
     finally:
@@ -532,7 +532,7 @@ def _alive(pid: str) -> bool:
 def _publish(folder: Path, destination: Path) -> None:
     """Move the finished files in place.
 
-    The old manifest goes first and the new one comes last: a stop in between reads as an incomplete folder.
+    The old manifest is removed first and the new one moved last: after a stop in between, the folder is incomplete.
     """
     destination.mkdir(exist_ok=True)
     (destination / "manifest.json").unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Images as bytes and as numbers in [-1, 1]."""
+"""Convert images between bytes and numbers in [-1, 1]."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def to_float(images: np.ndarray | Tensor, device: torch.device | str = "cpu") ->
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Images in [-1, 1], any shape, to uint8 by rounding; values outside are clipped. UserError on NaN."""
+    """Round images in [-1, 1], any shape, to uint8 and clip values outside. Raises UserError on NaN."""
     if bool(torch.isnan(x).any()):
         raise UserError("Images with NaN pixels cannot be turned into 8-bit images.")
     return ((x.float() + 1) * 127.5).round().clip(0, 255).to(torch.uint8)

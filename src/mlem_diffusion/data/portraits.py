@@ -1,9 +1,9 @@
 """Procedural portraits: the embedded data set, drawn with numpy alone, so that nothing has to be downloaded.
 
-Every person is a vector of uniform numbers keyed by (seed, index); drawing evaluates signed distances on a
+Each person is a vector of uniform numbers keyed by (seed, index). Drawing evaluates signed distances on a
 supersampled grid and averages it down. Per-pixel arithmetic is limited to + - * / sqrt min max floor, which
-round alike everywhere: an image does not depend on the machine or the batch, and shows the same person at
-every size.
+round alike everywhere. An image therefore does not depend on the machine or the batch. It shows the same person
+at every size.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 VERSION = "1"
-_TRAITS = 192  # uniform numbers per person; a fixed length keeps later additions from moving earlier ones
+_TRAITS = 192  # uniform numbers per person; the length is fixed, so that new traits do not shift existing ones
 
 _SKIN = [
     (255, 226, 204),
@@ -60,7 +60,7 @@ class _Traits:
         return _column(self.next() < probability)
 
     def palette(self, colours: Sequence[tuple[int, int, int]], jitter: float, place: Array | None = None) -> Array:
-        """A colour [n,3,1,1] in [0,1] on the broken line through `colours`, moved by at most `jitter`."""
+        """A colour [n,3,1,1] in [0,1] on the piecewise linear path through `colours`, moved by at most `jitter`."""
         place = (self.next() if place is None else place.reshape(-1)) * (len(colours) - 1)
         knots = np.asarray(colours) / 255.0
         base = np.stack([np.interp(place, np.arange(len(colours)), knots[:, c]) for c in range(3)], 1)
@@ -68,7 +68,7 @@ class _Traits:
         return _colour(base)
 
     def free_colour(self, low: float, high: float, saturation: float) -> Array:
-        """Any hue: grey level between low and high, moved away from grey by up to `saturation`."""
+        """A colour of any hue: a grey level between low and high, moved away from grey by up to `saturation`."""
         hue, grey, amount = self.next(), low + (high - low) * self.next(), saturation * self.next()
         wheel = np.cos(2 * np.pi * (hue[:, None] - np.array([0.0, 1 / 3, 2 / 3])))
         return _colour(grey[:, None] + amount[:, None] * wheel)
@@ -83,12 +83,12 @@ def _colour(values: Array) -> Array:
 
 
 def _ellipse(x: Array, y: Array, rx: Array | float, ry: Array | float) -> Array:
-    """Approximate signed distance, negative inside; exact on the outline."""
+    """Approximate signed distance to an ellipse, negative inside; exact on the outline."""
     return (np.sqrt((x / rx) ** 2 + (y / ry) ** 2) - 1) * np.minimum(rx, ry)
 
 
 def _soft(x: Array, y: Array, rx: Array | float, ry: Array | float) -> Array:
-    """Smooth bump: 1 at the centre, 0 from the ellipse outwards."""
+    """Smooth bump: 1 at the centre, 0 on and outside the ellipse."""
     t = np.maximum(1 - (x / rx) ** 2 - (y / ry) ** 2, 0)
     return t * t
 
@@ -121,8 +121,8 @@ class _Canvas:
 def render(count: int, size: int, seed: int = 0, start: int = 0) -> np.ndarray:
     """Portraits start .. start+count-1 of a seed as uint8 [count, 3, size, size] (RGB).
 
-    Image i of a seed is the same whatever batch it is drawn in, and the same person at every size.
-    Raises ValueError when count, start or seed is negative or size < 4.
+    Image i of a seed does not depend on the batch and shows the same person at every size.
+    Raises ValueError if count, start or seed is negative or size < 4.
     """
     if count < 0 or start < 0 or seed < 0 or size < 4:
         raise ValueError("count, start and seed must not be negative, and size must be at least 4")
@@ -143,10 +143,10 @@ def _draw(uniform: Array, size: int, factor: int) -> Array:
     x, y = axis[None, None, :], axis[None, :, None]
     t = _Traits(uniform)
 
-    # Traits that several parts share, drawn first and in a fixed order.
+    # Several parts share these traits: they are drawn first and in a fixed order.
     light_x, light_y = t.between(-1, 1), t.between(-0.9, 0.25)
     light = t.between(0.18, 0.55)
-    depth = t.between(0, 1)  # of the skin; dark skin mostly comes with dark hair, and grey with age
+    depth = t.between(0, 1)  # of the skin colour; dark skin mostly has dark hair, unless the hair is grey
     skin = t.palette(_SKIN, 0.018, depth)
     grey = t.chance(0.12)
     hair = t.palette(_HAIR, 0.03, grey * t.between(0.8, 1) + (1 - grey) * t.between(0, 0.76) * (1 - 0.8 * depth**2))
@@ -169,7 +169,7 @@ def _draw(uniform: Array, size: int, factor: int) -> Array:
     head_x, head_y = u / (width * narrowing), v / height
     head = (np.sqrt(head_x**2 + head_y**2) - 1) * width * narrowing
 
-    # Hair behind the head, falling to a length of its own; strands run along it.
+    # Hair behind the head has a random length; strands run along it.
     flow = u + 0.5 * (u - 0.4 * light_x * u) * np.minimum(v + 0.3, 0.5) + wavy * 0.05 * _wave(2.2 * v + strand_phase)
     strand = 0.6 * _wave(strands * flow + strand_phase) + 0.4 * _wave(2.3 * strands * flow - strand_phase)
     gloss = _soft(u - 0.35 * light_x, v + 0.48 + 0.1 * u * u, 0.55, 0.22)
@@ -188,7 +188,7 @@ def _draw(uniform: Array, size: int, factor: int) -> Array:
 
     _body(canvas, t, x, y, u, v, skin, light_x, width)
     face = _head(canvas, u, v, head, head_x, head_y, skin, (light_x, light_y, light), width)
-    # Features sit on the turned surface: moved by yaw and pitch, foreshortened on the far side.
+    # Facial features follow the turned surface: moved by yaw and pitch, foreshortened on the far side.
     fu = (u - 0.11 * yaw) * (1 + 0.22 * yaw * u)
     fv = v - 0.06 * pitch
     _beard(canvas, t, fu, fv, hair, face, width, height)
@@ -274,7 +274,7 @@ def _head(
         canvas.paint(canvas.inside(ear), np.clip(skin * inner[:, None], 0, 1))
     depth = np.sqrt(np.maximum(1 - 0.92 * (head_x**2 + head_y**2), 0.02))
     shade = 0.62 + 0.4 * depth + strength * (0.55 * light_x * head_x + 0.45 * light_y * head_y)
-    # Darker light turns redder on skin: the three channels fall at different rates.
+    # Shaded skin is redder: the three channels darken at different rates.
     falls = np.array([0.8, 1.0, 1.1], np.float32).reshape(1, 3, 1, 1)
     face = canvas.inside(head)
     canvas.paint(face, np.clip(skin * (1 + falls * (shade[:, None] - 1)), 0, 1))

@@ -1,4 +1,4 @@
-"""Where images come from: a zip, tar or folder of JPEG and PNG files, recognised by content."""
+"""Image sources: a zip, tar or folder of JPEG and PNG files, recognised by content."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 _CELEBA_PAGE = "http://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
 _START_AGAIN = "copy or download it again"
 _WANTED = "a zip, a tar or a folder of JPEG or PNG images"
-# An image or a partition list is read whole: no photograph comes near this, and one such file fits any memory.
+# Largest image or partition list in bytes: each is read into memory at once, and photographs are far smaller.
 MAX_FILE = 64 << 20
-# Images are compressed already. Beyond both limits a few bytes unpack to hours of work, as only a bomb does.
+# Images are already compressed. Only a zip bomb exceeds both limits: its few bytes unpack to hours of work.
 _MAX_UNPACKED, _MAX_RATIO = 1 << 30, 100
-# Names, extended headers and maps of sparse files of one tar member: tarfile reads them whole, whatever they claim.
+# Bytes for names, extended headers and sparse maps of one tar member: tarfile itself reads them without a limit.
 _MAX_TAR_HEADERS = 1 << 20
 _CODECS: dict[bytes, Callable[..., Any]] = {
     b"\x1f\x8b": gzip.open,
@@ -45,8 +45,8 @@ class Source:
     """Images of one archive or folder.
 
     kind: "zip", "tar" or "folder"; names: image names inside, sorted; partition_list: contents of CelebA's
-    list_eval_partition when it lies inside or beside, else None; places: offset and size of each file of a tar,
-    unpacked.
+    list_eval_partition if it is inside or next to the source, else None; places: offset and size of each file in
+    the uncompressed tar.
     """
 
     kind: str
@@ -58,7 +58,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Member:
-    """One image file as read; `data` is None when it could not be read, and `problem` says why."""
+    """One image file; `data` is None if it could not be read, and `problem` gives the reason."""
 
     name: str
     data: bytes | None
@@ -66,30 +66,30 @@ class Member:
 
 
 def shown(name: str) -> str:
-    """A file's name for a sentence: on one line, and not endless."""
+    """A file's name for a message: on one line, and shortened if it is long."""
     name = name if name.isprintable() else name.encode("unicode_escape", "surrogatepass").decode()
     return name if len(name) <= 200 else f"{name[:90]}...{name[-90:]}"
 
 
 def reason(error: BaseException) -> str:
-    """What an exception says, on one line."""
+    """The text of an exception on one line."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return shown(" ".join(text.split()))
 
 
 def kind_of(path: Path) -> str:
-    """ "zip", "tar" or "folder", decided by content. Raises UserError that says what the path is instead."""
+    """Return "zip", "tar" or "folder", decided by content. For other files, raises UserError with their type."""
     head = b""
     try:
         if path.is_dir():
             return "folder"
         if not path.exists():
             raise UserError(f"{path} does not exist: give {_WANTED}.")
-        if not path.is_file():  # opening a pipe waits for its other end
+        if not path.is_file():  # opening a pipe would block
             raise UserError(f"{path} is neither a file nor a folder: give {_WANTED}.")
         with path.open("rb") as file:
             head = file.read(1024)
-        # tarfile before zipfile: a tar whose last member is a zip ends like a zip.
+        # Test for a tar before the general zip test: a tar whose last member is a zip ends like a zip.
         if head[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
             if zipfile.is_zipfile(path):
                 return "zip"
@@ -117,7 +117,7 @@ def _is_tar(path: Path) -> bool:
 
 
 def _unreadable(path: Path, kind: str, error: Exception) -> UserError:
-    """What to say of an exception: a failing disk gives an errno, damaged archives raise nearly anything else."""
+    """The UserError for an exception: a failing disk sets an errno, damaged archives raise almost any other one."""
     if kind == "folder" or (isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)):
         return UserError(f"{path} cannot be read ({reason(error)}).")
     return UserError(f"{path.name} is a truncated or damaged {kind} archive ({reason(error)}): {_START_AGAIN}.")
@@ -154,7 +154,7 @@ def _what_it_is(head: bytes) -> str:
 def open_source(path: Path, kind: str) -> Source:
     """List the images of a path of known kind.
 
-    Raises UserError for an archive that is damaged, encrypted or hostile, and when there is no image inside.
+    Raises UserError for an archive that is damaged, encrypted or hostile, or has no image inside.
     """
     places: dict[str, tuple[int, int]] = {}
     try:
@@ -169,16 +169,16 @@ def open_source(path: Path, kind: str) -> Source:
     names = sorted(name for name in visible if name.lower().endswith(IMAGE_SUFFIXES))
     if not names:
         inner = sorted(name for name in visible if name.lower().endswith(_ARCHIVE_SUFFIXES))
-        hint = f"; it holds {shown(inner[0])}, which may be the one to give" if inner else ""
+        hint = f"; it holds {shown(inner[0])}, which may be the right archive" if inner else ""
         raise UserError(f"{path.name} holds no JPEG or PNG image (files seen: {len(visible)}){hint}.")
     source = Source(kind, path, names, None, places)
     lists = sorted(name for name in visible if PurePosixPath(name).name in PARTITION_NAMES)
     if lists:
         (found,) = read_members(source, lists[:1])
-        if found.data is None:  # a seeded split instead would be another data set
+        if found.data is None:  # a seeded split instead would give a different data set
             raise UserError(
                 f"{shown(found.name)} in {path.name} is broken ({found.problem}): fetch it again, "
-                f"or take it away for a seeded split."
+                f"or remove it for a seeded split."
             )
         return Source(kind, path, names, found.data, places)
     beside = partition_beside(path)
@@ -189,7 +189,7 @@ def open_source(path: Path, kind: str) -> Source:
 
 
 def partition_beside(path: Path) -> Path | None:
-    """CelebA's partition list in the folder that holds `path`, if there is one. Raises UserError if it is no list."""
+    """CelebA's partition list in the folder that holds `path`, or None. Raises UserError if it cannot be read."""
     candidates = [path.absolute().parent / name for name in PARTITION_NAMES]
     try:
         beside = next((file for file in candidates if file.is_file()), None)
@@ -197,7 +197,7 @@ def partition_beside(path: Path) -> Path | None:
             _open_file(beside).close()
     except OSError as error:
         at = error.filename or candidates[0]
-        raise UserError(f"{at} cannot be read ({reason(error)}): fetch it again, or take it away.") from error
+        raise UserError(f"{at} cannot be read ({reason(error)}): fetch it again, or remove it.") from error
     return beside
 
 
@@ -224,8 +224,8 @@ def _refuse(path: Path, name: str, what: str) -> None:
 def _refuse_size(path: Path, name: str, size: int) -> None:
     if size > MAX_FILE and _is_wanted(name):
         raise UserError(
-            f"{path.name} holds {shown(name)}, which claims {size / 1e6:,.0f} MB: take it out, "
-            f"an image or a partition list has at most {MAX_FILE / 1e6:.0f} MB."
+            f"{path.name} holds {shown(name)}, which claims {size / 1e6:,.0f} MB: remove it, "
+            f"an image or a partition list may have at most {MAX_FILE / 1e6:.0f} MB."
         )
 
 
@@ -255,7 +255,7 @@ def _list_zip(path: Path) -> list[str]:
             raise UserError(
                 f"{path.name} is encrypted ({shown(name)} needs a password): unpack it and give the folder."
             )
-        # zipfile unpacks other methods without a limit on what a few bytes become.
+        # For other methods, zipfile does not limit the unpacked size.
         if info.flag_bits & 0x20 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise UserError(
                 f"{path.name} packs {shown(name)} with a zip method that is not supported ({info.compress_type}): "
@@ -268,7 +268,7 @@ def _list_zip(path: Path) -> list[str]:
 def _check_directory(path: Path, entries: list[zipfile.ZipInfo]) -> None:
     """Compare the table of contents with its end record and with the header before each file.
 
-    The table has no checksum, and zipfile lists what it finds there: damage could drop or rename files silently.
+    The table has no checksum, and zipfile trusts it: damage could drop or rename files silently.
     """
     with path.open("rb", buffering=0) as file:
         file.seek(max(0, path.stat().st_size - (76 + 22 + 65535)))
@@ -277,10 +277,10 @@ def _check_directory(path: Path, entries: list[zipfile.ZipInfo]) -> None:
         here, whole = len(entries), int.from_bytes(tail[end + 10 : end + 12], "little")
         if end >= 76 and tail[end - 20 : end - 16] == b"PK\6\7" and tail[end - 76 : end - 72] == b"PK\6\6":
             agrees = here == int.from_bytes(tail[end - 44 : end - 36], "little")  # zip64
-        else:  # old programs let the 16 bits overflow, or leave them at their greatest
+        else:  # old programs let the 16 bits overflow, or store their largest value
             agrees = whole in (here & 0xFFFF, min(here, 0xFFFF))
         if not agrees:
-            raise zipfile.BadZipFile(f"its table of contents lists {here} files, its end record says otherwise")
+            raise zipfile.BadZipFile(f"its table of contents lists {here} files, its end record another number")
         for info in sorted(entries, key=lambda info: info.header_offset):
             length = len(info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437"))
             file.seek(info.header_offset)
@@ -288,37 +288,37 @@ def _check_directory(path: Path, entries: list[zipfile.ZipInfo]) -> None:
             name = header[30:].decode("utf-8" if header[7] & 8 else "cp437")
             fits = header[:4] == b"PK\3\4" and header[26:28] == length.to_bytes(2, "little")
             if not fits or name != info.orig_filename:
-                raise zipfile.BadZipFile(f"its table of contents does not fit the file {shown(info.orig_filename)}")
+                raise zipfile.BadZipFile(f"its table of contents does not match the file {shown(info.orig_filename)}")
 
 
 def _list_tar(path: Path) -> dict[str, tuple[int, int]]:
-    """Offset and size of every file. Of members with the same name the last one counts, as when unpacking.
+    """Offset and size of each file. If members share a name, the last one counts, as when unpacking.
 
-    What no reader can notice, since a tar without compression has no checksum for it: damage inside names of more than
-    100 bytes, and last members overwritten with zeros from their headers to their ends.
+    A tar without compression has no checksum for two kinds of damage, so no reader can detect them: damage inside
+    names of more than 100 bytes, and last members overwritten with zeros from their headers to their ends.
     """
     places = {}
     with _unpacked(path) as file:
         headers = _Headers(file)
         archive, before = tarfile.TarFile(fileobj=headers), -1
         while (member := archive.next()) is not None:
-            if member.size < 0 or archive.offset <= before:  # tarfile would go round in circles
+            if member.size < 0 or archive.offset <= before:  # tarfile would loop forever
                 raise tarfile.ReadError("a member has no sensible size")
             before, headers.left = archive.offset, _MAX_TAR_HEADERS
-            archive.members = []  # pyright: ignore  (tarfile keeps them all: a bomb of empty members)
+            archive.members = []  # pyright: ignore  (tarfile stores them all: empty members could fill the memory)
             _refuse_member(path, member)
-            _refuse_bomb(path, archive.offset)  # before the member is skipped, which unpacks it
+            _refuse_bomb(path, archive.offset)  # before the member is skipped, because skipping unpacks it
             if member.isreg():
                 places[member.name] = member.offset_data, member.size
-        # tarfile takes damage and the end of the file for the end of the archive, which is a block of zeros; more
-        # than zeros after it are members behind a header that was wiped out.
+        # An archive ends with a block of zeros, but tarfile also stops at damage and at the end of the file.
+        # Nonzero bytes after the block of zeros are members behind an overwritten header.
         block = headers.last
         if len(block) < tarfile.BLOCKSIZE:
             raise tarfile.ReadError("its end marker is missing")
         position = archive.offset
-        while block:  # compressed: reading to the end makes the codec check itself
+        while block:  # reading a compressed file to its end makes the codec verify its checksum
             if block.count(0) < len(block):
-                raise tarfile.ReadError("something else than its end marker follows the last readable file")
+                raise tarfile.ReadError("data other than its end marker follow the last readable file")
             position += len(block)
             _refuse_bomb(path, position)
             block = file.read(1 << 20)
@@ -338,7 +338,7 @@ def _refuse_member(path: Path, member: tarfile.TarInfo) -> None:
 
 @contextmanager
 def _unpacked(path: Path) -> Iterator[IO[bytes]]:
-    """The bytes of a tar that may be compressed."""
+    """Open a tar that may be compressed, as uncompressed bytes."""
     with path.open("rb") as file:
         head = file.read(6)
     opener = next((opener for magic, opener in _CODECS.items() if head.startswith(magic)), open)
@@ -347,7 +347,7 @@ def _unpacked(path: Path) -> Iterator[IO[bytes]]:
 
 
 class _Headers:
-    """What tarfile reads headers from: no more than a limit for one member, and the last block is kept."""
+    """The file that tarfile reads headers from: limits the bytes per member and stores the last block."""
 
     def __init__(self, file: IO[bytes]):
         self.file, self.left, self.last = file, _MAX_TAR_HEADERS, b""
@@ -378,8 +378,7 @@ def _list_folder(path: Path) -> list[str]:
 def read_members(source: Source, names: list[str]) -> Iterator[Member]:
     """Read the named files, in an order that suits the archive (nothing is written to disk).
 
-    A file that its archive cannot give back comes as a Member with a problem. Raises UserError when the
-    archive itself breaks off.
+    A file that cannot be read gives a Member with a problem. Raises UserError if the archive itself ends early.
     """
     readers = {"zip": _read_zip, "tar": _read_tar, "folder": _read_folder}
     try:
@@ -399,13 +398,13 @@ def _inflate(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     with archive.open(info) as file:
         contents = file.read(min(info.file_size, MAX_FILE))
     if len(contents) != info.file_size:
-        raise EOFError("its size is not what the archive says")
+        raise EOFError("its size differs from the size in the archive's table of contents")
     return contents
 
 
 def _read_tar(source: Source, names: list[str]) -> Iterator[Member]:
     with _unpacked(source.path) as file:
-        for name in sorted(names, key=source.places.__getitem__):  # in one pass
+        for name in sorted(names, key=source.places.__getitem__):  # in file order, so that one pass is enough
             offset, size = source.places[name]
             file.seek(offset)
             contents = file.read(size)
@@ -425,7 +424,7 @@ def _read_file(path: Path) -> bytes:
 
 
 def _open_file(path: Path) -> IO[bytes]:
-    """Open a regular file or a link to one; never a pipe or a device, which may wait for ever or do something."""
+    """Open a regular file or a link to one, but no pipe or device: reading these may block or have side effects."""
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
@@ -437,7 +436,7 @@ def _open_file(path: Path) -> IO[bytes]:
 def _member(name: str, read: Callable[[], bytes]) -> Member:
     try:
         return Member(name, read())
-    except Exception as error:  # damaged files raise nearly anything
+    except Exception as error:  # damaged files raise almost any exception
         return Member(name, None, reason(error))
 
 
@@ -456,7 +455,7 @@ def source_sha256(path: Path, kind: str) -> str:
                     digest.update(f"{(path / name).stat().st_size}\0".encode())
                     with _open_file(path / name) as file:
                         _update(digest, file)
-                except OSError:  # a dangling link or a pipe, say: reported as a broken image when its turn comes
+                except OSError:  # e.g. a dangling link or a pipe: reported as a broken image when it is read
                     digest.update(b"unreadable")
     except OSError as error:
         raise UserError(f"{error.filename or path} cannot be read ({error.strerror or error}).") from error
@@ -469,9 +468,9 @@ def _update(digest: hashlib._Hash, file: IO[bytes]) -> None:
 
 
 def parse_partition(contents: bytes, names: list[str]) -> list[int] | None:
-    """CelebA's split (0 train, 1 valid, 2 test) of every name; None when the list speaks of other images.
+    """CelebA's split (0 train, 1 valid, 2 test) of each name, or None if the list has none of these images.
 
-    Names are matched without folder and extension. Raises UserError when only a part of the images is listed.
+    Names are matched without folder and extension. Raises UserError if only some of the images are listed.
     """
     listed = {}
     for line in contents.decode("utf-8", "replace").splitlines():
@@ -484,8 +483,8 @@ def parse_partition(contents: bytes, names: list[str]) -> list[int] | None:
         return None
     if missing:
         raise UserError(
-            f"The partition list knows only {len(names) - len(missing)} of {len(names)} images, "
-            f"not {shown(missing[0])}: fetch list_eval_partition.txt again, or take it away for a seeded split."
+            f"The partition list has only {len(names) - len(missing)} of {len(names)} images, "
+            f"not {shown(missing[0])}: fetch list_eval_partition.txt again, or remove it for a seeded split."
         )
     return [part for part in found if part is not None]
 
@@ -493,7 +492,7 @@ def parse_partition(contents: bytes, names: list[str]) -> list[int] | None:
 def download_celeba(folder: Path) -> Path:
     """Fetch CelebA's aligned images and partition list, with torchvision's addresses and checksums.
 
-    Files already there with the right checksum are kept. Returns the zip. Raises UserError on any failure.
+    Existing files with the right checksum are reused. Returns the path of the zip. Raises UserError on any failure.
     """
     wanted = ("img_align_celeba.zip", "list_eval_partition.txt")
     before = {name for name in wanted if (folder / name).exists()}
@@ -506,8 +505,8 @@ def download_celeba(folder: Path) -> Path:
                 download_file_from_google_drive(file_id, str(folder), name, md5)
         missing = [name for name in wanted if not (folder / name).is_file()]
         if missing:
-            raise FileNotFoundError(f"{missing[0]} did not arrive")
-    except Exception as error:  # quota page, no network, no gdown: the way out is the same
+            raise FileNotFoundError(f"{missing[0]} was not downloaded")
+    except Exception as error:  # quota page, no network, no gdown: the remedy is the same
         for name in set(wanted) - before:
             for left in folder.glob(f"{name}*"):
                 left.unlink()

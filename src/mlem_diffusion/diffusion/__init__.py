@@ -1,1 +1,1 @@
-"""Sampling with any denoiser: the process, levels, step rules, one Brownian path, estimators, the loop that runs them."""
+"""Sampling with any denoiser. Read process, level, step_rules, brownian, estimator and sampler, in this order."""

@@ -1,8 +1,8 @@
-"""Random numbers keyed by the sample's seed: Gaussian paths shared by all grids, and coins, from separate streams.
+"""Random numbers keyed by the sample's seed: Brownian paths shared by all time grids, and coins from separate streams.
 
-A sample's numbers depend on its seed (and the kind of device) alone, never on the batch size, the number of processes,
-the number of levels or the step count. Every coarse grid's increments are sums over the increments of one base grid,
-so all of them see the same Brownian path (Giles 2015, section 2; here over log-SNR).
+A sample's numbers depend only on its seed and the kind of device. The batch size and the numbers of processes, levels
+and steps do not matter. The increments of every coarse grid are sums over the increments of one base grid, so all
+grids share one Brownian path per sample (Giles 2015, section 2, applied over log-SNR).
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from ..errors import UserError
 from .process import TimeGrid
 
 _INITIAL, _PATH, _COIN, _TRAIN = 0, 1, 2, 3
-# base increments drawn per generator: a block's numbers never depend on which grid asks. A GPU wants few, large draws
+# base increments drawn per generator; a block's numbers are the same for every grid; few large draws suit a GPU
 _BLOCK = {"cuda": 1024}
 _CPU_BLOCK = 32
-WINDOW_BYTES = 1 << 30  # of increments that a sampler holds at a time
+WINDOW_BYTES = 1 << 30  # size of the increments that a sampler stores at a time
 
 
 def stream_seed(*key: int) -> int:
-    """A 63-bit generator seed from a tuple of integers in [0, 2^64), well mixed (numpy's SeedSequence)."""
+    """A 63-bit generator seed from a tuple of integers in [0, 2^64), mixed by numpy's SeedSequence."""
     return int(_mixed(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def _mixed(key: Sequence[int]) -> np.random.SeedSequence:
     if min(key) < 0 or max(key) >= 1 << 64:
         raise UserError(f"Seeds must lie in 0..2^64 - 1, not {key}.")
-    # two words each: numpy drops leading zero words, and keys of different lengths would meet
+    # two words per integer: numpy drops leading zero words, so keys of different lengths could collide
     return np.random.SeedSequence([word for part in key for word in (part & 0xFFFFFFFF, part >> 32)])
 
 
 def training_generator(device: torch.device, *key: int) -> torch.Generator:
-    """Generator of one training step's randomness, re-derivable after any stop."""
+    """The random generator of one training step; the same key restores it after an interruption."""
     return torch.Generator(device=device).manual_seed(stream_seed(_TRAIN, *key))
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Standard normal starting points [B, *shape]."""
+    """Standard normal starting points [B, *shape], one per seed."""
     out = torch.empty(len(seeds), *shape, device=device)
     for i, seed in enumerate(seeds):
         out[i].normal_(generator=torch.Generator(device=device).manual_seed(stream_seed(_INITIAL, seed)))
@@ -51,10 +51,11 @@ def initial_noise(seeds: Sequence[int], shape: tuple[int, ...], device: torch.de
 def increment_weights(grid: TimeGrid, clock: str) -> np.ndarray:
     """Weights [n-1, N-1] of the base increments in each standardised increment of the grid; rows have norm 1.
 
-    clock "snr": sqrt(du) with u = alpha^2/sigma^2, exact for the ancestral step; "time": sqrt(dt), for Euler-Maruyama in t.
+    clock "snr" weights by sqrt(du) with u = alpha^2/sigma^2, exact for the ancestral step. clock "time" weights by
+    sqrt(dt), for Euler-Maruyama in t.
     """
     if clock == "snr":
-        # du relative to the end of its own coarse step, in logs: u spans tens of orders of magnitude
+        # log du, since u spans tens of orders of magnitude; each coarse step is normalised below
         u = grid.base_logsnr
         log_increment = u[1:] + np.log(-np.expm1(u[:-1] - u[1:]))
     elif clock == "time":
@@ -76,9 +77,9 @@ def path_increments(
     device: torch.device,
     steps: range | None = None,
 ) -> Tensor:
-    """Standardised Brownian increments [n-1, B, *shape] of the grid's steps (or of a range of them), from one path per seed.
+    """Standardised Brownian increments [n-1, B, *shape] of all steps of a grid, or of a range; one path per seed.
 
-    Memory is (n-1) * B images in float32; drawing all steps costs base_steps normals per pixel whatever the grid.
+    Memory is (n-1) * B images in float32. Drawing all steps costs base_steps normals per pixel, whatever the grid.
     """
     steps = range(grid.steps - 1) if steps is None else steps
     table = increment_weights(grid, clock)[steps.start : steps.stop]
@@ -102,8 +103,9 @@ def path_increments(
 
 
 class PathWindows:
-    """The increments of `path_increments` for a sampler that asks for one step after the other: a few steps are drawn at
-    a time, at most about WINDOW_BYTES of them. A new window redraws the normals of the blocks that it shares with the last.
+    """The increments of `path_increments`, drawn a few steps at a time for a sampler that uses them in order.
+
+    A window has at most about WINDOW_BYTES. A new window redraws the blocks that it shares with the previous one.
     """
 
     def __init__(
@@ -121,13 +123,13 @@ class PathWindows:
         self._held: Tensor | None = None
 
     def holds(self, step: int) -> bool:
-        """Whether this step's increment has been drawn and not been dropped."""
+        """Whether the current window contains this step's increment."""
         return step in self._steps
 
     def __getitem__(self, step: int) -> Tensor:
-        """Increment [B, *shape] of a step."""
+        """The increment [B, *shape] of a step."""
         if not self.holds(step):
-            self._held = None  # before the next one is drawn
+            self._held = None  # frees the memory before the next draw
             self._steps = range(step, min(step + self._length, self._end))
             self._held = self._draw(self._steps)
         assert self._held is not None
@@ -135,5 +137,5 @@ class PathWindows:
 
 
 def coin_uniforms(seeds: Sequence[int], level: int, count: int) -> np.ndarray:
-    """Uniforms [B, count] in [0, 1) for the coins of one level; streams of levels and seeds are independent."""
+    """Uniforms [B, count] in [0, 1) for the coins of one level; the streams of levels and seeds are independent."""
     return np.stack([np.random.default_rng(_mixed((_COIN, seed, level))).random(count) for seed in seeds])

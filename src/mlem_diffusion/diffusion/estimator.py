@@ -1,7 +1,8 @@
-"""Drifts: what a sampler asks for one denoised estimate per network evaluation. ML-EM is a estimator, not a sampler.
+"""Estimators combine the levels of a family into one denoised estimate for each evaluation of a sampler.
 
-A estimator here is a family of levels and a table of weights [n, B, K]: which networks enter each of the n estimates for each
-sample, and how much. One level alone, a stitched schedule and the multilevel estimator differ in the table only.
+An estimator has a table of weights [n, B, K]: the weight of each of K levels in each of n estimates, for each sample.
+A single level, a stitched schedule and the multilevel estimator (ML-EM) differ only in this table. ML-EM is an
+estimator and not a sampler, so every step rule can use it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .level import Level, check_family
 
 
 class Estimator(ABC):
-    """What the classes below share. `evaluations` is the length of the sampler's program, n."""
+    """An estimator of the denoised image. `evaluations` is n, the length of the sampler's program."""
 
     @property
     @abstractmethod
@@ -28,7 +29,7 @@ class Estimator(ABC):
 
     @abstractmethod
     def weights(self, evaluations: int, seeds: Sequence[int]) -> np.ndarray:
-        """Weights of the levels in each estimate [n, B, K]."""
+        """Weights [n, B, K] of the levels in each estimate."""
 
     @abstractmethod
     def expected_evaluations(self, evaluations: int) -> np.ndarray:
@@ -39,20 +40,22 @@ class Estimator(ABC):
         return float(self.expected_evaluations(evaluations) @ [level.flops for level in self.levels])
 
     def clusters(self, seeds: Sequence[int]) -> list[int]:
-        """Samples with equal numbers share their coins."""
+        """One number per sample; samples with equal numbers share their coins."""
         return list(seeds)
 
     def weight_table(
         self, evaluations: int, seeds: Sequence[int], ledger: Ledger
     ) -> Callable[[int, Tensor, float], Tensor]:
-        """The function (j, x [B, ...], logsnr) -> denoised estimate [B, ...] of one sampling run, called with j = 0, 1, ...
-        in order. It records in the ledger what it evaluates, and must not change an estimate that it has returned."""
+        """The function (j, x [B, ...], logsnr) -> denoised estimate [B, ...] of one sampling run.
+
+        It is called with j = 0, 1, ... in order and records every network evaluation in the ledger. It must not change
+        an estimate that it has returned."""
         return WeightTable(self.levels, self.weights(evaluations, seeds), ledger)
 
 
 @dataclass(frozen=True)
 class SingleLevel(Estimator):
-    """One network at every evaluation: plain EM, DDPM, DDIM, ... with that level."""
+    """One network for all evaluations: EM, DDPM, DDIM, ... with this level."""
 
     level: Level
 
@@ -69,8 +72,8 @@ class SingleLevel(Estimator):
 
 @dataclass(frozen=True)
 class Stitched(Estimator):
-    """The cheaper of two levels for the first `switch` of the evaluations (high noise), the other after (T-Stitch, Pan et
-    al. 2024)."""
+    """T-Stitch (Pan et al. 2024): the small level for the first fraction `switch` of the evaluations (high noise), then
+    the large level."""
 
     small: Level
     large: Level
@@ -96,9 +99,10 @@ class Stitched(Estimator):
 
 
 class WeightTable:
-    """The estimates sum_k w_k f^k(x) of one run, for weights w [n, B, K]: which networks see which samples is decided, and
-    sent to the device, before the first one, so that the loop never waits for it. Each network sees only the samples in
-    which its weight is not zero; what is evaluated is recorded in the ledger."""
+    """The estimates sum_k w_k f^k(x) of one run, for weights w [n, B, K].
+
+    Each network is evaluated only on the samples with a nonzero weight. The table and these selections are on the
+    device before the first estimate, so the loop never waits for a transfer. The ledger records every evaluation."""
 
     def __init__(self, levels: Sequence[Level], weights: np.ndarray, ledger: Ledger):
         self.levels, self.ledger = levels, ledger
@@ -106,13 +110,13 @@ class WeightTable:
         used = self.weights != 0
         self.counts = used.sum(axis=2)
         partial = used & (self.counts < weights.shape[1])[:, :, None]
-        self.start = np.concatenate([[0], np.cumsum(partial.sum(axis=2))])  # of each (j, k) among the positions
+        self.start = np.concatenate([[0], np.cumsum(partial.sum(axis=2))])  # where (j, k) starts in `positions`
         self.positions = np.nonzero(partial)[2]
         self.same = (self.weights == self.weights[:, :, :1]).all(axis=2)
         self.on_device: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, j: int, x: Tensor, logsnr: float) -> Tensor:
-        """The j-th estimate at x [B, ...]. Samples share the log-SNR, which every level gets as [B] with stride 0."""
+        """The j-th estimate at x [B, ...]. All samples share the log-SNR; each level gets it as [B] with stride 0."""
         if self.on_device is None:
             table = torch.tensor(self.weights, dtype=x.dtype).to(x.device)  # a copy: the weights may be read-only
             self.on_device = table, torch.as_tensor(self.positions).to(x.device)
@@ -137,10 +141,10 @@ class WeightTable:
 
 
 def _column(weights: Tensor, x: Tensor) -> Tensor:
-    """[B] -> [B, 1, ...] of the rank of x."""
+    """Weights [B] reshaped to [B, 1, ...], with the rank of x."""
     return weights.reshape(-1, *([1] * (x.ndim - 1)))
 
 
 def weighted_estimate(levels: Sequence[Level], weights: np.ndarray, x: Tensor, logsnr: float, ledger: Ledger) -> Tensor:
-    """sum_k w_k f^k(x) for weights [B, K]: a table of one estimate."""
+    """The single estimate sum_k w_k f^k(x) for weights [B, K]."""
     return WeightTable(levels, weights[None], ledger)(0, x, logsnr)

@@ -1,4 +1,4 @@
-"""What sampling costs: the ledger of the network evaluations that really happened."""
+"""The cost of sampling: a ledger counts the network evaluations that were performed."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import numpy as np
 
 @dataclass
 class Ledger:
-    """Evaluations of each level for each image, counted as they are made."""
+    """Evaluations of each level for each image, counted as they happen."""
 
     flops: list[float]  # FLOPs per evaluation of one image, per level
     images: int = 0  # images sampled
     seconds: float = 0.0  # wall-clock seconds of sampling
     per_sample: np.ndarray = field(init=False)  # [images, K] evaluations, images in the order of their batches
-    launches: list[int] = field(init=False)  # batches put through each level
+    launches: list[int] = field(init=False)  # batches evaluated by each level
 
     def __post_init__(self) -> None:
         self.per_sample = np.zeros((self.images, len(self.flops)), dtype=np.int64)
         self.launches = [0] * len(self.flops)
 
     def record(self, level: int, rows: np.ndarray) -> None:
-        """One evaluation of a level on these images of the batch (distinct positions)."""
+        """Count one evaluation of a level on these images of the batch (distinct positions)."""
         self.per_sample[rows, level] += 1
         self.launches[level] += 1
 
@@ -35,12 +35,12 @@ class Ledger:
 
     @property
     def evaluations(self) -> list[int]:
-        """Evaluations of each level, all images together."""
+        """Evaluations of each level, summed over the images."""
         return self.per_sample.sum(axis=0).tolist()
 
     @property
     def calls_per_image(self) -> float:
-        """Network evaluations per image, all levels together."""
+        """Network evaluations per image, summed over the levels."""
         return sum(self.evaluations) / self.images
 
     @property

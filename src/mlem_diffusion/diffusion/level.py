@@ -1,4 +1,4 @@
-"""Levels: denoisers of increasing accuracy and cost. Any callable can be one; a family is an ordered list of them."""
+"""Levels: denoisers of increasing accuracy and cost. Any callable can be a level; a family is a list of levels."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..errors import UserError
 class Level:
     """One denoiser f^k.
 
-    denoise: (x [B,C,H,W], logsnr [B]) -> the denoised image [B,C,H,W], for x = alpha x0 + sigma eps with
-    alpha^2 = sigmoid(logsnr). flops: FLOPs of one evaluation of one image (any unit, if the same for all levels).
+    denoise maps (x [B,C,H,W], logsnr [B]) to the denoised image [B,C,H,W], for x = alpha x0 + sigma eps with
+    alpha^2 = sigmoid(logsnr). flops is the cost of one evaluation of one image, in FLOPs or another common unit.
     """
 
     name: str

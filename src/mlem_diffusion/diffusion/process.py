@@ -1,7 +1,8 @@
 """Variance-preserving diffusion in continuous time: noise schedules, log-SNR, time grids, forward noising.
 
-x_t = alpha_t x_0 + sigma_t eps with alpha^2 + sigma^2 = 1. The common currency is logsnr = log(alpha^2 / sigma^2);
-alpha^2 = sigmoid(logsnr) and sigma^2 = sigmoid(-logsnr). All coefficients are computed in float64.
+The process is x_t = alpha_t x_0 + sigma_t eps with alpha^2 + sigma^2 = 1. All modules express a noise level as
+logsnr = log(alpha^2 / sigma^2), so alpha^2 = sigmoid(logsnr) and sigma^2 = sigmoid(-logsnr). All coefficients are
+computed in float64.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def alpha_sigma(logsnr: Array | float) -> tuple[Array, Array]:
 
 @dataclass(frozen=True)
 class LinearSchedule:
-    """DDPM's linear beta (Ho et al. 2020) in continuous time (Song et al. 2021): beta(t) = b0 + (b1 - b0) t, t in [0, 1].
+    """DDPM's linear beta (Ho et al. 2020) in continuous time (Song et al. 2021): beta(t) = b0 + (b1 - b0) t on [0, 1].
 
     The defaults are the limit of 1000 discrete steps from 1e-4 to 0.02.
     """
@@ -48,14 +49,14 @@ class LinearSchedule:
         return -np.log(np.expm1(minus_log_alpha2))
 
     def time(self, logsnr: Array) -> Array:
-        """Inverse of `logsnr`; beyond 1 where the schedule would have to go on."""
+        """Inverse of `logsnr`; a log-SNR below logsnr(1) gives t > 1, by extrapolation of the schedule."""
         q = _softplus(-np.asarray(logsnr, dtype=np.float64))
         return 2 * q / (self.beta_min + np.sqrt(self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * q))
 
 
 @dataclass(frozen=True)
 class CosineSchedule:
-    """Cosine schedule (Nichol and Dhariwal 2021), normalised so that alpha(0) = 1: alpha = cos(phase(t)) / cos(phase(0))."""
+    """Cosine schedule (Nichol and Dhariwal 2021) with alpha(0) = 1: alpha(t) = cos(phase(t)) / cos(phase(0))."""
 
     offset: float = 0.008
 
@@ -82,9 +83,10 @@ Schedule = LinearSchedule | CosineSchedule
 
 @dataclass(frozen=True)
 class TimeGrid:
-    """Noise levels that a sampler visits, from noise to data; a coarse grid is a subset of its base grid.
+    """The noise levels that a sampler visits, from noise to data; a coarse grid is a subset of its base grid.
 
-    n noise levels are n network evaluations: n - 1 steps between neighbours and a final denoising at the last one.
+    n noise levels give n - 1 steps between neighbours and a final denoising at the last level. That makes n network
+    evaluations, if each step needs one.
     """
 
     logsnr: Array  # [n] ascending
@@ -101,11 +103,11 @@ class TimeGrid:
 
 @dataclass(frozen=True)
 class Process:
-    """A schedule and the range of noise that is trained and sampled.
+    """A noise schedule and the range of noise levels used in training and sampling.
 
-    spacing: "logsnr" puts the base grid's points evenly in log-SNR; "time" evenly in t, as DDPM does. Even log-SNR is the
-    default because it is much the better one for the baselines: with exact denoisers (Gaussian and two-point data, 8 to
-    32 steps) DDIM's squared error was 1.3 to 4 times smaller and DPM-Solver++(2M)'s 40 to 450 times.
+    spacing: "logsnr" spaces the points of the base grid evenly in log-SNR, "time" evenly in t, as DDPM does. "logsnr"
+    is the default because it is much better for the baselines. With exact denoisers (Gaussian and two-point data, 8 to
+    32 steps), DDIM's squared error was 1.3 to 4 times smaller and that of DPM-Solver++(2M) 40 to 450 times smaller.
     """
 
     schedule: Schedule
@@ -123,17 +125,18 @@ class Process:
     def logsnr_at(self, s: Array) -> Array:
         """Log-SNR at position s in [0, 1] along the sampler's path (0: most noise), in the grid's spacing.
 
-        With s uniform this is the density with which a sampler visits noise levels; training draws from it.
+        For uniform s, the result has the density with which a sampler visits noise levels. Training draws from
+        this density.
         """
         s = np.asarray(s, dtype=np.float64)
         if self.spacing == "logsnr":
             return self.logsnr_min + (self.logsnr_max - self.logsnr_min) * s
         first, last = self.schedule.time(np.array([self.logsnr_min, self.logsnr_max]))
-        # the round trip through t is inexact at its ends
+        # the round trip through t is inexact at both ends
         return np.clip(self.schedule.logsnr(first + (last - first) * s), self.logsnr_min, self.logsnr_max)
 
     def grid(self, steps: int | None = None) -> TimeGrid:
-        """The base grid, or the subset of `steps` points spread evenly over it, both ends included.
+        """The base grid, or a subset of `steps` points spread evenly over it, with both ends.
 
         Raises UserError for fewer than 2 or more than base_steps points.
         """
@@ -149,9 +152,10 @@ class Process:
     def drift_weights(self, logsnr: Array) -> Array:
         """Weights [S], sum 1, of squared denoising differences at ascending noise levels [S]: alpha^2 d(logsnr).
 
-        An exact-linear step (DDIM, ancestral) over d(logsnr) moves x by alpha * denoised * d(logsnr) (half of it for the
-        ODE), so this is the mean squared error of the drift in the log-SNR clock. It does not depend on the grid's
-        spacing, and measured gains from there to the final image are nearly flat over the range that counts.
+        A step that integrates the linear term exactly (DDIM, ancestral) adds alpha * denoised * d(logsnr) to x (half of
+        that for the ODE). The weighted sum is therefore the mean squared error of the drift in the log-SNR clock. It
+        does not depend on the grid's spacing. The measured gains from a drift error to the final image are nearly
+        constant over the noise levels that matter.
         """
         edges = np.concatenate([logsnr[:1], 0.5 * (logsnr[1:] + logsnr[:-1]), logsnr[-1:]])
         weights = alpha_sigma(logsnr)[0] ** 2 * np.diff(edges)
@@ -159,7 +163,7 @@ class Process:
 
 
 def expand(values: Tensor, like: Tensor) -> Tensor:
-    """[B] -> [B,1,1,...] of the rank of `like`."""
+    """Values [B] reshaped to [B,1,1,...], with the rank of `like`."""
     return values.reshape(-1, *([1] * (like.ndim - 1)))
 
 

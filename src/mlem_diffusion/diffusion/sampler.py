@@ -1,4 +1,4 @@
-"""One sampling loop for every step rule (step_rules.py) and every estimator (estimator.py)."""
+"""One sampling loop for all step rules (step_rules.py) and all estimators (estimator.py)."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ def sample(
     device: torch.device | str = "cpu",
     increments: Tensor | None = None,
 ) -> tuple[Tensor, Ledger]:
-    """Sample one batch: images [B, *shape] in [-1, 1] before clipping, and the ledger of what was evaluated.
+    """Sample one batch: unclipped images [B, *shape] with pixels on the scale [-1, 1], and the ledger of evaluations.
 
-    seeds: one per sample; each keys its own start, path and coins. increments [n-1, B, *shape] may be passed in to share
-    one draw between settings on the same grid, seeds and clock; without it a few steps' are drawn at a time
-    (noise.PathWindows). ledger.seconds covers the loop, not the drawing of noise. On a GPU the loop only queues work: it
-    waits for the device at its ends and where a new window of noise is drawn. Raises UserError for an unknown rule.
+    seeds: one per sample; it determines the sample's starting point, Brownian path and coins.
+    increments [n-1, B, *shape]: one draw shared between settings with the same grid, seeds and clock. Without it, the
+    noise is drawn a few steps at a time (brownian.PathWindows).
+    ledger.seconds is the time of the loop without the drawing of noise. On a GPU the loop only queues work: it waits
+    for the device at its start, at its end and when it draws a window of noise. Raises UserError for an unknown rule.
     """
     rule = step_rule_of(dynamics, step_rule)
     program, device = rule.program(grid), torch.device(device)
@@ -41,7 +42,7 @@ def sample(
     if rule.clock is not None and noise is None:
         noise = PathWindows(seeds, shape, grid, rule.clock, device)
     if isinstance(noise, PathWindows):
-        noise[0]  # the first window is drawn before the clock starts; on a GPU while the coins are drawn here
+        noise[0]  # draws the first window before the clock starts; a GPU draws it while the CPU draws the coins
     ledger = Ledger([level.flops for level in estimator.levels], images=len(seeds))
     estimate = estimator.weight_table(len(program), seeds, ledger)
     start, drawing = _now(device), 0.0
@@ -60,7 +61,7 @@ def sample(
 
 
 def _draw(noise: Tensor | PathWindows | None, step: int, device: torch.device) -> float:
-    """Have the noise of a step drawn; the seconds that this took."""
+    """Draw the noise of a step if it is not drawn yet, and return the seconds that this took."""
     if not isinstance(noise, PathWindows) or noise.holds(step):
         return 0.0
     start = _now(device)
@@ -76,7 +77,7 @@ def advance(
 
 
 def combine(coefficients: np.ndarray, tensors: Sequence[Tensor | None]) -> Tensor | None:
-    """Sum of coefficient * tensor over what is not zero; None stands for zero. The tensors are left as they are."""
+    """The sum of coefficient * tensor; None stands for zero. The tensors are not changed."""
     terms = [(float(c), t) for c, t in zip(coefficients, tensors, strict=True) if c != 0 and t is not None]
     if not terms:
         return None

@@ -1,11 +1,11 @@
-"""Step rules as data: for every network evaluation, one matrix that says what becomes of the state.
+"""Step rules as data: one matrix per network evaluation maps the old state to the new state.
 
-All rules here are linear in (state, estimate, noise), so a matrix of plain numbers says everything about a step. One loop
-runs them all (samplers.py), rules with memory or with several evaluations per interval included, and the effect of an
-estimate on the final image follows exactly from the transposed matrices and the network's own derivative.
+All these rules are linear in (state, estimate, noise), so a matrix of numbers describes a step completely. One loop
+(sampler.py) runs them all, including multistep rules and rules with several evaluations per step. The effect of an
+estimate on the final image follows exactly from the transposed matrices and the derivative of the network.
 
-A program is the list of evaluations of one sampling run. Its state is m images, at first (x, 0, ..., 0); the network is
-always evaluated at state 0. The last evaluation is the final denoising: its update puts the estimate in state 0.
+A program is the list of evaluations of one sampling run. Its state has m images, initially (x, 0, ..., 0). The network
+is always evaluated at state 0. The last evaluation is the final denoising: its update puts the estimate in state 0.
 
 Notation: a step leads from noise level s to t, h = (logsnr_t - logsnr_s) / 2 > 0, and "denoised" is the estimate.
 """
@@ -28,12 +28,12 @@ class Evaluation:
 
     logsnr: float  # noise level at which the network is evaluated
     update: np.ndarray  # float64 [m, m + 2]: (state_0, ..., state_{m-1}, estimate, z) -> new state
-    noise: int | None = None  # which standardised increment is z; None where no noise enters
+    noise: int | None = None  # index of the standardised increment z; None without noise
 
 
 @dataclass(frozen=True)
 class StepRule:
-    """A rule as a function from grids to programs, and the clock in which its Brownian increments are standardised."""
+    """A step rule: a function from grids to programs, and the clock that standardises its Brownian increments."""
 
     program: Callable[[TimeGrid], list[Evaluation]]
     clock: str | None  # "time" or "snr"; None without noise
@@ -41,7 +41,7 @@ class StepRule:
 
 @dataclass(frozen=True)
 class Step:
-    """One step between neighbouring noise levels s -> t of a grid, as plain numbers."""
+    """One step s -> t between neighbouring noise levels of a grid."""
 
     alpha_s: float
     sigma_s: float
@@ -50,7 +50,7 @@ class Step:
     logsnr_s: float
     logsnr_t: float
     h: float  # half the step in log-SNR
-    h_before: float | None  # of the step before; None for the first
+    h_before: float | None  # h of the previous step; None for the first step
     beta_dt: float  # beta(s) * (time(s) - time(t))
 
 
@@ -86,22 +86,22 @@ Coefficients = Callable[[Step], tuple[float, float, float]]
 
 
 def em_sde(step: Step) -> tuple[float, float, float]:
-    """Euler-Maruyama in t of the reverse SDE dx = -beta (x/2 + score) dt + sqrt(beta) dW (Song et al. 2021, eq. 6);
-    score = (alpha denoised - x) / sigma^2."""
+    """Euler-Maruyama in t of the reverse SDE dx = -beta (x/2 + score) dt + sqrt(beta) dW (Song et al. 2021, eq. 6),
+    with score = (alpha denoised - x) / sigma^2."""
     to_score = step.beta_dt / step.sigma_s**2
     return 1 + 0.5 * step.beta_dt - to_score, step.alpha_s * to_score, math.sqrt(step.beta_dt)
 
 
 def em_ode(step: Step) -> tuple[float, float, float]:
-    """Euler in t of the probability flow dx = -beta/2 (x + score) dt (Song et al. 2021, eq. 13);
-    x + score = (alpha denoised - alpha^2 x) / sigma^2."""
+    """Euler in t of the probability flow dx = -beta/2 (x + score) dt (Song et al. 2021, eq. 13),
+    with x + score = (alpha denoised - alpha^2 x) / sigma^2."""
     half = 0.5 * step.beta_dt
     return 1 - half * math.exp(step.logsnr_s), half * step.alpha_s / step.sigma_s**2, 0.0
 
 
 def ddpm(step: Step) -> tuple[float, float, float]:
-    """Ancestral step with the posterior variance (Ho et al. 2020, eq. 7); exactly EM of dm = denoised du + dW_u,
-    u = alpha^2/sigma^2, m = u x / alpha."""
+    """Ancestral step with the posterior variance (Ho et al. 2020, eq. 7). It is exactly the EM step of
+    dm = denoised du + dW_u with u = alpha^2/sigma^2 and m = u x / alpha."""
     keep, fresh = math.exp(-2 * step.h), -math.expm1(-2 * step.h)  # keep = u_s / u_t
     return step.alpha_t / step.alpha_s * keep, step.alpha_t * fresh, step.sigma_t * math.sqrt(fresh)
 
@@ -115,7 +115,7 @@ def ddim(step: Step) -> tuple[float, float, float]:
 
 
 def _one_step(coefficients: Coefficients) -> Callable[[TimeGrid], list[Evaluation]]:
-    """State (x)."""
+    """The program of a rule x' = a x + b denoised + c z; its state is (x)."""
 
     def program(grid: TimeGrid) -> list[Evaluation]:
         rows = [(step.logsnr_s, coefficients(step)) for step in steps_of(grid)]
@@ -126,10 +126,10 @@ def _one_step(coefficients: Coefficients) -> Callable[[TimeGrid], list[Evaluatio
 
 
 def _two_step(coefficients: Coefficients) -> Callable[[TimeGrid], list[Evaluation]]:
-    """DPM-Solver++(2M), data prediction (Lu et al. 2022, algorithm 2): an exponential step with the estimate extrapolated
-    to the middle of the step from the one before; the first step is plain. State (x, estimate before).
+    """DPM-Solver++(2M) with data prediction (Lu et al. 2022, algorithm 2); its state is (x, previous estimate).
 
-    From DDIM's coefficients it is the ODE solver, from the ancestral ones its SDE form.
+    Each step is exponential, with an estimate extrapolated to the middle of the step from the last two estimates. The
+    first step does not extrapolate. DDIM's coefficients give the ODE solver, ancestral ones its SDE form.
     """
 
     def program(grid: TimeGrid) -> list[Evaluation]:
@@ -147,12 +147,12 @@ def _two_step(coefficients: Coefficients) -> Callable[[TimeGrid], list[Evaluatio
 def heun(grid: TimeGrid) -> list[Evaluation]:
     """Heun's method, deterministic (Karras et al. 2022, algorithm 1): 2 (n - 1) + 1 evaluations for n noise levels.
 
-    In y = x / alpha and its noise rho = sigma / alpha the flow is dy = (y - denoised) / rho drho. State
-    (point to evaluate at, step with half of the first slope), both in units of x at t.
+    For y = x / alpha with noise rho = sigma / alpha, the flow is dy = (y - denoised) / rho drho. The state is
+    (the point to evaluate, x advanced with half of the first slope), both in units of x at t.
     """
     out = []
     for step in steps_of(grid):
-        # rho_t / rho_s = e^-h; the predicted point is DDIM's
+        # rho_t / rho_s = e^-h; the predictor is a DDIM step
         a, b, _ = ddim(step)
         to_t, drop = step.alpha_t / step.alpha_s, -0.5 * math.expm1(-step.h)
         predict = np.array([[a, 0, b, 0], [to_t * (1 - drop), 0, step.alpha_t * drop, 0]])
@@ -163,12 +163,12 @@ def heun(grid: TimeGrid) -> list[Evaluation]:
 
 
 def unipc(grid: TimeGrid) -> list[Evaluation]:
-    """UniPC of order 2 with its corrector, B(h) = e^h - 1 (bh2), data prediction (Zhao et al. 2023); the first step has
-    order 1. Predictor and corrector share their evaluation: the network sees the predicted point only.
+    """UniPC of order 2 with its corrector, B(h) = e^h - 1 (bh2) and data prediction (Zhao et al. 2023).
 
-    State (predicted point, corrected point without its share of the estimate there, estimate before).
+    The first step has order 1. Predictor and corrector share one network evaluation, at the predicted point. The state
+    is (predicted point, corrected point without the term of the estimate at the predicted point, previous estimate).
     """
-    out, share = [], None  # of the estimate in the corrected point; the first point is not corrected
+    out, share = [], None  # share: coefficient of the new estimate in the corrected point; None for the first point
     for step in steps_of(grid):
         corrected = np.array([1.0, 0, 0, 0, 0]) if share is None else np.array([0, 1.0, 0, share, 0])
         new, before = np.array([0, 0, 0, 1.0, 0]), np.array([0, 0, 1.0, 0, 0])
@@ -186,7 +186,7 @@ def unipc(grid: TimeGrid) -> list[Evaluation]:
 
 
 def _corrector_weights(h: float, r: float) -> tuple[float, float]:
-    """Weights of the two difference quotients in UniC-2: of the new point's, and of the one before at -r h.
+    """Weights (w, v) of the two difference quotients in UniC-2: w for the new point, v for the previous one at -r h.
 
     They solve w + v = b_1, w - r v = b_2 with b_1 = phi_2/phi_1, b_2 = 2 phi_3/phi_1 at -h.
     """
@@ -196,7 +196,7 @@ def _corrector_weights(h: float, r: float) -> tuple[float, float]:
 
 
 def _phi(k: int, z: float) -> float:
-    """phi_0 = e^z, phi_k = (phi_{k-1} - 1/(k-1)!) / z: sum over i of z^i / (i + k)!, by the series where z is small."""
+    """phi_k(z) = sum_i z^i / (i + k)!; for |z| >= 1 by phi_0 = e^z, phi_k = (phi_{k-1} - 1/(k-1)!) / z."""
     if abs(z) < 1:
         return sum(z**i / math.factorial(i + k) for i in range(18))
     return math.exp(z) if k == 0 else (_phi(k - 1, z) - 1 / math.factorial(k - 1)) / z
@@ -212,12 +212,12 @@ STEP_RULES = {
     ("ode", "heun"): StepRule(heun, None),
     ("ode", "unipc"): StepRule(unipc, None),
 }
-# which rule at the base grid serves as the reference of a dynamics
+# the rule that samples the reference of each dynamics, on the base grid
 REFERENCE_RULE = {"sde": "ddpm", "ode": "dpmpp_2m"}
 
 
 def step_rule_of(dynamics: str, name: str) -> StepRule:
-    """The rule of that name; UserError for an unknown one."""
+    """The step rule with this name; raises UserError if it is unknown."""
     if (dynamics, name) not in STEP_RULES:
         known = ", ".join(f"{d}/{r}" for d, r in STEP_RULES)
         raise UserError(f"The step rule {dynamics}/{name} is unknown; expected one of {known}.")

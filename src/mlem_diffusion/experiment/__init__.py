@@ -1,1 +1,1 @@
-"""Experiments on disk: the one room that knows Hydra, W&B, processes and folders."""
+"""Experiments on disk: the only package that uses Hydra, W&B, processes and folders."""

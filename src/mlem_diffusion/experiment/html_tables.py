@@ -1,4 +1,4 @@
-"""Numbers and tables for people: what the report's template draws."""
+"""Formatting of numbers and tables for the report's template."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """A value for people: `digits` significant digits, thousands separated, "–" for what is absent."""
+    """Format a value with `digits` significant digits and thousands separators; a missing value becomes "–"."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "–"
     if isinstance(value, bool):
@@ -30,7 +30,7 @@ def number(value: Any, digits: int = 3) -> str:
 
 
 def interval(value: Any) -> str:
-    """A 95% interval [lo, hi]; hi is None when nothing bounds it from above."""
+    """Format a 95% interval [lo, hi]; None stands for an unbounded end."""
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         return "–"
     low, high = value
@@ -49,7 +49,7 @@ def _cell(value: Any) -> str:
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The same values with dotted keys: {"a": {"b": 1}} becomes {"a.b": 1}."""
+    """Flatten nested dicts with dotted keys: {"a": {"b": 1}} becomes {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         if isinstance(value, dict):
@@ -60,7 +60,10 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def as_table(columns: Sequence[str], body: Iterable[Sequence[Any]]) -> dict[str, Any] | None:
-    """What the template draws: None as a dash, "" as an empty cell; a column of numbers is right-aligned."""
+    """The table for the template, or None without rows.
+
+    None becomes a dash, "" an empty cell. Columns of numbers are right-aligned.
+    """
     body = [list(line) for line in body]
     if not body:
         return None
@@ -77,7 +80,7 @@ def as_table(columns: Sequence[str], body: Iterable[Sequence[Any]]) -> dict[str,
 
 
 def records_table(records: Any, first: Sequence[str] = ()) -> dict[str, Any] | None:
-    """A table of a list of dicts: the columns named in `first` lead, nested keys are joined with dots."""
+    """A table of a list of dicts: the columns in `first` come first, nested keys are joined with dots."""
     flat = [flatten(record) for record in records or [] if isinstance(record, dict)]
     for record in flat:
         record.update({key: interval(value) for key, value in record.items() if key.endswith("interval")})
@@ -92,7 +95,7 @@ def records_table(records: Any, first: Sequence[str] = ()) -> dict[str, Any] | N
 def flat_table(nested: Any) -> dict[str, Any] | None:
     """A table of two columns without headings: the keys of a nested dict, joined with dots, and their values.
 
-    Values keep all their digits: what was configured has to be readable exactly.
+    Values keep all their digits, so that the configuration can be read exactly.
     """
     if not isinstance(nested, dict):
         return None

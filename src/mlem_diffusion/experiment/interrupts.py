@@ -1,6 +1,6 @@
-"""Ctrl-C and SIGTERM: the work is asked to stop, and soon ended where it is; what was finished is kept either way.
+"""Ctrl-C and SIGTERM: the work may save its state and stop, and is ended after a few seconds.
 
-Until a stage begins, scripts/early_signals.py answers them.
+Finished work stays saved. Before a stage begins, scripts/early_signals.py handles these signals.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ import time
 from types import FrameType
 from typing import Any
 
-GRACE = 5.0  # seconds in which the work may come to a place where it can save its state; then it is ended where it is
-AGAIN = 2.0  # seconds after which a second signal means now; launchers often deliver one signal twice
-TRY_AGAIN = 75  # exit status of work that was asked to stop
+GRACE = 5.0  # seconds that the work has to save its state and stop; after that it is ended
+AGAIN = 2.0  # a second signal after this many seconds ends the work at once; launchers often send one signal twice
+TRY_AGAIN = 75  # exit status of work that was stopped
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts:
-    """What signals have asked for. patient: the work looks at `asked` now and then, and is given GRACE seconds."""
+    """Handles signals. patient: the work checks `asked` regularly, and has GRACE seconds to stop."""
 
     def __init__(self) -> None:
-        self.asked = 0.0  # when the first signal came
+        self.asked = 0.0  # time of the first signal; 0 before it
         self.patient = False
         self._before: dict[Any, Any] = {}
 
     def begin(self, patient: bool = False) -> None:
-        """Answer signals from now on."""
+        """Handle signals from now on."""
         self.patient = patient
         if threading.current_thread() is not threading.main_thread():
             return
@@ -38,7 +38,7 @@ class Interrupts:
             self._before.setdefault(number, before)
 
     def end(self) -> None:
-        """Signals do again what they did before `begin`."""
+        """Restore the signal handlers from before `begin`."""
         if threading.current_thread() is threading.main_thread():
             if hasattr(signal, "setitimer"):
                 signal.setitimer(signal.ITIMER_REAL, 0)
@@ -62,6 +62,6 @@ class Interrupts:
 
 
 def leave_to_parent() -> None:
-    """In a worker: its parent is told too, and asks it to stop."""
+    """Ignore signals in a worker: its parent receives them too, and stops the worker."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""One run at a time in a folder: the second is refused, with a word on who is there."""
+"""At most one run per folder: a second run is refused with a message that names the first."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ except ImportError:  # Windows: no locks
 
 
 class FolderLock:
-    """Held from `take` to `release`, or to the end of the process however it ends. what: who takes it, for others to read; where:
-    what people know the folder as; file: the lock's name in it.
+    """A lock on a folder, held from `take` to `release` or to the end of the process.
 
-    take() raises UserError where another process holds the folder, or where it cannot be written; it also removes what
-    writers that were killed have left below it. Locks are the system's (flock), so none is ever stale; a file system that
-    has none does without.
+    what: name of the run in messages; where: name of the folder in messages; file: name of the lock file in the folder.
+
+    take() raises UserError if another process holds the folder, or if the folder cannot be written. It also removes
+    partial files that killed writers left in the folder. Locks are the operating system's (flock), so none is ever
+    stale. On a file system without locks, nothing is locked.
     """
 
     def __init__(self, folder: Path, what: str, where: Path | None = None, file: str = ".lock"):
@@ -33,7 +34,7 @@ class FolderLock:
         self.file: IO[str] | None = None
 
     def take(self, shared: bool = False, patience: float = 3.0) -> None:
-        """shared: others that share may be there too. patience: seconds to wait for a holder that is just ending."""
+        """Take the lock. shared: together with other shared holders. patience: seconds to wait for an ending holder."""
         if fcntl is None or self.file is not None:
             return
         try:
@@ -55,12 +56,12 @@ class FolderLock:
             except OSError as error:
                 if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                     file.close()
-                    return  # no locks here
+                    return  # the file system has no locks
                 if time.monotonic() > until:
                     raise UserError(f"{self.where} is in use by {_holder(file)}: wait for it, or stop it.") from None
                 time.sleep(0.1)
         self.file = file
-        with contextlib.suppress(OSError):  # who is there is only a courtesy
+        with contextlib.suppress(OSError):  # the lock also works without the holder's name
             file.truncate(0)
             file.write(f"{self.what}, process {os.getpid()} on {socket.gethostname()}")
             file.flush()

@@ -1,4 +1,4 @@
-"""What a script needs where it is one of several processes (launch.py or torchrun): its GPU, and how all end together."""
+"""A script as one of several processes (launch.py or torchrun): its GPU, and a common end of all processes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .. import parallel
 from ..errors import UserError
 
 FAILED, LEFT = "mlem-diffusion/failed", "mlem-diffusion/left"  # counters that all processes see
-PATIENCE = 30.0  # seconds that others have to notice that one has failed
+PATIENCE = 30.0  # seconds for the other processes to notice that one has failed
 
 
 def count() -> int:
-    """How many processes torchrun started."""
+    """The number of processes that torchrun started."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -31,11 +31,12 @@ def is_main() -> bool:
 
 
 def own_gpu() -> torch.device:
-    """This process's GPU; UserError where there are fewer GPUs than processes."""
+    """This process's GPU; UserError if there are fewer GPUs than processes."""
     local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if local >= gpus:
         raise UserError(
-            f"{os.environ.get('LOCAL_WORLD_SIZE', count())} processes need as many GPUs, and there are {gpus}."
+            f"{os.environ.get('LOCAL_WORLD_SIZE', count())} processes need as many GPUs, but this machine has {gpus}: "
+            "start fewer processes (NPROC)."
         )
     device = torch.device("cuda", local)
     torch.cuda.set_device(device)
@@ -43,10 +44,10 @@ def own_gpu() -> torch.device:
 
 
 class Watch:
-    """Lets one process say what went wrong and ends the others, which may be waiting for it in a collective operation."""
+    """Ends all processes after an error on one of them; the others may be blocked in a collective operation."""
 
     def __init__(self) -> None:
-        # a connection of its own: torch.distributed's may be waiting for another process
+        # a separate connection: that of torch.distributed may be blocked by another process
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self.store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=PATIENCE))
         self.over = threading.Event()
@@ -57,7 +58,7 @@ class Watch:
         while not self.over.wait(0.25):
             try:
                 failed = self.store.add(FAILED, 0) > 0
-            except Exception:  # the process that holds the store is gone
+            except Exception:  # the process that holds the store has ended
                 failed = True
             if failed and not self.over.is_set():
                 self.leave(2)
@@ -74,8 +75,10 @@ class Watch:
             return False
 
     def leave(self, status: int) -> NoReturn:
-        """End this process now: with others gone, an orderly end could wait for them. The main one holds the store, so it
-        goes last."""
+        """End this process at once, because an orderly exit could wait for processes that have ended.
+
+        The main process holds the store, so it ends last.
+        """
         sys.stdout.flush()
         sys.stderr.flush()
         try:
@@ -90,11 +93,14 @@ class Watch:
 
 
 def together(work: Callable[[], None], report: Callable[[BaseException], int], stopped: type[Exception]) -> None:
-    """work() as one of several processes. An error on any of them ends all: report(error) -> exit status is called on the
-    first. `stopped` is raised on all, after the same step, and passed on."""
+    """Run work() as one of several processes.
+
+    An error on any process ends all. The first one that fails calls report(error), which returns the exit status.
+    An exception of type `stopped` occurs on all processes, after the same step, and is raised again.
+    """
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # objects travel over gloo
-        # processes wait for the slowest batch, and for what the main one does alone
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # gloo transfers Python objects
+        # a process waits for the slowest batch, and for work that only the main process does
         dist.init_process_group(backend, timeout=timedelta(days=7))
         atexit.register(dist.destroy_process_group)
     watch = Watch()
@@ -104,9 +110,9 @@ def together(work: Callable[[], None], report: Callable[[BaseException], int], s
             work()
         except stopped as error:
             end = error
-        parallel.agree(True)  # nobody ends while another still saves
+        parallel.agree(True)  # no process ends while another one still saves
         watch.stop()
-        parallel.agree(True)  # nor while another looks into the store
+        parallel.agree(True)  # nor while another one reads the store
     except BaseException as error:
         watch.leave(report(error) if watch.first_to_fail() else 2)
     if end is not None:

@@ -1,4 +1,4 @@
-"""Old names in a user's configuration: one sentence that says the new one."""
+"""Old names in a user's configuration: each raises an error that gives the new name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KEYS = {
     "sampler.drift": "sampler.estimator",
     "sampler.cost_knob": "sampler.c (of ml_em) or sampler.switch (of stitched)",
 }
-IN_LISTS = {"compare.ml_em": {"knobs": "c"}}  # of every entry
+IN_LISTS = {"compare.ml_em": {"knobs": "c"}}  # in every entry of the list
 EXPERIMENTS = {"celeba64_tiny": "celeba32", "celeba64_short": "celeba64_sprint"}
 GONE = ("demo_fast", "demo_method", "celeba16", "celeba64_tiny_four")
 TARGETS = {
@@ -27,7 +27,7 @@ TARGETS = {
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
-    """Raise UserError for the first of a command line's overrides with an old name."""
+    """Raise UserError for the first command-line override with an old name."""
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
         if key == "experiment":
@@ -38,15 +38,15 @@ def check_overrides(overrides: Sequence[str]) -> None:
 
 
 def check_experiment(name: str) -> None:
-    """Raise UserError for an experiment that has another name now, or that only the history holds."""
+    """Raise UserError for an experiment that was renamed or removed."""
     if name in EXPERIMENTS:
         raise UserError(f"experiment={name} is now experiment={EXPERIMENTS[name]}.")
     if name in GONE:
-        raise UserError(f"experiment={name} is gone: docs/results.md says what it found and which commit holds it.")
+        raise UserError(f"experiment={name} was removed: see docs/results.md for its results and its commit.")
 
 
 def check_config(config: dict[str, Any]) -> None:
-    """Raise UserError for the first old name in a composed configuration: that of an experiment file of one's own."""
+    """Raise UserError for the first old name in a composed configuration, such as in a user's own experiment file."""
     for old, new in KEYS.items():
         group, _, key = old.partition(".")
         if isinstance(config.get(group), dict) and key in config[group]:

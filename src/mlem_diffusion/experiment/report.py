@@ -1,4 +1,4 @@
-"""One self-contained HTML page per experiment, made from whatever artefacts its results folder holds."""
+"""One self-contained HTML page per experiment, from the artefacts in its results folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .html_tables import as_table, flat_table, flatten, interval, number, record
 from .provenance import check_same_levels, check_written
 from .report_rounding import precision_section
 
-# Which stage writes what; a missing artefact is answered with the command that makes it.
+# The stage that writes each artefact; the page gives its command if the artefact is missing.
 _STAGES = {
     "provenance.json": "train-levels",
     "training.png": "train-levels",
@@ -44,12 +44,12 @@ _FRONTIER_ROWS = 14
 
 
 def write_report(results_dir: Path, *, title: str) -> Path:
-    """Write results_dir/report.html: every image and style inline, no network, no script.
+    """Write results_dir/report.html, with all images and styles inline, no network and no scripts; return its path.
 
     Reads gamma.json, speedup.json, best.json, provenance.json, ablation.json, compare.csv, config.yaml, the figures
-    gamma.png, compare.png and training.png, and the pictures in grids/ and training/. What is absent is said in words on
-    the page. Raises UserError when the folder holds none of them, when one is damaged or not what its stage wrote, and
-    when gamma and comparison are of different levels.
+    gamma.png, compare.png and training.png, and the pictures in grids/ and training/. The page lists what is missing.
+    Raises UserError if the folder holds none of them, if a file is damaged or was changed after its stage wrote it, or
+    if gamma and the comparison were made with different levels.
     """
     import jinja2
 
@@ -76,7 +76,7 @@ def write_report(results_dir: Path, *, title: str) -> Path:
             f"{results_dir} holds no results yet: run make train-levels EXPERIMENT={results_dir.name} first."
         )
     notices += [
-        f"{name} is not there: run make {stage} EXPERIMENT={results_dir.name}"
+        f"{name} is missing: run make {stage} EXPERIMENT={results_dir.name}"
         for name, stage in _STAGES.items()
         if not (results_dir / name).exists()
     ]
@@ -135,14 +135,14 @@ def _load_rows(path: Path) -> list[Row]:
 
 
 def _load_image(path: Path) -> dict[str, Any] | None:
-    """A PNG as a data URI with its size in pixels; None where there is none, Damaged where it is not whole."""
+    """A PNG as a data URI with its size in pixels; None if the file is missing, Damaged if it is not a valid PNG."""
     if not path.is_file():
         return None
     content = path.read_bytes()
     try:
         with Image.open(io.BytesIO(content), formats=("PNG",)) as picture:
             picture.verify()  # every chunk has a checksum
-    except Exception as error:  # damaged files raise nearly anything
+    except Exception as error:  # damaged files raise almost any exception
         raise Damaged(path, f"{path} is not a readable PNG: {_AGAIN}.") from error
     return {
         "name": path.stem,
@@ -179,7 +179,7 @@ def _gamma_section(gamma: dict[str, Any]) -> dict[str, Any] | None:
     default = {
         "yes": "The interval of gamma lies above 2",
         "no": "The interval of gamma lies below 2",
-        "undetermined": "The interval of gamma holds 2, or is not bounded well enough",
+        "undetermined": "The interval of gamma contains 2, or its bounds are too uncertain",
     }[answer]
     return {
         "answer": answer,
@@ -206,7 +206,7 @@ def _gamma_section(gamma: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _findings(diagnostics: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(dynamics, severity, sentence) of diagnostics.json."""
+    """The findings in diagnostics.json as (dynamics, severity, sentence)."""
     return [
         (DYNAMICS_NAMES.get(dynamics, dynamics), str(finding.get("severity", "")), str(finding.get("text", "")))
         for dynamics, found in diagnostics.items()
@@ -215,7 +215,7 @@ def _findings(diagnostics: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _levels_section(results_dir: Path) -> dict[str, Any] | None:
-    """What ablation.json says about each level: figure, table, and which levels are kept; None without it."""
+    """The section on levels from ablation.json: figure, table, and the levels that remain; None without the file."""
     content = _load_json(results_dir / "ablation.json")
     if not content:
         return None
@@ -249,7 +249,7 @@ def _levels_section(results_dir: Path) -> dict[str, Any] | None:
 
 
 def _methods_table(results_dir: Path) -> dict[str, Any] | None:
-    """Speed-ups of each estimator in verdicts.json: largest lower bound, and the window of at least 2."""
+    """Speed-ups of each estimator in verdicts.json: largest lower bound, and errors with a speed-up of at least 2."""
     body = []
     for rule, entry in (_load_json(results_dir / "verdicts.json") or {}).items():
         for name, found in entry.get("against_em", {}).items():
@@ -266,7 +266,7 @@ def _largest_bound(found: dict[str, Any]) -> float | None:
 
 
 def _lengths_table(lengths: Any) -> dict[str, Any] | None:
-    """gamma by each estimate at each training length, without the points behind it."""
+    """A table of gamma by each estimate at each training length."""
     records = [entry for entry in lengths or [] if isinstance(entry, dict)]
 
     def cell(entry: dict[str, Any], name: str) -> str:
@@ -298,7 +298,7 @@ def _further(record: dict[str, Any], shown: Sequence[str]) -> str:
 
 
 def _speedup_section(speedup: dict[str, Any], rows: list[Row]) -> dict[str, Any] | None:
-    """Cards, sentences, a table and curves; None without speedup.json."""
+    """Cards, sentences, a table and curves of the speed-ups; None without speedup.json."""
     if not speedup:
         return None
     cards, sentences, lines, curves = [], [], [], []
@@ -346,7 +346,7 @@ def _look_up(nested: Any, *keys: str) -> Any:
 
 
 def _entry(speedup: dict[str, Any], *keys: str) -> dict[str, Any] | None:
-    """The entry at these keys when it holds a speed-up, else None."""
+    """The entry at these keys if it holds a speed-up, else None."""
     value = _look_up(speedup, *keys)
     return value if isinstance(value, dict) and _is_number(value.get("max")) else None
 
@@ -360,14 +360,14 @@ def _at_least_one(value: Any) -> bool:
 
 
 def _was_measured(rows: list[Row], dynamics: str, method: str, measure: str) -> bool:
-    """Whether compare.csv holds such settings; without the file, benefit of the doubt."""
+    """Whether compare.csv has settings of this method with this measure; True without the file."""
     wanted = ("paper",) if method == "paper" else ("paper", "other")
     of_interest = (row for row in rows if row["dynamics"] == dynamics and method_of(row) in wanted)
     return not rows or any(row.get(measure) is not None for row in of_interest)
 
 
 def _clause(entry: dict[str, Any] | None, unit: str, measure: str, measured: bool) -> str:
-    """One cost of one method in words; a speed-up below 1 is called slower."""
+    """A clause on one cost of one method; a speed-up below 1 is called slower."""
     if not measured:
         return "not measured"
     counted = f"in {_UNITS[unit]}"
@@ -390,7 +390,7 @@ def _clause(entry: dict[str, Any] | None, unit: str, measure: str, measured: boo
 
 
 def _ratio_clause(entry: Any) -> str:
-    """The error ratio at equal FLOPs, where it was measured."""
+    """A clause on the error ratio at equal FLOPs; empty if it was not measured."""
     ratio, bound, cost = (_look_up(entry, "error_ratio_at_equal_cost", key) for key in ("max", "lower95", "at"))
     if not _is_number(ratio) or ratio <= 0:
         return ""
@@ -443,19 +443,18 @@ def _distance_note(rows: list[Row]) -> str:
             floor = row.get("distance_floor")
             name, n = row["distance_name"] or "configured distance", number(row["num_samples"])
             text = f"Distances are the {name} of n = {n} images to the training images"
-            return text + (f"; as many real images are {number(floor)} away from them (the floor)." if floor else ".")
+            return text + (f"; for as many real images the distance is {number(floor)} (the floor)." if floor else ".")
     return "No distance was computed." if rows else ""
 
 
 def _frontier_tables(rows: list[Row]) -> list[tuple[str, dict[str, Any]]]:
-    """Per dynamics and cost: the settings that nothing beats at the same or a smaller cost, baselines and
-    ML-EM together."""
+    """Tables of the settings on the error-cost frontier, per dynamics and cost, baselines and ML-EM together."""
     tables = []
     for dynamics, words in DYNAMICS_NAMES.items():
         own = [row for row in pool_seeds(rows) if row["dynamics"] == dynamics and trusted(row)]
         for cost, unit in (("gflops_realised", "FLOPs"), ("seconds", "seconds")):
             best = frontier(own, cost, "error")
-            if len(best) > _FRONTIER_ROWS:  # evenly thinned, both ends kept
+            if len(best) > _FRONTIER_ROWS:  # thin it evenly, including both ends
                 best = [best[round(i * (len(best) - 1) / (_FRONTIER_ROWS - 1))] for i in range(_FRONTIER_ROWS)]
             table = as_table(
                 ("setting", "GFLOP", "seconds", "network calls", "error (MSE)", "± 2 se", "distance"),
@@ -493,11 +492,11 @@ def _field(row: Row, name: str) -> Any:
     value = row.get(name)
     if name == "step_rule":
         return STEP_RULE_NAMES.get(str(value), value)
-    return "" if name == "error_se" and value is None else value  # one image, or one shared coin draw
+    return "" if name == "error_se" and value is None else value  # unknown for one image or one shared coin draw
 
 
 def _provenance_tables(provenance: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """The scalars first, then a table per nested part; stages get a line each, with their times in words."""
+    """Tables of the scalars, of each nested part, and of the stages."""
     scalars = {key: value for key, value in provenance.items() if not isinstance(value, dict)}
     parts = [("run", flat_table({key.replace("_", " "): value for key, value in scalars.items()}))]
     for key, value in provenance.items():
@@ -511,7 +510,7 @@ def _provenance_tables(provenance: dict[str, Any]) -> list[tuple[str, dict[str, 
 
 
 def _stages_table(stages: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
-    """A line per stage; hashes, which only programs compare, are not shown."""
+    """A table with one row per stage, without hashes."""
     shown = ("finished", "commit", "device")
     return as_table(
         ("stage", "time", *shown, "further"),

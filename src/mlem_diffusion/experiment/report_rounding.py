@@ -10,7 +10,7 @@ from .html_tables import as_table
 
 
 def precision_section(content: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Tables of rounding per level, of settings in both precisions, and of the speed-ups they give; None without the file."""
+    """Tables of rounding per level, of settings in both precisions, and of their speed-ups; None without the file."""
     if not content:
         return None
     levels = [
@@ -23,7 +23,8 @@ def precision_section(content: dict[str, Any] | None) -> dict[str, Any] | None:
             row["setting"],
             row["error_float32"],
             row["error_bf16"],
-            f"{100 * row['change'] / row['error_float32']:+.2f}% ± {200 * row['change_se'] / row['error_float32']:.2f}%",
+            f"{100 * row['change'] / row['error_float32']:+.2f}% ± "
+            f"{200 * row['change_se'] / row['error_float32']:.2f}%",
         )
         for row in content.get("settings", [])
     ]

@@ -1,4 +1,4 @@
-"""Running many sampler settings of one family: what they share, and the pool of processes that runs them."""
+"""Runs many sampler settings of one family, with shared levels and caches, in one or several processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ GAUSSIAN = "gauss"  # name of the linear Gaussian denoiser among the levels
 
 
 def used_gamma(stage: Stage, made_with: dict[str, Any] | None) -> float:
-    """gamma of the constant probabilities: the number in the configuration, or as measured with these levels."""
+    """gamma of the constant probabilities: the number in the configuration, or the measured value of these levels."""
     if stage.cfg.compare.gamma != "auto":
         try:
             return float(stage.cfg.compare.gamma)
@@ -51,7 +51,7 @@ def used_gamma(stage: Stage, made_with: dict[str, Any] | None) -> float:
 
 
 def make_extractor(stage: Stage) -> Extractor | None:
-    """The feature extractor of the configuration, on this device where it takes one; None without distances."""
+    """The configured feature extractor, on this device if it supports devices; None without distances."""
     if stage.cfg.metrics.get("_target_") is None:
         return None
     config: Any = OmegaConf.to_container(stage.cfg.metrics, resolve=True)
@@ -61,7 +61,7 @@ def make_extractor(stage: Stage) -> Extractor | None:
 
 
 def load_levels(stage: Stage) -> tuple[dict[str, Level], dict[str, Any], tuple[int, ...], ImageData | None]:
-    """The levels by name, what identifies them, the shape of a sample, and the images they were trained on, if any."""
+    """The levels by name, their identity, the shape of a sample, and the training images or None."""
     cfg = stage.cfg
     if cfg.family.callable is not None:
         levels = {level.name: level for level in build(cfg.family.callable)}
@@ -75,22 +75,22 @@ def load_levels(stage: Stage) -> tuple[dict[str, Level], dict[str, Any], tuple[i
     inputs["made_with"] = identity_of(metadata)
     if cfg.family.gaussian:
         gauss = gaussian_level(stage, images)
-        if gauss.flops < loaded[0].flops:  # dearer than the first network it is of no use
+        if gauss.flops < loaded[0].flops:  # useless if it costs more than the first network
             loaded.insert(0, gauss)
             inputs["gaussian"] = gauss.flops
     return {level.name: level for level in loaded}, inputs, (3, cfg.data.size, cfg.data.size), images
 
 
 def gaussian_level(stage: Stage, images: ImageData | None) -> Level:
-    """The linear Gaussian denoiser of the training images: the published one, or fitted once and kept in the cache."""
+    """The linear Gaussian denoiser of the training images: the published one, or fitted once and cached."""
     found = (stage.published or {}).get("gaussian")
     with expect_content(stage.checkpoints / published.INDEX, PUBLISH):
         if found is not None and found["asked_rank"] == stage.cfg.family.gaussian_rank:
             return load_gaussian(stage.checkpoints / found["file"], stage.device, sealed=False).as_level(GAUSSIAN)
     if images is None:
         raise UserError(
-            f"A Gaussian level with family.gaussian_rank={stage.cfg.family.gaussian_rank} is not among the published ones and "
-            "has to be fitted to the training images: prepare them (make data), or say family.gaussian=false."
+            f"No Gaussian level with family.gaussian_rank={stage.cfg.family.gaussian_rank} is published, so it must be "
+            "fitted to the training images: prepare them (make data), or set family.gaussian=false."
         )
     path = (
         stage.results / "cache" / f"gauss-{images.manifest['sha256'][:12]}-{stage.cfg.family.gaussian_rank}.safetensors"
@@ -104,8 +104,11 @@ def gaussian_level(stage: Stage, images: ImageData | None) -> Level:
 
 
 def published_moments(stage: Stage, extractor: Extractor) -> tuple[FeatureMoments, float | None] | None:
-    """Moments of the training images' features, and the real-against-real distance for compare.num_samples images where that is
-    known, as published with the levels; None where there are none by this extractor."""
+    """The published moments of the training images' features, and the published real-against-real distance.
+
+    The distance is None unless it was published for compare.num_samples images and this seed. The result is None if no
+    moments by this extractor are published.
+    """
     found = (stage.published or {}).get("statistics")
     if found is None or (found["name"], found["identity"]) != (extractor.name, extractor.identity or extractor.key):
         return None
@@ -115,23 +118,24 @@ def published_moments(stage: Stage, extractor: Extractor) -> tuple[FeatureMoment
 
 
 def names_of(levels: Iterable[str]) -> tuple[list[str], tuple[str, ...]]:
-    """Names of the trained levels, which a configuration counts by index, and of those beside them."""
+    """Names of the trained levels, which a configuration selects by index, and of the other levels."""
     levels = list(levels)
     return [name for name in levels if name != GAUSSIAN], tuple(n for n in levels if n == GAUSSIAN)
 
 
 def check_enough(extractor: Extractor, n: int, shape: tuple[int, ...]) -> None:
-    """Raise UserError where n images are too few for a Frechet distance by this extractor, before any is drawn."""
+    """Raise UserError before sampling if n images are too few for a Frechet distance with this extractor."""
     dimensions = extractor.features(torch.zeros(1, *shape, dtype=torch.uint8)).shape[1]
     if n <= dimensions:
         raise UserError(
-            f"compare.num_samples={n} images are too few for {extractor.name}, which has {dimensions} features: the covariance would be "
-            f"singular. Say compare.num_samples={dimensions + 1} or more, or metrics=light, light32 or none."
+            f"compare.num_samples={n} images are too few for {extractor.name}, which has {dimensions} features, "
+            "since the covariance would be singular: "
+            f"set compare.num_samples={dimensions + 1} or more, or metrics=light, light32 or none."
         )
 
 
 def make_runner(stage: Stage) -> tuple[Runner, ImageData | None]:
-    """What all settings of this stage share, from the artefacts of the stages before; and the images."""
+    """The runner of all settings of this stage, from the artefacts of earlier stages; and the images or None."""
     cfg, select = stage.cfg, stage.name == "optimise"
     levels, inputs, shape, images = load_levels(stage)
     extractor = None if select else make_extractor(stage)
@@ -142,7 +146,7 @@ def make_runner(stage: Stage) -> tuple[Runner, ImageData | None]:
     made_with = inputs.pop("made_with")
     gamma = (
         2.5 if select else used_gamma(stage, made_with)
-    )  # constant probabilities are not used when plans are selected
+    )  # no setting uses constant probabilities when plans are selected
     inputs |= {"gamma": gamma, "extractor": extractor.key if extractor else None}
     where = stage.results / "cache" / "candidates.json" if select else stage.find("plans.json")
     plans = plans_there(stage, where, made_with) if where.is_file() and (select or cfg.compare.plans != "none") else {}
@@ -160,7 +164,7 @@ def make_runner(stage: Stage) -> tuple[Runner, ImageData | None]:
 
 
 def plans_there(stage: Stage, path: Path, made_with: dict[str, Any] | None) -> dict[str, Plan]:
-    """Plans by id; damaged candidates are made again."""
+    """Plans by id; damaged candidates are removed and computed again."""
     if stage.name != "optimise":
         plans, content = load_plans(path)
         check_made_with(stage, content, made_with, path, "make optimise")
@@ -175,28 +179,30 @@ def plans_there(stage: Stage, path: Path, made_with: dict[str, Any] | None) -> d
 def check_made_with(
     stage: Stage, content: dict[str, Any], levels: dict[str, Any] | None, path: Path, target: str
 ) -> None:
-    """Raise UserError where an artefact was made with other levels, or levels trained on other images, than these. levels:
-    `family.identity_of`, None for a family that is not trained."""
+    """Raise UserError if an artefact was made with other levels, or with levels trained on other images.
+
+    levels: `family.identity_of`, or None for a family that is not trained.
+    """
     made_with = content.get("made_with")
     if levels is None or made_with == levels:
         return
     what = shown(path)
     again = f"run {target} EXPERIMENT={stage.cfg.name} again"
     if made_with is None:
-        raise UserError(f"{what} does not say which levels it was made with: {again}.")
+        raise UserError(f"{what} does not name the levels that it was made with: {again}.")
     with expect_content(path, again):
         same_images = made_with["data"] == levels["data"]
         names = [name for name, sha256 in levels["levels"].items() if made_with["levels"].get(name) != sha256]
     if not same_images:
-        raise UserError(f"{what} was made with levels of other images than those that are there now: {again}.")
-    raise UserError(
-        f"{what} was made with other levels than those that are there now ({', '.join(names)} differ): {again}."
-    )
+        raise UserError(f"{what} was made with levels that were trained on other images: {again}.")
+    raise UserError(f"{what} was made with other levels than the current ones ({', '.join(names)} differ): {again}.")
 
 
 def priced_levels(stage: Stage) -> tuple[dict[str, Level], dict[str, float]]:
-    """For estimates: the levels by name, with their FLOPs but not their weights, and measured seconds per image of one
-    evaluation. The Gaussian denoiser is counted as free."""
+    """For cost estimates: the levels by name, without weights, and the measured seconds per image of one evaluation.
+
+    The Gaussian denoiser counts as free.
+    """
     cfg = stage.cfg
     if cfg.family.callable is not None:
         levels = {level.name: level for level in build(cfg.family.callable)}
@@ -218,13 +224,13 @@ def _seconds(level: Level, shape: tuple[int, ...], stage: Stage, batch: int = 16
     return min(times[1:]) / batch
 
 
-_in_worker: dict[str, Any] = {}  # a worker process keeps its runner and the last noise between tasks
+_in_worker: dict[str, Any] = {}  # a worker process reuses its runner and the last noise between tasks
 
 
 def run_in_worker(stage: Stage, dynamics: str, settings: list[SamplerSetting]) -> None:
-    """Some settings of one dynamics (none: the reference), into the cache of finished settings."""
+    """Run some settings of one dynamics, or only its reference if there are none, and cache the results."""
     if side_by_side.stop_requested():
-        raise Interrupted("stopped as asked; finished batches are kept")
+        raise Interrupted("stopped; finished batches are saved")
     if not _in_worker:
         _in_worker.update(runner=make_runner(stage)[0], noise=NoiseCache())
         _in_worker["runner"].warm_up()
@@ -236,8 +242,11 @@ def run_in_worker(stage: Stage, dynamics: str, settings: list[SamplerSetting]) -
 def run_all(
     stage: Stage, runner: Runner, settings: Sequence[SamplerSetting], label: str = "compare"
 ) -> list[dict[str, Any]]:
-    """What Runner.read gives for every setting, once all are run; stops between batches when asked. Finished settings are read
-    from the cache, and run again where that is damaged. Several processes share the batches."""
+    """Run all settings and return the result of Runner.read for each; can be stopped between batches.
+
+    Finished settings are read from the cache, and run again if their file is damaged. Several processes share the
+    batches.
+    """
     found: dict[SamplerSetting, dict[str, Any]] = {}
     for _ in range(3):
         run_missing(stage, runner, [s for s in settings if s not in found], label)
@@ -252,14 +261,14 @@ def run_all(
 
 
 def run_missing(stage: Stage, runner: Runner, settings: Sequence[SamplerSetting], label: str) -> None:
-    """Run what is not in the cache, with progress and time left by expected FLOPs."""
+    """Run the settings that are not in the cache; progress and time left are in expected FLOPs."""
     parallel.remove_parts(runner.cache)
     n, largest = len(runner.seeds), list(runner.levels.values())[-1]
     dynamics = sorted({s.dynamics for s in settings})
     reference_cost = len(runner.reference_grid.logsnr) * largest.flops * runner.num_reference / 1e9
     costs = {s: runner.build(s).expected_flops(s.evaluations(runner.process)) * n / 1e9 for s in settings}
     missing = [s for s in settings if not runner.is_done(s)]
-    for d in dynamics:  # before other processes wait for what this one reads
+    for d in dynamics:  # before other processes wait for this one
         try:
             if runner.reference_path(d).is_file():
                 check_zip(runner.reference_path(d), "remove it")
@@ -282,7 +291,7 @@ def run_missing(stage: Stage, runner: Runner, settings: Sequence[SamplerSetting]
             todo = [(stage, s.dynamics, [s]) for s in sorted(missing, key=lambda s: -costs[s])]
             side_by_side.run(run_in_worker, todo, workers, stage.should_stop, lambda t: advance(t[2][0]))
         else:
-            if parallel.world() > 1:  # in each round all processes then have about as much to do
+            if parallel.world() > 1:  # in each round all processes then have about the same cost
                 missing.sort(key=lambda s: -costs[s])
             parallel.ask(help_measure, _facts(runner), dynamics, missing)
             measure(stage, runner, dynamics, missing, lambda setting: advance(setting, by_batch=True))
@@ -295,27 +304,29 @@ def measure(
     settings: Sequence[SamplerSetting],
     advance: Callable[[SamplerSetting | None], object] = lambda _: None,
 ) -> None:
-    """Run references and settings into the cache; collective (parallel.py). advance(setting, or None for a reference): one
-    more batch of it is done."""
+    """Run references and settings and cache the results; collective (parallel.py).
+
+    advance(setting), or advance(None) for a reference, is called after each of its batches.
+    """
     if settings:
         runner.warm_up()
     references = {d: runner.reference(d, stage.should_stop, lambda _: advance(None)) for d in dynamics}
     if settings and parallel.agree(stage.should_stop()):
-        raise Interrupted("stopped as asked; finished batches are kept")
+        raise Interrupted("stopped; finished batches are saved")
     noise = NoiseCache()
     jobs = [runner.setting_job(s, references[s.dynamics], noise) for s in settings]
     parallel.run_jobs(jobs, stage.should_stop, lambda j: advance(settings[j]))
 
 
 def _facts(runner: Runner) -> dict[str, Any]:
-    """All of a runner that can be sent to another process."""
+    """The fields of a runner that can be sent to another process."""
     own = ("levels", "extractor", "device")
     facts = {f.name: getattr(runner, f.name) for f in fields(runner) if f.name not in own}
     return {**facts, "names": list(runner.levels), "distances": runner.extractor is not None}
 
 
 def help_measure(stage: Stage, facts: dict[str, Any], dynamics: list[str], settings: list[SamplerSetting]) -> None:
-    """`measure` in a process that helps the main one, with levels and extractor on its own device."""
+    """Run `measure` in a process that helps the main one, with levels and extractor on its own device."""
     if _in_worker.get("stage") is not stage:  # another job of a sweep has other levels
         _in_worker.clear()
         _in_worker.update(stage=stage, levels=load_levels(stage)[0])

@@ -1,4 +1,4 @@
-"""Independent pieces of work in several processes: narrow networks leave all but one core of a CPU idle."""
+"""Independent tasks in several processes: narrow networks leave all but one core of a CPU idle."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ import torch.distributed as dist
 from ..errors import Interrupted, UserError
 from . import interrupts
 
-stop_requested: Callable[[], bool] = bool  # in a worker: whether the parent asked it to stop
+stop_requested: Callable[[], bool] = bool  # in a worker: whether its parent has requested a stop
 
 
 def worker_count(workers: Any, device: torch.device, tasks: int) -> int:
-    """The `workers` of the configuration; "auto": one per CPU core without a GPU, else one. Always one where torchrun's
-    processes share the work."""
+    """The number of worker processes. "auto": one per CPU core without a GPU, else one.
+
+    Always one if torchrun's processes share the work.
+    """
     if dist.is_initialized():
         return 1
     if workers != "auto":
@@ -42,10 +44,10 @@ def run(
     should_stop: Callable[[], bool],
     on_done: Callable[[tuple], object] | None = None,
 ) -> None:
-    """function(*task) for every task, `workers` at a time, in order; the first error stops the others and is raised.
+    """Run function(*task) for every task in order, `workers` at a time; the first error stops the others and is raised.
 
-    function must be importable; it should look at `stop_requested` now and then. on_done(task) runs in this process.
-    UserError where a worker is killed.
+    function must be importable and should check `stop_requested` regularly. on_done(task) runs in this process.
+    Raises UserError if a worker is killed.
     """
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
@@ -54,12 +56,12 @@ def run(
             _collect(_submit(pool, function, tasks), stop, should_stop, on_done)
         except BrokenProcessPool as error:
             if should_stop():
-                raise Interrupted("stopped as asked; what was finished is kept") from error
+                raise Interrupted("stopped; finished work is saved") from error
             raise UserError(
-                "A worker process was killed, perhaps for want of memory: run the same command again to go on, with "
-                "ARGS=workers=1 where memory is short."
+                "A worker process was killed, perhaps because memory ran out: run the same command again to continue, "
+                "with ARGS=workers=1 if memory is short."
             ) from error
-        except Exception:  # the others have been asked to stop, and have
+        except Exception:  # _collect has already stopped the other workers
             raise
         except BaseException:
             kill_workers()
@@ -67,7 +69,7 @@ def run(
 
 
 def _submit(pool: ProcessPoolExecutor, function: Callable[..., Any], tasks: Sequence[tuple]) -> dict[Any, tuple]:
-    """The tasks by their futures; BrokenProcessPool also where a worker dies while it or the next one is started."""
+    """Submit the tasks and return them by future; BrokenProcessPool if a worker dies while workers are started."""
     try:
         return {pool.submit(function, *task): task for task in tasks}
     except OSError as error:
@@ -102,19 +104,19 @@ def _start_worker(stop: Any, threads: int) -> None:
 
 
 def begin_worker() -> None:
-    """In a worker: leave signals to the parent, and end with it."""
+    """Prepare a worker: it ignores signals, and ends when its parent ends."""
     interrupts.leave_to_parent()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def kill_workers() -> None:
-    """Now: what they write is whole at any moment."""
+    """Kill all workers at once. This is safe because they write every file atomically."""
     for worker in multiprocessing.active_children():
         worker.kill()
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would go on beside the run that takes its place."""
+    """End this worker when its parent is killed, so that it does not work beside the next run."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait_for([parent.sentinel])

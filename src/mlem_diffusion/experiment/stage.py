@@ -1,4 +1,4 @@
-"""What the scripts share: configuration at the edge, one-sentence errors, dry runs, stage records and provenance."""
+"""Common code of the scripts: configuration, one-sentence errors, dry runs, stage records and provenance."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from .locks import FolderLock
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = str(ROOT / "configs")
-# Processes that a launcher starts elsewhere (a SLURM job) must find this module.
+# Processes that a launcher starts elsewhere (a SLURM job) must be able to import the scripts.
 _PATHS = os.environ.get("PYTHONPATH", "").split(os.pathsep)
 if str(ROOT / "scripts") not in _PATHS:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "scripts"), *filter(None, _PATHS)])
@@ -61,13 +61,13 @@ PACKAGES = (
 
 
 class Stage:
-    """One script's run: its configuration, folders, and the record of what has been done."""
+    """One run of a script: its configuration, its folders, and the record of finished work."""
 
     def __init__(self, name: str, cfg: DictConfig):
         self.name, self.cfg, self.started = name, cfg, time.monotonic()
         renamed.check_config(self.plain())
         unswept = {k: ROOT / cfg.paths[k] for k in ("checkpoints", "results")}
-        if HydraConfig.get().mode == RunMode.MULTIRUN:  # each job of a sweep gets folders of its own
+        if HydraConfig.get().mode == RunMode.MULTIRUN:  # each job of a sweep gets its own folders
             job = HydraConfig.get().job.override_dirname.replace("/", "_")
             cfg.name = f"{cfg.name}/{job}" if job else cfg.name
         self.data_dir, self.checkpoints, self.results = (
@@ -76,12 +76,12 @@ class Stage:
         self._unswept_results = unswept["results"]
         if name not in ("train_levels", "publish"):
             if not self.checkpoints.is_dir():
-                self.checkpoints = unswept["checkpoints"]  # a sweep over what follows training shares the levels
+                self.checkpoints = unswept["checkpoints"]  # a sweep over later stages shares the levels
             self.checkpoints = published.levels_folder(self.checkpoints, [level_name(w) for w in cfg.family.widths])
         self.device = usable_device(cfg.device)
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
-        if name == "train_levels":  # elsewhere float32 means float32, not TF32
+        if name == "train_levels":  # all other stages use float32, not TF32
             torch.set_float32_matmul_precision("high")
         else:
             torch.backends.cudnn.allow_tf32 = False
@@ -90,13 +90,13 @@ class Stage:
         self._lock: FolderLock | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """For workers, whose parent has the folder and answers the signals."""
+        """The state for a worker, whose parent holds the lock and handles the signals."""
         return {**self.__dict__, "_lock": None, "_interrupts": interrupts.Interrupts()}
 
     # ---- configuration -----------------------------------------------------------------------------------
 
     def plain(self, *keys: str) -> dict[str, Any]:
-        """The resolved configuration (of these groups), without absolute or parent paths."""
+        """The resolved configuration (only these keys if given), without absolute or parent paths."""
         if not keys:
             keys = tuple(str(k) for k in self.cfg)
         out = {}
@@ -118,23 +118,23 @@ class Stage:
         return build(self.cfg.process)
 
     def data(self) -> datasets.ImageData:
-        """The packed array; the procedural default is made on first use."""
+        """The packed images; the procedural default is generated on first use."""
         if not self._source_missing() and self.cfg.data.source == "portraits":
             self.prepare_data()
         return datasets.load(self.data_dir)
 
     @functools.cached_property
     def published(self) -> dict[str, Any] | None:
-        """family.json where the levels in use are published ones (published.py), else None."""
+        """The content of family.json if the levels in use are published (models/published.py), else None."""
         return published.read_index(self.checkpoints)
 
     def data_if_needed(self) -> datasets.ImageData | None:
-        """As `data`; None where it has not been prepared and the levels are published ones, which do without."""
+        """As `data`, but None if no images are prepared and the levels are published, so that they need none."""
         prepared = (self.data_dir / "manifest.json").is_file()
         return self.data() if prepared or self.published is None else None
 
     def manifest(self, images: datasets.ImageData | None) -> dict[str, Any]:
-        """What the images are, also where the published levels say it; empty for a family without images."""
+        """The manifest of the images, or the published one without images; empty for a family without images."""
         if images is not None:
             return images.manifest
         return (self.published or {}).get("data", {}) if self.cfg.family.callable is None else {}
@@ -149,7 +149,7 @@ class Stage:
     def prepare_data(self) -> dict[str, Any]:
         if self._source_missing():
             raise UserError(
-                "Say where the images are: make data SOURCE=path/to/archive-or-folder (or SOURCE=download)."
+                "data.source is not set: run make data SOURCE=path/to/archive-or-folder (or SOURCE=download)."
             )
         options = {k: self.cfg.data[k] for k in ("name", "size", "crop", "holdout", "seed", "count", "skip_broken")}
         with bar("images", None, disable=None) as progress:
@@ -162,12 +162,13 @@ class Stage:
         return [describe(w, size, data_rms, {str(k): v for k, v in unet.items()}, target) for w in widths]
 
     def levels_of(self, images: datasets.ImageData | None) -> list[dict[str, Any]]:
-        """metadata.json of every level, all trained on these images (where there are any: `data_if_needed`)."""
+        """metadata.json of every level; UserError if one was trained on other images or on fewer noise levels."""
         metadata = read_metadata(self.checkpoints, self.cfg.family.widths)
         if images is not None and any(m["data_sha256"] != images.manifest["sha256"] for m in metadata):
             raise UserError(
-                f"{shown(self.data_dir)} is not the data set that the levels in {shown(self.checkpoints)} were trained on: prepare "
-                "that one (make data), or train them anew (make train-levels ARGS=overwrite=true)."
+                f"{shown(self.data_dir)} is not the data set that the levels in {shown(self.checkpoints)} were trained "
+                "on: prepare that data set (make data), "
+                "or train the levels again (make train-levels ARGS=overwrite=true)."
             )
         wanted = (self.cfg.process.logsnr_min, self.cfg.process.logsnr_max)
         for m in metadata:
@@ -176,29 +177,30 @@ class Stage:
             if wanted[0] < low or wanted[1] > high:
                 raise UserError(
                     f"{m['name']} was trained for log-SNR {low:g} to {high:g}, so it cannot be used from "
-                    f"{wanted[0]:g} to {wanted[1]:g}: take process.logsnr_min and process.logsnr_max within that, or train it anew."
+                    f"{wanted[0]:g} to {wanted[1]:g}: set process.logsnr_min and process.logsnr_max within the trained "
+                    "range, or train it again."
                 )
         return metadata
 
-    # ---- what is done ------------------------------------------------------------------------------------
+    # ---- record of finished work -------------------------------------------------------------------------
 
     def fingerprint(self, groups: tuple[str, ...], **inputs: Any) -> str:
         """Hash of the configuration groups and input artefacts that a stage depends on."""
         config = self.plain(*groups)
         if isinstance(train := config.get("train"), dict):
-            if "width" in inputs:  # what one level is trained by, whatever the others are
+            if "width" in inputs:  # the settings of this level only
                 config["train"] = at_width(train, inputs["width"])
             elif not train.get("narrow"):
                 train.pop("narrow", None)
-        for key in ("log_every", "save_every", "compile", "graph"):  # how training is watched, not what is trained
+        for key in ("log_every", "save_every", "compile", "graph"):  # these do not affect the trained model
             config.get("train", {}).pop(key, None)
         text = json.dumps([_without_modules(config), inputs], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def finished(self, fingerprint: str, outputs: list[str]) -> bool:
-        """Whether this stage was completed here before from the same inputs, and its files are still those; says so.
+        """Whether this stage has finished before with the same inputs, and its files are unchanged; prints the answer.
 
-        The note of it lies in the cache, which is never committed: a fresh clone recomputes the published results.
+        The record is in the cache, which is never committed, so a fresh clone recomputes the published results.
         """
         noted = self._done().get(self.name)
         if self.cfg.force or not isinstance(noted, dict) or noted.get("fingerprint") != fingerprint:
@@ -206,9 +208,9 @@ class Stage:
         written = noted["outputs"]
         changed = [name for name in {**dict.fromkeys(outputs), **written} if not self._is_as_written(name, written)]
         if changed:
-            print(f"{self.name}: {changed[0]} is not as it was written, so it is done again.")
+            print(f"{self.name}: {changed[0]} has changed since it was written, so the stage runs again.")
         else:
-            print(f"{self.name}: already done, nothing has changed (ARGS=force=true does it again).")
+            print(f"{self.name}: already done, nothing has changed (ARGS=force=true runs it again).")
         return not changed
 
     def _is_as_written(self, name: str, written: dict[str, str]) -> bool:
@@ -220,22 +222,22 @@ class Stage:
         return {name: sha256_of(self.results / name) for name in outputs}
 
     def mark_done(self, fingerprint: str, written: dict[str, str]) -> None:
-        """Note that the stage is done, with the hashes of what it wrote."""
+        """Record that the stage is done, with the hashes of its outputs."""
         entry = {"fingerprint": fingerprint, "outputs": written}
         write_json(self.results / "cache" / "done.json", {**self._done(), self.name: entry})
 
     def _done(self) -> dict[str, Any]:
         try:
             return read_json(self.results / "cache" / "done.json", "")
-        except UserError:  # all is done again
+        except UserError:  # all stages run again
             return {}
 
     def read_provenance(self) -> dict[str, Any]:
-        """provenance.json; empty where there is none yet."""
+        """The content of provenance.json; empty if the file does not exist."""
         path = self.results / "provenance.json"
         if not path.is_file():
             return {}
-        return read_json(path, "restore it (git checkout), or delete it: the stages note again what they do")
+        return read_json(path, "restore it (git checkout), or delete it: the stages will write it again")
 
     def written(self, *patterns: str) -> list[str]:
         """Names of the files in the results folder that match, sorted."""
@@ -243,15 +245,18 @@ class Stage:
         return [p.relative_to(self.results).as_posix() for p in found]
 
     def find(self, name: str) -> Path:
-        """An artefact of an earlier stage: this job's own, or in a sweep the one that all jobs share."""
+        """Path of an artefact of an earlier stage: this job's own, or the one that all jobs of a sweep share."""
         own, shared = self.results / name, self._unswept_results / name
         return shared if shared.is_file() and not own.is_file() else own
 
     def record(
         self, fingerprint: str, outputs: Iterable[str], manifest: dict[str, Any] | None = None, **facts: Any
     ) -> None:
-        """Write provenance.json, one entry per stage with its overrides and the SHA-256 of its outputs, and config.yaml, the
-        whole configuration of the last stage that ran."""
+        """Write provenance.json and config.yaml, and record that the stage is done.
+
+        provenance.json has one entry per stage, with its overrides and the SHA-256 of its outputs. config.yaml is the
+        full configuration of the last stage that ran.
+        """
         write_text(self.results / "config.yaml", to_yaml(self.plain()))
         before = self.read_provenance()
         stages = before.get("stages", {})
@@ -282,11 +287,13 @@ class Stage:
         self.mark_done(fingerprint, written)
         print(f"{self.name}: done in {seconds:.0f} s; see {shown(self.results)}/")
 
-    # ---- alone, and stopping -----------------------------------------------------------------------------
+    # ---- lock and signals --------------------------------------------------------------------------------
 
     def take_folder(self, shared: bool = False) -> None:
-        """Have the results folder alone, or with others that share it; UserError where that cannot be. Looks also at what every
-        stage will have to add to."""
+        """Lock the results folder, alone or shared with other runs; UserError if it is in use.
+
+        Also checks provenance.json, which every stage extends.
+        """
         lock = FolderLock(self.results, self.name, shown(self.results), file="cache/.lock")
         lock.take(shared)
         self._lock = lock
@@ -298,21 +305,21 @@ class Stage:
             self._lock = None
 
     def should_stop(self) -> bool:
-        """True after SIGINT or SIGTERM, or once max_minutes have passed: the work saves its state and stops."""
+        """True after SIGINT or SIGTERM, or after max_minutes: the work then saves its state and stops."""
         limit = self.cfg.max_minutes
         return bool(self._interrupts.asked) or (limit is not None and time.monotonic() - self.started > 60 * limit)
 
     def catch_signals(self, patient: bool = True) -> None:
-        """Answer SIGINT and SIGTERM; patient: the work asks `should_stop` and is given some seconds (interrupts.py)."""
+        """Handle SIGINT and SIGTERM. patient: the work checks `should_stop`, and has time to stop (interrupts.py)."""
         self._interrupts.begin(patient)
 
     def let_signals_be(self) -> None:
-        """Signals do what they did before."""
+        """Restore the earlier signal handlers."""
         self._interrupts.end()
 
 
 def _without_modules(config: Any) -> Any:
-    """Of every `_target_` the class alone: where its module lies does not change what it is."""
+    """The configuration with only the class name in every `_target_`, so that modules may move."""
     if isinstance(config, dict):
         return {
             k: str(v).rpartition(".")[2] if k == "_target_" and v else _without_modules(v) for k, v in config.items()
@@ -322,7 +329,7 @@ def _without_modules(config: Any) -> Any:
 
 @contextlib.contextmanager
 def plain_warnings(name: str) -> Iterator[None]:
-    """Warnings meant for people are one line, without the place in the code."""
+    """Print each SlowPath warning as one line, without its place in the code."""
     before = warnings.showwarning
 
     def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
@@ -347,14 +354,15 @@ def run_stage(
     everyone: bool = False,
     writes_results: bool = True,
 ) -> None:
-    """Do a stage, or print what it would do. Errors meant for people become one line and exit status 2.
+    """Run a stage, or print what it would do. Expected errors become one line and exit status 2.
 
-    estimate: rows (what, FLOPs, seconds on this device). Of several processes the main one does the work, and the others
-    what it asks of them (parallel.py); everyone: all do the work. writes_results: it has the results folder alone.
+    estimate: returns rows (description, FLOPs, seconds on this device). With several processes, the main one does the
+    work and the others help on its request (parallel.py); everyone: all do the work. writes_results: lock the results
+    folder.
     """
-    # torch itself still compiles its rules for forward derivatives with it
+    # torch itself still uses it for its forward derivatives
     warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=TqdmMonitorWarning)  # bars do without where no thread can be started
+    warnings.filterwarnings("ignore", category=TqdmMonitorWarning)  # bars also work without a thread
 
     def do() -> None:
         stage = Stage(name, cfg)
@@ -398,7 +406,7 @@ def run_stage(
 
 
 def report(name: str, error: BaseException) -> int:
-    """Say what ended the stage, in one line where it is meant for people; the exit status."""
+    """Print why the stage ended, in one line for expected errors, and return the exit status."""
 
     def say(text: str, status: int) -> int:
         print(f"{name}: {text}", file=sys.stderr)
@@ -407,30 +415,30 @@ def report(name: str, error: BaseException) -> int:
     if isinstance(error, UserError):
         return say(str(error), 2)
     if isinstance(error, Interrupted):
-        return say(f"{error}, run the same command again to go on.", interrupts.TRY_AGAIN)
+        return say(f"{error}, run the same command again to continue.", interrupts.TRY_AGAIN)
     if isinstance(error, KeyboardInterrupt):
-        return say("stopped; what was finished is kept, run the same command again to go on.", interrupts.TRY_AGAIN)
+        return say("stopped; finished work is saved, run the same command again to continue.", interrupts.TRY_AGAIN)
     if isinstance(error, OSError) and error.errno in _SYSTEM_ERRORS:
         where = f" ({error.filename})" if error.filename else ""
-        return say(f"{_SYSTEM_ERRORS[error.errno]}{where}: see to it and run the same command again.", 2)
+        return say(f"{_SYSTEM_ERRORS[error.errno]}{where}: fix this and run the same command again.", 2)
     if is_out_of_memory(error):
         return say(
-            "there is not enough memory: take smaller batches (compare.batch, gamma.batch, train.batch) or fewer workers "
-            "(ARGS=workers=1).",
+            "there is not enough memory: use smaller batches (compare.batch, gamma.batch, train.batch) or fewer "
+            "workers (ARGS=workers=1).",
             2,
         )
     traceback.print_exception(error)
     return 1
 
 
-# what machines do to runs, as people know it
+# messages for errors of the operating system
 _SYSTEM_ERRORS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EROFS: "the disk cannot be written",
     errno.EACCES: "a file may not be read or written",
     errno.EPERM: "a file may not be read or written",
-    errno.EIO: "the disk does not answer as it should",
+    errno.EIO: "the disk has an input/output error",
     errno.EMFILE: "too many files are open",
     errno.ENFILE: "too many files are open",
 }
@@ -444,7 +452,7 @@ def show_cost(stage: Stage, estimate: Callable[[Stage], list[tuple[str, float, f
         return
     rows = estimate(stage)
     for what, flops, seconds in rows:
-        print(f"{what:<44} {flops / 1e12:12.3f} TFLOP  about {duration(seconds)} here")
+        print(f"{what:<44} {flops / 1e12:12.3f} TFLOP  about {duration(seconds)}")
     flops, seconds = sum(row[1] for row in rows) / 1e12, sum(row[2] for row in rows)
     what, where = f"estimated cost of {stage.name}", device_model(stage.device)
     print(f"{what:<44} {flops:12.3f} TFLOP  about {duration(seconds)} on {where}")
@@ -454,8 +462,10 @@ Config = DictConfig
 
 
 def entry_point(config_name: str) -> Callable[[Callable[[Config], None]], Callable[[], None]]:
-    """Decorates a script's main(cfg): Hydra composes configs/<config_name>.yaml with the command line's overrides. Old names
-    among these end in one sentence."""
+    """Decorator of a script's main(cfg): Hydra composes configs/<config_name>.yaml with the command line's overrides.
+
+    An old name among the overrides ends the script with a message of one sentence.
+    """
 
     def decorate(task: Callable[[Config], None]) -> Callable[[], None]:
         start = hydra.main(version_base=None, config_path=CONFIGS, config_name=config_name)(task)
@@ -474,7 +484,7 @@ def entry_point(config_name: str) -> Callable[[Callable[[Config], None]], Callab
 
 
 def to_plain(node: Any) -> Any:
-    """A part of the configuration as dicts and lists, interpolations resolved."""
+    """A part of the configuration as dicts and lists, with interpolations resolved."""
     return OmegaConf.to_container(node, resolve=True)
 
 
@@ -492,12 +502,12 @@ def is_mapping(node: Any) -> bool:
 
 
 def chosen_experiment() -> str | None:
-    """The experiment=... of this run."""
+    """The value of experiment=... in this run, or None."""
     return HydraConfig.get().runtime.choices.get("experiment")
 
 
 def overrides() -> list[str]:
-    """The command line's overrides of this run that say what it computes, sorted; paths of this machine are left out."""
+    """The command line's overrides that change results, sorted; paths and options of this machine are left out."""
     elsewhere = re.compile(
         r"[+~]*(paths\.|data\.source|metrics\.weights|dry_run|force|overwrite|max_minutes|workers|threads)"
     )
@@ -505,13 +515,13 @@ def overrides() -> list[str]:
 
 
 def composed(config_name: str, experiment: str | None, keys: list[str]) -> Any:
-    """These keys of a script's configuration as the experiment's file gives it, without the command line's overrides."""
+    """These keys of a script's configuration for an experiment, without the command line's overrides."""
     cfg = hydra.compose(config_name, [f"experiment={experiment}"] if experiment else [])
     return OmegaConf.to_container(OmegaConf.masked_copy(cfg, keys))
 
 
 def build(config: Any, **more: Any) -> Any:
-    """Hydra's instantiate; whatever goes wrong in it becomes one sentence."""
+    """Hydra's instantiate; any of its errors becomes a UserError of one sentence."""
     try:
         return instantiate(config, **more)
     except (InstantiationException, OmegaConfBaseException) as error:
@@ -522,24 +532,27 @@ def build(config: Any, **more: Any) -> Any:
 
 
 def usable_device(name: str) -> torch.device:
-    """auto: CUDA where there is one, of several processes each its own GPU; UserError for a device that does not work here."""
+    """The device of this name; UserError if it does not work.
+
+    auto: CUDA if available. Each of several processes gets its own GPU.
+    """
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         if device == torch.device("cuda") and processes.count() > 1:
             device = processes.own_gpu()
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={name} cannot be used here; leave it at auto, or say cpu.") from error
+        raise UserError(f"device={name} does not work on this machine: set device=auto or device=cpu.") from error
     return device
 
 
 def shown(path: Path) -> Path:
-    """A path as people are told it: from the repository's root where it lies inside."""
+    """A path for messages: relative to the repository's root if it is inside."""
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
 class bar:
-    """A progress bar that is also a callback (done, total); with rate and time left."""
+    """A progress bar with rate and time left, which is also a callback (done, total)."""
 
     def __init__(
         self,
@@ -573,9 +586,10 @@ class bar:
 
 
 def seconds_per_evaluation(stage: Stage, batch: int) -> list[float]:
-    """Measured seconds per image of one evaluation of each level, with fresh weights, smallest of two runs.
+    """Measured seconds per image of one evaluation of each level, with fresh weights, smaller of two runs.
 
-    batch: images at once; fewer on a CPU where the largest level would take long."""
+    batch: images per evaluation; fewer on a CPU if the largest level would take long.
+    """
     from ..models.family import build_denoiser
 
     unet: Any = OmegaConf.to_container(stage.cfg.unet, resolve=True)
@@ -605,7 +619,7 @@ def commit() -> str:
     try:
         git = ["git", "-C", str(ROOT)]
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        # results and checkpoints are what a run writes: they do not make the code another one
+        # changed results and checkpoints do not count, since every run writes them
         paths = ["src", "scripts", "configs"]
         dirty = subprocess.run(
             [*git, "status", "--porcelain", "--", *paths], capture_output=True, text=True, check=True

@@ -1,4 +1,4 @@
-"""Records of a run: metrics.jsonl always; Weights & Biases mirrors it when it is installed and not disabled."""
+"""Records of a run: always metrics.jsonl, and a copy in Weights & Biases if it is installed and not disabled."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ except ImportError:  # Windows: no locks
     fcntl = None
 
 PATIENCE = wandb_process.PATIENCE
-HURRY = 2.0  # the same where the work was stopped or has failed
+HURRY = 2.0  # PATIENCE after a stop or an error
 
 
 class Tracker:
     """Appends one JSON object per record to metrics.jsonl and sends the same to W&B.
 
-    mode: "offline", "online" or "disabled", as WANDB_MODE. fresh: drop what an earlier run of this
-    stage recorded. W&B runs in a process of its own (wandb_process.py), for which nothing waits but `finish`, at most
-    PATIENCE seconds. Its failure becomes one warning: the record goes on.
+    mode: "offline", "online" or "disabled", as WANDB_MODE. fresh: drop the records of earlier runs of this stage.
+    W&B runs in its own process (wandb_process.py). Only `finish` waits for it, at most PATIENCE seconds. If W&B fails,
+    one warning is given, and metrics.jsonl is still written.
     """
 
     def __init__(
@@ -62,37 +62,38 @@ class Tracker:
             _off(str(error))
 
     def log(self, record: dict[str, Any]) -> None:
-        """One record of plain numbers and strings."""
+        """Add one record of numbers and strings."""
         line = self._line(record)
         with _alone(self.path.parent):
             _append(self.path, line)
         self._send({"log": record})
 
     def mirror(self, record: dict[str, Any]) -> None:
-        """Send a record to W&B that metrics.jsonl holds already."""
+        """Send a record to W&B that is already in metrics.jsonl."""
         self._send({"log": record})
 
     def image(self, key: str, path: Path) -> None:
-        """A grid or plot that was just written."""
+        """Send a grid or plot that was just written to W&B."""
         if path.is_file():
             self._send({"image": {key: str(path.absolute())}})
 
     def settle(self, records: Sequence[dict[str, Any]]) -> None:
-        """Log records that an interrupted run may have logged already: none of them is there twice."""
+        """Log records that an interrupted run may have logged already, without duplicates."""
         with _alone(self.path.parent):
             self._rewrite(lambda _: True, [self._line(record) for record in records])
         for record in records:
             self._send({"log": record})
 
     def rewind(self, level: str, images: int) -> None:
-        """Drop this stage's records of a level that were made after so many images: training goes on from there, and
-        records them again."""
+        """Drop this stage's records of a level after `images` images: training resumes at this point."""
         with _alone(self.path.parent):
             self._rewrite(lambda record: not (self._own(record, [level]) and _number(record["images"]) > images))
 
     def take_over(self, path: Path) -> None:
-        """Append the records of another metrics.jsonl, in place of this stage's own of the levels that occur in it, and
-        delete that file. A stop at any moment loses nothing, and the next call completes it."""
+        """Move the records of another metrics.jsonl to this one, in place of this stage's records of the same levels.
+
+        A stop at any moment loses nothing, and the next call completes the move.
+        """
         if not path.is_file():
             return
         records = [{k: v for k, v in record.items() if k != "stage"} for _, record in _records(path)]
@@ -108,14 +109,14 @@ class Tracker:
         return (json.dumps({"stage": self.stage, **finite}, allow_nan=False) + "\n").encode()
 
     def _own(self, record: dict[str, Any], levels: list[Any]) -> bool:
-        """Whether it is this stage's, of training one of these levels."""
+        """Whether this stage wrote the record while it trained one of these levels."""
         return record.get("stage") == self.stage and record.get("level") in levels and "images" in record
 
     def _rewrite(self, keep: Callable[[dict[str, Any]], bool], more: Sequence[bytes] = ()) -> None:
-        """Replace the file by the lines whose record is kept, followed by more; none of these is there twice."""
+        """Replace the file by the lines whose record passes `keep`, followed by `more`, without duplicates of these."""
         new = set(more)
-        kept = [line for line, record in _records(self.path) if line not in new and keep(record)]
-        text = b"".join([*kept, *more])
+        lines = [line for line, record in _records(self.path) if line not in new and keep(record)]
+        text = b"".join([*lines, *more])
         if (self.path.read_bytes() if self.path.is_file() else b"") != text:
             atomic_write(self.path, lambda p: p.write_bytes(text))
 
@@ -130,7 +131,7 @@ class Tracker:
             warnings.warn("W&B cannot keep up and misses records; metrics.jsonl has them all.", stacklevel=3)
 
     def finish(self, patience: float | None = None) -> None:
-        """Let W&B finish within so many seconds (PATIENCE), or end it."""
+        """Let W&B finish within `patience` seconds (default: PATIENCE), or end it."""
         patience = PATIENCE if patience is None else patience
         if self.wandb is None:
             return
@@ -151,12 +152,12 @@ class Tracker:
 
 
 def _off(reason: str) -> None:
-    warnings.warn(f"W&B is off ({reason}); metrics.jsonl goes on.", stacklevel=3)
+    warnings.warn(f"W&B is off ({reason}); metrics.jsonl is still written.", stacklevel=3)
 
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time: those that train side by side record in one file, which another may be rewriting."""
+    """Admit one process at a time: several may write to this file while another one rewrites it."""
     if fcntl is None:
         yield
         return
@@ -170,7 +171,10 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _append(path: Path, line: bytes) -> None:
-    """In one write, so that a kill tears the last line at most; UserError, and no part of a line, where the disk is full."""
+    """Append a line in one write, so that a kill damages at most the last line.
+
+    Raises UserError, without a partial line, if the disk is full.
+    """
     try:
         with path.open("ab", buffering=0) as file:
             before = os.fstat(file.fileno()).st_size
@@ -179,19 +183,19 @@ def _append(path: Path, line: bytes) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written ({error.strerror or error}): see to that and run the same command again."
+            f"{path} cannot be written ({error.strerror or error}): fix this and run the same command again."
         ) from error
 
 
 def _drop_torn_line(path: Path) -> None:
-    """What a kill left half written."""
+    """Remove a last line that a kill left incomplete."""
     text = path.read_bytes() if path.is_file() else b""
     if text and not text.endswith(b"\n"):
         os.truncate(path, text.rfind(b"\n") + 1)
 
 
 def _records(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Every line that holds a record, and the record."""
+    """Every line that holds a record, with the record."""
     found = []
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:

@@ -1,4 +1,4 @@
-"""Which levels an experiment trains, and by which settings: the family, and its cheapest levels again from other seeds."""
+"""The levels that an experiment trains, and their settings: the family, and its cheapest levels from other seeds."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from .stage import Stage, build
 
 
 def repeated(stage: Stage) -> list[tuple[int, int]]:
-    """(width, training seed) of the levels that are trained again (gamma.repeats); UserError for seeds or a number of
-    levels that make no sense."""
+    """(width, training seed) of the levels that are trained again (gamma.repeats); UserError for invalid settings."""
     options, widths = stage.cfg.gamma.repeats, list(stage.cfg.family.widths)
     seeds, count = list(options.seeds), int(options.levels)
     if stage.cfg.train.seed in seeds or len(set(seeds)) < len(seeds):
@@ -25,13 +24,13 @@ def repeated(stage: Stage) -> list[tuple[int, int]]:
 
 
 def names(stage: Stage) -> list[str]:
-    """Folders below the checkpoints: the family's levels, cheap to expensive, and those trained again."""
+    """Names of the checkpoint folders: the family's levels, cheap to expensive, then the levels trained again."""
     family = [level_name(width) for width in stage.cfg.family.widths]
     return family + [repeat_name(level_name(width), seed) for width, seed in repeated(stage)]
 
 
 def describe(stage: Stage, data_rms: float = 0.5) -> list[dict[str, Any]]:
-    """What is known of each of these levels before training; "train_seed" marks one that is trained again."""
+    """The facts on each of these levels before training; "train_seed" marks a level that is trained again."""
     family = stage.describe_levels(data_rms)
     by_width = {level["width"]: level for level in family}
     again = [

@@ -1,7 +1,7 @@
-"""Weights & Biases in a process of its own: whatever it waits for, nothing else does.
+"""Weights & Biases in a separate process, so that the run never waits for it.
 
-`Mirror` is this end. The process runs this file, by its path, so that it imports neither torch nor the package: it reads
-JSON lines from its standard input until that ends, and says in one line on its standard output why it gives up, if it does.
+`Mirror` is the run's end. The W&B process runs this file by its path, so it imports neither torch nor the package. It
+reads JSON lines from standard input until the end. If it fails, it writes the reason to standard output in one line.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-PATIENCE = 10.0  # seconds that W&B has to finish
-WAITING = 10_000  # lines that wait for W&B at most
+PATIENCE = 10.0  # seconds for W&B to finish
+WAITING = 10_000  # maximal number of lines that wait for W&B
 
 
 def installed() -> bool:
@@ -30,14 +30,14 @@ def installed() -> bool:
         spec = importlib.util.find_spec("wandb")
     except (ImportError, ValueError):
         return False
-    return spec is not None and spec.origin is not None  # a folder of W&B's runs is no package
+    return spec is not None and spec.origin is not None  # a folder wandb/ with records of runs is no package
 
 
 class Mirror:
-    """Starts the process. Raises OSError or RuntimeError where that cannot be done."""
+    """The W&B process, started on construction. Raises OSError or RuntimeError if it cannot be started."""
 
     def __init__(self, options: dict[str, Any]):
-        """options: of wandb.init."""
+        """options: arguments of wandb.init."""
         self.lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self.send(options)
         command = [sys.executable, str(Path(__file__).resolve()), str(os.getpid()), *sys.argv]
@@ -53,23 +53,23 @@ class Mirror:
             raise
 
     def send(self, line: dict[str, Any]) -> bool:
-        """False where too many lines wait already. Does not wait itself."""
+        """Queue a line without waiting; False if too many lines are queued already."""
         if self.lines.qsize() >= WAITING:
             return False
         self.lines.put((json.dumps(line, default=str) + "\n").encode())
         return True
 
     def failure(self) -> str | None:
-        """Why the process has ended, where it has; nothing can be sent then."""
+        """The reason why the process has ended, or None while it runs."""
         if self.process.poll() is None:
             return None
         assert self.process.stdout is not None
-        said = b"" if self.process.stdout.closed else self.process.stdout.read()
+        message = b"" if self.process.stdout.closed else self.process.stdout.read()
         self._kill()
-        return said.decode(errors="replace").strip() or f"its process ended with {self.process.returncode}"
+        return message.decode(errors="replace").strip() or f"its process ended with {self.process.returncode}"
 
     def finish(self, patience: float) -> str | None:
-        """Let the process finish; why it could not, where it could not. TimeoutError after so many seconds: it is killed."""
+        """Let the process finish and return the reason of a failure; after `patience` seconds kill it: TimeoutError."""
         until = time.monotonic() + patience
         self.lines.put(None)
         try:
@@ -82,14 +82,14 @@ class Mirror:
             self._kill()
 
     def _kill(self) -> None:
-        """With all that it started; its pipes are closed."""
+        """Kill the process and all that it started, and close its pipes."""
         if self.process.poll() is None:
             _kill_group(self.process.pid)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(1)
         self.lines.put(None)
         if self.feeder.is_alive():
-            self.feeder.join(1)  # nobody reads what it writes any more
+            self.feeder.join(1)  # no process reads from its pipe any more
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdout.close()
         if not self.feeder.is_alive():
@@ -97,7 +97,7 @@ class Mirror:
 
 
 def _feed(pipe: Any, lines: queue.SimpleQueue[bytes | None]) -> None:
-    with contextlib.suppress(OSError):  # the process is gone
+    with contextlib.suppress(OSError):  # the process has ended
         while (line := lines.get()) is not None:
             left = memoryview(line)
             while left:
@@ -113,18 +113,20 @@ def _kill_group(leader: int) -> None:
             os.kill(leader, signal.SIGTERM)
 
 
-# ---- the process -----------------------------------------------------------------------------------------------
+# ---- the W&B process -------------------------------------------------------------------------------------------
 
 
 def main(parent: int, argv: list[str]) -> None:
     here = Path(__file__).resolve().parent
-    sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != here]  # else `import data` finds ours
+    sys.path[:] = [
+        folder for folder in sys.path if Path(folder).resolve() != here
+    ]  # else W&B could import modules of this folder
     sys.argv[:] = argv  # W&B shows the command of a run
     os.environ.setdefault("WANDB_PROGRAM", argv[0] if argv else "")
-    for number in (signal.SIGINT, signal.SIGTERM):  # the other process decides when it ends
+    for number in (signal.SIGINT, signal.SIGTERM):  # the run decides when this process ends
         signal.signal(number, signal.SIG_IGN)
     subprocess.Popen = Grouped  # type: ignore[misc]
-    lines, report = _keep(0), _keep(1)
+    lines, report = _detach(0), _detach(1)
     threading.Thread(target=_outlive, args=(parent,), daemon=True).start()
     try:
         mirror(iter(os.fdopen(lines, "rb")), parent)
@@ -136,22 +138,22 @@ def main(parent: int, argv: list[str]) -> None:
 
 
 class Grouped(subprocess.Popen):
-    """Stays in this process's group, so that one signal ends all: W&B starts a program of its own."""
+    """A child process in this process's group, so that one signal ends all: W&B starts its own program."""
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **{**options, "start_new_session": False})
 
 
-def _keep(number: int) -> int:
-    """A file of this process, for itself: W&B gets an empty one."""
-    kept, nothing = os.dup(number), os.open(os.devnull, os.O_RDWR)
+def _detach(number: int) -> int:
+    """A copy of a file descriptor for this module; W&B gets an empty file in its place."""
+    copy, nothing = os.dup(number), os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, number)
     os.close(nothing)
-    return kept
+    return copy
 
 
 def _outlive(parent: int) -> None:
-    """When the other process is gone this one has as long to finish as if it had been asked to."""
+    """Once the run has ended, give this process PATIENCE seconds to finish, then end it."""
     while os.getppid() == parent:
         time.sleep(0.5)
     time.sleep(PATIENCE)
@@ -159,23 +161,23 @@ def _outlive(parent: int) -> None:
 
 
 def mirror(lines: Iterator[bytes], parent: int) -> None:
-    """The first line: options of wandb.init; every other one: {"log": record} or {"image": {key: path}}."""
+    """Send lines to W&B: first the arguments of wandb.init, then {"log": record} or {"image": {key: path}}."""
     import wandb
 
     options = json.loads(next(lines, b"null"))
     if options is None:
         return
     settings = wandb.Settings(silent=True, console="off")
-    with contextlib.suppress(Exception):  # not every version knows it
-        settings.x_stats_pid = parent  # whose use of the machine W&B shows
+    with contextlib.suppress(Exception):  # not every version has this setting
+        settings.x_stats_pid = parent  # W&B shows the resource use of this process
     run = wandb.init(**options, settings=settings)
     for line in lines:
         if not line.endswith(b"\n"):
-            break  # the other process was killed while it wrote this
+            break  # the run was killed while it wrote this line
         entry = json.loads(line)
         record = entry.get("log", {})
         for key, path in entry.get("image", {}).items():
-            with contextlib.suppress(OSError):  # it has been replaced or removed
+            with contextlib.suppress(OSError):  # the image was replaced or removed
                 record[key] = wandb.Image(path)
         if record:
             run.log(record)

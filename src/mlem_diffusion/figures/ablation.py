@@ -1,4 +1,4 @@
-"""The figure of ablation.json: what each level costs in FLOPs and in seconds, and what the frontier loses without it."""
+"""The figure of ablation.json: the cost of each level in FLOPs and seconds, and the cost ratio without it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ _UNITS = {"flops": ("#0072B2", "o", "FLOPs"), "seconds": ("#D55E00", "s", "secon
 
 
 def plot_ablation(content: dict[str, Any], path: Path, title: str = "") -> None:
-    """Left: each level's share of the largest level's FLOPs and seconds. Right, a panel per step rule: cost at equal
-    predicted error without the level over that with it, a bar from the geometric mean (marker) to the largest value;
-    hollow markers are levels that do not earn their place."""
+    """Draw the content of ablation.json to a PNG.
+
+    Left: each level's share of the largest level's FLOPs and seconds. Right, one panel per step rule: cost at equal
+    predicted error without the level, divided by the cost with it. A bar runs from the geometric mean (marker) to the
+    largest value. Hollow markers are levels that the ablation removed."""
     from matplotlib.figure import Figure
 
     levels = content["levels"]

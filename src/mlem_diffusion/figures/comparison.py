@@ -31,13 +31,13 @@ _SIZES = {"stitched": 20, "paper": 26, "other": 60}
 
 
 def plot_compare(rows: list[Row], path: Path, *, title: str = "") -> Path:
-    """Draw compare.csv: one column of panels per dynamics; distance against compute, error against compute,
-    error against time.
+    """Draw compare.csv, one column of panels per dynamics: distance and error against compute, error against time.
 
-    rows: as `comparison.table.for_figures` gives them. Costs are per image. Errors are mean squared errors to the reference with bars of two standard errors; bars and points
-    that are not positive cannot be drawn on log axes and are left out. Settings whose top level fired too
-    rarely to be trusted are hollow and on no frontier. Raises UserError for no rows, and for rows with
-    different sample counts n or different distances: they cannot share an axis.
+    rows: the result of `comparison.table.for_figures`. Costs are per image. Errors are mean squared errors to the
+    reference with bars of two standard errors. Bars and points that are not positive are left out, because log axes
+    cannot show them. Settings with too few evaluations of the top level (`table.trusted`) are hollow and on no
+    frontier. Raises UserError for no rows, and for rows with different sample counts n or different distances, which
+    cannot share an axis.
     """
     if not rows:
         raise UserError("There is nothing to plot: the comparison holds no rows.")
@@ -47,7 +47,7 @@ def plot_compare(rows: list[Row], path: Path, *, title: str = "") -> Path:
     if not dynamics:
         raise UserError("The comparison has rows for neither dynamics: expected sde or ode.")
     shades = _level_shades(rows)
-    # A distance seldom spans decades; a log axis would only hide its zero. Both dynamics share the choice.
+    # A distance seldom spans decades, and a log axis would hide its zero. Both dynamics use the same kind of axis.
     distances = [row["distance"] for row in rows if is_positive(row.get("distance"))]
     wide = bool(distances) and max(distances) > 8 * min(distances)
     panels = [("distance", "gflops_realised"), ("error", "gflops_realised"), ("error", "seconds")]
@@ -94,7 +94,7 @@ def plot_compare(rows: list[Row], path: Path, *, title: str = "") -> Path:
 
 
 def _draw_panel(ax: Axes, rows: list[Row], cost: str, measure: str, shades: dict[str, Any], *, log: bool) -> bool:
-    """Draw one panel; False when no row has both numbers."""
+    """Draw one panel. Returns False if no row has both numbers."""
     dress(ax)
     rows = [row for row in rows if is_positive(row.get(cost)) and is_positive(row.get(measure))]
     if not rows:
@@ -128,7 +128,7 @@ def _draw_panel(ax: Axes, rows: list[Row], cost: str, measure: str, shades: dict
                 _with_bars(ax, group, cost, measure, zorder=5, **style)
     _draw_frontier(ax, by_method["single"] + by_method["stitched"], cost, measure, _COLOURS["baseline"], 2)
     _draw_frontier(ax, by_method["paper"], cost, measure, _COLOURS["paper"], 4)
-    if by_method["other"]:  # any multilevel setting, the paper's included
+    if by_method["other"]:  # any multilevel setting, including the paper's
         _draw_frontier(ax, by_method["paper"] + by_method["other"], cost, measure, _COLOURS["other"], 3.5)
     few_ticks(ax.xaxis)
     if ax.get_yscale() == "log":
@@ -142,7 +142,7 @@ def _with_bars(ax: Axes, rows: list[Row], cost: str, measure: str, **style: Any)
     bars = None
     if measure == "error":
         up = 2 * np.array([row.get("error_se") or 0.0 for row in rows], dtype=float)
-        bars = np.stack([np.minimum(up, 0.9 * y), up])  # a lower end below zero has no place on a log axis
+        bars = np.stack([np.minimum(up, 0.9 * y), up])  # a log axis cannot show a lower end below zero
     ax.errorbar(x, y, yerr=bars, elinewidth=0.8, capsize=1.5, capthick=0.7, **style)
 
 
@@ -171,8 +171,7 @@ def _floor(ax: Axes, value: float, label: str) -> None:
 
 
 def _share_rows(axes: np.ndarray) -> None:
-    """Give the panels of one row the same vertical range when they have the same scale, so that columns
-    compare at a glance."""
+    """Give the panels of a row the same vertical range if they have the same scale, so that columns are comparable."""
     for line in axes:
         filled = [ax for ax in line if ax.lines or ax.containers]
         if len({ax.get_yscale() for ax in filled}) == 1:
@@ -231,7 +230,7 @@ def _legend(rows: list[Row], shades: dict[str, Any]) -> list[Any]:
 
 
 def _kinds(rows: list[Row]) -> str:
-    """The estimators beyond the paper's that the rows hold."""
+    """The legend label of the multilevel estimators that are not the paper's."""
     best = [row for row in rows if row["method"] == "other"]
     coins = sorted({(row.get("coins") or "").split("-")[0] for row in best} - {""})
     kinds = ([" / ".join(coins) + " coins"] if coins else []) + (
@@ -240,7 +239,7 @@ def _kinds(rows: list[Row]) -> str:
     return "multilevel, " + ",\n".join(kinds)
 
 
-# ---- shared odds and ends ----------------------------------------------------------------------------------
+# ---- helpers -----------------------------------------------------------------------------------------------
 
 
 def _one_value(rows: Iterable[Row], column: str, what: str) -> Any:

@@ -16,10 +16,10 @@ _COST, _SQUARE = ESTIMATE_STYLES["loss_fit"], ESTIMATE_STYLES["differences"]
 
 
 def plot_diagnostics(d: Diagnostics, path: Path, title: str = "") -> None:
-    """Draw mean square differences against log-SNR with bands of two standard errors, the same pooled, V, against
-    the level's FLOPs, and V times the cost of one firing.
+    """Draw the mean square differences of levels, per noise level and pooled.
 
-    Raises UserError where nothing could be measured.
+    Left: against log-SNR, with bands of two standard errors. Right: the pooled value V, and V times the cost of one
+    firing, against the level's FLOPs. Raises UserError if there are no statistics.
     """
     if d.statistics is None:
         raise UserError(f"There is nothing to plot: {d.findings[0].text}")
@@ -41,7 +41,7 @@ def _draw_noise_levels(ax: Any, s: LevelStatistics) -> None:
         show = mean[k] > 0
         if not show.any():
             continue
-        low = np.maximum(mean[k] - 2 * se[k], 0.05 * mean[k])  # a band that reaches zero would run off a log axis
+        low = np.maximum(mean[k] - 2 * se[k], 0.05 * mean[k])  # a log axis cannot show a band that reaches zero
         ax.plot(s.logsnr[show], mean[k][show], color=colours[k], marker="osD^v<>"[k % 7], ms=4, label=s.label(k))
         ax.fill_between(s.logsnr[show], low[show], (mean[k] + 2 * se[k])[show], color=colours[k], alpha=0.25, lw=0)
     ax.plot(s.logsnr, s.top_spread, color="0.45", ls=":", lw=1.3, label=f"variance of {s.names[-1]}")

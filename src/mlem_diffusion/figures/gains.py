@@ -1,4 +1,4 @@
-"""The figure of measured gains: what each level difference does to the final image, against noise level."""
+"""The figure of measured gains: the effect of each level difference on the final image, against noise level."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .style import save_figure
 
 
 def plot_gains(all_effects: Sequence[Effects], path: Path, title: str = "") -> None:
-    """One column per step rule: above the differences themselves, below their effect on the final image.
+    """Draw one column per step rule: the differences in the top row, their effect on the final image in the bottom row.
 
-    Effects are rates: root mean square per unit of log-SNR, with two standard errors as bands; the final denoising has no
-    step and is left out.
+    Effects are rates: root mean square per unit of log-SNR, with bands of two standard errors. The final denoising has
+    no step and is left out.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure

@@ -16,9 +16,9 @@ PAPER_GAMMA = 2.5
 def plot_gamma(result: dict[str, Any], path: Path, title: str = "") -> None:
     """Draw the content of gamma.json to a PNG.
 
-    `result` is what `scaling.estimate` returns, with an optional list "training_lengths" of {"fraction",
-    "images", "estimates", "levels", "points"}, in order of training; without it the two lower panels show the
-    one length there is. Where it holds "differences_fall" (`level_quality`), a third row shows it.
+    `result` is the result of `gamma.estimate.estimate`, with an optional list "training_lengths" of {"fraction",
+    "images", "estimates", "levels", "points"}, in order of training. Without the list, the two lower panels show a
+    single training length. If `result` has "differences_fall" (gamma/level_quality.py), a third row shows it.
     """
     from matplotlib.figure import Figure
 
@@ -71,7 +71,7 @@ def _draw_fits(ax: Any, result: dict[str, Any]) -> None:
         se = np.array([p.get("contrast_se", p["se"]) for p in points])
         show = y > 0
         lowest.extend(y[show])
-        # A bar that reaches zero would run off a log axis: cut it at a twentieth of its point.
+        # A log axis cannot show a bar that reaches zero: cut it at a twentieth of its point.
         bars = np.stack([np.minimum(2 * se, 0.95 * y), 2 * se])[:, show]
         ax.errorbar(
             x[show],
@@ -94,7 +94,7 @@ def _draw_fits(ax: Any, result: dict[str, Any]) -> None:
             dense = np.geomspace(x[0], x[-1], 200)
             largest = result["levels"][-1]["gflop"]
             ax.plot(dense, a * (dense**-s - largest**-s), color=colour, lw=1.3)
-        else:  # the law is about pairs of levels: defined at the points only
+        else:  # the law is for pairs of levels, so it is defined at the points only
             before = np.array([p["gflop_previous"] for p in points])
             ax.plot(x, a * (before**-s - x**-s), color=colour, lw=1.3, ls="--")
     ax.set(xscale="log", yscale="log")
@@ -171,7 +171,7 @@ def _draw_losses(ax: Any, lengths: list[dict[str, Any]]) -> None:
 
 
 def _draw_ratios(ax: Any, falls: dict[str, Any], kind: str, what: str) -> None:
-    """Ratios of neighbouring squared differences by noise level; crosses where one rises beyond two standard errors."""
+    """Draw ratios of neighbouring squared differences by noise level; crosses mark rises beyond two standard errors."""
     from matplotlib import colormaps
 
     x, rows = falls["noise_levels"], falls[kind]
@@ -205,14 +205,14 @@ def _count(n: int) -> str:
 
 
 def _gamma_top(estimates: list[dict[str, Any]]) -> float:
-    """Upper end of a gamma axis: all point estimates up to 20, but not every wide interval."""
+    """Upper end of a gamma axis: between 5 and 20, and above most point estimates; wide intervals may exceed it."""
     points = [e["gamma"] for row in estimates for e in row.values() if e["gamma"] is not None]
     typical = float(np.quantile(points, 0.9)) if points else PAPER_GAMMA
     return float(np.clip(1.6 * typical, 5.0, 20.0))
 
 
 def _intervals(ax: Any, x: np.ndarray, estimates: list[dict[str, Any]], name: str, top: float) -> None:
-    """Points with intervals; an interval that goes on beyond the axis ends in an arrow."""
+    """Draw points with intervals; an interval that exceeds the axis ends in an arrow."""
     colour, marker, label = ESTIMATE_STYLES[name]
     label = label.replace(" $-$ fitted floor", " (floor fitted)")
     edge = 0.97 * top

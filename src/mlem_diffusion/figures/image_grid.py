@@ -1,5 +1,4 @@
-"""Images side by side: plain grids and grids with one labelled row per sampler setting. Images are uint8
-RGB [N, 3, H, W]."""
+"""Grids of uint8 RGB images [N, 3, H, W]: plain ones, and ones with a labelled row per sampler setting."""
 
 from __future__ import annotations
 
@@ -21,16 +20,16 @@ if TYPE_CHECKING:
 
 _BACKGROUND = (255, 255, 255)
 _INK = (28, 28, 32)
-_READABLE = 64  # pixels: the side that an automatic scale aims at
+_READABLE = 64  # pixels: the smallest height of an image with an automatic scale
 _LABEL_CHARACTERS = 26
 
 
 def image_grid(images_u8: Images, columns: int, scale: int | None = 1, pad: int = 1) -> Image.Image:
     """Tile images row by row on white.
 
-    `scale` enlarges each pixel to a scale x scale block (nearest neighbour, so that nothing is smoothed);
-    None picks the smallest whole scale that makes images at least 64 pixels high. `pad` is the gap in
-    pixels, also around the grid. Raises UserError for anything but uint8 [N, 3, H, W] with N >= 1.
+    `scale` enlarges each pixel to a scale x scale block (nearest neighbour, without smoothing); None picks the
+    smallest integer scale that makes images at least 64 pixels high. `pad` is the gap in pixels, also around the
+    grid. Raises UserError for anything but uint8 [N, 3, H, W] with N >= 1.
     """
     images = _as_array(images_u8)
     if columns < 1:
@@ -48,7 +47,7 @@ def image_grid(images_u8: Images, columns: int, scale: int | None = 1, pad: int 
 
 
 def save_grid(images_u8: Images, path: Path, columns: int | None = None, scale: int | None = 1, pad: int = 1) -> Path:
-    """Write `image_grid` as a PNG; `columns` defaults to a nearly square grid. Parent folders are made."""
+    """Write `image_grid` as a PNG; `columns` defaults to a nearly square grid. Parent folders are created."""
     columns = columns or max(1, math.ceil(math.sqrt(len(images_u8))))
     return _save(image_grid(images_u8, columns, scale, pad), path)
 
@@ -56,9 +55,8 @@ def save_grid(images_u8: Images, path: Path, columns: int | None = None, scale: 
 def comparison_grid(rows: list[tuple[str, Images]], path: Path, scale: int | None = None, pad: int = 2) -> Path:
     """Write a PNG with one row of images per setting and its label at the left.
 
-    Every row holds the same seeds in the same order, so a column is one seed under all settings. Labels
-    wrap; a line break in a label is kept. Rows may be shorter than the longest one. `scale` as in
-    `image_grid`.
+    All rows must have the same seeds in the same order, so that a column is one seed under all settings. Long labels
+    wrap, and line breaks in labels stay. Rows may have different lengths. `scale` is as in `image_grid`.
     """
     if not rows:
         raise UserError("A comparison grid needs at least one row of images.")
@@ -90,7 +88,7 @@ def comparison_grid(rows: list[tuple[str, Images]], path: Path, scale: int | Non
 
 
 def _as_array(images: Images) -> np.ndarray:
-    # A tensor on a GPU has to come to the host first.
+    # A tensor on a GPU must be copied to the host first.
     array = images if isinstance(images, np.ndarray) else images.detach().cpu().numpy()
     if array.ndim != 4 or array.shape[1] != 3 or array.dtype != np.uint8 or array.size == 0:
         raise UserError(f"A grid takes uint8 images [N, 3, H, W], not {array.dtype} {list(array.shape)}.")

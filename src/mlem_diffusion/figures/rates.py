@@ -1,4 +1,4 @@
-"""The figure for rates.json: cost against error per gamma, the exponents, and what the step size does."""
+"""The figure for rates.json: cost against error per gamma, the exponents, and the effect of the step size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from .style import save_figure
 
-# Okabe-Ito colours, told apart by colour-blind readers; each method also has its own marker and line.
+# Okabe-Ito colours are distinct for colour-blind readers; each method also has its own marker and line.
 STYLES: dict[str, tuple[str, str, str, str]] = {
     "em": ("#0072B2", "o", "-", "EM"),
     "ml_em": ("#D55E00", "s", "--", "ML-EM"),
@@ -69,7 +69,7 @@ def _draw_costs(ax: Any, rows: Sequence[dict[str, Any]], entries: dict[str, Any]
 
 
 def _draw_exponents(ax: Any, result: dict[str, Any], dynamics: Sequence[str], gammas: Sequence[str]) -> None:
-    """Measured exponents with intervals on the predicted lines."""
+    """Draw measured exponents with intervals over the predicted lines."""
     values = np.array([float(g) for g in gammas])
     dense = np.linspace(values.min(), values.max(), 200)
     laws = {"em": -(dense + 1), "ml_em": -np.maximum(dense, 1 + dense / 2), "poisson": -np.maximum(dense, 2)}

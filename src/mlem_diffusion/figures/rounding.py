@@ -1,4 +1,4 @@
-"""The figure of precision.json: what lower precision rounds away, beside the differences of levels."""
+"""The figure of precision.json: rounding errors of lower precision, compared with the differences of levels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .style import save_figure
 
 
 def plot_precision(found: PrecisionErrors, path: Path, *, precision: str, title: str = "") -> None:
-    """Left: rounding (solid) and differences (dashed) against noise level; right: their ratio."""
+    """Draw rounding errors (solid) and differences (dashed) against noise level (left), and their ratio (right)."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 

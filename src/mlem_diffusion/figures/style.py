@@ -1,4 +1,4 @@
-"""What the figures share: colours, axes, ticks and saving."""
+"""Shared parts of the figures: colours, axes, ticks and saving."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-# Okabe-Ito colours, told apart by colour-blind readers; each estimate also has its own marker.
+# Okabe-Ito colours are distinct for colour-blind readers; each estimate also has its own marker.
 ESTIMATE_STYLES: dict[str, tuple[str, str, str]] = {
     "loss_fit": ("#0072B2", "o", "loss $-$ fitted floor"),
     "differences": ("#D55E00", "s", "$E|f^k-f^{k-1}|^2$"),
@@ -30,7 +30,7 @@ def colour_scale(count: int, name: str) -> list[Any]:
     colours: Colormap = colormaps[name]
     low, high = (0.35, 1.0) if name == "Blues" else (0.0, 0.9)
     where = np.linspace(low, high, count) if count > 1 else np.array([high])
-    # For viridis, too, light is cheap and dark expensive.
+    # Light means cheap and dark means expensive; viridis runs from dark to light, so it is reversed.
     return [colours(value) for value in (where if name == "Blues" else high - where)]
 
 
@@ -54,7 +54,7 @@ def dress(ax: Axes) -> None:
 
 
 def few_ticks(axis: Any) -> None:
-    """Plain numbers on a log axis; when it spans less than two decades, also at 2 and 5."""
+    """Put plain numbers on a log axis at powers of ten; if it spans less than a factor of 200, also at 2 and 5."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = axis.get_view_interval()
@@ -73,7 +73,7 @@ def thousands(value: float, _position: int | None = None) -> str:
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """A PNG of at most 256 colours: a third of the bytes, and no visible loss in drawings of lines and points."""
+    """Save a PNG of at most 256 colours: a third of the bytes, and no visible loss in drawings of lines and points."""
     path, content = Path(path), io.BytesIO()
     figure.savefig(content, dpi=figure.dpi, format="png")
     picture = Image.open(content).convert("RGB").quantize(256, dither=Image.Dither.NONE)
@@ -98,7 +98,7 @@ def note(ax: Axes, text: str) -> None:
 
 
 def decimal_ticks(axis: Any) -> None:
-    """More ticks, in plain numbers, on a log axis that spans few decades."""
+    """Put more ticks, with plain numbers, on a log axis that spans few decades."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = axis.get_view_interval()

@@ -13,12 +13,11 @@ from .style import colour_scale, dress, few_ticks, is_positive, new_figure, note
 
 
 def plot_training(levels: Sequence[dict[str, Any]], path: Path, *, title: str = "") -> Path:
-    """Draw how the levels were trained: loss against images seen, and held-out denoising error against
-    log-SNR, a line per level.
+    """Draw training loss against images seen and held-out denoising error against log-SNR, one line per level.
 
     levels, cheap to expensive: {"name", "width", "history": [{"images", "loss"}, ...], "logsnr": [...],
-    "held_out": [...]}; the last two have equal lengths and may be empty. Raises UserError when there is no
-    level, or lengths differ.
+    "held_out": [...]}; the last two have equal lengths and may be empty. Raises UserError if there is no level, or
+    if lengths differ.
     """
     if not levels:
         raise UserError("There is nothing to plot: no level has been trained.")

@@ -1,1 +1,1 @@
-"""The exponent gamma: denoising errors of the levels, power laws fitted to them, their intervals."""
+"""The exponent gamma: denoising errors of the levels, power laws fitted to them, and their intervals."""

@@ -1,4 +1,4 @@
-"""Denoising errors of a family on held-out images: every level sees the same images, noise levels and noise."""
+"""Denoising errors of a family on held-out images; all levels get the same images, noise levels and noise."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..diffusion.process import Process, add_noise
 
 
 def noise_levels(process: Process, count: int) -> np.ndarray:
-    """`count` ascending log-SNRs: midpoints of equal parts of the path that a sampler visits, its two ends included."""
+    """`count` ascending log-SNRs: the midpoints of equal parts of the sampler's path, and its two ends."""
     inner = process.logsnr_at((np.arange(count - 2) + 0.5) / (count - 2))
     return np.concatenate([[process.logsnr_min], inner, [process.logsnr_max]])
 
@@ -37,17 +37,17 @@ def denoising_errors(
     return split_by_kind(found, len(levels))
 
 
-Pair = tuple[int, int | None]  # two levels, by index; None: the clean image
+Pair = tuple[int, int | None]  # two levels, by index; None is the clean image
 
 
 def family_pairs(levels: int) -> list[Pair]:
-    """The pairs of a family: each level and the image, each and the one below, each and the largest."""
+    """The pairs of a family: each level with the clean image, with the level below, and with the largest level."""
     loss: list[Pair] = [(k, None) for k in range(levels)]
     return loss + [(k, k - 1) for k in range(1, levels)] + [(k, levels - 1) for k in range(levels - 1)]
 
 
 def split_by_kind(found: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Values for `family_pairs` [3K-2, ...] as loss [K, ...], to_previous [K-1, ...] and to_largest [K-1, ...]."""
+    """Split values of `family_pairs` [3K-2, ...]: loss [K, ...], to_previous [K-1, ...] and to_largest [K-1, ...]."""
     return found[:levels], found[levels : 2 * levels - 1], found[2 * levels - 1 : 3 * levels - 2]
 
 
@@ -61,15 +61,16 @@ def squared_differences(
     batch: int = 128,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """Per-image mean squared differences [pairs, M, S] of levels' outputs for images [M,C,H,W] in [-1, 1] at log-SNRs [S],
-    means over channels and pixels. Every level is evaluated once, on the same noise."""
+    """Per-image mean squared differences [pairs, M, S] of the levels' outputs, means over channels and pixels.
+
+    images [M,C,H,W] in [-1, 1], log-SNRs [S]. Each level is evaluated once for all pairs, on the same noise."""
     m, s = len(images), len(logsnr)
     out = np.zeros((len(pairs), m, s))
     for j, value in enumerate(logsnr):
         for start in range(0, m, batch):
             part = slice(start, min(start + batch, m))
             x0 = images[part]
-            # the noise of image i at noise level j is the same whatever the batch size
+            # the noise of image i at noise level j does not depend on the batch size
             seeds = [seed * 1_000_003 + j * m + i for i in range(m)[part]]
             level_logsnr = torch.full((1,), float(value), device=x0.device).expand(len(x0))
             x = add_noise(x0, initial_noise(seeds, tuple(x0.shape[1:]), x0.device), level_logsnr)

@@ -1,4 +1,4 @@
-"""Measured errors of a family of levels: gamma with intervals, the answer to gamma > 2, and warnings."""
+"""Gamma with intervals from the measured errors of a family, the answer to gamma > 2, and warnings."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ HTMC_THRESHOLD = 2.0
 class LevelErrors:
     """Squared errors of a family of denoisers, all evaluated on the same images, noise levels and noise.
 
-    K levels (cheap to expensive), M images, S noise levels. Errors are means over channels and pixels, images
-    in [-1, 1]. Raises UserError for shapes that do not fit, FLOPs that do not ascend, or values that are not
-    finite.
+    K levels (cheap to expensive), M images, S noise levels. Errors are means over channels and pixels, for images in
+    [-1, 1]. Raises UserError if the shapes do not match, the FLOPs do not ascend, or a value is not finite.
     """
 
     widths: list[int | None]
@@ -29,8 +28,8 @@ class LevelErrors:
     flops: np.ndarray  # [K] FLOPs per evaluation of one image, ascending
     images: list[int]  # images seen in training, per level
     logsnr: np.ndarray  # [S] noise levels
-    weights: np.ndarray  # [S] sum 1: the sampler's weighting, used for pooling over noise levels
-    loss: np.ndarray  # [K, M, S] per image mean over pixels of |f^k - x0|^2
+    weights: np.ndarray  # [S] sum 1: the sampler's weighting, used to pool over noise levels
+    loss: np.ndarray  # [K, M, S] |f^k - x0|^2 per image, mean over channels and pixels
     to_previous: np.ndarray  # [K-1, M, S] |f^k - f^(k-1)|^2, k = 2..K
     to_largest: np.ndarray  # [K-1, M, S] |f^k - f^K|^2, k = 1..K-1
 
@@ -70,12 +69,13 @@ class LevelErrors:
 def estimate(
     errors: LevelErrors, *, seed: int = 0, bootstrap: int = 400, between: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
-    """The three estimates of gamma, pooled with `errors.weights` and at every noise level, ready for JSON.
+    """The three estimates of gamma, pooled with `errors.weights` and at each noise level, ready for JSON.
 
-    Keys: unit, estimates (loss_fit, differences, to_largest), htmc, htmc_reason, levels, points (pooled
-    values with standard errors over images, for plots), per_noise_level (no bootstrap there, so intervals are
-    profile intervals). Amplitudes are for T in GFLOP. between: by estimate, the variance of each value's logarithm
-    between training seeds (`seeds.seed_spread`), which enters the pooled intervals. Raises UserError with fewer than three levels.
+    Keys: unit, estimates (loss_fit, differences, to_largest), htmc, htmc_reason, levels, points (pooled values with
+    standard errors over images, for plots), per_noise_level (without bootstrap, so its intervals are profile
+    intervals). Amplitudes are for T in GFLOP. between: for each estimate, the variance of a value's logarithm between
+    training seeds (`training_seeds.seed_spread`); it enters the pooled intervals. Raises UserError with fewer than
+    three levels.
     """
     if len(errors.names) < 3:
         raise UserError("Estimating gamma needs at least three levels; seven or more give useful intervals.")
@@ -95,7 +95,7 @@ def estimate(
     htmc, reason = htmc_answer(fits)
     gflop = errors.flops / 1e9
     loss_se = _standard_error(pooled["loss_fit"])
-    # Images differ far more than levels do: what counts between levels is each one's loss against their mean.
+    # Images differ far more than levels do, so levels are compared by their loss minus the mean over all levels.
     contrast_se = _standard_error(pooled["loss_fit"] - pooled["loss_fit"].mean(0))
     points: dict[str, list[dict[str, Any]]] = {}
     for name, values in pooled.items():
@@ -150,12 +150,12 @@ def estimate(
 
 
 def htmc_answer(fits: dict[str, Fit]) -> tuple[str, str]:
-    """Harder than Monte Carlo (gamma > 2)? "yes", "no" or "undetermined", and why in one sentence.
+    """Whether the problem is harder than Monte Carlo (HTMC, gamma > 2): "yes", "no" or "undetermined", and a reason.
 
-    The two forms without L_inf decide, together: yes if both intervals lie above 2, no if both lie below. The
-    loss fit is often too weak to decide but may veto: by an interval on the other side, or by a loss that
-    does not fall with FLOPs. A deciding form without a finite exponent (levels that do not approach each
-    other) leaves it undetermined.
+    The two estimates without L_inf decide together: "yes" if both intervals are above 2, "no" if both are below. The
+    loss fit is often too weak to decide, but it can veto by an interval on the other side, or by a loss that does not
+    fall with FLOPs. If a deciding estimate has no finite exponent (levels that do not approach each other), the answer
+    is "undetermined".
     """
     deciding = {"differences": fits["differences"], "to_largest": fits["to_largest"]}
     loss = fits["loss_fit"]
@@ -192,10 +192,9 @@ def htmc_answer(fits: dict[str, Fit]) -> tuple[str, str]:
 def hierarchy_warnings(errors: LevelErrors) -> list[str]:
     """Sentences about neighbouring levels that do not get better or closer as assumed; empty if all do.
 
-    Three checks per pair, pooled and per noise level, each with two standard errors over the same images
-    (paired): the loss falls; E|f^k - f^(k-1)|^2 per unit of log FLOPs falls from one pair to the next (a
-    power law is convex in log FLOPs); nestedness: E|f^k - f^(k-1)|^2 is about the drop in loss, and not more
-    than twice it.
+    Each pair has three checks, pooled and per noise level, with two standard errors over the same images (paired).
+    The loss falls. E|f^k - f^(k-1)|^2 per unit of log FLOPs falls from one pair to the next (a power law is convex in
+    log FLOPs). The levels are nested: E|f^k - f^(k-1)|^2 is about the drop in loss, and at most twice the drop.
     """
     found = []
     names = errors.names
@@ -219,7 +218,7 @@ def hierarchy_warnings(errors: LevelErrors) -> list[str]:
 
 
 def _where(errors: LevelErrors, values: np.ndarray, *, positive: bool) -> str:
-    """Where the mean over images of values [M, S] is (not) positive by more than two standard errors."""
+    """The noise levels where the mean over images of values [M, S] is (not) above two standard errors, as text."""
 
     def hit(x: np.ndarray) -> np.ndarray:
         return (x.mean(0) > 2 * _standard_error(x.T)) == positive

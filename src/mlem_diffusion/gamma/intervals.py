@@ -1,7 +1,7 @@
 """Least squares in one exponent s: the minimum of the residual sum of squares (RSS), and 95% intervals.
 
-An RSS is a function from s [G] to values [G]; a grid is ascending [G]. Intervals are for gamma = 2 / s, (low, high)
-with high None where there is no upper bound. The laws themselves are in `powerlaw`.
+An RSS is a function from s [G] to values [G]; a grid is ascending [G]. Intervals (low, high) are for gamma = 2 / s;
+high is None without an upper bound. The laws are in power_law.py.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 S_MIN, S_MAX = 0.02, 8.0  # gamma above 2 / S_MIN = 100 counts as unbounded, below 2 / S_MAX = 0.25 as zero
-S_EDGE = 0.999 * S_MAX  # from here on, an s counts as at the end of the search
+S_EDGE = 0.999 * S_MAX  # an s from this value on counts as the end of the search
 CONFIDENCE = 0.95
 
 Interval = tuple[float, float | None]
 
 
 def minimise(rss: Callable[[np.ndarray], np.ndarray], grid: np.ndarray) -> tuple[float, float]:
-    """Smallest RSS over s: the best grid point, refined between its neighbours."""
+    """The s with the smallest RSS, and that RSS: the best grid point, refined between its neighbours."""
     from scipy.optimize import minimize_scalar
 
     values = rss(grid)
@@ -52,8 +52,9 @@ def profile_interval(
     dof: int,
     between: float = 0.0,
 ) -> Interval:
-    """All s with RSS(s) <= RSS_min + t^2 v, turned into gamma; (0, None) without a degree of freedom. v is the variance of
-    the residuals, RSS_min / dof, and at least `between`, the part of it that repeated training has shown."""
+    """All s with RSS(s) <= RSS_min + t^2 v, converted to gamma; (0, None) without a degree of freedom.
+
+    v is the variance of the residuals, RSS_min / dof, but at least `between`, the variance between training seeds."""
     if dof < 1:
         return (0.0, None)
     from scipy.optimize import brentq
@@ -67,7 +68,7 @@ def profile_interval(
         return float(rss(np.array([s]))[0]) - limit
 
     def end(inner: float, beyond: np.ndarray) -> float:
-        """The crossing between the last point inside and the first one beyond it, if there is one."""
+        """The crossing between the last point inside and the first point beyond, if it exists, else `inner`."""
         if len(beyond) == 0 or not excess(inner) < 0 < excess(float(beyond[0])):
             return inner
         found: Any = brentq(excess, inner, float(beyond[0]))
@@ -93,11 +94,12 @@ def bootstrap_interval(
     seed: int,
     between: float = 0.0,
 ) -> Interval | None:
-    """Percentile interval of refits to fitted values with fresh scatter, drawn as relative normal errors.
+    """Percentile interval of refits to the fitted values with new scatter, drawn as relative normal errors.
 
-    The scatter's variance is itself drawn (RSS / chi^2(dof)), since a few residuals say little about it; the
-    measurement covariance and the variance `between` training seeds come on top, which counts their uncorrelated
-    part twice and so errs on the wide side. `refit` turns values [n] into s, or NaN where any s fits. None without repeats or degrees of freedom.
+    The variance of the scatter is drawn too (RSS / chi^2(dof)), because a few residuals determine it poorly. The
+    measurement covariance and the variance `between` training seeds are added. This counts their uncorrelated part
+    twice, so the interval is rather too wide. `refit` maps values [n] to s, or to NaN if any s fits. Returns None
+    without repeats or degrees of freedom.
     """
     if repeats < 1 or dof < 1:
         return None
@@ -111,7 +113,7 @@ def bootstrap_interval(
     if between > 0:
         noise += np.sqrt(between) * rng.standard_normal((repeats, n))
     found = np.array([refit(values) for values in fitted * np.exp(noise)])
-    # NaN: the resampled values are flat, so any exponent goes; such a draw counts at both ends.
+    # NaN: the resampled values are flat, so any exponent fits. Such a draw counts at both ends.
     tail = (1 - CONFIDENCE) / 2
     s_low = float(np.quantile(np.where(np.isnan(found), 0.0, found), tail))
     s_high = float(np.quantile(np.where(np.isnan(found), S_MAX, found), 1 - tail))
@@ -119,7 +121,7 @@ def bootstrap_interval(
 
 
 def hull(first: Interval, second: Interval | None) -> Interval:
-    """The smallest interval that holds both."""
+    """The smallest interval that contains both."""
     if second is None:
         return first
     high = None if first[1] is None or second[1] is None else max(first[1], second[1])

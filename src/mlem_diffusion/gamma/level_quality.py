@@ -1,4 +1,4 @@
-"""Whether the levels are as a hierarchy should be: differences that fall at every noise level, losses that fall in training."""
+"""Checks of the hierarchy: differences fall with the level at every noise level, and losses fall during training."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .estimate import LevelErrors
 
 
 def differences_fall(errors: LevelErrors) -> dict[str, Any]:
-    """For each two neighbouring values of E|f^k - f^K|^2 (to_largest) and of E|f^k - f^(k-1)|^2 (to_previous), pooled and at
-    every noise level: does the value fall with the level, within two standard errors over the same held-out images?
+    """Whether the differences fall from each level to the next, pooled and at each noise level; ready for JSON.
 
-    "pairs" of each kind: the levels whose values are compared (of to_previous: the upper levels of the two differences).
-    "ratio" [pairs][S]: later value / earlier value, below 1 where it falls. "violations": where it rises by more than two
-    standard errors (logsnr None: pooled). Ready for JSON.
+    The differences are E|f^k - f^K|^2 (to_largest) and E|f^k - f^(k-1)|^2 (to_previous). "pairs", per kind: the levels
+    whose values are compared (for to_previous, the upper levels of the two differences). "ratio" [pairs][S]: later
+    value / earlier value, below 1 if the value falls. "violations": rises by more than two standard errors over the
+    same held-out images (logsnr None: pooled).
     """
     names, kinds, violations, checks = errors.names, {}, [], 0
     for kind, array, labels in (
@@ -50,8 +50,10 @@ def differences_fall(errors: LevelErrors) -> dict[str, Any]:
 def overfitting_warnings(
     names: Sequence[str], images: Sequence[Sequence[int]], losses: Sequence[np.ndarray]
 ) -> list[str]:
-    """Sentences about levels whose held-out loss is higher at a later training length than at an earlier one by more than
-    two standard errors over the same images. images [lengths][K] seen; losses: per length [K, M], pooled over noise levels."""
+    """Sentences about levels whose held-out loss rises from one training length to a later one.
+
+    Only rises by more than two standard errors over the same images count. images [lengths][K]: images seen in
+    training. losses: per length [K, M], pooled over noise levels."""
     found = []
     for k, name in enumerate(names):
         worst: tuple[float, str] | None = None
@@ -60,7 +62,10 @@ def overfitting_warnings(
                 rise = losses[j][k] - losses[i][k]
                 mean, se = float(rise.mean()), float(rise.std(ddof=1) / np.sqrt(len(rise)))
                 if mean > 2 * se and (worst is None or mean > worst[0]):
-                    text = f"after {images[j][k]:,} images is above that after {images[i][k]:,} by {mean:.3g} (s.e. {se:.1g})"
+                    text = (
+                        f"after {images[j][k]:,} images is above that after {images[i][k]:,} "
+                        f"by {mean:.3g} (s.e. {se:.1g})"
+                    )
                     worst = (
                         mean,
                         f"The held-out loss of {name} {text}: it overfits, or its learning rate is too high.",

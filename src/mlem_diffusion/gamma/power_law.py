@@ -1,29 +1,27 @@
 """Error against FLOPs: the exponent gamma of a family of denoisers, with intervals.
 
-gamma is defined by cost(eps) ~ eps^-gamma, eps being the root-mean-square error of the drift, so a mean
-squared error falls as T^-s with s = 2 / gamma, T the FLOPs of one evaluation. Three estimates of the same
-number:
+gamma is defined by cost(eps) ~ eps^-gamma, where eps is the root-mean-square error of the drift. A mean squared error
+therefore falls as T^-s with s = 2 / gamma, where T is the FLOPs of one evaluation. Three fits estimate gamma:
 
 * `fit_loss`:        L_k = L_inf + a T_k^-s  (L_inf >= 0 unknown: three parameters, often weak)
 * `fit_differences`: E|f^k - f^(k-1)|^2 = a (T_(k-1)^-s - T_k^-s)  (nested levels; no L_inf)
 * `fit_to_largest`:  E|f^k - f^K|^2 = a (T_k^-s - T_K^-s)  (nested levels; no L_inf)
 
-The last two are fitted as written: a straight line through log E|f^k - f^K|^2 is biased towards small gamma,
-because its points bend down as T_k comes near T_K.
+The last two are fitted as written. A straight line through log E|f^k - f^K|^2 is biased towards small gamma, because
+its points bend down as T_k approaches T_K.
 
-How: s is the only parameter that enters non-linearly, so the others are eliminated in closed form and the
-residual sum of squares is profiled over a dense grid of s (every grid point is a start; nothing can get
-stuck), then refined. Residuals are relative (logarithms for the last two). FLOPs are divided by their
-geometric mean first: any constant factor, such as MACs for FLOPs, leaves gamma as it is.
+Method. Only s enters non-linearly, so the other parameters are eliminated in closed form. The residual sum of squares
+is profiled over a dense grid of s and then refined. Every grid point is a start, so the fit cannot stop at a local
+minimum. Residuals are relative (logarithms for the last two). FLOPs are first divided by their geometric mean. A
+constant factor, such as MACs instead of FLOPs, does not change gamma.
 
-What the intervals cover. They are 95% intervals for the exponent of *these* trained levels, under the law
-above with scatter about it that is independent from level to level. They contain the scatter of the levels
-about the law (training noise of each level counts here, since every level is a separate run) and the finite
-number of held-out images. A few points may happen to lie closer to the law than training repeats: where levels
-were trained from several seeds, their spread (`between`) is the least scatter that an interval assumes. They do
-not contain what all levels share: a second family trained from other
-seeds, on other data or for longer may give another gamma by more than this, and a law that bends (levels not
-yet converged) is not a matter of scatter at all.
+Coverage. The intervals are 95% intervals for the exponent of *these* trained levels. They assume the law above, with
+scatter that is independent between levels. They include the scatter of the levels about the law and the finite number
+of held-out images. Each level is a separate run, so the scatter includes its training noise. A few points may be closer
+to the law, by chance, than repeated training would be. If levels were trained from several seeds, their spread
+(`between`) is therefore the least scatter that an interval assumes. The intervals do not include what all levels share:
+a second family, trained from other seeds, on other data or for longer, may give a gamma outside them. They do not
+include the bending of a law either (levels that have not converged), which is not scatter.
 """
 
 from __future__ import annotations
@@ -47,28 +45,26 @@ from .intervals import (
     profile_interval,
 )
 
-# Dense near s = 0, where gamma is large. Negative s (differences that grow) keeps the t interval honest at
-# the boundary.
+# Dense near s = 0, where gamma is large. Negative s (differences that grow) keeps the t interval valid at the boundary.
 _GRID = 0.05 * np.sinh(np.linspace(np.arcsinh(-2.0 / 0.05), np.arcsinh(S_MAX / 0.05), 800))
 _POSITIVE_GRID = 0.05 * np.sinh(np.linspace(np.arcsinh(S_MIN / 0.05 / 4), np.arcsinh(S_MAX / 0.05), 500))
 
 
 @dataclass(frozen=True)
 class Fit:
-    """One estimate of gamma. Intervals are (low, high); high is None where the data set no upper bound.
+    """One estimate of gamma. Intervals are (low, high); high is None if the data give no upper bound.
 
-    `interval` is the hull of the two others: the profile interval (residual scatter with a t quantile, exact
-    only for a linear model) knows nothing of the measurement errors, which matter when a few residuals happen
-    to be small; the parametric bootstrap has both, but is a percentile interval. The hull errs on the wide
-    side.
+    `interval` is the hull of the two others. The profile interval (residual scatter with a t quantile, exact only for a
+    linear model) ignores the measurement errors, which matter if a few residuals happen to be small. The parametric
+    bootstrap includes both, but it is a percentile interval. The hull is rather too wide.
     """
 
-    gamma: float | None  # None: the best fit is at the edge of what the law allows; `note` says which
+    gamma: float | None  # None if the best fit is at an edge of the law's range; `note` gives the reason
     interval: Interval
     profile_interval: Interval
-    bootstrap_interval: Interval | None  # None if no bootstrap was asked for, or no degree of freedom is left
+    bootstrap_interval: Interval | None  # None without repeats or degrees of freedom
     amplitude: float | None  # a, for T in GFLOP
-    floor: float | None  # L_inf; None for the forms that have none
+    floor: float | None  # L_inf; None for the fits without it
     degrees_of_freedom: int
     rms_residual: float | None  # relative
     fitted: np.ndarray | None  # values of the fitted law at the data points
@@ -87,10 +83,9 @@ def fit_loss(
 ) -> Fit:
     """Fit L_k = L_inf + a T_k^(-2/gamma) with L_inf >= 0 and a >= 0 to the losses of K levels (equation (a)).
 
-    flops [K] per evaluation, loss [K], covariance [K, K] of the measured losses over held-out images
-    (optional), between: variance of each value's logarithm between training seeds, where it has been measured
-    (`seeds`). Relative residuals, t(K-3) interval. gamma is None if the losses do not fall measurably (see
-    `_falls`).
+    flops [K] per evaluation, loss [K]. covariance [K, K]: of the measured losses over held-out images (optional).
+    between: the variance of each value's logarithm between training seeds, if measured (training_seeds.py). Residuals
+    are relative; the interval uses t(K-3). gamma is None if the losses do not fall measurably (see `_falls`).
     """
     t, y = _checked(flops, loss)
     dof = len(y) - 3
@@ -132,7 +127,7 @@ def fit_loss(
 def _floor_and_amplitude(
     s: np.ndarray, log_tau: np.ndarray, values: np.ndarray, rel: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Best L_inf >= 0 and a >= 0 for each s [G], and their RSS with residuals times rel [K]: three [G]."""
+    """The best L_inf >= 0 and a >= 0 for each s [G], and their RSS with residuals times rel [K]; each is [G]."""
     w = rel**2
     # (tau^-s - 1)/s instead of tau^-s keeps the two columns distinct as s -> 0.
     basis = np.expm1(-s[:, None] * log_tau) / s[:, None]
@@ -149,7 +144,7 @@ def _floor_and_amplitude(
         model = floor_[:, None] + amplitude_[:, None] * power
         return (((values - model) * rel) ** 2).sum(-1)
 
-    # Where the free optimum violates a bound the best point lies on one of the two edges.
+    # If the free optimum violates a bound, the best point is on one of the two edges.
     free = (floor >= 0) & (amplitude > 0)
     rss_edge, rss_flat = rss(zero, no_floor), rss(flat, zero)
     on_edge = rss_edge < rss_flat
@@ -171,8 +166,8 @@ def fit_differences(
 ) -> Fit:
     """Fit E|f^k - f^(k-1)|^2 = a (T_(k-1)^(-2/gamma) - T_k^(-2/gamma)), k = 2..K (equation (b)).
 
-    On a log scale. flops [K] per evaluation, values [K-1], covariance [K-1, K-1] of the values over held-out
-    images (optional), between as in `fit_loss`. t(K-3) interval (K-1 points, two unknowns).
+    The fit is on a log scale. flops [K] per evaluation, values [K-1]. covariance [K-1, K-1]: of the values over
+    held-out images (optional). between: as in `fit_loss`. The interval uses t(K-3) (K-1 points, two unknowns).
     """
     t = np.asarray(flops, dtype=np.float64)
     return _fit_between(t, t[1:], values, covariance, between, bootstrap, seed)
@@ -189,8 +184,8 @@ def fit_to_largest(
 ) -> Fit:
     """Fit E|f^k - f^K|^2 = a (T_k^(-2/gamma) - T_K^(-2/gamma)), k = 1..K-1 (equation (c)), on a log scale.
 
-    Arguments and interval as in `fit_differences`. All points share f^K, so their errors are correlated in a
-    way that the profile interval does not see; `fit_differences` has less of this.
+    Arguments and interval are as in `fit_differences`. All points share f^K, so their errors are correlated. The
+    profile interval ignores this correlation, which is weaker in `fit_differences`.
     """
     t = np.asarray(flops, dtype=np.float64)
     return _fit_between(t, t[-1:], values, covariance, between, bootstrap, seed)
@@ -242,12 +237,12 @@ def _fit_between(
         note = "The differences between levels do not fall with FLOPs: no finite exponent."
     elif s >= S_EDGE:
         note = "The differences vanish at once; the exponent is at the lower edge of the search."
-    a = float(np.exp(log_b)) / max(s, S_MIN)  # dropped by _result where s <= S_MIN
+    a = float(np.exp(log_b)) / max(s, S_MIN)  # dropped by _result if s <= S_MIN
     return _result(s, a, None, t, falls, note, profile, booted, dof, rss, fitted)
 
 
 def _falls(log_flops: np.ndarray, loss: np.ndarray, rss: float, rss_flat: float) -> bool:
-    """Does the loss fall, given its scatter? By its slope in log FLOPs (t test) or by the law (F test)."""
+    """Whether the loss falls, given its scatter: by its slope in log FLOPs (t test) or by the law (F test)."""
     from scipy.stats import f as f_distribution
     from scipy.stats import linregress
 
@@ -283,7 +278,7 @@ def _result(
     fitted: np.ndarray,
 ) -> Fit:
     proper = falls and S_MIN < s < S_EDGE
-    if not proper and dof > 0:  # a best fit at an edge never excludes that edge
+    if not proper and dof > 0:  # the interval of a best fit at an edge includes that edge
         profile = (profile[0], None) if s <= S_MIN or not falls else (0.0, profile[1])
     if dof < 1:
         note = f"{note} Too few levels for an interval.".strip()

@@ -1,4 +1,4 @@
-"""Watching training on held-out images: the loss of a level's weights at every snapshot."""
+"""The held-out loss of a level at each snapshot of its training."""
 
 from __future__ import annotations
 
@@ -27,10 +27,13 @@ def snapshot_losses(
     batch: int = 128,
     seed: int = 1,
 ) -> list[dict[str, Any]]:
-    """One entry per snapshot file (ema-<images>.safetensors, with its SHA-256), in their order: images seen, file, sha256, and held_out_loss, the
-    mean squared error of the denoised images (pixels in [-1, 1]), pooled over the noise levels logsnr [S] with weights
-    [S] that sum to 1, with held_out_rise, the change since the snapshot before, and its standard error over the held-out
-    images [M,3,H,W] (both None for the first). All snapshots see the same images and noise."""
+    """The held-out loss of each snapshot file, as one entry per file, in the order of the files.
+
+    files: ema-<images>.safetensors with their SHA-256. held_out [M,3,H,W]. weights [S] with sum 1 pool over the noise
+    levels logsnr [S]. Each entry has images (seen in training), file, sha256 and three values. held_out_loss is the
+    mean squared error of the denoised images (pixels in [-1, 1]). held_out_rise is the change since the previous
+    snapshot, and held_out_rise_se its standard error over the images (both None for the first). All snapshots get the
+    same images and noise."""
     entries, before = [], None
     network = copy.deepcopy(denoiser)
     for file, sha256 in files.items():

@@ -1,7 +1,8 @@
 """How much a level's errors change when it is trained again from another seed.
 
-The spread of the few levels that are repeated, usually the cheapest, is taken for that of all: as a variance of the
-logarithm of each fitted value, pooled over the repeated levels. It says nothing of what all seeds share (data, recipe).
+Only a few levels are repeated, usually the cheapest, and their spread stands for that of all levels. The spread is the
+variance of the logarithm of each value that a law is fitted to, pooled over the repeated levels. It excludes effects
+that all seeds share (data, recipe).
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from .estimate import LevelErrors
 
 @dataclass(frozen=True)
 class Repeat:
-    """One level trained again: squared errors on the images, noise levels and noise of the family's `LevelErrors`."""
+    """One level trained again: its squared errors on the images, noise levels and noise of `LevelErrors`."""
 
-    level: int  # index of the family's level that it repeats, below the largest
+    level: int  # index of the repeated level in the family, below the largest
     seed: int
-    loss: np.ndarray  # [M, S] |g - x0|^2, g being this training of the level
+    loss: np.ndarray  # [M, S] |g - x0|^2, where g is this training of the level
     to_lower: np.ndarray | None  # [M, S] |g - f^(k-1)|^2; None for the cheapest level
     to_upper: np.ndarray  # [M, S] |f^(k+1) - g|^2
     to_largest: np.ndarray  # [M, S] |g - f^K|^2
@@ -31,15 +32,16 @@ class Repeat:
 
 @dataclass(frozen=True)
 class SeedSpread:
-    """Variance between training seeds of the logarithm of each value that a form of the law is fitted to."""
+    """The variance between training seeds of the logarithm of each value that a law is fitted to."""
 
-    variance: dict[str, float]  # by form: loss_fit, differences, to_largest
+    variance: dict[str, float]  # by fit: loss_fit, differences, to_largest
     degrees_of_freedom: dict[str, int]
 
 
 def repeat_pairs(levels: int, repeated: Sequence[int]) -> list[list[Pair]]:
-    """For each repeated level (index in the family), what it is compared with where the repeats follow the family of
-    `levels`: the image, the largest, the level above and, except for the cheapest, the one below."""
+    """The pairs to compare for each repeated level (index in the family), if the repeats follow the family's `levels`.
+
+    A repeat is compared with the clean image, the largest level, the level above and, if it exists, the level below."""
     out = []
     for i, level in enumerate(repeated):
         own = levels + i
@@ -49,11 +51,13 @@ def repeat_pairs(levels: int, repeated: Sequence[int]) -> list[list[Pair]]:
 
 
 def seed_spread(errors: LevelErrors, repeats: Sequence[Repeat]) -> SeedSpread:
-    """Pooled variances over the repeated levels. Two separately trained levels enter a value of `differences`: its variance
-    is twice that of retraining one of them. UserError without repeats, or for a level that cannot be compared."""
+    """The variances between training seeds, pooled over the repeated levels.
+
+    Two separately trained levels enter a value of `differences`, so its variance is twice that of retraining one of
+    them. Raises UserError without repeats, or for a level that cannot be compared."""
     top = len(errors.names) - 1
     if not repeats or any(not 0 <= r.level < top for r in repeats):
-        raise UserError("The spread between seeds needs levels below the largest that were trained again.")
+        raise UserError("The spread between seeds needs repeated trainings of levels below the largest one.")
     groups: dict[str, list[list[np.ndarray]]] = {"loss_fit": [], "differences": [], "to_largest": []}
     for k in sorted({r.level for r in repeats}):
         again = [r for r in repeats if r.level == k]
@@ -73,7 +77,7 @@ def seed_spread(errors: LevelErrors, repeats: Sequence[Repeat]) -> SeedSpread:
 
 
 def as_json(errors: LevelErrors, repeats: Sequence[Repeat], spread: SeedSpread) -> dict[str, Any]:
-    """What gamma.json says of it. log_error_sd is of the root-mean-square error: half of that of its square."""
+    """The entry of gamma.json. log_error_sd is for the root-mean-square error: half the value for the squared error."""
     return {
         "levels": [errors.names[k] for k in sorted({r.level for r in repeats})],
         "seeds": sorted({r.seed for r in repeats}),

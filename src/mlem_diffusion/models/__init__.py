@@ -1,1 +1,1 @@
-"""Denoisers: the UNet and trained families on disk, Gaussian and analytic ones, adapters of other networks."""
+"""Denoisers: the UNet, trained families on disk, Gaussian and analytic denoisers, and adapters for other networks."""

@@ -1,17 +1,18 @@
-"""Networks of anyone's making as levels: declare what a network takes and predicts, get a `Level`.
+"""Adapters that turn other denoising networks into levels: declare a network's inputs and prediction, get a `Level`.
 
 A level denoises x = alpha x0 + sigma eps, alpha^2 = sigmoid(logsnr) and sigma^2 = sigmoid(-logsnr). Networks differ in
-the coordinates of their input ("vp": x itself; "ve": x / alpha, image plus noise of standard deviation sigma / alpha),
-in what tells them the noise level, in what they predict, and in further inputs such as an embedded text:
+the coordinates of their input ("vp": x; "ve": x / alpha, the image plus noise of standard deviation sigma / alpha), in
+their noise-level input, in their prediction, and in further inputs such as an embedded text:
 
     prediction     output of the network                     denoised image
-    "x0"           the image D itself                        D
+    "x0"           the image D                               D
     "epsilon"      the noise eps                             (x - sigma eps) / alpha
     "v"            alpha eps - sigma x0                      alpha x - sigma v
     "score"        gradient of the log density of its input  (x + sigma^2 score) / alpha, in VP coordinates
 
 An EDM denoiser D(y, sigma) is prediction="x0", coordinates="ve", time="sigma"; a DDPM network is prediction="epsilon",
-time="timestep" with its alphas_cumprod. At high noise, predictions of noise and score lose digits (factor 1 / alpha).
+time="timestep" with its alphas_cumprod. At high noise, predictions of noise and score lose digits: their errors are
+multiplied by 1 / alpha.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from ..errors import UserError
 PREDICTIONS = ("epsilon", "v", "x0", "score")
 COORDINATES = ("vp", "ve")
 TIMES = ("logsnr", "sigma", "timestep")
-TOLERANCE = 1e-3  # in log-SNR, at the ends of the trained range: rounding of float32 tables
+TOLERANCE = 1e-3  # in log-SNR, at the ends of the trained range: float32 tables are rounded
 
 
 def adapt(
@@ -50,30 +51,32 @@ def adapt(
     shape: tuple[int, ...] | None = None,
     flops: float | None = None,
 ) -> Level:
-    """A level from a network called as network(input [B,C,H,W], time [B], **conditioning).
+    """Return a level for a network that is called as network(input [B,C,H,W], time [B], **conditioning).
 
-    prediction, coordinates: see the table above. The network returns a tensor, a tuple that starts with one, or an
-    object with one in `.sample`; of twice as many channels as went in (learned variances) the first half is used.
+    prediction, coordinates: see the table above. The network returns a tensor, a tuple that starts with a tensor, or an
+    object with a tensor in `.sample`. If the output has twice the channels of the input (learned variances), its first
+    half is used.
 
-    time: "logsnr"; "sigma", the noise's standard deviation in the network's own coordinates; "timestep", the index into
-    alphas_cumprod [T], falling, of discrete training; or a function from logsnr [B] to what the network takes (EDM's
-    ln(sigma) / 4 is `lambda logsnr: -logsnr / 8`). Between training's timesteps the network gets a fractional one
-    (linear in log-SNR), which sinusoidal embeddings accept. One that needs integers has round_timesteps=True: the level
-    is then the denoiser of the nearest trained noise level, given x as it is (its variance fits, near 1 at both).
+    time: "logsnr"; "sigma", the noise's standard deviation in the network's coordinates; "timestep", the index into the
+    falling alphas_cumprod [T] of discrete training; or a function from logsnr [B] to the network's time input (EDM's
+    ln(sigma) / 4 is `lambda logsnr: -logsnr / 8`). Between two trained timesteps the network gets a fractional timestep
+    (linear in log-SNR), which sinusoidal embeddings accept. If it needs integers, set round_timesteps=True: the level
+    then denoises at the nearest trained noise level, with x unchanged (its variance is near 1 at both levels).
 
     logsnr_range: lowest and highest log-SNR in training, by default those of alphas_cumprod. With a range, each call
     waits for the device.
 
-    conditioning: the network's keyword arguments; tensors [1, ...], in dicts, lists and tuples too, are expanded to the
-    batch, all else is passed as it is. It is the same for all samples: a level runs on the samples whose coin fired and
-    is not told which these are. Sample one condition after the other: seeds key the noise, so the images are the same.
+    conditioning: the network's keyword arguments. Tensors [1, ...], also inside dicts, lists and tuples, are expanded
+    to the batch; other values are passed unchanged. All samples share the conditioning, because a level runs only on
+    the samples whose coin fired and does not know which these are. Sample one condition after another: noise depends on
+    the seeds alone, so the images are the same.
 
-    flops: FLOPs of one evaluation of one image; where absent, counted on the meta device for an nn.Module and `shape`
-    [C,H,W]. Input is cast to the type of the module's parameters, time is float32 or better; the result has the type of
-    x and is differentiable in it.
+    flops: FLOPs of one evaluation of one image; by default counted on the meta device, for an nn.Module and `shape`
+    [C,H,W]. The input is cast to the type of the module's parameters; time is float32 or better. The result has the
+    type of x and is differentiable in x.
 
-    Raises UserError for an unknown convention, conditioning of several rows or FLOPs that cannot be counted and, when
-    called, for a noise level outside the trained range or an output of another shape.
+    Raises UserError for an unknown convention, conditioning of several rows, or FLOPs that cannot be counted. The level
+    raises UserError for a noise level outside the trained range and for an output of another shape.
     """
     _check_conventions(name, prediction, coordinates, time, alphas_cumprod, round_timesteps)
     table = None if alphas_cumprod is None else _timestep_table(alphas_cumprod)
@@ -113,15 +116,15 @@ def from_diffusers(
     shape: tuple[int, ...] | None = None,
     flops: float | None = None,
 ) -> Level:
-    """A level from a diffusers UNet (UNet2DModel, UNet2DConditionModel, ...) and the scheduler it was trained with.
+    """Return a level for a diffusers UNet (UNet2DModel, UNet2DConditionModel, ...) and its training scheduler.
 
-    prediction_type and alphas_cumprod are read from the scheduler; timesteps are rounded only where the UNet embeds
-    them by a table. conditioning: e.g. {"encoder_hidden_states": [1, tokens, channels]}. shape defaults to the UNet's
-    in_channels and sample_size. Clipping and thresholding belong to the scheduler's own sampler and are not applied:
-    see `clipped`. Sample within the trained noise levels: Process(LinearSchedule(), *trained_range(scheduler)).
+    prediction_type and alphas_cumprod are read from the scheduler. Timesteps are rounded only if the UNet embeds them
+    by a table. conditioning: e.g. {"encoder_hidden_states": [1, tokens, channels]}. shape defaults to the UNet's
+    in_channels and sample_size. The scheduler's clipping and thresholding are not applied: see `clipped`. Sample within
+    the trained noise levels: Process(LinearSchedule(), *trained_range(scheduler)).
 
-    Raises UserError for a scheduler without alphas_cumprod or of another prediction type, for a UNet that takes sigma
-    (Fourier embedding), and as `adapt` does.
+    Raises UserError for a scheduler without alphas_cumprod, an unknown prediction type, a UNet that takes sigma
+    (Fourier embedding), and in the cases of `adapt`.
     """
     predicts = getattr(getattr(scheduler, "config", None), "prediction_type", None)
     prediction = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}.get(str(predicts))
@@ -150,10 +153,10 @@ def from_diffusers(
 
 
 def guided(conditional: Level, unconditional: Level, scale: float, name: str | None = None) -> Level:
-    """Classifier-free guidance as one level: D_u + scale (D_c - D_u), at the FLOPs of both.
+    """Return classifier-free guidance as one level: D_u + scale (D_c - D_u), at the sum of their FLOPs.
 
-    Ho and Salimans 2022, with scale = 1 + w; guiding denoised images, noise or v is the same. The second level may also
-    be a weaker network (autoguidance). The name defaults to that of the conditional level.
+    See Ho and Salimans 2022, with scale = 1 + w; guiding denoised images, noise or v is equivalent. The second level
+    may also be a weaker network (autoguidance). The name defaults to that of the conditional level.
     """
     if not math.isfinite(scale):
         raise UserError(f"The guidance scale {scale} is not a finite number.")
@@ -166,14 +169,14 @@ def guided(conditional: Level, unconditional: Level, scale: float, name: str | N
 
 
 def clipped(level: Level, limit: float = 1.0) -> Level:
-    """The level with its denoised images clamped to [-limit, limit], as DDPM clips; guide first, then clip."""
+    """Return the level with denoised images clamped to [-limit, limit], as in DDPM; guide first, then clip."""
     if not limit > 0:
         raise UserError(f"{level.name}: images cannot be clipped to [-{limit}, {limit}].")
     return Level(level.name, lambda x, logsnr: level.denoise(x, logsnr).clamp(-limit, limit), level.flops)
 
 
 def trained_range(source: Any) -> tuple[float, float]:
-    """Lowest and highest log-SNR of discrete training, for Process; of a diffusers scheduler or alphas_cumprod."""
+    """Return the lowest and highest trained log-SNR of a diffusers scheduler or of alphas_cumprod, for Process."""
     logsnr, _ = _timestep_table(source)
     return float(logsnr[0]), float(logsnr[-1])
 
@@ -195,24 +198,24 @@ def _check_conventions(
 
 
 def _timestep_table(source: Any) -> tuple[Tensor, Tensor]:
-    """Log-SNR, ascending, and the timestep of each; timesteps of infinite log-SNR (zero terminal SNR) are left out."""
+    """Return ascending log-SNRs and their timesteps, without infinite log-SNRs (zero terminal SNR)."""
     values = getattr(source, "alphas_cumprod", source)
     try:
         alpha2 = torch.as_tensor(values, dtype=torch.float64, device="cpu").numpy()
     except (RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{type(source).__name__} has no alphas_cumprod; see adapt() for other networks.") from error
     if alpha2.ndim != 1 or len(alpha2) < 2 or not np.all(np.diff(alpha2) < 0) or alpha2[0] > 1 or alpha2[-1] < 0:
-        raise UserError("alphas_cumprod must fall from timestep to timestep, within 1 and 0, and hold two at least.")
+        raise UserError("alphas_cumprod must fall from timestep to timestep within [0, 1], with two values or more.")
     timestep = np.flatnonzero((alpha2 > 0) & (alpha2 < 1))[::-1].copy()
     return torch.from_numpy(np.log(alpha2[timestep]) - np.log1p(-alpha2[timestep])), torch.from_numpy(timestep)
 
 
 def _timestep(logsnr: Tensor, table: tuple[Tensor, Tensor], to_integer: bool) -> tuple[Tensor, Tensor]:
-    """The network's timestep [B] and the log-SNR [B] it stands for."""
+    """Return the network's timestep [B] and its log-SNR [B]."""
     known, last = table[0].to(logsnr), int(table[1][0])
     above = torch.searchsorted(known, logsnr.detach().contiguous()).clamp(1, len(known) - 1)
     part = ((logsnr - known[above - 1]) / (known[above] - known[above - 1])).clamp(0, 1)
-    timestep = last - (above - 1 + part)  # they are neighbouring integers
+    timestep = last - (above - 1 + part)  # timesteps in the table are consecutive integers
     if not to_integer:
         return timestep, logsnr
     timestep = timestep.round().long()
@@ -230,7 +233,7 @@ def _check_range(name: str, logsnr: Tensor, limits: tuple[float, float]) -> None
 
 
 def _sigma(logsnr: Tensor, coordinates: str) -> Tensor:
-    """The noise's standard deviation [B] in VP or VE coordinates."""
+    """Return the noise's standard deviation [B] in VP or VE coordinates."""
     return torch.sigmoid(-logsnr).sqrt() if coordinates == "vp" else torch.exp(-0.5 * logsnr)
 
 
@@ -243,7 +246,7 @@ def _denoised(prediction: str, output: Tensor, x: Tensor, alpha: Tensor, sigma: 
 
 
 def _map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """function of every tensor in dicts, lists and tuples; all else as it is."""
+    """Apply the function to each tensor in nested dicts, lists and tuples; other values stay unchanged."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, Mapping):
@@ -256,23 +259,23 @@ def _map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
 def _check_one_row(name: str, key: str, tensor: Tensor) -> None:
     if tensor.ndim and len(tensor) != 1:
         raise UserError(
-            f"{name}: conditioning {key!r} has {len(tensor)} rows, but it must have one, the same for all samples: "
-            "a level is run on some of a batch only; sample one condition after the other."
+            f"{name}: conditioning {key!r} has {len(tensor)} rows, but it must have one, shared by all samples, "
+            "because a level runs on part of a batch: sample one condition after another."
         )
 
 
 def _dtype(network: Any) -> torch.dtype | None:
-    """Floating type of a module's first such parameter; None for other callables."""
+    """Return the type of a module's first floating-point parameter; None for other callables."""
     parameters = network.parameters() if isinstance(network, nn.Module) else ()
     return next((p.dtype for p in parameters if p.is_floating_point()), None)
 
 
 def _output(name: str, output: Any, x: Tensor) -> Tensor:
-    """The tensor that a network returned, its first half where there are twice as many channels as in x."""
+    """Return the tensor in a network's output; its first half if it has twice the channels of x."""
     if not isinstance(output, Tensor):
         output = output[0] if isinstance(output, tuple | list) else getattr(output, "sample", None)
     if not isinstance(output, Tensor):
-        raise UserError(f"{name}: the network returned neither a tensor, nor a tuple of tensors, nor one in .sample.")
+        raise UserError(f"{name}: the network returned neither a tensor, nor a tuple of tensors, nor a tensor in .sample.")
     if output.ndim == x.ndim and output.shape[1] == 2 * x.shape[1]:
         output = output[:, : x.shape[1]]
     if output.shape != x.shape:
@@ -283,7 +286,7 @@ def _output(name: str, output: Any, x: Tensor) -> Tensor:
 def _count(
     name: str, network: Any, shape: tuple[int, ...] | None, conditioning: dict[str, Any], time: torch.dtype
 ) -> float:
-    """FLOPs (a multiply-add counts two) of one evaluation of one image [C,H,W], all parameters on the meta device."""
+    """Return the FLOPs of one evaluation of one image [C,H,W], counted on the meta device (multiply-add: 2)."""
     if not isinstance(network, nn.Module) or shape is None:
         raise UserError(f"{name}: give flops, or shape = (channels, height, width) and an nn.Module to count them.")
     tensors = dict(network.named_parameters()) | dict(network.named_buffers())

@@ -1,7 +1,7 @@
-"""A family in which everything is known: a Gaussian mixture with its exact posterior mean, spoilt by smooth level errors.
+"""A family with a known answer: the exact posterior mean of a Gaussian mixture plus smooth level errors.
 
-The largest level is what the multilevel estimator is unbiased for, so errors are measured against it, as with trained
-families. Costs are declared, not counted: the claim of the method is about error against cost, whatever the cost is.
+The multilevel estimator is unbiased for the largest level, so errors are measured against that level, as with trained
+families. Costs are declared, not counted: the method's claim concerns error against any given cost.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class GaussianMixture:
-    """Data: equal parts of normals with these means [M, D] and one isotropic standard deviation."""
+    """Data distribution: equally weighted normals with means [M, D] and one isotropic standard deviation."""
 
     means: Tensor
     std: float
 
     def denoise(self, x: Tensor, logsnr: Tensor) -> Tensor:
-        """Exact posterior mean E[x0 | x] for x [B, C, H, W] = alpha x0 + sigma eps at logsnr [B]."""
+        """Return the exact posterior mean E[x0 | x] for x [B, C, H, W] = alpha x0 + sigma eps at logsnr [B]."""
         means = self.means.to(x)
         flat, (alpha, variance) = x.flatten(1), self._noised(logsnr)
         # |x - alpha mu|^2 up to a term that all components share
@@ -36,22 +36,24 @@ class GaussianMixture:
         return (mean + gain * (flat - alpha * mean)).reshape(x.shape)
 
     def _noised(self, logsnr: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha [B, 1], and the variance of a component at that noise level [B, 1]."""
+        """Return alpha [B, 1] and the variance of a noised component [B, 1]."""
         alpha2, sigma2 = torch.sigmoid(logsnr)[:, None], torch.sigmoid(-logsnr)[:, None]
         return alpha2.sqrt(), alpha2 * self.std**2 + sigma2
 
     @property
     def rms(self) -> float:
-        """Root mean square of the data, per dimension."""
+        """The root mean square of the data, per dimension."""
         return math.sqrt(float((self.means**2).mean()) + self.std**2)
 
 
 def gaussian_mixture(
     dim: int, components: int = 8, spread: float = 0.15, std: float = 0.25, seed: int = 0
 ) -> GaussianMixture:
-    """A mixture whose components overlap (distances of about 3 standard deviations in 16 dimensions), so that its
-    posterior mean is a smooth function: between well separated components a small error flips a sample's component, and
-    no method has a rate."""
+    """Return a mixture whose components overlap (distances of about 3 standard deviations in 16 dimensions).
+
+    Its posterior mean is then smooth. Between well separated components a small error would flip a sample's component,
+    and no method would have a rate.
+    """
     generator = torch.Generator().manual_seed(seed)
     means = spread * torch.randn(components, dim, generator=generator)
     return GaussianMixture(means - means.mean(0), std)
@@ -60,7 +62,7 @@ def gaussian_mixture(
 def smooth_field(
     dim: int, seed: int, frequency: float = 1.4, drift: float = 0.15, features: int = 64
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """A random smooth vector field g(x [B, D], logsnr [B]) -> [B, D] of mean square about 1 (random Fourier features).
+    """Return a random smooth field g(x [B, D], logsnr [B]) -> [B, D] of mean square about 1 (random Fourier features).
 
     frequency: radians per unit of root mean square of x; drift: radians per unit of log-SNR.
     """
@@ -85,12 +87,12 @@ def analytic_family(
     drift: float = 0.15,
     seed: int = 0,
 ) -> list[Level]:
-    """Levels f^k = exact posterior mean + amplitude 2^-k c_out(t) g_k(x, t), k = 1..levels, of cost 2^(gamma k) MFLOP.
+    """Return levels f^k = exact posterior mean + amplitude 2^-k c_out(t) g_k(x, t), k = 1..levels.
 
-    g_k are independent smooth fields of mean square 1; c_out is the standard deviation of what a linear denoiser leaves
-    unexplained (EDM's preconditioning), so amplitude 2^-k is the error of the network's normalised output. The 0.5 is
-    moderate: a UNet of width 8 differs from one of width 16 by about 0.1 in that measure. Raises UserError for fewer
-    than one level.
+    Level k costs 2^(gamma k) MFLOP. The g_k are independent smooth fields of mean square 1; c_out is the residual
+    standard deviation of a linear denoiser (EDM's preconditioning). So amplitude 2^-k is the error of the network's
+    normalised output. The amplitude 0.5 is moderate: UNets of widths 8 and 16 differ by about 0.1 in that measure.
+    Raises UserError for fewer than one level.
     """
     if levels < 1:
         raise UserError(f"The analytic family needs at least one level, not {levels}.")

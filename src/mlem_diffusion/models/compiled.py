@@ -1,4 +1,4 @@
-"""A trained denoiser made fast for sampling: bf16, channels_last, torch.compile and CUDA graphs, each where it works."""
+"""Fast evaluation of a trained denoiser for sampling: bf16, channels_last, torch.compile, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -18,19 +18,22 @@ from .torch_compile import compiled, first_line, options, should_compile
 from .unet import Denoiser, UNet
 
 PRECISIONS = ("float32", "bf16")
-_SMALLEST, _WASTE = 8, 0.25  # smallest bucket; padding allowed, as a part of the samples
+_SMALLEST, _WASTE = 8, 0.25  # smallest bucket; largest padding as a fraction of the samples
 
 
 def inference_copy(denoiser: nn.Module, precision: str = "float32") -> nn.Module:
-    """A frozen copy for evaluation alone. "bf16": the network's weights and activations are bf16; group-norm statistics
-    (torch's kernels accumulate them so), the noise-level features and the preconditioning around it stay float32."""
+    """Return a frozen copy for evaluation only.
+
+    With "bf16" the network's weights and activations are bf16. Group-norm statistics (torch's kernels accumulate them
+    in float32), the noise-level features and the preconditioning stay float32.
+    """
     if precision not in PRECISIONS:
         raise UserError(f"precision = {precision!r} is unknown; expected 'float32' or 'bf16'.")
     network = copy.deepcopy(denoiser).eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if not isinstance(network, Denoiser):
         return network
     if precision == "bf16":
-        # parameters alone: the frequencies of the noise-level features need float32
+        # parameters only: the frequencies of the noise-level features need float32
         for parameter in network.unet.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
     if isinstance(network.unet, UNet):
@@ -39,9 +42,10 @@ def inference_copy(denoiser: nn.Module, precision: str = "float32") -> nn.Module
 
 
 def cover(count: int, batch: int | None = None) -> Iterator[tuple[int, int]]:
-    """Pieces (samples, bucket) that a batch of `count` is evaluated in: buckets are powers of two from 8, and `batch`.
+    """Split a batch of `count` into pieces (samples, bucket); buckets are powers of two from 8, and `batch`.
 
-    The smallest bucket that holds what is left is taken where it wastes little; else the largest that is filled.
+    The smallest bucket that holds all remaining samples is used if it needs little padding; otherwise the largest
+    bucket that the samples fill.
     """
     while count > 0:
         power = max(_SMALLEST, 1 << (count - 1).bit_length())
@@ -55,13 +59,13 @@ def cover(count: int, batch: int | None = None) -> Iterator[tuple[int, int]]:
 
 
 class FastDenoiser:
-    """A denoiser (x [B,3,S,S], logsnr [B]) -> float32 [B,3,S,S], frozen, as fast as the device allows.
+    """A frozen denoiser (x [B,3,S,S], logsnr [B]) -> float32 [B,3,S,S], as fast as the device allows.
 
-    precision: "float32" or "bf16" (`inference_copy`). compile: "auto" (on CUDA), "on", "off", or "max" (tuned kernels). On
-    CUDA every bucket of batch sizes (`cover`; `batch` is one of its own) is captured once as a CUDA graph, compiled or not.
-    A logsnr with stride 0 (an expanded scalar) says that all samples share a noise level, which is then embedded once.
-    Where derivatives with respect to x are asked for, the same network runs eagerly. What fails to compile or to be captured
-    goes on without, with one SlowPath warning.
+    precision: "float32" or "bf16" (`inference_copy`). compile: "auto" (on CUDA), "on", "off", or "max" (tuned kernels).
+    On CUDA each batch-size bucket (`cover`; `batch` is an additional bucket) is captured once as a CUDA graph, compiled
+    or not. A logsnr with stride 0 (an expanded scalar) means that all samples share a noise level, which is embedded
+    once. If derivatives with respect to x are needed, the same network runs eagerly. If compilation or graph capture
+    fails, the network runs without it, with one SlowPath warning.
     """
 
     def __init__(
@@ -88,7 +92,7 @@ class FastDenoiser:
 
     @property
     def mode(self) -> str:
-        """Precision, and what it runs with by now: eager or compiled, with CUDA graphs or not."""
+        """The precision, and the current mode of execution: eager or compiled, with or without CUDA graphs."""
         is_compiled = getattr(self.run, "is_compiled", bool)()
         return f"{self.precision} {'compiled' if is_compiled else 'eager'}{'' if self.graphs is None else ' + graphs'}"
 
@@ -136,8 +140,10 @@ def _forward_mode(x: Tensor) -> bool:
 
 
 class _Graph:
-    """One captured evaluation with buffers that stay in place. All graphs alive share one memory pool: they are replayed one
-    after the other, and their results are copied out at once."""
+    """One captured evaluation with fixed buffers.
+
+    All existing graphs share one memory pool: they are replayed one after another, and each result is copied at once.
+    """
 
     pool: Any = None
     alive: ClassVar[weakref.WeakSet[_Graph]] = weakref.WeakSet()
@@ -150,20 +156,20 @@ class _Graph:
         rows: int,
         device: torch.device,
     ):
-        if not _Graph.alive:  # the allocator gives up a pool with its last graph
+        if not _Graph.alive:  # the allocator frees a pool with its last graph
             _Graph.pool = torch.cuda.graph_pool_handle()
-        # zeros, and overwritten from the front: padding is old but finite samples
+        # padding is zeros or samples of earlier calls, so it is finite
         self.x = torch.zeros(bucket, *shape, device=device)
         self.logsnr = torch.zeros(rows, device=device)
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):  # libraries choose their algorithms and compilation happens before the capture
+        with torch.cuda.stream(side):  # compile, and let libraries choose their algorithms, before the capture
             for _ in range(3):
                 run(self.x, self.logsnr).float()
         torch.cuda.current_stream(device).wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=_Graph.pool):
-            self.out = run(self.x, self.logsnr).float().contiguous()  # as the sampler's other tensors
+            self.out = run(self.x, self.logsnr).float().contiguous()  # like the sampler's other tensors
         _Graph.alive.add(self)
 
     def __call__(self, x: Tensor, logsnr: Tensor) -> Tensor:

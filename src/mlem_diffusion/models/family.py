@@ -25,9 +25,11 @@ def level_name(width: int) -> str:
 
 
 def at_width(settings: Mapping[str, Any], width: int) -> dict[str, Any]:
-    """Settings at a width, the family's one knob. settings["narrow"] lists changes for narrow levels, such as
-    {upto: 32, images: 500000}: the first entry whose `upto` is not below the width applies. UserError for an entry
-    without `upto`."""
+    """Return the settings for a level of this width.
+
+    settings["narrow"] lists changes for narrow levels, such as {upto: 32, images: 500000}. The entry with the smallest
+    `upto` that is at least the width applies. Raises UserError for an entry without `upto`.
+    """
     plain = {key: value for key, value in settings.items() if key != "narrow"}
     entries: Any = settings.get("narrow") or ()
     if any(not isinstance(entry, Mapping) or "upto" not in entry for entry in entries):
@@ -39,19 +41,19 @@ def at_width(settings: Mapping[str, Any], width: int) -> dict[str, Any]:
 
 
 def shape_of(unet: Mapping[str, Any], width: int) -> dict[str, Any]:
-    """The UNet's arguments at a width (`at_width`)."""
+    """Return the UNet's arguments for a width (`at_width`)."""
     return at_width(unet, width)
 
 
 def repeat_name(name: str, seed: int) -> str:
-    """Folder of a level that was trained once more, from another seed."""
+    """Return the folder name of a level that was trained again from another seed."""
     return f"{name}-seed{seed}"
 
 
 def build_denoiser(
     width: int, size: int, data_rms: float, unet: Mapping[str, Any], target: str, seed: int = 0
 ) -> Denoiser:
-    """A fresh denoiser; its initial weights depend on the seed, the width and its shape (`shape_of`) alone."""
+    """Return an untrained denoiser; its weights depend only on the seed, the width and its shape (`shape_of`)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed * 100_003 + width)
         return Denoiser(UNet(width, size, **shape_of(unet, width)), data_rms, target)
@@ -65,13 +67,16 @@ def as_level(
     compile: str = "auto",
     batch: int | None = None,
 ) -> Level:
-    """A denoiser as a Level, by a frozen copy of it on its device: see `inference.FastDenoiser`."""
+    """Return a Level that evaluates a frozen copy of the denoiser on its device: see `compiled.FastDenoiser`."""
     return Level(name, FastDenoiser(denoiser, precision, compile, name, batch), flops)
 
 
 def read_metadata(directory: Path, widths: Sequence[int]) -> list[dict[str, Any]]:
-    """metadata.json of each level, cheap to expensive; UserError for a level that is not fully trained or damaged, and in a
-    published folder for a file that has changed since (`published.read_index`)."""
+    """Return metadata.json of each level, in the order of `widths`.
+
+    Raises UserError if a level is damaged or not fully trained, or if a published file has changed
+    (`published.read_index`).
+    """
     is_published = read_index(directory) is not None
     return [_read_level(directory / level_name(width), not is_published) for width in widths]
 
@@ -80,13 +85,15 @@ def _read_level(folder: Path, sealed: bool) -> dict[str, Any]:
     path = folder / "metadata.json"
     metadata = read_json(path, _HINT if not path.is_file() else AGAIN, sealed)
     if metadata.get("name") != folder.name:
-        raise Damaged(path, f"{path} speaks of another level ({metadata.get('name')}): {AGAIN}.")
+        raise Damaged(path, f"{path} describes another level ({metadata.get('name')}): {AGAIN}.")
     return metadata
 
 
 def weights_of(metadata: Mapping[str, Any], snapshot: int | None = None) -> tuple[str, str | None]:
-    """File name and SHA-256 of a level's final weights, or of one of its snapshots; no hash where a published family's index
-    holds it."""
+    """Return file name and SHA-256 of a level's final weights or of a snapshot.
+
+    The hash is None if only the index of a published family has it.
+    """
     if snapshot is None:
         return metadata.get("weights_file", "ema.safetensors"), metadata["weights_sha256"]
     entry = metadata["snapshots"][snapshot]
@@ -94,8 +101,10 @@ def weights_of(metadata: Mapping[str, Any], snapshot: int | None = None) -> tupl
 
 
 def identity_of(metadata: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What artefacts note of the levels that they were made with: the hash of each one's weights as trained (publishing rounds
-    them) and of the images."""
+    """Return the hashes by which artefacts identify their levels: of the images and of each level's weights.
+
+    Weights are hashed as trained, because publishing rounds them.
+    """
     return {
         "levels": {m["name"]: m.get("trained_weights_sha256", m["weights_sha256"]) for m in metadata},
         "data": metadata[0]["data_sha256"],
@@ -111,8 +120,10 @@ def load_family(
     compile: str = "auto",
     batch: int | None = None,
 ) -> list[Level]:
-    """The levels of a trained family, ready to sample (`as_level`; batch: the usual batch size). snapshot: index into each
-    level's snapshots; None: the final EMA."""
+    """Load the levels of a trained family for sampling (`as_level`).
+
+    batch: the usual batch size. snapshot: index into each level's snapshots, or None for the final EMA.
+    """
     levels = [
         load_level(directory / level_name(width), metadata, device, precision, snapshot, compile, batch)
         for width, metadata in zip(widths, read_metadata(directory, widths), strict=True)
@@ -130,7 +141,7 @@ def load_level(
     compile: str = "auto",
     batch: int | None = None,
 ) -> Level:
-    """One trained level, by the content of its metadata.json; the rest as in `load_family`."""
+    """Load one trained level from its folder and metadata; other arguments are as in `load_family`."""
     with expect_content(folder / "metadata.json", AGAIN):
         denoiser = build_denoiser(
             metadata["width"], metadata["size"], metadata["data_rms"], metadata["unet"], metadata["target"]
@@ -142,13 +153,13 @@ def load_level(
 
 
 def read_repeats(directory: Path, wanted: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
-    """metadata.json of each (width, training seed) that was trained again."""
+    """Return metadata.json of each (width, training seed) that was trained again."""
     is_published = read_index(directory) is not None
     return [_read_level(directory / repeat_name(level_name(w), seed), not is_published) for w, seed in wanted]
 
 
 def describe(width: int, size: int, data_rms: float, unet: Mapping[str, Any], target: str) -> dict[str, Any]:
-    """What is known of a level before training: name, width, parameters, FLOPs per evaluation of one image."""
+    """Return a level's description before training, with parameter count and FLOPs per evaluation of one image."""
     denoiser = build_denoiser(width, size, data_rms, unet, target)
     return {
         "name": level_name(width),

@@ -10,9 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def flops_per_evaluation(network: nn.Module, size: int, channels: int = 3) -> float:
-    """FLOPs (a multiply-add counts two) of one forward pass on one [channels, size, size] image.
+    """Return the FLOPs (a multiply-add counts 2) of one forward pass on one [channels, size, size] image.
 
-    Counted on the meta device: on the CPU the counter sees nothing of fused attention. Norms and activations count 0.
+    They are counted on the meta device, because on the CPU the counter misses fused attention. Norms and activations
+    count 0.
     """
     network = copy.deepcopy(network).to("meta").eval()
     x, logsnr = torch.empty(1, channels, size, size, device="meta"), torch.empty(1, device="meta")

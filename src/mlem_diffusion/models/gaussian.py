@@ -1,9 +1,10 @@
 """A linear Gaussian denoiser from the data's covariance: a nearly free first level.
 
 For data N(mu, C) the denoised image, E[x0 | x] at x = alpha x0 + sigma eps, is
-mu + alpha C (alpha^2 C + sigma^2)^-1 (x - alpha mu): the best linear denoiser of any data with that mean and covariance.
-C is kept as r principal directions and one variance for all others, C = U diag(l) U^T + rho (1 - U U^T) (probabilistic
-PCA, Tipping and Bishop 1999), so an evaluation is two thin matrix products.
+mu + alpha C (alpha^2 C + sigma^2)^-1 (x - alpha mu). It is the best linear denoiser of any data with that mean and
+covariance. C is stored as r principal directions and one variance for all others,
+C = U diag(l) U^T + rho (1 - U U^T) (probabilistic PCA, Tipping and Bishop 1999), so an evaluation is two thin matrix
+products.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ from ..diffusion.process import expand
 from ..errors import UserError, is_out_of_memory
 from ..files import SEAL, Damaged, atomic_write, is_the_systems
 
-# Up to this many dimensions the whole covariance is accumulated over all images and diagonalised exactly.
+# Up to this many dimensions the full covariance of all images is diagonalised exactly.
 DENSE_LIMIT = 1024
-SUBSET_VALUES = 100_000_000  # beyond it: float32 values of the images that the truncated decomposition sees (400 MB)
-# The default rank explains this share of the variance, within the cap. On the 16x16 portraits that is rank 58, 6% of the FLOPs
-# of a width-4 UNet, and as near to a width-16 UNet along its trajectories as that one; rank 32 is 12% farther (squared),
-# rank 192 only 14% nearer.
+SUBSET_VALUES = 100_000_000  # above DENSE_LIMIT: float32 values in the images that are decomposed (400 MB)
+# The default rank explains this share of the variance, within the cap. On the 16x16 portraits this is rank 58, with 6%
+# of the FLOPs of a width-4 UNet. Along the trajectories of a width-16 UNet it is as near to that network as the width-4
+# UNet is; rank 32 is 12% farther (squared), rank 192 only 14% nearer.
 DEFAULT_SHARE = 0.95
-DEFAULT_CAP = 256  # and at most an eighth of the dimensions
+DEFAULT_CAP = 256  # the rank is also at most an eighth of the dimensions
 
 
 class GaussianDenoiser(nn.Module):
-    """Posterior mean under N(mean, U diag(variances) U^T + residual (1 - U U^T)); differentiable, float32 like its buffers.
+    """Posterior mean under N(mean, U diag(variances) U^T + residual (1 - U U^T)); differentiable, in float32.
 
     mean: [C,H,W] in [-1, 1]; basis: U [D, r], orthonormal columns, D = C H W; variances: [r], per direction;
-    residual: variance of each of the D - r other directions. images: how many it was fitted on.
+    residual: variance of each of the D - r other directions. images: number of images it was fitted to.
     """
 
     mean: Tensor
@@ -69,7 +70,7 @@ class GaussianDenoiser(nn.Module):
 
     @property
     def explained(self) -> float:
-        """Share of the data's variance that lies in the basis."""
+        """Share of the data's variance in the span of the basis."""
         inside = float(self.variances.sum())
         rest = float(self.residual) * (self.mean.numel() - self.rank)
         return inside / (inside + rest) if inside + rest > 0 else 1.0
@@ -80,7 +81,7 @@ class GaussianDenoiser(nn.Module):
             raise UserError(f"Images {list(x.shape[1:])} do not fit a Gaussian of {list(self.mean.shape)}.")
         u = logsnr.to(self.mean.dtype)[:, None]
         alpha, alpha2, sigma2 = torch.sigmoid(u).sqrt(), torch.sigmoid(u), torch.sigmoid(-u)
-        # the gain alpha C / (alpha^2 C + sigma^2) along the basis [B, r], and along everything else [B, 1]
+        # the gain alpha C / (alpha^2 C + sigma^2) along the basis [B, r], and along all other directions [B, 1]
         along = alpha * self.variances / (alpha2 * self.variances + sigma2)
         rest = alpha * self.residual / (alpha2 * self.residual + sigma2)
         centred = (x.to(self.mean.dtype) - expand(alpha, x) * self.mean).flatten(1)
@@ -91,31 +92,33 @@ class GaussianDenoiser(nn.Module):
         return Level(name, self, self.flops)
 
     def save(self, path: Path) -> None:
-        """One safetensors file: the tensors, and as metadata the number of images it was fitted on and the hash of all that."""
+        """Write a safetensors file of the tensors, with the number of images and a hash of both as metadata."""
         tensors = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
-        # one entry: safetensors writes several in no fixed order
+        # one entry, because safetensors writes several in no fixed order
         metadata = {"gaussian": json.dumps({"images": self.images, SEAL: _sha256(tensors, self.images)})}
         atomic_write(path, lambda p: p.write_bytes(save(tensors, metadata)))
 
 
 def load_gaussian(path: Path, device: torch.device | str = "cpu", sealed: bool = True) -> GaussianDenoiser:
-    """What `save` wrote; UserError for a missing, foreign or damaged file. sealed: refuse one without its hash; false where
-    the file has been checked otherwise (published families)."""
+    """Load a denoiser that `save` wrote; raise UserError if the file is missing, foreign or damaged.
+
+    sealed: refuse a file without its hash; False is for files that are verified otherwise (published families).
+    """
     if not path.is_file():
-        raise UserError(f"{path} is not there: fit the Gaussian level first.")
+        raise UserError(f"{path} is missing: fit the Gaussian level first.")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             parts = {name: file.get_tensor(name) for name in ("mean", "basis", "variances", "residual")}
-        facts = json.loads(metadata.get("gaussian", "{}")) or metadata  # files of the first format name them one by one
+        facts = json.loads(metadata.get("gaussian", "{}")) or metadata  # the first format has one entry per fact
         images = int(facts.get("images", 0))
         if sealed and facts.get(SEAL) != _sha256(parts, images):
-            raise ValueError("its hash is another")
+            raise ValueError("its hash differs")
         return GaussianDenoiser(**parts, images=images).to(device)
     except Exception as error:  # damaged files raise nearly anything
         if is_the_systems(error) or is_out_of_memory(error):
             raise
-        raise Damaged(path, f"{path} is not a saved Gaussian denoiser, or damaged: fit it again.") from error
+        raise Damaged(path, f"{path} is damaged, or not a saved Gaussian denoiser: fit it again.") from error
 
 
 def _sha256(tensors: Mapping[str, Tensor], images: int) -> str:
@@ -133,12 +136,12 @@ def fit_gaussian(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> GaussianDenoiser:
-    """Mean and principal directions of images [N,C,H,W], uint8 or float in [-1, 1]; a memory map is read in pieces.
+    """Fit a Gaussian denoiser to images [N,C,H,W], uint8 or float in [-1, 1]; a memory map is read in pieces.
 
-    rank: directions kept; None: the fewest that explain 95% of the variance, at most 256 and D / 8. flips: each image
-    counts as itself and its mirror image, as in training. Up to 1024 dimensions the decomposition is exact and sees all
-    images; above, it is a randomised one (Halko et al. 2011) of at most 400 MB of images drawn with `seed` (held twice for a
-    moment). Raises UserError for fewer than two images and for a rank outside 1..D.
+    rank: number of principal directions; None: the fewest that explain 95% of the variance, at most 256 and D / 8.
+    flips: mirror images are included, as in training. Up to 1024 dimensions the decomposition is exact and uses all
+    images. Above, it is randomised (Halko et al. 2011) and uses at most 400 MB of images drawn with `seed`, which for a
+    moment take twice that memory. Raises UserError for fewer than two images and for a rank outside 1..D.
     """
     if images.ndim != 4 or len(images) < 2:
         raise UserError(f"A Gaussian needs images [N,C,H,W], at least two, not {list(images.shape)}.")
@@ -168,7 +171,7 @@ def fit_gaussian(
 def _chunks(
     images: np.ndarray | Tensor, chosen: np.ndarray, flips: bool, device: torch.device | str, size: int = 1024
 ) -> Iterator[Tensor]:
-    """The chosen images as float rows [n, D] in [-1, 1], mirrored ones after them."""
+    """Yield the chosen images in chunks of float rows [n, D] in [-1, 1], followed by their mirror images."""
     for start in range(0, len(chosen), size):
         own = images[chosen[start : start + size]]
         part = (own if isinstance(own, Tensor) else torch.as_tensor(np.asarray(own))).to(device)
@@ -179,7 +182,7 @@ def _chunks(
 def _dense(
     images: np.ndarray | Tensor, flips: bool, device: torch.device | str, rank: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean [D], basis [D, r], variances [r] and total variance, exact, in float64."""
+    """Return mean [D], basis [D, r], variances [r] and total variance, exact, in float64."""
     d = math.prod(images.shape[1:])
     count, first = 0, torch.zeros(d, dtype=torch.float64, device=device)
     second = torch.zeros(d, d, dtype=torch.float64, device=device)
@@ -194,13 +197,13 @@ def _dense(
 
 
 def _truncated(rows: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same from rows [n, D], which are centred in place, by a randomised decomposition."""
+    """Return the results of `_dense` from rows [n, D] by a randomised decomposition; centres the rows in place."""
     mean = rows.mean(0)
     rows -= mean
     devices = [rows.device] if rows.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         _, values, basis = torch.svd_lowrank(rows, q=min(rank + 16, *rows.shape), niter=4)
-    # by rows: squaring them all would take as much memory again
+    # in parts: the squares of all rows would double the memory
     total = sum((row.square().sum() for row in rows.split(256)), rows.new_zeros(())) / len(rows)
     return mean, basis[:, :rank], values[:rank].square() / len(rows), total

@@ -1,4 +1,4 @@
-"""The model card of a published family: every figure in it is read from the published files."""
+"""The model card of a published family; all its numbers are read from the published files."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ WATCHED = (
     "precision",
     "compile",
     "graph",
-)  # how training runs, not what is trained
+)  # settings of how training runs, which do not change the result
 
 
 def write_card(folder: Path, index: dict[str, Any]) -> Path:
-    """README.md of a published folder from its family.json, which is given, and the levels' metadata.json."""
+    """Write README.md of a published folder from the content of family.json and the levels' metadata.json."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -51,16 +51,16 @@ def write_card(folder: Path, index: dict[str, Any]) -> Path:
 
 
 def shape_in_words(unet: dict[str, Any]) -> str:
-    """A UNet's arguments, in one cell of a table."""
+    """Return a UNet's arguments as the text of one table cell."""
 
-    def said(value: Any) -> str:
+    def text(value: Any) -> str:
         return " ".join(str(v) for v in value) if isinstance(value, list) else str(value)
 
-    return ", ".join(f"{key} {said(value)}" for key, value in unet.items() if value not in ([], None))
+    return ", ".join(f"{key} {text(value)}" for key, value in unet.items() if value not in ([], None))
 
 
 def recipe(levels: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Training settings (name, value); where levels differ, the values of all."""
+    """Return training settings as (name, value); if levels differ, the value lists each level's."""
     own = [level.get("train") or level["config"]["train"] for level in levels]
     rows = []
     for key in dict.fromkeys(key for settings in own for key in settings if key not in (*WATCHED, "narrow")):
@@ -73,7 +73,7 @@ def recipe(levels: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def commands(index: dict[str, Any]) -> list[str]:
-    """The commands that make the family from the images."""
+    """Return the commands that train and publish the family from the images."""
     training, source = index["training"], index["data"]["source"]
     experiment = f"EXPERIMENT={training['experiment'] or index['experiment']}"
     changed = [shlex.quote(argument).replace("\\", "\\\\").replace('"', '\\"') for argument in training["arguments"]]

@@ -1,4 +1,4 @@
-"""What lower precision does to a family: errors of every level against float32 at every noise level."""
+"""Rounding errors of a family in lower precision: each level against float32 at each noise level."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class PrecisionErrors:
-    """Mean squares per pixel at log-SNRs [S], float32 the measure of all: `rounding` [K, S] of f^k - its float32 self,
-    `difference` [K, S] of f^k - f^(k-1) in float32 (of f^1 - the clean image for the first level), what a multilevel estimate
-    multiplies by its weights. Where the first is well below the second, rounding does not matter."""
+    """Mean squares per pixel at log-SNRs [S], relative to the levels in float32.
+
+    rounding: [K, S], of f^k minus f^k in float32. difference: [K, S], of f^k - f^(k-1) in float32 (for the first level,
+    f^1 minus the clean image). A multilevel estimate weights these differences, so rounding does not matter if it is
+    well below them.
+    """
 
     names: tuple[str, ...]
     logsnr: np.ndarray
@@ -28,7 +31,7 @@ class PrecisionErrors:
     difference: np.ndarray
 
     def ratio(self) -> np.ndarray:
-        """Root mean square rounding over root mean square difference [K, S]; zero rounding is 0 whatever the difference."""
+        """Return RMS rounding over RMS difference [K, S]; 0 if the rounding is 0, for any difference."""
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(self.rounding == 0, 0.0, np.sqrt(self.rounding / self.difference))
 
@@ -55,11 +58,13 @@ def precision_errors(
     batch: int = 128,
     progress: Callable[[int, int], None] | None = None,
 ) -> PrecisionErrors:
-    """Compare two versions of one family on images [M,C,H,W] in [-1, 1], noised alike. Raises UserError unless their levels
-    have the same names in the same order."""
+    """Compare two versions of a family on images [M,C,H,W] in [-1, 1] with the same noise.
+
+    Raises UserError unless the levels have the same names in the same order.
+    """
     names = tuple(level.name for level in exact)
     if names != tuple(level.name for level in rounded):
-        raise UserError("Two precisions can be compared of the same levels in the same order only.")
+        raise UserError("Two precisions can be compared only for the same levels in the same order.")
     rounding, difference = np.zeros((len(names), len(logsnr))), np.zeros((len(names), len(logsnr)))
     for j, value in enumerate(logsnr):
         for start in range(0, len(images), batch):

@@ -1,4 +1,4 @@
-"""torch.compile with a cache on disk between runs, and eagerly on where compilation fails."""
+"""torch.compile with a cache on disk and a fallback to eager execution if compilation fails."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ import torch
 from ..errors import SlowPath, UserError
 
 SETTINGS = ("auto", "on", "off", "max")
-_PROGRAMS = 256  # that dynamo may keep of one function: every level of a family is a program of its own
+_PROGRAMS = 256  # programs that dynamo may cache per function: each level of a family needs its own
 
 
 def should_compile(setting: str, device: torch.device | str) -> bool:
-    """Whether to compile: "on" and "max" yes, "off" no, "auto" on CUDA alone; UserError for anything else."""
+    """Return whether to compile ("on" and "max": yes, "off": no, "auto": on CUDA); UserError for other settings."""
     if setting not in SETTINGS:
         raise UserError(f"compile = {setting!r} is unknown; expected one of {', '.join(SETTINGS)}.")
     return setting in ("on", "max") or (setting == "auto" and torch.device(device).type == "cuda")
 
 
 def options(setting: str, device: torch.device | str) -> dict[str, Any]:
-    """Inductor options: 1x1 convolutions as matrix products, and for "max" tuned kernels, which takes minutes more.
+    """Return inductor options: 1x1 convolutions as matrix products and, for "max", kernel tuning, which takes minutes.
 
-    CUDA graphs are left to the callers: they know which buffers stay where they are.
+    CUDA graphs are left to the callers, who know which buffers are fixed.
     """
     if torch.device(device).type != "cuda":
         return {}
@@ -36,7 +36,7 @@ def options(setting: str, device: torch.device | str) -> dict[str, Any]:
 
 
 def use_compile_cache() -> Path:
-    """The folder in which compiled programs are kept between runs: TORCHINDUCTOR_CACHE_DIR, set here unless it is."""
+    """Set TORCHINDUCTOR_CACHE_DIR if it is unset, and return it: the cache of compiled programs between runs."""
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(home / "mlem-diffusion" / "compile")
@@ -44,19 +44,19 @@ def use_compile_cache() -> Path:
 
 
 def compiled(function: Callable[..., Any], what: str, **torch_compile: Any) -> Callable[..., Any]:
-    """torch.compile of a function or module, called `what` in warnings; keywords as in torch.compile.
+    """Compile a function or module, named `what` in warnings; keywords are as in torch.compile.
 
-    Where its first call fails and the eager one does not, it stays eager and warns SlowPath. Running out of memory, and
-    whatever fails once it has worked, is raised. The result has `is_compiled()`.
+    If the first compiled call fails but the eager call works, the function stays eager, with a SlowPath warning.
+    Out-of-memory errors, and errors after a compiled call has worked, are raised. The result has `is_compiled()`.
     """
     use_compile_cache()
-    for name in ("recompile_limit", "cache_size_limit"):  # the second is the name in older versions
+    for name in ("recompile_limit", "cache_size_limit"):  # the second is for older versions of torch
         if hasattr(torch._dynamo.config, name):
             setattr(torch._dynamo.config, name, max(_PROGRAMS, getattr(torch._dynamo.config, name)))
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it tells CPU users that they lack CUDA
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns CPU users that CUDA is missing
     try:
         fast = torch.compile(function, **torch_compile)
-    except Exception as error:  # on a Python or a system that it does not support
+    except Exception as error:  # torch.compile does not support this Python or system
         unsupported = error
 
         def fast(*args: Any) -> Any:
@@ -71,7 +71,7 @@ class _Compiled:
         self.works: bool | None = None  # None: not tried yet
 
     def is_compiled(self) -> bool:
-        """Whether it is, or will be tried."""
+        """Return whether compilation has worked or is still to be tried."""
         return self.works is not False
 
     def __call__(self, *args: Any) -> Any:
@@ -84,7 +84,7 @@ class _Compiled:
         except Exception as error:
             if self.works:
                 raise
-            out = self.function(*args)  # an error of the function's own is raised here
+            out = self.function(*args)  # raises the function's own errors
             self.works = False
             warnings.warn(
                 f"{self.what} runs eagerly: compilation failed ({first_line(error)}).", SlowPath, stacklevel=2
@@ -95,6 +95,6 @@ class _Compiled:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error that says something, shortened."""
+    """Return the first line of an error that is not blank, shortened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__).rstrip(".:")[:160]

@@ -1,7 +1,7 @@
-"""One UNet whose width is the knob, in the style of ADM (Dhariwal and Nichol 2021), and the denoiser around it.
+"""A UNet of variable width in the style of ADM (Dhariwal and Nichol 2021), and the denoiser that uses it.
 
 Residual blocks with group norm and scale-shift conditioning on the noise level, attention at chosen resolutions, skip
-connections by concatenation. The `Denoiser` gives it inputs and targets of unit variance at every noise level
+connections by concatenation. The `Denoiser` scales its inputs and targets to unit variance at each noise level
 (Karras et al. 2022, section 5, written for the variance-preserving process).
 """
 
@@ -20,7 +20,7 @@ from ..errors import UserError
 
 
 def _groups(channels: int) -> int:
-    """At most 32 groups of at least 4 channels each (fewer where the division does not come out even)."""
+    """Return the largest divisor of `channels`, up to 32, with at least 4 channels per group; otherwise 1."""
     return max(g for g in range(1, 33) if channels % g == 0 and (channels // g >= 4 or g == 1))
 
 
@@ -55,7 +55,7 @@ class ResBlock(nn.Module):
         return x
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """condition: what `affine` makes of the embedding, [B, 2 * outputs], or [1, ...] for one noise level."""
+        """condition: output of `affine` for the embedding, [B, 2 * outputs], or [1, ...] for a shared noise level."""
         h = self.conv1(self._resample(F.silu(self.norm1(x))))
         scale, shift = condition[:, :, None, None].chunk(2, dim=1)
         h = F.silu(torch.addcmul(shift, self.norm2(h), scale + 1))
@@ -63,7 +63,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all positions, heads of 64 channels (one head where there are fewer)."""
+    """Self-attention over all positions, in heads of about 64 channels (one head if that does not divide evenly)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -73,7 +73,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
-        # in channels_last these are views all the way: the attention kernel reads the convolution's output in place
+        # in channels_last all of these are views: the attention kernel reads the convolution's output in place
         qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(b, h * w, 3, self.heads, c // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h, w, c).permute(0, 3, 1, 2)
@@ -93,12 +93,12 @@ class _Stage(nn.Module):
 
 
 class UNet(nn.Module):
-    """[B,3,S,S] and logsnr [B], or [1] where all samples share one noise level -> [B,3,S,S].
+    """A UNet: x [B,3,S,S] and logsnr [B], or [1] if all samples share one noise level -> [B,3,S,S].
 
-    width: base channels, multiplied by `multipliers` per resolution; `blocks` residual blocks per resolution; attention at
-    the resolutions named (in pixels). patch: squares of this side become channels before the first convolution and pixels
-    again after the last, so that the network works at size / patch: few large kernels instead of many small ones.
-    Raises UserError if the image size cannot be divided often enough.
+    width: base channels, multiplied by `multipliers` per resolution. blocks: residual blocks per resolution.
+    attention: resolutions with attention, in pixels. patch: squares of this side become channels before the first
+    convolution and pixels again after the last. The network then works at size / patch, with few large kernels instead
+    of many small ones. Raises UserError if the image size cannot be halved often enough.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class UNet(nn.Module):
         self.joined_bias: Tensor | None = None
 
     def join_conditioning(self) -> None:
-        """For inference: all blocks' conditioning layers as one matrix product (later changes of weights are not seen)."""
+        """For inference: join all blocks' conditioning layers into one matrix product (a copy of the weights)."""
         layers = [module.block.affine for module in self._stages()]
         weight, bias = torch.cat([v.weight for v in layers]), torch.cat([v.bias for v in layers])
         del self.joined_weight, self.joined_bias
@@ -178,7 +178,7 @@ class UNet(nn.Module):
         return [*self.down, *self.middle, *self.up]
 
     def _conditions(self, logsnr: Tensor) -> Iterator[Tensor]:
-        """What every residual block is scaled and shifted by, in the order of the forward pass."""
+        """Return each residual block's scale and shift, in the order of the forward pass."""
         angles = logsnr.float()[:, None] * self.frequencies
         embedding = self.embed(torch.cat([angles.cos(), angles.sin()], dim=1).to(self.enter.weight.dtype))
         layers = [module.block.affine for module in self._stages()]
@@ -207,9 +207,9 @@ class Denoiser(nn.Module):
     """A UNet preconditioned to unit variance, with one of three prediction targets.
 
     With data of root mean square `data_rms`, the input is scaled to unit variance, and the network's target has unit
-    variance at every log-SNR for each choice: "v" (the mix of image and noise that is uncorrelated with the input: EDM's
-    preconditioning, Karras et al. 2022, table 1, and v prediction where data_rms = 1), "epsilon" (the noise), "x0"
-    (the image over data_rms).
+    variance at each log-SNR. target: "v" (the mix of image and noise that is uncorrelated with the input; EDM's
+    preconditioning, Karras et al. 2022, table 1; v prediction if data_rms = 1), "epsilon" (the noise), or "x0" (the
+    image over data_rms).
     """
 
     def __init__(self, unet: nn.Module, data_rms: float = 0.5, target: str = "v"):
@@ -219,7 +219,7 @@ class Denoiser(nn.Module):
         self.unet, self.data_rms, self.target = unet, float(data_rms), target
 
     def _coefficients(self, x: Tensor, logsnr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Input scale, and skip and output scale such that denoised = skip * x + out * network."""
+        """Return the scales of input, skip and output, with denoised = skip * x + out * network(input * x)."""
         logsnr = expand(logsnr.float(), x)
         alpha, sigma, rms = torch.sigmoid(logsnr).sqrt(), torch.sigmoid(-logsnr).sqrt(), self.data_rms
         scale = torch.rsqrt((alpha * rms) ** 2 + sigma**2)
@@ -230,14 +230,14 @@ class Denoiser(nn.Module):
         return scale, torch.zeros_like(scale), torch.full_like(scale, rms)
 
     def forward(self, x: Tensor, logsnr: Tensor) -> Tensor:
-        """x [B,3,S,S] noised, logsnr [B] or [1] -> denoised image [B,3,S,S] in float32."""
+        """Return the denoised image [B,3,S,S] in float32 for noised x [B,3,S,S] and logsnr [B] or [1]."""
         scale, skip, out = self._coefficients(x, logsnr)
         return skip * x + out * self.unet(scale * x, logsnr).float()
 
     def loss(self, x: Tensor, x0: Tensor, logsnr: Tensor) -> Tensor:
-        """Mean squared error of the network's own unit-variance output, per image [B].
+        """Return the mean squared error of the network's unit-variance output, per image [B].
 
-        Dividing by `out` turns the denoising error into it; all three targets are affine in (x, x0).
+        It is the denoising error divided by `out`, since all three targets are affine in (x, x0).
         """
         scale, skip, out = self._coefficients(x, logsnr)
         prediction = self.unet(scale * x, logsnr).float()

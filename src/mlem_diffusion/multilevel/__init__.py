@@ -1,1 +1,1 @@
-"""The multilevel method: its estimators and coins, gains, plans, and diagnostics of a family of levels."""
+"""The multilevel method: estimators, coins, gains, plans, and diagnostics of a family of levels."""

@@ -1,4 +1,4 @@
-"""The multilevel estimators: random telescopes of level differences (ML-EM), and fixed quadratures of them."""
+"""Multilevel estimators: random telescopes of level differences (ML-EM), and fixed quadratures of them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from .probabilities import draw_coins, evaluation_probabilities, telescope_weigh
 class Multilevel(Estimator):
     """The ML-EM estimate sum_k (B_k / p_k) (f^k - f^{k-1}), unbiased for the largest level at every evaluation.
 
-    p: [K], or [n, K] for time-dependent probabilities; p_1 = 1. coins: "independent", "systematic" or "nested".
-    shared: one set of coins for a whole batch (keyed by its first seed) instead of one per sample.
+    B_k is a coin: 1 with probability p_k, else 0. f^0 = 0. Networks whose total weight is zero are not run.
+
+    p: [K], or [n, K] with one row per network evaluation; p_1 = 1. coins: "independent", "systematic" or "nested", see
+    probabilities.draw_coins. shared: one set of coins for all samples of a batch, keyed by its first seed.
     """
 
     family: tuple[Level, ...]
@@ -31,7 +33,7 @@ class Multilevel(Estimator):
         p = np.asarray(self.p)
         if p.shape[-1] != len(self.family):
             raise UserError(f"{p.shape[-1]} probabilities do not fit {len(self.family)} levels.")
-        if not np.all((p > 0) & (p <= 1)) or np.any(p[..., 0] != 1):  # NaN is refused too
+        if not np.all((p > 0) & (p <= 1)) or np.any(p[..., 0] != 1):  # rejects NaN too
             raise UserError("Inclusion probabilities must lie in (0, 1], with p_1 = 1.")
 
     @property
@@ -47,7 +49,7 @@ class Multilevel(Estimator):
         return np.broadcast_to(weights, (evaluations, len(seeds), p.shape[1]))
 
     def expected_evaluations(self, evaluations: int) -> np.ndarray:
-        """Expected evaluations of each level [K] per image, exact (cancellations of equal weights included)."""
+        """Expected evaluations of each level [K] per image, exact; a network with weight zero is not evaluated."""
         return evaluation_probabilities(self._table(evaluations), nested=self.coins == "nested").sum(axis=0)
 
     def clusters(self, seeds: Sequence[int]) -> list[int]:
@@ -56,10 +58,11 @@ class Multilevel(Estimator):
 
 @dataclass(frozen=True)
 class Quadrature(Estimator):
-    """The sum f^1 + sum_{k>1} W_k (f^k - f^{k-1}) with fixed weights W [n, K], W_1 = 1, most of them zero.
+    """The estimate f^1 + sum_{k>1} W_k (f^k - f^{k-1}) with fixed weights W [n, K]; W_1 = 1, most others are zero.
 
-    A deterministic quadrature of the level differences along the trajectory: where one is evaluated, it stands for its
-    neighbours too. Not unbiased: weights come from measured effects (optimise.quadrature_options), and the error is measured.
+    This is a deterministic quadrature of the level differences along the trajectory: a difference that is evaluated at
+    one step also stands for the neighbouring steps. The estimate is biased. The weights `table` are W; they come from
+    measured effects (planner.quadrature_options), and the error is measured.
     """
 
     family: tuple[Level, ...]
@@ -78,6 +81,7 @@ class Quadrature(Estimator):
         return list(self.family)
 
     def _networks(self, evaluations: int) -> np.ndarray:
+        # sum_k W_k (f^k - f^{k-1}) = sum_k (W_k - W_{k+1}) f^k
         table = _rows(self.table, evaluations, "Weights")
         return table - np.concatenate([table[:, 1:], np.zeros_like(table[:, :1])], axis=1)
 

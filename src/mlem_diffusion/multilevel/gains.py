@@ -1,13 +1,21 @@
-"""Gains: what a level difference that enters one network output does to the final image.
+"""Gains: how much a level difference at one network evaluation moves the final image.
 
-To first order a sampling run that uses F_j + e_j instead of the largest level's estimate F_j at evaluation j ends at
-X + sum_j (dX/dF_j) e_j. The estimators of this project perturb by e_j = (w_kj - 1) delta_kj with the level differences
-delta_kj = (f^k - f^{k-1})(x_j) and some weights w, so everything about their error follows from the *effects*
-(dX/dF_j) delta_kj. One backward sweep along a trajectory gives their projections on a random direction v for all j and k at
-once: s_kj = <v, (dX/dF_j) delta_kj>, with E s_kj^2 = A_kj = E |(dX/dF_j) delta_kj|^2 / dimension for random signs v.
-Step rules are matrices (step_rules.py), so the sweep transposes them and asks the network for one vector-Jacobian
-product per evaluation; forward derivatives and small perturbations (`forward_gains`) need a run to the end for every j and
-check it.
+Let F_j be the largest level's estimate at evaluation j, and X the final image of its run. A run that uses F_j + e_j
+instead of F_j ends, to first order, at X + sum_j (dX/dF_j) e_j. The estimators of this project have e_j = sum_k (w_kj -
+1) delta_kj: delta_kj = (f^k - f^{k-1})(x_j) is a level difference, and w_kj is its weight, such as B/p. So the
+*effects* (dX/dF_j) delta_kj determine the error to first order.
+
+One backward sweep along a trajectory projects the effects of all j and k on a random direction v:
+
+    s_kj = <v, (dX/dF_j) delta_kj>
+
+If the entries of v are random signs over sqrt(dimension), then E s_kj^2 = A_kj with the *gain*
+
+    A_kj = E |(dX/dF_j) delta_kj|^2 / dimension
+
+Step rules are matrices (diffusion/step_rules.py). The sweep transposes them and needs one vector-Jacobian product of
+the network per evaluation and direction. `forward_gains` checks the sweep by forward derivatives or small
+perturbations; it needs one run to the end for each pair (k, j).
 """
 
 from __future__ import annotations
@@ -35,10 +43,11 @@ from ..files import read_arrays, write_arrays
 
 @dataclass(frozen=True)
 class Effects:
-    """Projected effects of all level differences along the largest level's own trajectories, and what they cost.
+    """Projected effects of all level differences along the largest level's own trajectories, and their cost.
 
-    values [S, P, K, n]: for seed, random direction, level and evaluation, with f^0 = 0. squares [K, n]: E |delta_kj|^2 per
-    dimension, of the differences themselves. logsnr [n]. flops [K] per evaluation; flops_spent and seconds in all.
+    values [S, P, K, n]: s_kj for each seed, random direction, level k and evaluation j; f^0 = 0. squares [K, n]:
+    E |delta_kj|^2 / dimension of the differences themselves. logsnr [n]: noise level of each evaluation. flops [K]: per
+    evaluation of one image. flops_spent, seconds: totals of the measurement.
     """
 
     names: tuple[str, ...]
@@ -52,26 +61,28 @@ class Effects:
     seconds: float
 
     def gains(self) -> tuple[np.ndarray, np.ndarray]:
-        """A_kj [K, n] and its standard error over seeds [K, n]."""
+        """The gains A_kj [K, n] and their standard errors over seeds [K, n]."""
         per_seed = (self.values.astype(np.float64) ** 2).mean(axis=1)
         return per_seed.mean(axis=0), per_seed.std(axis=0, ddof=1) / math.sqrt(len(per_seed))
 
     def difference(self, low: int, high: int) -> np.ndarray:
-        """Projected effects [S P, n] of f^high - f^low (0-based levels); low = -1 stands for f^0 = 0."""
+        """Projected effects [S P, n] of f^high - f^low, for 0-based levels; low = -1 stands for f^0 = 0."""
         merged = self.values[:, :, low + 1 : high + 1].sum(axis=2, dtype=np.float64)
         return merged.reshape(-1, merged.shape[-1])
 
     def on(self, logsnr: np.ndarray) -> Effects:
-        """These effects on another grid of one evaluation per interval with the same ends: an effect is proportional to
-        the step it enters, effect per unit of log-SNR is interpolated, and the final denoising is kept as it is."""
+        """These effects on another grid with the same ends; both grids need one evaluation per interval.
+
+        An effect is proportional to the log-SNR step that its evaluation starts. So the effect per unit of log-SNR is
+        interpolated. The effect at the final denoising does not change."""
         if len(logsnr) == len(self.logsnr) and np.allclose(logsnr, self.logsnr):
             return self
         if np.any(np.diff(self.logsnr) <= 0) or np.any(np.diff(logsnr) <= 0):
-            raise UserError("Gains carry over to other grids only for rules of one evaluation per interval.")
+            raise UserError("Gains carry over to other grids only for step rules with one evaluation per interval.")
         if min(len(logsnr), len(self.logsnr)) < 5:
             raise UserError("Gains carry over only between grids of at least 5 noise levels.")
         density = self.values[..., :-1] / np.diff(self.logsnr)
-        # multistep rules weigh the first and the last step unlike the others: these two are matched, not interpolated
+        # multistep rules weight the first and the last step differently: copy these two, interpolate the others
         left, weight = _interpolation(self.logsnr[1:-2], logsnr[1:-2])
         inner = density[..., left + 1] * (1 - weight) + density[..., left + 2] * weight
         density = np.concatenate([density[..., :1], inner, density[..., -1:]], axis=-1)
@@ -83,7 +94,7 @@ class Effects:
         )  # fmt: skip
 
     def save(self, path: Path) -> None:
-        """One npz without pickled objects."""
+        """Write one npz file without pickled objects."""
         facts = {"names": self.names, "dynamics": self.dynamics, "step_rule": self.step_rule}
         facts |= {"flops_spent": self.flops_spent, "seconds": self.seconds}
         arrays = {"flops": self.flops, "logsnr": self.logsnr, "values": self.values, "squares": self.squares}
@@ -97,7 +108,7 @@ class Effects:
 
 
 def _interpolation(known: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Left neighbours and weights of the right ones for linear interpolation, constant beyond the ends."""
+    """Left neighbours, and weights of the right neighbours, for linear interpolation; constant beyond the ends."""
     left = np.clip(np.searchsorted(known, wanted, side="right") - 1, 0, len(known) - 2)
     return left, np.clip((wanted - known[left]) / (known[left + 1] - known[left]), 0.0, 1.0)
 
@@ -114,11 +125,12 @@ def measure_effects(
     batch: int = 64,
     progress: Callable[[int, int], None] | None = None,
 ) -> Effects:
-    """Effects of a family on a grid, by one forward run with the largest level and one backward sweep per batch of seeds.
+    """Measure the effects of a family on a grid: one forward run and one backward sweep per batch of seeds.
 
-    Memory: one image per evaluation and sample of a batch. Cost per seed: every level once per evaluation, the largest twice
-    more, and `probes` backward passes of it (counted as one evaluation each: weights need no gradient). Raises UserError
-    where the largest level cannot be differentiated with respect to x.
+    `probes` is the number of random directions per seed. Memory: one image per evaluation and sample of a batch. Cost
+    per seed and evaluation of the grid: each level once, the largest level two more times, and `probes` backward passes
+    of it. A backward pass counts as one evaluation, since weights need no gradient. Raises UserError if the largest
+    level cannot be differentiated with respect to x.
     """
     check_family(family)
     program, device, started = (
@@ -154,7 +166,7 @@ def _trajectory(
     shape: tuple[int, ...],
     device: torch.device,
 ) -> list[Tensor]:
-    """The points [B, *shape] at which the run with this level evaluates its network."""
+    """The states [B, *shape] at which a run with this level evaluates its network, in order."""
     clock = step_rule_of(*rule).clock
     increments = None if clock is None else path_increments(seeds, shape, grid, clock, device)
     state: list[Tensor | None] = [initial_noise(seeds, shape, device)] + [None] * (len(program[0].update) - 1)
@@ -175,7 +187,7 @@ def _noise_level(evaluation: Evaluation, x: Tensor) -> Tensor:
 def _sweep(
     family: Sequence[Level], program: Sequence[Evaluation], points: Sequence[Tensor], seeds: Sequence[int], probes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Projected effects [B, P, K, n] and mean squares of the differences [K, n], from the last evaluation to the first."""
+    """Projected effects [B, P, K, n] and mean squares of the differences [K, n], by one sweep backward in time."""
     n, size = len(program), len(points[0])
     values = np.zeros((size, probes, len(family), n), dtype=np.float32)
     squares = np.zeros((len(family), n))
@@ -189,7 +201,8 @@ def _sweep(
             top = family[-1].denoise(x, noise_level)
         if not top.requires_grad:
             raise UserError(
-                f"{family[-1].name} cannot be differentiated with respect to x (does it run under no_grad?), so gains cannot be measured."
+                f"{family[-1].name} cannot be differentiated with respect to x (does it run under no_grad?), "
+                f"so gains cannot be measured."
             )
         before = [combine(update[:, i], adjoint) for i in range(m)]
         if of_estimate is not None:
@@ -203,7 +216,7 @@ def _sweep(
 def _projections(
     family: Sequence[Level], x: Tensor, noise_level: Tensor, top: Tensor, of_estimate: Tensor
 ) -> tuple[np.ndarray, np.ndarray]:
-    """[B, P, K] projections of the level differences at x on the adjoints of the estimate [P, B, ...], and mean squares [K]."""
+    """Projections [B, P, K] of the level differences at x on the estimate's adjoints [P, B, ...]; mean squares [K]."""
     with torch.no_grad():
         outputs = torch.stack([level.denoise(x, noise_level).flatten(1) for level in family[:-1]] + [top.flatten(1)])
         differences = torch.diff(outputs, dim=0, prepend=torch.zeros_like(outputs[:1]))
@@ -212,7 +225,7 @@ def _projections(
 
 
 def _directions(seeds: Sequence[int], probes: int, like: Tensor) -> Tensor:
-    """Random signs over sqrt(dimension) [P, B, ...], keyed by seed."""
+    """Random directions [P, B, ...], keyed by seed: signs divided by sqrt(dimension)."""
     dim = like[0].numel()
     rows = [np.random.default_rng(stream_seed(seed, 977)).integers(0, 2, (probes, dim)) for seed in seeds]
     signs = torch.as_tensor(np.stack(rows, axis=1) * 2.0 - 1.0, dtype=like.dtype, device=like.device)
@@ -232,8 +245,10 @@ def forward_gains(
     size: float = 1e-2,
     device: torch.device | str = "cpu",
 ) -> np.ndarray:
-    """A for the (level, evaluation) pairs `at`, per seed [S, len(at)], each by a run of its own to the end: the check of
-    `measure_effects`. method "jvp": forward derivatives; "perturbation": a run with F_j + size * delta_kj, by differences.
+    """Gains A_kj of the (level k, evaluation j) pairs `at`, per seed [S, len(at)], as a check of `measure_effects`.
+
+    Each pair needs its own run to the end. method "jvp": by forward derivatives. "perturbation": by the difference of
+    the final images with F_j + size * delta_kj and with F_j.
     """
     if method not in ("jvp", "perturbation"):
         raise UserError(f"method = {method!r} is unknown; expected 'jvp' or 'perturbation'.")
@@ -246,7 +261,7 @@ def forward_gains(
         difference = family[k].denoise(x, noise_level)
         if k > 0:
             difference = difference - family[k - 1].denoise(x, noise_level)
-        # the run is linear but for the network, so only what has changed needs to be carried along
+        # all of a step but the network is linear, so it is enough to propagate the change of the state
         change: list[Tensor | None] = [None] * len(program[0].update)
         change = advance(program[start], change, size * difference if method == "perturbation" else difference, None)
         for j in range(start + 1, len(program)):

@@ -1,4 +1,4 @@
-"""Plans: ready-made answers to which levels, how many steps and which probabilities or weights; and their files."""
+"""Plans (which levels, how many steps, which probabilities or weights) and their files."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ from .estimators import Multilevel, Quadrature
 class Plan:
     """One way to sample with a family.
 
-    method: kind of coins, or "quadrature" for fixed weights. probabilities: where the table comes from ("optimal",
-    "measured", "learned"). levels: names, cheap to expensive. steps: noise levels of the grid. table [n, K]: probabilities
-    p, or weights W, for n evaluations. cost: expected, per image, in the unit it was planned in (FLOPs by default; plans.json
-    holds FLOPs). seconds: expected, per image, where levels were timed: full batches, nothing but the networks. added: predicted squared error beyond that of the largest of its levels at these steps; predicted: both. largest_effect: the
-    largest root-mean-square effect of one coin's firing on the final image; predictions are first order in it.
+    method: kind of coins, or "quadrature" for fixed weights. probabilities: origin of the table ("optimal", "measured",
+    "learned"). levels: names, cheap to expensive. steps: noise levels of the grid. table [n, K]: probabilities p, or
+    weights W, for n evaluations. cost: expected cost per image, in the unit of the planning (FLOPs by default;
+    plans.json has FLOPs). seconds: expected seconds per image of the networks alone in full batches; None if levels
+    were not timed. added: predicted squared error beyond that of the plan's largest level at these steps. predicted:
+    the sum of both. largest_effect: largest root-mean-square effect of one coin's firing on the final image;
+    predictions are first order in it.
     """
 
     method: str
@@ -42,12 +44,12 @@ class Plan:
 
     @property
     def id(self) -> str:
-        """Names what is done, not what is expected of it."""
+        """Hash of method, levels, steps and table; predictions do not enter."""
         text = json.dumps([self.method, self.levels, self.steps, list(self.table.shape)]).encode()
         return hashlib.sha256(text + np.ascontiguousarray(self.table, dtype=np.float32).tobytes()).hexdigest()[:12]
 
     def build(self, family: Iterable[Level]) -> Estimator:
-        """The estimator of this plan; UserError where the family lacks one of its levels."""
+        """The estimator of this plan. Raises UserError if the family lacks one of its levels."""
         known = {level.name: level for level in family}
         missing = [name for name in self.levels if name not in known]
         if missing:
@@ -61,7 +63,7 @@ class Plan:
 
 
 def frontier(found: Iterable[Plan], error: Callable[[Plan], float | None]) -> list[Plan]:
-    """Plans that no cheaper or equally cheap one matches in this error, from cheap to expensive."""
+    """The plans with a smaller error than all plans of equal or lower cost, from cheap to expensive."""
     out: list[Plan] = []
     lowest = np.inf
     known = [(value, p) for p in found if (value := error(p)) is not None]
@@ -75,10 +77,10 @@ def frontier(found: Iterable[Plan], error: Callable[[Plan], float | None]) -> li
 def choose(found: Sequence[Plan], *, cost: float | None = None, error: float | None = None) -> Plan:
     """The plan of smallest predicted error within a cost, or the cheapest within a predicted squared error.
 
-    Raises UserError where no plan qualifies, and unless exactly one of the two is given.
+    Raises UserError if no plan qualifies, and unless exactly one of cost and error is given.
     """
     if (cost is None) == (error is None):
-        raise UserError("Say either the cost or the error that a plan may have.")
+        raise UserError("Give either the cost or the error that a plan may have.")
     known = [p for p in found if p.predicted is not None]
     if cost is not None:
         within = [p for p in known if p.cost <= cost]
@@ -94,7 +96,7 @@ def choose(found: Sequence[Plan], *, cost: float | None = None, error: float | N
 
 
 def save_plans(path: Path, plans: Sequence[tuple[Plan, Mapping[str, Any]]], **facts: Any) -> None:
-    """plans.json (readable, with more facts about each plan) and beside it an npz with the tables."""
+    """Write plans.json (readable, with further facts about each plan), and the tables to an npz file of the same name."""
     described = []
     for plan, more in plans:
         values = {k: v for k, v in asdict(plan).items() if k != "table"}
@@ -105,7 +107,7 @@ def save_plans(path: Path, plans: Sequence[tuple[Plan, Mapping[str, Any]]], **fa
 
 
 def load_plans(path: Path) -> tuple[dict[str, Plan], dict[str, Any]]:
-    """{id: plan} and the whole content of plans.json; UserError where a file is missing or they do not belong together."""
+    """{id: plan} and the content of plans.json. Raises UserError if a file is missing or the two do not match."""
     content = read_json(path, "run make optimise with the same EXPERIMENT first")
     names = Plan.__dataclass_fields__.keys() - {"table", "seconds"}
     out = {}
@@ -118,5 +120,5 @@ def load_plans(path: Path) -> tuple[dict[str, Plan], dict[str, Any]]:
                 raise KeyError(entry["id"])
             out[plan.id] = plan
     except (KeyError, TypeError, ValueError) as error:
-        raise Damaged(path, f"{path} and its tables do not belong together; run make optimise again.") from error
+        raise Damaged(path, f"{path} and its tables do not match; run make optimise again.") from error
     return out, content

@@ -1,16 +1,18 @@
-"""Probabilities and quadrature weights from measured gains: which levels to use, when, and how often.
+"""Plans from measured gains: which levels to use, at which evaluations, with which probabilities or weights.
 
-The predicted squared error of a plan is the largest used level's own error on that grid (measured) plus what its coins or
-omissions add to first order in the effects s_kj (gains.py):
+The predicted squared error of a plan has two parts. One is the own error of the largest level in the plan, measured
+alone on that grid. The other is added by coins or omitted evaluations, to first order in the effects s_kj and gains
+A_kj (gains.py):
 
     independent coins   sum_kj A_kj (1/p_kj - 1)
     any coins           E (sum_kj (B_kj/p_kj - 1) s_kj)^2
     quadrature          E (sum_kj (W_kj - 1) s_kj)^2        fixed weights W, most of them zero
 
-These are sums over the differences of neighbouring *used* levels, and so is the cost but for shared evaluations. So the best
-levels for a price per FLOP are a shortest path from "nothing" to the largest used level, every edge (a, b) being
-the best way to estimate f^b - f^a. Single levels, stitched schedules (a difference used from some step on) and plain EM
-are such paths too.
+k runs over the differences of neighbouring *used* levels. A plan minimises added error + price * cost for a price per
+FLOP. Error and cost are sums over these differences, except for shared evaluations. So the best levels for a price are
+a shortest path from "nothing" to the largest used level. The length of an edge (a, b) is the smallest error + price *
+cost of an estimate of f^b - f^a. Single levels (EM with one network) and stitched schedules (a difference that is used
+from some step on) are such paths too.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ from .plan import Plan, frontier
 from .probabilities import evaluation_probabilities
 
 METHODS = ("independent", "nested", "systematic", "quadrature")
-_LEAST = 1e-12  # probability of a difference that is never seen to matter: two levels with the same output
-_OFFSETS = 32  # of systematic coins, evenly spaced: a quadrature over the one random number
+_LEAST = 1e-12  # smallest probability: for a difference with zero gain, between two levels with the same output
+_OFFSETS = 32  # evenly spaced offsets that stand for the one random offset of systematic coins
 _COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
@@ -38,16 +40,16 @@ _COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 25
 
 @dataclass(frozen=True)
 class Option:
-    """One way to estimate one level difference: p or W [n], expected fires, and the squared error added."""
+    """One way to estimate one level difference: p or W [n], expected number of firings, and added squared error."""
 
     table: np.ndarray
     fires: float
     added: float
-    certain: bool = False  # wherever it fires the lower level is not needed
+    certain: bool = False  # weight 1 at every firing: a lower level that is the base is not run there
 
 
 def fill(density: np.ndarray, total: float) -> np.ndarray:
-    """p [n] = min(1, c density) with sum(p) = total, for a positive density."""
+    """p = min(1, c density) [n] with c such that sum(p) = total, for a positive density."""
     order = np.argsort(-density)
     sorted_ = density[order]
     rest = np.cumsum(sorted_[::-1])[::-1]
@@ -59,10 +61,11 @@ def fill(density: np.ndarray, total: float) -> np.ndarray:
 
 
 def densities(effects: np.ndarray) -> list[np.ndarray]:
-    """Candidate densities of fires [n] for one difference's effects [R, n], smoothed and kept away from zero.
+    """Candidate densities of firings [n] for the effects [R, n] of one difference, smoothed and bounded away from zero.
 
-    Even; proportional to the gain (the best for independent coins); its root; and the root of the rate of change (the
-    best for jittered quadrature of a smooth function). Which one is best is left to the predicted error.
+    The candidates: uniform; the root-mean-square effect sqrt(A) (optimal for independent coins); its square root; and
+    the square root of its rate of change (optimal for jittered quadrature of a smooth function). The predicted error
+    decides.
     """
     n = effects.shape[1]
     gain = _smooth(np.sqrt((effects**2).mean(axis=0)))
@@ -78,7 +81,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def systematic_options(effects: np.ndarray, counts: Sequence[int]) -> list[Option]:
-    """The best of the candidate densities for each number of fires, by the exact mean over the random offset."""
+    """The best candidate density for each number of firings, by the error averaged over the offset of the coins."""
     out, total = [], effects.sum(axis=1)
     shapes = densities(effects)
     for count in counts:
@@ -99,10 +102,11 @@ def _systematic_error(effects: np.ndarray, total: np.ndarray, p: np.ndarray) -> 
 
 
 def quadrature_options(effects: np.ndarray, counts: Sequence[int], groups: int) -> list[Option]:
-    """Fixed evaluations with least-squares weights, and tails (from some evaluation on, always).
+    """Fixed evaluations with least-squares weights, and tails: weight 1 at each evaluation from some point on.
 
-    The evaluations are the midpoints of equal parts of a candidate density; the weights minimise the predicted error; the
-    error given is cross-validated over two halves of the seeds (`groups` seeds, rows in their order).
+    The evaluations are the midpoints of equal parts of a candidate density. The weights minimise the predicted error.
+    The reported error is cross-validated over two halves of the seeds. groups: number of seeds; rows are ordered by
+    seed.
     """
     n, total = effects.shape[1], effects.sum(axis=1)
     half = np.repeat(np.arange(groups) % 2 == 0, len(effects) // groups)
@@ -127,7 +131,7 @@ def quadrature_options(effects: np.ndarray, counts: Sequence[int], groups: int) 
 
 
 def _least_squares(chosen: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """Weights [M] with a trace of ridge: neighbouring evaluations have nearly equal effects."""
+    """Least-squares weights [M] with a small ridge, since neighbouring evaluations have nearly equal effects."""
     gram = chosen.T @ chosen / len(chosen)
     gram[np.diag_indices_from(gram)] *= 1.001
     gram[np.diag_indices_from(gram)] += 1e-30
@@ -135,19 +139,24 @@ def _least_squares(chosen: np.ndarray, total: np.ndarray) -> np.ndarray:
 
 
 def _residual(chosen: np.ndarray, total: np.ndarray, fit: np.ndarray) -> float:
-    """Mean squared error on the rows that are not `fit`, of weights fitted on those that are."""
+    """Mean squared error, on the rows outside `fit`, of weights fitted on the rows in `fit`."""
     return float(((total - chosen @ _least_squares(chosen[fit], total[fit]))[~fit] ** 2).mean())
 
 
 def independent_probabilities(gains: np.ndarray, costs: np.ndarray, price: float) -> np.ndarray:
-    """p [n, K] that minimise sum_kj A_kj (1/p_kj - 1) + price * expected cost, for gains [K, n], costs [K]; p_1 = 1.
+    """p [n, K] that minimise sum_kj A_kj (1/p_kj - 1) + price * expected cost, for gains A [K, n], costs T [K]; p_1 =
+    1.
 
-    Networks that two coins share are paid once, so levels are coupled:
-    p_k = min(1, sqrt(A_k / (price [T_k (1 - p_{k+1}) + T_{k-1} (1 - p_{k-1})]))), iterated from several starts, and at each
-    evaluation the best fixed point is kept. In each start the levels up to some m fire always, so that only f^m of them is run.
+    If coins k and k+1 both fire, they share network k and its cost counts once. So the optimal p_k depends on its
+    neighbours:
+
+        p_k = min(1, sqrt(A_k / (price [T_k (1 - p_{k+1}) + T_{k-1} (1 - p_{k-1})])))
+
+    This equation is iterated from several starts, and each evaluation takes the best fixed point. In each start the
+    levels up to some m always fire, so that of these levels only f^m is run.
     """
     levels, n = gains.shape
-    gains = np.maximum(gains, 1e-3 * gains.mean(axis=1, keepdims=True))  # a gain of zero is one that was not seen
+    gains = np.maximum(gains, 1e-3 * gains.mean(axis=1, keepdims=True))  # no gain is exactly zero: a measured zero only means few seeds
     best, lowest = np.ones((n, levels)), np.full(n, np.inf)
     for certain in range(1, levels + 1):
         p = np.ones((n, levels))
@@ -165,8 +174,10 @@ def independent_probabilities(gains: np.ndarray, costs: np.ndarray, price: float
 
 
 def nested_probabilities(squares: np.ndarray, costs: np.ndarray, price: float) -> np.ndarray:
-    """p [n, K], decreasing in k, for nested coins: variance sum_k (1/p_k - 1/p_{k-1}) D_k with D [K, n] the gain of
-    f^K - f^{k-1} (D_1 unused), cost sum_k p_k T_k. Pool-adjacent-violators on the square-root law keeps p decreasing."""
+    """p [n, K] for nested coins that minimise added error + price * cost; p decreases in k, and p_1 = 1.
+
+    The added error is sum_k (1/p_k - 1/p_{k-1}) D_k, and the cost is sum_k p_k T_k. `squares` is D [K, n]: D_k is the
+    gain of f^K - f^{k-1}, and D_1 is not used. Pool-adjacent-violators on the square-root law makes p decrease."""
     levels, n = squares.shape
     drop = np.maximum(
         squares - np.concatenate([squares[1:], np.zeros((1, n))]), 1e-4 * squares.max(axis=1, keepdims=True)
@@ -185,7 +196,7 @@ def nested_probabilities(squares: np.ndarray, costs: np.ndarray, price: float) -
     return out
 
 
-# ------------------------------------------------------------------------------------------------ whole plans
+# ------------------------------------------------------------------------------------------------------ plans
 
 
 def plans(
@@ -198,12 +209,12 @@ def plans(
     base: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Plan]:
-    """The predicted frontier of a method (see METHODS), from cheap to expensive.
+    """The plans on the predicted frontier of a method (see METHODS), from cheap to expensive.
 
-    grids: {steps: log-SNR of each evaluation [n]} to choose from. own_errors: measured squared error of single levels
-    {(level, steps): error}; a level is used as the largest only where it is known. costs [K]: FLOPs per evaluation
-    (default) or seconds; "cost" of the plans has their unit. prices: squared error per unit of cost, each gives one plan
-    per grid and largest level. base: the level that runs at every evaluation; None: the best one.
+    grids: candidate grids, {steps: log-SNR of each evaluation [n]}. own_errors: {(level, steps): measured squared error
+    of this level alone}; only these levels can be the largest of a plan with these steps. costs [K]: FLOPs per
+    evaluation (default) or seconds; Plan.cost has the same unit. prices: squared error per unit of cost; each price
+    gives one plan per grid and largest level. base: the level that runs at every evaluation; None for the best one.
     """
     if method not in METHODS:
         raise UserError(f"method = {method!r} is unknown; expected one of {', '.join(METHODS)}.")
@@ -232,8 +243,9 @@ def plan_for_cost(
     costs: np.ndarray | None = None,
     base: int | None = None,
 ) -> Plan | None:
-    """The plan of smallest predicted error that costs no more than `wanted` per image, by bisection over the price on every
-    grid and for every largest level; None where even the cheapest costs more. Other arguments as in `plans`."""
+    """The plan of smallest predicted error that costs at most `wanted` per image, or None if all plans cost more.
+
+    The price is found by bisection for every grid and every largest level. The other arguments are as in `plans`."""
     costs = effects.flops if costs is None else np.asarray(costs, dtype=np.float64)
     found: list[Plan] = []
     for steps, logsnr in grids.items():
@@ -256,15 +268,15 @@ def plan_for_cost(
 
 
 def price_range(effects: Effects, costs: np.ndarray, ratio: float = 4.0) -> np.ndarray:
-    """Prices, `ratio` apart, that lead from nearly no fires to one at every evaluation."""
+    """Prices, a factor `ratio` apart, that lead to anything from almost no firings to one at every evaluation."""
     n, gains = len(effects.logsnr), effects.gains()[0][1:].sum()
-    scale = gains * n / (costs[-1] * n)  # all gains at once against the largest level at every evaluation
+    scale = gains * n / (costs[-1] * n)  # the sum of all gains per cost of the largest level
     count = round(17 * math.log(4.0) / math.log(ratio)) + 1
     return scale * 4.0**3 * ratio ** -np.arange(count, dtype=np.float64)
 
 
 class Planner:
-    """Plans on one grid: the options of every pair of levels, and every choice of levels, are worked out once."""
+    """Plans on one grid; caches the options of each pair of levels, and the plan of each choice of levels."""
 
     def __init__(self, effects: Effects, method: str, costs: np.ndarray):
         self.effects, self.method, self.costs = effects, method, costs
@@ -277,7 +289,7 @@ class Planner:
         self.seeds = len(effects.values)
 
     def priced(self, costs: np.ndarray) -> Planner:
-        """The same with other costs; what does not depend on them is shared."""
+        """A planner with other costs; it shares all cached values that do not depend on costs."""
         other = Planner(self.effects, self.method, costs)
         other.gains, other.options = self.gains, self.options
         return other
@@ -289,7 +301,7 @@ class Planner:
         return self.gains[key]
 
     def _edge(self, low: int, high: int, price: float, base: bool) -> tuple[float, Option | None]:
-        """Price of estimating f^high - f^low, and the option chosen; base: f^low runs at every evaluation anyway."""
+        """Error + price * cost of estimating f^high - f^low, and the chosen option; base: f^low runs at every evaluation."""
         key = (low, high, price, base)
         if key not in self.edges:
             self.edges[key] = self._priced_edge(*key)
@@ -308,14 +320,15 @@ class Planner:
                 self.options[key] = systematic_options(difference, self.counts)
             else:
                 self.options[key] = quadrature_options(difference, self.counts, self.seeds)
-        saved = self.costs[low] if base else 0.0  # a certain option needs no f^low where it fires
+        saved = self.costs[low] if base else 0.0  # if f^low is the base, a certain option does not run it at its firings
         totals = [o.added + price * o.fires * (unit - saved * o.certain) for o in self.options[key]]
         best = int(np.argmin(totals))
         return totals[best], self.options[key][best]
 
     def plan(self, top: int, price: float, only: int | None = None, among: Collection[int] | None = None) -> Plan:
-        """The best plan for a price, with f^top as the largest level: a shortest path over levels (those of `among`, where it
-        is given), from the base that is asked for or from any."""
+        """The best plan for a price with f^top as the largest level: a shortest path over levels.
+
+        only: the base of the path; None for the best base. among: the levels to use; None for all up to `top`."""
         best: tuple[float, tuple[int, ...]] = (np.inf, (top,))
         allowed = [k for k in range(top + 1) if among is None or k in among]
         for base in allowed if only is None else [only]:
@@ -354,7 +367,7 @@ class Planner:
             added = sum(o.added for o in options)
             evaluations = evaluation_probabilities(table) if self.method == "systematic" else used(table)
         certain = int(np.cumprod(np.all(table == 1, axis=0)).sum()) - 1
-        if certain > 0:  # differences that are always taken in full: the levels below are never run
+        if certain > 0:  # these differences have weight 1 at every evaluation, so lower levels never run
             levels, costs, table = levels[certain:], costs[certain:], table[:, certain:]
             gains, evaluations = gains[certain:], evaluations[:, certain:]
         weights = np.abs(table) if self.method == "quadrature" else 1 / table
@@ -365,6 +378,6 @@ class Planner:
 
 
 def used(weights: np.ndarray) -> np.ndarray:
-    """Which networks [n, K] a table of difference weights needs (0 or 1)."""
+    """The networks [n, K] that a table of difference weights needs: 1 if evaluated, else 0."""
     following = np.concatenate([weights[:, 1:], np.zeros_like(weights[:, :1])], axis=1)
     return (weights != following).astype(np.float64)

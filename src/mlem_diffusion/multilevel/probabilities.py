@@ -1,8 +1,8 @@
-"""Inclusion probabilities, coins, and the weights they give the networks of a family.
+"""Inclusion probabilities, coins, and the weights that they give to the networks of a family.
 
-The estimator is F = sum_k (B_k / p_k) (f^k - f^{k-1}) with f^0 = 0, which is sum_k w_k f^k with
-w_k = B_k / p_k - B_{k+1} / p_{k+1}: only networks with w_k != 0 are evaluated (arXiv:2603.24594).
-Level 1 always fires (p_1 = 1).
+The estimator (arXiv:2603.24594) is F = sum_k (B_k / p_k) (f^k - f^{k-1}) with f^0 = 0. Coin B_k is 1 ("fires") with
+probability p_k, else 0; level 1 always fires (p_1 = 1). Collecting the terms of each network gives F = sum_k w_k f^k
+with w_k = B_k / p_k - B_{k+1} / p_{k+1}. Only networks with w_k != 0 are evaluated.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ COINS = ("independent", "systematic", "nested")
 
 
 def constant_probabilities(flops: Sequence[float], gamma: float, c: float) -> np.ndarray:
-    """p_k = min(1, C (T_k / T_1)^-(1/2 + 1/gamma)) [K] with p_1 = 1: the square-root law when level k's error is
-    proportional to T_k^(-1/gamma). `c` is C, the one number that trades cost against error; T in FLOPs per image.
+    """p_k = min(1, C (T_k / T_1)^-(1/2 + 1/gamma)) [K], with p_1 = 1, for costs T_k in FLOPs per image.
+
+    This is the square-root law p_k ~ sqrt(V_k / T_k), V_k = E|f^k - f^{k-1}|^2, if the error of level k is proportional
+    to T_k^(-1/gamma). The argument `c` is C, the one number that trades cost against error.
 
     Raises UserError unless gamma and c are positive and the costs increase.
     """
@@ -34,8 +36,10 @@ def constant_probabilities(flops: Sequence[float], gamma: float, c: float) -> np
 
 
 def measured_probabilities(squares: Sequence[float] | np.ndarray, flops: Sequence[float], c: float) -> np.ndarray:
-    """p_k = min(1, C sqrt(V_k / T_k) / sqrt(V_2 / T_2)) [K] with p_1 = 1, from measured E|f^k - f^{k-1}|^2 = V_k [K] (V_1 is
-    not used): the square-root law without a power law for the errors. Raises UserError unless all V_k are positive.
+    """p_k = min(1, C sqrt(V_k / T_k) / sqrt(V_2 / T_2)) [K], with p_1 = 1, from measured V_k = E|f^k - f^{k-1}|^2.
+
+    This is the square-root law without a power law for the errors. squares: V [K], V_1 is not used. Raises UserError
+    unless c and V_2, ..., V_K are positive.
     """
     v, costs = np.asarray(squares, dtype=np.float64), np.asarray(flops, dtype=np.float64)
     if not (c > 0 and np.all(v[1:] > 0)):
@@ -45,11 +49,13 @@ def measured_probabilities(squares: Sequence[float] | np.ndarray, flops: Sequenc
 
 
 def draw_coins(p: np.ndarray, seeds: Sequence[int], coins: str) -> np.ndarray:
-    """Coins B [n, B, K] in {0, 1} for probabilities p [n, K], one set per seed; P(B = 1) is p at every step.
+    """Coins in {0, 1} [n, B, K] for probabilities p [n, K] and B seeds; each coin is 1 with its probability in p.
 
-    "independent": over steps and levels. "systematic": over the steps of a level, fire when the running sum of p crosses
-    an integer, counted from one random offset (Madow 1949), so the fires are evenly spread; levels stay independent.
-    "nested": over steps; one uniform per step decides for all levels, so a level fires only where those below it do.
+    "independent": coins are independent over steps and levels.
+    "systematic": a level fires at the steps where the running sum of its p, plus one random offset, crosses an integer
+    (Madow 1949). Its firings are thus evenly spread over the steps. Levels are independent of each other.
+    "nested": one uniform number per step decides for all levels: level k fires if the number is below p_k. Steps are
+    independent. If p decreases with k, level k fires only if all levels below it fire.
     """
     if coins not in COINS:
         raise UserError(f"coins = {coins!r} is unknown; expected one of {', '.join(COINS)}.")
@@ -65,7 +71,7 @@ def draw_coins(p: np.ndarray, seeds: Sequence[int], coins: str) -> np.ndarray:
         else:
             running = np.cumsum(np.concatenate([[0.0], p[:, k]]))
             crossed = np.floor(running[:, None] + coin_uniforms(seeds, k, 1).T)
-            # a rounding error in the running sum must not skip a coin that is certain
+            # a rounding error in the running sum must not skip a coin with p = 1
             out[:, :, k] = (np.diff(crossed, axis=0) > 0) | (p[:, k, None] == 1)
     return out
 
@@ -77,9 +83,10 @@ def telescope_weights(p: np.ndarray, coins: np.ndarray) -> np.ndarray:
 
 
 def evaluation_probabilities(p: np.ndarray, nested: bool = False) -> np.ndarray:
-    """P(w_k != 0) [n, K]: the chance that network k is evaluated at a step, for coins independent between levels or nested.
+    """P(w_k != 0) [n, K]: the probability that network k is evaluated at a step.
 
-    Network k runs if coin k or coin k+1 fires, except where both do with equal probabilities and the weights cancel.
+    Coins are independent between levels, or nested. Network k runs if coin k or coin k+1 fires. The exception: if both
+    fire and p_k = p_{k+1}, the two terms of w_k cancel.
     """
     following = np.concatenate([p[:, 1:], np.zeros_like(p[:, :1])], axis=1)
     both = np.minimum(p, following) if nested else p * following
@@ -89,8 +96,9 @@ def evaluation_probabilities(p: np.ndarray, nested: bool = False) -> np.ndarray:
 def c_for_cost(
     table: Callable[[float], np.ndarray], flops: Sequence[float], evaluations: int, wanted: float
 ) -> np.ndarray | None:
-    """The probabilities table(c) [K] whose expected cost per image over this many evaluations is the wanted one, by
-    bisection over c (cost grows with it); None where no c has it."""
+    """The probabilities table(c) [K] with expected cost `wanted` per image, or None if no c gives this cost.
+
+    The cost is summed over `evaluations` evaluations. It grows with c, so c is found by bisection."""
     costs = np.asarray(flops, dtype=np.float64)
 
     def cost(c: float) -> float:

@@ -1,1 +1,1 @@
-"""Training of one level: the loop, a step, and the step as a CUDA graph."""
+"""Training of one level: the loop, a training step, and the step as a CUDA graph."""

@@ -1,4 +1,4 @@
-"""A step of training as a CUDA graph: one launch instead of thousands."""
+"""A training step as a CUDA graph: one launch instead of thousands."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 from ..errors import SlowPath
 from ..models.torch_compile import first_line
 
-_WARMUP = 3  # real steps before the capture: they compile, tune and allocate what must not be allocated in it
+_WARMUP = 3  # steps before the capture, for compilation, tuning and allocation, which a capture does not allow
 
 
 class GraphedStep:
-    """step(batch) on fixed buffers: the first calls as they are, on a side stream, then captured and replayed.
+    """A function step(batch) that runs on fixed buffers: a few calls on a side stream, then as a CUDA graph.
 
-    Every call is one step of training. A capture only records, so the step that is captured is then replayed once like all
-    later ones. Where the capture fails, it goes on without, with one SlowPath warning.
+    Each call is one training step. A capture only records the step, so the graph is replayed once after it. If the
+    capture fails, all steps run without a graph, with one SlowPath warning.
     """
 
     def __init__(self, step: Callable[[Sequence[Tensor]], None], device: torch.device, name: str):
@@ -55,16 +55,16 @@ class GraphedStep:
         self.graph.replay()
 
     def _on_side_stream(self) -> None:
-        """A step on the stream that the capture will use: libraries keep handles and workspaces per stream."""
+        """Run a step on the stream of the later capture, since libraries have handles and workspaces per stream."""
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             self.step(self.buffers)
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
     def _capture(self) -> Any:
-        gc.collect()  # what holds CUDA memory or graphs should not be freed in the middle of the capture
+        gc.collect()  # so that no object with CUDA memory or graphs is freed during the capture
         graph = torch.cuda.CUDAGraph()
-        # "thread_local": what other threads do to the device (monitoring, say) does not break the capture
+        # "thread_local": other threads' use of the device, such as monitoring, does not break the capture
         with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             self.step(self.buffers)
         return graph

@@ -1,7 +1,7 @@
-"""The training loop of one level: resumable, one process or torchrun, counted in images.
+"""The training loop of one level: resumable, for one process or torchrun, with lengths in images.
 
-All randomness of a step is derived from (seed, step), drawn for the whole batch and sliced by rank, so a run that was
-stopped and resumed equals an uninterrupted one, and the number of processes does not change what is trained.
+The random numbers of a step depend on (seed, step), are drawn for the full batch and are sliced by rank. So a resumed
+run equals an uninterrupted one, and the number of processes does not change the result.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ from .step import GRAPHS, PRECISIONS, TrainStep, has_dropout
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How one level is trained. Lengths are in images seen, not steps."""
+    """Training settings of one level. Lengths are in images seen, not steps."""
 
     images: int = 2_000_000
     batch: int = 256
-    accumulate: int = 1  # micro-batches per step, where a batch does not fit in memory: same draws, same updates
+    accumulate: int = 1  # micro-batches per step, if a batch does not fit in memory: same draws, same updates
     lr: float = 2e-3  # at reference_width; other widths get lr * sqrt(reference_width / width)
     reference_width: int = 16
     warmup_images: int = 20_000
-    decay_fraction: float = 0.4  # linear decay to zero over this last part
+    decay_fraction: float = 0.4  # linear decay to zero over this last fraction
     ema_halflife: int = 100_000  # images
-    ema_ramp: float = 0.05  # at most this fraction of the images seen so far (Karras et al. 2022)
+    ema_ramp: float = 0.05  # largest half-life as a fraction of the images seen so far (Karras et al. 2022)
     clip: float = 1.0
     flips: bool = True
     seed: int = 0
-    snapshots: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0])  # fractions whose EMA weights are kept
+    snapshots: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0])  # fractions with saved EMA weights
     log_every: int = 10_000  # images
     save_every: float = 120.0  # seconds between resume states
-    precision: str = "auto"  # "auto": bf16 on CUDA, else float32; "float32"; "autocast"; "bf16" (see train_step.py)
+    precision: str = "auto"  # "auto": bf16 on CUDA, else float32; "float32"; "autocast"; "bf16" (see step.py)
     compile: str = "auto"  # "auto": on CUDA only; "on"; "off"; "max": tuned kernels
-    graph: str = "auto"  # whole steps as CUDA graphs; "auto": on CUDA with one process and no dropout; "on"; "off"
+    graph: str = "auto"  # steps as CUDA graphs; "auto": on CUDA with one process and no dropout; "on"; "off"
 
     def __post_init__(self) -> None:
         if not self.snapshots or min(self.snapshots) <= 0 or max(self.snapshots) != 1:
@@ -69,13 +69,13 @@ class TrainConfig:
 
 
 def ema_decay(config: TrainConfig, images: int) -> float:
-    """Decay of one step after `images` images: the half-life is ramped up with training."""
+    """Return the EMA decay of one step after `images` images; the half-life rises during training."""
     halflife = max(min(config.ema_halflife, config.ema_ramp * images), 1e-8)
     return 0.5 ** (config.batch / halflife)
 
 
 def learning_rate(config: TrainConfig, width: int, images: int) -> float:
-    """Warm-up, constant, linear decay to zero; narrower networks take larger steps."""
+    """Return the learning rate: warm-up, constant, linear decay to zero; it is larger for narrower networks."""
     peak = config.lr * (config.reference_width / width) ** 0.5
     warm = min(1.0, images / max(config.warmup_images, 1))
     left = (config.images - images) / max(config.decay_fraction * config.images, 1)
@@ -85,9 +85,9 @@ def learning_rate(config: TrainConfig, width: int, images: int) -> float:
 def draw_batch(
     data: Tensor, config: TrainConfig, process: Process, level_table: Tensor, step: int, rank: int, world: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's slice of the batch of one step: x0 in [-1, 1], noise, log-SNR.
+    """Return this rank's slice of the batch of one step: x0 in [-1, 1], noise, log-SNR.
 
-    Noise levels are stratified: batch element i falls in the i-th equal part of the path that the sampler visits.
+    Noise levels are stratified: batch element i falls in the i-th of `batch` equal parts of the sampler's path.
     """
     device, b = level_table.device, config.batch
     generator = training_generator(device, config.seed, step)
@@ -97,9 +97,9 @@ def draw_batch(
     noise = torch.randn(b, *data.shape[1:], generator=generator, device=device)
     part = slice(rank * b // world, (rank + 1) * b // world)
     pictures = data[index[part].to(data.device)]
-    if pictures.device != device:  # pinned memory: the copy runs beside what the device still has to do
+    if pictures.device != device:  # with pinned memory the copy overlaps with work of the device
         pictures = (pictures.pin_memory() if device.type == "cuda" else pictures).to(device, non_blocking=True)
-    if config.flips:  # as bytes: a quarter of the traffic
+    if config.flips:  # on bytes, with a quarter of the memory traffic
         pictures = torch.where(flip[part, None, None, None], pictures.flip(-1), pictures)
     x0 = pictures.float() / 127.5 - 1
     where = (position[part] * (len(level_table) - 1)).float()
@@ -126,15 +126,19 @@ def train_level(
 ) -> Denoiser:
     """Train one level and return its EMA denoiser.
 
-    images: uint8 [N,3,H,W], kept on the device as uint8 where they fit in half of its free memory. directory receives
-    state.pt, ema-<images>.safetensors at the snapshots and ema.safetensors at the end; a state found there is resumed.
-    report gets {"images", "loss", "lr"} every log_every images; snapshot(images seen, EMA denoiser) is called at each
-    snapshot on rank 0; on_first_step(seconds), once, when the first step of this call has been computed: the seconds
-    since the call, with compilation; on_resume(images seen), once, before the first step. identity: names what is trained from
-    what; a state that carries another is refused. Where a batch does not fit in memory its micro-batches are halved, with one
-    SlowPath warning: the same draws, the same updates up to rounding.
-    Raises Interrupted (state saved) when should_stop() turns true, UserError for an impossible configuration, for a foreign
-    or damaged state, and when the loss or a weight is no longer finite; the last saved state stays, and is always finite.
+    images: uint8 [N,3,H,W], copied to the device as uint8 if they fit in half of its free memory.
+    directory: gets state.pt, ema-<images>.safetensors at the snapshots and ema.safetensors at the end. Training resumes
+    from a state.pt in it.
+    report: called with {"images", "loss", "lr"} every log_every images.
+    snapshot: called as snapshot(images seen, EMA denoiser) at each snapshot, on rank 0.
+    on_first_step: called once, after the first step, with the seconds since the start of this call (with compilation).
+    on_resume: called once, before the first step, with the images seen.
+    identity: identifies the network and its data; a state with another identity is refused.
+
+    If a micro-batch does not fit in memory, it is halved, with one SlowPath warning: same draws, same updates up to
+    rounding. Raises Interrupted, with the state saved, when should_stop() returns true. Raises UserError for an
+    impossible configuration, for a foreign or damaged state, and if the loss or a weight is no longer finite. The last
+    saved state stays and is always finite.
     """
     entered = time.monotonic()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -173,7 +177,7 @@ def train_level(
     # ---- data ------------------------------------------------------------------------------------------------
     data = torch.as_tensor(np.asarray(images) if isinstance(images, np.ndarray) else images)
     if device.type != "cuda" or data.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]:
-        data = data.to(device)  # uint8: a gather on the device beats any loader; too large a set stays on the host
+        data = data.to(device)  # a gather on the device is faster than any loader; a larger data set stays on the host
     level_table = torch.as_tensor(process.logsnr_at(np.linspace(0, 1, 4097)), dtype=torch.float32, device=device)
     # a snapshot is due at the first step at or past its fraction
     due = [s for s in sorted(f * config.images for f in config.snapshots) if s > seen]
@@ -191,7 +195,7 @@ def train_level(
             raise UserError(_diverged(width, train_step, config, directory / "state.pt"))
 
     def advance(batch: tuple[Tensor, Tensor, Tensor], lr: float, decay: float) -> None:
-        """One step, in smaller parts where it does not fit in memory."""
+        """Take one step, in smaller micro-batches if it does not fit in memory."""
         nonlocal train_step, accumulate
         while True:
             failed: Exception | None = None
@@ -201,22 +205,22 @@ def train_level(
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                failed = error.with_traceback(None)  # its frames hold the memory
+                failed = error.with_traceback(None)  # its frames hold references to the memory
             micro = config.batch // world // accumulate
             if world > 1 or micro % 2 or train_step.updating:
                 more = f"train.accumulate={2 * accumulate}" if micro % 2 == 0 else "a smaller train.batch"
                 raise UserError(
-                    f"{micro} images at a time do not fit in the memory of {device} at width {width}: say {more}."
+                    f"{micro} images at a time do not fit in the memory of {device} at width {width}: set {more}."
                 ) from failed
             accumulate *= 2
             warnings.warn(
-                f"Training of width {width}: {micro} images at a time do not fit in memory; it goes on with {micro // 2}, "
-                f"{accumulate} times per step: the same batch of {config.batch}.",
+                f"Training of width {width}: {micro} images at a time do not fit in memory; it continues with "
+                f"{micro // 2}, {accumulate} times per step: the same batch of {config.batch}.",
                 SlowPath,
                 stacklevel=2,
             )
             before = train_step.state_dict()
-            del train_step  # and its memory
+            del train_step  # frees its memory
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             train_step = make_step(accumulate)
@@ -226,7 +230,7 @@ def train_level(
         wanted = should_stop is not None and should_stop()
         if world == 1 or should_stop is None:
             return wanted
-        if step % 20:  # all ranks must stop at the same step; asking costs a synchronisation
+        if step % 20:  # all ranks must stop at the same step; each check costs a synchronisation
             return False
         flag = torch.tensor(float(wanted), device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
@@ -235,7 +239,7 @@ def train_level(
     # ---- loop ------------------------------------------------------------------------------------------------
     dropout = has_dropout(denoiser)
     last_save = time.monotonic()
-    while seen < config.images:  # between logs, saves and snapshots nothing waits for the device
+    while seen < config.images:  # no host wait for the device between logs, saves and snapshots
         batch = draw_batch(data, config, process, level_table, seen // config.batch, rank, world)
         lr = learning_rate(config, width, seen + config.batch // 2)  # neither the first nor the last is 0
         if dropout:  # its masks come from torch's global generator
@@ -287,14 +291,17 @@ def train_level(
 
 
 def _diverged(width: int, train_step: TrainStep, config: TrainConfig, state: Path) -> str:
-    """What is known of the first loss or weight that was not finite."""
+    """Return the error message for a loss or weight that is not finite."""
     trouble = train_step.trouble()
     if trouble is None:
         step = train_step.state_dict()["steps"]
-        what = f"The weights of width {width} are not finite after step {step} ({step * config.batch} images), at every noise level"
+        what = (
+            f"The weights of width {width} are not finite after step {step} ({step * config.batch} images), "
+            "at every noise level"
+        )
     else:
         step, share, logsnr = trouble
         where = "at every noise level" if share == 1 else f"for {share:.1%} of the batch, first at log-SNR {logsnr:.3g}"
         what = f"The loss of width {width} is not finite at step {step} ({step * config.batch} images), {where}"
-    saved = f"; the last good state is kept in {state}" if state.is_file() else ""
+    saved = f"; the last finite state is in {state}" if state.is_file() else ""
     return f"{what}{saved}: lower train.lr and train again (ARGS='overwrite=true train.lr=...')."

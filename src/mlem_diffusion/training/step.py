@@ -1,10 +1,11 @@
-"""One training step: forward, backward, clipping, Adam, the moving average and the running loss, without a host
-synchronisation. On CUDA the whole step is captured once as a CUDA graph and replayed: a narrow network is bound by
-kernel launches, not by arithmetic.
+"""One training step without host synchronisation: gradients, clipping, Adam, moving average and running loss.
 
-Precisions, all with float32 weights, gradients and Adam moments as what is kept and saved:
-"float32"; "autocast", where torch casts single operations to bf16 and group norm stays float32; "bf16", where the forward
-and backward passes run on a bf16 copy of the network. The preconditioning and the loss are float32 in each.
+On CUDA the step is captured once as a CUDA graph and replayed, because a narrow network is limited by kernel launches,
+not by arithmetic.
+
+Weights, gradients and Adam moments are stored in float32 in each precision: "float32"; "autocast" (torch casts single
+operations to bf16, group norm stays float32); "bf16" (the forward and backward passes run on a bf16 copy of the
+network). The preconditioning and the loss are float32 in each.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ GRAPHS = ("auto", "on", "off")
 
 
 def choose_precision(setting: str, device: torch.device) -> str:
-    """What "auto" means on this device; other settings as they are.
+    """Return the precision that "auto" selects on this device; other settings are returned unchanged.
 
-    On CUDA it is bf16: the losses of the three precisions agree to about a percent (tests/test_train_step.py), and
-    autocast leaves group norm in float32 and casts every weight again in each pass. Cards before compute capability 8
-    have no bf16 arithmetic.
+    On CUDA "auto" is bf16, because the losses of the three precisions agree to about a percent
+    (tests/test_training_step.py), while autocast leaves group norm in float32 and casts each weight again in each pass.
+    GPUs before compute capability 8 have no bf16 arithmetic.
     """
     if setting != "auto":
         return setting
@@ -46,7 +47,7 @@ def has_dropout(module: nn.Module) -> bool:
 
 
 def should_capture(setting: str, denoiser: nn.Module, device: torch.device, world: int) -> bool:
-    """Whether steps are captured: with several processes not (DDP's reductions), nor with dropout (its masks' seeds)."""
+    """Return whether to capture steps; never with several processes (DDP's reductions) or dropout (mask seeds)."""
     possible = device.type == "cuda" and world == 1 and not has_dropout(denoiser)
     if setting == "on" and not possible:
         raise UserError("train.graph = 'on' needs a CUDA device, one process and a network without dropout.")
@@ -54,7 +55,7 @@ def should_capture(setting: str, denoiser: nn.Module, device: torch.device, worl
 
 
 class LossModule(nn.Module):
-    """The forward pass that is compiled and distributed: clean batch, noise, log-SNR -> losses [B]."""
+    """The compiled and distributed forward pass: clean batch, noise, log-SNR -> losses [B]."""
 
     def __init__(self, denoiser: Denoiser):
         super().__init__()
@@ -65,7 +66,7 @@ class LossModule(nn.Module):
 
 
 def bf16_copy(denoiser: Denoiser) -> Denoiser:
-    """The network's weights in bf16; its buffers (the frequencies of the noise-level features) stay float32."""
+    """Return a copy with the network's weights in bf16; buffers (noise-level frequencies) stay float32."""
     working = copy.deepcopy(denoiser)
     for parameter in working.unet.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
@@ -73,7 +74,7 @@ def bf16_copy(denoiser: Denoiser) -> Denoiser:
 
 
 def _parallel(module: nn.Module) -> nn.Module:
-    """Gradients averaged over the processes. No buffer ever changes, so none is sent around at every step."""
+    """Average gradients over processes (DDP). Buffers never change, so they are not broadcast."""
     wrap = nn.parallel.DistributedDataParallel
     known = inspect.signature(wrap).parameters
     settings: dict[str, Any] = {
@@ -83,16 +84,16 @@ def _parallel(module: nn.Module) -> nn.Module:
 
 
 class TrainStep:
-    """step(batch, lr, decay): one update of the denoiser and its moving average `ema`, both float32 and in place.
+    """A function step(batch, lr, decay) that updates the denoiser and its moving average `ema` in place, in float32.
 
-    batch: this process's x0 [B,3,S,S] in [-1, 1], noise [B,3,S,S], log-SNR [B] on the device; B is the same in every call
-    and divides by `accumulate`, the number of micro-batches whose gradients are added up. lr: of this update. decay: of
-    the average. `loss` holds the mean loss of the last step (until the next one), `running` the sum over steps; both are
-    on the device.
-    clip: largest norm of the gradient. precision, compile, graph: as in TrainConfig. world: number of processes;
-    with several, gradients are averaged (DistributedDataParallel). rates_on_device: learning rate and decay are tensors, as
-    a CUDA graph needs them (default: where one is used). name begins the sentences of warnings.
-    Raises UserError where graph = "on" is impossible; what fails to compile or to be captured warns SlowPath once.
+    batch: this process's x0 [B,3,S,S] in [-1, 1], noise [B,3,S,S], log-SNR [B] on the device. B is the same in each
+    call and a multiple of `accumulate`, the number of micro-batches whose gradients are added. lr: learning rate.
+    decay: of the moving average. `loss` is the mean loss of the last step, until the next step; `running` is the sum
+    over steps. Both are on the device.
+    clip: largest norm of the gradient. precision, compile, graph: as in TrainConfig. world: number of processes; with
+    several, gradients are averaged (DistributedDataParallel). rates_on_device: learning rate and decay are tensors, as
+    a CUDA graph needs (the default if one is used). name: start of the sentences of warnings.
+    Raises UserError if graph = "on" is impossible. If compilation or capture fails, it warns SlowPath once.
     """
 
     def __init__(
@@ -116,9 +117,9 @@ class TrainStep:
         self.precision = choose_precision(precision, self.device)
         self.running = torch.zeros((), device=self.device)
         self.loss = self.running.clone()
-        self.updating = False  # whether the step that failed had begun to change weights
-        # of the first step whose loss was not finite: steps since the start, share of the batch, log-SNR of the first such
-        # image; on the device, so that nothing waits for it
+        self.updating = False  # whether a failed step has begun to change weights
+        # the first step with a loss that is not finite: its number, the share of the batch, and the log-SNR of the
+        # first such image; stored on the device, so that the host does not wait
         self._steps = torch.zeros((), device=self.device, dtype=torch.int64)
         self._trouble = torch.full((3,), -1.0, device=self.device, dtype=torch.float64)
 
@@ -140,7 +141,7 @@ class TrainStep:
         working = bf16_copy(denoiser) if self.precision == "bf16" else denoiser
         self.has_copy = working is not denoiser
         self.working: list[Tensor] = list(working.parameters())
-        self.gradients: list[Tensor] = []  # of the masters, where they are not autograd's own
+        self.gradients: list[Tensor] = []  # of the masters, unless autograd stores them
         if self.has_copy:
             self.gradients = [torch.zeros_like(p, requires_grad=False) for p in self.masters]
             for parameter, gradient in zip(self.masters, self.gradients, strict=True):
@@ -149,8 +150,8 @@ class TrainStep:
         self.parallel: Any = None
         if world > 1:
             self.parallel = _parallel(self.forward)
-            self.forward = self.parallel  # wrapped first, then compiled
-        self._eager: Callable[..., Tensor] | None = None  # kept until the compiled backward pass has worked once
+            self.forward = self.parallel  # DDP wraps the module before compilation
+        self._eager: Callable[..., Tensor] | None = None  # the fallback until the compiled backward pass has worked once
         if should_compile(compile, self.device):
             self._eager = self.forward
             settings = options(compile, self.device)
@@ -166,7 +167,7 @@ class TrainStep:
 
     def _set_rates(self, lr: float, decay: float) -> None:
         self.lr = lr
-        if self.rates_on_device:  # fill_ takes the number along with the kernel: no copy from the host to wait for
+        if self.rates_on_device:  # fill_ passes the number as a kernel argument, without a copy from the host
             self._rates[0].fill_(lr)
             self._rates[1].fill_(1 - decay)
         else:
@@ -174,13 +175,13 @@ class TrainStep:
             self._new_weight = 1 - decay
 
     def static_step(self, batch: Sequence[Tensor]) -> None:
-        """The step with the rates as they are set: what a CUDA graph captures, and what runs where there is none."""
+        """Take a step with the current rates; this is the function that a CUDA graph captures."""
         loss = self._accumulated(batch)
         self.updating = True
         nn.utils.clip_grad_norm_(self.masters, self.clip)
         self.optimiser.step()
         with torch.no_grad():
-            if self.rates_on_device:  # _foreach_lerp_ takes no weight from the device
+            if self.rates_on_device:  # _foreach_lerp_ does not accept a weight on the device
                 difference = torch._foreach_sub(self.masters, self.averages)
                 torch._foreach_mul_(difference, self._new_weight)
                 torch._foreach_add_(self.averages, difference)
@@ -193,9 +194,9 @@ class TrainStep:
         self.updating = False
 
     def _accumulated(self, batch: Sequence[Tensor]) -> Tensor:
-        """Gradients of the whole batch in the masters' .grad; returns the mean loss."""
-        # float32 gradients add up in .grad by themselves; bf16 ones are added up in float32, except under DDP, which
-        # averages over the processes what .grad holds after the last micro-batch
+        """Accumulate the gradients of the full batch in the masters' .grad and return the mean loss."""
+        # autograd accumulates float32 gradients in .grad; bf16 gradients are added in float32, except under DDP, which
+        # averages .grad over the processes after the last micro-batch
         one_by_one = self.has_copy and self.parallel is None
         losses = []
         for i, part in enumerate(zip(*(tensor.chunk(self.accumulate) for tensor in batch), strict=True)):
@@ -220,13 +221,13 @@ class TrainStep:
         if self._eager is None:
             return self._pass(self.forward, part)
         eager, self._eager = self._eager, None
-        try:  # the backward pass is compiled when it first runs, beyond the reach of what guards the forward pass
+        try:  # the backward pass is compiled when it first runs, so `compiled` cannot catch its errors
             return self._pass(self.forward, part)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            self._forget_gradients()  # nothing was added up before: this is the first pass of all
-            loss = self._pass(eager, part)  # an error of the network's own is raised here
+            self._forget_gradients()  # this is the first pass, so no earlier gradients are lost
+            loss = self._pass(eager, part)  # raises the network's own errors
             self.forward = eager
             reason = f"compilation of the backward pass failed ({first_line(error)})"
             warnings.warn(f"{self.name} runs eagerly: {reason}.", SlowPath, stacklevel=2)
@@ -236,26 +237,28 @@ class TrainStep:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "autocast"):
             losses = forward(*part)
         loss = losses.mean()
-        self._watch(losses.detach(), part[2])
+        self._record_trouble(losses.detach(), part[2])
         if self.accumulate > 1:
             loss = loss / self.accumulate
         loss.backward()
         return loss.detach()
 
-    def _watch(self, losses: Tensor, logsnr: Tensor) -> None:
+    def _record_trouble(self, losses: Tensor, logsnr: Tensor) -> None:
         bad = ~torch.isfinite(losses)
         found = torch.stack([self._steps.double() + 1, bad.double().mean(), logsnr[bad.int().argmax()].double()])
         first = bad.any() & (self._trouble[0] < 0)
         self._trouble.copy_(torch.where(first, found, self._trouble))
 
     def trouble(self) -> tuple[int, float, float] | None:
-        """(step, counted from 1; share of the micro-batch; log-SNR of its first image that failed) of the first loss that was not
-        finite; None where all were. Waits for the device."""
+        """Return where the loss was first not finite, or None; waits for the device.
+
+        It is (step, counted from 1; share of the micro-batch; log-SNR of the first such image).
+        """
         step, share, logsnr = self._trouble.tolist()
         return None if step < 0 else (int(step), share, logsnr)
 
     def is_finite(self) -> bool:
-        """Whether the losses since the last log, and all weights and moments, are finite. Waits for the device."""
+        """Return whether losses since the last log, weights and moments are all finite; waits for the device."""
         moments = [t for state in self.optimiser.state.values() for t in state.values() if isinstance(t, Tensor)]
         tensors = [self.running, *self.masters, *self.averages, *moments]
         return bool(torch.stack([torch.isfinite(t).all() for t in tensors]).all())
@@ -266,7 +269,7 @@ class TrainStep:
                 torch._foreach_copy_(self.working, self.masters)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a later TrainStep of the same network needs, whatever its precision; float32."""
+        """Return the float32 state that resumes training in a TrainStep of the same network, in any precision."""
         optimiser = self.optimiser.state_dict()
         optimiser["param_groups"] = [{**group, "lr": self.lr} for group in optimiser["param_groups"]]
         return {
@@ -278,10 +281,10 @@ class TrainStep:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`, before the first step. Raises what torch raises for a foreign state."""
+        """Resume from a `state_dict` before the first step; torch's errors for a foreign state are raised."""
         self.denoiser.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
-        # the settings of the optimiser are this object's: they depend on the device and on whether steps are captured
+        # optimiser settings are not loaded: they depend on the device and on whether steps are captured
         moments, groups = state["optimiser"]["state"], self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": moments, "param_groups": groups})
         if self.rates_on_device:

@@ -1,4 +1,4 @@
-"""One training step: the plain loop, micro-batches, precisions, rates on the device, compilation and CUDA graphs."""
+"""One training step: a reference loop, micro-batches, precisions, rates on the device, compilation, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_train import (
+from test_training_loop import (
     CONFIG,
     PROCESS,
     RMS,
@@ -63,7 +63,7 @@ class Tiny(nn.Module):
 
 
 def pair(network: Callable[[], nn.Module] | None = None, device: torch.device = CPU) -> tuple[Denoiser, Denoiser]:
-    """A fresh denoiser and its average, as train_level makes them."""
+    """A new denoiser and its average, as train_level builds them."""
     torch.manual_seed(0)
     denoiser = build_denoiser(WIDTH, SIZE, RMS, UNET, "v", 5) if network is None else Denoiser(network(), RMS)
     denoiser = denoiser.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -93,11 +93,11 @@ def slow_paths(caught: list[warnings.WarningMessage]) -> list[str]:
     return [str(w.message) for w in caught if issubclass(w.category, SlowPath)]
 
 
-# ----------------------------------------------------------------------------------------------- the plain loop
+# ------------------------------------------------------------------------------------------- the reference loop
 
 
-def test_training_is_the_plain_loop_bit_for_bit(images, tmp_path):
-    """Written out once more: float32 on a CPU, Adam, clipping, average, in this order."""
+def test_training_equals_the_reference_loop_bit_for_bit(images, tmp_path):
+    """The reference loop is written out: float32 on a CPU, Adam, clipping, average, in this order."""
     denoiser, average = pair()
     optimiser = torch.optim.Adam(denoiser.parameters(), betas=(0.9, 0.99), fused=True)
     history, total = [], torch.zeros(())
@@ -125,7 +125,7 @@ def test_training_is_the_plain_loop_bit_for_bit(images, tmp_path):
 
 
 def test_the_average_takes_no_part_in_differentiation(images):
-    """Else every step would hang on to the ones before it."""
+    """Otherwise every step would hold references to all earlier steps."""
     denoiser, ema = pair()
     run(TrainStep(denoiser, ema, compile="off"), batches(images, 2))
     assert all(p.grad_fn is None and not p.requires_grad for p in ema.parameters())
@@ -135,7 +135,7 @@ def test_the_first_step_is_reported_once(images, tmp_path):
     seconds: list[float] = []
     train(images, tmp_path, SHORT, on_first_step=seconds.append)
     assert len(seconds) == 1 and 0 < seconds[0] < 60
-    train(images, tmp_path, SHORT, on_first_step=seconds.append)  # trained already: there is no step
+    train(images, tmp_path, SHORT, on_first_step=seconds.append)  # already trained, so there is no step
     assert len(seconds) == 1
 
 
@@ -144,13 +144,13 @@ def test_the_first_step_is_reported_once(images, tmp_path):
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_rates_on_the_device_train_the_same(images, precision):
-    plain, tensors = (
+    reference, tensors = (
         run(TrainStep(*pair(), compile="off", precision=precision, rates_on_device=on), batches(images, 8))
         for on in (False, True)
     )
-    assert distance(plain.denoiser, tensors.denoiser) < 1e-5 and distance(plain.ema, tensors.ema) < 1e-5
-    assert float(tensors.running) == pytest.approx(float(plain.running), rel=1e-5)
-    assert tensors.lr == plain.lr
+    assert distance(reference.denoiser, tensors.denoiser) < 1e-5 and distance(reference.ema, tensors.ema) < 1e-5
+    assert float(tensors.running) == pytest.approx(float(reference.running), rel=1e-5)
+    assert tensors.lr == reference.lr
 
 
 def test_rates_on_the_device_survive_a_resumption(images):
@@ -198,7 +198,7 @@ def held_out_loss(denoiser: Denoiser, pictures: Tensor) -> float:
 
 
 def test_all_precisions_reach_the_same_loss(tmp_path):
-    """Within 2%, early in training; after 400 steps at 16 pixels, width 8, they lie within 0.6% and seeds within 2%."""
+    """They agree to 2% early in training; after 400 steps at 16 pixels, width 8, to 0.6%, and seeds to 2%."""
     pictures, held_out = render(256, SIZE, seed=2), to_float(render(128, SIZE, seed=3))
     config = replace(CONFIG, images=16 * 60, batch=16, warmup_images=240, ema_halflife=500, snapshots=[1.0], seed=0)
     before = held_out_loss(build_denoiser(8, SIZE, RMS, UNET, "v", 0), held_out)
@@ -208,8 +208,8 @@ def test_all_precisions_reach_the_same_loss(tmp_path):
         state = load_state(tmp_path / precision / "state.pt")
         assert state is not None
         losses[precision] = (held_out_loss(ema, held_out), np.mean([h["loss"] for h in state["history"][-4:]]))
-        for kept in (state["model"], state["ema"], *state["optimiser"]["state"].values()):
-            assert all(v.dtype == torch.float32 for v in kept.values())
+        for stored in (state["model"], state["ema"], *state["optimiser"]["state"].values()):
+            assert all(v.dtype == torch.float32 for v in stored.values())
         trained[precision] = weights(ema)
     assert losses["float32"][0] < 0.9 * before
     for precision in ("autocast", "bf16"):
@@ -225,7 +225,7 @@ def test_interrupted_equals_uninterrupted_in_every_precision(images, tmp_path, p
     assert_same_folder(tmp_path / "a", tmp_path / "b")
 
 
-def test_a_state_goes_on_in_another_precision(images, tmp_path):
+def test_a_state_resumes_in_another_precision(images, tmp_path):
     whole = train(images, tmp_path / "float32", SHORT)
     for first, then in (("bf16", "float32"), ("float32", "bf16")):
         folder = tmp_path / f"{first}-{then}"
@@ -249,10 +249,10 @@ def test_what_auto_means(monkeypatch):
     for major, expected in ((7, "float32"), (8, "bf16"), (9, "bf16")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, major=major: (major, 0))
         assert choose_precision("auto", torch.device("cuda")) == expected
-    plain, cuda = nn.Linear(1, 1), torch.device("cuda")
-    assert should_capture("auto", plain, cuda, 1) and should_capture("on", plain, cuda, 1)
-    assert not should_capture("off", plain, cuda, 1) and not should_capture("auto", plain, cuda, 2)
-    assert not should_capture("auto", nn.Dropout(0.1), cuda, 1) and not should_capture("auto", plain, CPU, 1)
+    reference, cuda = nn.Linear(1, 1), torch.device("cuda")
+    assert should_capture("auto", reference, cuda, 1) and should_capture("on", reference, cuda, 1)
+    assert not should_capture("off", reference, cuda, 1) and not should_capture("auto", reference, cuda, 2)
+    assert not should_capture("auto", nn.Dropout(0.1), cuda, 1) and not should_capture("auto", reference, CPU, 1)
 
 
 # ------------------------------------------------------------------------------------------------ bad values
@@ -267,13 +267,13 @@ def test_what_auto_means(monkeypatch):
         ({"accumulate": 0}, r"train\.accumulate = 0 must be at least 1\."),
     ],
 )
-def test_bad_settings_are_one_sentence(change, sentence):
+def test_bad_settings_give_one_sentence(change, sentence):
     with pytest.raises(UserError, match=sentence) as error:
         TrainConfig(**change)
     assert "\n" not in str(error.value)
 
 
-def test_what_cannot_be_trained_so_is_one_sentence(images, tmp_path, monkeypatch):
+def test_impossible_combinations_give_one_sentence(images, tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match=r"train\.batch = 16 does not divide over 1 processes in 3 micro-batches each\.$"
     ):
@@ -296,8 +296,8 @@ def test_compiled_training_equals_eager_training(images):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fast = run(TrainStep(*pair(Tiny), compile="on"), drawn)
-    if said := slow_paths(caught):
-        pytest.skip(f"torch.compile does not work here: {said[0]}")
+    if messages := slow_paths(caught):
+        pytest.skip(f"torch.compile does not work here: {messages[0]}")
     assert fast.forward.is_compiled()
     assert distance(eager.denoiser, fast.denoiser) < 1e-4 and distance(eager.ema, fast.ema) < 1e-4
     assert distance(eager.denoiser, pair(Tiny)[0]) > 0.01
@@ -331,13 +331,13 @@ def test_a_failing_compilation_trains_eagerly_with_one_warning(images, monkeypat
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fallen = run(TrainStep(*pair(), compile="on", accumulate=2, name="Training of width 4"), drawn)
-    (said,) = slow_paths(caught)
-    assert said.startswith("Training of width 4 runs eagerly: compilation") and "no compiler" in said
-    assert "\n" not in said
+    (message,) = slow_paths(caught)
+    assert message.startswith("Training of width 4 runs eagerly: compilation") and "no compiler" in message
+    assert "\n" not in message
     assert_same(eager.state_dict(), fallen.state_dict())
 
 
-def test_an_error_of_the_network_is_not_taken_for_a_failing_compilation(images, monkeypatch):
+def test_an_error_of_the_network_does_not_count_as_a_failed_compilation(images, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda module, **options: module)
 
     class Broken(Tiny):
@@ -352,7 +352,7 @@ def test_an_error_of_the_network_is_not_taken_for_a_failing_compilation(images, 
 
 
 class Replayed:
-    """What a captured graph does: the same work on the same buffers, whatever they hold by then."""
+    """Imitates a captured graph: the same work on the same buffers, with their current content."""
 
     def __init__(self, graphed: GraphedStep):
         self.graphed = graphed
@@ -363,7 +363,7 @@ class Replayed:
 
 @pytest.mark.parametrize("works", [True, False])
 def test_every_call_of_a_graphed_step_is_one_step(images, monkeypatch, works):
-    """The order of warm-up, capture and replay; the device's own part is left out."""
+    """Tests the order of warm-up, capture and replay, without the device's part."""
     sides = []
 
     def on_side_stream(self: GraphedStep) -> None:
@@ -378,7 +378,7 @@ def test_every_call_of_a_graphed_step_is_one_step(images, monkeypatch, works):
     monkeypatch.setattr(GraphedStep, "_on_side_stream", on_side_stream)
     monkeypatch.setattr(GraphedStep, "_capture", capture)
     drawn = batches(images, 8)
-    plain = run(TrainStep(*pair(), compile="off", rates_on_device=True), drawn)
+    reference = run(TrainStep(*pair(), compile="off", rates_on_device=True), drawn)
     graphed = TrainStep(*pair(), compile="off", rates_on_device=True)
     graphed._static_step = GraphedStep(graphed.static_step, CPU, "Training of width 4")
     untouched = [[tensor.clone() for tensor in batch] for batch in drawn]
@@ -386,10 +386,12 @@ def test_every_call_of_a_graphed_step_is_one_step(images, monkeypatch, works):
         warnings.simplefilter("always")
         run(graphed, drawn)
     assert len(sides) == 3
-    assert_same(plain.state_dict(), graphed.state_dict())
+    assert_same(reference.state_dict(), graphed.state_dict())
     assert_same(untouched, [list(batch) for batch in drawn])  # buffers of its own
     expected = "Training of width 4 runs without a CUDA graph: CUDA graph capture failed (operation not permitted"
-    assert [said.startswith(expected) and "\n" not in said for said in slow_paths(caught)] == ([] if works else [True])
+    assert [message.startswith(expected) and "\n" not in message for message in slow_paths(caught)] == (
+        [] if works else [True]
+    )
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -422,10 +424,10 @@ def test_captured_training_equals_training_step_by_step(
 @needs_cuda
 @pytest.mark.parametrize("graph", ["off", "on"])
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_nothing_in_a_step_waits_for_the_device(images, precision, graph):
+def test_no_step_waits_for_the_device(images, precision, graph):
     device = torch.device("cuda")
     step = TrainStep(*pair(device=device), compile="off", precision=precision, graph=graph)
-    run(step, batches(images, 5, device))  # compiled, tuned and captured by then
+    run(step, batches(images, 5, device))  # compilation, tuning and capture are finished
     data, levels = torch.as_tensor(images).to(device), table(PROCESS).to(device)
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
@@ -443,8 +445,8 @@ def test_compiled_and_captured_training_on_a_device(images, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     device = torch.device("cuda")
     drawn = batches(images, 8, device)
-    plain = run(TrainStep(*pair(device=device), compile="off", graph="off", precision="float32"), drawn)
+    reference = run(TrainStep(*pair(device=device), compile="off", graph="off", precision="float32"), drawn)
     with warnings.catch_warnings():
         warnings.simplefilter("error", SlowPath)
         fast = run(TrainStep(*pair(device=device), compile="on", graph="on", precision="float32"), drawn)
-    assert distance(plain.denoiser, fast.denoiser) < 1e-3
+    assert distance(reference.denoiser, fast.denoiser) < 1e-3

@@ -1,4 +1,4 @@
-"""Drifts: weights, one multilevel step against the top level's, expected and realised cost."""
+"""Estimators: weights, one multilevel step against the top level's, expected and realised cost."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ FLOPS = [1.0, 4.0, 16.0]
 
 
 def test_one_multilevel_step_is_unbiased_with_the_stated_variance() -> None:
-    """8000 coin draws of one ancestral step from one x: mean within 4.5 standard errors of the top level's at each of 48
-    pixels, variance sum_k (1/p_k - 1) |f^k - f^(k-1)|^2 of the estimate within 5%."""
+    """8000 coin draws of one ancestral step from one x have the stated mean and variance.
+
+    The mean is within 4.5 standard errors of the top level's step at each of 48 pixels. The estimate's variance is
+    within 5% of sum_k (1/p_k - 1) |f^k - f^(k-1)|^2.
+    """
     family, p, draws = toy_family(), np.array([1.0, 0.4, 0.2]), 8000
     step = STEP_RULES["sde", "ddpm"].program(process().grid(8))[4]
     keep, take, _ = step.update[0]
@@ -52,7 +55,7 @@ def table(n: int) -> np.ndarray:
     "p", [np.array([1.0, 0.4, 0.1]), np.array([1.0, 0.3, 0.3]), np.array([1.0, 1.0, 0.3]), table(12)]
 )
 def test_mean_realised_cost_is_the_expected_cost(p: np.ndarray, coins: str) -> None:
-    """Over 1500 samples, within 4 standard errors; equal neighbouring probabilities cancel now and then."""
+    """They agree within 4 standard errors over 1500 samples; equal neighbouring probabilities cancel sometimes."""
     estimator, grid, seeds = Multilevel(toy_family(), p, coins), process().grid(12), range(1500)
     _, ledger = sample(estimator, grid, "ode", "ddim", seeds, (1, 1, 1))
     counts = (estimator.weights(12, seeds) != 0).sum(axis=0)
@@ -128,7 +131,7 @@ def test_an_estimator_gives_the_weighted_estimates_and_records_them(estimator: E
 @pytest.mark.parametrize("coins", COINS)
 @pytest.mark.parametrize(("dynamics", "rule"), STEP_RULES)
 def test_expected_cost_follows_the_evaluations_of_the_rule(dynamics: str, rule: str, coins: str) -> None:
-    """Heun's two evaluations per step have coins of their own; over 400 samples, within 4.5 standard errors."""
+    """Heun's two evaluations per step have separate coins; agreement within 4.5 standard errors over 400 samples."""
     grid, p = process().grid(12), np.array([1.0, 0.4, 0.15])
     evaluations = len(STEP_RULES[dynamics, rule].program(grid))
     estimator = Multilevel(toy_family(), p, coins)
@@ -139,7 +142,7 @@ def test_expected_cost_follows_the_evaluations_of_the_rule(dynamics: str, rule: 
 
 
 @pytest.mark.parametrize("coins", COINS)
-def test_shared_coins_depend_on_the_batch_and_say_so(coins: str) -> None:
+def test_shared_coins_depend_on_the_batch_and_form_one_cluster(coins: str) -> None:
     grid, p = process().grid(16), np.array([1.0, 0.5, 0.3])
     shared, own = (Multilevel(toy_family(), p, coins, shared) for shared in (True, False))
     weights = shared.weights(16, [4, 5, 6])
@@ -153,7 +156,7 @@ def test_shared_coins_depend_on_the_batch_and_say_so(coins: str) -> None:
     assert ledger.evaluations == [3 * n for n in ledger.launches]  # whole batches
 
 
-def test_bad_drifts_are_refused() -> None:
+def test_bad_estimators_are_refused() -> None:
     family = toy_family()
     for p in ([1.0, 0.5], [0.9, 0.5, 0.2], [1.0, 0.0, 0.2], [1.0, 1.1, 0.2], [1.0, float("nan"), 0.2]):
         with pytest.raises(UserError):
@@ -190,7 +193,7 @@ def test_bad_drifts_are_refused() -> None:
 
 
 def weights_of(n: int) -> np.ndarray:
-    """Weights W [n, 3] of the differences: mostly zero, some beyond one, one negative, and a tail of ones."""
+    """Weights W [n, 3] of the differences: mostly zero, some above one, one negative, and a tail of ones."""
     weights = np.zeros((n, 3))
     weights[:, 0] = 1
     weights[1::4, 1], weights[2::5, 2], weights[4, 1] = 3.7, 5.2, -0.4
@@ -209,8 +212,8 @@ def test_a_quadrature_is_the_weighted_sum_of_differences() -> None:
         assert torch.allclose(estimate(j, x, float(logsnr)), expected, atol=1e-5)
 
 
-def test_a_quadrature_costs_exactly_what_it_says() -> None:
-    """No network whose weights cancel is run: at the tail of ones only the largest is."""
+def test_a_quadrature_costs_exactly_its_expected_cost() -> None:
+    """Networks whose weights cancel do not run: at the tail of ones only the largest does."""
     estimator, grid = Quadrature(toy_family(), weights_of(12)), process().grid(12)
     for rule in (("sde", "ddpm"), ("ode", "dpmpp_2m")):
         _, ledger = sample(estimator, grid, *rule, range(5), (1, 1, 1))
@@ -220,7 +223,7 @@ def test_a_quadrature_costs_exactly_what_it_says() -> None:
     assert np.array_equal(estimator.weights(12, [0, 1])[-1], [[0, 0, 1], [0, 0, 1]])
 
 
-def test_special_quadratures_are_the_drifts_they_look_like() -> None:
+def test_special_quadratures_equal_other_estimators() -> None:
     family, grid = toy_family(), process().grid(8)
     n = np.arange(8)
 
@@ -249,8 +252,8 @@ def test_quadratures_ignore_seeds_and_batches() -> None:
 
 
 @pytest.mark.parametrize("coins", ["nested", "systematic"])
-def test_coins_of_a_sample_are_its_own(coins: str) -> None:
-    """Whatever the batch it is in, its images and evaluations are the same; and no two samples share their coins."""
+def test_coins_depend_on_the_sample_alone(coins: str) -> None:
+    """A sample's images and evaluations do not depend on its batch, and no two samples share coins."""
     estimator, grid = Multilevel(toy_family(), table(16), coins), process().grid(16)
     images, ledger = sample(estimator, grid, "ode", "ddim", range(10, 22), SHAPE)
     for seeds in ([10, 11, 12, 13, 14], [21], [20, 15]):
@@ -272,7 +275,7 @@ def test_coins_of_a_sample_are_its_own(coins: str) -> None:
     "p", [table(12), np.array([1.0, 0.5, 0.5]), np.array([1.0, 0.2, 0.7])], ids=["table", "equal", "rising"]
 )
 def test_nested_costs_are_exact_by_the_coins_of_many_seeds(p: np.ndarray) -> None:
-    """20000 seeds: each level's evaluations to 4 standard errors and 0.5%; equal probabilities always cancel."""
+    """Over 20000 seeds evaluations per level agree to 4 standard errors and 0.5%; equal probabilities always cancel."""
     estimator, seeds = Multilevel(toy_family(), p, "nested"), range(20000)
     counts = (estimator.weights(12, seeds) != 0).sum(axis=0)
     expected = estimator.expected_evaluations(12)
@@ -284,7 +287,7 @@ def test_nested_costs_are_exact_by_the_coins_of_many_seeds(p: np.ndarray) -> Non
 
 
 def test_levels_may_reuse_their_output_buffer_and_share_one_noise_level() -> None:
-    """As networks replayed from a CUDA graph do: an estimate must not change when a level is called again."""
+    """An estimate must not change when a level is called again, as in networks replayed from a CUDA graph."""
     buffer, seen = torch.empty(4, *SHAPE), []
 
     def denoise(x: torch.Tensor, logsnr: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""gamma: recovered from synthetic laws in all three forms, with intervals that mean what they say."""
+"""gamma is recovered from synthetic laws in all three forms, with intervals of the stated coverage."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def test_exact_laws_give_their_gamma(name: str, gamma: float, levels: int) -> No
     assert fit.gamma == pytest.approx(gamma, rel=1e-5)
     assert fit.amplitude == pytest.approx(AMPLITUDE, rel=1e-5)
     assert fit.floor == (pytest.approx(FLOOR, rel=1e-5) if name == "loss_fit" else None)
-    assert fit.interval == pytest.approx((gamma, gamma), rel=1e-4)  # nothing scatters
+    assert fit.interval == pytest.approx((gamma, gamma), rel=1e-4)  # no scatter
     assert fit.note == ""
 
 
 @pytest.mark.parametrize("gamma", [2.5, 5.0])
 @pytest.mark.parametrize("name", FORMS)
 def test_noisy_laws_give_gamma_on_average(name: str, gamma: float) -> None:
-    """Tolerance: 5% for the median of 60 repeats; one repeat scatters by 3 to 8%."""
+    """The median of 60 repeats is within 5%; one repeat scatters by 3 to 8%."""
     rng = np.random.default_rng(1)
     flops = flops_of(7)
     noise = 0.01 if name == "loss_fit" else 0.1
@@ -48,7 +48,7 @@ def test_power_law_without_floor_and_bound_on_the_floor() -> None:
 
 
 def test_difference_form_has_no_bias_where_a_straight_line_has() -> None:
-    """Five widths with fourfold FLOPs: the log-log slope reads 2.25 for 2.5 and 3.5 for 5."""
+    """For five widths with fourfold FLOPs, a log-log slope gives 2.25 for 2.5 and 3.5 for 5."""
     flops = 0.233e9 * 4.0 ** np.arange(5)
     for gamma, naive in ((2.5, 2.25), (5.0, 3.5)):
         values = law(flops, gamma)["to_largest"]
@@ -59,7 +59,10 @@ def test_difference_form_has_no_bias_where_a_straight_line_has() -> None:
 
 @pytest.mark.parametrize("name", FORMS)
 def test_intervals_cover(name: str) -> None:
-    """200 repeats at 95%: a calibrated interval is in [0.90, 0.99] but once in a few hundred such tests."""
+    """The coverage of 95% intervals over 200 repeats is within [0.90, 0.99].
+
+    Calibrated intervals fail once in a few hundred such tests.
+    """
     rng = np.random.default_rng(2)
     flops, gamma, repeats = flops_of(6), 2.5, 200
     values = law(flops, gamma)[name]
@@ -89,7 +92,7 @@ def test_measurement_errors_widen_the_bootstrap_only() -> None:
     assert shared.interval == pytest.approx((5.0, 5.0), rel=1e-3)
 
 
-def test_few_levels_say_so() -> None:
+def test_few_levels_give_a_note() -> None:
     flops = flops_of(3)
     fit = fit_differences(flops, law(flops, 2.5)["differences"])
     assert fit.gamma == pytest.approx(2.5, rel=1e-6)

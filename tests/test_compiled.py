@@ -1,4 +1,4 @@
-"""The fast path of a network: the same function in every mode, whatever the batch; and how it falls back."""
+"""The fast path of a network: the same function in every mode and for every batch, and its fallbacks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUD
 
 
 def network(width: int = 8, size: int = 8, unet: dict = UNET) -> torch.nn.Module:
-    """A denoiser whose zero-initialised layers have been filled, as training would."""
+    """A denoiser whose zero-initialised layers are filled with random numbers, as after training."""
     denoiser = build_denoiser(width, size, 0.5, unet, "v").eval()
     generator = torch.Generator().manual_seed(3)
     for parameter in denoiser.parameters():
@@ -72,9 +72,9 @@ def test_the_copy_is_frozen_and_leaves_the_original_alone():
     y = fast(x, noise_level)
     for parameter in denoiser.parameters():
         parameter.data.zero_()
-    assert torch.equal(fast(x, noise_level), y)  # later training of the original is not seen
+    assert torch.equal(fast(x, noise_level), y)  # later training of the original has no effect
     assert all(not p.requires_grad for p in fast.network.parameters())
-    assert network().state_dict().keys() == before.keys()  # nothing joined for inference is saved
+    assert network().state_dict().keys() == before.keys()  # layers joined for inference are not saved
 
 
 @pytest.mark.parametrize("logsnr", [-9.0, -3.0, 0.0, 3.0, 9.0])
@@ -108,8 +108,8 @@ def test_derivatives_pass_through_every_precision():
         with torch.no_grad():
             forward = torch.func.jvp(lambda y, f=fast: f(y, noise_level), (x,), (v,))[1]
             h = 1e-2
-            plain = FastDenoiser(network())
-            differences = (plain(x + h * v, noise_level) - plain(x - h * v, noise_level)) / (2 * h)
+            reference = FastDenoiser(network())
+            differences = (reference(x + h * v, noise_level) - reference(x - h * v, noise_level)) / (2 * h)
         assert (forward - differences).norm() < (tolerance + 1e-3) * differences.norm()
         y = x.clone().requires_grad_(True)
         backward = torch.autograd.grad((fast(y, noise_level) * v).sum(), y)[0]
@@ -129,7 +129,7 @@ def test_compiled_equals_eager_for_changing_batches():
     assert fast.mode == "float32 compiled"
 
 
-def test_where_compilation_fails_it_goes_on_eagerly_and_says_so_once(monkeypatch):
+def test_a_failed_compilation_runs_eagerly_with_one_warning(monkeypatch):
     def broken(function, **_):
         def run(*_):
             raise RuntimeError("no compiler here\nand a long story")
@@ -147,7 +147,7 @@ def test_where_compilation_fails_it_goes_on_eagerly_and_says_so_once(monkeypatch
     assert torch.equal(y, FastDenoiser(network())(x, noise_level))
 
 
-def test_errors_of_the_function_itself_are_not_taken_for_failed_compilation(monkeypatch):
+def test_errors_of_the_function_do_not_count_as_failed_compilation(monkeypatch):
     monkeypatch.setattr(compilation.torch, "compile", lambda function, **_: function)
 
     def wrong(x):
@@ -183,7 +183,7 @@ def test_narrow_levels_take_the_shape_of_their_width():
     assert shape_of(unet, 9)["patch"] == 2 and shape_of(unet, 32)["patch"] == 2
     assert shape_of(unet, 33) == UNET
     levels = [describe(width, 16, 0.5, unet, "v") for width in (8, 32, 64)]
-    assert levels[0]["unet"] == shape_of(unet, 8)  # what is stored with a level is its own shape
+    assert levels[0]["unet"] == shape_of(unet, 8)  # a level is stored with its own shape
     costs = [level["flops"] for level in levels]
     assert costs == sorted(costs) and costs[0] < costs[2] / 100
 
@@ -208,9 +208,9 @@ def test_patches_see_every_pixel():
 
 @NEEDS_CUDA
 @pytest.mark.parametrize("compile", ["off", "on"])
-def test_graphs_give_what_the_network_gives(compile):
+def test_graphs_equal_the_network(compile):
     denoiser = network(width=32).cuda()
-    fast, plain = (
+    fast, reference = (
         FastDenoiser(denoiser, "bf16", compile, "w32", batch=24),
         FastDenoiser(denoiser, graphs=False, compile="off"),
     )
@@ -218,8 +218,8 @@ def test_graphs_give_what_the_network_gives(compile):
     x, noise_level = x.cuda(), noise_level[:1].cuda().expand(24)
     for count in (24, 3, 17, 24):
         y = fast(x[:count], noise_level[:count])
-        kept = y.clone()
+        copy = y.clone()
         fast(-x[:count], noise_level[:count])
-        assert torch.equal(y, kept)  # a result is not overwritten by the next call
-        assert (y - plain(x[:count], noise_level[:count])).abs().max() < 0.05
+        assert torch.equal(y, copy)  # a result is not overwritten by the next call
+        assert (y - reference(x[:count], noise_level[:count])).abs().max() < 0.05
     assert fast.mode.endswith("+ graphs")

@@ -1,4 +1,4 @@
-"""Calibration in one call: its numbers are those of its parts, and its plans keep what they promise."""
+"""Calibration in one call: it returns the numbers of its parts, and its plans have the predicted errors and costs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def calibration() -> Calibration:
 
 
 def measured_error(plan, seeds=range(256)) -> tuple[float, float, float]:
-    """Squared error, its standard error over seeds, and FLOPs per image."""
+    """The squared error, its standard error over seeds, and the FLOPs per image."""
     reference = sample(SingleLevel(FAMILY[-1]), PROCESS.grid(129), "sde", "ddpm", seeds, SHAPE)[0]
     images, ledger = sample(plan.build(FAMILY), PROCESS.grid(plan.steps), "sde", "ddpm", seeds, SHAPE)
     errors = ((images - reference) ** 2).mean(dim=(1, 2, 3)).numpy()
@@ -45,7 +45,7 @@ def measured_error(plan, seeds=range(256)) -> tuple[float, float, float]:
 
 @pytest.mark.parametrize("method", ["independent", "nested", "systematic", "quadrature"])
 def test_plan_within_a_cost(calibration: Calibration, method: str) -> None:
-    """Cost within 5% on average over 256 samples; error as predicted to 35% and 3 standard errors (64 seeds calibrated)."""
+    """Mean cost within 5% over 256 samples; error within 35% plus 3 standard errors of its prediction (64 seeds)."""
     plan = calibration.plan(method, cost=3 * LARGEST)
     error, se, flops = measured_error(plan)
     assert plan.cost <= 3 * LARGEST and flops == pytest.approx(plan.cost, rel=0.05)
@@ -54,7 +54,7 @@ def test_plan_within_a_cost(calibration: Calibration, method: str) -> None:
 
 @pytest.mark.parametrize("method", ["independent", "systematic", "quadrature"])
 def test_more_cost_never_hurts(calibration: Calibration, method: str) -> None:
-    """Costs are kept and predicted errors fall, over a factor of 16; between the frontier's plans one is made to measure."""
+    """Over a factor of 16, plans match their cost and predicted errors fall, also between plans of the frontier."""
     costs = [0.5 * LARGEST * 2**i for i in range(5)]
     found = [calibration.plan(method, cost=cost) for cost in costs]
     errors = [plan.predicted for plan in found]
@@ -75,19 +75,19 @@ def test_plan_within_an_error_is_the_cheapest(calibration: Calibration) -> None:
 
 
 def test_single_levels_are_plans_too(calibration: Calibration) -> None:
-    """Where EM is best, EM is what comes out: the cheapest plan of all is the smallest level on the coarsest grid."""
+    """If EM is best, EM is chosen: the cheapest plan is the smallest level on the coarsest grid."""
     cheapest = min(calibration.plans("independent"), key=lambda p: p.cost)
     assert cheapest.levels == ("f1",) and cheapest.steps == 9
     assert cheapest.predicted == pytest.approx(calibration.own_errors[0, 9])
 
 
 def test_costs_in_seconds_change_the_choice(calibration: Calibration) -> None:
-    """Where all levels take the same time, nothing but the largest is worth running."""
+    """If all levels take the same time, plans run the largest level only."""
     plan = calibration.plan("independent", cost=33.0, costs=[1.0, 1.0, 1.0, 1.0])
     assert plan.levels == ("f4",) and plan.steps == 33
 
 
-def test_impossible_wishes_are_refused(calibration: Calibration) -> None:
+def test_impossible_targets_are_refused(calibration: Calibration) -> None:
     with pytest.raises(UserError, match="cheapest costs"):
         calibration.plan("independent", cost=1.0)
     with pytest.raises(UserError, match="best is"):

@@ -1,4 +1,4 @@
-"""Random streams keyed by the sample's seed, and one Brownian path for all grids."""
+"""Random streams keyed by the sample's seed, and one Brownian path shared by all grids."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CLOCKS = ["snr", "time"]
 @pytest.mark.parametrize("clock", CLOCKS)
 @pytest.mark.parametrize("p", [process(75), Process(CosineSchedule(), -9, 9, 75, "logsnr")])
 def test_coarse_increments_are_exact_sums_of_the_fine_ones(p: Process, clock: str) -> None:
-    """Against base increments summed one by one: dW = sqrt(ds) xi on the base grid, in either clock."""
+    """Coarse increments equal base increments dW = sqrt(ds) xi summed one by one, in either clock."""
     base = p.grid()
     fine = path_increments([5, 8], SHAPE, base, clock, CPU).double().numpy()
     position = np.exp(base.logsnr) if clock == "snr" else -base.time
@@ -40,8 +40,8 @@ def test_coarse_increments_are_exact_sums_of_the_fine_ones(p: Process, clock: st
 
 
 @pytest.mark.parametrize("clock", CLOCKS)
-def test_base_grid_takes_the_base_increments_as_they_are(clock: str) -> None:
-    """Both clocks see the same standard normals, so EM in t and the ancestral step follow one path."""
+def test_the_base_grid_uses_the_base_increments_unchanged(clock: str) -> None:
+    """Both clocks use the same standard normals, so EM in t and the ancestral step follow one path."""
     grid = process(40).grid()
     np.testing.assert_allclose(increment_weights(grid, clock), np.eye(39), atol=1e-12)
 

@@ -1,4 +1,4 @@
-"""Estimates from a family's errors: content, the answer to gamma > 2, warnings, and the figure."""
+"""Estimates from a family's errors: content, the test of gamma > 2, warnings, and the figure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mlem_diffusion.gamma.power_law import Fit, fit_loss
 
 
 def family(gamma: float | None, levels: int = 7, scatter: float = 0.03, seed: int = 0) -> LevelErrors:
-    """Errors of an invented family; gamma None: all levels equally good and equally far apart."""
+    """Errors of a synthetic family; with gamma None all levels are equally good and equally far apart."""
     rng = np.random.default_rng(seed)
     images, noise_levels = 64, 6
     flops = flops_of(levels)
@@ -34,7 +34,7 @@ def family(gamma: float | None, levels: int = 7, scatter: float = 0.03, seed: in
     per_image = np.exp(0.3 * rng.standard_normal((1, images, 1)))  # some images are harder, for every level
 
     def spread(name: str) -> np.ndarray:
-        sd = scatter / 20 if name == "loss_fit" else scatter  # of the loss, only the small excess scatters
+        sd = scatter / 20 if name == "loss_fit" else scatter  # only the small excess of the loss scatters
         mean = values[name] * np.exp(sd * rng.standard_normal(len(values[name])))
         noise = np.exp(0.01 * rng.standard_normal((len(mean), images, noise_levels)))
         return mean[:, None, None] * np.exp(-logsnr / 4) * per_image * noise

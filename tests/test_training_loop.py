@@ -1,4 +1,4 @@
-"""Training: interrupted equals uninterrupted, processes do not change the result, and every noise level is trained."""
+"""Training: interruptions and processes do not change the result, and every noise level is trained."""
 
 from __future__ import annotations
 
@@ -47,19 +47,19 @@ def train(
 
 
 def stop_at(*steps: int) -> Callable[[], bool]:
-    """A should_stop that says yes when it is asked after these steps (counted over all resumptions)."""
-    asked = 0
+    """A should_stop that returns true after these steps (calls, counted over all resumptions)."""
+    calls = 0
 
     def should_stop() -> bool:
-        nonlocal asked
-        asked += 1
-        return asked in steps
+        nonlocal calls
+        calls += 1
+        return calls in steps
 
     return should_stop
 
 
 def train_with_stops(images: np.ndarray, folder: Path, *steps: int, config: TrainConfig = CONFIG, **more: Any) -> int:
-    """Train through interruptions, as a new process each time would; returns how often it was interrupted."""
+    """Train through interruptions, each time like a new process; return the number of interruptions."""
     should_stop = stop_at(*steps)
     for stops in range(len(steps) + 1):
         torch.manual_seed(1000 + stops)  # the global generator must not matter
@@ -72,7 +72,7 @@ def train_with_stops(images: np.ndarray, folder: Path, *steps: int, config: Trai
 
 
 def assert_same(a: Any, b: Any, where: str = "state") -> None:
-    """Bit-identical, through nested dictionaries and lists."""
+    """Check that two values are bit-identical, through nested dictionaries and lists."""
     if isinstance(a, torch.Tensor):
         assert torch.equal(a, b), where
     elif isinstance(a, dict):
@@ -96,7 +96,7 @@ def assert_same_folder(a: Path, b: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(images: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of one uninterrupted run."""
+    """The folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     train(images, folder)
     return folder
@@ -136,7 +136,7 @@ def test_interrupted_equals_uninterrupted_with_dropout(images, tmp_path):
     assert_same_folder(tmp_path / "a", tmp_path / "b")
 
 
-def test_a_run_that_is_killed_goes_on_from_its_last_saved_state(images, whole, tmp_path):
+def test_a_killed_run_resumes_from_its_last_saved_state(images, whole, tmp_path):
     config = replace(CONFIG, save_every=0.0)  # a state after every step
 
     class Killed(Exception):
@@ -185,7 +185,7 @@ def test_the_seed_matters(images, whole, tmp_path):
 
 
 @pytest.mark.parametrize("foreign", [{"something": 1}, {"model": {}, "ema": {}, "optimiser": {}, "images": 0}])
-def test_a_foreign_state_is_one_sentence(images, tmp_path, foreign):
+def test_a_foreign_state_gives_one_sentence(images, tmp_path, foreign):
     save_state(tmp_path / "state.pt", foreign)
     with pytest.raises(UserError, match=r"state\.pt is not the state of this network; delete it") as error:
         train(images, tmp_path)
@@ -229,7 +229,7 @@ def test_ema_half_life_is_ramped_up_with_training():
 
 
 def test_the_average_follows_the_half_life(images, tmp_path):
-    """Recomputed from the weights after every step."""
+    """The average equals one recomputed from the weights after every step."""
     config = replace(CONFIG, images=128, save_every=0.0)
     weights: list[dict[str, torch.Tensor]] = []
     start = build_denoiser(WIDTH, SIZE, RMS, UNET, "v", config.seed).state_dict()
@@ -268,7 +268,7 @@ def test_learning_rate_warms_up_holds_and_decays_to_zero():
 
 
 @pytest.mark.parametrize("snapshots", [[], [0.5], [0.0, 1.0], [1.0, 1.5]])
-def test_snapshots_end_with_the_whole_training(snapshots):
+def test_snapshots_must_end_with_the_training(snapshots):
     with pytest.raises(UserError, match=r"train\.snapshots"):
         replace(CONFIG, snapshots=snapshots)
 
@@ -293,14 +293,14 @@ def test_training_lowers_the_held_out_error(images, tmp_path):
     before, after = (
         denoising_errors([as_level("net", net, 1.0)], held_out, logsnr)[0][0].mean(axis=0) for net in (fresh, trained)
     )
-    # towards the clean end the input is as good an answer as any: nothing to learn there in 100 steps
+    # near the clean end the input is already a good estimate, so 100 steps improve nothing
     assert np.all(after[logsnr < 5] < 0.92 * before[logsnr < 5]), (before, after)
     assert np.all(after < 1.2 * before), (before, after)
     state = load_state(tmp_path / "state.pt")
     assert state is not None and state["history"][-1]["loss"] < 0.8 * state["history"][0]["loss"]
 
 
-def test_a_loss_that_is_not_finite_is_one_sentence(images, tmp_path):
+def test_a_loss_that_is_not_finite_gives_one_sentence(images, tmp_path):
     config = replace(CONFIG, lr=1e30, warmup_images=0, log_every=64)
     with pytest.raises(UserError, match=r"The loss of width 4 is not finite at step \d+ .*lower train\.lr") as error:
         train(images, tmp_path, config)
@@ -316,7 +316,7 @@ def table(process: Process) -> torch.Tensor:
 
 
 def positions(process: Process, logsnr: torch.Tensor) -> np.ndarray:
-    """Where on the sampler's path (0 to 1) a log-SNR lies."""
+    """The position of a log-SNR on the sampler's path (0 to 1)."""
     s = np.linspace(0, 1, 200_001)
     return np.interp(logsnr.double().numpy(), process.logsnr_at(s), s)
 
@@ -342,7 +342,7 @@ def test_every_noise_level_that_the_sampler_visits_is_trained(images, process):
     assert abs(inside.mean() - 0.5) < 0.02  # uniform in its part: 4 standard errors are 0.017
     # the ends are reached: within a fifth of the first and last step of the finest grid
     assert where.min() < 0.2 / 49 and where.max() > 1 - 0.2 / 49
-    # and each point of the grid has neighbours on both sides that were trained
+    # each point of the grid has trained neighbours on both sides
     grid = process.logsnr_at(np.linspace(0, 1, 50))
     assert np.all(np.histogram(drawn.numpy(), grid)[0] > 20)
 
@@ -357,8 +357,8 @@ def test_a_batch_is_images_or_their_mirror_images(images):
     assert all(any(kind) for kind in kinds)
     assert 2 <= sum(kind[0] for kind in kinds) <= 14
     assert abs(float(noise.mean())) < 0.08 and abs(float(noise.std()) - 1) < 0.06  # 3072 values: 4 standard errors
-    plain, _, _ = draw_batch(data, replace(CONFIG, flips=False), PROCESS, table(PROCESS), 3, 0, 1)
-    assert all(bool((picture == straight).flatten(1).all(1).any()) for picture in plain)
+    unflipped, _, _ = draw_batch(data, replace(CONFIG, flips=False), PROCESS, table(PROCESS), 3, 0, 1)
+    assert all(bool((picture == straight).flatten(1).all(1).any()) for picture in unflipped)
 
 
 def test_a_batch_depends_on_seed_and_step_alone(images):
@@ -397,12 +397,12 @@ from dataclasses import replace
 from pathlib import Path
 import torch.distributed as dist
 sys.path.insert(0, {tests!r})
-import test_train as t
+import test_training_loop as t
 dist.init_process_group("gloo")
 try:
     config = replace(t.CONFIG, images=320, snapshots=[1.0], seed=5)
     folder, images = Path({folder!r}), t.render(96, t.SIZE, seed=1)
-    stop = (lambda: dist.get_rank() == 1)  # only one process is told to stop: all must
+    stop = (lambda: dist.get_rank() == 1)  # only one process gets the stop; all must stop
     try:
         t.train(images, folder, replace(config, images=640, decay_fraction=0.0), should_stop=stop)
     except t.Interrupted:
@@ -417,8 +417,8 @@ finally:
 """
 
 
-def test_two_processes_train_what_one_trains(images, tmp_path):
-    """Also: when one process is asked to stop, all stop after the same step. And the same with micro-batches and bf16."""
+def test_two_processes_train_the_network_of_one(images, tmp_path):
+    """Also with micro-batches and bf16. If one process must stop, all stop after the same step."""
     script = tmp_path / "worker.py"
     script.write_text(WORKER.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "two")))
     environment = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
@@ -433,7 +433,7 @@ def test_two_processes_train_what_one_trains(images, tmp_path):
         pytest.skip("torchrun cannot open its sockets here")
     assert done.returncode == 0, done.stderr[-2000:]
     two = load_state(tmp_path / "two" / "state.pt")
-    assert two is not None and two["images"] == 320  # asked at every 20th step
+    assert two is not None and two["images"] == 320  # should_stop is checked at every 20th step
 
     config = replace(CONFIG, images=640, decay_fraction=0.0, snapshots=[1.0])
     with pytest.raises(Interrupted):

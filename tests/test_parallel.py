@@ -1,4 +1,4 @@
-"""Work shared by several processes gives what one process gives, bit for bit; a stop or an error on one ends all."""
+"""Several processes give the result of one, bit for bit; a stop or an error on one ends all."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SETTINGS = [
 
 
 def make_runner(cache: Path) -> Runner:
-    """Small UNets with random weights; 5 batches of settings and 3 of references, none of them a multiple of 2."""
+    """A runner with small random UNets; it has 5 batches per setting and 3 of references, both odd."""
     levels = [as_level(f"w{w}", build_denoiser(w, 8, 0.5, UNET, "v", seed=1).eval(), 1e6 * w**2) for w in (2, 4)]
     extractor = Extractor("FD-mean", "k", lambda images: images.float().mean((2, 3)))
     return Runner(
@@ -48,7 +48,7 @@ def make_runner(cache: Path) -> Runner:
 
 
 def compared(cache: Path) -> dict[str, Any]:
-    """All that a comparison measures but its seconds."""
+    """All measurements of a comparison except its seconds."""
     runner, noise, out = make_runner(cache), NoiseCache(), {}
     references = {dynamics: runner.reference(dynamics) for dynamics in ("sde", "ode")}
     for i, setting in enumerate(SETTINGS):
@@ -69,7 +69,7 @@ def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """Two gloo processes that call every in_process_*(folder) of this file: the folder, and what each of them found."""
+    """Two gloo processes call every in_process_*(folder) of this file; return the folder and the results of each."""
     folder = tmp_path_factory.mktemp("two")
     command, port = [sys.executable, str(Path(__file__)), str(folder)], launch.free_port()
     more = {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
@@ -95,17 +95,17 @@ def in_process_compare(folder: Path) -> Any:
 def in_process_primitives(folder: Path) -> Any:
     me, taken = parallel.rank(), []
     one_asks = [parallel.agree(False), parallel.agree(me == 1)]
-    told = parallel.from_main(lambda: f"from {parallel.rank()}")
+    received = parallel.from_main(lambda: f"from {parallel.rank()}")
     everywhere = parallel.gather({7 - me: me, me: -me})
     parallel.deal(list("abcde"), lambda item: (item, parallel.rank()), taken.append)
     stopped = []
     with pytest.raises(Interrupted, match="after 2 of 5"):
         parallel.deal(list("abcde"), lambda item: item, stopped.append, lambda: me == 1)
-    return {"agree": one_asks, "told": told, "gather": everywhere, "deal": taken, "stopped": stopped}
+    return {"agree": one_asks, "received": received, "gather": everywhere, "deal": taken, "stopped": stopped}
 
 
 def in_process_serve(folder: Path) -> Any:
-    """The main process asks twice; the first request is interrupted on all."""
+    """The main process sends two requests; the first is interrupted on all processes."""
     context: list[Any] = []
 
     def do(limit: int) -> list[int]:
@@ -132,11 +132,11 @@ def helped(context: Any, limit: int) -> None:
     found.append(do(limit))
 
 
-def test_two_processes_compare_what_one_compares(two, tmp_path):
-    """Errors, features, clusters, first images, references, and counts of evaluations: to the bit, on every process."""
+def test_two_processes_give_the_comparison_of_one(two, tmp_path):
+    """All processes agree bit for bit in errors, features, clusters, first images, references and evaluation counts."""
     folder, found = two
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the two processes have: kernels round by the number of their threads
+    torch.set_num_threads(1)  # the two processes also use one thread; rounding depends on the number of threads
     try:
         one = compared(tmp_path)
     finally:
@@ -148,9 +148,9 @@ def test_two_processes_compare_what_one_compares(two, tmp_path):
     assert not (folder / "cache-1").exists()  # only the main process writes
 
 
-def test_what_processes_tell_each_other(two):
+def test_communication_between_processes(two):
     a, b = (of_process["primitives"] for of_process in two[1])
-    assert a == b and a["agree"] == [False, True] and a["told"] == "from 0"
+    assert a == b and a["agree"] == [False, True] and a["received"] == "from 0"
     assert list(a["gather"].items()) == [(0, 0), (1, -1), (6, 1), (7, 0)]
     assert a["deal"] == [{0: ("a", 0), 1: ("b", 1)}, {2: ("c", 0), 3: ("d", 1)}, {4: ("e", 0)}]
     assert a["stopped"] == [{0: "a", 1: "b"}]
@@ -173,7 +173,7 @@ def test_one_process_needs_no_group():
 # ------------------------------------------------------------------------------------------------ stopping
 
 
-def test_a_stop_loses_nothing_but_the_batch_in_flight(tmp_path):
+def test_a_stop_loses_only_the_batch_in_flight(tmp_path):
     whole, runner = make_runner(tmp_path / "whole").reference("sde"), make_runner(tmp_path / "cache")
     for left in (2, 1):
         with pytest.raises(Interrupted):
@@ -181,11 +181,11 @@ def test_a_stop_loses_nothing_but_the_batch_in_flight(tmp_path):
         assert len(list((tmp_path / "cache").glob("*part*"))) == 3 - left
     counted: list[int] = []
     assert torch.equal(runner.reference("sde", parallel.never, counted.append), whole)
-    assert counted == [0, 0, 0]  # progress counts what was there before
+    assert counted == [0, 0, 0]  # progress includes earlier batches
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [runner.reference_path("sde").name]
 
 
-def test_batches_that_were_kept_are_not_done_again(tmp_path):
+def test_cached_batches_are_not_computed_again(tmp_path):
     done: list[int] = []
 
     def work(i: int) -> parallel.Arrays:
@@ -199,18 +199,18 @@ def test_batches_that_were_kept_are_not_done_again(tmp_path):
         (tmp_path / "file").write_text("whole")
 
     job = parallel.Job(tmp_path / "file", 4, work, write)
-    asked = iter([False, True])
+    stops = iter([False, True])
     with pytest.raises(Interrupted):
-        parallel.run_jobs([job], lambda: next(asked))
+        parallel.run_jobs([job], lambda: next(stops))
     assert done == [0, 1]
-    job.part(0).unlink()  # whichever are missing are done, and the order is that of the batches
+    job.part(0).unlink()  # the missing batches are computed, and the order is that of the batches
     for _ in range(2):
         parallel.run_jobs([job])
     assert done == [0, 1, 0, 2, 3] and written == [[0, 0, 1, 1, 2, 2, 3, 3]]
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_damaged_batch_is_done_again(tmp_path):
+def test_a_damaged_batch_is_computed_again(tmp_path):
     done: list[int] = []
 
     def work(i: int) -> parallel.Arrays:
@@ -221,21 +221,21 @@ def test_a_damaged_batch_is_done_again(tmp_path):
     with pytest.raises(Interrupted):
         parallel.run_jobs([job], lambda: len(done) == 2)
     job.part(0).write_bytes(job.part(0).read_bytes()[:-5])
-    with pytest.warns(SlowPath, match="was damaged, so it is made again"):
+    with pytest.warns(SlowPath, match="was damaged, so it is computed again"):
         parallel.run_jobs([job])
     assert done == [0, 1, 0, 2]
     assert read_arrays(tmp_path / "file.npz", "")["x"].tolist() == [0, 0, 1, 1, 2, 2]
 
 
-def test_parts_of_files_that_are_whole_are_removed(tmp_path):
+def test_parts_of_complete_files_are_removed(tmp_path):
     for name in ("a.npz", "a-part000000.npz", "a-part000001.npz", "b-part000000.npz", "c-partly.npz"):
         (tmp_path / name).write_bytes(b"")
     parallel.remove_parts(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "b-part000000.npz", "c-partly.npz"]
 
 
-def test_seconds_are_those_of_the_devices(tmp_path):
-    """The sum over batches per image: it does not shrink with the number of processes."""
+def test_seconds_are_device_seconds(tmp_path):
+    """Seconds per image are summed over all batches and do not shrink with the number of processes."""
     runner = make_runner(tmp_path)
     job = runner.setting_job(SETTINGS[0], runner.reference("sde"), NoiseCache())
     parts = [job.work(i) for i in range(job.count)]
@@ -268,7 +268,7 @@ def test_the_launcher_gives_each_process_its_place(tmp_path):
 @pytest.mark.parametrize(
     ("code", "status"), [("sys.exit(0)", 0), ("sys.exit(2 if rank else 0)", 2), ("sys.exit(75)", 75)]
 )
-def test_the_launcher_ends_with_the_status_of_what_failed(tmp_path, code, status):
+def test_the_launcher_ends_with_the_status_of_the_failed_process(tmp_path, code, status):
     process = launched(tmp_path, code)
     process.communicate(timeout=60)
     assert process.returncode == status

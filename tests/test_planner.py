@@ -1,4 +1,4 @@
-"""Plans from gains: each piece against a brute-force answer, and predicted errors against what really happens."""
+"""Plans from gains: each part against a brute-force answer, and predicted errors against measured errors."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ RULES = [("sde", "ddpm"), ("ode", "dpmpp_2m")]
 
 
 def objective(p: np.ndarray, gains: np.ndarray, costs: np.ndarray, price: float) -> np.ndarray:
-    """Variance and price times the exact expected cost, at each evaluation [n]."""
+    """Variance plus price times the exact expected cost, at each evaluation [n]."""
     return (gains.T * (1 / p - 1)).sum(axis=1) + price * evaluation_probabilities(p) @ costs
 
 
 def random_problem(seed: int, levels: int, n: int = 24) -> tuple[np.ndarray, np.ndarray, float]:
-    """Gains [K, n] that need not fall with level, costs [K] and a price, over several orders of magnitude."""
+    """Gains [K, n] that may rise with the level, costs [K] and a price, over several orders of magnitude."""
     rng = np.random.default_rng(seed)
     gains = np.exp(rng.normal(0, 1, (levels, n)) - rng.uniform(0.5, 2.5) * np.arange(levels)[:, None])
     gains[0] = 0
@@ -56,7 +56,7 @@ def random_problem(seed: int, levels: int, n: int = 24) -> tuple[np.ndarray, np.
 
 
 def test_one_difference_has_a_closed_form() -> None:
-    """K = 2: level 1 runs anyway, so p_2 = sqrt(A / (price T_2)); where that exceeds 1, f^2 alone is run."""
+    """K = 2: level 1 always runs, so p_2 = sqrt(A / (price T_2)); if that exceeds 1, only f^2 runs."""
     gains = np.array([[0, 0, 0], [1e-3, 4e-3, 0.3]])
     costs, price = np.array([1.0, 16.0]), 1e-3
     p = independent_probabilities(gains, costs, price)
@@ -65,7 +65,7 @@ def test_one_difference_has_a_closed_form() -> None:
 
 
 def test_certain_is_better_than_nearly_certain() -> None:
-    """T_1 = 0.9 T_2 and p = 0.95 would pay for both networks nearly always."""
+    """With T_1 = 0.9 T_2, p = 0.95 would pay for both networks nearly always."""
     gains, costs = np.array([[0.0], [0.95**2]]), np.array([0.9, 1.0])
     assert np.array_equal(independent_probabilities(gains, costs, 1.0), [[1.0, 1.0]])
 
@@ -77,19 +77,19 @@ def test_no_simple_answer_is_better(levels: int, seed: int) -> None:
     p = independent_probabilities(gains, costs, price)
     assert p.shape == gains.T.shape and np.all(p[:, 0] == 1) and np.all((p > 0) & (p <= 1))
     found = objective(p, gains, costs, price)
-    plain = np.ones_like(p)
+    square_root = np.ones_like(p)
     before = np.concatenate([[0.0], costs[:-1]])
-    plain[:, 1:] = np.minimum(1, np.sqrt(gains / (price * (costs + before)[:, None])))[1:].T
+    square_root[:, 1:] = np.minimum(1, np.sqrt(gains / (price * (costs + before)[:, None])))[1:].T
     law = np.ones_like(p)
     law[:, 1:] = np.minimum(1, np.sqrt(gains / (price * costs[:, None])))[1:].T
-    # gains far below their mean are raised to a thousandth of it: here none is, but for the comparison's rounding
-    for other in (plain, law, np.ones_like(p)):
+    # gains below a thousandth of their mean are raised to it: none of these is, up to the comparison's rounding
+    for other in (square_root, law, np.ones_like(p)):
         assert np.all(found <= objective(other, gains, costs, price) * (1 + 1e-9))
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_small_changes_make_it_no_better(seed: int) -> None:
-    """200 random perturbations of up to 20% in a problem of four levels: a local optimum, to 1e-4 of the objective."""
+def test_small_changes_do_not_improve_the_solution(seed: int) -> None:
+    """For four levels, none of 200 random perturbations of up to 20% improves the objective by more than 1e-4 of it."""
     gains, costs, price = random_problem(100 + seed, 4, n=6)
     p = independent_probabilities(gains, costs, price)
     found, rng = objective(p, gains, costs, price), np.random.default_rng(seed)
@@ -99,7 +99,7 @@ def test_small_changes_make_it_no_better(seed: int) -> None:
         assert np.all(found <= objective(other, gains, costs, price) * (1 + 1e-4))
 
 
-def test_one_level_runs_always_and_nothing_seen_is_not_nothing() -> None:
+def test_one_level_always_runs_and_zero_gains_give_positive_probabilities() -> None:
     assert np.array_equal(independent_probabilities(np.zeros((1, 4)), np.array([2.0]), 1.0), np.ones((4, 1)))
     gains = np.array([[0, 0, 0.0], [0.0, 1e-3, 1e-3]])
     assert np.all(independent_probabilities(gains, np.array([1.0, 4.0]), 1.0) > 0)
@@ -112,7 +112,7 @@ def nested_objective(p: np.ndarray, squares: np.ndarray, costs: np.ndarray, pric
 
 @pytest.mark.parametrize("seed", range(8))
 def test_nested_probabilities_decrease_and_no_scaling_of_them_is_better(seed: int) -> None:
-    """In the objective that they minimise, variance + price sum_k p_k T_k, against 300 random decreasing tables nearby."""
+    """They minimise variance + price sum_k p_k T_k: none of 300 random decreasing tables nearby is better."""
     rng = np.random.default_rng(seed)
     squares = np.sort(np.exp(rng.normal(0, 2, (4, 5))), axis=0)[::-1]
     costs, price = np.cumprod(rng.uniform(1.3, 8, 4)), float(np.exp(rng.uniform(-6, 2)))
@@ -128,7 +128,7 @@ def test_nested_probabilities_decrease_and_no_scaling_of_them_is_better(seed: in
         other[:, 0] = 1
         other = np.minimum.accumulate(np.minimum(other, 1), axis=1)
         assert np.all(found <= value(other) * (1 + 1e-6))
-    # what is really paid for is no more than that: levels that fire together run the larger one only
+    # the real cost is no higher: if levels fire together, only the larger one runs
     assert np.all(nested_objective(p, squares, costs, price) <= found + 1e-12)
 
 
@@ -144,7 +144,7 @@ def test_fill_sums_to_the_total_capped_at_one_and_proportional_below(total: floa
     assert np.ptp(p[below] / density[below]) < 1e-9 * np.max(p[below] / density[below])
     if below.any() and not below.all():
         assert density[below].max() <= density[~below].min()
-    assert np.array_equal(fill(density, 25.0), np.ones(20))  # more than there are
+    assert np.array_equal(fill(density, 25.0), np.ones(20))  # a total above the number of entries
 
 
 def random_effects(seed: int, rows: int = 400, n: int = 40, smooth: float = 6.0) -> np.ndarray:
@@ -156,8 +156,8 @@ def random_effects(seed: int, rows: int = 400, n: int = 40, smooth: float = 6.0)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_added_error_of_systematic_coins_is_that_of_drawn_ones(seed: int) -> None:
-    """Coins of 4000 seeds on the very table: to 5% (32 offsets stand for all), or 4 standard errors."""
+def test_added_error_of_systematic_coins_matches_drawn_coins(seed: int) -> None:
+    """Coins of 4000 seeds on the same table agree to 5% (the prediction uses 32 offsets) or 4 standard errors."""
     effects = random_effects(seed)
     for option in systematic_options(effects, [1, 3, 8, 20]):
         table = np.stack([np.ones(40), option.table], axis=1)
@@ -215,7 +215,7 @@ def test_tails_are_stitched_schedules() -> None:
 
 
 def test_cross_validated_error_is_that_on_fresh_rows() -> None:
-    """To 15% on average over ten draws of 2 x 100 rows; the error on the rows fitted on would be far too small."""
+    """Agreement to 15% on average over ten draws of 2 x 100 rows; the error on the fitted rows is far too small."""
     found, fresh, fitted = [], [], []
     for seed in range(10):
         effects, new = random_effects(10 + seed, rows=200), random_effects(900 + seed, rows=4000)
@@ -228,7 +228,7 @@ def test_cross_validated_error_is_that_on_fresh_rows() -> None:
     assert np.mean(fitted) < 0.95 * np.mean(fresh)
 
 
-def test_networks_that_a_table_of_weights_needs() -> None:
+def test_networks_needed_by_a_table_of_weights() -> None:
     table = np.array([[1, 1.0, 0], [1, 0, 0], [1, 2, 0], [1, 1, 1], [1, 0.5, 3]])
     assert np.array_equal(used(table), [[0, 1, 0], [1, 0, 0], [1, 1, 0], [0, 0, 1], [1, 1, 1]])
 
@@ -238,7 +238,7 @@ def test_networks_that_a_table_of_weights_needs() -> None:
 
 @lru_cache
 def calibration(rule: tuple[str, str]) -> tuple[Effects, dict[tuple[int, int], float], Tensor]:
-    """Effects on seeds 0..63; the levels' own errors on the seeds that plans are judged on; and the reference."""
+    """Effects on seeds 0..63, the levels' own errors on the seeds that judge the plans, and the reference."""
     effects = measure_effects(FAMILY, PROCESS.grid(33), *rule, range(64), SHAPE, probes=8)
     reference = run(SingleLevel(FAMILY[-1]), None, (rule[0], REFERENCE_RULE[rule[0]]))
     own = {}
@@ -266,9 +266,12 @@ def several(found: list[Plan], count: int = 6) -> list[Plan]:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rule", RULES)
-def test_predicted_errors_are_what_happens(rule: tuple[str, str], method: str) -> None:
-    """Small jumps, 256 seeds: errors against the fine reference to 25% and 3 standard errors; errors added to those of the
-    largest level on that grid likewise, where they are not as small as what is second order in the effects (1e-4 of it)."""
+def test_predicted_errors_match_measured_errors(rule: tuple[str, str], method: str) -> None:
+    """For small effects and 256 seeds, errors agree with their predictions to 25% plus 3 standard errors.
+
+    This holds for the error against the fine reference. It also holds for the error added to that of the largest level
+    on the same grid, unless that is as small as the terms of second order in the effects (1e-4 of it).
+    """
     effects, _, reference = calibration(rule)
     index = {name: k for k, name in enumerate(effects.names)}
     compared = 0
@@ -298,7 +301,7 @@ def test_predicted_errors_are_what_happens(rule: tuple[str, str], method: str) -
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_frontier_is_one_and_starts_from_the_cheapest_level(method: str) -> None:
+def test_the_frontier_is_monotone_and_starts_at_the_cheapest_level(method: str) -> None:
     own, found = calibration(RULES[0])[1], planned(RULES[0], method)
     costs, errors = [p.cost for p in found], [p.predicted or np.nan for p in found]
     assert np.all(np.diff(costs) > 0) and np.all(np.diff(errors) < 0) and len(found) >= 10
@@ -312,13 +315,16 @@ def test_the_frontier_is_one_and_starts_from_the_cheapest_level(method: str) -> 
         )
         if len(plan.levels) == 1:
             assert plan.added == 0 and np.all(plan.table == 1)
-        else:  # a plan that always runs its largest level would be that level
+        else:  # a plan that always runs its largest level would equal that level
             assert not np.all(plan.table == 1)
-    assert min(errors) == pytest.approx(own[2, 33], rel=1e-3)  # the largest level everywhere is on it, or nearly
+    assert min(errors) == pytest.approx(own[2, 33], rel=1e-3)  # the largest level alone is on the frontier, or nearly
 
 
 def test_better_estimators_add_less_error_at_the_same_cost() -> None:
-    """Along a smooth trajectory: quadrature below systematic below independent coins, both by a factor at 20% of f3's cost."""
+    """Along a smooth trajectory, quadrature is below systematic coins, which are below independent coins.
+
+    Both gaps are a factor, at 20% of f3's cost.
+    """
     budget = 0.2 * 33 * FAMILY[-1].flops
 
     def least(method: str) -> float:
@@ -339,7 +345,7 @@ def synthetic(levels: int, n: int = 32, decay: float = 2.0) -> Effects:
 
 
 def own_of(effects: Effects) -> dict[tuple[int, int], float]:
-    """What levels alone would err by if effects were all there is, and a little more for the grid."""
+    """The levels' own errors if the effects were the only error, plus a little for the grid."""
     top = len(effects.names) - 1
     rest = [effects.difference(k, top).sum(axis=1) if k < top else np.zeros(1) for k in range(top + 1)]
     return {(k, len(effects.logsnr)): 1e-6 + float((r**2).mean()) for k, r in enumerate(rest)}
@@ -347,7 +353,7 @@ def own_of(effects: Effects) -> dict[tuple[int, int], float]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_other_costs_make_other_plans(method: str) -> None:
-    """Where the middle level costs as much as the largest (in seconds), no plan uses it; where it is free, many do."""
+    """If the middle level costs as much as the largest (in seconds), no plan uses it; if it is free, many do."""
     effects = synthetic(3)
     grids, own = {32: effects.logsnr}, own_of(effects)
 
@@ -365,7 +371,7 @@ def test_other_costs_make_other_plans(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_level_slower_and_worse_than_another_is_not_used(method: str) -> None:
-    """In FLOPs the middle level lies between the others; in seconds it takes three times as long as the largest."""
+    """In FLOPs the middle level is between the others; in seconds it takes three times as long as the largest."""
     effects = synthetic(3)
     grids, own = {32: effects.logsnr}, own_of(effects)
     assert any("w1" in p.levels for p in plans(effects, method, grids, own))
@@ -375,9 +381,11 @@ def test_a_level_slower_and_worse_than_another_is_not_used(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_part_of_the_family_is_a_family_without_the_others(method: str) -> None:
-    """The shortest path among some levels is that through a family in which the others are merged away; with other costs
-    the same planner gives what a new one gives."""
+def test_a_subset_of_the_levels_plans_like_a_family_of_them(method: str) -> None:
+    """The best path among some levels is the best path of a family in which the other levels are merged away.
+
+    A planner given other costs returns what a new planner returns.
+    """
     effects, costs = synthetic(4), np.array([1.0, 3.0, 5.0, 90.0])
     values = np.stack([effects.values[:, :, 0], effects.values[:, :, 1:3].sum(axis=2), effects.values[:, :, 3]], axis=2)
     merged = replace(
@@ -393,7 +401,7 @@ def test_a_part_of_the_family_is_a_family_without_the_others(method: str) -> Non
         assert repriced.id == new.id and repriced.cost == new.cost
 
 
-def test_levels_with_the_same_output_do_no_harm() -> None:
+def test_levels_with_equal_outputs_do_no_harm() -> None:
     effects = synthetic(3)
     values = effects.values.copy()
     values[:, :, 1] = 0
@@ -419,7 +427,7 @@ def test_prices_and_unknown_own_errors() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_base_level_can_be_named(method: str) -> None:
-    """The best base is at least as good, price by price; no level below the one that is named is used."""
+    """The best base is at least as good at every price; no plan uses a level below the named one."""
     effects = synthetic(3)
     grids, own = {32: effects.logsnr}, own_of(effects)
     for base, lowest in ((0, {"w0", "w1", "w2"}), (1, {"w1", "w2"}), (2, {"w2"})):
@@ -435,8 +443,8 @@ def test_progress_counts_grids() -> None:
     assert seen == [(1, 2), (2, 2)]
 
 
-def test_the_gains_of_a_family_do_not_depend_on_where_it_is_cut() -> None:
-    """Merging two levels into one difference is what a plan that skips a level does."""
+def test_skipping_a_level_equals_a_family_without_it() -> None:
+    """A plan that skips a level merges two differences into one."""
     effects = synthetic(3)
     alone = replace(
         effects, names=("w0", "w2"), flops=effects.flops[[0, 2]], squares=effects.squares[[0, 2]],

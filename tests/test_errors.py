@@ -1,4 +1,4 @@
-"""Want of memory is told from other failures."""
+"""Out-of-memory errors are distinguished from other failures."""
 
 from __future__ import annotations
 

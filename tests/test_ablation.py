@@ -1,4 +1,4 @@
-"""What a level is worth, where the answer is known: duplicates, needed levels, and levels that are cheap in FLOPs alone."""
+"""Ablations with a known answer: duplicate levels, needed levels, and levels that are cheap only in FLOPs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def effects_of(values: np.ndarray, flops: list[float]) -> Effects:
 
 
 def smooth(sizes: list[float], flops: list[float], seed: int = 0) -> RuleInputs:
-    """Levels whose differences have smooth random effects of these sizes (the first level's own output: any)."""
+    """Levels whose differences have smooth random effects of these sizes (any for the first level's output)."""
     rng = np.random.default_rng(seed)
     waves = np.stack([np.cos(m * np.linspace(0, 2, N)) for m in range(4)])
     values = rng.standard_normal((50, 2, len(sizes), 4)) @ waves * np.array(sizes)[:, None] / N
@@ -47,7 +47,7 @@ def smooth(sizes: list[float], flops: list[float], seed: int = 0) -> RuleInputs:
 
 
 def measured_of(effects: Effects, methods: tuple[str, ...]) -> RuleInputs:
-    """Two grids; levels alone err by their effects, and a little more for the grid."""
+    """Two grids; the levels' own errors are their effects plus a little for the grid."""
     top = len(effects.names) - 1
     rest = [effects.difference(k, top).sum(axis=1) if k < top else np.zeros(1) for k in range(top + 1)]
     own = {(k, n): 8 / n**2 + float((r**2).mean()) for k, r in enumerate(rest) for n in (16, N)}
@@ -63,9 +63,12 @@ def frontiers_of(measured: RuleInputs, costs: list[float]) -> Frontiers:
 # ------------------------------------------------------------------------------------------------ one level
 
 
-def test_a_needed_level_is_worth_what_brute_force_says() -> None:
-    """Two levels, effects of one size A at every evaluation, independent coins: error own + n A (1/p - 1), cost
-    n (T_1 + p T_2), or n T_2 for the largest alone; cost at an error is the best mixture of any two of them."""
+def test_the_cost_ratio_of_a_needed_level_matches_brute_force() -> None:
+    """Two levels with effects of size A at every evaluation and independent coins.
+
+    The error is own + n A (1/p - 1) at cost n (T_1 + p T_2), or own at n T_2 for the largest level alone. The cost at
+    an error is that of the best mixture of two such plans.
+    """
     rng = np.random.default_rng(0)
     values, gain, own, costs = rng.choice([-1.0, 1.0], (40, 2, 2, N)), 1e-4, 1e-3, (1.0, 20.0)
     values[:, :, 1] *= np.sqrt(gain)
@@ -91,17 +94,17 @@ def test_a_needed_level_is_worth_what_brute_force_says() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_duplicate_is_worth_nothing(method: str) -> None:
-    """The second level gives what the first gives, at twice its cost."""
+def test_a_duplicate_has_cost_ratio_one(method: str) -> None:
+    """The second level has the output of the first, at twice its cost."""
     measured = smooth([1, 0, 0.3], [1, 2, 16])
     found = frontiers_of(measured_of(measured.effects, (method,)), [1, 2, 16])
     assert found.cost_ratio([0, 1, 2], without=1).largest < 1 + 1e-6
-    assert 1.0 <= found.cost_ratio([0, 1, 2], without=0).mean < 2.0  # its duplicate stands in, at twice the cost
+    assert 1.0 <= found.cost_ratio([0, 1, 2], without=0).mean < 2.0  # its duplicate replaces it, at twice the cost
     assert found.cost_ratio([0, 2], without=0).mean > 1.2 * found.cost_ratio([0, 1, 2], without=0).mean
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_no_level_is_worth_less_than_nothing_and_parts_are_never_better(seed: int) -> None:
+def test_no_cost_ratio_is_below_one_and_parts_are_never_better(seed: int) -> None:
     rng = np.random.default_rng(seed)
     costs = list(np.cumprod(rng.uniform(1.2, 5, 4)))
     measured = smooth(list(rng.uniform(0.1, 1, 4)), costs, seed)
@@ -138,7 +141,7 @@ def test_without_own_errors_there_is_no_frontier() -> None:
 
 
 def test_a_level_that_is_cheap_in_flops_alone_is_not_kept_in_seconds() -> None:
-    """Launch-bound: the first level takes as long as the second, which is better."""
+    """If launches dominate, the first level takes as long as the second, which is better."""
     measured = smooth([1, 0.3, 0.1], [1, 16, 256])
     found = ablate([measured], [16, 16, 256])
     assert found["flops"].kept == ("w0", "w1", "w2") and found["flops"].removed == []
@@ -152,7 +155,7 @@ def test_a_level_that_is_cheap_in_flops_alone_is_not_kept_in_seconds() -> None:
 
 
 def test_of_two_near_duplicates_exactly_one_is_kept() -> None:
-    """Each alone is worth next to nothing, both together much."""
+    """Removing one of them costs almost nothing; removing both costs much."""
     measured = smooth([1, 0.01, 0.3], [1, 1.02, 32])
     found = ablate([measured], [1, 1.02, 32])["flops"]
     assert all(found.cost_ratios[name]["sde/ddpm"].mean < 1.02 for name in ("w0", "w1"))
@@ -170,17 +173,17 @@ def test_exact_duplicates_the_dearer_goes_and_tolerances_decide() -> None:
 
 
 def test_a_level_that_one_rule_needs_is_kept() -> None:
-    """For the other rule the second level gives what the first does."""
+    """For the other rule the second level has the output of the first."""
     needed, useless = smooth([1, 0.3, 0.02], [1, 8, 64]), smooth([1, 0, 0.3], [1, 8, 64])
     assert ablate([useless], [1, 8, 64])["flops"].kept == ("w0", "w2")
     values = useless.effects
     other = Effects(values.names, values.flops, "ode", "ddim", values.logsnr, values.values, values.squares, 0, 0)
     both = [needed, RuleInputs(other, useless.methods, useless.grids, useless.own_errors)]
-    said: list[str] = []
-    found = ablate(both, [1, 8, 64], progress=said.append)["flops"]
+    lines: list[str] = []
+    found = ablate(both, [1, 8, 64], progress=lines.append)["flops"]
     assert "w1" in found.kept and set(found.cost_ratios["w1"]) == {"sde/ddpm", "ode/ddim"}
     assert found.cost_ratios["w1"]["ode/ddim"].largest < 1.001 < 1.1 < found.cost_ratios["w1"]["sde/ddpm"].largest
-    assert said[0] == "flops, 3 levels" and any(text.startswith("seconds") for text in said)
+    assert lines[0] == "flops, 3 levels" and any(text.startswith("seconds") for text in lines)
 
 
 def test_one_level_is_a_family_too() -> None:

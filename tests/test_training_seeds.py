@@ -1,4 +1,4 @@
-"""What levels trained again add to gamma's intervals, against synthetic families with a known spread between seeds."""
+"""How repeated levels widen gamma's intervals, for synthetic families with a known spread between seeds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ SCATTER = 0.2  # standard deviation between seeds of the logarithm of a squared 
 def family(
     sd: float, rng: np.random.Generator, levels: int = 6, gamma: float = 2.5
 ) -> tuple[LevelErrors, list[Repeat]]:
-    """A family whose levels each have their own seed noise (in `differences`, that of both), and two levels trained again."""
+    """A family whose levels have independent seed noise, and two levels trained again.
+
+    A difference has the noise of both its levels.
+    """
     flops, images, noise_levels = flops_of(levels), 16, 3
     values = law(flops, gamma)
     hard = np.exp(0.3 * rng.standard_normal((images, 1))) * np.ones(noise_levels)  # [M, S], the same for all levels
@@ -57,7 +60,7 @@ def family(
     return errors, repeats
 
 
-def test_the_spread_is_that_of_the_seeds():
+def test_the_spread_matches_the_seeds():
     rng = np.random.default_rng(0)
     found = [seed_spread(*family(SCATTER, rng)) for _ in range(300)]
     assert found[0].degrees_of_freedom == {"loss_fit": 2, "differences": 3, "to_largest": 2}
@@ -83,17 +86,17 @@ def test_coverage_improves_where_seeds_scatter(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_intervals_only_grow_and_no_spread_leaves_them(form):
+def test_intervals_only_grow_and_zero_spread_leaves_them_unchanged(form):
     flops, rng = flops_of(6), np.random.default_rng(2)
     values = law(flops, 2.5)[form]
     y = values * np.exp((0.001 if form == "loss_fit" else 0.02) * rng.standard_normal(len(values)))
-    plain = FORMS[form](flops, y, bootstrap=60)
+    without = FORMS[form](flops, y, bootstrap=60)
     same = FORMS[form](flops, y, between=0.0, bootstrap=60)
-    assert same.interval == plain.interval and same.profile_interval == plain.profile_interval
+    assert same.interval == without.interval and same.profile_interval == without.profile_interval
     wide = FORMS[form](flops, y, between=0.01, bootstrap=60)
-    for before, after in ((plain.profile_interval, wide.profile_interval), (plain.interval, wide.interval)):
+    for before, after in ((without.profile_interval, wide.profile_interval), (without.interval, wide.interval)):
         assert after[0] < before[0] and (after[1] is None or after[1] > before[1])
-    # a spread below the scatter of the levels about the law is in it already
+    # a spread below the scatter of the levels about the law is already included
     rough = values * np.exp(0.3 * rng.standard_normal(len(values)))
     assert FORMS[form](flops, rough, between=1e-6).profile_interval == FORMS[form](flops, rough).profile_interval
 
@@ -108,11 +111,11 @@ def test_estimate_with_identical_repeats_is_unchanged():
     ]
     spread = seed_spread(errors, same)
     assert set(spread.variance.values()) == {0.0}
-    plain, with_repeats = estimate(errors, bootstrap=40), estimate(errors, bootstrap=40, between=spread.variance)
-    assert with_repeats["estimates"] == plain["estimates"]
-    said = as_json(errors, same, spread)
-    assert said["levels"] == ["w0", "w1"] and said["seeds"] == [1] and said["log_error_sd"]["loss_fit"] == 0
-    json.dumps(said, allow_nan=False)
+    without, with_repeats = estimate(errors, bootstrap=40), estimate(errors, bootstrap=40, between=spread.variance)
+    assert with_repeats["estimates"] == without["estimates"]
+    content = as_json(errors, same, spread)
+    assert content["levels"] == ["w0", "w1"] and content["seeds"] == [1] and content["log_error_sd"]["loss_fit"] == 0
+    json.dumps(content, allow_nan=False)
     with pytest.raises(UserError):
         seed_spread(errors, [])
 
@@ -127,8 +130,10 @@ def test_repeats_are_compared_with_the_family_on_the_same_noise():
     images, logsnr = torch.zeros(3, 1, 2, 2), np.array([-1.0, 1.0])
     own = repeat_pairs(3, [0, 1])
     found = squared_differences(levels, family_pairs(3) + own[0] + own[1], images, logsnr, seed=4, batch=2)
-    for got, want in zip(split_by_kind(found, 3), denoising_errors(levels[:3], images, logsnr, seed=4), strict=True):
-        assert np.array_equal(got, want)
+    for got, expected in zip(
+        split_by_kind(found, 3), denoising_errors(levels[:3], images, logsnr, seed=4), strict=True
+    ):
+        assert np.array_equal(got, expected)
     # to the largest, above, and for b1 below: squares of the differences of the shifts
     again = found[len(family_pairs(3)) :].mean((1, 2))
     assert again[1:3] == pytest.approx([0.25, 0.09], rel=1e-5)
@@ -151,7 +156,7 @@ def test_violations_are_where_the_differences_rise(tmp_path):
     assert (tmp_path / "gamma.png").stat().st_size > 10_000
 
 
-def test_overfitting_is_said_once_per_level():
+def test_overfitting_is_reported_once_per_level():
     rng = np.random.default_rng(6)
     first = 1 + 0.1 * rng.standard_normal((2, 100))
     second = first - 0.05

@@ -13,7 +13,7 @@ from mlem_diffusion.models.unet import Attention, Denoiser, UNet
 
 
 class Wrapped(nn.Module):
-    """A module of x alone as a network of (x, logsnr)."""
+    """Wraps a module of x as a network of (x, logsnr)."""
 
     def __init__(self, inner: nn.Module):
         super().__init__()
@@ -45,7 +45,7 @@ def test_attention_by_hand(channels: int) -> None:
 
 
 def test_unet_of_width_8_at_64_pixels() -> None:
-    """0.233 GFLOP, and fourfold for twice the width but for what reads and writes three channels."""
+    """0.233 GFLOP; twice the width costs four times as much, except in the layers that read or write three channels."""
     flops = [flops_per_evaluation(Denoiser(UNet(width, 64)), 64) / 1e9 for width in (8, 16)]
     assert flops[0] == pytest.approx(0.233, rel=0.01)
     assert 3.7 < flops[1] / flops[0] < 4

@@ -26,7 +26,7 @@ def test_errors_do_not_depend_on_the_batch_size() -> None:
 
 
 def test_differences_follow_their_definitions() -> None:
-    """Against constant denoisers, for which all errors are known."""
+    """The differences of constant denoisers, whose errors are known."""
     values = [0.1, 0.4, -0.2, 0.3]
 
     def constant(value: float) -> Level:
@@ -67,7 +67,7 @@ def test_noise_is_common_to_the_levels_and_fresh_elsewhere() -> None:
 
         return Level(name, denoise, 1.0)
 
-    # images of zeros at one noise level, twice: what is seen is the noise alone
+    # images of zeros at one noise level, twice, so that the level sees the noise alone
     denoising_errors([recorder("a"), recorder("b")], torch.zeros(5, 3, 16, 16), np.array([0.0, 0.0]))
     a, b = torch.cat(seen["a"]).flatten(1), torch.cat(seen["b"]).flatten(1)
     assert torch.equal(a, b)
@@ -76,17 +76,17 @@ def test_noise_is_common_to_the_levels_and_fresh_elsewhere() -> None:
 
 
 def test_exact_denoiser_has_the_exact_error() -> None:
-    """Gaussian data of deviation 0.5: error s^2 sigma^2 / v per pixel; 48000 pixels, 4 standard errors of 0.65%."""
+    """Gaussian data with s = 0.5: the error is s^2 sigma^2 / v per pixel; 48000 pixels, 4 standard errors of 0.65%."""
     images = 0.5 * torch.randn(250, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     loss, _, _ = denoising_errors([gaussian_level(0.5)], images, LOGSNR)
     _, sigma = alpha_sigma(LOGSNR)
     np.testing.assert_allclose(loss[0].mean(0), 0.25 * sigma**2 / gaussian_variance(LOGSNR, 0.5), rtol=0.026)
 
 
-def test_progress_is_told_per_noise_level() -> None:
-    told: list[tuple[int, int]] = []
-    denoising_errors(toy_family(1), IMAGES, LOGSNR, batch=4, progress=lambda done, of: told.append((done, of)))
-    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+def test_progress_is_reported_per_noise_level() -> None:
+    reported: list[tuple[int, int]] = []
+    denoising_errors(toy_family(1), IMAGES, LOGSNR, batch=4, progress=lambda done, of: reported.append((done, of)))
+    assert reported == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 def test_noise_levels_cover_the_path_and_its_ends() -> None:
