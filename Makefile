@@ -86,14 +86,14 @@ check-precision: setup  ## rounding error of bf16, and its effect on the compari
 test: $(VENV)/.installed-test  ## the tests
 	@$(BIN)/python -m pytest $(ARGS)
 
-test-faults: $(VENV)/.installed-test  ## inject all faults instead of a sample: up to an hour; writes a table -> results/faults
+test-faults: $(VENV)/.installed-test  ## inject all faults, not a sample: up to an hour; table -> results/faults
 	@FAULTS=whole $(BIN)/python -m pytest tests/faults $(ARGS)
 
-verify-rates: setup  ## exponents of cost against error on a problem with a known solution; minutes on two CPU cores
+verify-rates: setup  ## exponents of cost against error on a problem with a known answer; minutes on two CPU cores
 	@$(BIN)/python scripts/verify_rates.py $(SWEEP) $(DRY) $(filter-out -m --multirun,$(ARGS))
 
 benchmark: EXPERIMENT := $(if $(filter file default,$(origin EXPERIMENT)),celeba64,$(EXPERIMENT))
-benchmark: $(VENV)/.installed-test  ## speed of networks, training and samplers -> results/benchmark; under three minutes on a CPU
+benchmark: $(VENV)/.installed-test  ## speed of networks and samplers -> results/benchmark; under three minutes on a CPU
 	@$(call RUN,benchmark)
 
 lint: $(VENV)/.installed-test  ## ruff (lint, format), pyright and the import rule

@@ -1,4 +1,4 @@
-"""A problem with a known solution -> results/rates/: exponents of cost against error for EM, ML-EM and jump process."""
+"""A problem with a known answer -> results/rates/: exponents of cost against error for EM, ML-EM and jump process."""
 
 from __future__ import annotations
 

@@ -290,7 +290,7 @@ def test_costs_tails_base_and_growth() -> None:
     assert "n2 - n1 at log-SNR 5.4" in text
     unsure = statistics([1.0, 1e-3, 6e-4], [1, 16, 256], samples=4)
     unsure.pairs[2, 2] *= np.array([2.5, 0.1, 0.1, 0.1])[:, None]
-    assert any("cannot be told" in t for t in texts(unsure))
+    assert any("cannot be decided" in t for t in texts(unsure))
     flat = texts(statistics([1.0, 1e-3, 1e-3], [1, 16, 256]))
     assert any("hardly fall with cost" in t for t in flat)
     for fall, message in ((0.25, "harder than Monte Carlo: "), (1 / 64, "easier than Monte Carlo: ")):

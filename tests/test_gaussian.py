@@ -151,7 +151,8 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     model.save(tmp_path / "gauss.safetensors")
     again = load_gaussian(tmp_path / "gauss.safetensors")
     x, logsnr = torch.ones(1, *SHAPE), torch.zeros(1)
-    assert torch.equal(again(x, logsnr), model(x, logsnr))
+    # rounding differs with the alignment of tensors in memory
+    assert torch.allclose(again(x, logsnr), model(x, logsnr), rtol=0, atol=1e-6)
     assert (again.images, again.rank, again.flops) == (300, 5, model.flops)
 
 
@@ -162,7 +163,7 @@ def test_bad_input_is_reported(tmp_path: Path) -> None:
             fit_gaussian(bad, rank)
     with pytest.raises(UserError, match="do not fit"):
         fit_gaussian(images, 2)(torch.zeros(1, 3, 8, 8), torch.zeros(1))
-    with pytest.raises(UserError, match="not there"):
+    with pytest.raises(UserError, match="is missing"):
         load_gaussian(tmp_path / "none.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match="not a saved"):

@@ -232,12 +232,12 @@ def test_the_card_agrees_with_the_metadata(done: Place):
         assert m["config"]["train"]["images"] == 256 and "narrow" not in row
     for figure in (index["data"]["sha256"], index["data"]["source"]["sha256"], f"{index['data']['rms']:.5f}"):
         assert figure in card
-    assert "96 training images and 32 held-out ones" in card and "log-SNR\n  -9.0 to 9.0" in card
+    assert "96 training images and 32 held-out images" in card and "log-SNR\n  -9.0 to 9.0" in card
     assert f"{index['gaussian']['rank']} principal directions" in card
     assert f"n = 20: {index['statistics']['floor']['distance']:.4g}" in card
     assert "non-commercial research only" in card and "license: other" in card
     assert "* w2-seed7: the same levels trained again" in card
-    assert "already 8x8: unchanged: 128 images" in card and "taken whole" in card
+    assert "already 8x8: unchanged: 128 images" in card and "were not cropped" in card
     assert index["training"]["commit"] in card and index["published"]["commit"] in card
     assert str(done.folder) not in card + (done.published / "family.json").read_text()  # no path of this machine
     command = next(line for line in card.splitlines() if "make train-levels" in line)

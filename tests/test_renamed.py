@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
         ("++compare.n_reference=64", r"compare\.n_reference is now compare\.num_reference\."),
         ("optimise.worth.mean=0.1", r"optimise\.worth is now optimise\.ablation\."),
         ("experiment=celeba64_tiny", r"experiment=celeba64_tiny is now experiment=celeba32\."),
-        ("experiment=demo_fast", r"experiment=demo_fast is gone: docs/results\.md"),
+        ("experiment=demo_fast", r"experiment=demo_fast was removed: see docs/results\.md"),
     ],
 )
 def test_an_old_override_says_the_new_name(override: str, sentence: str) -> None:

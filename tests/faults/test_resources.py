@@ -261,7 +261,7 @@ WIDE = (
     "data.size=32", "data.count=96", "data.holdout=32", "family.widths=[4]", "train.images=1024", "train.batch=512",
     "train.log_every=512", "train.snapshots=[1.0]", "gamma.images=16", "workers=1",
 )  # fmt: skip
-HALVED = re.compile(r"(\d+) images at a time do not fit in memory; it goes on with (\d+)")
+HALVED = re.compile(r"(\d+) images at a time do not fit in memory; it continues with (\d+)")
 MEMORY = re.compile(r"memory")
 
 

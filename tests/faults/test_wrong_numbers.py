@@ -322,7 +322,7 @@ MISMATCHES = (
     Mismatch("levels of two families", "train_levels", ("w3", "another configuration", "overwrite=true"),
              take(LEVELS[1]), ("workers=1",)),
     Mismatch("a level's files under another's name", "measure_gamma",
-             ("w3/metadata.json", "speaks of another level", "again"), swapped),
+             ("w3/metadata.json", "describes another level", "again"), swapped),
     Mismatch("a level's files under another's name", "measure_gamma", ("w3", "again"), renamed),
     Mismatch("a level's files under another's name", "measure_gamma",
              ("w3/ema", "does not fit the configured network", "again"), weights_of_another_level),

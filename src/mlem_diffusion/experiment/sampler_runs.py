@@ -144,9 +144,8 @@ def make_runner(stage: Stage) -> tuple[Runner, ImageData | None]:
     if extractor is not None and not cfg.dry_run:
         check_enough(extractor, cfg.compare.num_samples, shape)
     made_with = inputs.pop("made_with")
-    gamma = (
-        2.5 if select else used_gamma(stage, made_with)
-    )  # no setting uses constant probabilities when plans are selected
+    # the selection of plans runs no setting with constant probabilities
+    gamma = 2.5 if select else used_gamma(stage, made_with)
     inputs |= {"gamma": gamma, "extractor": extractor.key if extractor else None}
     where = stage.results / "cache" / "candidates.json" if select else stage.find("plans.json")
     plans = plans_there(stage, where, made_with) if where.is_file() and (select or cfg.compare.plans != "none") else {}

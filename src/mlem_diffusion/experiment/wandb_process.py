@@ -118,9 +118,8 @@ def _kill_group(leader: int) -> None:
 
 def main(parent: int, argv: list[str]) -> None:
     here = Path(__file__).resolve().parent
-    sys.path[:] = [
-        folder for folder in sys.path if Path(folder).resolve() != here
-    ]  # else W&B could import modules of this folder
+    # otherwise W&B could import modules of this folder
+    sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != here]
     sys.argv[:] = argv  # W&B shows the command of a run
     os.environ.setdefault("WANDB_PROGRAM", argv[0] if argv else "")
     for number in (signal.SIGINT, signal.SIGTERM):  # the run decides when this process ends

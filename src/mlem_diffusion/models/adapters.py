@@ -275,7 +275,10 @@ def _output(name: str, output: Any, x: Tensor) -> Tensor:
     if not isinstance(output, Tensor):
         output = output[0] if isinstance(output, tuple | list) else getattr(output, "sample", None)
     if not isinstance(output, Tensor):
-        raise UserError(f"{name}: the network returned neither a tensor, nor a tuple of tensors, nor a tensor in .sample.")
+        raise UserError(
+            f"{name}: the network returned neither a tensor, nor a tuple that starts with a tensor, nor an object "
+            "with a tensor in .sample."
+        )
     if output.ndim == x.ndim and output.shape[1] == 2 * x.shape[1]:
         output = output[:, : x.shape[1]]
     if output.shape != x.shape:

@@ -1,9 +1,9 @@
-"""Ablation of levels: how much more the same predicted error costs without each of them.
+"""Ablation of levels: how much more the same predicted error costs without each level.
 
-The predicted frontier of all plans (optimise.py) is compared with that of the plans which do without a level, in FLOPs and
-in seconds. Since plans may always skip a level, a cost ratio is never below 1. Of levels that can replace
-each other none is needed as long as the others are there, so levels are also removed one after another, the one of the
-lowest cost ratio first, until every one that is left earns its place.
+The predicted frontier of all plans (planner.py) is compared with the frontier of the plans that do not use a level, in
+FLOPs and in seconds. Plans may always skip a level, so a cost ratio is never below 1. If several levels can replace
+each other, no single one of them is needed. So levels are also removed one by one, lowest cost ratio first, until every
+remaining level earns its place.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from .gains import Effects
 from .plan import Plan
 from .planner import Planner, price_range
 
-MEAN, LARGEST = 0.02, 0.10  # what a level has to save to earn its place: on geometric average, or somewhere
-_ABOVE_LOWEST = 1.1  # errors nearer than this to the lowest one are those of the finest grid, whatever the levels
-_POINTS = 97  # errors at which frontiers are compared
+MEAN, LARGEST = 0.02, 0.10  # savings with which a level earns its place: on geometric average, or at one error
+_ABOVE_LOWEST = 1.1  # the comparison starts at this times the lowest error: below, only the finest grid counts
+_POINTS = 97  # number of errors at which frontiers are compared
 
 
 # ------------------------------------------------------------------------------------------------- seconds
@@ -42,15 +42,15 @@ def seconds_per_image(
     warm_up: int = 2,
     at_least: float = 1.0,
 ) -> list[float]:
-    """Seconds per image of one evaluation of each level on `batch` images of this shape: medians of `runs` runs after a warm-up,
-    or of as many as fit into `at_least` seconds.
+    """Seconds per image of one evaluation of each level on `batch` images of this shape.
 
-    Levels take turns, so that a machine that is busy for a moment is busy for all of them; nothing else should run meanwhile.
-    A coin that fires for few images of a batch runs a smaller batch, which on a GPU costs more per image than this.
+    They are medians of at least `runs` runs after a warm-up; runs go on until `at_least` seconds have passed. The
+    levels take turns, so that a short load on the machine slows all of them; run nothing else meanwhile. If a coin
+    fires for few images of a batch, the level runs on a smaller batch, which costs more per image on a GPU.
     """
     device = torch.device(device)
     x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(device)
-    # one number for all images, as in sampling: networks embed equal noise levels once
+    # one number for all images, as in sampling, so that networks embed it once
     logsnr = torch.zeros((), device=device).expand(batch)
     times: list[list[float]] = [[] for _ in family]
     run, began = 0, time.perf_counter()
@@ -76,7 +76,7 @@ def _wait_for(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class RuleInputs:
-    """What plans for one dynamics and step rule rest on; arguments as in `optimise.plans`."""
+    """Inputs to the plans for one dynamics and step rule; arguments as in `planner.plans`."""
 
     effects: Effects
     methods: Sequence[str]
@@ -90,23 +90,24 @@ class RuleInputs:
 
 @dataclass(frozen=True)
 class CostRatio:
-    """Cost without a level over the cost with it, at equal predicted error: geometric mean and largest value over the range of
-    squared errors `errors` (evenly in their logarithm)."""
+    """Cost without a level over the cost with it, at equal predicted error: geometric mean and largest value.
+
+    errors: range of squared errors, weighted evenly in their logarithm."""
 
     mean: float
     largest: float
     errors: tuple[float, float]
 
     def score(self, mean: float = MEAN, largest: float = LARGEST) -> float:
-        """1 or more where the level earns its place; 0 where it saves nothing."""
+        """1 or more if the level earns its place; 0 if it saves nothing."""
         return max(math.log(self.mean) / math.log1p(mean), math.log(self.largest) / math.log1p(largest))
 
 
 class Frontiers:
-    """Predicted frontiers of a family and of all its parts, for one step rule and one unit of cost.
+    """Predicted frontiers of a family and of its subsets, for one step rule and one unit of cost.
 
-    Plans once found are kept: those of a part are plans of the whole as well, so that a part's frontier never
-    lies below that of a larger one.
+    Plans are cached. A plan of a subset is also a plan of each larger set, so the frontier of a subset is never below
+    that of a larger set.
     """
 
     def __init__(
@@ -120,7 +121,7 @@ class Frontiers:
         self.planned: set[frozenset[int]] = set()
 
     def find(self, levels: Collection[int]) -> None:
-        """Plans with these levels [indices], for every price on every grid with every method."""
+        """Compute the plans with these levels (indices), for every price, grid and method."""
         part = frozenset(levels)
         if part in self.planned:
             return
@@ -133,17 +134,19 @@ class Frontiers:
                     self.pool[plan.id] = replace(plan, steps=steps, predicted=own + (plan.added or 0.0))
 
     def hull(self, levels: Collection[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Squared errors, rising, and costs, falling, of the plans with these levels that no mixture of two others beats: with
-        one plan for some images and another for the rest, error and cost lie on the line between theirs."""
+        """Squared errors (ascending) and costs (descending) of the lower convex hull of the plans with these levels.
+
+        A mixture of two plans, one for some images and the other for the rest, has error and cost on the line between
+        them. No such mixture beats a plan on the hull."""
         self.find(levels)
         names = {self.names[k] for k in levels}
         points = [(p.predicted or 0.0, p.cost) for p in self.pool.values() if names.issuperset(p.levels)]
         if not points:
-            raise UserError(f"No plan for {self.measured.rule} can be made without the levels that are left out.")
+            raise UserError(f"No plan for {self.measured.rule} can be made from the remaining levels.")
         out: list[tuple[float, float]] = []
         for error, cost in sorted(points):
             if out and cost >= out[-1][1]:
-                continue  # above what is there at a smaller error
+                continue  # not cheaper than a plan of smaller error
             while len(out) > 1 and _turns_up(out[-2], out[-1], (error, cost)):
                 out.pop()
             out.append((error, cost))
@@ -151,7 +154,7 @@ class Frontiers:
         return errors, costs
 
     def cost_ratio(self, levels: Collection[int], without: int) -> CostRatio:
-        """Of one level among these."""
+        """The cost ratio of the level `without` among `levels`."""
         rest = [k for k in levels if k != without]
         self.find(rest)
         whole, part = self.hull(levels), self.hull(rest)
@@ -161,8 +164,10 @@ class Frontiers:
         return CostRatio(float(np.exp(np.log(ratio).mean())), float(ratio.max()), (low, high))
 
     def _range(self, levels: Collection[int], lowest: float) -> tuple[float, float]:
-        """From a tenth above the lowest error that is reached to that of the largest level alone on the coarsest grid, which no
-        one wants to do worse than; where there is one grid only, to the error of the cheapest plan."""
+        """The range of squared errors for the comparison, from a tenth above the lowest error.
+
+        It ends at the error of the largest level alone on the coarsest grid, the largest error of interest. If this is
+        below the start, for example with a single grid, it ends at the error of the cheapest plan."""
         top = len(self.names) - 1
         alone = [e for (k, _), e in self.measured.own_errors.items() if k == top]
         low, high = _ABOVE_LOWEST * lowest, max(alone, default=0.0)
@@ -179,9 +184,11 @@ def _turns_up(a: tuple[float, float], b: tuple[float, float], c: tuple[float, fl
 
 @dataclass(frozen=True)
 class Ablation:
-    """An ablation in one unit of cost. cost_ratios {level: {rule: CostRatio}} in the whole family, for all but the largest
-    level; removed: (level, its CostRatio by rule when it was the lowest), in that order; kept: levels that are left;
-    cost_ratio_among_kept: theirs."""
+    """An ablation in one unit of cost.
+
+    cost_ratios: {level: {rule: CostRatio}} in the full family, for all but the largest level. removed: (level, its
+    CostRatio by rule at removal), in order of removal. kept: the remaining levels. cost_ratio_among_kept: their cost
+    ratios."""
 
     cost_ratios: dict[str, dict[str, CostRatio]]
     removed: list[tuple[str, dict[str, CostRatio]]]
@@ -195,15 +202,17 @@ def remove_levels(
     largest: float = LARGEST,
     progress: Callable[[str], None] | None = None,
 ) -> Ablation:
-    """Remove the level of the lowest cost ratio until each that is left saves, for some step rule, more than `mean` of the cost on geometric
-    average or more than `largest` somewhere. Of levels of equal cost ratios the most expensive in FLOPs goes first; the largest
-    level stays, since it is what errors are measured against. progress: called with what is being done."""
+    """Remove the level of the lowest cost ratio, repeatedly, until every remaining level earns its place.
+
+    A level earns its place if, for some step rule, it saves more than `mean` of the cost on geometric average, or more
+    than `largest` at one error. If cost ratios are equal, the most expensive level in FLOPs goes first. The largest
+    level stays, since errors are measured against it. progress: called with a description of the current work."""
     names = frontiers[0].names
     left, removed, first = list(range(len(names))), [], None
     while True:
         if progress is not None:
             progress(f"{len(left)} levels")
-        for f in frontiers:  # all plans before the first comparison: a part's plans are the whole's too
+        for f in frontiers:  # all plans before the first comparison, since a subset's plans belong to larger sets too
             for k in left[:-1]:
                 f.find([other for other in left if other != k])
         now = {k: {f.measured.rule: f.cost_ratio(left, k) for f in frontiers} for k in left[:-1]}
@@ -225,12 +234,14 @@ def ablate(
     largest: float = LARGEST,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Ablation]:
-    """{"flops": ..., "seconds": ...} for a family measured for some step rules; seconds [K] per image of one evaluation."""
+    """{"flops": Ablation, "seconds": Ablation} of a family with measurements for several step rules.
+
+    seconds [K]: per image, of one evaluation."""
     planners = []
     for rule in measured:
         grids = {steps: rule.effects.on(logsnr) for steps, logsnr in rule.grids.items()}
         planners.append(
-            [(n, Planner(there, m, rule.effects.flops)) for m in rule.methods for n, there in grids.items()]
+            [(n, Planner(on_grid, m, rule.effects.flops)) for m in rule.methods for n, on_grid in grids.items()]
         )
     out = {}
     for unit, costs in (("flops", measured[0].effects.flops), ("seconds", seconds)):
@@ -243,7 +254,7 @@ def ablate(
 def ablation_json(
     names: Sequence[str], flops: Sequence[float], seconds: Sequence[float], found: Mapping[str, Ablation]
 ) -> dict[str, Any]:
-    """The content of ablation.json, but for what the caller adds about how seconds were measured."""
+    """The content of ablation.json; the caller adds how seconds were measured."""
     levels = []
     for k, name in enumerate(names):
         entry: dict[str, Any] = {"name": name, "flops": float(flops[k]), "seconds": float(seconds[k])}
@@ -269,7 +280,7 @@ def ablation_json(
 
 
 def table(content: Mapping[str, Any]) -> str:
-    """ablation.json as text: shares of the largest level's cost, the cost ratio as "mean (largest)" of the rule it is largest for."""
+    """ablation.json as text: shares of the largest level's cost, and the cost ratio as "mean (largest)", see `most`."""
     header = (
         "level",
         "MFLOP",
@@ -297,7 +308,7 @@ def table(content: Mapping[str, Any]) -> str:
         "cost ratio: cost at equal predicted error without the level, over the cost with it: geometric mean (largest),"
     )
     lines.append(
-        "of the step rule it helps most. kept: levels left once those of the lowest cost ratio are removed one by one."
+        "for the step rule that the level helps most. kept: levels that remain after removal by lowest cost ratio."
     )
     for unit, word in (("flops", "FLOPs"), ("seconds", "seconds")):
         gone = ", ".join(entry["name"] for entry in content["removed"][unit]) or "none"
@@ -306,5 +317,5 @@ def table(content: Mapping[str, Any]) -> str:
 
 
 def most(by_rule: Mapping[str, Mapping[str, Any]] | None) -> Mapping[str, Any] | None:
-    """Of the rule for which the cost ratio is largest; None for the largest level."""
+    """The cost ratio of the rule with the largest one; None for the largest level."""
     return max(by_rule.values(), key=lambda w: (w["mean"], w["largest"])) if by_rule else None

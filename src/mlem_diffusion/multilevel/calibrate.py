@@ -1,11 +1,11 @@
-"""Calibration of anyone's family in one call: measure gains and the levels' own errors, then ask for plans.
+"""Calibration of any family in one call: measure gains and the error of each level alone, then compute plans.
 
     calibration = calibrate(family, process, "sde", "ddpm", shape)
     plan = calibration.plan("quadrature", cost=10 * family[-1].flops)
     images, ledger = sample(plan.build(family), process.grid(plan.steps), "sde", "ddpm", seeds, shape)
 
-Calibrate on seeds that nothing is judged on. A plan's predicted error is first order in the effect of a single
-firing (Plan.largest_effect); the experiment scripts run candidates before they choose, which a careful user should do too.
+Calibrate on other seeds than those of the evaluation. A plan's predicted error is first order in the effect of a single
+firing (Plan.largest_effect). So run a plan before you rely on it; the experiment scripts run all candidates.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ SEEDS = range(10**6, 10**6 + 32)
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured of a family: effects of its differences, and squared errors of its levels alone {(level, steps):
-    error} against the largest on the finest grid. flops_spent: FLOPs of the whole calibration."""
+    """Measured effects of a family's level differences, and the squared error of each level alone.
+
+    own_errors: {(level, steps): error}, against the largest level on the finest grid. flops_spent: of the
+    calibration."""
 
     effects: Effects
     own_errors: dict[tuple[int, int], float]
@@ -40,8 +42,10 @@ class Calibration:
     flops_spent: float
 
     def plans(self, method: str, costs: Sequence[float] | None = None) -> list[Plan]:
-        """The predicted frontier of a method (optimise.METHODS), cheap to expensive; costs per evaluation of each level
-        replace FLOPs (seconds, say), and become the unit of Plan.cost."""
+        """The predicted frontier of a method (planner.METHODS), from cheap to expensive.
+
+        costs: cost per evaluation of each level, for example in seconds, in place of FLOPs; Plan.cost has the same
+        unit."""
         return plans(self.effects, method, self._grids(), self.own_errors, _array(costs))
 
     def plan(
@@ -54,7 +58,7 @@ class Calibration:
     ) -> Plan:
         """The plan of smallest predicted error within a cost per image, or the cheapest within a squared error.
 
-        Raises UserError where no plan qualifies, and unless exactly one of cost and error is given.
+        Raises UserError if no plan qualifies, and unless exactly one of cost and error is given.
         """
         found = self.plans(method, costs)
         if cost is not None and error is None:
@@ -84,11 +88,11 @@ def calibrate(
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
-    """Measure a family for plans with one of these numbers of steps.
+    """Measure a family, for plans with one of these numbers of steps.
 
-    Cost: see `Calibration.flops_spent`; per seed, about 4 calibrate_steps + reference_steps + sum(steps) evaluations of the
-    largest level, and calibrate_steps + sum(steps) of each other. Raises UserError for a family that is not ordered by cost,
-    and where the largest level cannot be differentiated.
+    Cost per seed: about 4 calibrate_steps + reference_steps + sum(steps) evaluations of the largest level, and
+    calibrate_steps + sum(steps) of each other level; see `Calibration.flops_spent`. Raises UserError if the family is
+    not ordered by cost, or if the largest level cannot be differentiated.
     """
     effects = measure_effects(family, process.grid(calibrate_steps), dynamics, step_rule, seeds, shape, device)
     reference, ledger = sample(

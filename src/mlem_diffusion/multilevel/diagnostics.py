@@ -1,8 +1,8 @@
-"""Diagnostics of a family before it is used: statistics per level, the check of the telescope, and what is wrong with it.
+"""Diagnostics of a family before it is used: statistics per level, the telescope check, and findings.
 
-In the manner of multilevel Monte Carlo codes (Giles 2015, section 3): mean, variance and kurtosis of each level's difference,
-its cost, and a consistency check, printed and saved first. Here the differences depend on the state and the noise
-level, so they are taken along the largest level's own trajectories.
+Multilevel Monte Carlo codes (Giles 2015, section 3) first report the mean, variance and kurtosis of each level
+difference, its cost, and a consistency check. In a diffusion model the differences depend on the state and the noise
+level, so they are measured along the largest level's own trajectories.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .level_statistics import LevelStatistics, Progress, kurtosis, measure, stan
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """What `diagnose` found. statistics and telescope are None where a level breaks the contract and nothing could be run."""
+    """Result of `diagnose`; statistics and telescope are None if a level violates the contract."""
 
     names: list[str]
     flops: list[float]  # per evaluation of one image
@@ -37,25 +37,27 @@ class Diagnostics:
     findings: list[Finding]
     statistics: LevelStatistics | None = None
     telescope: Telescope | None = None
-    firings: list[float] | None = None  # [K] expected fires per image of one sampling run, with the given p
-    evaluations: list[float] | None = None  # [K] expected evaluations per image, likewise
-    flops_spent: float = 0.0  # by the measurement, all samples together, without the checks
+    firings: list[float] | None = None  # [K] expected firings per image of one sampling run, for the given p
+    evaluations: list[float] | None = None  # [K] expected evaluations per image of one sampling run, for the given p
+    flops_spent: float = 0.0  # by the measurement of all samples, without the checks
 
     @property
     def failed(self) -> bool:
-        """Whether any finding is an error: nothing sampled from such a family means anything."""
+        """Whether any finding is an error; samples of such a family are meaningless."""
         return any(finding.severity == "error" for finding in self.findings)
 
     @property
     def best_levels(self) -> list[str] | None:
-        """The levels worth keeping, the first and the largest among them; None where nothing could be measured."""
+        """The levels of findings.best_chain, the first and the largest included; None without finite statistics."""
         if self.statistics is None or not np.isfinite(self.statistics.pairs).all():
             return None
         return [self.names[k] for k in best_chain(self.statistics)[0]]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values without NaN; arrays over levels, then noise levels. Lists start at the cheapest level, whose difference
-        is its own output. pair_mean_square [i][j] is E|f^j - f^i|^2 for i < j, 0 elsewhere."""
+        """The diagnostics as JSON values without NaN; arrays have axes (levels, noise levels).
+
+        Lists start at the cheapest level, whose difference is its own output. pair_mean_square [i][j] is E|f^j - f^i|^2
+        for i < j, else 0."""
         out: dict[str, Any] = {
             "levels": self.names,
             "flops": self.flops,
@@ -90,7 +92,7 @@ class Diagnostics:
 
 
 def pooled(s: LevelStatistics) -> dict[str, np.ndarray]:
-    """Per level [K], pooled over noise levels with the statistics' weights; standard errors over samples."""
+    """Statistics per level [K], pooled over noise levels with s.weights; standard errors are over samples."""
     signed = s.signed @ s.weights
     return {
         "mean": signed.mean(1),
@@ -121,11 +123,12 @@ def diagnose(
 ) -> Diagnostics:
     """Check a family's levels and telescope, and measure their differences along the largest level's trajectories.
 
-    steps: noise levels visited. p: [K], or [n, K] over the n evaluations of a sampling run (n = those of `steps` for [K]);
-    with it the expected fires and evaluations per image are stated. progress: (images done, all of them), counted over
-    noise levels. Cost: len(seeds) * steps evaluations of every level, and 64 to 256 of each for the checks.
+    steps: number of visited noise levels. p: [K], or [n, K] over the n evaluations of a sampling run (for [K], n is
+    that of `steps`); adds the expected firings and evaluations per image. progress: called with (images done, all
+    images), counted over noise levels. Cost: len(seeds) * steps evaluations of every level, and 64 to 256 of each for
+    the checks.
 
-    A level that breaks the contract, an unsound telescope or a poor hierarchy is a finding, not an exception. Raises UserError for
+    A violated contract, a wrong telescope or a poor hierarchy is a finding, not an exception. Raises UserError for
     fewer than two levels, levels not ordered by cost, fewer than two seeds, and probabilities that do not fit.
     """
     check_family(family)
@@ -146,7 +149,7 @@ def diagnose(
         base["firings"] = np.broadcast_to(table, (n, len(family))).sum(0).tolist()
         base["evaluations"] = expected.tolist()
     x = initial_noise(list(seeds)[: min(8, batch)], shape, torch.device(device))
-    # the states of the middle of the path are near standard normal too: one set of states will do for the checks
+    # states in the middle of the path are nearly standard normal too, so one set of states serves all checks
     middle = float(process.logsnr_at(np.array(0.5)))
     broken = check_contract(family, x, process.logsnr_min) or check_contract(family, x, middle)
     if any(finding.severity == "error" for finding in broken):
@@ -161,7 +164,7 @@ def diagnose(
 
 
 def _plain(value: Any) -> Any:
-    """Arrays to lists, numbers to Python's, what is not finite to None."""
+    """Convert arrays to lists, numbers to Python numbers, and values that are not finite to None."""
     if isinstance(value, dict):
         return {str(key): _plain(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -179,17 +182,19 @@ _COLUMNS = ("level", "MFLOP", "ms", "mean", "(s.e.)", "mean sq", "(s.e.)", "vari
 
 
 def table(d: Diagnostics, noise_levels: int = 12) -> str:
-    """The diagnostics as text: levels by columns, mean squares at up to `noise_levels` noise levels, and the findings."""
+    """The diagnostics as text: statistics per level, mean squares at up to `noise_levels` noise levels, findings."""
     lines = [f"Levels along {d.samples} trajectories of {d.names[-1]} ({d.dynamics}, {d.step_rule}), images in [-1, 1]"]
     if d.statistics is not None:
         lines += ["", *_grid(_COLUMNS, _level_rows(d, d.statistics))]
         lines += [
-            "Rows: the level's difference to the one above it in the table (the first row: its own output), pooled over noise levels with alpha^2 d(logsnr).",
-            "mean sq: V; variance: over samples; kurt: 3 if all samples differ alike; V c: times the GFLOP of one firing; per image: ms, fires, runs.",
+            "Rows: the level minus the level above it in the table (first row: its own output), "
+            "pooled over noise levels with weights alpha^2 d(logsnr).",
+            "mean sq: V; variance: over samples; kurt: 3 if all differences have the same size; "
+            "V c: V times the GFLOP of one firing; per image: ms, fires, runs.",
             "",
             *_grid(("log-SNR", *d.names, "kurt", f"var {d.names[-1]}"), _noise_rows(d.statistics, noise_levels)),
-            "Mean square difference to the level before, per noise level; kurt: the largest of them, the first level left out;",
-            "last: variance over samples of the largest level's output.",
+            "Mean square difference to the level before, per noise level; kurt: largest kurtosis of the differences;",
+            "last column: variance over samples of the largest level's output.",
         ]
     lines += ["", *(f"{finding.severity:<8}{finding.text}" for finding in d.findings)]
     return "\n".join(lines)

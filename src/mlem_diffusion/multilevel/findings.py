@@ -1,4 +1,4 @@
-"""What the statistics of a family say about it as a hierarchy, in plain sentences: which levels, which noise levels, what to do."""
+"""Findings about a family as a hierarchy, from its statistics: which levels, which noise levels, what to do."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import numpy as np
 from .level_checks import Finding
 from .level_statistics import LevelStatistics, firing_cost, kurtosis, standard_error
 
-NARROW, WIDE = 1.5, 30.0  # cost ratios of neighbours outside which a level is one too many, or one is missing
-HEAVY = 20.0  # kurtosis; 3 where all samples' differences are of one size
-COSTLY_BASE = 0.1  # of the largest level's cost: the base runs at every step
+NARROW, WIDE = 1.5, 30.0  # cost ratios of neighbours: below, one level is superfluous; above, a level is missing
+HEAVY = 20.0  # kurtosis; 3 if the differences of all samples have the same size
+COSTLY_BASE = 0.1  # share of the largest level's cost; the base runs at every step
 
 
 def judge(s: LevelStatistics) -> list[Finding]:
-    """All findings about a measured family, warnings before the rest."""
+    """All findings about a measured family, warnings first."""
     bad = ~np.isfinite(s.mean_square)
     if bad.any():
         return [
             Finding(
                 "error",
-                f"{s.names[k]} returns values that are not finite {_where(s, bad[k])}: look for a division there, "
+                f"{s.names[k]} returns values that are not finite {_where(s, bad[k])}: check its divisions, "
                 f"or leave these noise levels out (process.logsnr_min, process.logsnr_max).",
             )
             for k in np.flatnonzero(bad.any(1))[:1]
@@ -35,7 +35,7 @@ def judge(s: LevelStatistics) -> list[Finding]:
 
 
 def _where(s: LevelStatistics, hit: np.ndarray) -> str:
-    """Runs of noise levels [S] as log-SNR ranges."""
+    """The noise levels in `hit` [S] as text, by log-SNR ranges."""
     if hit.all():
         return "at every noise level"
     edges = np.flatnonzero(np.diff(np.concatenate([[False], hit, [False]]).astype(int)))
@@ -49,13 +49,13 @@ def _above(values: np.ndarray) -> np.ndarray:
 
 
 def _long_runs(hit: np.ndarray) -> np.ndarray:
-    """Only hits [S] with a neighbour that hits too: one noise level alone may be chance."""
+    """The hits [S] that have a neighbouring hit, since a single noise level may be chance."""
     padded = np.concatenate([[False], hit, [False]])
     return hit & (padded[:-2] | padded[2:]) if len(hit) > 3 else hit
 
 
 def _not_falling(s: LevelStatistics) -> list[Finding]:
-    """Neighbouring differences that grow with level, where that is 5% or more of the level's pooled mean square."""
+    """Differences larger than those of the level below, if they hold 5% or more of the level's pooled mean square."""
     found = []
     for k in range(2, len(s.names)):
         hit = _long_runs(_above(s.square[k] - s.square[k - 1]))
@@ -67,17 +67,20 @@ def _not_falling(s: LevelStatistics) -> list[Finding]:
         found.append(
             Finding(
                 "warning",
-                f"{s.names[k]} differs from {s.names[k - 1]} more than {s.names[k - 1]} from {s.names[k - 2]} {_where(s, hit)} "
-                f"({100 * share:.0f}% of its pooled mean square): {own[hit].sum() / part:.1e} against {before[hit].sum() / part:.1e}. "
-                f"Train {s.names[k - 1]} and {s.names[k]} longer there, or let one of them fire only elsewhere.",
+                f"{s.names[k]} differs from {s.names[k - 1]} more than {s.names[k - 1]} from {s.names[k - 2]} "
+                f"{_where(s, hit)} ({100 * share:.0f}% of its pooled mean square): "
+                f"{own[hit].sum() / part:.1e} against {before[hit].sum() / part:.1e}. "
+                f"Train {s.names[k - 1]} and {s.names[k]} longer at these noise levels, or let only one of them fire.",
             )
         )
     return found
 
 
 def _high_noise(s: LevelStatistics) -> list[Finding]:
-    """Where noise is highest all denoisers should agree on the mean of the data. Largest levels that differ by more than half of
-    what their own outputs vary by, and not much less than the smallest do, differ in training, not in what they see."""
+    """Disagreement at the highest noise, where all denoisers should return the mean of the data.
+
+    The two largest levels differ by training, not by size, if they differ by more than half of the spread of their own
+    outputs, and not much less than the smallest levels differ."""
     if len(s.logsnr) < 4:
         return []
     low, k = np.arange(len(s.logsnr)) < len(s.logsnr) // 3, len(s.names) - 1
@@ -88,19 +91,21 @@ def _high_noise(s: LevelStatistics) -> list[Finding]:
     return [
         Finding(
             "warning",
-            f"The levels do not converge where noise is highest: {_where(s, hit)} {s.names[k]} and {s.names[k - 1]} differ by "
-            f"{np.sqrt(v[hit].mean()):.2g} rms, while the outputs of {s.names[-1]} vary by {np.sqrt(s.top_spread[hit].mean()):.2g} over "
-            f"samples. Train these noise levels more, start sampling at a higher log-SNR, or use one level there.",
+            f"The levels do not converge where noise is highest: {_where(s, hit)} "
+            f"{s.names[k]} and {s.names[k - 1]} differ by {np.sqrt(v[hit].mean()):.2g} rms, "
+            f"while the outputs of {s.names[-1]} vary by {np.sqrt(s.top_spread[hit].mean()):.2g} over samples. "
+            f"Train these noise levels more, use one level for them, or start sampling at a higher log-SNR.",
         )
     ]
 
 
 def best_chain(s: LevelStatistics) -> tuple[list[int], float, float]:
-    """The levels to keep, from the cheapest to the largest, that minimise the sum of sqrt(V c) over the steps of the chain, V and c
-    of each step measured between the levels it joins; the change of that sum against all levels, and its standard error.
+    """The chain of levels, from the cheapest to the largest, with the smallest sum of sqrt(V c) over its steps.
 
-    The square of the sum is error times cost of all that is random, with the best constant p. A chain is a path, so the best
-    one is the shortest path.
+    V and c of a step are those of the difference of the two levels that it joins. Also returns the change of the sum
+    against the chain of all levels, and the standard error of this change. With the best constant p, the square of the
+    sum is the product of variance and cost of all random differences. A chain is a path, so the best one is a shortest
+    path.
     """
     last = len(s.names) - 1
     q = {(i, j): s.pairs[i + 1, j] @ s.weights for j in range(1, last + 1) for i in range(j)}
@@ -124,10 +129,10 @@ def best_chain(s: LevelStatistics) -> tuple[list[int], float, float]:
 
 
 def _drops(s: LevelStatistics) -> list[Finding]:
-    """Levels that raise variance times cost."""
+    """Levels whose removal lowers variance times cost."""
     total = float(np.sqrt(s.pooled[1:].mean(1) * s.firing_costs[1:]).sum())
     if total == 0:
-        return [Finding("warning", "All levels give the same output: only the cheapest is of use.")]
+        return [Finding("warning", "All levels give the same output: use only the cheapest.")]
     chain, change, se = best_chain(s)
     gain = 1 - (1 + change / total) ** 2
     if change > -2 * se or gain < 0.05:
@@ -138,8 +143,8 @@ def _drops(s: LevelStatistics) -> list[Finding]:
     return [
         Finding(
             "warning",
-            f"Drop {dropped}: with {kept} variance times cost, (sum of sqrt(V c))^2 over the levels above the first, is "
-            f"{100 * gain:.0f}% lower (pooled over log-SNR {s.logsnr[0]:.1f} to {s.logsnr[-1]:.1f}).",
+            f"Drop {dropped}: with {kept} variance times cost, (sum of sqrt(V c))^2 over the levels above the first, "
+            f"is {100 * gain:.0f}% lower (pooled over log-SNR {s.logsnr[0]:.1f} to {s.logsnr[-1]:.1f}).",
         )
     ]
 
@@ -150,7 +155,7 @@ def _cost_ratios(s: LevelStatistics) -> list[Finding]:
         ratio, timed = s.flops[k] / s.flops[k - 1], s.seconds[k] / max(s.seconds[k - 1], 1e-12)
         pair = f"{n[k]} costs {ratio:.3g} times the FLOPs of {n[k - 1]}"
         if ratio < NARROW:
-            found.append(Finding("warning", f"{pair}: too close for a level of its own. Drop one of the two."))
+            found.append(Finding("warning", f"{pair}: too close for two levels. Drop one of them."))
         elif ratio > WIDE and k > 1:  # a base can hardly be too cheap
             found.append(Finding("warning", f"{pair}: a wide gap. Train a level between them."))
         elif timed < 1.2:
@@ -161,8 +166,8 @@ def _cost_ratios(s: LevelStatistics) -> list[Finding]:
         found.append(
             Finding(
                 "warning",
-                f"In seconds on this device, at this batch size, {', '.join(slow)}. Use larger batches, compile, or drop levels "
-                f"where seconds count.",
+                f"In seconds on this device, at this batch size, {', '.join(slow)}. "
+                f"Use larger batches, compile, or drop levels if seconds count.",
             )
         )
     share = s.flops[0] / s.flops[-1]
@@ -170,8 +175,9 @@ def _cost_ratios(s: LevelStatistics) -> list[Finding]:
         found.append(
             Finding(
                 "warning",
-                f"{n[0]} runs at every step and costs {100 * share:.0f}% of {n[-1]}: at equal steps no saving can exceed "
-                f"{1 / share:.2g}. Put a cheaper level below it, such as a linear Gaussian denoiser.",
+                f"{n[0]} runs at every step and costs {100 * share:.0f}% of {n[-1]}: "
+                f"at equal steps no speed-up can exceed {1 / share:.2g}. "
+                f"Put a cheaper level below it, such as a linear Gaussian denoiser.",
             )
         )
     return found
@@ -185,16 +191,17 @@ def _tails(s: LevelStatistics) -> list[Finding]:
             found.append(
                 Finding(
                     "warning",
-                    f"Few samples carry the difference {s.label(k)} {_where(s, hit)}: kurtosis {np.nanmax(values):.0f} over "
-                    f"{s.square.shape[1]} samples, 3 if all were alike. Its mean square is not to be trusted, nor a p from it: "
-                    f"measure with more seeds, and look at the samples where the two levels disagree.",
+                    f"Few samples carry the difference {s.label(k)} {_where(s, hit)}: "
+                    f"kurtosis {np.nanmax(values):.0f} over {s.square.shape[1]} samples, 3 if all were alike. "
+                    f"Its mean square and every p from it are unreliable: "
+                    f"measure with more seeds, and look at the samples on which the two levels disagree.",
                 )
             )
     return found
 
 
 def _growth(s: LevelStatistics) -> Finding | None:
-    """How the mean squares fall with cost, V_k ~ T_k^slope, along these trajectories; gamma = -2 / slope."""
+    """How the mean squares fall with cost: V_k ~ T_k^slope, with gamma = -2 / slope."""
     if len(s.names) < 3:
         return None
     x = np.log(s.flops[1:])
@@ -208,12 +215,12 @@ def _growth(s: LevelStatistics) -> Finding | None:
     if slope > -0.1:
         return Finding(
             "warning",
-            f"The differences hardly fall with cost from {s.label(1)} to {s.label(len(s.names) - 1)}: {figures}. Such levels differ by "
-            f"chance more than by size: train all of them longer, or space them wider.",
+            f"The differences hardly fall with cost from {s.label(1)} to {s.label(len(s.names) - 1)}: {figures}. "
+            f"Such levels differ by chance more than by size: train all of them longer, or space them wider.",
         )
     if slope + 2 * se > 0:
         return Finding(
-            "warning", f"Whether the differences fall with cost cannot be told: {figures}. Measure with more seeds."
+            "warning", f"Whether the differences fall with cost cannot be decided: {figures}. Measure with more seeds."
         )
     gamma = f"{figures}, gamma about {-2 / slope:.2g}"
     if slope - 2 * se > -1:

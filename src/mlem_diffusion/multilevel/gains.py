@@ -1,9 +1,12 @@
 """Gains: how much a level difference at one network evaluation moves the final image.
 
 Let F_j be the largest level's estimate at evaluation j, and X the final image of its run. A run that uses F_j + e_j
-instead of F_j ends, to first order, at X + sum_j (dX/dF_j) e_j. The estimators of this project have e_j = sum_k (w_kj -
-1) delta_kj: delta_kj = (f^k - f^{k-1})(x_j) is a level difference, and w_kj is its weight, such as B/p. So the
-*effects* (dX/dF_j) delta_kj determine the error to first order.
+instead of F_j ends, to first order, at X + sum_j (dX/dF_j) e_j. For the estimators of this project,
+
+    e_j = sum_k (w_kj - 1) delta_kj
+
+with the level differences delta_kj = (f^k - f^{k-1})(x_j) and their weights w_kj, such as B_kj / p_kj. So the *effects*
+(dX/dF_j) delta_kj determine the error to first order.
 
 One backward sweep along a trajectory projects the effects of all j and k on a random direction v:
 
@@ -90,7 +93,8 @@ class Effects:
         left, weight = _interpolation(self.logsnr, logsnr)
         squares = self.squares[:, left] * (1 - weight) + self.squares[:, left + 1] * weight
         return Effects(
-            self.names, self.flops, self.dynamics, self.step_rule, logsnr, values, squares, self.flops_spent, self.seconds
+            self.names, self.flops, self.dynamics, self.step_rule,
+            logsnr, values, squares, self.flops_spent, self.seconds,
         )  # fmt: skip
 
     def save(self, path: Path) -> None:
@@ -187,7 +191,7 @@ def _noise_level(evaluation: Evaluation, x: Tensor) -> Tensor:
 def _sweep(
     family: Sequence[Level], program: Sequence[Evaluation], points: Sequence[Tensor], seeds: Sequence[int], probes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Projected effects [B, P, K, n] and mean squares of the differences [K, n], by one sweep backward in time."""
+    """Projected effects [B, P, K, n] and mean squares of the differences [K, n], by one backward sweep."""
     n, size = len(program), len(points[0])
     values = np.zeros((size, probes, len(family), n), dtype=np.float32)
     squares = np.zeros((len(family), n))
@@ -248,7 +252,7 @@ def forward_gains(
     """Gains A_kj of the (level k, evaluation j) pairs `at`, per seed [S, len(at)], as a check of `measure_effects`.
 
     Each pair needs its own run to the end. method "jvp": by forward derivatives. "perturbation": by the difference of
-    the final images with F_j + size * delta_kj and with F_j.
+    the final images with F_j + size * delta_kj and with F_j, divided by size.
     """
     if method not in ("jvp", "perturbation"):
         raise UserError(f"method = {method!r} is unknown; expected 'jvp' or 'perturbation'.")
@@ -261,7 +265,7 @@ def forward_gains(
         difference = family[k].denoise(x, noise_level)
         if k > 0:
             difference = difference - family[k - 1].denoise(x, noise_level)
-        # all of a step but the network is linear, so it is enough to propagate the change of the state
+        # steps are linear except for the network, so it is enough to propagate the change of the state
         change: list[Tensor | None] = [None] * len(program[0].update)
         change = advance(program[start], change, size * difference if method == "perturbation" else difference, None)
         for j in range(start + 1, len(program)):

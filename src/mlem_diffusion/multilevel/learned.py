@@ -1,22 +1,24 @@
 """Inclusion probabilities learned by stochastic gradient descent, as functions of the noise level (arXiv:2603.24594).
 
-Minimised: L = |X - X_ref|^2 / dim, X the multilevel sample under independent coins per sample and X_ref the largest
-level's on the same grid, start and Brownian path, over the log-odds of p, at a fixed expected cost.
+The loss is L = |X - X_ref|^2 / dim. X is the multilevel sample with independent coins per sample. X_ref is the sample
+of the largest level on the same grid, start and Brownian path. L is minimised over the log-odds of p at a fixed
+expected cost.
 
-Gradient. Single out one coin c and let l(r) be the loss when its ratio B_c / p_c is r, everything else fixed. The score
-(B_c - p_c) / (p_c (1 - p_c)), with l(0) as its baseline (the loss had the coin not fired, which does not depend on B_c and
-is the best such baseline), and the derivative through the weight B_c / p_c sum to
+Gradient. Take one coin c, and let l(r) be the loss if its ratio B_c / p_c is r and everything else is fixed. The
+gradient has two terms: the score (B_c - p_c) / (p_c (1 - p_c)) times (l - baseline), and the derivative through the
+weight B_c / p_c. The baseline is l(0), the loss if the coin does not fire. It does not depend on B_c, and it is the
+best baseline that does not. The two terms sum to
 
     (B_c / p_c) [l(1/p_c) - l(0) - l'(1/p_c) / p_c],    whose mean over B_c gives    dE[L]/dp_c = -E[D_c],
     D_c = l(0) - l(1/p_c) + l'(1/p_c) / p_c = |d|^2 - 2 <e, d - a / p_c>
 
-(both products over dim): e is the error with the coin fired, d the change of the final image by its firing, a = dX/dr the
-forward-mode tangent. Where X is linear in r, D_c is |a|^2 / p_c^2: all noise that the other coins put into score and
-weight apart has cancelled. No approximation is made: the estimate is unbiased for any levels.
+(both products divided by dim). e is the error if the coin fires, d is the change of the final image by its firing, and
+a = dX/dr is the forward-mode tangent. If X is linear in r, D_c is |a|^2 / p_c^2: the noise of the other coins, which
+each of the two terms contains, cancels. There is no approximation: the estimate is unbiased for any levels.
 
-Every draw follows one random coin: three runs side by side (fired, not fired, reference) and the tangent, all forward in
-time, so memory does not grow with the number of steps. Coins are drawn with chances in proportion to what their log-odds
-change the cost by, which is what they change the error by at the optimum (there the two gradients are parallel).
+Every draw follows one random coin through three runs (fired, not fired, reference) and the tangent. All run forward in
+time, so memory does not grow with the number of steps. Coins are drawn in proportion to the derivative of the cost by
+their log-odds. At the optimum the derivative of the error is proportional to it, since the two gradients are parallel.
 """
 
 from __future__ import annotations
@@ -39,19 +41,20 @@ from ..diffusion.step_rules import Evaluation, step_rule_of
 from ..errors import UserError
 from .probabilities import evaluation_probabilities, telescope_weights
 
-_LEARN = 4  # a random stream of its own beside those of noise.py: whatever is judged later uses other numbers
-_CERTAIN = 0.99  # probabilities from here on are 1: next to no saving, and no variance left
-_CEILING = 5.0  # log-odds stay below, near enough to _CERTAIN to come back
-_COST_FLOOR = 0.01  # relative to the mean knot: how far a cost below is told from none
-_EXPLORE = 0.2  # share of the draws that is spread evenly over all coins
+_LEARN = 4  # a random stream apart from those of diffusion/brownian.py, so that evaluation uses other numbers
+_CERTAIN = 0.99  # larger probabilities become 1: almost no extra cost, and no variance
+_CEILING = 5.0  # upper bound of log-odds, close enough to _CERTAIN that a coin can become uncertain again
+_COST_FLOOR = 0.01  # share of the mean knot's cost that is added to the cost of each knot
+_EXPLORE = 0.2  # share of the draws that is uniform over all coins
 _RELATIVE_STEP = 1e-2  # of finite differences, relative to the image's norm
 
 
 @dataclass(frozen=True)
 class LearnedProbabilities:
-    """p: [n, K], n evaluations per run, p_1 = 1. The histories are of the probabilities before each update: loss with its
-    standard error (over paths), expected cost in FLOPs per image. flops: spent on learning, in all; a tangent counts as
-    one further evaluation. seconds: wall-clock."""
+    """Learned probabilities p [n, K] for the n evaluations of a run (p_1 = 1), and the history of learning.
+
+    loss, loss_se, cost: values before each update; the loss with its standard error over paths, and the expected cost
+    in FLOPs per image. flops: total of learning; a tangent counts as one more evaluation. seconds: wall-clock time."""
 
     p: np.ndarray
     loss: np.ndarray
@@ -81,16 +84,18 @@ def learn_probabilities(
     costs: Sequence[float] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LearnedProbabilities:
-    """Learn p [n, K] for independent coins at a wanted expected cost in FLOPs per image, from `start` ([K] or [n, K]).
-    costs [K]: per evaluation, in place of the levels' FLOPs (seconds, say), which are then the unit of `expected_flops` too.
+    """Learn p [n, K] for independent coins at a given expected cost in FLOPs per image, from `start` ([K] or [n, K]).
 
-    The log-odds of each level above the first are piecewise linear in log-SNR between `knots` evenly spread values. Adam
-    follows the gradient within the surface of equal cost; a shift common to all log-odds then restores the cost exactly. `rate`
-    is Adam's, falling to a tenth. Every iteration follows `paths` new Brownian paths with `draws` coin draws each. Raises UserError where no probabilities between p_min and 1 have the wanted cost, `start` does not fit or there is one level only.
+    costs [K]: cost per evaluation in place of the levels' FLOPs, for example in seconds; then the unit of
+    `expected_flops` too. The log-odds of each level above the first are piecewise linear in log-SNR between `knots`
+    evenly spaced values. Adam follows the gradient within the surface of equal cost; then a common shift of all
+    log-odds restores the cost exactly. rate: Adam's learning rate, which falls to a tenth. Every iteration follows
+    `paths` new Brownian paths with `draws` coin draws each. Raises UserError if no probabilities between p_min and 1
+    have this cost, if `start` does not fit, or if there is only one level.
     """
     check_family(family)
     if len(family) < 2:
-        raise UserError("Learning probabilities needs at least two levels: the first always runs.")
+        raise UserError("Learning probabilities needs at least two levels, since the first always runs.")
     began, device = time.perf_counter(), torch.device(device)
     program = step_rule_of(dynamics, step_rule).program(grid)
     odds = LogOdds(
@@ -121,7 +126,7 @@ def learn_probabilities(
 
 
 class LogOdds:
-    """Probabilities [n, K] from the log-odds phi [K-1, knots] of the levels above the first, and what they cost."""
+    """Probabilities [n, K] from the log-odds phi [K-1, knots] of the levels above the first, and their cost."""
 
     def __init__(self, logsnr: Sequence[float], flops: Sequence[float], knots: int, p_min: float) -> None:
         if knots < 2 or not 0 < p_min < _CERTAIN:
@@ -134,11 +139,13 @@ class LogOdds:
         self.floor = float(np.log(p_min / (1 - p_min)))
 
     def fit(self, start: np.ndarray) -> np.ndarray:
-        """The log-odds nearest to given probabilities [K] or [n, K]."""
+        """The log-odds phi nearest to the probabilities `start`, [K] or [n, K]."""
         p = np.asarray(start, dtype=np.float64)
         n, levels = len(self.hats), len(self.flops)
         if p.shape not in ((levels,), (n, levels)) or not np.all((p > 0) & (p <= 1)):
-            raise UserError(f"Probabilities to start from must be [{levels}] or [{n}, {levels}] in (0, 1].")
+            raise UserError(
+                f"Probabilities to start from must have shape [{levels}] or [{n}, {levels}], and values in (0, 1]."
+            )
         p = np.clip(np.broadcast_to(p, (n, levels))[:, 1:], self.p_min, 0.995)
         return np.linalg.lstsq(self.hats, np.log(p / (1 - p)), rcond=None)[0].T
 
@@ -146,49 +153,52 @@ class LogOdds:
         return 1 / (1 + np.exp(-(self.hats @ np.clip(phi, self.floor, _CEILING).T)))
 
     def table(self, phi: np.ndarray) -> np.ndarray:
-        """p [n, K] with p_1 = 1; nearly certain coins are made certain."""
+        """p [n, K] with p_1 = 1; probabilities of at least _CERTAIN become 1."""
         p = np.clip(self._odds(phi), self.p_min, 1)
         return np.concatenate([np.ones((len(p), 1)), np.where(p >= _CERTAIN, 1.0, p)], axis=1)
 
     def slope(self, phi: np.ndarray) -> np.ndarray:
-        """dp / d(log-odds) [n, K-1], of the probabilities before nearly certain ones are made certain."""
+        """dp / d(log-odds) [n, K-1], for the probabilities before nearly certain ones become 1."""
         p = self._odds(phi)
         return p * (1 - p)
 
     def cost(self, phi: np.ndarray) -> float:
-        """Exact expected FLOPs per image."""
+        """Expected FLOPs per image, exact."""
         return float(evaluation_probabilities(self.table(phi)).sum(axis=0) @ self.flops)
 
     def cost_slope(self, phi: np.ndarray) -> np.ndarray:
-        """d(cost) / d(log-odds) [n, K-1] of each coin, for cost sum_k T_k (p_k + p_{k+1} - p_k p_{k+1})."""
+        """d(cost) / d(log-odds) [n, K-1] of each coin, for the cost sum_k T_k (p_k + p_{k+1} - p_k p_{k+1})."""
         p = self.table(phi)
         above = np.concatenate([p[:, 2:], np.zeros((len(p), 1))], axis=1)
         below = p[:, :-1]
         return self.slope(phi) * (self.flops[1:] * (1 - above) + self.flops[:-1] * (1 - below))
 
     def direction(self, phi: np.ndarray, gradient: np.ndarray) -> np.ndarray:
-        """Uphill within the surface of equal cost, [K-1, knots], in units where 1 is "costs, but gains nothing".
+        """Ascent direction [K-1, knots] of the loss within the surface of equal cost.
 
-        Every knot's gradient is divided by its share of the cost, so it reads 1 - (gain per cost) / (the common one): free
-        of scale, with as much noise at every knot, and a knot that gains nothing keeps falling however little it costs.
+        Every knot's gradient is divided by its share of the cost. The result is 1 - (gain per cost) / (common gain per
+        cost); it is 1 for a knot that costs but gains nothing. It has no scale, the noise is equal at all knots, and a
+        knot without gain keeps falling even if it costs little.
         """
         cost = self.cost_slope(phi).T @ self.hats
         metric = 1 / (cost + _COST_FLOOR * cost.mean())
         price = -(metric * cost * gradient).sum() / (metric * cost**2).sum()
-        if not price > 0:  # a batch in which firing did more harm than good says nothing
+        if not price > 0:  # in this batch firing did more harm than good: no information
             return np.zeros_like(phi)
         return metric * (gradient / price + cost)
 
     def at_cost(self, phi: np.ndarray, wanted: float) -> np.ndarray:
-        """phi, shifted by one number to the wanted expected cost: its first crossing, since the cost falls again where
-        levels become certain and the ones below them are left out."""
+        """phi plus the smallest common shift that gives the expected cost `wanted`.
+
+        Several shifts may give it, since the cost falls again when a level becomes certain and lower levels no longer
+        run."""
         shifts = np.linspace(self.floor - phi.max(), _CEILING - phi.min(), 200)
         costs = np.array([self.cost(phi + s) for s in shifts])
         crossings = np.flatnonzero((costs[:-1] <= wanted) & (costs[1:] >= wanted))
         if len(crossings) == 0:
             raise UserError(
                 f"No probabilities from {self.p_min:g} to 1 cost {wanted:g} FLOPs per image; "
-                f"from here they reach {costs.min():g} to {costs.max():g}."
+                f"shifts of these probabilities reach {costs.min():g} to {costs.max():g}."
             )
         low, high = shifts[crossings[0]], shifts[crossings[0] + 1]
         for _ in range(60):
@@ -201,7 +211,7 @@ class LogOdds:
 
 
 class _Randomness:
-    """Start, Brownian increments and coins of one iteration, drawn as they are needed."""
+    """Start, Brownian increments and coins of one iteration, drawn on demand."""
 
     def __init__(self, seed: int, shape: tuple[int, ...], device: torch.device) -> None:
         self.shape, self.device = shape, device
@@ -215,7 +225,7 @@ class _Randomness:
         return self.uniforms.random((rows, len(p))) < p
 
     def choose(self, chances: np.ndarray, count: int) -> np.ndarray:
-        """`count` flat indices, each with these chances, spread evenly (systematic sampling) and shuffled."""
+        """`count` flat indices with probabilities in proportion to `chances`, by systematic sampling, shuffled."""
         places = (np.arange(count) + self.uniforms.random()) / count
         running = np.cumsum(chances.ravel())
         chosen = np.searchsorted(running, places * running[-1], side="right")
@@ -224,7 +234,7 @@ class _Randomness:
 
 @dataclass(frozen=True)
 class GradientEstimate:
-    """gradient: of E[L] by phi [K-1, knots]. loss: estimate of E[L], loss_se over paths."""
+    """Estimates of the gradient of E[L] by phi [K-1, knots], of E[L], and the loss's standard error over paths."""
 
     gradient: np.ndarray
     loss: float
@@ -240,7 +250,7 @@ def gradient_estimate(
     paths: int,
     draws: int,
 ) -> GradientEstimate:
-    """An unbiased estimate of the gradient (not yet within equal cost) and of the loss, from paths * draws coins."""
+    """Unbiased estimates of the loss and of its gradient (not projected on equal cost), from paths * draws coins."""
     p, slope, count = odds.table(phi), odds.slope(phi), paths * draws
     chances = odds.cost_slope(phi)
     chances = (1 - _EXPLORE) * chances / chances.sum() + _EXPLORE / chances.size
@@ -266,7 +276,7 @@ def gradient_estimate(
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What one coin does in each row, [R] each: the loss if it fires, the loss if not, and D_c."""
+    """The effect of one coin in each of R rows: the loss if it fires, the loss if not, and D_c, each [R]."""
 
     fired: np.ndarray
     unfired: np.ndarray
@@ -284,10 +294,11 @@ def follow_coins(
     noise: Callable[[int], Tensor],
     coins: Callable[[int], np.ndarray],
 ) -> Outcomes:
-    """Run row r with coin (step[r], level[r]) fired and not fired, all else equal, beside the reference of its path.
+    """Run each row r with coin (step[r], level[r]) fired and not fired, all else equal, and the reference of its path.
 
-    step, level: [R] (level 0 is the first, which has no coin), rows ordered by path, equally many each. x: starts
-    [paths, ...]. noise(j): standardised increment at evaluation j [paths, ...]. coins(j): coins of evaluation j [R, K].
+    step, level: [R]; level 0 is the first level, which has no coin. Rows are ordered by path, with equally many per
+    path. x: starts [paths, ...]. noise(j): standardised increments at evaluation j [paths, ...]. coins(j): coins of
+    evaluation j [R, K].
     """
     each = len(step) // len(x)
     empty: list[Tensor | None] = [None] * (len(program[0].update) - 1)
@@ -301,7 +312,7 @@ def follow_coins(
         tossed = coins(j) | (np.arange(p.shape[1]) == 0)
         tossed[at, level[at]] = True
         w, s = telescope_weights(p[None, j], tossed[None])[0], evaluation.logsnr
-        # fired and unfired runs are one until the coin's step; there they differ by difference / p, of derivative difference
+        # both runs agree before the coin's step; at it, their estimates differ by r * difference with r = 1 / p
         plain = networks.estimate(
             np.concatenate([w[until], w[after], own[at], top]),
             torch.cat([_at(fired)[until], _at(unfired)[after], _at(fired)[at], _at(reference)]),
@@ -327,7 +338,7 @@ def follow_coins(
 
 
 def _at(state: Sequence[Tensor | None]) -> Tensor:
-    """The image at which the network is evaluated, or the final one."""
+    """The image at which the network is evaluated, or the final image."""
     assert state[0] is not None
     return state[0]
 
@@ -337,10 +348,10 @@ def _mean(x: Tensor) -> np.ndarray:
 
 
 class Networks:
-    """A family's weighted estimates and their derivatives along an image, with a count of the FLOPs spent.
+    """A family's weighted estimates and their derivatives along an image; counts the FLOPs spent.
 
-    Derivatives are forward-mode where every level supports it (tried once, on noise, against finite differences), else
-    central finite differences. A derivative counts as one more evaluation, or two, of each network in it.
+    Derivatives use forward mode if every level supports it, which is tested once on noise against finite differences,
+    else central finite differences. A derivative counts as one more evaluation of each of its networks, or two.
     """
 
     def __init__(self, family: Sequence[Level], shape: tuple[int, ...], device: torch.device) -> None:
@@ -355,7 +366,7 @@ class Networks:
         return out
 
     def derivative(self, weights: np.ndarray, x: Tensor, v: Tensor, logsnr: float) -> tuple[Tensor, Tensor]:
-        """The estimate and its derivative along v [B, ...], row by row."""
+        """The estimate and its derivative along v [B, ...], for each row."""
         if not self.forward_mode:
             h = _difference_step(x, v)
             ends = [self.estimate(weights, x + sign * h * v, logsnr) for sign in (1, -1)]
@@ -368,13 +379,13 @@ class Networks:
 
 
 def _difference_step(x: Tensor, v: Tensor) -> Tensor:
-    """Step of finite differences along v, per row, in proportion to the image."""
+    """Step of finite differences along v for each row, in proportion to the norm of the image."""
     x_norm, v_norm = (torch.linalg.vector_norm(t.flatten(1), dim=1).clamp_min(1e-12) for t in (x, v))
     return expand(_RELATIVE_STEP * x_norm / v_norm, x)
 
 
 def _has_forward_mode(level: Level, shape: tuple[int, ...], device: torch.device) -> bool:
-    """Whether forward-mode differentiation of a level runs and agrees with finite differences to a tenth."""
+    """Whether forward-mode differentiation of a level runs and agrees with finite differences within 10%."""
     generator = torch.Generator(device=device).manual_seed(0)
     x, v = (torch.randn(2, *shape, generator=generator, device=device) for _ in range(2))
     noise_level = torch.zeros(2, device=device)

@@ -1,4 +1,4 @@
-"""Checks before anything is sampled: does every level keep the contract, and does the telescope sum to the top level?"""
+"""Checks before sampling: every level satisfies the contract, and the telescope sums to the largest level."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..diffusion.ledger import Ledger
 from ..diffusion.level import Level
 from .estimators import Multilevel
 
-REPEAT_TOLERANCE = 1e-5  # relative: kernels of a GPU may add in another order
+REPEAT_TOLERANCE = 1e-5  # relative; GPU kernels may sum in another order
 BATCH_TOLERANCE = 1e-4
-Z_LIMIT = 4.0  # |z| beyond it has a chance of 6e-5
+Z_LIMIT = 4.0  # |z| exceeds it with probability 6e-5
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One plain sentence or two, with severity "error", "warning" or "ok"."""
+    """A message of one or two sentences, with severity "error", "warning" or "ok"."""
 
     severity: str
     text: str
@@ -28,8 +28,10 @@ class Finding:
 
 @torch.no_grad()
 def check_contract(family: Sequence[Level], x: Tensor, logsnr: float) -> list[Finding]:
-    """Errors of levels on states x [B, ...] at one noise level: shape, dtype, finite values, the input left as it is, the same
-    output for the same input, and for the same sample in another batch. At most one finding per level."""
+    """Violations of the level contract on states x [B, ...] at one noise level; at most one finding per level.
+
+    The contract: shape, dtype, finite values, an unchanged input, the same output for the same input, and the same
+    output for the same sample in another batch."""
     noise_level = torch.full((len(x),), logsnr, dtype=torch.float32, device=x.device)
     found = [_broken(level, x, noise_level) for level in family]
     return [finding for finding in found if finding is not None]
@@ -42,39 +44,38 @@ def _broken(level: Level, x: Tensor, logsnr: Tensor) -> Finding | None:
         shape = list(first.shape) if isinstance(first, Tensor) else type(first).__name__
         return Finding("error", f"{level.name} returns {shape} for images {list(x.shape)}: it must keep their shape.")
     if first.dtype != torch.float32:
-        return Finding(
-            "error", f"{level.name} returns {first.dtype}, not torch.float32: add .float() to what it returns."
-        )
+        return Finding("error", f"{level.name} returns {first.dtype}, not torch.float32: add .float() to its output.")
     if not torch.isfinite(first).all():
-        return Finding("error", f"{level.name} returns values that are not finite {where}: look for a division there.")
+        return Finding("error", f"{level.name} returns values that are not finite {where}: check its divisions.")
     if not torch.equal(given, x):
-        return Finding("error", f"{level.name} changes the images that it is given: let it work on a copy.")
-    first = first.clone()  # a level may hand out the same memory twice
+        return Finding("error", f"{level.name} changes its input images: let it work on a copy.")
+    first = first.clone()  # a level may return the same memory at every call
     again = _deviation(level.denoise(given, logsnr), first)
     if again > REPEAT_TOLERANCE:
         return Finding(
             "error",
-            f"{level.name} gives another output for the same input {where} (relative difference {again:.1e}): "
-            f"put the network in eval mode and take random numbers out of it.",
+            f"{level.name} gives different outputs for the same input {where} (relative difference {again:.1e}): "
+            f"put the network in eval mode and remove random numbers from it.",
         )
     parts = torch.cat([level.denoise(x[a:b].clone(), logsnr[a:b]).clone() for a, b in ((0, 1), (1, len(x))) if b > a])
     apart = _deviation(parts, first)
     if apart > BATCH_TOLERANCE:
         small = apart < 1e-2
         why = (
-            "fine only while the levels differ by much more; run it in float32 otherwise"
+            "acceptable only if the levels differ by much more; otherwise run it in float32"
             if small
-            else "put batch norms in eval mode, and let no sample see another"
+            else "put batch norms in eval mode, and let no sample depend on another"
         )
         return Finding(
             "warning" if small else "error",
-            f"{level.name} gives a sample another output in another batch {where} (relative difference {apart:.1e}): {why}.",
+            f"{level.name} gives a sample a different output in another batch {where} "
+            f"(relative difference {apart:.1e}): {why}.",
         )
     return None
 
 
 def _deviation(a: Tensor, b: Tensor) -> float:
-    """Largest root mean square difference of a sample, relative to the root mean square of b; inf where not finite."""
+    """Largest root-mean-square difference of a sample, relative to the root mean square of b; inf if not finite."""
     scale = float(b.double().square().mean().sqrt())
     value = float((a.double() - b.double()).square().flatten(1).mean(1).max().sqrt()) / max(scale, 1e-12)
     return value if np.isfinite(value) else float("inf")
@@ -82,12 +83,13 @@ def _deviation(a: Tensor, b: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Telescope:
-    """Does the multilevel estimate have the top level as its mean? One noise level, p_k = 1/2 for k >= 2, independent coins.
+    """Result of the check that the multilevel estimate has mean f^K, the output of the largest level.
 
-    rounding: |sum_k Y_k - f^K| in the dtype of the levels, gather: |estimate - sum_k w_k f^k| with the networks evaluated on
-    full batches; both root mean squares of the worst image, relative to f^K. bias_z [K-1]: for k >= 2 the mean over coins of
-    <estimate - f^K, Y_k>, in standard errors. size_z: the mean of |estimate - f^K|^2 - sum_k (1/p_k - 1) |Y_k|^2, likewise.
-    ledger: whether it counted exactly the evaluations of non-zero weights. draws: coin draws.
+    The check uses one noise level, independent coins and p_k = 1/2 for k >= 2. rounding: |sum_k Y_k - f^K| in the dtype
+    of the levels. gather: |estimate - sum_k w_k f^k| with the networks evaluated on full batches. Both are root mean
+    squares of the worst image, relative to f^K. bias_z [K-1]: for k >= 2, the mean over coins of <estimate - f^K, Y_k>,
+    in standard errors. size_z: the mean of |estimate - f^K|^2 - sum_k (1/p_k - 1) |Y_k|^2, in standard errors. ledger:
+    whether the ledger counted exactly the evaluations of non-zero weights. draws: number of coin draws.
     """
 
     logsnr: float
@@ -108,7 +110,7 @@ class Telescope:
 def check_telescope(
     family: Sequence[Level], x: Tensor, logsnr: float, draws: int = 256, batch: int = 64, p: float = 0.5
 ) -> Telescope:
-    """Draw coins for states x [B, ...] in turn and estimate through estimators.Multilevel, gathering included."""
+    """Run the check with coin draws for the states x [B, ...] in turn, through estimators.Multilevel."""
     noise_level = torch.full((len(x),), logsnr, dtype=torch.float32, device=x.device)
     outputs = torch.stack([level.denoise(x, noise_level).clone() for level in family])
     y = torch.cat([outputs[:1], outputs[1:] - outputs[:-1]])
@@ -129,7 +131,7 @@ def check_telescope(
         projections.append((error * own).mean(2).cpu().numpy())
         expected = (1 / p - 1) * own.square().mean(2).sum(0)
         sizes.append((error.square().mean(1) - expected).cpu().numpy())
-    # float32 rounding of outputs of this size is no deviation, even where the coins leave no variance
+    # float32 rounding of outputs of this size is no deviation, even if the coins leave no variance
     rms = [float(differences[k].square().mean().sqrt()) for k in range(len(differences))]
     floor = 1e-6 * float(top.square().mean().sqrt())
     bias = [_z(values, floor * r) for values, r in zip(np.concatenate(projections, axis=1), rms, strict=True)]
@@ -138,7 +140,7 @@ def check_telescope(
 
 
 def _z(values: np.ndarray, floor: float) -> float:
-    """Mean in standard errors, which are not taken below `floor`."""
+    """Mean in units of its standard error, which is at least `floor`."""
     if not np.isfinite(values).all():
         return float("inf")
     return float(values.mean() / max(values.std(ddof=1) / np.sqrt(len(values)), floor, 1e-300))
@@ -147,19 +149,21 @@ def _z(values: np.ndarray, floor: float) -> float:
 def telescope_finding(check: Telescope) -> Finding:
     worst = max([abs(v) for v in check.bias_z] + [0.0])
     figures = (
-        f"over {check.draws} coin draws at log-SNR {check.logsnr:.1f} the mean of the multilevel estimate is {worst:.1f} "
-        f"standard errors from the largest level, its variance {abs(check.size_z):.1f} from the predicted one"
+        f"over {check.draws} coin draws at log-SNR {check.logsnr:.1f} the mean of the multilevel estimate is "
+        f"{worst:.1f} standard errors from the largest level, "
+        f"and its variance {abs(check.size_z):.1f} from the predicted one"
     )
     if check.holds:
         return Finding("ok", f"The telescope holds: {figures}.")
     if check.gather > BATCH_TOLERANCE:
-        why = f"networks give a sample another output in a smaller batch (relative difference {check.gather:.1e})"
+        why = f"networks give a sample a different output in a smaller batch (relative difference {check.gather:.1e})"
     elif not check.ledger:
-        why = "the ledger has not counted the evaluations made"
+        why = "the ledger did not count exactly the evaluations made"
     elif check.rounding > 1e-4:
         why = (
-            f"the differences do not sum to the largest level (relative {check.rounding:.1e}): outputs of low precision"
+            f"the differences do not sum to the largest level (relative difference {check.rounding:.1e}): "
+            f"the outputs have low precision"
         )
     else:
-        why = "beyond 4 is no accident: a level is not a function of its input alone"
+        why = "more than 4 is no accident: the output of a level depends on more than its input"
     return Finding("error", f"The telescope does not hold: {figures}; {why}.")

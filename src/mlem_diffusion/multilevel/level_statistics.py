@@ -1,4 +1,4 @@
-"""LevelStatistics of the differences Y_k = f^k - f^{k-1} (f^0 = 0) along the top level's own trajectories."""
+"""Statistics of the differences Y_k = f^k - f^{k-1} (f^0 = 0) along the largest level's own trajectories."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class LevelStatistics:
-    """What was measured, float64. K levels, N samples, S noise levels (ascending log-SNR). Images in [-1, 1].
+    """Measured statistics, float64: K levels, N samples, S noise levels (ascending log-SNR), images in [-1, 1].
 
-    Everything per sample is kept, since one sample's differences at different noise levels belong together: standard errors are over
-    samples, also of what is pooled over noise levels.
+    Values are stored per sample, since the differences of one sample at different noise levels are dependent. Standard
+    errors are over samples, also for values pooled over noise levels.
     """
 
     names: list[str]
     flops: np.ndarray  # [K] T_k, FLOPs per evaluation of one image
     seconds: np.ndarray  # [K] seconds per evaluation of one image, at the batch size of the measurement (median)
     logsnr: np.ndarray  # [S]
-    weights: np.ndarray  # [S] sum 1: Process.drift_weights
-    pairs: np.ndarray  # [K + 1, K, N, S] at [i, j - 1]: mean over pixels of (f^j - f^i)^2, i < j, f^0 = 0; else 0
+    weights: np.ndarray  # [S] Process.drift_weights, with sum 1
+    pairs: np.ndarray  # [K + 1, K, N, S] [i, j - 1]: mean over pixels of (f^j - f^i)^2 if i < j, else 0; f^0 = 0
     signed: np.ndarray  # [K, N, S] mean over pixels of Y_k
     spread: np.ndarray  # [K, S] variance of Y_k over samples, mean over pixels
-    top_spread: np.ndarray  # [S] the same of f^K itself
+    top_spread: np.ndarray  # [S] variance of f^K itself over samples, mean over pixels
 
     @property
     def firing_costs(self) -> np.ndarray:
-        """c_k [K] in FLOPs per image: a fired coin evaluates f^k and f^{k-1}, except that level 1 runs anyway."""
+        """Cost c_k [K] of one firing in FLOPs per image: it runs f^k and f^{k-1}, except that f^1 runs anyway."""
         return np.array([firing_cost(self.flops, k - 1, k) for k in range(len(self.flops))])
 
     @property
@@ -51,45 +51,45 @@ class LevelStatistics:
 
     @property
     def mean_square(self) -> np.ndarray:
-        """V_k [K, S]."""
+        """V_k, the mean of Y_k^2 over pixels and samples [K, S]."""
         return self.square.mean(1)
 
     @property
     def pooled(self) -> np.ndarray:
-        """Each sample's squares pooled over noise levels [K, N]."""
+        """Mean over pixels of Y_k^2, pooled over noise levels [K, N]."""
         return self.square @ self.weights
 
     def label(self, k: int) -> str:
-        """Y_k in words."""
+        """Name of Y_k, such as "w8 - w4"."""
         return f"{self.names[k]} - {self.names[k - 1]}" if k else self.names[0]
 
 
 def firing_cost(flops: np.ndarray, low: int, high: int) -> float:
-    """FLOPs of one evaluation of f^high - f^low (positions in `flops`; low = -1 for nothing) where position 0 always runs."""
+    """FLOPs of one f^high - f^low (positions in `flops`; low = -1 stands for f^0 = 0); position 0 always runs."""
     return float(flops[high] + (flops[low] if low > 0 else 0.0))
 
 
 def standard_error(values: np.ndarray) -> np.ndarray:
-    """Of the mean over the second axis: [K, N, ...] -> [K, ...]; 0 for one sample."""
+    """Standard error of the mean over the second axis, [K, N, ...] -> [K, ...]; 0 for one sample."""
     n = values.shape[1]
     return values.std(1, ddof=1) / np.sqrt(n) if n > 1 else np.zeros_like(values[:, 0])
 
 
 def kurtosis(square: np.ndarray) -> np.ndarray:
-    """3 E[q^2] / E[q]^2 over samples, for q = |Y|^2 per sample [K, N, ...] -> [K, ...]; nan where Y = 0.
+    """3 E[q^2] / E[q]^2 over samples, for q = |Y|^2 per sample [K, N, ...] -> [K, ...]; nan if Y = 0.
 
-    It is E[s^4] / E[s^2]^2 for the projection s = <u, Y> on a Gaussian direction u, with the average over u taken exactly; 3 where all
-    samples' differences are of one size, up to 3 N where one sample has it all. ML-EM draws one coin per image and pays for the
-    whole image's |Y|^2, so tails over samples are what makes V, and with it p and the predicted error, untrustworthy; tails
-    over the pixels of an image (edges) average out in |Y|^2 and do no harm, so pixels are not pooled. Moments are about
-    zero, not about the mean, since the coin multiplies Y itself.
+    This is E[s^4] / E[s^2]^2 for the projection s = <u, Y> on a Gaussian direction u, averaged exactly over u. It is 3
+    if the differences of all samples have the same size, and 3 N if only one sample has a difference. ML-EM draws one
+    coin per image, and its error grows with |Y|^2 of the image. So heavy tails over samples make V unreliable, and with
+    it p and the predicted error. Tails over the pixels of an image (edges) average out in |Y|^2 and do no harm, so
+    pixels are not pooled. The moments are about zero, not about the mean, since the coin multiplies Y itself.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         return 3 * (square**2).mean(1) / square.mean(1) ** 2
 
 
 class _Observed(Estimator):
-    """The top level as a estimator; at chosen evaluations all levels are run on the state and handed to `visit`."""
+    """The largest level as an estimator; `visit` makes each estimate and runs all levels at chosen evaluations."""
 
     def __init__(self, family: Sequence[Level], visit: Callable[[int, Tensor, float, Ledger], Tensor]):
         self._family, self._visit = list(family), visit
@@ -123,10 +123,10 @@ def measure(
     batch: int = 64,
     progress: Progress | None = None,
 ) -> tuple[LevelStatistics, Ledger]:
-    """Run the top level's trajectories of these seeds at `steps` noise levels, and all levels on every visited state.
+    """Run the largest level's trajectories of these seeds on `steps` noise levels; run all levels on each state.
 
-    A rule that evaluates twice at a noise level is watched at the later one. States and outputs are held one noise level and one
-    batch at a time. The ledger counts every evaluation made.
+    If a step rule evaluates twice at a noise level, the later evaluation is measured. Memory: the states and outputs of
+    one noise level and one batch. The ledger counts every evaluation.
     """
     grid = process.grid(steps)
     visits = {e.logsnr: j for j, e in enumerate(step_rule_of(dynamics, step_rule).program(grid))}
@@ -134,7 +134,7 @@ def measure(
     logsnr = np.array(sorted(visits))
     k, n, s = len(family), len(seeds), len(logsnr)
     pairs, signed = np.zeros((k + 1, k, n, s)), np.zeros((k, n, s))
-    # sums over samples, per pixel: of the differences, and of the largest level
+    # sums over samples, per pixel, of the differences and of the largest level
     total = torch.zeros(k + 1, s, *shape, dtype=torch.float64, device=device)
     timings: list[list[float]] = [[] for _ in family]
     done = 0
@@ -179,7 +179,7 @@ def measure(
 
 
 def _mean(values: Tensor) -> np.ndarray:
-    """Over pixels: [B, ...] -> [B]."""
+    """Mean over pixels, [B, ...] -> [B]."""
     return values.flatten(1).mean(1).cpu().numpy()
 
 

@@ -96,7 +96,7 @@ def choose(found: Sequence[Plan], *, cost: float | None = None, error: float | N
 
 
 def save_plans(path: Path, plans: Sequence[tuple[Plan, Mapping[str, Any]]], **facts: Any) -> None:
-    """Write plans.json (readable, with further facts about each plan), and the tables to an npz file of the same name."""
+    """Write plans.json (readable, with further facts about each plan), and the tables to an npz file beside it."""
     described = []
     for plan, more in plans:
         values = {k: v for k, v in asdict(plan).items() if k != "table"}

@@ -8,11 +8,11 @@ A_kj (gains.py):
     any coins           E (sum_kj (B_kj/p_kj - 1) s_kj)^2
     quadrature          E (sum_kj (W_kj - 1) s_kj)^2        fixed weights W, most of them zero
 
-k runs over the differences of neighbouring *used* levels. A plan minimises added error + price * cost for a price per
-FLOP. Error and cost are sums over these differences, except for shared evaluations. So the best levels for a price are
-a shortest path from "nothing" to the largest used level. The length of an edge (a, b) is the smallest error + price *
-cost of an estimate of f^b - f^a. Single levels (EM with one network) and stitched schedules (a difference that is used
-from some step on) are such paths too.
+k runs over the differences of neighbouring *used* levels. A plan minimises (added error + price * cost) for a price per
+FLOP. Both terms are sums over these differences, except for shared evaluations. So the best levels for a price are a
+shortest path from "nothing" to the largest used level. The length of an edge (a, b) is the smallest sum of both terms
+over all estimates of f^b - f^a. Single levels, plain EM and stitched schedules (a difference that is used from some
+step on) are such paths too.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Option:
     table: np.ndarray
     fires: float
     added: float
-    certain: bool = False  # weight 1 at every firing: a lower level that is the base is not run there
+    certain: bool = False  # weight 1 at every firing, so that a lower level that is the base does not run
 
 
 def fill(density: np.ndarray, total: float) -> np.ndarray:
@@ -144,11 +144,10 @@ def _residual(chosen: np.ndarray, total: np.ndarray, fit: np.ndarray) -> float:
 
 
 def independent_probabilities(gains: np.ndarray, costs: np.ndarray, price: float) -> np.ndarray:
-    """p [n, K] that minimise sum_kj A_kj (1/p_kj - 1) + price * expected cost, for gains A [K, n], costs T [K]; p_1 =
-    1.
+    """p [n, K] that minimise sum_kj A_kj (1/p_kj - 1) + price * expected cost, with p_1 = 1.
 
-    If coins k and k+1 both fire, they share network k and its cost counts once. So the optimal p_k depends on its
-    neighbours:
+    gains: A [K, n]. costs: T [K]. If coins k and k+1 both fire, they share network k, and its cost counts once. So the
+    optimal p_k depends on its neighbours:
 
         p_k = min(1, sqrt(A_k / (price [T_k (1 - p_{k+1}) + T_{k-1} (1 - p_{k-1})])))
 
@@ -156,7 +155,8 @@ def independent_probabilities(gains: np.ndarray, costs: np.ndarray, price: float
     levels up to some m always fire, so that of these levels only f^m is run.
     """
     levels, n = gains.shape
-    gains = np.maximum(gains, 1e-3 * gains.mean(axis=1, keepdims=True))  # no gain is exactly zero: a measured zero only means few seeds
+    # a measured gain of zero is not trusted, since few seeds may miss a small gain
+    gains = np.maximum(gains, 1e-3 * gains.mean(axis=1, keepdims=True))
     best, lowest = np.ones((n, levels)), np.full(n, np.inf)
     for certain in range(1, levels + 1):
         p = np.ones((n, levels))
@@ -222,11 +222,11 @@ def plans(
     out: list[Plan] = []
     for done, (steps, logsnr) in enumerate(grids.items()):
         tops = [t for t in range(base or 0, len(costs)) if (t, steps) in own_errors]
-        there = effects.on(logsnr)
-        planner = Planner(there, method, costs)
+        on_grid = effects.on(logsnr)
+        planner = Planner(on_grid, method, costs)
         for top in tops:
             own = own_errors[top, steps]
-            for price in price_range(there, costs) if prices is None else prices:
+            for price in price_range(on_grid, costs) if prices is None else prices:
                 plan = planner.plan(top, float(price), base)
                 out.append(replace(plan, steps=steps, predicted=own + (plan.added or 0.0)))
         if progress:
@@ -249,8 +249,8 @@ def plan_for_cost(
     costs = effects.flops if costs is None else np.asarray(costs, dtype=np.float64)
     found: list[Plan] = []
     for steps, logsnr in grids.items():
-        there = effects.on(logsnr)
-        planner, prices = Planner(there, method, costs), price_range(there, costs)
+        on_grid = effects.on(logsnr)
+        planner, prices = Planner(on_grid, method, costs), price_range(on_grid, costs)
         for top in range(base or 0, len(costs)):
             if (top, steps) not in own_errors:
                 continue
@@ -301,7 +301,7 @@ class Planner:
         return self.gains[key]
 
     def _edge(self, low: int, high: int, price: float, base: bool) -> tuple[float, Option | None]:
-        """Error + price * cost of estimating f^high - f^low, and the chosen option; base: f^low runs at every evaluation."""
+        """Smallest (error + price * cost) of f^high - f^low, and its option. base: f^low runs at every evaluation."""
         key = (low, high, price, base)
         if key not in self.edges:
             self.edges[key] = self._priced_edge(*key)
@@ -320,7 +320,8 @@ class Planner:
                 self.options[key] = systematic_options(difference, self.counts)
             else:
                 self.options[key] = quadrature_options(difference, self.counts, self.seeds)
-        saved = self.costs[low] if base else 0.0  # if f^low is the base, a certain option does not run it at its firings
+        # if f^low is the base, a certain option does not run it at its firings
+        saved = self.costs[low] if base else 0.0
         totals = [o.added + price * o.fires * (unit - saved * o.certain) for o in self.options[key]]
         best = int(np.argmin(totals))
         return totals[best], self.options[key][best]

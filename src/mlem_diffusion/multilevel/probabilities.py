@@ -85,8 +85,8 @@ def telescope_weights(p: np.ndarray, coins: np.ndarray) -> np.ndarray:
 def evaluation_probabilities(p: np.ndarray, nested: bool = False) -> np.ndarray:
     """P(w_k != 0) [n, K]: the probability that network k is evaluated at a step.
 
-    Coins are independent between levels, or nested. Network k runs if coin k or coin k+1 fires. The exception: if both
-    fire and p_k = p_{k+1}, the two terms of w_k cancel.
+    nested: whether coins are nested; else they are independent between levels. Network k runs if coin k or coin k+1
+    fires, unless both fire and p_k = p_{k+1}: then the two terms of w_k cancel.
     """
     following = np.concatenate([p[:, 1:], np.zeros_like(p[:, :1])], axis=1)
     both = np.minimum(p, following) if nested else p * following

@@ -1,1 +1,1 @@
-"""Exponents of cost against error on a problem whose answer is known."""
+"""Exponents of cost against error on a problem with a known solution."""

@@ -1,4 +1,4 @@
-"""What rates.json holds: exponents with intervals, the study of the step size, and whether the rates are as claimed."""
+"""The content of rates.json: exponents with intervals, the step-size study, and checks of the claimed rates."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ..errors import UserError
 from ..multilevel.probabilities import evaluation_probabilities
 from .settings import RateSetting, model_errors, predicted_exponent
 
-TOLERANCE = 0.35  # of an exponent around the predicted one
-GAP = 0.5  # by which EM's and ML-EM's exponents differ at least
-DECADES = 2.0  # of error that both are fitted over
-AGREEMENT = 0.1  # relative difference allowed between the jump process and ML-EM with a small step
-MIN_POINTS = 4  # of a fit
+TOLERANCE = 0.35  # largest deviation of an exponent from its prediction
+GAP = 0.5  # smallest difference between the exponents of EM and ML-EM
+DECADES = 2.0  # fewest decades of error in both fits
+AGREEMENT = 0.1  # largest relative difference between the jump process and ML-EM with a small step
+MIN_POINTS = 4  # fewest points in a fit
 Errors = Mapping[RateSetting, np.ndarray]  # squared errors [replicates] by setting
 
 
 @dataclass(frozen=True)
 class Exponent:
-    """Slope of log cost against log error, its 95% interval, and the same slope in the coarse and the fine half."""
+    """Slope of log cost against log error, its 95% interval, and the slopes of the coarse and the fine half."""
 
     exponent: float
     interval: tuple[float, float]
@@ -32,7 +32,7 @@ class Exponent:
 
 
 def slope(errors: np.ndarray, costs: np.ndarray) -> tuple[float, float]:
-    """Least-squares slope and intercept of log cost [points] on log error [points]."""
+    """Return the least-squares slope and intercept of log cost [points] on log error [points]."""
     x, y = np.log(errors), np.log(costs)
     centred = x - x.mean()
     found = float(centred @ y / (centred @ centred))
@@ -40,11 +40,11 @@ def slope(errors: np.ndarray, costs: np.ndarray) -> tuple[float, float]:
 
 
 def fit_exponent(costs: np.ndarray, squared: np.ndarray, draws: int, seed: int) -> Exponent:
-    """Exponent from costs [points] and squared errors [points, replicates] at fresh replicates.
+    """Fit the exponent to costs [points] and squared errors [points, replicates] of fresh replicates.
 
-    The interval is a percentile bootstrap that resamples the replicates (whole columns: all points share their families
-    and paths) and, in the same draw, the points: sampling noise and the unevenness of a frontier over whole levels are
-    both in it. The bias of a finite range against the limit of small errors is not.
+    The interval is a percentile bootstrap. Each draw resamples the replicates (by column, since all points share their
+    families and paths) and the points. It covers sampling noise and the unevenness of a frontier over integer levels,
+    but not the bias of a finite range against the limit of small errors.
     """
     if len(costs) < MIN_POINTS:
         raise UserError(f"An exponent needs at least {MIN_POINTS} points; widen the range of target errors.")
@@ -69,9 +69,11 @@ def fit_exponent(costs: np.ndarray, squared: np.ndarray, draws: int, seed: int) 
 def exponent_entry(
     settings: Sequence[RateSetting], squared: Errors, constants: np.ndarray, draws: int, seed: int
 ) -> dict:
-    """One method at one gamma for rates.json, over the replicates that all its settings were run on: the measured
-    exponent beside the predicted limit, and beside the exponent that the error model expects for these very settings,
-    which differs from the limit by the finite range alone."""
+    """Return the rates.json entry of one method at one gamma, over the replicates common to all its settings.
+
+    It has the measured exponent, the predicted limit, and the exponent that the error model expects for these settings.
+    The last two differ only because the range of errors is finite.
+    """
     method, gamma = settings[0].method, settings[0].gamma
     costs = np.array([s.cost for s in settings])
     count = min(len(squared[s.run]) for s in settings)
@@ -97,8 +99,11 @@ def exponent_entry(
 
 
 def towards_limit(gamma: float, constants: np.ndarray) -> list[dict[str, Any]]:
-    """Exponents of ML-EM that the error model expects over seven octaves of error each, down to 2^-25: how far the range
-    that can be simulated is from the limit. Steps, top levels and fires on fine grids, nested in nothing."""
+    """Return the exponents of ML-EM that the error model expects over seven octaves of error each, down to 2^-25.
+
+    They show how far the range of the simulations is from the limit. Steps, top levels and fires are on fine grids,
+    which need not divide the grid of a Brownian path.
+    """
     out = []
     for coarsest in (-4, -11, -18):
         octaves = np.arange(coarsest, coarsest - 7.1, -0.5)
@@ -109,7 +114,7 @@ def towards_limit(gamma: float, constants: np.ndarray) -> list[dict[str, Any]]:
 
 
 def _least_cost(gamma: float, constants: np.ndarray, octave: float) -> float:
-    """Least expected cost of ML-EM with an error of 2^octave by the error model."""
+    """Return the least expected cost of ML-EM with an error of at most 2^octave in the error model."""
     best, fires = np.inf, 2.0 ** np.arange(-2, 12, 0.5)
     for n in 2.0 ** np.arange(-octave + 1, -octave + 6, 0.5):
         for top in range(max(2, int(-octave) - 1), int(-octave) + 6):
@@ -124,7 +129,7 @@ def _least_cost(gamma: float, constants: np.ndarray, octave: float) -> float:
 
 
 def bars(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Whether EM and ML-EM at one gamma > 2 have the claimed exponents, over enough decades, and differ enough."""
+    """Check at one gamma > 2 that EM and ML-EM have the claimed exponents, over enough decades and with a large gap."""
     em, ml_em = entries["em"], entries["ml_em"]
     checks = {
         "em": abs(em["exponent"] - em["predicted"]) <= TOLERANCE,
@@ -138,10 +143,10 @@ def bars(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def step_size_entry(
     curves: Mapping[str, Sequence[RateSetting]], jumps: Sequence[RateSetting], squared: Errors
 ) -> dict[str, Any]:
-    """Error and cost against the number of steps at fixed expected fires, and the jump process beside its neighbour.
+    """Return error and cost against the number of steps at fixed expected fires, and `agreement` of each jump process.
 
-    `order` is the slope of log error against log n over n >= 1024: -1 is a method that needs h ~ error, 0 one whose error
-    does not depend on h.
+    `order` is the slope of log error against log n over n >= 1024. It is -1 for a method that needs h ~ error, and 0 if
+    the error does not depend on h.
     """
     out: dict[str, Any] = {"gamma": 2.5, "curves": {}, "agreement": []}
     for name, settings in curves.items():
@@ -158,7 +163,7 @@ def step_size_entry(
 
 
 def agreement(jump: RateSetting, near: RateSetting, squared: Errors) -> dict[str, Any]:
-    """Ratios (jump process / ML-EM over the base at its smallest step) of RMS error, with a 95% interval, and of cost."""
+    """Return the ratios of RMS error, with 95% interval, and of cost: jump process / ML-EM over f^0, smallest step."""
     first, second = squared[jump.run], squared[near.run]
     count = min(len(first), len(second))
     first, second = first[:count], second[:count]
@@ -183,13 +188,13 @@ def _row(setting: RateSetting, squared: Errors) -> dict[str, Any]:
 
 
 def rms(squared: np.ndarray) -> tuple[float, float]:
-    """RMS error and its standard error from squared errors [replicates]."""
+    """Return the RMS error and its standard error from squared errors [replicates]."""
     error = float(np.sqrt(squared.mean()))
     return error, float(squared.std(ddof=1) / np.sqrt(len(squared)) / (2 * error)) if len(squared) > 1 else 0.0
 
 
 def point(setting: RateSetting, squared: Errors, dynamics: str) -> dict[str, Any]:
-    """One line of rates.csv."""
+    """Return one line of rates.csv."""
     error, se = rms(squared[setting.run])
     return {
         "dynamics": dynamics,

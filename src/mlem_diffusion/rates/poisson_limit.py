@@ -1,4 +1,4 @@
-"""The Poisson limit of ML-EM as its own integrator, on the problem of `synthetic`: events, and no time step."""
+"""The Poisson limit of ML-EM as an integrator with events instead of time steps, for the problem in problem.py."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from .problem import CHUNK, DAMPING, DIMENSION, EVENTS, ROTATION, Replicates, di
 
 @dataclass(frozen=True)
 class Rates:
-    """Firing rates lambda [K] of levels 1..K (expected fires over [0, 1]) of the jump process; `key` names its events."""
+    """Expected fires lambda [K] of levels 1..K over [0, 1] in the jump process; `key` seeds its events."""
 
     rates: tuple[float, ...]
     key: tuple[int, ...] = ()
 
 
-_DECAY = complex(DAMPING, -ROTATION)  # A x is -_DECAY (x_1 + i x_2): the jump process counts in complex numbers
+_DECAY = complex(DAMPING, -ROTATION)  # A x is -_DECAY (x_1 + i x_2): the jump process uses complex numbers
 
 
 def jump_process(replicates: Replicates, settings: Sequence[Rates]) -> np.ndarray:
-    """X(1) [S, d, P] of the Poisson limit of ML-EM, with no time step at all.
+    """Return X(1) [S, d, P] of the Poisson limit of ML-EM, without time steps.
 
     Level k fires after exponential waiting times of rate lambda_k and moves the path by (f^k - f^{k-1})(X, t) /
-    lambda_k; in between the path follows f^0 = A x and the Brownian motion, whose solution is known: X(t) = e^(A t) V +
-    s Y(t), where V changes at events only and Y, which solves dY = A Y dt + dW, does not depend on the levels.
+    lambda_k. Between events the path follows f^0 = A x and the Brownian motion, with the exact solution
+    X(t) = e^(A t) V + s Y(t). V changes only at events. Y solves dY = A Y dt + dW and does not depend on the levels.
     """
     count = replicates.count
     y_grid = _linear_response(replicates) if replicates.noise else None
@@ -54,10 +54,10 @@ def jump_process(replicates: Replicates, settings: Sequence[Rates]) -> np.ndarra
 
 
 def _draw_events(rng: np.random.Generator, setting: Rates, count: int) -> tuple[np.ndarray, ...]:
-    """Waiting times, levels, 1 / rates and complex normals of the next events, each [CHUNK, P].
+    """Draw waiting times, levels, 1 / rates and complex normals of the next events, each [CHUNK, P].
 
-    Independent exponential clocks are one clock of the summed rate whose events belong to level k with chance
-    lambda_k / sum lambda.
+    Independent exponential clocks are equivalent to one clock with the sum of their rates, whose events belong to level
+    k with probability lambda_k / sum lambda.
     """
     rates = np.array(setting.rates)
     wait = rng.exponential(1 / rates.sum(), (CHUNK, count))
@@ -77,14 +77,14 @@ def _fire(
     move: np.ndarray,
     normal: np.ndarray,
 ) -> None:
-    """Bring every row to its next event and let it jump; rows that have passed t = 1 stay as they are. Changes `state`."""
+    """Move each row in `state` to its next event and apply the jump; rows past t = 1 do not jump."""
     v, y, clock = state
     t = clock + wait
     at = np.minimum(t, 1.0)
     turn = np.exp(-_DECAY * at)
     z = turn * v
     if y_grid is not None:
-        # Y at the event: a Brownian bridge from the last known point of this grid cell to the cell's end
+        # Y at the event, by a Brownian bridge from the last known point in this grid cell to the end of the cell
         cell = np.minimum((at * replicates.grid).astype(int), replicates.grid - 1)
         left = np.maximum(np.minimum(clock, at), cell / replicates.grid)
         y[:] = np.where(clock > cell / replicates.grid, y, y_grid[cell, replicate])
@@ -98,8 +98,10 @@ def _fire(
 
 
 def _linear_response(replicates: Replicates) -> np.ndarray:
-    """Y [N + 1, P], complex, on the grid: Y' = e^(A h) Y + int e^(A (h - u)) dW, the integral by its expansion dW + A I,
-    an error of order h^2.5 per step."""
+    """Return complex Y [N + 1, P] on the grid: Y' = e^(A h) Y + int e^(A (h - u)) dW.
+
+    The integral is expanded as dW + A I, with an error of order h^2.5 per step.
+    """
     dw, area = (part[:, 0] + 1j * part[:, 1] for part in (replicates.dw, replicates.area))
     y = np.zeros((replicates.grid + 1, replicates.count), complex)
     decay = np.exp(-_DECAY / replicates.grid)

@@ -1,10 +1,10 @@
-"""A problem on which everything about ML-EM is exact: a known drift, synthetic levels, EM and ML-EM.
+"""A test problem with a known drift and synthetic levels, and its solution by EM and ML-EM.
 
 The SDE is dX = f(X, t) dt + s dW on [0, 1] in two dimensions, with f(x, t) = A x + r(x, t), A a damped rotation and r
 smooth, bounded and nonlinear; s = 0 makes it an ODE. Level k is f^k = f + 2^-k g_k with g_k smooth random functions of
-(x, t), independent between levels, of root-mean-square 1 per component; one evaluation of it costs T_k = 2^(gamma k).
-Level 0 is the nearly free linear part, f^0 = A x. Every replicate draws its own family, start, Brownian path and coins, so
-averages over replicates are averages of independent numbers.
+(x, t), independent between levels, of root mean square 1 per component; one evaluation costs T_k = 2^(gamma k).
+Level 0 is the nearly free linear part, f^0 = A x. Each replicate draws its own family, start, Brownian path and coins,
+so replicates are independent.
 
 States are arrays [d, R]; a row r is one setting on one replicate.
 """
@@ -24,30 +24,32 @@ DAMPING, ROTATION = 0.5, 1.5  # A = [[-DAMPING, -ROTATION], [ROTATION, -DAMPING]
 NOISE = {"sde": 3.0, "ode": 0.0}  # s
 START = 3.0  # standard deviation of X(0)
 _SPACE, _TIME = 0.3, 1.0  # standard deviations of the waves' frequencies in x and in t
-# size of a level's error: 2^-k; level 0 has no random waves, it lacks the remainder instead
+# size of a level's error: 2^-k; level 0 has no random waves, its error is the missing remainder
 _SCALES = np.concatenate([[0.0], 0.5 ** np.arange(1, 64)])
 CHUNK = 64  # steps or events whose random numbers are drawn at a time
 _FAMILY, _PATH, _COINS, EVENTS = range(4)  # separate random streams
 
 
 def remainder(x: np.ndarray, t: np.ndarray | float) -> np.ndarray:
-    """r(x, t) [d, R], the nonlinear part of the true drift."""
+    """Return r(x, t) [d, R], the nonlinear part of the true drift."""
     return np.stack([np.sin(0.7 * x[1] + 3 * t), np.cos(0.7 * x[0] - 2 * t)])
 
 
 def linear(x: np.ndarray) -> np.ndarray:
-    """A x [d, R]."""
+    """Return A x [d, R]."""
     return np.stack([-DAMPING * x[0] - ROTATION * x[1], ROTATION * x[0] - DAMPING * x[1]])
 
 
 def true_drift(x: np.ndarray, t: float) -> np.ndarray:
-    """f(x, t) [d, R]."""
+    """Return f(x, t) [d, R]."""
     return linear(x) + remainder(x, t)
 
 
 def waves(parameters: np.ndarray, x: np.ndarray, t: np.ndarray | float) -> np.ndarray:
-    """g(x, t) [d, R] of random waves with parameters [2 + 2 d, FEATURES, R]: time frequency, phase, space frequencies and
-    amplitudes; x [d, R]; t a number or [R]."""
+    """Return g(x, t) [d, R] of random waves, for x [d, R] and t a number or [R].
+
+    parameters: [2 + 2 d, FEATURES, R], namely time frequency, phase, space frequencies and amplitudes.
+    """
     phase = parameters[0] * t
     phase += parameters[1]
     for i in range(DIMENSION):
@@ -86,18 +88,18 @@ class Replicates:
         return self.parameters.shape[2] // self.count - 1
 
     def columns(self, level: np.ndarray, replicate: np.ndarray) -> np.ndarray:
-        """Parameters [2 + 2 d, FEATURES, R] of these levels [R] of these replicates [R]."""
+        """Return the parameters [2 + 2 d, FEATURES, R] of levels [R] of replicates [R]."""
         return np.take(self.parameters, level * self.count + replicate, axis=2)
 
     def increments(self, n: int) -> np.ndarray:
-        """Increments of W [n, d, P] over n equal steps; n divides N."""
+        """Return the increments of W [n, d, P] over n equal steps; n must divide N."""
         if self.grid % n:
             raise UserError(f"{n} steps are not nested in the grid of {self.grid}.")
         return self.dw.reshape(n, self.grid // n, *self.dw.shape[1:]).sum(axis=1)
 
 
 def draw(key: Sequence[int], count: int, levels: int, grid: int, noise: float) -> Replicates:
-    """`count` replicates with levels 1..`levels`, a Brownian grid of `grid` steps, and s = `noise`."""
+    """Draw `count` replicates with levels 1..`levels`, a Brownian grid of `grid` steps, and s = `noise`."""
     rng = np.random.default_rng([*key, _FAMILY])
     shape = (FEATURES, (levels + 1) * count)
     parameters = np.concatenate(
@@ -117,8 +119,10 @@ def draw(key: Sequence[int], count: int, levels: int, grid: int, noise: float) -
 
 
 def solve(start: np.ndarray, dw: np.ndarray, area: np.ndarray, noise: float) -> np.ndarray:
-    """X(1) [d, P] with the true drift by the two-stage scheme SRA1 (Roessler 2010): strong order 1.5 for additive noise
-    (order 2 for the ODE), from increments dw [N, d, P] and their areas [N, d, P]."""
+    """Return X(1) [d, P] with the true drift, from increments dw [N, d, P] and their areas [N, d, P].
+
+    The scheme is the two-stage SRA1 (Roessler 2010): strong order 1.5 for additive noise, order 2 for the ODE.
+    """
     n, x = len(dw), start.copy()
     h = 1 / n
     for i in range(n):
@@ -129,16 +133,16 @@ def solve(start: np.ndarray, dw: np.ndarray, area: np.ndarray, noise: float) -> 
 
 
 def coarsen(dw: np.ndarray, area: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Increments and areas of the same path on a grid twice as coarse."""
+    """Return the increments and areas of the same path on a grid with half as many steps."""
     h = 1 / len(dw)
     return dw[::2] + dw[1::2], area[::2] + area[1::2] + h * dw[::2]
 
 
 @dataclass(frozen=True)
 class Coins:
-    """Inclusion probabilities p [K + 1] of levels 0..K with p_0 = 1, for a run of ML-EM; `key` names its coins.
+    """Inclusion probabilities p [K + 1] of levels 0..K with p_0 = 1, for a run of ML-EM; `key` seeds its coins.
 
-    All p equal to 1 is plain EM with level K.
+    If all p are 1, the method is EM with level K.
     """
 
     p: tuple[float, ...]
@@ -146,13 +150,13 @@ class Coins:
 
     @property
     def always(self) -> int:
-        """The highest level up to which every coin is certain: the telescope collapses to it."""
+        """The highest level k with p_0 = ... = p_k = 1; the telescope up to it equals f^k."""
         p = np.array(self.p)
         return int(np.argmax(p < 1)) - 1 if np.any(p < 1) else len(p) - 1
 
 
 def euler(replicates: Replicates, n: int, settings: Sequence[Coins]) -> np.ndarray:
-    """X(1) [S, d, P] by ML-EM with n steps for S settings at once, on the replicates' own Brownian paths.
+    """Return X(1) [S, d, P] by ML-EM with n steps, for S settings on the replicates' Brownian paths.
 
     One step is X' = X + h sum_k (B_k / p_k) (f^k - f^{k-1})(X) + s dW with f^{-1} = 0 and independent coins.
     """
@@ -187,7 +191,7 @@ def euler(replicates: Replicates, n: int, settings: Sequence[Coins]) -> np.ndarr
 def difference(
     replicates: Replicates, level: np.ndarray, replicate: np.ndarray, x: np.ndarray, t: np.ndarray | float
 ) -> np.ndarray:
-    """(f^k - f^{k-1})(x, t) [d, R] for levels k [R] >= 1 of these replicates [R]."""
+    """Return (f^k - f^{k-1})(x, t) [d, R] for levels k [R] >= 1 of replicates [R]."""
     both = np.concatenate([level, level - 1])
     size = _SCALES[both]
     size[len(level) :] *= -1
@@ -206,7 +210,7 @@ def difference(
 def _fires(
     streams: Sequence[np.random.Generator], settings: Sequence[Coins], steps: int, count: int
 ) -> tuple[np.ndarray, ...]:
-    """Coins that come up in the next `steps` steps: steps (ascending), rows, levels and weights 1 / p, each [fires]."""
+    """Draw the fires of the next `steps` steps: steps (ascending), rows, levels and weights 1 / p, each [fires]."""
     parts = [(np.empty(0, int), np.empty(0, int), np.empty(0, int), np.empty(0))]
     for s, (rng, setting) in enumerate(zip(streams, settings, strict=True)):
         for level in range(setting.always + 1, len(setting.p)):

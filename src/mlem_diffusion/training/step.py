@@ -151,7 +151,7 @@ class TrainStep:
         if world > 1:
             self.parallel = _parallel(self.forward)
             self.forward = self.parallel  # DDP wraps the module before compilation
-        self._eager: Callable[..., Tensor] | None = None  # the fallback until the compiled backward pass has worked once
+        self._eager: Callable[..., Tensor] | None = None  # fallback until the compiled backward pass has worked
         if should_compile(compile, self.device):
             self._eager = self.forward
             settings = options(compile, self.device)
