@@ -30,7 +30,11 @@ from mlem_diffusion.multilevel.gains import Effects, measure_effects
 from mlem_diffusion.multilevel.learned import learn_probabilities
 from mlem_diffusion.multilevel.plan import Plan, frontier, save_plans
 from mlem_diffusion.multilevel.planner import plan_for_cost, plans
-from mlem_diffusion.multilevel.probabilities import c_for_cost, constant_probabilities, measured_probabilities
+from mlem_diffusion.multilevel.probabilities import (
+    constant_probabilities,
+    measured_probabilities,
+    probabilities_for_cost,
+)
 
 OUTPUTS = ["plans.json", "plans.npz", "gains.png", "diagnostics.json", "ablation.json", "ablation.png"]
 Candidates = dict[str, list[Plan]]  # keys "method, probabilities"
@@ -113,7 +117,7 @@ def measured_plans(stage: Stage, runner: Runner, effects: Effects, costs: np.nda
     for steps in o.measured.steps:
         there = effects.on(runner.process.grid(steps).logsnr)
         for cost in o.measured.costs:
-            p = c_for_cost(lambda c: measured_probabilities(squares, unit, c), unit, steps, cost * unit[-1])
+            p = probabilities_for_cost(lambda c: measured_probabilities(squares, unit, c), unit, steps, cost * unit[-1])
             if p is not None:
                 out.append(_plain_plan("measured", tuple(runner.levels), steps, p, family, there, costs))
     return out

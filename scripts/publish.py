@@ -41,7 +41,11 @@ from mlem_diffusion.models.model_card import write_card
 from mlem_diffusion.models.unet import Denoiser
 from mlem_diffusion.statistics import standard_error
 
-KEPT = ("data", "process", "train")  # configuration groups in a published metadata.json; its other keys cover the rest
+GROUPS = (
+    "data",
+    "process",
+    "train",
+)  # configuration groups in a published metadata.json; its other keys cover the rest
 
 
 def work(stage: Stage) -> None:
@@ -145,7 +149,7 @@ def entry(stage: Stage, m: dict[str, Any], folder: Path) -> dict[str, Any]:
         "weights_dtype": "bfloat16",
         "weights_sha256": sha256_of(folder / published.WEIGHTS),
         "trained_weights_sha256": m["weights_sha256"],
-        "config": {key: config[key] for key in KEPT},
+        "config": {key: config[key] for key in GROUPS},
     }
 
 

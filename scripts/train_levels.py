@@ -49,10 +49,10 @@ from mlem_diffusion.training.loop import train_level
 
 TRAINING = ("data", "process", "unet", "train", "family")  # groups of the configuration that define what is trained
 GROUPS = ("process", "unet", "train")
-WATCHED = 256  # held-out images for the loss of every snapshot
+SNAPSHOT_IMAGES = 256  # held-out images for the loss of every snapshot
 JOBS = "jobs"  # folder in the results with records of levels trained by other processes, one folder each
 STATE = "state.pt"
-ANEW = "train this level anew (ARGS=overwrite=true)"
+RETRAIN = "train this level anew (ARGS=overwrite=true)"
 CLAIM = "claim.json"  # in a level's folder: the fingerprint of its training
 
 
@@ -80,7 +80,7 @@ def is_trained(stage: Stage, folder: Path, fingerprint: str) -> bool:
     for i in range(len(metadata["snapshots"])):
         file, sha256 = weights_of(metadata, i)
         try:
-            check_weights(folder / file, str(sha256), ANEW)
+            check_weights(folder / file, str(sha256), RETRAIN)
         except UserError:
             if not stage.cfg.overwrite:
                 raise
@@ -95,7 +95,7 @@ def claim_folder(stage: Stage, folder: Path, fingerprint: str) -> None:
             if file.name != ".lock":
                 file.unlink()
     marker = folder / CLAIM
-    if marker.is_file() and read_json(marker, ANEW)["fingerprint"] != fingerprint:
+    if marker.is_file() and read_json(marker, RETRAIN)["fingerprint"] != fingerprint:
         raise UserError(
             f"{shown(folder)} holds a level of another configuration or data set; "
             "give this run another name (name=...), or ARGS=overwrite=true to train it anew."
@@ -110,7 +110,7 @@ def can_go_on(folder: Path, fingerprint: str) -> bool:
         state = load_state(folder / STATE)
         for file, sha256 in (state or {}).get("snapshots", {}).items():
             check_weights(folder / file, sha256)
-        return read_json(folder / CLAIM, ANEW)["fingerprint"] == fingerprint
+        return read_json(folder / CLAIM, RETRAIN)["fingerprint"] == fingerprint
     except UserError:
         return False
 
@@ -194,8 +194,8 @@ def train_claimed(
         [as_level(level["name"], ema, level["flops"], cfg.precision, compile="off")], held_out, logsnr, seed=1
     )
     snapshots = snapshot_losses(
-        ema, {folder / name: state["snapshots"][name] for name in sorted(state["snapshots"])}, held_out[:WATCHED],
-        logsnr, process.drift_weights(logsnr), precision=cfg.precision,
+        ema, {folder / name: state["snapshots"][name] for name in sorted(state["snapshots"])},
+        held_out[:SNAPSHOT_IMAGES], logsnr, process.drift_weights(logsnr), precision=cfg.precision,
     )  # fmt: skip
     metadata = {
         **level,

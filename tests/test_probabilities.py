@@ -10,11 +10,11 @@ import pytest
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.multilevel.probabilities import (
     COINS,
-    c_for_cost,
     constant_probabilities,
     draw_coins,
     evaluation_probabilities,
     measured_probabilities,
+    probabilities_for_cost,
     telescope_weights,
 )
 
@@ -224,7 +224,7 @@ def test_c_is_found_for_a_cost(wanted: float) -> None:
         return measured_probabilities([9.0, 0.4, 0.02, 0.01], flops, c)
 
     steps = 100 if wanted >= 900 else 2
-    p = c_for_cost(table, flops, steps, wanted)
+    p = probabilities_for_cost(table, flops, steps, wanted)
     assert p is not None and p[0] == 1 and np.any(p < 1)
     assert float(evaluation_probabilities(p[None])[0] @ flops) * steps == pytest.approx(wanted, rel=1e-9)
 
@@ -235,5 +235,5 @@ def test_a_cost_that_no_c_reaches_gives_none() -> None:
     def table(c: float) -> np.ndarray:
         return measured_probabilities([9.0, 0.4], flops, c)
 
-    assert c_for_cost(table, flops, 10, 9.9) is None  # below the cost of level 1 alone
-    assert c_for_cost(table, flops, 10, 51.0) is None  # above the cost of all levels
+    assert probabilities_for_cost(table, flops, 10, 9.9) is None  # below the cost of level 1 alone
+    assert probabilities_for_cost(table, flops, 10, 51.0) is None  # above the cost of all levels

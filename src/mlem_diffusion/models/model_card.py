@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from ..files import atomic_write, read_json
-from .published import CARD, LIMIT
+from .published import CARD
 
-WATCHED = (
+NOT_SHOWN = (
     "_target_",
     "log_every",
     "save_every",
@@ -37,7 +37,6 @@ def write_card(folder: Path, index: dict[str, Any]) -> Path:
     text = environment.from_string(template).render(
         index=index,
         levels=levels,
-        limit=LIMIT,
         megabytes=sum((folder / name).stat().st_size for name in index["files"]) / 1e6,
         licence="mit" if kind == "portraits" else "other",
         celeba=kind == "download" or "celeba" in f"{index['data']['name']} {index['data']['source']['name']}".lower(),
@@ -63,7 +62,7 @@ def recipe(levels: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """Return training settings as (name, value); if levels differ, the value lists each level's."""
     own = [level.get("train") or level["config"]["train"] for level in levels]
     rows = []
-    for key in dict.fromkeys(key for settings in own for key in settings if key not in (*WATCHED, "narrow")):
+    for key in dict.fromkeys(key for settings in own for key in settings if key not in (*NOT_SHOWN, "narrow")):
         values = [settings.get(key) for settings in own]
         if all(value == values[0] for value in values):
             rows.append((key, str(values[0])))

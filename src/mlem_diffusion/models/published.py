@@ -19,7 +19,6 @@ from ..files import read_json, sha256_of, write_json
 FOLDER, INDEX, CARD = "published", "family.json", "README.md"
 WEIGHTS, GAUSSIAN, STATISTICS = "ema-bf16.safetensors", "gauss.safetensors", "statistics.npz"
 LIMIT = 60_000_000  # bytes of a published family, since it is committed
-_DOUBLE = 512  # statistics of up to this many features are stored in float64
 _RESTORE = "restore it (git checkout), or publish the family again (make publish)"
 
 

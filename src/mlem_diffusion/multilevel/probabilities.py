@@ -93,7 +93,7 @@ def evaluation_probabilities(p: np.ndarray, nested: bool = False) -> np.ndarray:
     return p + following - both - np.where(p == following, both, 0.0)
 
 
-def c_for_cost(
+def probabilities_for_cost(
     table: Callable[[float], np.ndarray], flops: Sequence[float], evaluations: int, wanted: float
 ) -> np.ndarray | None:
     """The probabilities table(c) [K] with expected cost `wanted` per image, or None if no c gives this cost.
