@@ -41,11 +41,8 @@ from mlem_diffusion.models.model_card import write_card
 from mlem_diffusion.models.unet import Denoiser
 from mlem_diffusion.statistics import standard_error
 
-GROUPS = (
-    "data",
-    "process",
-    "train",
-)  # configuration groups in a published metadata.json; its other keys cover the rest
+# configuration groups in a published metadata.json; its other keys cover the rest
+GROUPS = ("data", "process", "train")
 
 
 def work(stage: Stage) -> None:
