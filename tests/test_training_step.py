@@ -27,6 +27,7 @@ from test_training_loop import (
     train_with_stops,
 )
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlem_diffusion.data.pixels import to_float
 from mlem_diffusion.data.portraits import render
@@ -392,6 +393,27 @@ def test_every_call_of_a_graphed_step_is_one_step(images, monkeypatch, works):
     assert [message.startswith(expected) and "\n" not in message for message in slow_paths(caught)] == (
         [] if works else [True]
     )
+
+
+class NoReads(TorchDispatchMode):
+    """Raises where a number of a tensor is read on the host: a CUDA graph cannot record that."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            raise RuntimeError(f"{func} reads a tensor on the host")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("precision", ["float32", "autocast", "bf16"])
+def test_no_step_reads_a_tensor_on_the_host(images, precision, accumulate):
+    step = TrainStep(*pair(), compile="off", precision=precision, accumulate=accumulate, rates_on_device=True)
+    with NoReads():
+        for batch in batches(images, 2):
+            step(batch, 1e-3, 0.9)
+        with pytest.raises(RuntimeError, match="on the host"):
+            float(step.loss)
+    assert torch.isfinite(step.loss)
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

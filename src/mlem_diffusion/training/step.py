@@ -245,7 +245,8 @@ class TrainStep:
 
     def _record_trouble(self, losses: Tensor, logsnr: Tensor) -> None:
         bad = ~torch.isfinite(losses)
-        found = torch.stack([self._steps.double() + 1, bad.double().mean(), logsnr[bad.int().argmax()].double()])
+        at = logsnr.take(bad.int().argmax())  # indexing by a scalar tensor would read it on the host
+        found = torch.stack([self._steps.double() + 1, bad.double().mean(), at.double()])
         first = bad.any() & (self._trouble[0] < 0)
         self._trouble.copy_(torch.where(first, found, self._trouble))
 
