@@ -74,6 +74,13 @@ def effects_of(stage: Stage, runner: Runner, dynamics: str, rule: str) -> Effect
 def check(stage: Stage) -> None:
     if stage.cfg.optimise.cost not in ("flops", "seconds"):
         raise UserError(f"optimise.cost = {stage.cfg.optimise.cost} is unknown; expected flops or seconds.")
+    finest, steps = reference_steps(stage), max((max(rule.steps) for rule in stage.cfg.optimise.rules), default=0)
+    if finest <= steps:  # the reference's own grid would have no error
+        raise UserError(f"optimise.reference_steps = {finest} must be more than the most steps of a rule, {steps}.")
+
+
+def reference_steps(stage: Stage) -> int:
+    return stage.cfg.optimise.reference_steps or stage.process().base_steps
 
 
 def timed(stage: Stage, runner: Runner) -> dict[str, Any]:
@@ -374,7 +381,7 @@ def cost(stage: Stage) -> list[tuple[str, float, float]]:
     top = largest.flops, seconds[largest.name]
     dynamics = {rule.dynamics for rule in o.rules}
     visits = len(dynamics) * o.diagnose.seeds * o.diagnose.steps
-    finest = o.reference_steps or stage.process().base_steps
+    finest = reference_steps(stage)
     out = [
         ("diagnostics", visits * everything[0], visits * everything[1]),
         ("references", *(len(dynamics) * finest * o.num_select * t for t in top)),

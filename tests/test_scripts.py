@@ -17,10 +17,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -862,6 +864,19 @@ def test_invalid_seeds(text):
 
     with pytest.raises(UserError, match=r"0-63 or 3,7,100-120"):
         parse_seeds(text)
+
+
+def test_a_reference_must_be_finer_than_every_rule():
+    from optimise import check
+
+    from mlem_diffusion.errors import UserError
+
+    cfg = OmegaConf.create({"optimise": {"cost": "flops", "reference_steps": 64, "rules": [{"steps": [8, 64]}]}})
+    stage: Any = SimpleNamespace(cfg=cfg)
+    with pytest.raises(UserError, match=r"reference_steps = 64 must be more than .* 64"):
+        check(stage)
+    cfg.optimise.reference_steps = 65
+    check(stage)
 
 
 # ------------------------------------------------------------------------------------------------ small helpers
