@@ -29,7 +29,8 @@ def inference_copy(denoiser: nn.Module, precision: str = "float32") -> nn.Module
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision = {precision!r} is unknown; expected 'float32' or 'bf16'.")
-    network = copy.deepcopy(denoiser).eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = copy.deepcopy(denoiser).eval().requires_grad_(False)
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if not isinstance(network, Denoiser):
         return network
     if precision == "bf16":
