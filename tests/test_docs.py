@@ -132,7 +132,7 @@ def verdict_table() -> str:
         ("the same, with trained networks", f"CelebA 32x32: at most {best['paper']}",
          "**does not**: levels too far apart"),
         ("ours: evaluations placed by measured gains", f"CelebA 32x32: at most {best['any']}",
-         "works; 4 only at points"),
+         "works; 4 at single points"),
         ("CelebA 64x64 on a GPU: gamma, FID, seconds",
          f"gamma {gamma(on_gpu, 'differences')} after 3 minutes", "undetermined, FID to come"),
     ])  # fmt: skip
