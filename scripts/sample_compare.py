@@ -29,7 +29,7 @@ from mlem_diffusion.experiment.stage import Config, Stage, bar, entry_point, run
 from mlem_diffusion.experiment.tracking import Tracker
 from mlem_diffusion.figures.comparison import plot_compare
 from mlem_diffusion.figures.image_grid import comparison_grid
-from mlem_diffusion.files import cached, expect_content, read_arrays, write_arrays, write_json
+from mlem_diffusion.files import cached, expect_content, read_arrays, sha256_of, write_arrays, write_json
 from mlem_diffusion.multilevel.plan import Plan, load_plans
 from mlem_diffusion.statistics import frontier
 
@@ -133,7 +133,8 @@ def read_planned(stage: Stage) -> Planned:
 def work(stage: Stage) -> None:
     cfg = stage.cfg
     runner, images = sampler_runs.make_runner(stage)
-    fingerprint = stage.fingerprint(("compare",), runner=runner.key, plans=sorted(runner.plans))
+    plans = sha256_of(stage.find("plans.json")) if runner.plans else None  # their predictions are reported too
+    fingerprint = stage.fingerprint(("compare",), runner=runner.key, plans=plans)
     if stage.finished(fingerprint, OUTPUTS):
         return
     stage.catch_signals()

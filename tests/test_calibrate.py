@@ -94,3 +94,10 @@ def test_impossible_targets_are_refused(calibration: Calibration) -> None:
         calibration.plan("independent", error=1e-12)
     with pytest.raises(UserError, match="either"):
         calibration.plan("independent")
+
+
+def test_a_calibration_without_information_is_refused() -> None:
+    with pytest.raises(UserError, match=r"reference_steps = 33 must be more than .* 33"):
+        calibrate(FAMILY, PROCESS, "sde", "ddpm", SHAPE, steps=(9, 33), reference_steps=33)
+    with pytest.raises(UserError, match="two seeds"):
+        calibrate(FAMILY, PROCESS, "sde", "ddpm", SHAPE, seeds=range(1))

@@ -395,6 +395,24 @@ def test_an_interrupted_comparison_resumes(done, here, tmp_path):
     assert without_times(place.results) == without_times(done[0].results)
 
 
+@pytest.mark.parametrize("script", ["prepare_data", "train_levels", "measure_gamma"])
+def test_a_family_of_functions_needs_no_images_and_no_training(here, tmp_path, script):
+    place = Place(tmp_path)
+    run = here(script, place, "family.callable={_target_: mlem_diffusion.models.analytic.analytic_family}")
+    assert run.code == 0 and "nothing to do" in run.out
+    assert not place.digest()
+
+
+def test_changed_plans_are_compared_again(done, here, tmp_path):
+    place = done[0].copy_to(tmp_path / "plans")
+    assert "already done" in here("sample_compare", place).out
+    plans = strict(place.results / "plans.json")
+    plans["plans"][0]["selected_error"] *= 2
+    write_json(place.results / "plans.json", plans)
+    run = here("sample_compare", place)
+    assert run.code == 0 and "already done" not in run.out
+
+
 # --------------------------------------------------------------------------------------------- side by side
 
 

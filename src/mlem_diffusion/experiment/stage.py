@@ -346,6 +346,9 @@ def plain_warnings(name: str) -> Iterator[None]:
         warnings.showwarning = before
 
 
+NEEDS_IMAGES = ("prepare_data", "train_levels", "measure_gamma")  # stages for trained networks only
+
+
 def run_stage(
     name: str,
     cfg: DictConfig,
@@ -365,6 +368,10 @@ def run_stage(
     warnings.filterwarnings("ignore", category=TqdmMonitorWarning)  # bars also work without a thread
 
     def do() -> None:
+        if name in NEEDS_IMAGES and cfg.family.callable is not None:
+            if is_main_process():
+                print(f"{name}: nothing to do, the levels of this experiment are functions (family.callable).")
+            return
         stage = Stage(name, cfg)
         if cfg.dry_run:
             if is_main_process():

@@ -21,6 +21,7 @@ from ..diffusion.level import Level
 from ..diffusion.process import Process
 from ..diffusion.sampler import sample
 from ..diffusion.step_rules import REFERENCE_RULE
+from ..errors import UserError
 from ..statistics import squared_errors
 from .gains import Effects, measure_effects
 from .plan import Plan, choose
@@ -33,7 +34,7 @@ SEEDS = range(10**6, 10**6 + 32)
 class Calibration:
     """Measured effects of a family's level differences, and the squared error of each level alone.
 
-    own_errors: {(level, steps): error}, against the largest level on the finest grid. flops_spent: of the
+    own_errors: {(level, steps): error}, against the largest level with reference_steps. flops_spent: of the
     calibration."""
 
     effects: Effects
@@ -92,8 +93,14 @@ def calibrate(
 
     Cost per seed: about 4 calibrate_steps + reference_steps + sum(steps) evaluations of the largest level, and
     calibrate_steps + sum(steps) of each other level; see `Calibration.flops_spent`. Raises UserError if the family is
-    not ordered by cost, or if the largest level cannot be differentiated.
+    not ordered by cost, if the largest level cannot be differentiated, or if the reference is no finer than the plans.
     """
+    if reference_steps <= max(steps):  # the largest level would have no error on its own grid
+        raise UserError(
+            f"calibrate: reference_steps = {reference_steps} must be more than the most steps, {max(steps)}."
+        )
+    if len(seeds) < 2:
+        raise UserError("calibrate: at least two seeds are needed, better 32 or more.")
     effects = measure_effects(family, process.grid(calibrate_steps), dynamics, step_rule, seeds, shape, device)
     reference, ledger = sample(
         SingleLevel(family[-1]), process.grid(reference_steps), dynamics, REFERENCE_RULE[dynamics], seeds, shape, device
