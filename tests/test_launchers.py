@@ -167,15 +167,15 @@ ENDS = """
 import sys
 sys.path.insert(0, {scripts!r})
 from mlem_diffusion.experiment import processes
-from mlem_diffusion import shards
+from mlem_diffusion import parallel
 
 class Stopped(Exception):
     pass
 
 def work():
-    if shards.rank() in {failing}:
+    if parallel.rank() in {failing}:
         raise ValueError
-    shards.gather({{shards.rank(): 1}})
+    parallel.gather({{parallel.rank(): 1}})
 
 def report(error):
     print(f"{{type(error).__name__}} on one", file=sys.stderr)
@@ -198,15 +198,15 @@ def test_an_error_ends_all_processes_and_is_reported_once(tmp_path, failing):
 PREPARE = """
 import sys, time
 from pathlib import Path
-from mlem_diffusion import data
+from mlem_diffusion.data import images
 folder, me = Path(sys.argv[1]), sys.argv[2]
 (folder / f"ready-{me}").touch()
 while not all((folder / f"ready-{other}").exists() for other in "01"):
     time.sleep(0.01)
 drawn = []
 settings = dict(name="p", size=8, holdout=20, count=600, progress=lambda *_: drawn.append(1))
-manifest = data.prepare("portraits", folder / "packed", **settings)
-assert data.load(folder / "packed").manifest == manifest
+manifest = images.prepare("portraits", folder / "packed", **settings)
+assert images.load(folder / "packed").manifest == manifest
 print(int(bool(drawn)))
 """
 

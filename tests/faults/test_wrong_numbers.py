@@ -442,7 +442,7 @@ def test_published_statistics_of_another_size(published, forker, count, tmp_path
     count(4, "published statistics of another extractor", fine, str(run))
 
 
-@pytest.mark.parametrize(("column", "value"), [("n", 48), ("n", 23), ("distance_name", "FID")])
+@pytest.mark.parametrize(("column", "value"), [("num_samples", 48), ("num_samples", 23), ("distance_name", "FID")])
 def test_rows_that_share_no_figure(stages, count, tmp_path, column, value):
     rows = read_rows(stages.after["everything"].results / "compare.csv")
     rows[-1][column] = value

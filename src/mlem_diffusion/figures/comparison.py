@@ -36,7 +36,7 @@ def plot_compare(rows: list[Row], path: Path, *, title: str = "") -> Path:
     rows: the result of `comparison.table.for_figures`. Costs are per image. Errors are mean squared errors to the
     reference with bars of two standard errors. Bars and points that are not positive are left out, because log axes
     cannot show them. Settings with too few evaluations of the top level (`table.trusted`) are hollow and on no
-    frontier. Raises UserError for no rows, and for rows with different sample counts n or different distances, which
+    frontier. Raises UserError for no rows, and for rows with different sample counts or different distances, which
     cannot share an axis.
     """
     if not rows:
