@@ -134,7 +134,7 @@ def cost(stage: Stage) -> list[tuple[str, float, float]]:
 
 @entry_point("measure_gamma")
 def main(cfg: Config) -> None:
-    run_stage("measure_gamma", cfg, work, cost)
+    run_stage("measure_gamma", cfg, work, cost, trained_only=True)
 
 
 if __name__ == "__main__":

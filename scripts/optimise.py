@@ -24,6 +24,7 @@ from mlem_diffusion.figures.gains import plot_gains
 from mlem_diffusion.files import Damaged, cached, read_json, write_json
 from mlem_diffusion.multilevel.ablation import RuleInputs, ablate, ablation_json, seconds_per_image
 from mlem_diffusion.multilevel.ablation import table as ablation_table
+from mlem_diffusion.multilevel.calibrate import check_reference
 from mlem_diffusion.multilevel.diagnostics import diagnose, table
 from mlem_diffusion.multilevel.estimators import Multilevel
 from mlem_diffusion.multilevel.gains import Effects, measure_effects
@@ -74,9 +75,8 @@ def effects_of(stage: Stage, runner: Runner, dynamics: str, rule: str) -> Effect
 def check(stage: Stage) -> None:
     if stage.cfg.optimise.cost not in ("flops", "seconds"):
         raise UserError(f"optimise.cost = {stage.cfg.optimise.cost} is unknown; expected flops or seconds.")
-    finest, steps = reference_steps(stage), max((max(rule.steps) for rule in stage.cfg.optimise.rules), default=0)
-    if finest <= steps:  # the reference's own grid would have no error
-        raise UserError(f"optimise.reference_steps = {finest} must be more than the most steps of a rule, {steps}.")
+    steps = [count for rule in stage.cfg.optimise.rules for count in rule.steps]
+    check_reference(reference_steps(stage), steps, "optimise.reference_steps")
 
 
 def reference_steps(stage: Stage) -> int:

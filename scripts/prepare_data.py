@@ -19,7 +19,7 @@ def work(stage: Stage) -> None:
 
 @entry_point("prepare_data")
 def main(cfg: Config) -> None:
-    run_stage("prepare_data", cfg, work)
+    run_stage("prepare_data", cfg, work, trained_only=True)
 
 
 if __name__ == "__main__":

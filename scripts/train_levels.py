@@ -398,7 +398,7 @@ def estimate(stage: Stage) -> list[tuple[str, float, float]]:
 
 @entry_point("train_levels")
 def main(cfg: Config) -> None:
-    run_stage("train_levels", cfg, work, estimate, everyone=True)
+    run_stage("train_levels", cfg, work, estimate, everyone=True, trained_only=True)
 
 
 if __name__ == "__main__":

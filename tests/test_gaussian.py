@@ -150,6 +150,8 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     model = fit_gaussian(correlated(300), 5)
     model.save(tmp_path / "gauss.safetensors")
     again = load_gaussian(tmp_path / "gauss.safetensors")
+    own, found = model.state_dict(), again.state_dict()
+    assert own and own.keys() == found.keys() and all(torch.equal(own[name], found[name]) for name in own)
     x, logsnr = torch.ones(1, *SHAPE), torch.zeros(1)
     # rounding differs with the alignment of tensors in memory
     assert torch.allclose(again(x, logsnr), model(x, logsnr), rtol=0, atol=1e-6)

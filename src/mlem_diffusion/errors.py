@@ -39,3 +39,15 @@ _WORDS = (
 )
 # oneDNN; its messages for unsupported operations begin alike but are longer
 _EXACT = ("could not create a primitive", "could not execute a primitive")
+
+# messages for errors of the operating system
+SYSTEM_ERRORS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the disk cannot be written",
+    errno.EACCES: "a file may not be read or written",
+    errno.EPERM: "a file may not be read or written",
+    errno.EIO: "the disk has an input/output error",
+    errno.EMFILE: "too many files are open",
+    errno.ENFILE: "too many files are open",
+}

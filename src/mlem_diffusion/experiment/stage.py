@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import hashlib
 import json
@@ -34,7 +33,7 @@ from .. import parallel
 from ..data import images as datasets
 from ..data.pixels import to_float
 from ..diffusion.process import Process
-from ..errors import Interrupted, SlowPath, UserError, is_out_of_memory
+from ..errors import SYSTEM_ERRORS, Interrupted, SlowPath, UserError, is_out_of_memory
 from ..files import expect_content, read_json, sha256_of, write_json, write_text
 from ..models import published
 from ..models.checkpoint import AGAIN
@@ -346,9 +345,6 @@ def plain_warnings(name: str) -> Iterator[None]:
         warnings.showwarning = before
 
 
-NEEDS_IMAGES = ("prepare_data", "train_levels", "measure_gamma")  # stages for trained networks only
-
-
 def run_stage(
     name: str,
     cfg: DictConfig,
@@ -356,19 +352,20 @@ def run_stage(
     estimate: Callable[[Stage], list[tuple[str, float, float]]] | None = None,
     everyone: bool = False,
     writes_results: bool = True,
+    trained_only: bool = False,
 ) -> None:
     """Run a stage, or print what it would do. Expected errors become one line and exit status 2.
 
     estimate: returns rows (description, FLOPs, seconds on this device). With several processes, the main one does the
     work and the others help on its request (parallel.py); everyone: all do the work. writes_results: lock the results
-    folder.
+    folder. trained_only: the stage has nothing to do for a family of functions.
     """
     # torch itself still uses it for its forward derivatives
     warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", category=TqdmMonitorWarning)  # bars also work without a thread
 
     def do() -> None:
-        if name in NEEDS_IMAGES and cfg.family.callable is not None:
+        if trained_only and cfg.family.callable is not None:
             if is_main_process():
                 print(f"{name}: nothing to do, the levels of this experiment are functions (family.callable).")
             return
@@ -425,9 +422,9 @@ def report(name: str, error: BaseException) -> int:
         return say(f"{error}, run the same command again to continue.", interrupts.TRY_AGAIN)
     if isinstance(error, KeyboardInterrupt):
         return say("stopped; finished work is saved, run the same command again to continue.", interrupts.TRY_AGAIN)
-    if isinstance(error, OSError) and error.errno in _SYSTEM_ERRORS:
+    if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
         where = f" ({error.filename})" if error.filename else ""
-        return say(f"{_SYSTEM_ERRORS[error.errno]}{where}: fix this and run the same command again.", 2)
+        return say(f"{SYSTEM_ERRORS[error.errno]}{where}: fix this and run the same command again.", 2)
     if is_out_of_memory(error):
         return say(
             "there is not enough memory: use smaller batches (compare.batch, gamma.batch, train.batch) or fewer "
@@ -436,19 +433,6 @@ def report(name: str, error: BaseException) -> int:
         )
     traceback.print_exception(error)
     return 1
-
-
-# messages for errors of the operating system
-_SYSTEM_ERRORS = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EROFS: "the disk cannot be written",
-    errno.EACCES: "a file may not be read or written",
-    errno.EPERM: "a file may not be read or written",
-    errno.EIO: "the disk has an input/output error",
-    errno.EMFILE: "too many files are open",
-    errno.ENFILE: "too many files are open",
-}
 
 
 def show_cost(stage: Stage, estimate: Callable[[Stage], list[tuple[str, float, float]]] | None) -> None:

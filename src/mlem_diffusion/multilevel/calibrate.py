@@ -10,7 +10,7 @@ firing (Plan.largest_effect). So run a plan before you rely on it; the experimen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,6 +75,12 @@ def _array(costs: Sequence[float] | None) -> np.ndarray | None:
     return None if costs is None else np.asarray(costs, dtype=np.float64)
 
 
+def check_reference(finest: int, steps: Iterable[int], name: str = "reference_steps") -> None:
+    """Raise UserError unless the reference is finer than every grid: on its own the largest level has no error."""
+    if finest <= (most := max(steps, default=0)):
+        raise UserError(f"{name} = {finest} must be more than the most steps of a plan, {most}.")
+
+
 def calibrate(
     family: Sequence[Level],
     process: Process,
@@ -95,10 +101,7 @@ def calibrate(
     calibrate_steps + sum(steps) of each other level; see `Calibration.flops_spent`. Raises UserError if the family is
     not ordered by cost, if the largest level cannot be differentiated, or if the reference is no finer than the plans.
     """
-    if reference_steps <= max(steps):  # the largest level would have no error on its own grid
-        raise UserError(
-            f"calibrate: reference_steps = {reference_steps} must be more than the most steps, {max(steps)}."
-        )
+    check_reference(reference_steps, steps)
     if len(seeds) < 2:
         raise UserError("calibrate: at least two seeds are needed, better 32 or more.")
     effects = measure_effects(family, process.grid(calibrate_steps), dynamics, step_rule, seeds, shape, device)
