@@ -20,7 +20,6 @@ from ..files import Damaged, expect_content, read_json, write_text
 from ..statistics import frontier
 from .html_tables import as_table, flat_table, flatten, interval, number, records_table
 from .provenance import check_same_levels, check_written
-from .report_rounding import precision_section
 
 # The stage that writes each artefact; the page gives its command if the artefact is missing.
 _STAGES = {
@@ -101,7 +100,7 @@ def write_report(results_dir: Path, *, title: str) -> Path:
         hierarchy=hierarchy,
         findings=_findings(diagnostics or {}),
         levels=levels,
-        precision=precision_section(_load_json(results_dir / "precision.json")),
+        precision=None,
         precision_picture=_load_image(results_dir / "precision.png")
         if (results_dir / "precision.png").is_file()
         else None,

@@ -26,9 +26,12 @@ class GaussianMixture:
     std: float
 
     def denoise(self, x: Tensor, logsnr: Tensor) -> Tensor:
-        """Return the exact posterior mean E[x0 | x] for x [B, C, H, W] = alpha x0 + sigma eps at logsnr [B]."""
+        """Return the exact posterior mean E[x0 | x] for x [B, C, H, W] = alpha x0 + sigma eps.
+
+        logsnr: [B], or 0-dim for a noise level that all samples share.
+        """
         means = self.means.to(x)
-        flat, (alpha, variance) = x.flatten(1), self._noised(logsnr)
+        flat, (alpha, variance) = x.flatten(1), self._noised(logsnr.expand(len(x)))
         # |x - alpha mu|^2 up to a term that all components share
         products = flat @ means.T * alpha - 0.5 * alpha**2 * (means**2).sum(1)
         mean = torch.softmax(products / variance, dim=1) @ means
@@ -110,6 +113,7 @@ def _level(
     rms2 = mixture.rms**2
 
     def denoise(x: Tensor, logsnr: Tensor) -> Tensor:
+        logsnr = logsnr.expand(len(x))
         alpha2, sigma2 = torch.sigmoid(logsnr), torch.sigmoid(-logsnr)
         c_out = (sigma2 * rms2 / (alpha2 * rms2 + sigma2)).sqrt()
         return mixture.denoise(x, logsnr) + size * expand(c_out, x) * field(x.flatten(1), logsnr).reshape(x.shape)

@@ -1,7 +1,9 @@
-"""Files of one level: weights (safetensors) and resume state; writes are atomic, reads are checked (files.py)."""
+"""Files of one level: weights (safetensors) and the state from which training resumes; no pickles are read."""
 
 from __future__ import annotations
 
+import hashlib
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from ..errors import UserError, is_out_of_memory
-from ..files import Damaged, atomic_write, check_zip, is_the_systems, seal_zip, sha256_of
+from ..files import Damaged, atomic_write, sha256_of
 
 AGAIN = "run make train-levels again, which repairs it if the level's state.pt is intact"
 
@@ -21,30 +23,18 @@ def save_weights(path: Path, module: nn.Module, dtype: torch.dtype | None = None
     dtype: parameters, but not buffers, are rounded to it; `load_weights` converts them to the module's dtype.
     """
     kinds = {name: dtype for name, _ in module.named_parameters()} if dtype is not None else {}
-    tensors = {
+    content = save({
         name: value.detach().cpu().to(kinds.get(name, value.dtype)).contiguous().clone()
         for name, value in module.state_dict().items()
-    }
-    found = ""
-
-    def write(temporary: Path) -> None:
-        nonlocal found
-        temporary.write_bytes(save(tensors))  # save_file would write another temporary file
-        found = sha256_of(temporary)
-
-    atomic_write(path, write)
-    return found
+    })  # fmt: skip
+    atomic_write(path, lambda p: p.write_bytes(content))
+    return hashlib.sha256(content).hexdigest()
 
 
 def check_weights(path: Path, sha256: str, hint: str = AGAIN) -> None:
     """Raise Damaged if the file has another hash, and UserError if it is missing."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing: train the level first (make train-levels).")
-    try:
-        found = sha256_of(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
-    if found != sha256:
+    _check_there(path)
+    if sha256_of(path) != sha256:
         raise Damaged(path, f"{path} is damaged, or not the file named in its level's metadata.json: {hint}.")
 
 
@@ -53,44 +43,45 @@ def load_weights(path: Path, module: nn.Module, sha256: str | None = None, hint:
 
     sha256: expected hash of the file, if known and not yet checked. hint: what to do about a damaged file.
     """
+    _check_there(path)
     if sha256 is not None:
         check_weights(path, sha256, hint)
-    elif not path.is_file():
-        raise UserError(f"{path} is missing: train the level first (make train-levels).")
     try:
         module.load_state_dict(load_file(path))
     except Exception as error:
-        if is_the_systems(error) or is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise
         reason = _first_sentence(error)
         raise UserError(f"{path} does not fit the configured network ({reason}): {hint}.") from error
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write a resume state, sealed (files.py); torch.load can read it."""
-
-    def write(temporary: Path) -> None:
-        torch.save(state, temporary)
-        seal_zip(temporary, path.name)
-
-    atomic_write(path, write)
+    """Write a resume state of tensors, numbers, text, lists and dicts."""
+    atomic_write(path, lambda p: torch.save(state, p))
 
 
 def load_state(path: Path) -> dict[str, Any] | None:
-    """Return the resume state, or None if the file does not exist; raise UserError if it is damaged.
+    """Return the resume state, or None if the file does not exist; raise Damaged if it cannot be read.
 
     It is loaded with weights_only, so no code in the file can run.
     """
     if not path.is_file():
         return None
-    hint = "delete it to train this level again"
-    check_zip(path, hint)
     try:
+        with zipfile.ZipFile(path) as archive:
+            if (part := archive.testzip()) is not None:  # torch does not compare checksums
+                raise ValueError(f"the checksum of {part} differs")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        if is_the_systems(error) or is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise
+        hint = "delete it to train this level again"
         raise Damaged(path, f"{path} cannot be read ({_first_sentence(error)}): {hint}.") from error
+
+
+def _check_there(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"{path} is missing: train the level first (make train-levels).")
 
 
 def _first_sentence(error: Exception) -> str:
