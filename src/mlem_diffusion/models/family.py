@@ -1,4 +1,7 @@
-"""A trained family on disk: checkpoints/<experiment>/<level>/ with EMA weights, resume state, config and metadata."""
+"""A trained family on disk: checkpoints/<experiment>/<level>/ with EMA weights, resume state, config and metadata.
+
+A published family (published.py) has the same form, with weights in bf16.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,18 @@ from ..files import Damaged, expect_content, read_json
 from .checkpoint import AGAIN, load_weights
 from .compiled import FastDenoiser
 from .flops import flops_per_evaluation
-from .published import read_index
 from .unet import Denoiser, UNet
 
-_HINT = "run make train-levels with the same EXPERIMENT first"
+RESTORE = "restore it (git checkout), or publish the family again (make publish)"
 
 
 def level_name(width: int) -> str:
     return f"w{width}"
+
+
+def repeat_name(name: str, seed: int) -> str:
+    """Return the folder name of a level that was trained again from another seed."""
+    return f"{name}-seed{seed}"
 
 
 def at_width(settings: Mapping[str, Any], width: int) -> dict[str, Any]:
@@ -40,23 +47,28 @@ def at_width(settings: Mapping[str, Any], width: int) -> dict[str, Any]:
     return plain
 
 
-def shape_of(unet: Mapping[str, Any], width: int) -> dict[str, Any]:
-    """Return the UNet's arguments for a width (`at_width`)."""
-    return at_width(unet, width)
-
-
-def repeat_name(name: str, seed: int) -> str:
-    """Return the folder name of a level that was trained again from another seed."""
-    return f"{name}-seed{seed}"
-
-
 def build_denoiser(
     width: int, size: int, data_rms: float, unet: Mapping[str, Any], target: str, seed: int = 0
 ) -> Denoiser:
-    """Return an untrained denoiser; its weights depend only on the seed, the width and its shape (`shape_of`)."""
+    """Return an untrained denoiser; its weights depend only on the seed, the width and its settings (`at_width`)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed * 100_003 + width)
-        return Denoiser(UNet(width, size, **shape_of(unet, width)), data_rms, target)
+        return Denoiser(UNet(width, size, **at_width(unet, width)), data_rms, target)
+
+
+def describe(width: int, size: int, data_rms: float, unet: Mapping[str, Any], target: str) -> dict[str, Any]:
+    """Return a level's description before training, with parameter count and FLOPs per evaluation of one image."""
+    denoiser = build_denoiser(width, size, data_rms, unet, target)
+    return {
+        "name": level_name(width),
+        "width": width,
+        "size": size,
+        "target": target,
+        "data_rms": data_rms,
+        "unet": at_width(unet, width),
+        "parameters": sum(p.numel() for p in denoiser.parameters()),
+        "flops": flops_per_evaluation(denoiser, size),
+    }
 
 
 def as_level(
@@ -72,32 +84,29 @@ def as_level(
 
 
 def read_metadata(directory: Path, widths: Sequence[int]) -> list[dict[str, Any]]:
-    """Return metadata.json of each level, in the order of `widths`.
-
-    Raises UserError if a level is damaged or not fully trained, or if a published file has changed
-    (`published.read_index`).
-    """
-    is_published = read_index(directory) is not None
-    return [_read_level(directory / level_name(width), not is_published) for width in widths]
+    """Return metadata.json of each level, in the order of `widths`; UserError if one is not trained or damaged."""
+    return [_read_level(directory / level_name(width)) for width in widths]
 
 
-def _read_level(folder: Path, sealed: bool) -> dict[str, Any]:
+def read_repeats(directory: Path, wanted: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+    """Return metadata.json of each (width, training seed) that was trained again."""
+    return [_read_level(directory / repeat_name(level_name(width), seed)) for width, seed in wanted]
+
+
+def _read_level(folder: Path) -> dict[str, Any]:
     path = folder / "metadata.json"
-    metadata = read_json(path, _HINT if not path.is_file() else AGAIN, sealed)
-    if metadata.get("name") != folder.name:
-        raise Damaged(path, f"{path} describes another level ({metadata.get('name')}): {AGAIN}.")
+    metadata = read_json(path, AGAIN if path.is_file() else "run make train-levels with the same EXPERIMENT first")
+    if not isinstance(metadata, dict) or metadata.get("name") != folder.name:
+        raise Damaged(path, f"{path} does not describe the level {folder.name}: {AGAIN}.")
     return metadata
 
 
-def weights_of(metadata: Mapping[str, Any], snapshot: int | None = None) -> tuple[str, str | None]:
-    """Return file name and SHA-256 of a level's final weights or of a snapshot.
-
-    The hash is None if only the index of a published family has it.
-    """
+def weights_of(metadata: Mapping[str, Any], snapshot: int | None = None) -> tuple[str, str]:
+    """Return file name and SHA-256 of a level's final weights or of a snapshot."""
     if snapshot is None:
         return metadata.get("weights_file", "ema.safetensors"), metadata["weights_sha256"]
     entry = metadata["snapshots"][snapshot]
-    return entry["file"], entry.get("sha256")
+    return entry["file"], entry["sha256"]
 
 
 def identity_of(metadata: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -111,25 +120,19 @@ def identity_of(metadata: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def load_family(
-    directory: Path,
-    widths: Sequence[int],
-    device: torch.device | str = "cpu",
-    precision: str = "float32",
-    snapshot: int | None = None,
-    compile: str = "auto",
-    batch: int | None = None,
-) -> list[Level]:
-    """Load the levels of a trained family for sampling (`as_level`).
+def load_denoiser(folder: Path, metadata: Mapping[str, Any], snapshot: int | None = None) -> Denoiser:
+    """Return a level's trained denoiser, in float32 on the CPU.
 
-    batch: the usual batch size. snapshot: index into each level's snapshots, or None for the final EMA.
+    snapshot: index into the level's snapshots, or None for the final EMA. Raises UserError if the weights are missing,
+    are not those of the metadata (by SHA-256), or do not fit.
     """
-    levels = [
-        load_level(directory / level_name(width), metadata, device, precision, snapshot, compile, batch)
-        for width, metadata in zip(widths, read_metadata(directory, widths), strict=True)
-    ]
-    check_family(levels)
-    return levels
+    hint = RESTORE if "trained_weights_sha256" in metadata else AGAIN
+    with expect_content(folder / "metadata.json", hint):
+        shape = [metadata[key] for key in ("width", "size", "data_rms", "unet", "target")]
+        denoiser = build_denoiser(*shape)
+        file, sha256 = weights_of(metadata, snapshot)
+    load_weights(folder / file, denoiser, sha256, hint)
+    return denoiser
 
 
 def load_level(
@@ -141,33 +144,24 @@ def load_level(
     compile: str = "auto",
     batch: int | None = None,
 ) -> Level:
-    """Load one trained level from its folder and metadata; other arguments are as in `load_family`."""
-    with expect_content(folder / "metadata.json", AGAIN):
-        denoiser = build_denoiser(
-            metadata["width"], metadata["size"], metadata["data_rms"], metadata["unet"], metadata["target"]
-        )
-        file, sha256 = weights_of(metadata, snapshot)
-        path, flops = folder / file, float(metadata["flops"])
-    load_weights(path, denoiser, sha256)
-    return as_level(metadata["name"], denoiser.to(device), flops, precision, compile, batch)
+    """Load one trained level for sampling (`as_level`, `load_denoiser`). batch: the usual batch size."""
+    denoiser = load_denoiser(folder, metadata, snapshot).to(device)
+    return as_level(metadata["name"], denoiser, float(metadata["flops"]), precision, compile, batch)
 
 
-def read_repeats(directory: Path, wanted: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
-    """Return metadata.json of each (width, training seed) that was trained again."""
-    is_published = read_index(directory) is not None
-    return [_read_level(directory / repeat_name(level_name(w), seed), not is_published) for w, seed in wanted]
-
-
-def describe(width: int, size: int, data_rms: float, unet: Mapping[str, Any], target: str) -> dict[str, Any]:
-    """Return a level's description before training, with parameter count and FLOPs per evaluation of one image."""
-    denoiser = build_denoiser(width, size, data_rms, unet, target)
-    return {
-        "name": level_name(width),
-        "width": width,
-        "size": size,
-        "target": target,
-        "data_rms": data_rms,
-        "unet": shape_of(unet, width),
-        "parameters": sum(p.numel() for p in denoiser.parameters()),
-        "flops": flops_per_evaluation(denoiser, size),
-    }
+def load_family(
+    directory: Path,
+    widths: Sequence[int],
+    device: torch.device | str = "cpu",
+    precision: str = "float32",
+    snapshot: int | None = None,
+    compile: str = "auto",
+    batch: int | None = None,
+) -> list[Level]:
+    """Load the levels of a trained family for sampling (`load_level`), in the order of `widths`."""
+    levels = [
+        load_level(directory / metadata["name"], metadata, device, precision, snapshot, compile, batch)
+        for metadata in read_metadata(directory, widths)
+    ]
+    check_family(levels)
+    return levels

@@ -1,25 +1,29 @@
 """A published family: a committed folder, from which a clone can sample without training and without images.
 
-checkpoints/<experiment>/published/ contains <level>/ema-bf16.safetensors and <level>/metadata.json (as written by
-training) for each level. gauss.safetensors and statistics.npz replace the training images in later stages. family.json
-describes the folder and lists the SHA-256 of each file. Training never writes into this folder.
+checkpoints/<experiment>/published/ contains, for each level, <level>/ema-bf16.safetensors and <level>/metadata.json
+(that of training, with the rounded weights' SHA-256). gauss.safetensors and statistics.npz replace the training images
+in later stages. family.json describes the folder, README.md is the model card. Training never writes into this folder.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import UserError
-from ..files import read_json, sha256_of, write_json
+from ..files import Damaged, read_json, write_json
+from .checkpoint import save_weights
+from .family import RESTORE, load_denoiser
 
 FOLDER, INDEX, CARD = "published", "family.json", "README.md"
 WEIGHTS, GAUSSIAN, STATISTICS = "ema-bf16.safetensors", "gauss.safetensors", "statistics.npz"
 LIMIT = 60_000_000  # bytes of a published family, since it is committed
-_RESTORE = "restore it (git checkout), or publish the family again (make publish)"
 
 
 def levels_folder(directory: Path, names: Sequence[str]) -> Path:
@@ -32,55 +36,58 @@ def levels_folder(directory: Path, names: Sequence[str]) -> Path:
     return published if not has_all(directory) and (published / INDEX).is_file() and has_all(published) else directory
 
 
-def size_of(folder: Path) -> int:
-    """Return the bytes of all files below the folder."""
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-
-
-def check_size(size: float, what: str) -> None:
-    """Raise UserError if a family is larger than LIMIT."""
-    if size > LIMIT:
-        raise UserError(
-            f"{what} take {size / 1e6:.1f} MB, and a published family has at most {LIMIT / 1e6:.0f} MB: leave out "
-            "levels (family.widths) or optional parts (publish.snapshots, publish.statistics)."
-        )
-
-
-def write_index(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
-    """Write family.json for a folder whose other files are finished, and return its content.
-
-    It contains `index`, the SHA-256 of each file except the card, and its own.
-    """
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / INDEX and p != folder / CARD)
-    index = {**index, "files": {p.relative_to(folder).as_posix(): sha256_of(p) for p in paths}}
-    index["sha256"] = _own(index)
-    write_json(folder / INDEX, index)
-    return index
-
-
 def read_index(folder: Path) -> dict[str, Any] | None:
-    """Return the content of family.json after a SHA-256 check of all its files; None if the folder has none.
-
-    Raises UserError, with the file's name, if a file is missing or has changed.
-    """
+    """Return the content of family.json; None if the folder has none. Raises Damaged if it cannot be read."""
     path = folder / INDEX
     if not path.is_file():
         return None
-    try:
-        index = read_json(path, _RESTORE, sealed=False)
-    except UserError as error:
-        raise UserError(f"{path} is damaged: {_RESTORE}.") from error
-    if not isinstance(index, dict) or index.get("sha256") != _own(index):
-        raise UserError(f"{path} has been changed since it was published: {_RESTORE}.")
-    for name, expected in index["files"].items():
-        file = folder / name
-        if not file.is_file():
-            raise UserError(f"{file} is missing: {_RESTORE}.")
-        if sha256_of(file) != expected:
-            raise UserError(f"{file} is not the file that was published (its SHA-256 differs): {_RESTORE}.")
+    index = read_json(path, RESTORE)
+    if not isinstance(index, dict) or not {"levels", "data", "gaussian", "statistics"} <= index.keys():
+        raise Damaged(path, f"{path} does not describe a published family: {RESTORE}.")
     return index
 
 
-def _own(index: dict[str, Any]) -> str:
-    content = {key: value for key, value in index.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+@contextlib.contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """Context of an empty folder to fill, which replaces `folder` at the end; after an error the old one stays.
+
+    Raises UserError if the files take more than LIMIT bytes.
+    """
+    filled = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(filled, ignore_errors=True)  # left by a killed run
+    filled.mkdir(parents=True)
+    try:
+        yield filled
+        size = sum(path.stat().st_size for path in filled.rglob("*") if path.is_file())
+        if size > LIMIT:
+            raise UserError(
+                f"The files take {size / 1e6:.1f} MB, and a published family has at most {LIMIT / 1e6:.0f} MB: leave "
+                "out levels (family.widths) or optional parts (publish.snapshots, publish.statistics)."
+            )
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(filled, folder)
+    finally:
+        shutil.rmtree(filled, ignore_errors=True)
+
+
+def publish_level(source: Path, target: Path, metadata: Mapping[str, Any], snapshots: bool = False) -> None:
+    """Write a trained level's weights as bf16, and its metadata, from the folder `source` to the folder `target`.
+
+    snapshots: also the weights at intermediate training lengths. Raises UserError as `family.load_denoiser` does.
+    """
+    *earlier, last = metadata["snapshots"]
+    entries = []
+    for i, entry in enumerate(earlier if snapshots else []):
+        file = f"{Path(entry['file']).stem}-bf16.safetensors"
+        sha256 = save_weights(target / file, load_denoiser(source, metadata, i), torch.bfloat16)
+        entries.append({**entry, "file": file, "sha256": sha256})
+    sha256 = save_weights(target / WEIGHTS, load_denoiser(source, metadata), torch.bfloat16)
+    published = {
+        **{key: value for key, value in metadata.items() if key != "config"},
+        "snapshots": [*entries, {**last, "file": WEIGHTS, "sha256": sha256}],
+        "weights_file": WEIGHTS,
+        "weights_dtype": "bfloat16",
+        "weights_sha256": sha256,
+        "trained_weights_sha256": metadata["weights_sha256"],
+    }
+    write_json(target / "metadata.json", published)

@@ -93,7 +93,7 @@ class _Stage(nn.Module):
 
 
 class UNet(nn.Module):
-    """A UNet: x [B,3,S,S] and logsnr [B], or [1] if all samples share one noise level -> [B,3,S,S].
+    """A UNet: x [B,3,S,S] and logsnr [B], or 0-dim if all samples share one noise level -> [B,3,S,S].
 
     width: base channels, multiplied by `multipliers` per resolution. blocks: residual blocks per resolution.
     attention: resolutions with attention, in pixels. patch: squares of this side become channels before the first
@@ -125,42 +125,36 @@ class UNet(nn.Module):
         self.register_buffer("frequencies", 2 * math.pi / torch.logspace(0, math.log10(120), 16), persistent=False)
         self.embed = nn.Sequential(nn.Linear(32, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU())
 
-        def stage(inputs: int, outputs: int, resolution: int, resample: str = "none") -> _Stage:
-            attend = resample == "none" and resolution in attention
-            return _Stage(
-                ResBlock(inputs, outputs, embedding, resample, dropout),
-                Attention(outputs) if attend else None,
-            )
+        def stage(inputs: int, outputs: int, attend: bool = False, resample: str = "none") -> _Stage:
+            block = ResBlock(inputs, outputs, embedding, resample, dropout)
+            return _Stage(block, Attention(outputs) if attend else None)
 
-        self.enter = nn.Conv2d(channels, width * multipliers[0], 3, padding=1)
-        current, resolution = width * multipliers[0], size
+        # the order in which layers are made fixes their initial weights; size is the current resolution from here on
+        current = width * multipliers[0]
+        self.enter = nn.Conv2d(channels, current, 3, padding=1)
         skips, down, up = [current], [], []
         for i, multiplier in enumerate(multipliers):
             if i:
-                down.append(stage(current, current, resolution, "down"))
-                resolution //= 2
+                down.append(stage(current, current, resample="down"))
+                size //= 2
                 skips.append(current)
             for _ in range(blocks):
-                down.append(stage(current, width * multiplier, resolution))
+                down.append(stage(current, width * multiplier, size in attention))
                 current = width * multiplier
                 skips.append(current)
-        middle = ResBlock(current, current, embedding, dropout=dropout)
         self.middle = nn.ModuleList(
-            [
-                _Stage(middle, Attention(current) if resolution <= max(attention, default=0) else None),
-                _Stage(ResBlock(current, current, embedding, dropout=dropout)),
-            ]
+            [stage(current, current, size <= max(attention, default=0)), stage(current, current)]
         )
         self.takes_skip: list[bool] = []
         for i, multiplier in reversed(list(enumerate(multipliers))):
             for _ in range(blocks + 1):
-                up.append(stage(current + skips.pop(), width * multiplier, resolution))
+                up.append(stage(current + skips.pop(), width * multiplier, size in attention))
                 self.takes_skip.append(True)
                 current = width * multiplier
             if i:
-                up.append(stage(current, current, resolution, "up"))
+                up.append(stage(current, current, resample="up"))
                 self.takes_skip.append(False)
-                resolution *= 2
+                size *= 2
         self.down, self.up = nn.ModuleList(down), nn.ModuleList(up)
         self.leave = nn.Sequential(_norm(current), nn.SiLU(), _zero(nn.Conv2d(current, channels, 3, padding=1)))
         self.joined_weight: Tensor | None = None
@@ -179,7 +173,7 @@ class UNet(nn.Module):
 
     def _conditions(self, logsnr: Tensor) -> Iterator[Tensor]:
         """Return each residual block's scale and shift, in the order of the forward pass."""
-        angles = logsnr.float()[:, None] * self.frequencies
+        angles = logsnr.float().reshape(-1, 1) * self.frequencies
         embedding = self.embed(torch.cat([angles.cos(), angles.sin()], dim=1).to(self.enter.weight.dtype))
         layers = [module.block.affine for module in self._stages()]
         if self.joined_weight is None:
@@ -230,7 +224,7 @@ class Denoiser(nn.Module):
         return scale, torch.zeros_like(scale), torch.full_like(scale, rms)
 
     def forward(self, x: Tensor, logsnr: Tensor) -> Tensor:
-        """Return the denoised image [B,3,S,S] in float32 for noised x [B,3,S,S] and logsnr [B] or [1]."""
+        """Return the denoised image [B,3,S,S] in float32 for noised x [B,3,S,S] and logsnr [B] or 0-dim."""
         scale, skip, out = self._coefficients(x, logsnr)
         return skip * x + out * self.unet(scale * x, logsnr).float()
 
