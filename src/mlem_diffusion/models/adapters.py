@@ -24,12 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..diffusion.level import Level
 from ..diffusion.process import expand
 from ..errors import UserError
+from .flops import count_flops
 
 PREDICTIONS = ("epsilon", "v", "x0", "score")
 COORDINATES = ("vp", "ve")
@@ -53,27 +52,16 @@ def adapt(
 ) -> Level:
     """Return a level for a network that is called as network(input [B,C,H,W], time [B], **conditioning).
 
-    prediction, coordinates: see the table above. The network returns a tensor, a tuple that starts with a tensor, or an
-    object with a tensor in `.sample`. If the output has twice the channels of the input (learned variances), its first
-    half is used.
-
+    prediction, coordinates: see the table above. The network returns a tensor, a tuple that starts with one, or an
+    object with one in `.sample`; of twice the channels of x (learned variances), the first half is used.
     time: "logsnr"; "sigma", the noise's standard deviation in the network's coordinates; "timestep", the index into the
-    falling alphas_cumprod [T] of discrete training; or a function from logsnr [B] to the network's time input (EDM's
-    ln(sigma) / 4 is `lambda logsnr: -logsnr / 8`). Between two trained timesteps the network gets a fractional timestep
-    (linear in log-SNR), which sinusoidal embeddings accept. If it needs integers, set round_timesteps=True: the level
-    then denoises at the nearest trained noise level, with x unchanged (its variance is near 1 at both levels).
-
-    logsnr_range: lowest and highest log-SNR in training, by default those of alphas_cumprod. With a range, each call
-    waits for the device.
-
-    conditioning: the network's keyword arguments. Tensors [1, ...], also inside dicts, lists and tuples, are expanded
-    to the batch; other values are passed unchanged. All samples share the conditioning, because a level runs only on
-    the samples whose coin fired and does not know which these are. Sample one condition after another: noise depends on
-    the seeds alone, so the images are the same.
-
-    flops: FLOPs of one evaluation of one image; by default counted on the meta device, for an nn.Module and `shape`
-    [C,H,W]. The input is cast to the type of the module's parameters; time is float32 or better. The result has the
-    type of x and is differentiable in x.
+    falling alphas_cumprod [T], fractional between two (linear in log-SNR); or a function of logsnr [B] (EDM's
+    ln(sigma) / 4 is `lambda logsnr: -logsnr / 8`). round_timesteps: for networks that need integers; the level then
+    denoises at the nearest trained noise level, with x unchanged. logsnr_range: lowest and highest log-SNR in training,
+    by default those of alphas_cumprod; with a range, each call waits for the device.
+    conditioning: keyword arguments; tensors [1, ...], also nested, are expanded to the batch. flops: of one evaluation
+    of one image; by default counted, for an nn.Module and `shape` [C,H,W]. The input gets the type of the module's
+    parameters, the result the type of x; it is differentiable in x.
 
     Raises UserError for an unknown convention, conditioning of several rows, or FLOPs that cannot be counted. The level
     raises UserError for a noise level outside the trained range and for an output of another shape.
@@ -86,18 +74,17 @@ def adapt(
         _map_tensors(lambda tensor, key=key: _check_one_row(name, key, tensor), value)
 
     def denoise(x: Tensor, logsnr: Tensor) -> Tensor:
-        logsnr = logsnr.to(torch.promote_types(x.dtype, torch.float32))
+        logsnr = logsnr.expand(len(x)).to(torch.promote_types(x.dtype, torch.float32))
         if limits is not None:
             _check_range(name, logsnr, limits)
         if table is not None:
             when, logsnr = _timestep(logsnr, table, round_timesteps)
         else:
             when = time(logsnr) if callable(time) else logsnr if time == "logsnr" else _sigma(logsnr, coordinates)
-        wide = x.to(logsnr.dtype)
-        alpha, sigma = expand(torch.sigmoid(logsnr).sqrt(), x), expand(_sigma(logsnr, "vp"), x)
+        wide, alpha, sigma = x.to(logsnr.dtype), expand(torch.sigmoid(logsnr).sqrt(), x), expand(_sigma(logsnr), x)
         entering = (wide if coordinates == "vp" else wide / alpha).to(_dtype(network) or x.dtype)
         rows = _map_tensors(lambda t: t.to(x.device).expand(len(x), *t.shape[1:]) if t.ndim else t.to(x.device), inputs)
-        output = _output(name, network(entering, when, **rows), x).to(logsnr.dtype)
+        output = _tensor(name, network(entering, when, **rows), x).to(logsnr.dtype)
         if prediction == "score" and coordinates == "ve":
             output = output / alpha  # d/dx = d/dy / alpha
         return _denoised(prediction, output, wide, alpha, sigma).to(x.dtype)
@@ -107,49 +94,29 @@ def adapt(
     return Level(name, denoise, float(flops))
 
 
-def from_diffusers(
-    name: str,
-    unet: nn.Module,
-    scheduler: Any,
-    *,
-    conditioning: Mapping[str, Any] | None = None,
-    shape: tuple[int, ...] | None = None,
-    flops: float | None = None,
-) -> Level:
+def from_diffusers(name: str, unet: nn.Module, scheduler: Any, **options: Any) -> Level:
     """Return a level for a diffusers UNet (UNet2DModel, UNet2DConditionModel, ...) and its training scheduler.
 
-    prediction_type and alphas_cumprod are read from the scheduler. Timesteps are rounded only if the UNet embeds them
-    by a table. conditioning: e.g. {"encoder_hidden_states": [1, tokens, channels]}. shape defaults to the UNet's
-    in_channels and sample_size. The scheduler's clipping and thresholding are not applied: see `clipped`. Sample within
-    the trained noise levels: Process(LinearSchedule(), *trained_range(scheduler)).
+    prediction_type and alphas_cumprod are read from the scheduler; its clipping is not applied (see `clipped`).
+    Timesteps are rounded only if the UNet embeds them by a table. options: conditioning, shape (by default the UNet's)
+    and flops, as for `adapt`. Sample in Process(LinearSchedule(), *trained_range(scheduler)).
 
-    Raises UserError for a scheduler without alphas_cumprod, an unknown prediction type, a UNet that takes sigma
-    (Fourier embedding), and in the cases of `adapt`.
+    Raises UserError for a scheduler without alphas_cumprod or with an unknown prediction type, for a UNet that takes
+    sigma (Fourier embedding), and as `adapt`.
     """
     predicts = getattr(getattr(scheduler, "config", None), "prediction_type", None)
     prediction = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}.get(str(predicts))
     if prediction is None:
-        raise UserError(
-            f"{name}: the scheduler's prediction type {predicts!r} is unknown; describe the UNet to adapt()."
-        )
+        raise UserError(f"{name}: the scheduler's prediction type {predicts!r} is unknown; use adapt().")
     config = getattr(unet, "config", None)
     embedding, size = getattr(config, "time_embedding_type", None), getattr(config, "sample_size", None)
     if embedding == "fourier":
-        raise UserError(f"{name}: this UNet takes sigma, not timesteps; describe it to adapt(), with time='sigma'.")
-    if shape is None and size is not None:
+        raise UserError(f"{name}: this UNet takes sigma, not timesteps; use adapt() with time='sigma'.")
+    if options.get("shape") is None and size is not None:
         height, width = (size, size) if isinstance(size, int) else size
-        shape = getattr(config, "in_channels", 3), height, width
-    return adapt(
-        name,
-        unet,
-        prediction=prediction,
-        time="timestep",
-        alphas_cumprod=scheduler,
-        round_timesteps=embedding == "learned",
-        conditioning=conditioning,
-        shape=shape,
-        flops=flops,
-    )
+        options["shape"] = getattr(config, "in_channels", 3), height, width
+    options |= {"time": "timestep", "alphas_cumprod": scheduler, "round_timesteps": embedding == "learned"}
+    return adapt(name, unet, prediction=prediction, **options)
 
 
 def guided(conditional: Level, unconditional: Level, scale: float, name: str | None = None) -> Level:
@@ -232,7 +199,7 @@ def _check_range(name: str, logsnr: Tensor, limits: tuple[float, float]) -> None
         )
 
 
-def _sigma(logsnr: Tensor, coordinates: str) -> Tensor:
+def _sigma(logsnr: Tensor, coordinates: str = "vp") -> Tensor:
     """Return the noise's standard deviation [B] in VP or VE coordinates."""
     return torch.sigmoid(-logsnr).sqrt() if coordinates == "vp" else torch.exp(-0.5 * logsnr)
 
@@ -246,7 +213,7 @@ def _denoised(prediction: str, output: Tensor, x: Tensor, alpha: Tensor, sigma: 
 
 
 def _map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """Apply the function to each tensor in nested dicts, lists and tuples; other values stay unchanged."""
+    """Apply the function to each tensor in nested dicts, lists and tuples."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, Mapping):
@@ -257,7 +224,7 @@ def _map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
 
 
 def _check_one_row(name: str, key: str, tensor: Tensor) -> None:
-    if tensor.ndim and len(tensor) != 1:
+    if tensor.ndim and len(tensor) != 1:  # a level runs only on the samples whose coin fired, and does not know which
         raise UserError(
             f"{name}: conditioning {key!r} has {len(tensor)} rows, but it must have one, shared by all samples, "
             "because a level runs on part of a batch: sample one condition after another."
@@ -270,15 +237,12 @@ def _dtype(network: Any) -> torch.dtype | None:
     return next((p.dtype for p in parameters if p.is_floating_point()), None)
 
 
-def _output(name: str, output: Any, x: Tensor) -> Tensor:
+def _tensor(name: str, output: Any, x: Tensor) -> Tensor:
     """Return the tensor in a network's output; its first half if it has twice the channels of x."""
     if not isinstance(output, Tensor):
         output = output[0] if isinstance(output, tuple | list) else getattr(output, "sample", None)
     if not isinstance(output, Tensor):
-        raise UserError(
-            f"{name}: the network returned neither a tensor, nor a tuple that starts with a tensor, nor an object "
-            "with a tensor in .sample."
-        )
+        raise UserError(f"{name}: the network returned neither a tensor, nor (tensor, ...), nor one in .sample.")
     if output.ndim == x.ndim and output.shape[1] == 2 * x.shape[1]:
         output = output[:, : x.shape[1]]
     if output.shape != x.shape:
@@ -289,21 +253,11 @@ def _output(name: str, output: Any, x: Tensor) -> Tensor:
 def _count(
     name: str, network: Any, shape: tuple[int, ...] | None, conditioning: dict[str, Any], time: torch.dtype
 ) -> float:
-    """Return the FLOPs of one evaluation of one image [C,H,W], counted on the meta device (multiply-add: 2)."""
     if not isinstance(network, nn.Module) or shape is None:
         raise UserError(f"{name}: give flops, or shape = (channels, height, width) and an nn.Module to count them.")
-    tensors = dict(network.named_parameters()) | dict(network.named_buffers())
-    x = torch.empty(1, *shape, device="meta", dtype=_dtype(network))
-    when = torch.empty(1, device="meta", dtype=time)
+    x, when = torch.empty(1, *shape, device="meta", dtype=_dtype(network)), torch.empty(1, device="meta", dtype=time)
     try:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            functional_call(
-                network,
-                {key: tensor.to("meta") for key, tensor in tensors.items()},
-                (x, when),
-                _map_tensors(lambda tensor: tensor.to("meta"), conditioning),
-            )
+        return count_flops(network, x, when, keywords=_map_tensors(lambda tensor: tensor.to("meta"), conditioning))
     except (RuntimeError, TypeError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{name}: FLOPs could not be counted ({reason}); give flops.") from error
-    return float(counter.get_total_flops())
