@@ -2,7 +2,7 @@
 
 A level denoises x = alpha x0 + sigma eps, alpha^2 = sigmoid(logsnr) and sigma^2 = sigmoid(-logsnr). Networks differ in
 the coordinates of their input ("vp": x; "ve": x / alpha, the image plus noise of standard deviation sigma / alpha), in
-their noise-level input, in their prediction, and in further inputs such as an embedded text:
+their noise-level input, in further inputs such as an embedded text, and in their prediction:
 
     prediction     output of the network                     denoised image
     "x0"           the image D                               D
@@ -24,15 +24,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..diffusion.level import Level
 from ..diffusion.process import expand
 from ..errors import UserError
 from .flops import count_flops
 
-PREDICTIONS = ("epsilon", "v", "x0", "score")
-COORDINATES = ("vp", "ve")
-TIMES = ("logsnr", "sigma", "timestep")
+KNOWN = {
+    "prediction": ("epsilon", "v", "x0", "score"),
+    "coordinates": ("vp", "ve"),
+    "time": ("logsnr", "sigma", "timestep"),
+}
 TOLERANCE = 1e-3  # in log-SNR, at the ends of the trained range: float32 tables are rounded
 
 
@@ -60,18 +63,18 @@ def adapt(
     denoises at the nearest trained noise level, with x unchanged. logsnr_range: lowest and highest log-SNR in training,
     by default those of alphas_cumprod; with a range, each call waits for the device.
     conditioning: keyword arguments; tensors [1, ...], also nested, are expanded to the batch. flops: of one evaluation
-    of one image; by default counted, for an nn.Module and `shape` [C,H,W]. The input gets the type of the module's
-    parameters, the result the type of x; it is differentiable in x.
+    of one image; by default counted, for an nn.Module and `shape` [C,H,W].
 
-    Raises UserError for an unknown convention, conditioning of several rows, or FLOPs that cannot be counted. The level
-    raises UserError for a noise level outside the trained range and for an output of another shape.
+    Raises UserError for an unknown convention, conditioning of several rows, or FLOPs that cannot be counted; the level
+    does so for a noise level outside the trained range and for an output of another shape.
     """
-    _check_conventions(name, prediction, coordinates, time, alphas_cumprod, round_timesteps)
+    _check_conventions(name, prediction, coordinates, time, alphas_cumprod is not None)
     table = None if alphas_cumprod is None else _timestep_table(alphas_cumprod)
     limits = logsnr_range or (None if table is None else trained_range(alphas_cumprod))
     inputs = dict(conditioning or {})
-    for key, value in inputs.items():
-        _map_tensors(lambda tensor, key=key: _check_one_row(name, key, tensor), value)
+    if any(tensor.ndim and len(tensor) != 1 for tensor in tree_leaves(inputs) if isinstance(tensor, Tensor)):
+        # a level runs only on the samples whose coin fired, and does not know which
+        raise UserError(f"{name}: conditioning must have one row, for all samples: sample one condition after another.")
 
     def denoise(x: Tensor, logsnr: Tensor) -> Tensor:
         logsnr = logsnr.expand(len(x)).to(torch.promote_types(x.dtype, torch.float32))
@@ -83,7 +86,9 @@ def adapt(
             when = time(logsnr) if callable(time) else logsnr if time == "logsnr" else _sigma(logsnr, coordinates)
         wide, alpha, sigma = x.to(logsnr.dtype), expand(torch.sigmoid(logsnr).sqrt(), x), expand(_sigma(logsnr), x)
         entering = (wide if coordinates == "vp" else wide / alpha).to(_dtype(network) or x.dtype)
-        rows = _map_tensors(lambda t: t.to(x.device).expand(len(x), *t.shape[1:]) if t.ndim else t.to(x.device), inputs)
+        rows = tree_map_only(
+            Tensor, lambda t: t.to(x.device).expand(len(x), *t.shape[1:]) if t.ndim else t.to(x.device), inputs
+        )
         output = _tensor(name, network(entering, when, **rows), x).to(logsnr.dtype)
         if prediction == "score" and coordinates == "ve":
             output = output / alpha  # d/dx = d/dy / alpha
@@ -122,8 +127,8 @@ def from_diffusers(name: str, unet: nn.Module, scheduler: Any, **options: Any) -
 def guided(conditional: Level, unconditional: Level, scale: float, name: str | None = None) -> Level:
     """Return classifier-free guidance as one level: D_u + scale (D_c - D_u), at the sum of their FLOPs.
 
-    See Ho and Salimans 2022, with scale = 1 + w; guiding denoised images, noise or v is equivalent. The second level
-    may also be a weaker network (autoguidance). The name defaults to that of the conditional level.
+    See Ho and Salimans 2022, with scale = 1 + w. The second level may also be a weaker network (autoguidance). The name
+    defaults to that of the conditional level.
     """
     if not math.isfinite(scale):
         raise UserError(f"The guidance scale {scale} is not a finite number.")
@@ -148,20 +153,13 @@ def trained_range(source: Any) -> tuple[float, float]:
     return float(logsnr[0]), float(logsnr[-1])
 
 
-def _check_conventions(
-    name: str, prediction: str, coordinates: str, time: Any, alphas_cumprod: Any, round_timesteps: bool
-) -> None:
-    for what, value, known in (
-        ("prediction", prediction, PREDICTIONS),
-        ("coordinates", coordinates, COORDINATES),
-        ("time", "logsnr" if callable(time) else time, TIMES),
-    ):
-        if value not in known:
-            raise UserError(f"{name}: {what} = {value!r} is unknown; expected one of {', '.join(known)}.")
-    if time == "timestep" and alphas_cumprod is None:
-        raise UserError(f"{name}: time='timestep' needs the alphas_cumprod of the network's training.")
-    if time != "timestep" and (alphas_cumprod is not None or round_timesteps):
-        raise UserError(f"{name}: alphas_cumprod and round_timesteps belong to time='timestep'.")
+def _check_conventions(name: str, prediction: str, coordinates: str, time: Any, has_timesteps: bool) -> None:
+    given = {"prediction": prediction, "coordinates": coordinates, "time": "logsnr" if callable(time) else time}
+    for what, value in given.items():
+        if value not in KNOWN[what]:
+            raise UserError(f"{name}: {what} = {value!r} is unknown; expected one of {', '.join(KNOWN[what])}.")
+    if has_timesteps != (time == "timestep"):
+        raise UserError(f"{name}: time='timestep' and the alphas_cumprod of the network's training belong together.")
 
 
 def _timestep_table(source: Any) -> tuple[Tensor, Tensor]:
@@ -193,10 +191,8 @@ def _check_range(name: str, logsnr: Tensor, limits: tuple[float, float]) -> None
     lowest, highest = limits
     outside = logsnr[~((logsnr >= lowest - TOLERANCE) & (logsnr <= highest + TOLERANCE))]  # NaN too
     if len(outside):
-        raise UserError(
-            f"{name}: a log-SNR of {float(outside[0]):.4g} is outside {lowest:.4g} .. {highest:.4g}, the range of its "
-            "training; set logsnr_min and logsnr_max of the Process within it."
-        )
+        text = f"{name}: a log-SNR of {float(outside[0]):.4g} is outside {lowest:.4g} .. {highest:.4g}"
+        raise UserError(f"{text}, the range of its training; set logsnr_min and logsnr_max of the Process within it.")
 
 
 def _sigma(logsnr: Tensor, coordinates: str = "vp") -> Tensor:
@@ -209,26 +205,7 @@ def _denoised(prediction: str, output: Tensor, x: Tensor, alpha: Tensor, sigma: 
         return output
     if prediction == "v":
         return alpha * x - sigma * output
-    return (x - sigma * output) / alpha if prediction == "epsilon" else (x + sigma**2 * output) / alpha
-
-
-def _map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """Apply the function to each tensor in nested dicts, lists and tuples."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, Mapping):
-        return {key: _map_tensors(function, item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_map_tensors(function, item) for item in value)
-    return value
-
-
-def _check_one_row(name: str, key: str, tensor: Tensor) -> None:
-    if tensor.ndim and len(tensor) != 1:  # a level runs only on the samples whose coin fired, and does not know which
-        raise UserError(
-            f"{name}: conditioning {key!r} has {len(tensor)} rows, but it must have one, shared by all samples, "
-            "because a level runs on part of a batch: sample one condition after another."
-        )
+    return (x - sigma * output if prediction == "epsilon" else x + sigma**2 * output) / alpha
 
 
 def _dtype(network: Any) -> torch.dtype | None:
@@ -240,24 +217,21 @@ def _dtype(network: Any) -> torch.dtype | None:
 def _tensor(name: str, output: Any, x: Tensor) -> Tensor:
     """Return the tensor in a network's output; its first half if it has twice the channels of x."""
     if not isinstance(output, Tensor):
-        output = output[0] if isinstance(output, tuple | list) else getattr(output, "sample", None)
-    if not isinstance(output, Tensor):
-        raise UserError(f"{name}: the network returned neither a tensor, nor (tensor, ...), nor one in .sample.")
-    if output.ndim == x.ndim and output.shape[1] == 2 * x.shape[1]:
+        output = output[0] if isinstance(output, tuple | list) else getattr(output, "sample", output)
+    if isinstance(output, Tensor) and output.ndim == x.ndim and output.shape[1] == 2 * x.shape[1]:
         output = output[:, : x.shape[1]]
-    if output.shape != x.shape:
-        raise UserError(f"{name}: the network returned shape {list(output.shape)} for an input of {list(x.shape)}.")
+    if not isinstance(output, Tensor) or output.shape != x.shape:
+        found = f"shape {list(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        raise UserError(f"{name}: the network returned {found} for an input of {list(x.shape)}.")
     return output
 
 
-def _count(
-    name: str, network: Any, shape: tuple[int, ...] | None, conditioning: dict[str, Any], time: torch.dtype
-) -> float:
+def _count(name: str, network: Any, shape: Any, conditioning: dict[str, Any], time: torch.dtype) -> float:
     if not isinstance(network, nn.Module) or shape is None:
         raise UserError(f"{name}: give flops, or shape = (channels, height, width) and an nn.Module to count them.")
     x, when = torch.empty(1, *shape, device="meta", dtype=_dtype(network)), torch.empty(1, device="meta", dtype=time)
     try:
-        return count_flops(network, x, when, keywords=_map_tensors(lambda tensor: tensor.to("meta"), conditioning))
+        return count_flops(network, x, when, **tree_map_only(Tensor, lambda tensor: tensor.to("meta"), conditioning))
     except (RuntimeError, TypeError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{name}: FLOPs could not be counted ({reason}); give flops.") from error

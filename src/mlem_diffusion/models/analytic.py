@@ -1,7 +1,6 @@
 """A family with a known answer: the exact posterior mean of a Gaussian mixture plus smooth level errors.
 
-The multilevel estimator is unbiased for the largest level, so errors are measured against that level, as with trained
-families. Costs are declared, not counted: the method's claim concerns error against any given cost.
+Costs are declared, not counted: the method's claim concerns error against any given cost.
 """
 
 from __future__ import annotations
@@ -31,17 +30,14 @@ class GaussianMixture:
         logsnr: [B], or 0-dim for a noise level that all samples share.
         """
         means = self.means.to(x)
-        flat, (alpha, variance) = x.flatten(1), self._noised(logsnr.expand(len(x)))
+        logsnr = logsnr.expand(len(x))[:, None]
+        alpha2, sigma2, flat = torch.sigmoid(logsnr), torch.sigmoid(-logsnr), x.flatten(1)
+        alpha, variance = alpha2.sqrt(), alpha2 * self.std**2 + sigma2
         # |x - alpha mu|^2 up to a term that all components share
         products = flat @ means.T * alpha - 0.5 * alpha**2 * (means**2).sum(1)
         mean = torch.softmax(products / variance, dim=1) @ means
         gain = alpha * self.std**2 / variance
         return (mean + gain * (flat - alpha * mean)).reshape(x.shape)
-
-    def _noised(self, logsnr: Tensor) -> tuple[Tensor, Tensor]:
-        """Return alpha [B, 1] and the variance of a noised component [B, 1]."""
-        alpha2, sigma2 = torch.sigmoid(logsnr)[:, None], torch.sigmoid(-logsnr)[:, None]
-        return alpha2.sqrt(), alpha2 * self.std**2 + sigma2
 
     @property
     def rms(self) -> float:
@@ -54,8 +50,7 @@ def gaussian_mixture(
 ) -> GaussianMixture:
     """Return a mixture whose components overlap (distances of about 3 standard deviations in 16 dimensions).
 
-    Its posterior mean is then smooth. Between well separated components a small error would flip a sample's component,
-    and no method would have a rate.
+    Between well separated components a small error would flip a sample's component, and no method would have a rate.
     """
     generator = torch.Generator().manual_seed(seed)
     means = spread * torch.randn(components, dim, generator=generator)

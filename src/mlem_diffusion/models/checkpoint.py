@@ -22,37 +22,31 @@ def save_weights(path: Path, module: nn.Module, dtype: torch.dtype | None = None
 
     dtype: parameters, but not buffers, are rounded to it; `load_weights` converts them to the module's dtype.
     """
-    kinds = {name: dtype for name, _ in module.named_parameters()} if dtype is not None else {}
-    content = save({
-        name: value.detach().cpu().to(kinds.get(name, value.dtype)).contiguous().clone()
-        for name, value in module.state_dict().items()
-    })  # fmt: skip
+    kinds = {} if dtype is None else {name: dtype for name, _ in module.named_parameters()}
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in module.state_dict().items()}
+    content = save({name: value.to(kinds.get(name, value.dtype)) for name, value in tensors.items()})
     atomic_write(path, lambda p: p.write_bytes(content))
     return hashlib.sha256(content).hexdigest()
 
 
 def check_weights(path: Path, sha256: str, hint: str = AGAIN) -> None:
     """Raise Damaged if the file has another hash, and UserError if it is missing."""
-    _check_there(path)
+    if not path.is_file():
+        raise UserError(f"{path} is missing: train the level first (make train-levels).")
     if sha256_of(path) != sha256:
         raise Damaged(path, f"{path} is damaged, or not the file named in its level's metadata.json: {hint}.")
 
 
-def load_weights(path: Path, module: nn.Module, sha256: str | None = None, hint: str = AGAIN) -> None:
-    """Load safetensors into the module; raise UserError if the file is missing or does not fit.
+def load_weights(path: Path, module: nn.Module, sha256: str, hint: str = AGAIN) -> None:
+    """Load safetensors of this SHA-256 into the module; hint: what to do about a damaged file.
 
-    sha256: expected hash of the file, if known and not yet checked. hint: what to do about a damaged file.
+    Raises UserError if the file is missing, has another hash or does not fit.
     """
-    _check_there(path)
-    if sha256 is not None:
-        check_weights(path, sha256, hint)
+    check_weights(path, sha256, hint)
     try:
         module.load_state_dict(load_file(path))
     except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        reason = _first_sentence(error)
-        raise UserError(f"{path} does not fit the configured network ({reason}): {hint}.") from error
+        raise _explained(error, path, f"does not fit the configured network ({{}}): {hint}") from error
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -73,18 +67,10 @@ def load_state(path: Path) -> dict[str, Any] | None:
                 raise ValueError(f"the checksum of {part} differs")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        hint = "delete it to train this level again"
-        raise Damaged(path, f"{path} cannot be read ({_first_sentence(error)}): {hint}.") from error
+        raise _explained(error, path, "cannot be read ({}): delete it to train this level again") from error
 
 
-def _check_there(path: Path) -> None:
-    if not path.is_file():
-        raise UserError(f"{path} is missing: train the level first (make train-levels).")
-
-
-def _first_sentence(error: Exception) -> str:
-    """Return the first sentence of an error; torch's messages have paragraphs."""
-    line = (str(error).splitlines() or [type(error).__name__])[0]
-    return line.split(". ")[0].strip().rstrip(".:")
+def _explained(error: Exception, path: Path, text: str) -> Exception:
+    """Return Damaged with the first sentence of torch's paragraphs; lack of memory is not the file's fault."""
+    line = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0].strip().rstrip(".:")
+    return error if is_out_of_memory(error) else Damaged(path, f"{path} {text.format(line)}.")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..diffusion.level import Level, check_family
 from ..errors import UserError
@@ -59,28 +60,18 @@ def build_denoiser(
 def describe(width: int, size: int, data_rms: float, unet: Mapping[str, Any], target: str) -> dict[str, Any]:
     """Return a level's description before training, with parameter count and FLOPs per evaluation of one image."""
     denoiser = build_denoiser(width, size, data_rms, unet, target)
-    return {
-        "name": level_name(width),
-        "width": width,
-        "size": size,
-        "target": target,
-        "data_rms": data_rms,
-        "unet": at_width(unet, width),
-        "parameters": sum(p.numel() for p in denoiser.parameters()),
-        "flops": flops_per_evaluation(denoiser, size),
-    }
+    asked = {"name": level_name(width), "width": width, "size": size, "target": target, "data_rms": data_rms}
+    parameters = sum(p.numel() for p in denoiser.parameters())
+    flops = flops_per_evaluation(denoiser, size)
+    return {**asked, "unet": at_width(unet, width), "parameters": parameters, "flops": flops}
 
 
-def as_level(
-    name: str,
-    denoiser: torch.nn.Module,
-    flops: float,
-    precision: str = "float32",
-    compile: str = "auto",
-    batch: int | None = None,
-) -> Level:
-    """Return a Level that evaluates a frozen copy of the denoiser on its device: see `compiled.FastDenoiser`."""
-    return Level(name, FastDenoiser(denoiser, precision, compile, name, batch), flops)
+def as_level(name: str, denoiser: nn.Module, flops: float, precision: str = "float32", **options: Any) -> Level:
+    """Return a Level that evaluates a frozen copy of the denoiser on its device.
+
+    options: compile, and batch, the usual batch size (`compiled.FastDenoiser`).
+    """
+    return Level(name, FastDenoiser(denoiser, precision, name=name, **options), flops)
 
 
 def read_metadata(directory: Path, widths: Sequence[int]) -> list[dict[str, Any]]:
@@ -102,29 +93,23 @@ def _read_level(folder: Path) -> dict[str, Any]:
 
 
 def weights_of(metadata: Mapping[str, Any], snapshot: int | None = None) -> tuple[str, str]:
-    """Return file name and SHA-256 of a level's final weights or of a snapshot."""
+    """Return file name and SHA-256 of a level's final weights, or of those at a training length."""
     if snapshot is None:
         return metadata.get("weights_file", "ema.safetensors"), metadata["weights_sha256"]
-    entry = metadata["snapshots"][snapshot]
-    return entry["file"], entry["sha256"]
+    return metadata["snapshots"][snapshot]["file"], metadata["snapshots"][snapshot]["sha256"]
 
 
 def identity_of(metadata: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the hashes by which artefacts identify their levels: of the images and of each level's weights.
-
-    Weights are hashed as trained, because publishing rounds them.
-    """
-    return {
-        "levels": {m["name"]: m.get("trained_weights_sha256", m["weights_sha256"]) for m in metadata},
-        "data": metadata[0]["data_sha256"],
-    }
+    """Return the hashes by which artefacts name their levels: of the images and of the weights before rounding."""
+    levels = {m["name"]: m.get("trained_weights_sha256", m["weights_sha256"]) for m in metadata}
+    return {"levels": levels, "data": metadata[0]["data_sha256"]}
 
 
 def load_denoiser(folder: Path, metadata: Mapping[str, Any], snapshot: int | None = None) -> Denoiser:
     """Return a level's trained denoiser, in float32 on the CPU.
 
-    snapshot: index into the level's snapshots, or None for the final EMA. Raises UserError if the weights are missing,
-    are not those of the metadata (by SHA-256), or do not fit.
+    snapshot: index of a training length, or None for the last. Raises UserError if the weights are missing, do not fit,
+    or are not those of the metadata (by SHA-256).
     """
     hint = RESTORE if "trained_weights_sha256" in metadata else AGAIN
     with expect_content(folder / "metadata.json", hint):
@@ -141,27 +126,16 @@ def load_level(
     device: torch.device | str = "cpu",
     precision: str = "float32",
     snapshot: int | None = None,
-    compile: str = "auto",
-    batch: int | None = None,
+    **options: Any,
 ) -> Level:
-    """Load one trained level for sampling (`as_level`, `load_denoiser`). batch: the usual batch size."""
+    """Load one trained level for sampling; snapshot: see `load_denoiser`; options: see `as_level`."""
     denoiser = load_denoiser(folder, metadata, snapshot).to(device)
-    return as_level(metadata["name"], denoiser, float(metadata["flops"]), precision, compile, batch)
+    return as_level(metadata["name"], denoiser, float(metadata["flops"]), precision, **options)
 
 
-def load_family(
-    directory: Path,
-    widths: Sequence[int],
-    device: torch.device | str = "cpu",
-    precision: str = "float32",
-    snapshot: int | None = None,
-    compile: str = "auto",
-    batch: int | None = None,
-) -> list[Level]:
-    """Load the levels of a trained family for sampling (`load_level`), in the order of `widths`."""
-    levels = [
-        load_level(directory / metadata["name"], metadata, device, precision, snapshot, compile, batch)
-        for metadata in read_metadata(directory, widths)
-    ]
+def load_family(directory: Path, widths: Sequence[int], *where: Any, **options: Any) -> list[Level]:
+    """Load the levels of a trained family, in the order of `widths`; further arguments: see `load_level`."""
+    metadata = read_metadata(directory, widths)
+    levels = [load_level(directory / m["name"], m, *where, **options) for m in metadata]
     check_family(levels)
     return levels

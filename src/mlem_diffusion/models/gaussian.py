@@ -1,10 +1,8 @@
 """A linear Gaussian denoiser from the data's covariance: a nearly free first level.
 
-For data N(mu, C) the denoised image, E[x0 | x] at x = alpha x0 + sigma eps, is
-mu + alpha C (alpha^2 C + sigma^2)^-1 (x - alpha mu). It is the best linear denoiser of any data with that mean and
-covariance. C is stored as r principal directions and one variance for all others,
-C = U diag(l) U^T + rho (1 - U U^T) (probabilistic PCA, Tipping and Bishop 1999), so an evaluation is two thin matrix
-products.
+For data N(mu, C), E[x0 | x] at x = alpha x0 + sigma eps is mu + alpha C (alpha^2 C + sigma^2)^-1 (x - alpha mu), the
+best linear denoiser of any data with that mean and covariance. C = U diag(l) U^T + rho (1 - U U^T) has r principal
+directions and one variance for all others (probabilistic PCA, Tipping and Bishop 1999): two thin matrix products.
 """
 
 from __future__ import annotations
@@ -24,14 +22,12 @@ from ..diffusion.process import expand
 from ..errors import UserError, is_out_of_memory
 from ..files import Damaged, atomic_write
 
-# Up to this many dimensions the full covariance of all images is diagonalised exactly.
-DENSE_LIMIT = 1024
+DENSE_LIMIT = 1024  # up to this many dimensions the covariance of all images is diagonalised exactly
 SUBSET_VALUES = 100_000_000  # above DENSE_LIMIT: float32 values in the images that are decomposed (400 MB)
-# The default rank explains this share of the variance, within the cap. On the 16x16 portraits this is rank 58, with 6%
-# of the FLOPs of a width-4 UNet. Along the trajectories of a width-16 UNet it is as near to that network as the width-4
-# UNet is; rank 32 is 12% farther (squared), rank 192 only 14% nearer.
+# The default rank explains this share of the variance. On the 16x16 portraits this is rank 58, which is as near to a
+# width-16 UNet as a width-4 UNet is, at 6% of the latter's FLOPs; rank 192 is only 14% nearer (squared).
 DEFAULT_SHARE = 0.95
-DEFAULT_CAP = 256  # the rank is also at most an eighth of the dimensions
+DEFAULT_CAP = 256  # the default rank is also at most an eighth of the dimensions
 
 
 class GaussianDenoiser(nn.Module):
@@ -62,7 +58,7 @@ class GaussianDenoiser(nn.Module):
 
     @property
     def flops(self) -> float:
-        """FLOPs of one evaluation of one image: 2 r D into the basis, 2 r D out of it, 7 D + r of vector arithmetic."""
+        """FLOPs of one evaluation of one image: into the basis and out of it, and vector arithmetic."""
         d, r = self.basis.shape
         return float(4 * r * d + 7 * d + r)
 
@@ -122,13 +118,13 @@ def fit_gaussian(
     """Fit a Gaussian denoiser to images [N,C,H,W], uint8 or float in [-1, 1]; a memory map is read in pieces.
 
     rank: number of principal directions; None: the fewest that explain 95% of the variance, at most 256 and D / 8.
-    flips: mirror images are included, as in training. Up to 1024 dimensions the decomposition is exact and uses all
-    images. Above, it is randomised (Halko et al. 2011) and uses at most 400 MB of images drawn with `seed`, which for a
-    moment take twice that memory. Raises UserError for fewer than two images and for a rank outside 1..D.
+    flips: include mirror images, as in training. Up to 1024 dimensions the decomposition is exact. Above, it is
+    randomised (Halko et al. 2011) and uses at most 400 MB of images drawn with `seed`, which for a moment take twice
+    that memory. Raises UserError for fewer than two images and for a rank outside 1..D.
     """
     if images.ndim != 4 or len(images) < 2:
         raise UserError(f"A Gaussian needs images [N,C,H,W], at least two, not {list(images.shape)}.")
-    d = math.prod(images.shape[1:])
+    shape, d = images.shape[1:], math.prod(images.shape[1:])
     if rank is not None and not 1 <= rank <= d:
         raise UserError(f"rank = {rank} is outside 1..{d}, the number of values of an image.")
     most = rank or max(1, min(DEFAULT_CAP, d // 8))
@@ -145,10 +141,8 @@ def fit_gaussian(
         basis, variances = basis[:, :needed], variances[:needed]
     others = d - len(variances)
     residual = max(0.0, float(total - variances.sum())) / others if others else 0.0
-    shape = images.shape[1:]
-    return GaussianDenoiser(
-        mean.float().reshape(*shape), basis.float(), variances.float(), residual, images=len(chosen)
-    ).to(device)
+    mean = mean.float().reshape(*shape)
+    return GaussianDenoiser(mean, basis.float(), variances.float(), residual, images=len(chosen)).to(device)
 
 
 def _chunks(

@@ -1,9 +1,4 @@
-"""A UNet of variable width in the style of ADM (Dhariwal and Nichol 2021), and the denoiser that uses it.
-
-Residual blocks with group norm and scale-shift conditioning on the noise level, attention at chosen resolutions, skip
-connections by concatenation. The `Denoiser` scales its inputs and targets to unit variance at each noise level
-(Karras et al. 2022, section 5, written for the variance-preserving process).
-"""
+"""A UNet of variable width in the style of ADM (Dhariwal and Nichol 2021), and the denoiser that uses it."""
 
 from __future__ import annotations
 
@@ -29,10 +24,15 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 
 def _zero(layer: nn.Conv2d) -> nn.Conv2d:
-    nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
     return layer
+
+
+def _resampled(x: Tensor, how: str) -> Tensor:
+    if how == "none":
+        return x
+    return F.avg_pool2d(x, 2) if how == "down" else F.interpolate(x, scale_factor=2, mode="nearest")
 
 
 class ResBlock(nn.Module):
@@ -47,19 +47,12 @@ class ResBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
-    def _resample(self, x: Tensor) -> Tensor:
-        if self.resample == "down":
-            return F.avg_pool2d(x, 2)
-        if self.resample == "up":
-            return F.interpolate(x, scale_factor=2, mode="nearest")
-        return x
-
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """condition: output of `affine` for the embedding, [B, 2 * outputs], or [1, ...] for a shared noise level."""
-        h = self.conv1(self._resample(F.silu(self.norm1(x))))
+        h = self.conv1(_resampled(F.silu(self.norm1(x)), self.resample))
         scale, shift = condition[:, :, None, None].chunk(2, dim=1)
         h = F.silu(torch.addcmul(shift, self.norm2(h), scale + 1))
-        return self.skip(self._resample(x)) + self.conv2(self.dropout(h))
+        return self.skip(_resampled(x, self.resample)) + self.conv2(self.dropout(h))
 
 
 class Attention(nn.Module):
@@ -97,8 +90,7 @@ class UNet(nn.Module):
 
     width: base channels, multiplied by `multipliers` per resolution. blocks: residual blocks per resolution.
     attention: resolutions with attention, in pixels. patch: squares of this side become channels before the first
-    convolution and pixels again after the last. The network then works at size / patch, with few large kernels instead
-    of many small ones. Raises UserError if the image size cannot be halved often enough.
+    convolution, so the network works at size / patch. Raises UserError if the size cannot be halved often enough.
     """
 
     def __init__(
@@ -145,15 +137,12 @@ class UNet(nn.Module):
         self.middle = nn.ModuleList(
             [stage(current, current, size <= max(attention, default=0)), stage(current, current)]
         )
-        self.takes_skip: list[bool] = []
         for i, multiplier in reversed(list(enumerate(multipliers))):
             for _ in range(blocks + 1):
                 up.append(stage(current + skips.pop(), width * multiplier, size in attention))
-                self.takes_skip.append(True)
                 current = width * multiplier
             if i:
                 up.append(stage(current, current, resample="up"))
-                self.takes_skip.append(False)
                 size *= 2
         self.down, self.up = nn.ModuleList(down), nn.ModuleList(up)
         self.leave = nn.Sequential(_norm(current), nn.SiLU(), _zero(nn.Conv2d(current, channels, 3, padding=1)))
@@ -162,20 +151,21 @@ class UNet(nn.Module):
 
     def join_conditioning(self) -> None:
         """For inference: join all blocks' conditioning layers into one matrix product (a copy of the weights)."""
-        layers = [module.block.affine for module in self._stages()]
+        layers = self._affine_layers()
         weight, bias = torch.cat([v.weight for v in layers]), torch.cat([v.bias for v in layers])
         del self.joined_weight, self.joined_bias
         self.register_buffer("joined_weight", weight.detach(), persistent=False)
         self.register_buffer("joined_bias", bias.detach(), persistent=False)
 
-    def _stages(self) -> list[Any]:
-        return [*self.down, *self.middle, *self.up]
+    def _affine_layers(self) -> list[nn.Linear]:
+        stages: list[Any] = [*self.down, *self.middle, *self.up]
+        return [stage.block.affine for stage in stages]
 
     def _conditions(self, logsnr: Tensor) -> Iterator[Tensor]:
-        """Return each residual block's scale and shift, in the order of the forward pass."""
+        """Return each residual block's scale and shift [B or 1, 2 outputs], in the order of the forward pass."""
         angles = logsnr.float().reshape(-1, 1) * self.frequencies
         embedding = self.embed(torch.cat([angles.cos(), angles.sin()], dim=1).to(self.enter.weight.dtype))
-        layers = [module.block.affine for module in self._stages()]
+        layers = self._affine_layers()
         if self.joined_weight is None:
             return iter([layer(embedding) for layer in layers])
         together = F.linear(embedding, self.joined_weight, self.joined_bias)
@@ -191,8 +181,8 @@ class UNet(nn.Module):
             skips.append(x)
         for module in self.middle:
             x = module(x, next(condition))
-        for module, takes_skip in zip(self.up, self.takes_skip, strict=True):
-            x = module(torch.cat([x, skips.pop()], dim=1) if takes_skip else x, next(condition))
+        for module in self.up:
+            x = module(x if module.block.resample == "up" else torch.cat([x, skips.pop()], dim=1), next(condition))
         x = self.leave(x)
         return F.pixel_shuffle(x, self.patch) if self.patch > 1 else x
 
@@ -200,10 +190,9 @@ class UNet(nn.Module):
 class Denoiser(nn.Module):
     """A UNet preconditioned to unit variance, with one of three prediction targets.
 
-    With data of root mean square `data_rms`, the input is scaled to unit variance, and the network's target has unit
-    variance at each log-SNR. target: "v" (the mix of image and noise that is uncorrelated with the input; EDM's
-    preconditioning, Karras et al. 2022, table 1; v prediction if data_rms = 1), "epsilon" (the noise), or "x0" (the
-    image over data_rms).
+    With data of root mean square `data_rms`, the network's input and target have unit variance at each log-SNR. target:
+    "v" (the mix of image and noise that is uncorrelated with the input; EDM's preconditioning, Karras et al. 2022,
+    table 1; v prediction if data_rms = 1), "epsilon" (the noise), or "x0" (the image over data_rms).
     """
 
     def __init__(self, unet: nn.Module, data_rms: float = 0.5, target: str = "v"):
@@ -229,10 +218,7 @@ class Denoiser(nn.Module):
         return skip * x + out * self.unet(scale * x, logsnr).float()
 
     def loss(self, x: Tensor, x0: Tensor, logsnr: Tensor) -> Tensor:
-        """Return the mean squared error of the network's unit-variance output, per image [B].
-
-        It is the denoising error divided by `out`, since all three targets are affine in (x, x0).
-        """
+        """Return the mean squared error of the network's unit-variance output, per image [B]: that of x0 over out^2."""
         scale, skip, out = self._coefficients(x, logsnr)
         prediction = self.unet(scale * x, logsnr).float()
         return (prediction - (x0 - skip * x) / out).square().flatten(1).mean(1)
