@@ -1,5 +1,6 @@
 """A trained family -> checkpoints/<experiment>/published/: bf16 weights, statistics of the images, model card."""
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -22,35 +23,25 @@ def statistics(exp: Experiment, path: Path) -> dict[str, Any] | None:
         return None
     save_moments(path, real.moments)
     floor = {"num_samples": exp.cfg.compare.num_samples, "seed": exp.cfg.compare.seed, "distance": real.floor}
-    identity = extractor.identity or extractor.key
-    return {"file": path.name, "name": extractor.name, "identity": identity, "images": real.moments.n, "floor": floor}
-
-
-def gaussian(exp: Experiment, path: Path) -> dict[str, Any] | None:
-    """Write the Gaussian denoiser of the training images; None if the experiment has none."""
-    if not exp.cfg.family.gaussian:
-        return None
-    denoiser: Any = runs.gaussian_level(exp).denoise
-    denoiser.save(path)
-    return {"file": path.name, "asked_rank": exp.cfg.family.gaussian_rank, "rank": denoiser.rank}
+    return {"file": path.name, "name": extractor.name, "identity": extractor.identity or extractor.key, "floor": floor}
 
 
 @stage(trained=True)
 def main(exp: Experiment) -> None:
     images, metadata, folder = exp.images(), exp.metadata(), exp.checkpoints / published.FOLDER
     there = [v for v in repeated(exp.cfg) if (exp.checkpoints / repeat_name(level_name(v[0]), v[1])).is_dir()]
-    stages = exp.read("provenance.json", "train the levels").get("stages", {})
-    training = {key: stages["train_levels"].get(key) for key in ("commit", "finished", "device", "overrides")}
-    facts = {
-        "experiment": str(exp.cfg.name), "title": exp.cfg.title, "data": images.manifest, "training": training,
-        "published": {"commit": environment.commit(), "date": time.strftime("%Y-%m-%d", time.gmtime())},
-    }  # fmt: skip
-    with published.replaced(folder) as new:
-        facts["gaussian"] = gaussian(exp, new / published.GAUSSIAN)
-        facts["statistics"] = statistics(exp, new / published.STATISTICS)
-        published.publish(
-            exp.checkpoints, new, metadata, read_repeats(exp.checkpoints, there), facts, exp.cfg.publish.snapshots
-        )
+    noted = exp.read("provenance.json", "train the levels (make train-levels)")["stages"]["train_levels"]
+    facts: dict[str, Any] = {"experiment": exp.cfg.name, "title": exp.cfg.title, "data": images.manifest}
+    facts["training"] = {key: noted.get(key) for key in ("commit", "finished", "device", "overrides")}
+    facts["published"] = {"commit": environment.commit(), "date": time.strftime("%Y-%m-%d", time.gmtime())}
+    shutil.rmtree(folder, ignore_errors=True)
+    facts["gaussian"] = None
+    if exp.cfg.family.gaussian:
+        denoiser: Any = runs.gaussian_level(exp).denoise
+        denoiser.save(folder / published.GAUSSIAN)
+        facts["gaussian"] = {"file": published.GAUSSIAN, "asked_rank": exp.cfg.family.gaussian_rank}
+    facts["statistics"] = statistics(exp, folder / published.STATISTICS)
+    published.publish(exp.checkpoints, folder, metadata, read_repeats(exp.checkpoints, there), facts)
     exp.print(
         f"publish: {len(metadata)} levels in {environment.shown(folder)}/; its {published.CARD} is the model card."
     )
