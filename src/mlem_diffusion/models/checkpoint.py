@@ -46,7 +46,7 @@ def load_weights(path: Path, module: nn.Module, sha256: str, hint: str = AGAIN) 
     try:
         module.load_state_dict(load_file(path))
     except Exception as error:
-        raise _explained(error, path, f"does not fit the configured network ({{}}): {hint}") from error
+        raise explained(error, path, f"does not fit the configured network ({{}}): {hint}") from error
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -67,10 +67,10 @@ def load_state(path: Path) -> dict[str, Any] | None:
                 raise ValueError(f"the checksum of {part} differs")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise _explained(error, path, "cannot be read ({}): delete it to train this level again") from error
+        raise explained(error, path, "cannot be read ({}): delete it to train this level again") from error
 
 
-def _explained(error: Exception, path: Path, text: str) -> Exception:
+def explained(error: Exception, path: Path, text: str) -> Exception:
     """Return Damaged with the first sentence of torch's paragraphs; lack of memory is not the file's fault."""
     line = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0].strip().rstrip(".:")
     return error if is_out_of_memory(error) else Damaged(path, f"{path} {text.format(line)}.")

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..diffusion.level import Level
 from ..diffusion.process import expand
-from ..errors import UserError, is_out_of_memory
-from ..files import Damaged, atomic_write
+from ..errors import UserError
+from .checkpoint import explained, save_weights
 
+Images = np.ndarray | Tensor
 DENSE_LIMIT = 1024  # up to this many dimensions the covariance of all images is diagonalised exactly
 SUBSET_VALUES = 100_000_000  # above DENSE_LIMIT: float32 values in the images that are decomposed (400 MB)
 # The default rank explains this share of the variance. On the 16x16 portraits this is rank 58, which is as near to a
@@ -34,7 +34,7 @@ class GaussianDenoiser(nn.Module):
     """Posterior mean under N(mean, U diag(variances) U^T + residual (1 - U U^T)); differentiable, in float32.
 
     mean: [C,H,W] in [-1, 1]; basis: U [D, r], orthonormal columns, D = C H W; variances: [r], per direction;
-    residual: variance of each of the D - r other directions. images: number of images it was fitted to.
+    residual: variance of each of the D - r other directions.
     """
 
     mean: Tensor
@@ -42,7 +42,7 @@ class GaussianDenoiser(nn.Module):
     variances: Tensor
     residual: Tensor
 
-    def __init__(self, mean: Tensor, basis: Tensor, variances: Tensor, residual: float | Tensor, images: int = 0):
+    def __init__(self, mean: Tensor, basis: Tensor, variances: Tensor, residual: float | Tensor):
         super().__init__()
         if basis.shape != (mean.numel(), len(variances)):
             raise UserError(f"A basis of shape {list(basis.shape)} does not fit {mean.numel()} x {len(variances)}.")
@@ -50,24 +50,12 @@ class GaussianDenoiser(nn.Module):
         self.register_buffer("basis", basis.contiguous())
         self.register_buffer("variances", variances)
         self.register_buffer("residual", torch.as_tensor(residual, dtype=mean.dtype))
-        self.images = images
-
-    @property
-    def rank(self) -> int:
-        return len(self.variances)
 
     @property
     def flops(self) -> float:
         """FLOPs of one evaluation of one image: into the basis and out of it, and vector arithmetic."""
         d, r = self.basis.shape
         return float(4 * r * d + 7 * d + r)
-
-    @property
-    def explained(self) -> float:
-        """Share of the data's variance in the span of the basis."""
-        inside = float(self.variances.sum())
-        rest = float(self.residual) * (self.mean.numel() - self.rank)
-        return inside / (inside + rest) if inside + rest > 0 else 1.0
 
     def forward(self, x: Tensor, logsnr: Tensor) -> Tensor:
         """x [B,C,H,W] noised, logsnr [B] or 0-dim -> denoised image [B,C,H,W] in the dtype of the buffers."""
@@ -86,35 +74,21 @@ class GaussianDenoiser(nn.Module):
         return Level(name, self, self.flops)
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file of the tensors, with the number of images as metadata."""
-        tensors = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
-        content = save(tensors, {"images": str(self.images)})
-        atomic_write(path, lambda p: p.write_bytes(content))
+        """Write a safetensors file of the buffers."""
+        save_weights(path, self)
 
 
 def load_gaussian(path: Path, device: torch.device | str = "cpu") -> GaussianDenoiser:
     """Load a denoiser that `save` wrote; UserError if the file is missing, Damaged if it cannot be read."""
     if not path.is_file():
         raise UserError(f"{path} is missing: fit the Gaussian level first.")
-    try:
-        with safe_open(path, "pt") as file:
-            images = int(file.metadata()["images"])
-            # copied, because rounding depends on where a tensor begins in memory
-            parts = {name: file.get_tensor(name).clone() for name in ("mean", "basis", "variances", "residual")}
-        return GaussianDenoiser(**parts, images=images).to(device)
+    try:  # copied, because rounding depends on where a tensor begins in memory
+        return GaussianDenoiser(**{name: value.clone() for name, value in load_file(path).items()}).to(device)
     except Exception as error:  # damaged files raise nearly anything
-        if is_out_of_memory(error):
-            raise
-        raise Damaged(path, f"{path} is damaged, or not a saved Gaussian denoiser: fit it again.") from error
+        raise explained(error, path, "is not a saved Gaussian denoiser ({}): fit it again") from error
 
 
-def fit_gaussian(
-    images: np.ndarray | Tensor,
-    rank: int | None = None,
-    flips: bool = True,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-) -> GaussianDenoiser:
+def fit_gaussian(images: Images, rank: int | None = None, flips: bool = True, seed: int = 0) -> GaussianDenoiser:
     """Fit a Gaussian denoiser to images [N,C,H,W], uint8 or float in [-1, 1]; a memory map is read in pieces.
 
     rank: number of principal directions; None: the fewest that explain 95% of the variance, at most 256 and D / 8.
@@ -129,12 +103,11 @@ def fit_gaussian(
         raise UserError(f"rank = {rank} is outside 1..{d}, the number of values of an image.")
     most = rank or max(1, min(DEFAULT_CAP, d // 8))
     if d <= DENSE_LIMIT:
-        chosen = np.arange(len(images))
-        mean, basis, variances, total = _dense(images, flips, device, most)
+        mean, basis, variances, total = _dense(images, flips, most)
     else:
         limit = max(2, SUBSET_VALUES // (d * (2 if flips else 1)))
         chosen = np.sort(np.random.default_rng(seed).permutation(len(images))[:limit])
-        rows = torch.cat(list(_chunks(images, chosen, flips, device)))
+        rows = torch.cat(list(_chunks(images, chosen, flips)))
         mean, basis, variances, total = _truncated(rows, min(most, len(rows) - 1), seed)
     if rank is None:
         needed = int((variances.cumsum(0) < DEFAULT_SHARE * total).sum()) + 1
@@ -142,28 +115,24 @@ def fit_gaussian(
     others = d - len(variances)
     residual = max(0.0, float(total - variances.sum())) / others if others else 0.0
     mean = mean.float().reshape(*shape)
-    return GaussianDenoiser(mean, basis.float(), variances.float(), residual, images=len(chosen)).to(device)
+    return GaussianDenoiser(mean, basis.float(), variances.float(), residual)
 
 
-def _chunks(
-    images: np.ndarray | Tensor, chosen: np.ndarray, flips: bool, device: torch.device | str, size: int = 1024
-) -> Iterator[Tensor]:
+def _chunks(images: Images, chosen: np.ndarray, flips: bool, size: int = 1024) -> Iterator[Tensor]:
     """Yield the chosen images in chunks of float rows [n, D] in [-1, 1], followed by their mirror images."""
     for start in range(0, len(chosen), size):
         own = images[chosen[start : start + size]]
-        part = (own if isinstance(own, Tensor) else torch.as_tensor(np.asarray(own))).to(device)
+        part = own if isinstance(own, Tensor) else torch.as_tensor(np.asarray(own))
         part = part.float() / 127.5 - 1 if part.dtype == torch.uint8 else part.float()
         yield (torch.cat([part, part.flip(-1)]) if flips else part).flatten(1)
 
 
-def _dense(
-    images: np.ndarray | Tensor, flips: bool, device: torch.device | str, rank: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _dense(images: Images, flips: bool, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return mean [D], basis [D, r], variances [r] and total variance, exact, in float64."""
     d = math.prod(images.shape[1:])
-    count, first = 0, torch.zeros(d, dtype=torch.float64, device=device)
-    second = torch.zeros(d, d, dtype=torch.float64, device=device)
-    for rows in _chunks(images, np.arange(len(images)), flips, device):
+    count, first = 0, torch.zeros(d, dtype=torch.float64)
+    second = torch.zeros(d, d, dtype=torch.float64)
+    for rows in _chunks(images, np.arange(len(images)), flips):
         rows = rows.double()
         count, first = count + len(rows), first + rows.sum(0)
         second.addmm_(rows.T, rows)
@@ -177,8 +146,7 @@ def _truncated(rows: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tens
     """Return the results of `_dense` from rows [n, D] by a randomised decomposition; centres the rows in place."""
     mean = rows.mean(0)
     rows -= mean
-    devices = [rows.device] if rows.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         _, values, basis = torch.svd_lowrank(rows, q=min(rank + 16, *rows.shape), niter=4)
     # in parts: the squares of all rows would double the memory

@@ -106,10 +106,8 @@ class UNet(nn.Module):
     ):
         super().__init__()
         if patch < 1 or size % patch or (size // patch) % 2 ** (len(multipliers) - 1):
-            raise UserError(
-                f"An image size of {size} cannot be halved {len(multipliers) - 1} times in patches of {patch} "
-                "(unet.multipliers, unet.patch)."
-            )
+            text = f"An image size of {size} cannot be halved {len(multipliers) - 1} times in patches of {patch}"
+            raise UserError(f"{text} (unet.multipliers, unet.patch).")
         self.width, self.patch, embedding = width, patch, 4 * max(width, 8)
         size, channels = size // patch, channels * patch**2
         self.frequencies: Tensor
