@@ -5,10 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from mlem_diffusion.diffusion.brownian import BrownianPath
 from mlem_diffusion.diffusion.level import Level, check_family
 from mlem_diffusion.diffusion.process import LinearSchedule, Process, add_noise, alpha_sigma
 from mlem_diffusion.diffusion.sampler import sample
+from mlem_diffusion.diffusion.step_rules import STEP_RULES
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.models import gaussian
 from mlem_diffusion.models.gaussian import GaussianDenoiser, fit_gaussian, load_gaussian
@@ -39,16 +42,12 @@ def dense_denoiser(model: GaussianDenoiser, x: torch.Tensor, logsnr: float) -> n
 def test_the_denoiser_equals_the_dense_formula(logsnr: float, rank: int) -> None:
     model = fit_gaussian(correlated(300), rank, flips=False)
     x = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(1))
-    got = model(x, torch.full((4,), logsnr)).flatten(1)
-    np.testing.assert_allclose(got, dense_denoiser(model, x, logsnr), rtol=2e-4, atol=2e-4)
-
-
-def test_mixed_noise_levels_in_one_batch() -> None:
-    model = fit_gaussian(correlated(300), 5)
-    x = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(1))
-    levels = torch.tensor([-4.0, 0.0, 5.0])
-    alone = torch.cat([model(x[i : i + 1], levels[i : i + 1]) for i in range(3)])
-    torch.testing.assert_close(model(x, levels), alone)
+    for noise_level in (torch.tensor(logsnr), torch.full((4,), logsnr)):
+        got = model(x, noise_level).flatten(1)
+        np.testing.assert_allclose(got, dense_denoiser(model, x, logsnr), rtol=2e-4, atol=2e-4)
+    mixed = torch.tensor([-4.0, logsnr, 5.0, 0.0])
+    alone = torch.cat([model(x[i : i + 1], mixed[i]) for i in range(4)])
+    torch.testing.assert_close(model(x, mixed), alone)
 
 
 def test_the_fit_has_the_data_s_mean_and_variances() -> None:
@@ -59,7 +58,6 @@ def test_the_fit_has_the_data_s_mean_and_variances() -> None:
     np.testing.assert_allclose(model.mean.numpy().ravel(), flat.mean(0), atol=1e-6)
     np.testing.assert_allclose(model.variances, values[:7], rtol=1e-5)
     np.testing.assert_allclose(model.residual, values[7:].mean(), rtol=1e-5)
-    np.testing.assert_allclose(model.explained, values[:7].sum() / values.sum(), rtol=1e-5)
     np.testing.assert_allclose(model.basis.T @ model.basis, np.eye(7), atol=1e-5)
 
 
@@ -89,7 +87,7 @@ def test_large_images_give_the_same_directions(monkeypatch: pytest.MonkeyPatch) 
     overlap = torch.linalg.svdvals(exact.basis.T @ close.basis)
     assert float(overlap.min()) > 0.999
     monkeypatch.setattr(gaussian, "SUBSET_VALUES", 100 * D * 2)
-    assert fit_gaussian(images, 6).images == 100
+    assert not torch.equal(fit_gaussian(images, 6).mean, fit_gaussian(images, 6, seed=1).mean)  # of 100 images each
 
 
 def test_bytes_and_flips() -> None:
@@ -104,46 +102,29 @@ def test_bytes_and_flips() -> None:
 
 def test_default_rank_explains_95_percent_within_the_cap() -> None:
     steep = np.random.default_rng(0).standard_normal((400, D)) * 0.5 ** np.arange(D)
-    model = fit_gaussian(steep.reshape(400, *SHAPE), flips=False)
-    assert model.explained >= 0.95
-    assert fit_gaussian(steep.reshape(400, *SHAPE), model.rank - 1, flips=False).explained < 0.95
+    shares = np.linalg.eigvalsh(np.cov(steep.T))[::-1].cumsum() / np.cov(steep.T).trace()
+    rank = len(fit_gaussian(steep.reshape(400, *SHAPE), flips=False).variances)
+    assert shares[rank - 2] < 0.95 <= shares[rank - 1]
     white = np.random.default_rng(0).standard_normal((400, *SHAPE))
-    assert fit_gaussian(white, flips=False).rank == D // 8
-
-
-def test_flops_are_those_of_two_thin_products() -> None:
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model = fit_gaussian(correlated(100), 5)
-    with FlopCounterMode(display=False) as counter:
-        model(torch.zeros(2, *SHAPE), torch.zeros(2))
-    products = counter.get_total_flops() / 2
-    assert products == 4 * 5 * D
-    assert model.flops == products + 7 * D + 5
+    assert len(fit_gaussian(white, flips=False).variances) == D // 8
 
 
 def test_as_the_first_level_of_a_family() -> None:
     model = fit_gaussian(correlated(300), 5)
     exact = fit_gaussian(correlated(300), D)
-    top = Level("top", lambda x, logsnr: exact(x, logsnr), 50 * model.flops)
-    family = (model.as_level(), top)
+    family = (model.as_level(), Level("top", exact, 50 * model.flops))
     check_family(family)
     grid = Process(LinearSchedule(), base_steps=32).grid(16)
-    images, ledger = sample(Multilevel(family, np.array([1.0, 0.25])), grid, "sde", "ddpm", range(8), SHAPE)
+    path = BrownianPath(range(8), SHAPE)
+    images, ledger = sample(Multilevel(family, np.array([1.0, 0.25])), STEP_RULES["sde/ddpm"], grid, path)
     assert torch.isfinite(images).all()
-    assert ledger.evaluations[0] == 8 * 16
-    assert 0 < ledger.evaluations[1] < 64
-
-
-def test_gradients_flow_through_the_denoiser() -> None:
-    level = fit_gaussian(correlated(300), 5).double().as_level("base")
-    x = torch.randn(2, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    logsnr = torch.zeros(2, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda v: level.denoise(v, logsnr), (x,))
-    direction = torch.ones_like(x)
-    _, tangent = torch.func.jvp(lambda v: level.denoise(v, logsnr), (x.detach(),), (direction,))
-    zero = level.denoise(torch.zeros_like(x), logsnr)
-    torch.testing.assert_close(tangent, level.denoise(direction, logsnr) - zero)
+    assert ledger.evaluations[0] == 8 * 16 and 0 < ledger.evaluations[1] < 64
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(2, *SHAPE), torch.zeros(2))
+    assert model.flops == counter.get_total_flops() / 2 + 7 * D + 5  # two thin products, and vector arithmetic
+    x = torch.ones(1, *SHAPE)
+    _, tangent = torch.func.jvp(lambda v: model(v, torch.tensor(0.0)), (x,), (x,))
+    torch.testing.assert_close(tangent, model(x, torch.tensor(0.0)) - model(0 * x, torch.tensor(0.0)))
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:
@@ -153,9 +134,8 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     own, found = model.state_dict(), again.state_dict()
     assert own and own.keys() == found.keys() and all(torch.equal(own[name], found[name]) for name in own)
     x, logsnr = torch.ones(1, *SHAPE), torch.zeros(1)
-    # rounding differs with the alignment of tensors in memory
     assert torch.allclose(again(x, logsnr), model(x, logsnr), rtol=0, atol=1e-6)
-    assert (again.images, again.rank, again.flops) == (300, 5, model.flops)
+    assert again.flops == model.flops
 
 
 def test_bad_input_is_reported(tmp_path: Path) -> None:
@@ -170,10 +150,3 @@ def test_bad_input_is_reported(tmp_path: Path) -> None:
     (tmp_path / "bad.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match="not a saved"):
         load_gaussian(tmp_path / "bad.safetensors")
-
-
-def test_data_without_spread_is_its_mean() -> None:
-    same = np.full((5, *SHAPE), 0.25, dtype=np.float32)
-    model = fit_gaussian(same, 2)
-    out = model(torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0)), torch.tensor([-9.0, 9.0]))
-    torch.testing.assert_close(out, torch.full_like(out, 0.25), atol=1e-3, rtol=0)

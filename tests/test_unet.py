@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,7 +12,7 @@ from mlem_diffusion.models.flops import flops_per_evaluation
 from mlem_diffusion.models.unet import Attention, Denoiser, UNet
 
 TARGETS = ("v", "epsilon", "x0")
-LOGSNRS = torch.linspace(-9, 9, 13).tolist()
+LOGSNRS = torch.linspace(-9, 9, 7).tolist()
 
 
 class Fake(nn.Module):
@@ -52,14 +50,7 @@ def test_the_output_has_the_shape_of_the_input(width, size, multipliers, blocks,
     net = UNet(width, size, multipliers, blocks, attention)
     x = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
     assert net(x, torch.tensor([-9.0, 0.0, 9.0])).shape == x.shape
-
-
-def test_flops_grow_with_width_up_to_quadratically():
-    flops = [flops_per_evaluation(UNet(w, 16, (1, 2, 2), 1, (8,)), 16) for w in (2, 4, 8, 16, 32)]
-    ratios = [b / a for a, b in itertools.pairwise(flops)]
-    assert all(1.5 < r < 4.2 for r in ratios), ratios
-    assert ratios == sorted(ratios)  # convolutions between wide layers come to dominate
-    assert ratios[-1] > 3
+    assert torch.count_nonzero(net(x, torch.zeros(3))) == 0  # at initialisation
 
 
 def test_flops_of_the_reference_architecture():
@@ -82,11 +73,6 @@ def test_attention_runs_at_the_resolutions_configured(attention, expected):
     assert sorted(seen) == expected
 
 
-def test_the_output_is_zero_at_initialisation():
-    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    assert torch.count_nonzero(UNet(6, 16, (1, 2), 1, (8,))(x, torch.zeros(2))) == 0
-
-
 def test_the_output_depends_on_the_noise_level_and_on_far_pixels():
     net = randomised(UNet(4, 16, (1, 2, 2), 1, (8,)))
     x = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(2))
@@ -102,13 +88,26 @@ def test_samples_of_a_batch_do_not_see_one_another():
     net = randomised(UNet(4, 8, (1, 2), 1, (4,))).double()
     x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     logsnr = torch.tensor([-4.0, 0.0, 4.0])
-    alone = torch.cat([net(x[i : i + 1], logsnr[i : i + 1]) for i in range(3)])
+    alone = torch.cat([net(x[i : i + 1], logsnr[i]) for i in range(3)])
     assert torch.allclose(net(x, logsnr), alone, atol=1e-10)
 
 
-def test_a_size_that_cannot_be_halved_is_refused():
+def test_a_shared_noise_level_is_one_number():
+    denoiser = Denoiser(randomised(UNet(4, 8, (1, 2), 1, (4,), patch=2)), 0.4)
+    x, x0 = torch.randn(2, 5, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    assert torch.allclose(denoiser(x, torch.tensor(0.7)), denoiser(x, torch.full((5,), 0.7)), atol=1e-6)
+    assert torch.allclose(denoiser.loss(x, x0, torch.tensor(0.7)), denoiser.loss(x, x0, torch.full((5,), 0.7)))
+    joined = Denoiser(denoiser.unet, 0.4).eval()
+    expected = joined(x, torch.tensor(0.7))
+    joined.unet.join_conditioning()
+    assert torch.allclose(joined(x, torch.tensor(0.7)), expected, atol=1e-5)
+
+
+def test_bad_settings_are_refused():
     with pytest.raises(UserError, match="cannot be halved 3 times"):
         UNet(4, 20, (1, 2, 2, 2))
+    with pytest.raises(UserError, match="'score' is unknown"):
+        Denoiser(Fake(), 0.5, "score")
 
 
 @pytest.mark.parametrize("rms", [0.3, 1.0])
@@ -170,8 +169,3 @@ def test_v_is_v_prediction_for_data_of_unit_rms():
     alpha, sigma = (torch.sigmoid(v * logsnr).sqrt()[:, None, None, None] for v in (1, -1))
     answer = sigma * x0 - alpha * noise  # minus Salimans and Ho's v
     assert float(Denoiser(Fake(answer), 1.0, "v").loss(add_noise(x0, noise, logsnr), x0, logsnr).max()) < 1e-9
-
-
-def test_an_unknown_target_is_refused():
-    with pytest.raises(UserError, match="'score' is unknown"):
-        Denoiser(Fake(), 0.5, "score")
