@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mlem_diffusion.diffusion.brownian import BrownianPath
 from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.diffusion.process import LinearSchedule, Process, expand
 from mlem_diffusion.diffusion.sampler import sample
+from mlem_diffusion.diffusion.step_rules import STEP_RULES
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.models.adapters import adapt, clipped, from_diffusers, guided, trained_range
 from mlem_diffusion.models.flops import flops_per_evaluation
@@ -88,21 +90,12 @@ def test_every_convention_is_the_same_denoiser(prediction: str, coordinates: str
     level = adapted(prediction, coordinates, time)
     x, logsnr = points(-9, 9, torch.float64)
     torch.testing.assert_close(level.denoise(x, logsnr), exact(x, logsnr), rtol=1e-8, atol=1e-8)
-    x, logsnr = points(-9, 9, torch.float32)
-    loss = 1 if prediction in ("x0", "v") else 1 / logsnr.sigmoid().sqrt()
-    error = (level.denoise(x, logsnr) - exact(x.double(), logsnr.double())).abs().flatten(1).amax(1)
-    assert torch.all(error < 1e-5 * loss)
-
-
-@pytest.mark.parametrize("coordinates", ["vp", "ve"])
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_float32_at_extreme_noise_levels(prediction: str, coordinates: str) -> None:
-    """Log-SNR from -20 to 20: finite, and as exact as its prediction type can be (float32 noise over alpha)."""
-    level = adapted(prediction, coordinates)
-    x, logsnr = points(-20, 20, torch.float32)
-    denoised = level.denoise(x, logsnr)
-    assert denoised.dtype == torch.float32 and denoised.isfinite().all()
+    torch.testing.assert_close(level.denoise(x, logsnr[7]), exact(x, logsnr[7]), rtol=1e-8, atol=1e-8)
+    reach = 20 if time == "logsnr" else 9
+    x, logsnr = points(-reach, reach, torch.float32)
     loss = 1 if prediction in ("x0", "v") else torch.exp(0.5 * torch.nn.functional.softplus(-logsnr))
+    denoised = level.denoise(x, logsnr)
+    assert denoised.dtype == torch.float32
     error = (denoised - exact(x.double(), logsnr.double())).abs().flatten(1).amax(1)
     assert torch.all(error < 1e-5 * loss)
 
@@ -119,199 +112,117 @@ def test_gradient_and_jvp_go_through() -> None:
 
 
 def test_rounded_timesteps_are_the_nearest_trained_denoiser() -> None:
-    """The network gets integers only; the level is its denoiser at that noise level, for every prediction type."""
+    """The network gets integers only; the level is its denoiser at that noise level."""
     x, logsnr = points(-9, 9, torch.float64)
     nearest = np.round(np.interp(logsnr.numpy(), TABLE.numpy()[::-1], np.arange(1000)[::-1])).astype(int)
     expected = exact(x, TABLE[torch.as_tensor(nearest)])
     assert (expected - exact(x, logsnr)).abs().max() > 1e-3
-    for prediction in PREDICTIONS:
-        seen: list[Tensor] = []
-        network = network_of(prediction, "vp", "timestep")
+    network, seen = network_of("epsilon", "vp", "timestep"), []
 
-        def recorded(inputs: Tensor, given: Tensor, network: Any = network, seen: list[Tensor] = seen) -> Tensor:
-            seen.append(given)
-            return network(inputs, given.double())
+    def recorded(inputs: Tensor, given: Tensor) -> Tensor:
+        seen.append(given)
+        return network(inputs, given.double())
 
-        level = adapt(
-            "toy",
-            recorded,
-            prediction=prediction,
-            time="timestep",
-            alphas_cumprod=ALPHAS_CUMPROD,
-            round_timesteps=True,
-            flops=1,
-        )
-        torch.testing.assert_close(level.denoise(x, logsnr), expected, rtol=1e-8, atol=1e-8)
-        assert seen[0].dtype == torch.long and seen[0].tolist() == nearest.tolist()
+    rounded = {"time": "timestep", "alphas_cumprod": ALPHAS_CUMPROD, "round_timesteps": True}
+    level = adapt("toy", recorded, prediction="epsilon", flops=1, **rounded)
+    torch.testing.assert_close(level.denoise(x, logsnr), expected, rtol=1e-8, atol=1e-8)
+    assert seen[0].dtype == torch.long and seen[0].tolist() == nearest.tolist()
 
 
 def test_trained_range() -> None:
     lowest, highest = trained_range(ALPHAS_CUMPROD)
     assert (lowest, highest) == pytest.approx((float(TABLE[-1]), float(TABLE[0])))
-    level = adapted("v", time="timestep")
-    x = torch.zeros(1, *SHAPE)
+    level, x = adapted("v", time="timestep"), torch.zeros(1, *SHAPE)
     for inside in (lowest, highest, lowest - 5e-4, highest + 5e-4):
-        assert level.denoise(x, torch.tensor([inside])).isfinite().all()
+        assert level.denoise(x, torch.tensor(inside)).isfinite().all()
     for outside in (lowest - 0.01, highest + 0.01, float("nan")):
         with pytest.raises(UserError, match=r"toy: a log-SNR of .* is outside -10\.12 \.\. 9\.21"):
             level.denoise(x, torch.tensor([outside]))
-    narrow = adapted("x0", "ve", "sigma", logsnr_range=(-2, 2))
-    assert narrow.denoise(x, torch.tensor([2.0])).isfinite().all()
     with pytest.raises(UserError, match=r"outside -2 \.\. 2"):
-        narrow.denoise(x, torch.tensor([2.1]))
-    # zero terminal SNR: the last timestep is pure noise and has no log-SNR
-    zero = torch.cat([ALPHAS_CUMPROD[:-1], torch.zeros(1)])
+        adapted("x0", "ve", "sigma", logsnr_range=(-2, 2)).denoise(x, torch.tensor(2.1))
+    zero = torch.cat([ALPHAS_CUMPROD[:-1], torch.zeros(1)])  # the last timestep is pure noise and has no log-SNR
     assert trained_range(zero)[0] == pytest.approx(float(TABLE[-2]))
 
 
 class Conditioned(nn.Module):
-    """A convolution shifted by its conditioning [B,C]; it records its batch sizes."""
+    """A convolution shifted by its conditioning [B,C]; learned variances, which are not used, and a tuple as output."""
 
-    def __init__(self, channels: int = 3, outputs: int = 3):
+    def __init__(self) -> None:
         super().__init__()
-        self.convolution, self.seen = nn.Conv2d(channels, outputs, 3, padding=1), []
+        self.convolution = nn.Conv2d(3, 6, 3, padding=1)
 
-    def forward(self, x: Tensor, time: Tensor, shift: Tensor, extra: dict[str, Any] | None = None) -> Tensor:
-        if x.device.type != "meta":
-            self.seen.append((len(x), len(shift)))
-        more = extra["pair"][0] if extra else torch.zeros_like(shift)
-        return self.convolution(x) + (shift + more)[:, :, None, None] + 0.01 * time[:, None, None, None].to(x)
+    def forward(self, x: Tensor, time: Tensor, shift: Tensor, extra: dict[str, Any]) -> tuple[Tensor]:
+        assert len(shift) == len(extra["pair"][0]) == len(time) == len(x) and extra["pair"][1] == "as it is"
+        out = self.convolution(x) + 0.01 * time[:, None, None, None].to(x)
+        return (out + (shift + extra["pair"][0]).repeat(1, 2)[:, :, None, None],)
 
 
-def test_conditioning_is_expanded_to_the_batch() -> None:
+def test_conditioning_and_guidance() -> None:
     torch.manual_seed(0)
-    network, shift = Conditioned(), torch.randn(1, 3)
+    network, x, logsnr = Conditioned().train(), *points(-3, 3, torch.float32, 4)
     extra = {"pair": (torch.ones(1, 3), "as it is"), "scalar": torch.tensor(2.0)}
-    level = adapt("net", network, prediction="x0", conditioning={"shift": shift, "extra": extra}, shape=SHAPE)
-    x, logsnr = points(-3, 3, torch.float32, 4)
-    expected = network.convolution(x) + shift[:, :, None, None] + 1 + 0.01 * expand(logsnr, x)
-    torch.testing.assert_close(level.denoise(x, logsnr), expected)
-    torch.testing.assert_close(level.denoise(x[1:3], logsnr[1:3]), expected[1:3])
-    assert network.seen == [(4, 4), (2, 2)]
 
+    def level(shift: Tensor) -> Level:
+        return adapt("net", network, prediction="x0", conditioning={"shift": shift, "extra": extra}, shape=SHAPE)
 
-@pytest.mark.parametrize("inside", ["shift", "extra"])
-def test_conditioning_that_differs_between_samples_is_refused(inside: str) -> None:
-    rows = torch.zeros(2, 3)
-    conditioning = {"shift": rows} if inside == "shift" else {"shift": rows[:1], "extra": {"pair": [rows]}}
-    with pytest.raises(UserError, match=f"'{inside}' has 2 rows, but it must have one"):
-        adapt("net", Conditioned(), prediction="x0", conditioning=conditioning, shape=SHAPE)
-
-
-def test_flops_are_counted_and_the_network_left_alone() -> None:
-    network = Conditioned().train()
-    level = adapt("net", network, prediction="v", conditioning={"shift": torch.zeros(1, 3)}, shape=SHAPE)
-    assert level.flops == 2 * 3 * 3 * 9 * 16
-    assert network.training and all(p.device.type == "cpu" for p in network.parameters())
+    one, other = level(torch.full((1, 3), 0.5)), level(torch.zeros(1, 3))
+    assert one.flops == 2 * 3 * 6 * 9 * 16 and network.training
+    expected = network.convolution(x)[:, :3] + 1.5 + 0.01 * expand(logsnr, x)
+    torch.testing.assert_close(one.denoise(x, logsnr), expected)
+    torch.testing.assert_close(one.denoise(x[1:3], logsnr[1:3]), expected[1:3])
+    for scale in (0, 1, 3):
+        both = guided(one, other, scale)
+        torch.testing.assert_close(both.denoise(x, logsnr), expected + 0.5 * (scale - 1))
+        assert both.flops == 2 * one.flops and both.name == "net"
+    short = clipped(guided(one, other, 3, name="strong"), 1.5)
+    torch.testing.assert_close(short.denoise(x, logsnr), (expected + 1).clamp(-1.5, 1.5))
+    assert (short.name, short.flops) == ("strong", 2 * one.flops)
+    with pytest.raises(UserError, match="conditioning must have one row"):
+        level(torch.zeros(2, 3))
+    network.bfloat16()
+    half = level(torch.zeros(1, 3)).denoise(x, logsnr)
+    assert half.dtype == torch.float32 and 0 < (half - (expected - 0.5)).abs().max() < 0.05
     unet = Denoiser(UNet(4, 16))
     assert adapt("own", unet, prediction="x0", shape=(3, 16, 16)).flops == flops_per_evaluation(unet, 16)
 
 
-def test_half_precision_network_and_learned_variance() -> None:
-    """Input in the type of the parameters, output in that of x; twice the channels: the first half counts."""
-    torch.manual_seed(0)
-    network = nn.Module()
-    convolution = nn.Conv2d(3, 6, 3, padding=1).bfloat16()
-    network.add_module("convolution", convolution)
-    network.forward = lambda x, time: (convolution(x),)
-    level = adapt("half", network, prediction="x0", shape=SHAPE)
-    x, logsnr = points(-3, 3, torch.float32, 2)
-    assert level.denoise(x, logsnr).dtype == torch.float32
-    torch.testing.assert_close(level.denoise(x, logsnr), convolution(x.bfloat16())[:, :3].float())
-
-
-def test_guidance() -> None:
-    """Scale 1 is the conditional level, 0 the other, 3 beyond the first; FLOPs of both; clipping after it."""
-    torch.manual_seed(0)
-    network = Conditioned()
-    conditional, unconditional = (
-        adapt(name, network, prediction="v", conditioning={"shift": torch.full((1, 3), value)}, shape=SHAPE)
-        for name, value in (("face", 1.0), ("nothing", 0.0))
-    )
-    x, logsnr = points(-3, 3, torch.float32, 4)
-    with_it, without = conditional.denoise(x, logsnr), unconditional.denoise(x, logsnr)
-    for scale, expected in ((1, with_it), (0, without), (3, 3 * with_it - 2 * without)):
-        level = guided(conditional, unconditional, scale)
-        torch.testing.assert_close(level.denoise(x, logsnr), expected)
-        assert level.flops == 2 * conditional.flops and level.name == "face"
-    strong = guided(conditional, unconditional, 3, name="strong")
-    assert strong.name == "strong" and strong.denoise(x, logsnr).abs().max() > 1.5
-    short = clipped(strong, 1.5)
-    torch.testing.assert_close(short.denoise(x, logsnr), strong.denoise(x, logsnr).clamp(-1.5, 1.5))
-    assert (short.name, short.flops) == ("strong", strong.flops)
-
-
 def test_sampling_with_adapted_levels() -> None:
     """Three conventions as one family, with per-sample coins: the images and ledger of the same levels by hand."""
-
-    def rough(error: float) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda x, logsnr: exact(x, logsnr) + error * torch.sin(3 * x)
-
-    conventions = [("v", "vp", "logsnr"), ("epsilon", "vp", "timestep"), ("x0", "ve", "sigma")]
     by_hand, family = [], []
-    for k, (prediction, coordinates, time) in enumerate(conventions):
-        denoise, flops = rough(0.05 * 2.0**-k), 4.0**k
-        by_hand.append(Level(f"net{k}", denoise, flops))
-        network = network_of(prediction, coordinates, time, denoise)
+    for k, (prediction, coordinates, time) in enumerate(
+        [("v", "vp", "logsnr"), ("epsilon", "vp", "timestep"), ("x0", "ve", "sigma")]
+    ):
 
-        def called(inputs: Tensor, given: Tensor, tag: Tensor, network: Any = network) -> Tensor:
-            assert tag.shape == (len(inputs), 2)  # the conditioning that a gathered sub-batch must get
-            return network(inputs, given)
+        def denoise(x: Tensor, logsnr: Tensor, error: float = 0.05 * 2.0**-k) -> Tensor:
+            return exact(x, logsnr) + error * torch.sin(3 * x)
 
-        family.append(
-            adapt(
-                f"net{k}",
-                called,
-                prediction=prediction,
-                coordinates=coordinates,
-                time=time,
-                alphas_cumprod=ALPHAS_CUMPROD if time == "timestep" else None,
-                conditioning={"tag": torch.zeros(1, 2)},
-                flops=flops,
-            )
-        )
-    p = np.array([1, 0.5, 0.25])
-    grid = Process(LinearSchedule(), -8, 8, 100).grid(25)
-    images, ledger = sample(Multilevel(tuple(family), p), grid, "sde", "ddpm", range(6), SHAPE)
-    expected, counts = sample(Multilevel(tuple(by_hand), p), grid, "sde", "ddpm", range(6), SHAPE)
+        by_hand.append(Level(f"net{k}", denoise, 4.0**k))
+        network, table = network_of(prediction, coordinates, time, denoise), ALPHAS_CUMPROD if k == 1 else None
+        convention = {"prediction": prediction, "coordinates": coordinates, "time": time, "alphas_cumprod": table}
+        family.append(adapt(f"net{k}", network, flops=4.0**k, **convention))
+    p, grid, rule = np.array([1, 0.5, 0.25]), Process(LinearSchedule(), -8, 8, 100).grid(25), STEP_RULES["sde/ddpm"]
+    images, ledger = sample(Multilevel(tuple(family), p), rule, grid, BrownianPath(range(6), SHAPE))
+    expected, counts = sample(Multilevel(tuple(by_hand), p), rule, grid, BrownianPath(range(6), SHAPE))
     torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
     assert ledger.evaluations == counts.evaluations and 0 < ledger.evaluations[2] < 6 * 25
-    few, _ = sample(Multilevel(tuple(family), p), grid, "sde", "ddpm", range(2, 4), SHAPE)
-    torch.testing.assert_close(few, images[2:4], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
         ({"prediction": "noise"}, "prediction = 'noise' is unknown; expected one of epsilon, v, x0, score"),
-        ({"prediction": "v", "coordinates": "edm"}, "coordinates = 'edm' is unknown"),
-        ({"prediction": "v", "time": "t"}, "time = 't' is unknown; expected one of logsnr, sigma, timestep"),
-        ({"prediction": "v", "time": "timestep"}, "needs the alphas_cumprod"),
-        ({"prediction": "v", "alphas_cumprod": [0.9, 0.1]}, "belong to time='timestep'"),
+        ({"prediction": "v", "time": "timestep"}, "belong together"),
         ({"prediction": "v", "time": "timestep", "alphas_cumprod": [0.1, 0.9]}, "must fall from timestep to timestep"),
         ({"prediction": "v", "time": "timestep", "alphas_cumprod": object()}, "object has no alphas_cumprod"),
         ({"prediction": "v", "flops": None}, "give flops, or shape"),
+        ({"prediction": "v", "flops": None, "network": Conditioned(), "shape": SHAPE}, "FLOPs could not be counted"),
+        ({"prediction": "v", "network": lambda x, t: x[:, :1]}, r"returned shape \[2, 1, 4, 4\] for an input of"),
+        ({"prediction": "v", "network": lambda x, t: {"out": x}}, "returned a dict"),
     ],
 )
-def test_bad_settings(settings: dict[str, Any], sentence: str) -> None:
+def test_bad_settings_and_networks(settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        adapt("net", exact, **{"flops": 1.0, **settings})
-
-
-def test_bad_networks() -> None:
-    x, logsnr = points(0, 1, torch.float32, 2)
-    with pytest.raises(
-        UserError, match=r"net: the network returned shape \[2, 1, 4, 4\] for an input of \[2, 3, 4, 4\]"
-    ):
-        adapt("net", lambda x, t: x[:, :1], prediction="v", flops=1).denoise(x, logsnr)
-    with pytest.raises(UserError, match="returned neither a tensor"):
-        adapt("net", lambda x, t: {"out": x}, prediction="v", flops=1).denoise(x, logsnr)
-    with pytest.raises(UserError, match=r"net: FLOPs could not be counted \(.*shift.*\); give flops"):
-        adapt("net", Conditioned(), prediction="v", shape=SHAPE)
-    with pytest.raises(UserError, match="guidance scale nan"):
-        guided(Level("a", exact, 1), Level("b", exact, 1), float("nan"))
-    with pytest.raises(UserError, match="cannot be clipped"):
-        clipped(Level("a", exact, 1), 0)
+        adapt(**{"name": "net", "network": exact, "flops": 1.0, **settings}).denoise(*points(0, 1, torch.float32, 2))
 
 
 def tiny_unet(**settings: Any) -> Any:
@@ -323,65 +234,24 @@ def tiny_unet(**settings: Any) -> Any:
     return diffusers.UNet2DModel(**blocks, **size, **settings).eval()
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("embedding", ["positional", "learned"])
-@pytest.mark.parametrize("outputs", [3, 6])
+@pytest.mark.parametrize(
+    ("prediction", "embedding", "outputs"),
+    [("epsilon", "positional", 6), ("v_prediction", "learned", 3), ("sample", "positional", 3)],
+)
 def test_diffusers_unet_agrees_with_its_scheduler(prediction: str, embedding: str, outputs: int) -> None:
     """At integer timesteps, with learned variances too: pred_original_sample of DDPM to 1e-4 of its largest value."""
     learned = {"num_train_timesteps": 1000} if embedding == "learned" else {}
     unet = tiny_unet(time_embedding_type=embedding, out_channels=outputs, **learned)
+    variance = "learned_range" if outputs == 6 else "fixed_small"
     diffusers: Any = pytest.importorskip("diffusers")
-    scheduler = diffusers.DDPMScheduler(
-        prediction_type=prediction, clip_sample=False, variance_type="learned_range" if outputs == 6 else "fixed_small"
-    )
+    scheduler = diffusers.DDPMScheduler(prediction_type=prediction, clip_sample=False, variance_type=variance)
     level = from_diffusers("tiny", unet, scheduler)
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    for t in (0, 1, 37, 500, 999):
+    for t in (0, 37, 999):
         with torch.no_grad():
             theirs = scheduler.step(unet(x, t).sample, t, x).pred_original_sample
-            ours = level.denoise(x, torch.logit(scheduler.alphas_cumprod[t].double()).float().expand(2))
+            ours = level.denoise(x, torch.logit(scheduler.alphas_cumprod[t].double()).float())
         assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
-    x.requires_grad_()
-    (gradient,) = torch.autograd.grad(level.denoise(x, torch.zeros(2)).sum(), x)
-    assert gradient.isfinite().all() and gradient.abs().max() > 0
-
-
-def test_diffusers_conditional_unet_with_guidance() -> None:
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        cross_attention_dim=12,
-        attention_head_dim=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    ).eval()
-    scheduler = diffusers.DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    text, empty = torch.randn(1, 5, 12), torch.zeros(1, 5, 12)
-    levels = [from_diffusers("text", unet, scheduler, conditioning={"encoder_hidden_states": s}) for s in (text, empty)]
-    level = guided(*levels, scale=7.5)
-    assert level.flops == 2 * levels[0].flops > 0
-    x, t = torch.randn(2, 4, 8, 8), 600
-    alpha2 = scheduler.alphas_cumprod[t].double()
-    with torch.no_grad():
-        eps = [unet(x, t, encoder_hidden_states=s.expand(2, 5, 12)).sample for s in (text, empty)]
-        assert (eps[0] - eps[1]).abs().max() > 1e-3
-        expected = (x - (1 - alpha2).sqrt() * (eps[1] + 7.5 * (eps[0] - eps[1]))) / alpha2.sqrt()
-        ours = level.denoise(x, torch.logit(alpha2).float().expand(2))
-    assert (ours - expected).abs().max() < 1e-4 * expected.abs().max()
-
-    process = Process(LinearSchedule(), *trained_range(scheduler), base_steps=50)
-    small = Level("zero", lambda x, logsnr: torch.zeros_like(x), 1.0)
-    estimator = Multilevel((small, level), np.array([1, 0.5]))
-    images, ledger = sample(estimator, process.grid(6), "ode", "ddim", range(3), (4, 8, 8))
-    assert images.isfinite().all() and 0 < ledger.evaluations[1] < 18
-    with pytest.raises(UserError, match=r"outside -5\.\d+ \.\. 7\.\d+"):
-        sample(estimator, Process(LinearSchedule(), base_steps=50).grid(6), "ode", "ddim", range(3), (4, 8, 8))
 
 
 def test_diffusers_that_do_not_fit() -> None:
