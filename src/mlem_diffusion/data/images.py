@@ -1,36 +1,29 @@
 """Pack images into one memory-mapped uint8 array [N,3,H,W] with a manifest, which every later stage reads.
 
-A prepared folder holds images.npy, split.npy (uint8 [N]: 0 train, 1 valid, 2 test) and manifest.json. All three
-are written to a temporary folder next to it and moved in place at the end, the manifest last. A failed or
-interrupted run leaves no half-written array and does not damage an earlier one.
+A prepared folder holds images.npy, split.npy (uint8 [N]: 0 train, 1 valid, 2 test) and manifest.json. The manifest is
+written last and removed before the array is replaced: a failed run leaves an earlier data set as it was, and after a
+stop at any moment the folder is whole or has no manifest.
 """
 
 from __future__ import annotations
 
-import errno
+import functools
 import hashlib
 import io
 import json
 import os
-import shutil
-import socket
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, JpegImagePlugin, PngImagePlugin
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from PIL import Image, ImageOps
 
 from ..errors import UserError
-from ..files import Damaged, is_the_systems, read_json, write_json
+from ..files import Damaged, atomic_write, locked, read_json, write_json
 from . import portraits, sources
 
 CROPS = ("celeba", "square", "none")
@@ -38,8 +31,11 @@ RESIZE = "Pillow bicubic, antialiased (the filter widens with the reduction), af
 DEFAULT_PORTRAITS = 8000  # number of images that the embedded source draws if `count` is not given
 _FORMAT = 2  # version of the prepared folder; part of the fingerprint, so a change prepares the data again
 _ASPECT = 178 / 218  # width : height of aligned CelebA images
+_THREADS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+_AGAIN = "run `make data SOURCE=...` (portraits, download, or a path) to prepare it again"
 
 Progress = Callable[[int, int], None]
+Fill = Callable[[np.ndarray], tuple[Counter[str], list[int]]]
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ class ImageData:
 
     images: np.ndarray
     split: np.ndarray
-    manifest: dict
+    manifest: dict[str, Any]
 
     def train(self) -> np.ndarray:
         """Indices of the training images."""
@@ -62,7 +58,28 @@ class ImageData:
         return np.flatnonzero(self.split != 0)
 
 
-# ------------------------------------------------------------------------------------ prepare and load
+def load(destination: Path) -> ImageData:
+    """Open a prepared folder; the images stay on disk, memory-mapped.
+
+    Raises UserError if it is missing, incomplete or damaged, or if its arrays have not the manifest's shapes.
+    """
+    destination = Path(destination)
+    manifest = read_json(destination / "manifest.json", _AGAIN)
+    try:
+        images = np.load(destination / "images.npy", mmap_mode="r", allow_pickle=False)
+        split = np.load(destination / "split.npy", allow_pickle=False)
+        shape = (manifest["count"], 3, *manifest["size"])
+        found = (images.shape, images.dtype, split.shape, split.dtype)
+    except (OSError, ValueError, EOFError, LookupError, TypeError) as error:
+        text = f"The prepared data set {destination} is damaged ({sources.reason(error)}): {_AGAIN}."
+        raise Damaged(destination / "images.npy", text) from error
+    if found != (shape, np.uint8, shape[:1], np.uint8):
+        text = f"The prepared data set {destination} does not agree with its manifest {list(shape)}: {_AGAIN}."
+        raise Damaged(destination / "images.npy", text)
+    return ImageData(images, split, manifest)
+
+
+# ---------------------------------------------------------------------------------------------- prepare
 
 
 def prepare(
@@ -77,7 +94,7 @@ def prepare(
     count: int | None = None,
     skip_broken: bool = False,
     progress: Progress | None = None,
-) -> dict:
+) -> dict[str, Any]:
     """Pack the images of `source` at size x size into `destination` and return the manifest.
 
     source: "portraits" (embedded), "download" (CelebA through torchvision), or the path of a zip, tar or
@@ -87,137 +104,84 @@ def prepare(
     CelebA's official partition is used if its list is inside or next to the source and both the training and the
     held-out part get images. Otherwise `holdout` images drawn with `seed` are held out, half valid and half test.
     progress(done, total) counts images and is called in the calling thread.
-    A destination prepared from the same source with the same settings is reused. If several processes prepare one
-    destination, one does the work and the others wait.
-    Raises UserError for wrong input, a full disk, or a destination that cannot be written.
+    A destination prepared from the same source with the same settings is reused.
+    Raises UserError for wrong input, a full disk, or a destination that cannot be written or is in use.
     """
-    destination = Path(destination)
-    if destination.is_symlink():  # it may point to another disk, and files can be moved in place only within one
-        destination = destination.resolve()
+    destination = Path(destination).resolve()
     if crop not in CROPS:
         raise UserError(f"data.crop={crop} is unknown: use one of {', '.join(CROPS)}.")
     for key, value, least in (("size", size, 4), ("holdout", holdout, 1), ("count", count or 2, 2)):
         if value < least:
             raise UserError(f"data.{key}={value} is too small: it must be at least {least}.")
-    if destination.exists() and not destination.is_dir():
-        raise UserError(f"{destination} is a file: move it away, the prepared data need a folder of that name.")
-
     settings = {"format": _FORMAT, "name": name, "size": size, "crop": crop, "holdout": holdout, "seed": seed}
+    facts = {"name": name, "size": [size, size], "crop": crop, "resize": RESIZE}
     if source == "portraits":
         count = count or DEFAULT_PORTRAITS
-        path, kind = None, "portraits"
         sha256 = _sha256_of([portraits.VERSION, count, size, seed])
-        origin = {"kind": kind, "name": f"portraits, version {portraits.VERSION}", "sha256": sha256}
-    else:
-        path = Path(source).expanduser()
-        if source == "download":
-            path = sources.download_celeba(destination.parent / "celeba-download")
-        kind = sources.kind_of(path)
-        sha256 = sources.source_sha256(path, kind)
-        shown = "download" if source == "download" else kind
-        origin = {"kind": shown, "name": path.resolve().name, "sha256": sha256}
-        beside = sources.partition_beside(path)
-        settings["partition"] = hashlib.sha256(beside.read_bytes()).hexdigest() if beside else None
-    fingerprint = _sha256_of({**settings, "count": count, "source": origin})
-    manifest = _prepared_before(destination, fingerprint, skip_broken)
-    if manifest is not None:
-        return manifest
+        facts["source"] = {"kind": source, "name": f"portraits, version {portraits.VERSION}", "sha256": sha256}
+        facts["resize"] = f"none: drawn at {size}x{size}"
+        facts["fingerprint"] = _sha256_of({**settings, "count": count, "source": facts["source"]})
+        split = _split([str(i) for i in range(count)], None, holdout, seed)
+        return _pack(destination, facts, [], *split, functools.partial(_draw, seed, progress), skip_broken)
+    path = Path(source).expanduser()
+    if source == "download":
+        path = sources.download_celeba(destination.parent / "celeba-download")
+    with sources.open_source(path) as opened:
+        kind = source if source == "download" else opened.kind
+        facts["source"] = {"kind": kind, "name": path.resolve().name, "sha256": opened.sha256()}
+        settings["partition"] = hashlib.sha256(opened.partition).hexdigest() if opened.partition else None
+        facts["fingerprint"] = _sha256_of({**settings, "count": count, "source": facts["source"]})
+        if count is not None and count > len(opened.images):
+            raise UserError(f"data.count={count} is more than the {len(opened.images)} images in {path.name}.")
+        names = opened.images[:count]
+        split = _split(names, opened.partition, holdout, seed)
+        fill = functools.partial(_treat_all, opened, names, crop, skip_broken, progress)
+        return _pack(destination, facts, names, *split, fill, skip_broken)
 
-    listed = sources.open_source(path, kind) if path else None
-    available = len(listed.names) if listed else (count or 0)
-    if count is not None and count > available:
-        raise UserError(f"data.count={count} is more than the {available} images in {origin['name']}.")
-    names = listed.names[:count] if listed else []
-    total = count or available
-    split, split_record = _split(names, listed.partition_list if listed else None, total, holdout, seed)
 
-    with _alone(destination):
-        manifest = _prepared_before(destination, fingerprint, skip_broken)
-        if manifest is not None:  # another process has prepared it in the meantime
-            return manifest
-        with _workspace(destination, total * (3 * size * size + 1)) as folder:
-            if listed:
-                treatment, skipped = _pack(folder, listed, names, size, crop, skip_broken, progress)
-                split = np.delete(split, skipped)
-            else:
-                _draw(folder, total, size, seed, progress)
-                treatment, skipped = {f"drawn at {size}x{size}": total}, []
-            images = np.load(folder / "images.npy.partial", mmap_mode="r")
-            np.save(buffer := io.BytesIO(), split)  # numpy's own file writing hides the error of a full disk
-            (folder / "split.npy").write_bytes(buffer.getvalue())
-            parts = np.bincount(split, minlength=3)
-            split_record |= {part: int(n) for part, n in zip(("train", "valid", "test"), parts, strict=True)}
-            mean, rms, array_sha256 = _statistics(images, split)
-            manifest = {
-                "name": name,
-                "count": len(images),
-                "size": [size, size],
-                "source": origin,
-                "crop": crop,
-                "treatment": dict(sorted(treatment.items())),
-                "resize": RESIZE if listed else f"none: drawn at {size}x{size}",
-                "split": split_record,
-                "sha256": array_sha256,
-                "split_sha256": hashlib.sha256(split.tobytes()).hexdigest(),
-                "mean": mean,
-                "rms": rms,
-                "skipped": [names[row] for row in skipped],
-                "fingerprint": fingerprint,
-            }
-            write_json(folder / "manifest.json", manifest)
-            _publish(folder, destination)
+def _pack(
+    destination: Path, facts: dict, names: list[str], split: np.ndarray, split_facts: dict, fill: Fill, skip: bool
+) -> dict[str, Any]:
+    """Write the three files, unless they are there already; returns the manifest.
+
+    facts: of the manifest, with size and fingerprint; fill(images [N,3,H,W]) writes the images and returns the counts
+    of their treatments and the rows of broken images, which are left out.
+    """
+    if (finished := _finished(destination, facts["fingerprint"], skip)) is not None:
+        return finished
+    with locked(destination, "prepare_data"):
+        if (finished := _finished(destination, facts["fingerprint"], skip)) is not None:  # by another process meanwhile
+            return finished
+        manifest = dict(facts)
+
+        def write(path: Path) -> None:
+            images = _create(path, len(split), facts["size"][0])
+            treatment, skipped = fill(images)
+            if skipped:
+                images = _without(images, skipped, path)
+            images.flush()
+            kept = np.delete(split, skipped)
+            train, valid, test = (int(n) for n in np.bincount(kept, minlength=3))
+            manifest.update(
+                {
+                    "count": len(images),
+                    "treatment": dict(sorted(treatment.items())),
+                    "split": {**split_facts, "train": train, "valid": valid, "test": test},
+                    **_statistics(images, kept),
+                    "split_sha256": hashlib.sha256(kept.tobytes()).hexdigest(),
+                    "skipped": [names[row] for row in skipped],
+                }
+            )
+            np.save(buffer := io.BytesIO(), kept)  # numpy's own writing to a file hides the error of a full disk
+            (destination / "manifest.json").unlink(missing_ok=True)
+            atomic_write(destination / "split.npy", lambda path: path.write_bytes(buffer.getvalue()))
+
+        atomic_write(destination / "images.npy", write)
+        write_json(destination / "manifest.json", manifest)
     return manifest
 
 
-def load(destination: Path) -> ImageData:
-    """Open a prepared folder and check its files by hash; the images stay on disk, memory-mapped.
-
-    Raises UserError if it is missing or incomplete, or if its files do not agree with the manifest.
-    """
-    destination = Path(destination)
-    again = "run `make data SOURCE=...` (portraits, download, or a path) to prepare it again"
-    missing = [f for f in ("manifest.json", "images.npy", "split.npy") if not (destination / f).is_file()]
-    if missing:
-        state = "is incomplete" if len(missing) < 3 else "does not exist"
-        raise UserError(f"The prepared data set {destination} {state} (no {', '.join(missing)}): {again}.")
-    try:
-        manifest = read_json(destination / "manifest.json", again)
-        images = np.load(destination / "images.npy", mmap_mode="r")
-        split = np.load(destination / "split.npy")
-        shape = (manifest["count"], 3, *manifest["size"])
-        found = images.shape, images.dtype, split.shape
-    except UserError:
-        raise
-    except Exception as error:  # damaged headers raise almost any exception
-        if is_the_systems(error):
-            raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"The prepared data set {destination} is damaged ({reason}): {again}.") from error
-    if found != (shape, np.uint8, shape[:1]):
-        raise UserError(
-            f"The prepared data set {destination} does not agree with its manifest (images "
-            f"{list(images.shape)} {images.dtype}, split {list(split.shape)}, "
-            f"manifest {list(shape)}): {again}."
-        )
-    for name, array, sha256 in (("images", images, manifest["sha256"]), ("split", split, manifest["split_sha256"])):
-        if _array_sha256(array) != sha256:
-            file = destination / f"{name}.npy"
-            raise Damaged(file, f"{file} is damaged, its SHA256 differs from the manifest: {again}.")
-    return ImageData(images, split, manifest)
-
-
-def _array_sha256(array: np.ndarray) -> str:
-    digest = hashlib.sha256()
-    for start in range(0, len(array), 512):
-        digest.update(array[start : start + 512].tobytes())
-    return digest.hexdigest()
-
-
-def _sha256_of(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _prepared_before(destination: Path, fingerprint: str, skip_broken: bool) -> dict | None:
+def _finished(destination: Path, fingerprint: str, skip_broken: bool) -> dict[str, Any] | None:
     """The manifest of an earlier preparation with the same result, or None."""
     try:
         manifest = load(destination).manifest
@@ -227,7 +191,163 @@ def _prepared_before(destination: Path, fingerprint: str, skip_broken: bool) -> 
     return manifest if same and (skip_broken or not manifest.get("skipped")) else None
 
 
-# ------------------------------------------------------------------------------------------- one image
+def _sha256_of(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _split(names: list[str], partition: bytes | None, holdout: int, seed: int) -> tuple[np.ndarray, dict[str, Any]]:
+    """Split uint8 [N] and its record: official if the list gives both sides images, else seeded."""
+    note = {}
+    if partition:
+        official = sources.parse_partition(partition, names)
+        if official is not None and 0 < np.count_nonzero(official) < len(names):
+            return np.asarray(official, np.uint8), {"method": "official", "seed": None}
+        one_side = "the official partition puts all these images on one side"
+        note = {"note": "the partition list found names other images" if official is None else one_side}
+    if 2 * holdout >= len(names):
+        raise UserError(f"data.holdout={holdout} is half or more of the {len(names)} images: hold out fewer.")
+    split = np.zeros(len(names), np.uint8)
+    chosen = np.random.default_rng(seed).permutation(len(names))[:holdout]
+    split[chosen[: holdout // 2]] = 1
+    split[chosen[holdout // 2 :]] = 2
+    return split, {"method": "seeded", "seed": seed, **note}
+
+
+def _statistics(images: np.ndarray, split: np.ndarray) -> dict[str, Any]:
+    """Mean and root mean square of the training values in [-1,1] (exact sums), and the array's SHA256."""
+    digest, n, first, second = hashlib.sha256(), 0, 0, 0
+    for start in range(0, len(images), 512):
+        block = np.ascontiguousarray(images[start : start + 512])
+        digest.update(block.tobytes())
+        values = block[split[start : start + 512] == 0].astype(np.uint32)
+        n, first = n + values.size, first + int(values.sum(dtype=np.uint64))
+        second += int((values * values).sum(dtype=np.uint64))
+    if n == 0:
+        raise UserError("No training image is left: all were held out or skipped.")
+    square = second / n / 127.5**2 - 2 * first / n / 127.5 + 1
+    return {"sha256": digest.hexdigest(), "mean": first / n / 127.5 - 1, "rms": float(np.sqrt(max(0.0, square)))}
+
+
+# ------------------------------------------------------------------------------------------ many images
+
+
+def _create(path: Path, count: int, size: int) -> np.memmap:
+    images = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(count, 3, size, size))
+    if hasattr(os, "posix_fallocate"):  # a full disk is an error now; later, in the memory map, it kills the process
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return images
+
+
+def _without(images: np.ndarray, skipped: list[int], path: Path) -> np.memmap:
+    """The array at `path` again, without some rows."""
+    good = np.delete(np.arange(len(images)), skipped)
+    shorter = path.with_name(f".shorter{path.name}")
+    result = _create(shorter, len(good), images.shape[-1])
+    for row, old in enumerate(good):
+        result[row] = images[old]
+    os.replace(shorter, path)
+    return result
+
+
+def _side_by_side(jobs: Iterable[tuple[int, Callable[[], Any]]]) -> Iterator[tuple[int, Future]]:
+    """Run (key, job) on threads (numpy and Pillow release the interpreter lock); yields (key, future) in order.
+
+    Few jobs wait at a time, so that large files are not read far ahead."""
+    pool = ThreadPoolExecutor(_THREADS)
+    waiting: deque[tuple[int, Future]] = deque()
+    try:
+        for key, job in jobs:
+            waiting.append((key, pool.submit(job)))
+            if len(waiting) > 4 * _THREADS:
+                yield waiting.popleft()
+        yield from waiting
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _draw(seed: int, progress: Progress | None, images: np.ndarray) -> tuple[Counter[str], list[int]]:
+    """Draw portraits into images [N,3,S,S], in batches of 64."""
+    count, size = len(images), images.shape[-1]
+    starts = range(0, count, 64)
+    jobs = ((i, functools.partial(portraits.render, min(64, count - i), size, seed, i)) for i in starts)
+    for start, batch in _side_by_side(jobs):
+        end = min(start + 64, count)
+        images[start:end] = batch.result()
+        if progress:
+            progress(end, count)
+    return Counter({f"drawn at {size}x{size}": count}), []
+
+
+def _treat_all(
+    source: sources.Source, names: list[str], crop: str, skip: bool, progress: Progress | None, images: np.ndarray
+) -> tuple[Counter[str], list[int]]:
+    """Decode the named images into images [N,3,S,S]; returns counts of treatments and the rows of broken images."""
+    rows = {name: row for row, name in enumerate(names)}
+    treatment: Counter[str] = Counter()
+    skipped: list[int] = []
+
+    def jobs() -> Iterator[tuple[int, Callable[[], Any]]]:
+        for name in source.files:
+            if name in rows:
+                yield rows[name], functools.partial(_decode, _content(source, name), images.shape[-1], crop)
+
+    for row, result in _side_by_side(jobs()):
+        try:
+            images[row], done = result.result()
+            treatment[done] += 1
+        except _BrokenImage as problem:
+            if not skip:
+                raise UserError(
+                    f"{names[row]!r} in {source.path.name} is broken ({problem}): replace it, or leave "
+                    f"broken images out with data.skip_broken=true."
+                ) from None
+            skipped.append(row)
+        if progress:
+            progress(treatment.total() + len(skipped), len(names))
+    if len(skipped) == len(names):
+        raise UserError(f"All {len(names)} images in {source.path.name} are broken.")
+    return treatment, sorted(skipped)
+
+
+# -------------------------------------------------------------------------------------------- one image
+
+
+class _BrokenImage(Exception):
+    pass
+
+
+def _content(source: sources.Source, name: str) -> bytes | Exception:
+    try:
+        return source.read(name)
+    except Exception as error:  # damaged archives raise almost any exception
+        return error
+
+
+def _decode(content: bytes | Exception, size: int, crop: str) -> tuple[np.ndarray, str]:
+    """The image [3,size,size] of a file's content and its treatment; _BrokenImage also if the file was not readable."""
+    try:
+        if isinstance(content, Exception):
+            raise content
+        with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
+            rgb = _to_rgb(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged images raise almost any exception, and Pillow refuses those of absurd size
+        raise _BrokenImage(sources.reason(error)) from error
+    treated, done = treat(rgb, size, crop)
+    return np.asarray(treated).transpose(2, 0, 1), done
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert to upright RGB: apply the EXIF orientation, put transparency on white, scale 16-bit grey to 8 bits."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def treat(image: Image.Image, size: int, crop: str) -> tuple[Image.Image, str]:
@@ -241,8 +361,8 @@ def treat(image: Image.Image, size: int, crop: str) -> tuple[Image.Image, str]:
     if crop == "none" and width != height:
         done = "whole frame squashed to a square"
     elif crop == "celeba" and _celeba_shaped(width, height):
-        done, side = "aspect ratio 178:218: centred square of 148/178 of the width", round(width * 148 / 178)
-        image = _centre(image, side)
+        done = "aspect ratio 178:218: centred square of 148/178 of the width"
+        image = _centre(image, round(width * 148 / 178))
     elif width == height:
         done = "square: whole frame"
     else:
@@ -265,277 +385,3 @@ def _celeba_shaped(width: int, height: int) -> bool:
 def _centre(image: Image.Image, side: int) -> Image.Image:
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to upright RGB: apply the EXIF orientation, put transparency on white, scale 16-bit grey to 8 bits."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-class _BrokenImage(Exception):
-    pass
-
-
-# Limits of one image, above any usual camera picture; decoding takes about ten bytes per pixel.
-_MAX_PIXELS, _MAX_SIDE = 64_000_000, 32_768
-_MAX_WAITING = 256 << 20  # bytes of image files read ahead of the decoders
-
-
-def _open_image(data: bytes) -> Image.Image:
-    """Open a JPEG or PNG image; Image.open would warn about large images, and one thread cannot silence that."""
-    if data.startswith(b"\x89PNG"):
-        image = PngImagePlugin.PngImageFile(io.BytesIO(data))
-    elif data.startswith(b"\xff\xd8\xff"):
-        image = JpegImagePlugin.JpegImageFile(io.BytesIO(data))
-    else:
-        raise _BrokenImage("not a JPEG or PNG image")
-    width, height = image.size
-    if width * height > _MAX_PIXELS or max(width, height) > _MAX_SIDE:
-        raise _BrokenImage(f"{width}x{height} pixels are more than the limit for one image")
-    return image
-
-
-def _decode(data: bytes, size: int, crop: str) -> tuple[np.ndarray, str]:
-    try:
-        image = _open_image(data)
-        if image.format == "PNG":
-            # Loading ignores the checksums of the pixel data: a flipped bit could give another picture silently.
-            image.verify()
-            image = _open_image(data)
-        with image:
-            rgb = _to_rgb(image)
-    except (MemoryError, _BrokenImage):
-        raise
-    except Exception as error:  # damaged files raise almost any exception
-        raise _BrokenImage(sources.reason(error)) from error
-    treated, done = treat(rgb, size, crop)
-    return np.asarray(treated).transpose(2, 0, 1), done
-
-
-# ----------------------------------------------------------------------------------------- many images
-
-
-def _workers() -> int:
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
-def _pack(
-    folder: Path,
-    source: sources.Source,
-    names: list[str],
-    size: int,
-    crop: str,
-    skip_broken: bool,
-    progress: Progress | None,
-) -> tuple[Counter[str], list[int]]:
-    """Decode the named images into folder/images.npy.partial; returns counts of treatments and skipped rows."""
-    images = _create(folder / "images.npy.partial", len(names), size)
-    rows = {name: row for row, name in enumerate(names)}
-    treatment: Counter[str] = Counter()
-    skipped: list[int] = []
-
-    def finish(name: str, result: Future | str) -> None:
-        try:
-            if isinstance(result, str):
-                raise _BrokenImage(result)
-            images[rows[name]], done = result.result()
-            treatment[done] += 1
-        except _BrokenImage as problem:
-            if not skip_broken:
-                raise UserError(
-                    f"{sources.shown(name)} in {source.path.name} is broken ({problem}): replace it, or leave "
-                    f"broken images out with data.skip_broken=true."
-                ) from None
-            skipped.append(rows[name])
-        except MemoryError as error:
-            raise UserError(
-                f"{sources.shown(name)} in {source.path.name} cannot be decoded, memory ran out: close other programs."
-            ) from error
-        if progress:
-            progress(treatment.total() + len(skipped), len(names))
-
-    pool = ThreadPoolExecutor(_workers())  # Pillow releases the interpreter lock while it decodes and resizes
-    try:
-        waiting: deque[tuple[str, Future | str, int]] = deque()
-        ahead = 0
-        for member in sources.read_members(source, names):
-            job = member.problem if member.data is None else pool.submit(_decode, member.data, size, crop)
-            waiting.append((member.name, job, len(member.data or b"")))
-            ahead += waiting[-1][2]
-            while len(waiting) > 16 * _workers() or ahead > _MAX_WAITING:
-                name, result, length = waiting.popleft()
-                finish(name, result)
-                ahead -= length
-        while waiting:
-            finish(*waiting.popleft()[:2])
-    finally:
-        pool.shutdown(cancel_futures=True)
-    if len(skipped) == len(names):
-        raise UserError(f"All {len(names)} images in {source.path.name} are broken.")
-    images.flush()
-    if skipped:
-        _drop_rows(folder / "images.npy.partial", images, skipped)
-    return treatment, sorted(skipped)
-
-
-def _drop_rows(path: Path, images: np.ndarray, skipped: list[int]) -> None:
-    good = np.delete(np.arange(len(images)), skipped)
-    shorter = path.with_name("images.npy.shorter")
-    target = _create(shorter, len(good), images.shape[-1])
-    for first in range(0, len(good), 4096):
-        target[first : first + 4096] = images[good[first : first + 4096]]
-    target.flush()
-    os.replace(shorter, path)
-
-
-def _draw(folder: Path, count: int, size: int, seed: int, progress: Progress | None) -> None:
-    images = _create(folder / "images.npy.partial", count, size)
-    starts = range(0, count, 64)
-    with ThreadPoolExecutor(_workers()) as pool:
-        batches = pool.map(lambda start: portraits.render(min(64, count - start), size, seed, start), starts)
-        for start, batch in zip(starts, batches, strict=True):
-            images[start : start + len(batch)] = batch
-            if progress:
-                progress(start + len(batch), count)
-    images.flush()
-
-
-def _split(
-    names: list[str], partition_list: bytes | None, total: int, holdout: int, seed: int
-) -> tuple[np.ndarray, dict]:
-    """Split uint8 [total] and its record: official if the list gives both sides images, else seeded."""
-    note = ""
-    official = sources.parse_partition(partition_list, names) if partition_list else None
-    if partition_list and official is None:
-        note = "the partition list found names other images"
-    if official is not None:
-        split = np.asarray(official, np.uint8)
-        if 0 < np.count_nonzero(split) < total:
-            return split, {"method": "official", "seed": None}
-        note = "the official partition puts all these images on one side"
-    if 2 * holdout >= total:
-        raise UserError(f"data.holdout={holdout} is half or more of the {total} images: hold out fewer.")
-    split = np.zeros(total, np.uint8)
-    chosen = np.random.default_rng(seed).permutation(total)[:holdout]
-    split[chosen[: holdout // 2]] = 1
-    split[chosen[holdout // 2 :]] = 2
-    return split, {"method": "seeded", "seed": seed} | ({"note": note} if note else {})
-
-
-def _statistics(images: np.ndarray, split: np.ndarray) -> tuple[float, float, str]:
-    """Mean and root mean square of the training values in [-1,1] (exact sums), and the array's SHA256."""
-    digest, n, first, second = hashlib.sha256(), 0, 0, 0
-    for start in range(0, len(images), 512):
-        block = np.ascontiguousarray(images[start : start + 512])
-        digest.update(block.tobytes())
-        values = block[split[start : start + 512] == 0].astype(np.uint32)
-        n, first = n + values.size, first + int(values.sum(dtype=np.uint64))
-        second += int((values * values).sum(dtype=np.uint64))
-    if n == 0:
-        raise UserError("No training image is left: all were held out or skipped.")
-    mean = first / n / 127.5 - 1
-    return (
-        mean,
-        float(np.sqrt(max(0.0, second / n / 127.5**2 - 2 * first / n / 127.5 + 1))),
-        digest.hexdigest(),
-    )
-
-
-# --------------------------------------------------------------------------------------- files on disk
-
-
-def _create(path: Path, count: int, size: int) -> np.memmap:
-    images = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(count, 3, size, size))
-    if hasattr(os, "posix_fallocate"):
-        # Reserve the blocks now: a full disk raises an error, but later, in the memory map, it kills the process.
-        with path.open("r+b") as file:
-            try:
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                    raise
-    return images
-
-
-@contextmanager
-def _workspace(destination: Path, needed: int) -> Iterator[Path]:
-    """A temporary folder next to the destination, removed at the end; its write errors become UserErrors."""
-    parent, prefix = destination.absolute().parent, f".{destination.name}.partial-{socket.gethostname()}-"
-    folder = parent / f"{prefix}{os.getpid()}"
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        for stale in parent.glob(f"{prefix}*"):  # left by killed runs
-            if not _alive(stale.name.removeprefix(prefix)) or stale == folder:
-                shutil.rmtree(stale, ignore_errors=True)
-        free = shutil.disk_usage(parent).free
-        if free < needed + 2**20:
-            raise UserError(
-                f"Not enough disk space in {parent}: the packed images need slightly more than {needed / 1e6:.1f} MB, "
-                f"but {free / 1e6:.1f} MB are free."
-            )
-        folder.mkdir()
-        yield folder
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"The disk that holds {parent} is full: the packed images need {needed / 1e6:.1f} MB."
-            ) from error
-        raise UserError(f"{destination} cannot be written ({error.strerror or error}).") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _alone(destination: Path) -> Iterator[None]:
-    """Let one process in at a time, also across machines that share the disk; no lock if the system has none."""
-    path = destination.absolute().parent / f".{destination.name}.lock"
-    file = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        while file is None:
-            file = path.open("w")
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            try:  # the previous holder may have removed the file that we locked: open the new one
-                same = os.path.samestat(os.fstat(file.fileno()), path.stat())
-            except FileNotFoundError:
-                same = False
-            if not same:
-                file.close()
-                file = None
-    except OSError:
-        pass  # no locks, or no permission to write, which the preparation itself will report
-    try:
-        yield
-    finally:
-        if file is not None:
-            path.unlink(missing_ok=True)
-            file.close()
-
-
-def _alive(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _publish(folder: Path, destination: Path) -> None:
-    """Move the finished files in place.
-
-    The old manifest is removed first and the new one moved last: after a stop in between, the folder is incomplete.
-    """
-    destination.mkdir(exist_ok=True)
-    (destination / "manifest.json").unlink(missing_ok=True)
-    os.replace(folder / "images.npy.partial", destination / "images.npy")
-    os.replace(folder / "split.npy", destination / "split.npy")
-    os.replace(folder / "manifest.json", destination / "manifest.json")
