@@ -1,4 +1,4 @@
-"""Image sources: a zip, a tar or a folder of JPEG and PNG files, recognised by content, or CelebA by torchvision.
+"""Image sources: a zip, tar or folder of JPEG and PNG files, recognised by content, or CelebA by torchvision.
 
 Archives are never unpacked to disk: files are read into memory, one at a time.
 """
@@ -15,67 +15,67 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from stat import S_IFDIR, S_IFMT, S_IFREG
-from typing import IO
+from typing import Any
 
 from ..errors import UserError
 from ..files import sha256_of
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 PARTITION_NAMES = ("list_eval_partition.txt", "list_eval_partition.csv")
-_ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 _CELEBA_PAGE = "http://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
+
+# An opened archive or folder: names of its files, in the order in which they are read fastest; read(name); close()
+Opened = tuple[list[str], Callable[[str], bytes], Callable[[], object]]
 
 
 @dataclass(frozen=True)
 class Source:
-    """An open archive or folder.
+    """Where images come from.
 
-    kind: "zip", "tar" or "folder"; files: all visible files, in the order in which they are read fastest;
-    images: the names of the images among them, sorted; read(name): the content of a file, any exception if it is
-    damaged; partition: the content of CelebA's partition list inside or next to the source, else None.
+    kind: "zip", "tar", "folder", ...; name: for messages and the manifest; files: names in the order of reading;
+    images: the images among them, sorted; read(name): the content of a file, or the exception if it is damaged;
+    sha256: of the whole source; partition: CelebA's partition list inside or next to the source, else None.
     """
 
     kind: str
-    path: Path
+    name: str
     files: list[str]
     images: list[str]
-    read: Callable[[str], bytes]
-    partition: bytes | None
-
-    def sha256(self) -> str:
-        """SHA-256 of an archive's bytes, or of the names, sizes and contents of a folder's images and lists."""
-        if self.kind != "folder":
-            return sha256_of(self.path)
-        digest = hashlib.sha256()
-        for name in sorted({*self.images, *_partition_lists(self.files)}):
-            digest.update(f"{name}\0".encode("utf-8", "surrogateescape"))
-            try:
-                content = self.read(name)
-                digest.update(f"{len(content)}\0".encode() + content)
-            except OSError:  # a dangling link, for example: reported as a broken image when the images are packed
-                digest.update(b"unreadable")
-        return digest.hexdigest()
+    read: Callable[[str], Any]
+    sha256: str
+    partition: bytes | None = None
 
 
 @contextmanager
-def open_source(path: Path) -> Iterator[Source]:
-    """Open a zip, tar or folder. Raises UserError if it is missing, damaged or hostile, or has no image inside."""
+def open_source(path: Path, shown: str | None = None) -> Iterator[Source]:
+    """Open a zip, tar or folder; shown: the kind to record instead.
+
+    Raises UserError if it is missing, damaged or hostile, or has no image inside.
+    """
     kind = _kind_of(path)
     try:
         files, read, close = {"zip": _open_zip, "tar": _open_tar, "folder": _open_folder}[kind](path)
     except UserError:
         raise
     except Exception as error:  # damaged archives raise almost any exception
-        what = "folder that cannot be read" if kind == "folder" else f"truncated or damaged {kind} archive, or none"
-        raise UserError(f"{path.name} is a {what} ({reason(error)}): copy or download it again.") from error
+        what = "cannot be read" if kind == "folder" else f"is no archive, or a truncated or damaged {kind} archive"
+        raise UserError(f"{path.name} {what} ({reason(error)}): copy or download it again.") from error
+
+    def read_or_error(name: str) -> bytes | Exception:
+        try:
+            return read(name)
+        except Exception as error:
+            return error
+
     try:
         visible = [name for name in files if not _is_hidden(name)]
         images = sorted(name for name in visible if name.lower().endswith(IMAGE_SUFFIXES))
         if not images:
-            inner = sorted(name for name in visible if name.lower().endswith(_ARCHIVE_SUFFIXES))
-            hint = f"; it holds {inner[0]!r}, which may be the right archive" if inner else ""
-            raise UserError(f"{path.name} holds no JPEG or PNG image (files seen: {len(visible)}){hint}.")
-        yield Source(kind, path, visible, images, read, _partition(path, visible, read))
+            raise UserError(f"{path.name} holds no JPEG or PNG image (files seen: {len(visible)}).")
+        lists = sorted(name for name in visible if PurePosixPath(name).name in PARTITION_NAMES)
+        partition = _partition(path, lists, read)
+        sha256 = _folder_sha256(sorted(images + lists), read_or_error) if kind == "folder" else sha256_of(path)
+        yield Source(shown or kind, path.resolve().name, visible, images, read_or_error, sha256, partition)
     finally:
         close()
 
@@ -91,13 +91,7 @@ def _kind_of(path: Path) -> str:
     if not path.is_file():
         raise UserError(f"{path} does not exist: give a zip, a tar or a folder of JPEG or PNG images.")
     with path.open("rb") as file:
-        head = file.read(1024)
-    if b"<html" in head.lower():
-        raise UserError(
-            f"{path.name} is an HTML page, not an archive: the download was probably refused (quota); "
-            "fetch the file again in a browser and check its size."
-        )
-    return "zip" if head.startswith(b"PK") else "tar"
+        return "zip" if file.read(2) == b"PK" else "tar"
 
 
 def _is_hidden(name: str) -> bool:
@@ -105,29 +99,27 @@ def _is_hidden(name: str) -> bool:
     return any(part == "__MACOSX" or part.startswith(".") for part in parts)
 
 
-# ------------------------------------------------------------ each: names of the files, read(name), close()
-
-Opened = tuple[list[str], Callable[[str], bytes], Callable[[], object]]
-
-
 def _open_zip(path: Path) -> Opened:
     archive = zipfile.ZipFile(path)
     for info in archive.infolist():
         _check_member(path, info.filename, S_IFMT(info.external_attr >> 16) in (0, S_IFREG, S_IFDIR))
-    files = [name for name in archive.namelist() if not name.endswith("/")]
-    return list(dict.fromkeys(files)), archive.read, archive.close  # of members that share a name, read gives the last
+    files = dict.fromkeys(name for name in archive.namelist() if not name.endswith("/"))
+    return list(files), archive.read, archive.close  # of members that share a name, read gives the last
 
 
 def _open_tar(path: Path) -> Opened:
     archive = tarfile.open(path)  # noqa: SIM115
-    members = {}
+    file: Any = archive.fileobj
+    members: dict[str, Any] = {}
     for member in archive:
         _check_member(path, member.name, member.isreg() or member.isdir())
         if member.isreg():
-            members[member.name] = member  # the last of members that share a name, as when unpacking
-    _check_end(archive.fileobj, archive.offset)
+            members[member.name] = member  # of members that share a name, the last counts, as when unpacking
+    file.seek(archive.offset)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes a cut between two files for the end
+        raise tarfile.ReadError("its end marker is missing")
     files = sorted(members, key=lambda name: members[name].offset)  # one pass over a compressed tar
-    return files, lambda name: archive.extractfile(members[name]).read(), archive.close
+    return files, lambda name: archive.extractfile(members[name]).read(), archive.close  # type: ignore
 
 
 def _open_folder(path: Path) -> Opened:
@@ -152,28 +144,20 @@ def _check_member(path: Path, name: str, plain: bool) -> None:
         raise UserError(f"{path.name} holds {name!r}, {what}: pack plain image files under relative names.")
 
 
-def _check_end(file: IO[bytes], offset: int) -> None:
-    """Only zeros may follow the last file of a tar: tarfile takes a cut or a damaged header there for the end."""
-    file.seek(offset)
-    length = 0
-    while block := file.read(1 << 20):  # to the end, where the codec verifies its checksum
-        if block.count(0) < len(block):
-            raise tarfile.ReadError("other data follow the last readable file")
-        length += len(block)
-    if length < tarfile.BLOCKSIZE:
-        raise tarfile.ReadError("its end marker is missing")
+def _folder_sha256(names: list[str], read: Callable[[str], Any]) -> str:
+    digest = hashlib.sha256()
+    for name in names:
+        content = read(name)
+        known = b"unreadable" if isinstance(content, Exception) else f"{len(content)}\0".encode() + content
+        digest.update(f"{name}\0".encode("utf-8", "surrogateescape") + known)
+    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------- CelebA
 
 
-def _partition_lists(files: list[str]) -> list[str]:
-    return sorted(name for name in files if PurePosixPath(name).name in PARTITION_NAMES)
-
-
-def _partition(path: Path, files: list[str], read: Callable[[str], bytes]) -> bytes | None:
+def _partition(path: Path, inside: list[str], read: Callable[[str], bytes]) -> bytes | None:
     """The content of CelebA's partition list inside the source, else beside it, else None."""
-    inside = _partition_lists(files)
     beside = [file for name in PARTITION_NAMES if (file := path.absolute().parent / name).is_file()]
     try:
         if inside:
@@ -197,14 +181,13 @@ def parse_partition(content: bytes, names: list[str]) -> list[int] | None:
         if len(fields) >= 2 and fields[1] in ("0", "1", "2"):
             listed[PurePosixPath(fields[0]).stem] = int(fields[1])
     split = {name: listed[stem] for name in names if (stem := PurePosixPath(name).stem) in listed}
-    if not split:
-        return None
-    if missing := [name for name in names if name not in split]:
+    if 0 < len(split) < len(names):
+        missing = next(name for name in names if name not in split)
         raise UserError(
-            f"The partition list has only {len(split)} of {len(names)} images, not {missing[0]!r}: "
+            f"The partition list has only {len(split)} of {len(names)} images, not {missing!r}: "
             "fetch list_eval_partition.txt again, or remove it for a seeded split."
         )
-    return list(split.values())
+    return list(split.values()) or None
 
 
 def download_celeba(folder: Path) -> Path:
@@ -222,8 +205,7 @@ def download_celeba(folder: Path) -> Path:
                 download_file_from_google_drive(file_id, str(folder), name, md5)
     except Exception as error:  # a quota page, no network, no gdown: the remedy is the same
         raise UserError(
-            f"CelebA could not be downloaded ({reason(error).rstrip('.')}): fetch {' and '.join(wanted)} "
-            f"from {_CELEBA_PAGE} in a browser, put both into one folder and run "
-            f"`make data SOURCE=path/to/{wanted[0]}`."
+            f"CelebA could not be downloaded ({reason(error).rstrip('.')}): fetch {' and '.join(wanted)} from "
+            f"{_CELEBA_PAGE} in a browser, and run `make data SOURCE=path/to/{wanted[0]}` (the list beside it)."
         ) from error
     return folder / wanted[0]
