@@ -164,9 +164,11 @@ def _pack(
     def write(path: Path) -> None:
         images = _create(path, len(split), facts["size"][0])
         treatment, skipped = fill(images)
-        if skipped:
-            images = _without(images, skipped, path)
         images.flush()
+        if skipped:
+            images = np.delete(images, skipped, axis=0)  # in memory
+            with path.open("wb") as file:
+                np.save(file, images)
         kept = np.delete(split, skipped)
         parts = dict(zip(("train", "valid", "test"), np.bincount(kept, minlength=3).tolist(), strict=True))
         manifest.update(
@@ -209,17 +211,6 @@ def _create(path: Path, count: int, size: int) -> np.memmap:
         with path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return images
-
-
-def _without(images: np.ndarray, skipped: list[int], path: Path) -> np.memmap:
-    """The array at `path` again, without some rows."""
-    good = np.delete(np.arange(len(images)), skipped)
-    shorter = path.with_name(f".shorter{path.name}")
-    result = _create(shorter, len(good), images.shape[-1])
-    for row, old in enumerate(good):
-        result[row] = images[old]
-    os.replace(shorter, path)
-    return result
 
 
 def _fill(

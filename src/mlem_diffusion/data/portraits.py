@@ -8,10 +8,11 @@ at every size.
 
 from __future__ import annotations
 
-from functools import reduce
 from types import SimpleNamespace
 
 import numpy as np
+
+from .drawing import Array, Drawing, common, ellipse, rgb, soft, step, wave
 
 VERSION = "1"
 _TRAITS = 192  # uniform numbers per person; the length is fixed, so that new traits do not shift existing ones
@@ -19,8 +20,6 @@ _TRAITS = 192  # uniform numbers per person; the length is fixed, so that new tr
 _SKIN = "ffe2cc f6cdac e4b28a cb9165 9b6543 68422e 462d22"
 _HAIR = "161212 301e16 5c3820 964622 c48e4a e4c480 b0aca8 eceae6"
 _IRIS = "3a2214 68401e 627438 427c8c 5c94ce 808c96"
-
-Array = np.ndarray
 
 
 def render(count: int, size: int, seed: int = 0, start: int = 0) -> Array:
@@ -41,101 +40,11 @@ def render(count: int, size: int, seed: int = 0, start: int = 0) -> Array:
     return images
 
 
-class _Portrait:
-    """Images [n,3,S,S] in [0,1], and the people's uniform numbers [n, _TRAITS], which are used up one after another.
-
-    pixel: width of one sample in the drawing's units.
-    """
-
-    def __init__(self, uniform: Array, pixel: float) -> None:
-        self.uniform, self.column, self.pixel, self.rgb = uniform, 0, np.float32(pixel), np.empty(0)
-
-    def next(self) -> Array:
-        self.column += 1
-        return self.uniform[:, self.column - 1]
-
-    def between(self, low: float, high: float) -> Array:
-        return _column(low + (high - low) * self.next())
-
-    def bell(self, centre: float, spread: float) -> Array:
-        """Sum of three uniforms: bell-shaped, never further than `spread` from the centre."""
-        return _column(centre + spread * (2 * (self.next() + self.next() + self.next()) / 3 - 1))
-
-    def chance(self, probability: float) -> Array:
-        return _column(self.next() < probability)
-
-    def palette(self, colours: str, jitter: float, place: Array | None = None) -> Array:
-        """A colour [n,3,1,1] in [0,1] on the piecewise linear path through `colours`, moved by at most `jitter`."""
-        knots = np.array([list(bytes.fromhex(colour)) for colour in colours.split()]) / 255.0
-        place = (self.next() if place is None else place.reshape(-1)) * (len(knots) - 1)
-        base = np.stack([np.interp(place, np.arange(len(knots)), channel) for channel in knots.T], 1)
-        return _colour(base + jitter * (2 * np.stack([self.next(), self.next(), self.next()], 1) - 1))
-
-    def free_colour(self, low: float, high: float, saturation: float) -> Array:
-        """A colour of any hue: a grey level between low and high, moved away from grey by up to `saturation`."""
-        hue, grey, amount = self.next(), low + (high - low) * self.next(), saturation * self.next()
-        wheel = np.cos(2 * np.pi * (hue[:, None] - np.array([0.0, 1 / 3, 2 / 3])))
-        return _colour(grey[:, None] + amount[:, None] * wheel)
-
-    def inside(self, *distances: Array) -> Array:
-        """Coverage [n,S,S] of the samples by the common part of shapes, from their signed distances."""
-        return np.clip(np.float32(0.5) - _common(*distances) / self.pixel, 0, 1)
-
-    def paint(self, cover: Array, colour: Array | float, shade: Array | None = None) -> None:
-        """Paint a colour [n,3,...], darkened or lightened by the factor shade [n,S,S], over the covered samples."""
-        if shade is not None:
-            colour = np.clip(colour * shade[:, None], 0, 1)
-        self.rgb += (colour - self.rgb) * cover[:, None]
-
-
-def _column(values: Array) -> Array:
-    return np.asarray(values, np.float32).reshape(-1, 1, 1)
-
-
-def _colour(values: Array) -> Array:
-    return np.clip(values, 0, 1).astype(np.float32).reshape(-1, 3, 1, 1)
-
-
-def _rgb(*channels: float) -> Array:
-    return np.array(channels, np.float32).reshape(1, 3, 1, 1)
-
-
-def _common(*distances: Array) -> Array:
-    """Signed distance to the common part of shapes."""
-    return reduce(np.maximum, distances)
-
-
-def _ellipse(x: Array, y: Array, rx: Array | float, ry: Array | float) -> Array:
-    """Approximate signed distance to an ellipse, negative inside; exact on the outline."""
-    return (np.sqrt((x / rx) ** 2 + (y / ry) ** 2) - 1) * np.minimum(rx, ry)
-
-
-def _soft(x: Array, y: Array, rx: Array | float, ry: Array | float) -> Array:
-    """Smooth bump: 1 at the centre, 0 on and outside the ellipse."""
-    t = np.maximum(1 - (x / rx) ** 2 - (y / ry) ** 2, 0)
-    return t * t
-
-
-def _step(t: Array) -> Array:
-    t = np.clip(t, 0, 1)
-    return t * t * (3 - 2 * t)
-
-
-def _wave(t: Array) -> Array:
-    """Smooth wave of period 1 and range [-1, 1] made of parabolas (no transcendental function per pixel)."""
-    t = t - np.floor(t)
-    half = 2 * t - np.floor(2 * t)
-    return (1 - 2 * np.floor(2 * t)) * (4 * half * (1 - half))
-
-
-# ---------------------------------------------------------------------------------------------- a person
-
-
 def _draw(uniform: Array, size: int, factor: int) -> Array:
     """Draw one batch of people (uniform numbers [n, _TRAITS]) as uint8 [n,3,size,size]."""
     side = size * factor
     axis = ((np.arange(side) + 0.5) * (2 / side) - 1).astype(np.float32)
-    p = _Portrait(uniform, 2 / side)
+    p = Drawing(uniform, 2 / side)
     c = _character(p)
     _background(p, axis[None, None, :], axis[None, :, None])
 
@@ -143,7 +52,7 @@ def _draw(uniform: Array, size: int, factor: int) -> Array:
     x, y = (axis[None, None, :] - c.shift_x) / c.scale, (axis[None, :, None] - c.shift_y) / c.scale
     cos, sin = np.cos(c.tilt.astype(float)).astype(np.float32), np.sin(c.tilt.astype(float)).astype(np.float32)
     u, v = cos * x + sin * (y - 0.6), cos * (y - 0.6) - sin * x + 0.6
-    narrowing = 1 - c.jaw * _step((v + 0.1) / 0.9)
+    narrowing = 1 - c.jaw * step((v + 0.1) / 0.9)
     head_x, head_y = u / (c.width * narrowing), v / c.height
     head = (np.sqrt(head_x**2 + head_y**2) - 1) * c.width * narrowing
     # Facial features follow the turned surface: moved by yaw and pitch, foreshortened on the far side.
@@ -162,15 +71,15 @@ def _draw(uniform: Array, size: int, factor: int) -> Array:
 
     exposure, warmth = p.between(0.88, 1.1), p.between(-0.05, 0.05)
     tint = np.concatenate([1 + warmth, np.ones_like(warmth), 1 - warmth], 1)[..., None]
-    rgb = np.clip(p.rgb * (exposure[:, None] * tint), 0, 1)
+    image = np.clip(p.rgb * (exposure[:, None] * tint), 0, 1)
     total = np.float32(0)
     for row in range(factor):
         for column in range(factor):
-            total = total + rgb[:, :, row::factor, column::factor]
-    return np.floor(total * np.float32(255 / factor**2) + np.float32(0.5)).astype(np.uint8)
+            total = total + image[:, :, row::factor, column::factor]
+    return np.floor(total * np.float32(255 / factor**2) + 0.5).astype(np.uint8)
 
 
-def _character(p: _Portrait) -> SimpleNamespace:
+def _character(p: Drawing) -> SimpleNamespace:
     """The traits that several parts share: they are drawn first and in a fixed order."""
     c = SimpleNamespace()
     c.light_x, c.light_y, c.light = p.between(-1, 1), p.between(-0.9, 0.25), p.between(0.18, 0.55)
@@ -189,122 +98,122 @@ def _character(p: _Portrait) -> SimpleNamespace:
     return c
 
 
-def _background(p: _Portrait, x: Array, y: Array) -> None:
+def _background(p: Drawing, x: Array, y: Array) -> None:
     """Two colours blended along a direction, out-of-focus discs, and darker corners."""
     one, two = p.free_colour(0.2, 0.9, 0.25), p.free_colour(0.15, 0.85, 0.25)
     angle, sharp = p.between(0, 2 * np.pi).astype(float), p.between(0.35, 1.6)
     across = np.cos(angle).astype(np.float32) * x + np.sin(angle).astype(np.float32) * y
-    p.rgb = one + (two - one) * _step(0.5 + 0.5 * sharp * across)[:, None]
+    p.rgb = one + (two - one) * step(0.5 + 0.5 * sharp * across)[:, None]
     for _ in range(2):
         cx, cy, radius = p.between(-1.1, 1.1), p.between(-1.1, 0.6), p.between(0.2, 0.7)
         colour, amount = p.free_colour(0.3, 1.0, 0.3), p.between(-0.2, 0.6)
-        edge = _step((radius - _ellipse(x - cx, y - cy, 1.0, 1.0) - 1) / 0.25)
+        edge = step((radius - ellipse(x - cx, y - cy, 1.0, 1.0) - 1) / 0.25)
         p.paint(edge * np.maximum(amount, 0), colour)
     corner = 1 - p.between(0, 0.14) * (x * x + y * y)
     p.rgb *= corner[:, None]
 
 
-def _hair_behind(p: _Portrait, c: SimpleNamespace, u: Array, v: Array) -> Array:
+def _hair_behind(p: Drawing, c: SimpleNamespace, u: Array, v: Array) -> Array:
     """Hair of a random length behind the head, with strands along it; returns its colour [n,3,S,S]."""
     bend = np.minimum(v + 0.3, 0.5)
-    flow = u + 0.5 * (u - 0.4 * c.light_x * u) * bend + c.wavy * 0.05 * _wave(2.2 * v + c.strand_phase)
-    strand = 0.6 * _wave(c.strands * flow + c.strand_phase) + 0.4 * _wave(2.3 * c.strands * flow - c.strand_phase)
-    gloss = _soft(u - 0.35 * c.light_x, v + 0.48 + 0.1 * u * u, 0.55, 0.22)
-    sheen = 0.97 + 0.1 * strand + (0.3 + 0.25 * strand) * gloss - 0.2 * _step(v + 0.3) + 0.2 * c.light_x * u
+    flow = u + 0.5 * (u - 0.4 * c.light_x * u) * bend + c.wavy * 0.05 * wave(2.2 * v + c.strand_phase)
+    strand = 0.6 * wave(c.strands * flow + c.strand_phase) + 0.4 * wave(2.3 * c.strands * flow - c.strand_phase)
+    gloss = soft(u - 0.35 * c.light_x, v + 0.48 + 0.1 * u * u, 0.55, 0.22)
+    sheen = 0.97 + 0.1 * strand + (0.3 + 0.25 * strand) * gloss - 0.2 * step(v + 0.3) + 0.2 * c.light_x * u
     hair_rgb = np.clip(c.hair * sheen[:, None], 0, 1)
-    drop, flare = np.maximum(c.long_hair, 0) * 0.95, 1 + 0.25 * c.long_hair * _step(v)
+    drop, flare = np.maximum(c.long_hair, 0) * 0.95, 1 + 0.25 * c.long_hair * step(v)
     below = np.where(v > -0.1, np.maximum(v + 0.1 - drop, 0), v + 0.1)
-    back = _ellipse(u / flare, below, c.width + c.volume, c.height - 0.1 + c.volume)
-    p.paint(p.inside(back) * (1 - c.bald) * (c.long_hair > 0), hair_rgb * np.float32(0.72))
+    back = ellipse(u / flare, below, c.width + c.volume, c.height - 0.1 + c.volume)
+    p.paint(p.inside(back) * (1 - c.bald) * (c.long_hair > 0), hair_rgb * 0.72)
     return hair_rgb
 
 
-def _body(p: _Portrait, c: SimpleNamespace, x: Array, y: Array, u: Array, v: Array) -> None:
+def _body(p: Drawing, c: SimpleNamespace, x: Array, y: Array, u: Array, v: Array) -> None:
     """Neck with the shadow of the chin, shoulders, and clothes with a round or pointed opening."""
-    neck = np.abs(x) - c.width * 0.52 - 0.1 * _step((y - 0.62) / 0.4)
-    shadow = 0.86 - 0.3 * _soft(u + 0.08 * c.light_x, v - 0.52, 0.5, 0.36) + 0.1 * c.light_x * x
+    neck = np.abs(x) - c.width * 0.52 - 0.1 * step((y - 0.62) / 0.4)
+    shadow = 0.86 - 0.3 * soft(u + 0.08 * c.light_x, v - 0.52, 0.5, 0.36) + 0.1 * c.light_x * x
     p.paint(p.inside(neck, 0.2 - y, y - 1.5), c.skin, shadow)
     wide, top, opening = p.between(0.8, 1.15), p.between(0.72, 0.9), p.between(0.2, 0.42)
     pointed = p.chance(0.5)
     cloth, second = p.free_colour(0.1, 0.85, 0.35), p.free_colour(0.1, 0.9, 0.3)
     stripes, period = p.chance(0.2), p.between(2, 5)
-    shoulders = _ellipse(x, y - top - 0.55, wide, 0.58)
-    round_cut = _ellipse(x, y - top + 0.05, opening, opening * 0.75)
+    shoulders = ellipse(x, y - top - 0.55, wide, 0.58)
+    round_cut = ellipse(x, y - top + 0.05, opening, opening * 0.75)
     vee_cut = np.abs(x) * 0.85 + (y - top - opening * 0.9) * 0.55
     p.paint(p.inside(shoulders), c.skin, 0.9 + 0.12 * c.light_x * x)
-    fold = 0.88 + 0.2 * c.light_x * x + 0.08 * _wave(1.3 * x + 0.5 * y)
-    pattern = stripes * _step(3 * _wave(period * y) + 0.5)
+    fold = 0.88 + 0.2 * c.light_x * x + 0.08 * wave(1.3 * x + 0.5 * y)
+    pattern = stripes * step(3 * wave(period * y) + 0.5)
     cut = pointed * vee_cut + (1 - pointed) * round_cut
     p.paint(p.inside(shoulders, -cut), cloth + (second - cloth) * pattern[:, None], fold)
 
 
-def _head(p: _Portrait, c: SimpleNamespace, u: Array, v: Array, head: Array, head_x: Array, head_y: Array) -> Array:
+def _head(p: Drawing, c: SimpleNamespace, u: Array, v: Array, head: Array, head_x: Array, head_y: Array) -> Array:
     """Ears and the shaded face; returns the coverage [n,S,S] of the face."""
     for sign in (-1, 1):
-        ear = _ellipse(u - sign * c.width * 0.98, v - 0.02, 0.075, 0.14)
-        inner = 0.82 - 0.22 * _soft(u - sign * c.width, v - 0.02, 0.05, 0.1) + 0.15 * sign * c.light_x
+        ear = ellipse(u - sign * c.width * 0.98, v - 0.02, 0.075, 0.14)
+        inner = 0.82 - 0.22 * soft(u - sign * c.width, v - 0.02, 0.05, 0.1) + 0.15 * sign * c.light_x
         p.paint(p.inside(ear), c.skin, inner)
     depth = np.sqrt(np.maximum(1 - 0.92 * (head_x**2 + head_y**2), 0.02))
     shade = 0.62 + 0.4 * depth + c.light * (0.55 * c.light_x * head_x + 0.45 * c.light_y * head_y)
     # Shaded skin is redder: the three channels darken at different rates.
     face = p.inside(head)
-    p.paint(face, np.clip(c.skin * (1 + _rgb(0.8, 1.0, 1.1) * (shade[:, None] - 1)), 0, 1))
+    p.paint(face, np.clip(c.skin * (1 + rgb(0.8, 1.0, 1.1) * (shade[:, None] - 1)), 0, 1))
     return face
 
 
-def _beard(p: _Portrait, c: SimpleNamespace, u: Array, v: Array, face: Array) -> None:
+def _beard(p: Drawing, c: SimpleNamespace, u: Array, v: Array, face: Array) -> None:
     amount = np.clip(p.between(-2.6, 1.25), 0, 0.95)
     line, chin_only = p.between(0.16, 0.32), p.chance(0.35)
-    edge = _step((v - line + 0.55 * (0.3 - np.abs(u) / c.width) * (1 - chin_only)) / 0.12)
-    edge = edge * (1 - chin_only * _step((np.abs(u) - 0.17) / 0.06))
-    moustache = _step(1.4 - ((u / 0.2) ** 2 + ((v - 0.235) / 0.055) ** 2))
-    lips = 1 - _step(1.5 - ((u / 0.17) ** 2 + ((v - 0.32) / 0.07) ** 2))
-    grain = 0.85 + 0.12 * _wave(7 * u + 2 * v)
+    edge = step((v - line + 0.55 * (0.3 - np.abs(u) / c.width) * (1 - chin_only)) / 0.12)
+    edge = edge * (1 - chin_only * step((np.abs(u) - 0.17) / 0.06))
+    moustache = step(1.4 - ((u / 0.2) ** 2 + ((v - 0.235) / 0.055) ** 2))
+    lips = 1 - step(1.5 - ((u / 0.17) ** 2 + ((v - 0.32) / 0.07) ** 2))
+    grain = 0.85 + 0.12 * wave(7 * u + 2 * v)
     p.paint(face * amount * np.maximum(edge * lips, moustache), np.clip(c.hair * grain[:, None] * 0.9, 0, 1))
 
 
-def _mouth(p: _Portrait, c: SimpleNamespace, u: Array, v: Array) -> None:
+def _mouth(p: Drawing, c: SimpleNamespace, u: Array, v: Array) -> None:
     """Two lips around a curved line; open smiles show teeth over a dark mouth."""
     half, smile = p.between(0.12, 0.22), p.bell(0.35, 1.1)
     fullness, opening, skew = p.between(0.022, 0.062), np.maximum(p.between(-0.09, 0.085), 0), p.bell(0, 0.12)
     lipstick = p.between(-0.6, 0.8)
-    natural = c.skin * _rgb(0.84, 0.6, 0.6)
-    lips = natural + (_rgb(0.72, 0.16, 0.22) - natural) * np.maximum(lipstick, 0)[:, None]
+    natural = c.skin * rgb(0.84, 0.6, 0.6)
+    lips = natural + (rgb(0.72, 0.16, 0.22) - natural) * np.maximum(lipstick, 0)[:, None]
     half = half + 0.05 * np.maximum(smile, 0)
     across = u / half
     arch = np.maximum(1 - across * across, 0)
     line = v - 0.325 + smile * 0.07 * (across * across - 0.4) - skew * u
-    bow = 1 - 0.28 * _soft(u, v * 0, 0.06, 1.0)
+    bow = 1 - 0.28 * soft(u, v * 0, 0.06, 1.0)
     upper = line + fullness * 0.75 * arch * bow + 0.5 * opening * arch
     lower = line - (fullness + opening) * arch
     ends = np.abs(u) - half
-    p.paint(0.4 * _soft(u, line - 0.1, half, 0.05), c.skin * np.float32(0.68))  # shadow under the lower lip
+    p.paint(0.4 * soft(u, line - 0.1, half, 0.05), c.skin * 0.68)  # shadow under the lower lip
     p.paint(p.inside(-upper, lower, ends), lips, 0.92 + 1.6 * (line + 0.01))
-    gap = _common(-(line + 0.5 * opening * arch), line - 0.95 * opening * arch) - 0.007
-    p.paint(p.inside(gap, ends + 0.012), np.float32(0.35) * lips)
+    gap = common(-(line + 0.5 * opening * arch), line - 0.95 * opening * arch) - 0.007
+    p.paint(p.inside(gap, ends + 0.012), 0.35 * lips)
     teeth = p.inside(gap, ends + 0.012, line - 0.45 * opening, ends + 0.035)
-    p.paint(teeth * (opening > 0.012), np.float32(0.93))
+    p.paint(teeth * (opening > 0.012), 0.93)
 
 
-def _nose(p: _Portrait, c: SimpleNamespace, u: Array, v: Array) -> None:
+def _nose(p: Drawing, c: SimpleNamespace, u: Array, v: Array) -> None:
     """A lit bridge, a shaded side away from the light, a tip, and nostrils."""
     length, wing = p.between(0.13, 0.22), p.between(0.055, 0.1)
-    u = u - 0.05 * c.yaw * _step((v + 0.15) / 0.3)
+    u = u - 0.05 * c.yaw * step((v + 0.15) / 0.3)
     side = np.where(c.light_x > 0, -1.0, 1.0).astype(np.float32)
-    reach = 0.02 + wing * _step((v + 0.2) / (length + 0.2))
-    body = (v < length) * _step((v + 0.22) / 0.1)
-    shade = _step(1 - np.abs(u * side - reach) / (0.5 * reach + 0.015)) * body
-    p.paint(0.34 * shade, c.skin * np.float32(0.58))
-    p.paint(0.3 * _soft(u, v - length - 0.02, wing * 1.4, 0.04), c.skin * np.float32(0.55))
+    reach = 0.02 + wing * step((v + 0.2) / (length + 0.2))
+    body = (v < length) * step((v + 0.22) / 0.1)
+    shade = step(1 - np.abs(u * side - reach) / (0.5 * reach + 0.015)) * body
+    p.paint(0.34 * shade, c.skin * 0.58)
+    p.paint(0.3 * soft(u, v - length - 0.02, wing * 1.4, 0.04), c.skin * 0.55)
     lit = u + 0.2 * wing * side
-    p.paint(0.32 * _soft(lit, v - 0.5 * length + 0.03, 0.03, length), np.clip(c.skin * 1.3, 0, 1))
-    p.paint(0.4 * _soft(lit, v - length + 0.045, wing * 0.6, 0.04), np.clip(c.skin * 1.35, 0, 1))
+    p.paint(0.32 * soft(lit, v - 0.5 * length + 0.03, 0.03, length), np.clip(c.skin * 1.3, 0, 1))
+    p.paint(0.4 * soft(lit, v - length + 0.045, wing * 0.6, 0.04), np.clip(c.skin * 1.35, 0, 1))
     for sign in (-1, 1):
-        nostril = _ellipse(u - sign * wing * 0.55, v - length, wing * 0.3, 0.014)
-        p.paint(0.7 * p.inside(nostril), c.skin * np.float32(0.35))
+        nostril = ellipse(u - sign * wing * 0.55, v - length, wing * 0.3, 0.014)
+        p.paint(0.7 * p.inside(nostril), c.skin * 0.35)
 
 
-def _eyes(p: _Portrait, c: SimpleNamespace, u: Array, v: Array) -> Array:
+def _eyes(p: Drawing, c: SimpleNamespace, u: Array, v: Array) -> Array:
     """Eyes, lids, brows and cheeks, mirrored; returns the distance [n,1,1] from the middle to an eye."""
     gap, half, opened = p.between(0.165, 0.215), p.between(0.075, 0.105), p.between(0.3, 0.62)
     slant, gaze_x, gaze_y = p.bell(0, 0.28), p.bell(0, 0.55), p.bell(0, 0.35)
@@ -318,45 +227,45 @@ def _eyes(p: _Portrait, c: SimpleNamespace, u: Array, v: Array) -> Array:
     radius = np.minimum(half * 0.52, height * 1.1)
     for sign in (-1, 1):
         ex, ey = sign * u - gap, v + 0.07
-        p.paint(blush * _soft(ex - 0.04, v - 0.17, 0.17, 0.13), c.skin * _rgb(1.02, 0.66, 0.62))
-        p.paint(0.42 * _soft(ex, ey + 0.02, half * 1.7, half * 1.25), c.skin * np.float32(0.62))  # socket
-        p.paint(made_up * _soft(ex, ey + 0.04, half * 1.5, half), shadow)
+        p.paint(blush * soft(ex - 0.04, v - 0.17, 0.17, 0.13), c.skin * rgb(1.02, 0.66, 0.62))
+        p.paint(0.42 * soft(ex, ey + 0.02, half * 1.7, half * 1.25), c.skin * 0.62)  # socket
+        p.paint(made_up * soft(ex, ey + 0.04, half * 1.5, half), shadow)
         ey = ey + slant * ex * 0.7
         arch = np.maximum(1 - (ex / half) ** 2, 0)
         cover = p.inside(-(ey + height * arch), ey - 0.75 * height * arch, np.abs(ex) - half)
-        p.paint(cover, np.float32(0.8) + 0.15 * c.skin)
+        p.paint(cover, 0.8 + 0.15 * c.skin)
         gx, gy = ex - sign * gaze_x * half * 0.6, ey + gaze_y * height * 0.5
-        p.paint(cover * p.inside(_ellipse(gx, gy, radius, radius)), iris)
-        p.paint(cover * p.inside(_ellipse(gx, gy, radius * 0.5, radius * 0.5)), iris * np.float32(0.12))
-        spark = _ellipse(gx + sign * 0.35 * radius, gy + 0.35 * radius, radius * 0.24, radius * 0.24)
-        p.paint(0.9 * cover * p.inside(spark), np.float32(1))
+        p.paint(cover * p.inside(ellipse(gx, gy, radius, radius)), iris)
+        p.paint(cover * p.inside(ellipse(gx, gy, radius * 0.5, radius * 0.5)), iris * 0.12)
+        spark = ellipse(gx + sign * 0.35 * radius, gy + 0.35 * radius, radius * 0.24, radius * 0.24)
+        p.paint(0.9 * cover * p.inside(spark), 1)
         lid = p.inside(np.abs(ey + height * arch) - 0.008 - 0.009 * lash, np.abs(ex) - half * (1 + 0.12 * lash))
-        p.paint((0.45 + 0.5 * lash) * lid, c.skin * np.float32(0.18))
+        p.paint((0.45 + 0.5 * lash) * lid, c.skin * 0.18)
         crease = p.inside(np.abs(ey + height * arch + 0.032) - 0.005, np.abs(ex) - half * 0.9)
-        p.paint(0.4 * crease, c.skin * np.float32(0.5))
+        p.paint(0.4 * crease, c.skin * 0.5)
         along = (ex - 0.01) / (half * 1.45)
         middle = v + 0.07 + brow_y + brow_arch * (1 - along**2) + brow_tilt * (ex - 0.02) * 0.7
         thick = brow_thick * (1.15 - 0.55 * np.clip(along, -1, 1))
         brow = p.inside(np.abs(middle) - thick, np.abs(along * half * 1.45) - half * 1.45)
-        p.paint(brow_dark * brow, c.hair * np.float32(0.75))
+        p.paint(brow_dark * brow, c.hair * 0.75)
     return gap
 
 
-def _hair_front(p: _Portrait, c: SimpleNamespace, v: Array, fu: Array, fv: Array, head: Array, hair_rgb: Array) -> None:
+def _hair_front(p: Drawing, c: SimpleNamespace, v: Array, fu: Array, fv: Array, head: Array, hair_rgb: Array) -> None:
     """The cap of hair above a hairline with a parting; long hair also frames the cheeks."""
     line, curve, part = p.between(-0.56, -0.28), p.between(0.4, 3.2), p.bell(0, 0.34)
     sweep, jag = p.bell(0, 0.6), p.between(0, 0.03)
     away = fu - part
-    hairline = line + curve * away * away * 0.9 + sweep * away * 0.4 + jag * _wave(3.3 * fu + part)
+    hairline = line + curve * away * away * 0.9 + sweep * away * 0.4 + jag * wave(3.3 * fu + part)
     hairline = np.minimum(hairline, 0.02 + 0.42 * np.maximum(c.long_hair, -0.3))
-    lift = c.volume * _step(0.75 - 1.1 * v)
+    lift = c.volume * step(0.75 - 1.1 * v)
     shadow = 0.28 * p.inside(head, fv - hairline - 0.05)
-    p.paint(shadow * (1 - c.bald), hair_rgb * np.float32(0.45))
-    rim = 1 - 0.22 * _step(1 - np.abs(fv - hairline) / 0.06) - 0.3 * _step(1 - np.abs(away) / 0.03) * (v < line)
+    p.paint(shadow * (1 - c.bald), hair_rgb * 0.45)
+    rim = 1 - 0.22 * step(1 - np.abs(fv - hairline) / 0.06) - 0.3 * step(1 - np.abs(away) / 0.03) * (v < line)
     p.paint(p.inside(head - lift, fv - hairline) * (1 - c.bald), hair_rgb, rim)
 
 
-def _glasses(p: _Portrait, c: SimpleNamespace, u: Array, v: Array, gap: Array) -> None:
+def _glasses(p: Drawing, c: SimpleNamespace, u: Array, v: Array, gap: Array) -> None:
     worn, dark, square = p.chance(0.2), p.chance(0.25), p.chance(0.5)
     radius, flat, thick = p.between(0.115, 0.15), p.between(0.7, 1.0), p.between(0.011, 0.026)
     frame, tint = p.free_colour(0.05, 0.5, 0.3), p.free_colour(0.05, 0.25, 0.1)
@@ -366,19 +275,19 @@ def _glasses(p: _Portrait, c: SimpleNamespace, u: Array, v: Array, gap: Array) -
     power = square * np.sqrt(np.sqrt((gx * gx) ** 2 + (gy * gy) ** 2)) + (1 - square) * np.sqrt(gx**2 + gy**2)
     lens = (power - 1) * radius * flat
     p.paint(worn * opacity * p.inside(lens), tint)
-    p.paint(worn * dark * 0.35 * p.inside(lens) * _soft(gx + 0.3, gy + 0.5, 0.7, 0.4), np.float32(1))
-    bridge = _common(np.abs(v + 0.085) - thick * 0.6, across - gap + radius * 0.95)
-    arms = _common(np.abs(v + 0.09) - thick * 0.6, gap + radius * 0.95 - across, across - c.width * 1.02)
+    p.paint(worn * dark * 0.35 * p.inside(lens) * soft(gx + 0.3, gy + 0.5, 0.7, 0.4), 1)
+    bridge = common(np.abs(v + 0.085) - thick * 0.6, across - gap + radius * 0.95)
+    arms = common(np.abs(v + 0.09) - thick * 0.6, gap + radius * 0.95 - across, across - c.width * 1.02)
     p.paint(worn * p.inside(np.minimum(np.abs(lens) - thick, np.minimum(bridge, arms))), frame)
 
 
-def _hat(p: _Portrait, c: SimpleNamespace, u: Array, v: Array, head: Array) -> None:
+def _hat(p: Drawing, c: SimpleNamespace, u: Array, v: Array, head: Array) -> None:
     """A knitted hat, or one with a brim."""
     line, brimmed, puff = p.between(-0.36, -0.22), p.chance(0.5), p.between(0.05, 0.12)
     colour, band = p.free_colour(0.15, 0.8, 0.4), p.free_colour(0.1, 0.9, 0.4)
     ribs = p.between(4, 9)
     bend = v - line + 0.12 * u * u
-    shade = 0.92 + 0.3 * c.light_x * u + 0.1 * (1 - brimmed) * _wave(ribs * u)
+    shade = 0.92 + 0.3 * c.light_x * u + 0.1 * (1 - brimmed) * wave(ribs * u)
     p.paint(c.hat * p.inside(head - puff, bend), colour, shade)
     p.paint(c.hat * p.inside(head - puff, bend, -bend - 0.13), band, shade)
-    p.paint(c.hat * brimmed * p.inside(_ellipse(u, bend + 0.01, 0.74, 0.055)), colour, shade * 0.75)
+    p.paint(c.hat * brimmed * p.inside(ellipse(u, bend + 0.01, 0.74, 0.055)), colour, shade * 0.75)

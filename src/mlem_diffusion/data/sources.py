@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from stat import S_IFDIR, S_IFMT, S_IFREG
 from typing import Any
 
 from ..errors import UserError
@@ -102,7 +101,7 @@ def _is_hidden(name: str) -> bool:
 def _open_zip(path: Path) -> Opened:
     archive = zipfile.ZipFile(path)
     for info in archive.infolist():
-        _check_member(path, info.filename, S_IFMT(info.external_attr >> 16) in (0, S_IFREG, S_IFDIR))
+        _check_member(path, info.filename)
     files = dict.fromkeys(name for name in archive.namelist() if not name.endswith("/"))
     return list(files), archive.read, archive.close  # of members that share a name, read gives the last
 
@@ -137,7 +136,7 @@ def _open_folder(path: Path) -> Opened:
     return sorted(files), read, lambda: None
 
 
-def _check_member(path: Path, name: str, plain: bool) -> None:
+def _check_member(path: Path, name: str, plain: bool = True) -> None:
     outside = name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:[/\\]", name) or ".." in re.split(r"[/\\]", name)
     if outside or not plain:
         what = "a path that leads out of the archive" if outside else "a link, a device or a pipe"
