@@ -110,59 +110,58 @@ def prepare(
             raise UserError(f"data.{key}={value} is too small: it must be at least {least}.")
     drawn = source == "portraits"
     count = count or DEFAULT_PORTRAITS if drawn else count
-    with _portraits(count or 0, size, seed) if drawn else _files(source, destination, size, crop) as (opened, treat):
-        facts = {
-            "name": name,
-            "size": [size, size],
-            "source": {"kind": opened.kind, "name": opened.name, "sha256": opened.sha256},
-            "crop": crop,
-            "resize": f"none: drawn at {size}x{size}" if drawn else RESIZE,
-        }
-        settings = {"format": _FORMAT, "name": name, "size": size, "crop": crop, "holdout": holdout, "seed": seed}
+    settings = {"format": _FORMAT, "name": name, "size": size, "crop": crop, "holdout": holdout, "seed": seed}
+    with _open(source, destination, count or 0, size, crop, seed) as (opened, treat):
+        kind = source if source == "download" else opened.kind
+        origin = {"kind": kind, "name": opened.name, "sha256": opened.sha256}
         if not drawn:
             settings["partition"] = hashlib.sha256(opened.partition).hexdigest() if opened.partition else None
-        facts["fingerprint"] = _sha256_of({**settings, "count": count, "source": facts["source"]})
         if count is not None and count > len(opened.images):
             raise UserError(f"data.count={count} is more than the {len(opened.images)} images in {opened.name}.")
         names = opened.images[:count]
-        split, facts["split"] = _split(names, opened.partition, holdout, seed)
+        split, facts = _split(names, opened.partition, holdout, seed)
+        manifest = {
+            "name": name,
+            "size": [size, size],
+            "source": origin,
+            "crop": crop,
+            "resize": f"none: drawn at {size}x{size}" if drawn else RESIZE,
+            "split": facts,
+            "fingerprint": _sha256_of({**settings, "count": count, "source": origin}),
+        }
         fill = partial(_fill, source=opened, names=names, treat=treat, skip_broken=skip_broken, progress=progress)
-        return _pack(destination, facts, names, split, fill, skip_broken)
+        return _pack(destination, manifest, names, split, fill, skip_broken)
 
 
 Treat = Callable[[Any], tuple[np.ndarray, str]]  # what a source reads -> image [3,S,S] and what was done to it
 
 
 @contextmanager
-def _portraits(count: int, size: int, seed: int) -> Iterator[tuple[Source, Treat]]:
-    names = [f"{i:06d}" for i in range(count)]
-    sha256 = _sha256_of([portraits.VERSION, count, size, seed])
-    source = Source("portraits", f"portraits, version {portraits.VERSION}", names, names, int, sha256)
-    yield source, lambda i: (portraits.render(1, size, seed, i)[0], f"drawn at {size}x{size}")
-
-
-@contextmanager
-def _files(source: str, destination: Path, size: int, crop: str) -> Iterator[tuple[Source, Treat]]:
-    fetched = source == "download"
-    path = download_celeba(destination.parent / "celeba-download") if fetched else Path(source).expanduser()
-    with open_source(path, shown=source if fetched else None) as opened:
+def _open(
+    source: str, destination: Path, count: int, size: int, crop: str, seed: int
+) -> Iterator[tuple[Source, Treat]]:
+    if source == "portraits":
+        names = [f"{i:06d}" for i in range(count)]
+        sha256 = _sha256_of([portraits.VERSION, count, size, seed])
+        drawn = Source(source, f"portraits, version {portraits.VERSION}", names, names, int, sha256)
+        yield drawn, lambda i: (portraits.render(1, size, seed, i)[0], f"drawn at {size}x{size}")
+        return
+    path = download_celeba(destination.parent / "celeba-download") if source == "download" else Path(source)
+    with open_source(path.expanduser()) as opened:
         yield opened, partial(pixels.decode, size=size, crop=crop)
 
 
 def _pack(
-    destination: Path, facts: dict, names: list[str], split: np.ndarray, fill: Callable, skip_broken: bool
+    destination: Path, manifest: dict, names: list[str], split: np.ndarray, fill: Callable, skip_broken: bool
 ) -> dict[str, Any]:
     """Write the three files, unless they are there already; returns the manifest.
 
-    facts: for the manifest; fill(images [N,3,S,S]) writes the images and returns the counts of their treatments and
-    the rows of broken ones, which are left out.
+    manifest: what is known before; fill(images [N,3,S,S]) writes the images and returns the counts of their treatments
+    and the rows of broken ones, which are left out.
     """
-    if (finished := _finished(destination, facts["fingerprint"], skip_broken)) is not None:
-        return finished
-    manifest = dict(facts)
 
     def write(path: Path) -> None:
-        images = _create(path, len(split), facts["size"][0])
+        images = _create(path, len(split), manifest["size"][0])
         treatment, skipped = fill(images)
         images.flush()
         if skipped:
@@ -170,11 +169,10 @@ def _pack(
             with path.open("wb") as file:
                 np.save(file, images)
         kept = np.delete(split, skipped)
-        parts = dict(zip(("train", "valid", "test"), np.bincount(kept, minlength=3).tolist(), strict=True))
+        manifest["split"].update(zip(("train", "valid", "test"), np.bincount(kept, minlength=3).tolist(), strict=True))
         manifest.update(
             count=len(images),
             treatment=dict(sorted(treatment.items())),
-            split=facts["split"] | parts,
             split_sha256=hashlib.sha256(kept.tobytes()).hexdigest(),
             skipped=[names[row] for row in skipped],
             **_statistics(images, kept),
@@ -183,8 +181,10 @@ def _pack(
         (destination / "manifest.json").unlink(missing_ok=True)
         atomic_write(destination / "split.npy", lambda path: path.write_bytes(buffer.getvalue()))
 
+    if (finished := _finished(destination, manifest["fingerprint"], skip_broken)) is not None:
+        return finished
     with locked(destination, "prepare_data"):
-        if (finished := _finished(destination, facts["fingerprint"], skip_broken)) is not None:
+        if (finished := _finished(destination, manifest["fingerprint"], skip_broken)) is not None:
             return finished  # another process has prepared it in the meantime
         atomic_write(destination / "images.npy", write)
         write_json(destination / "manifest.json", manifest)
@@ -271,15 +271,12 @@ def _split(names: list[str], partition: bytes | None, holdout: int, seed: int) -
 
 
 def _statistics(images: np.ndarray, split: np.ndarray) -> dict[str, Any]:
-    """Mean and root mean square of the training values in [-1,1] (exact sums), and the array's SHA256."""
-    digest, n, first, second = hashlib.sha256(), 0, 0, 0
-    for start in range(0, len(images), 512):
-        block = np.ascontiguousarray(images[start : start + 512])
-        digest.update(block.tobytes())
-        values = block[split[start : start + 512] == 0].astype(np.uint32)
-        n, first = n + values.size, first + int(values.sum(dtype=np.uint64))
-        second += int((values * values).sum(dtype=np.uint64))
-    if n == 0:
+    """Mean and rms of the training values in [-1,1] (exact sums, by a histogram), and the SHA256 of the array."""
+    training = np.flatnonzero(split == 0)
+    if len(training) == 0:
         raise UserError("No training image is left: all were held out or skipped.")
+    histogram = sum(np.bincount(images[i].ravel(), minlength=256) for i in training)
+    n, first, second = (int((histogram * np.arange(256) ** power).sum()) for power in range(3))
     square = second / n / 127.5**2 - 2 * first / n / 127.5 + 1
-    return {"sha256": digest.hexdigest(), "mean": first / n / 127.5 - 1, "rms": float(np.sqrt(max(0.0, square)))}
+    sha256 = hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
+    return {"sha256": sha256, "mean": first / n / 127.5 - 1, "rms": float(np.sqrt(max(0.0, square)))}

@@ -46,11 +46,8 @@ class Source:
 
 
 @contextmanager
-def open_source(path: Path, shown: str | None = None) -> Iterator[Source]:
-    """Open a zip, tar or folder; shown: the kind to record instead.
-
-    Raises UserError if it is missing, damaged or hostile, or has no image inside.
-    """
+def open_source(path: Path) -> Iterator[Source]:
+    """Open a zip, tar or folder. Raises UserError if it is missing, damaged or hostile, or has no image inside."""
     kind = _kind_of(path)
     try:
         files, read, close = {"zip": _open_zip, "tar": _open_tar, "folder": _open_folder}[kind](path)
@@ -74,7 +71,7 @@ def open_source(path: Path, shown: str | None = None) -> Iterator[Source]:
         lists = sorted(name for name in visible if PurePosixPath(name).name in PARTITION_NAMES)
         partition = _partition(path, lists, read)
         sha256 = _folder_sha256(sorted(images + lists), read_or_error) if kind == "folder" else sha256_of(path)
-        yield Source(shown or kind, path.resolve().name, visible, images, read_or_error, sha256, partition)
+        yield Source(kind, path.resolve().name, visible, images, read_or_error, sha256, partition)
     finally:
         close()
 
