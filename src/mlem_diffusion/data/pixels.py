@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import UserError
@@ -19,8 +19,11 @@ def decode(content: bytes, size: int, crop: str) -> tuple[np.ndarray, str]:
 
     A damaged file raises almost any exception, and Pillow refuses images of absurd size.
     """
-    with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
-        treated, done = treat(_to_rgb(image), size, crop)
+    try:
+        image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
+    except UnidentifiedImageError:
+        raise ValueError("not a readable JPEG or PNG image") from None
+    treated, done = treat(_to_rgb(image), size, crop)
     return np.asarray(treated).transpose(2, 0, 1), done
 
 
