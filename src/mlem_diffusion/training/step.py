@@ -210,7 +210,7 @@ class TrainStep:
         return losses[0] if self.accumulate == 1 else torch.stack(losses).sum()
 
     def _forward_backward(self, part: Sequence[Tensor], fresh: bool) -> Tensor:
-        """Add a micro-batch's gradients to the working network's (fresh: replace them); return its share of the loss."""
+        """Add a micro-batch's gradients to the working network's, or replace these; return its share of the loss."""
 
         def work(forward: Callable[..., Tensor]) -> Tensor:
             if fresh:
