@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from .. import parallel
-from ..data.images import read_manifest
 from ..data.pixels import to_uint8
 from ..diffusion.brownian import BrownianPath
 from ..diffusion.estimator import SingleLevel
@@ -133,10 +132,10 @@ def are_published(exp: Experiment, levels: list[dict[str, Any]]) -> bool:
     begun = any((exp.checkpoints / level["name"] / CLAIM).is_file() for level in levels)
     if exp.cfg.overwrite or begun or missing or not there or published.read_index(folder) is None:
         return False
-    manifest = read_manifest(exp.data_dir)
+    prepared = exp.data_dir / "manifest.json"
     for level in there:
         found = read_json(folder / level["name"] / METADATA, "publish the family again")
-        data = manifest["sha256"] if manifest else found["data_sha256"]
+        data = read_json(prepared, "prepare the images again")["sha256"] if prepared.is_file() else found["data_sha256"]
         if found["fingerprint"] != fingerprint(exp, level, data):
             raise UserError(
                 f"{shown(folder)} holds published levels of another configuration or data set; "
