@@ -36,9 +36,20 @@ def images() -> np.ndarray:
     return render(96, SIZE, seed=1)
 
 
-def pair(device: torch.device = CPU) -> tuple[Denoiser, Denoiser]:
+class Tiny(nn.Module):
+    """The smallest network: it compiles in seconds."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor, logsnr: Tensor) -> Tensor:
+        return torch.tanh(self.layer(x)) * torch.sigmoid(logsnr)[:, None, None, None]
+
+
+def pair(device: torch.device = CPU, unet: nn.Module | None = None) -> tuple[Denoiser, Denoiser]:
     """A new denoiser and its average, as train_level builds them."""
-    denoiser = build_denoiser(WIDTH, SIZE, RMS, UNET, "v", 5)
+    denoiser = build_denoiser(WIDTH, SIZE, RMS, UNET, "v", 5) if unet is None else Denoiser(unet, RMS)
     denoiser = denoiser.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return denoiser, copy.deepcopy(denoiser).eval().requires_grad_(False)
 
@@ -147,7 +158,7 @@ def test_all_precisions_reach_the_same_loss(images):
             assert torch.equal(copied, master.to(copied.dtype))  # the bf16 copy follows the masters
         assert step.forward.denoiser.unet.frequencies.dtype == torch.float32
     assert len(set(losses.values())) == 3
-    assert losses["float32"] < 0.9 * float(pair()[0].loss(x, held_out, logsnr).mean())
+    assert losses["float32"] < 0.9 * float(pair()[1].loss(x, held_out, logsnr).mean())
     for precision in ("autocast", "bf16"):
         assert losses[precision] == pytest.approx(losses["float32"], rel=0.02)
 
@@ -168,12 +179,14 @@ def test_what_auto_means(monkeypatch):
 
 def test_compiled_training_equals_eager_training(images, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # no C++ compiler
-    drawn = batches(images, 3)
+    unet = Tiny()
+    fast, eager = (TrainStep(*pair(unet=copy.deepcopy(unet)), compile=on) for on in ("on", "off"))
     with warnings.catch_warnings():
         warnings.simplefilter("error", SlowPath)
-        fast = stepped(drawn, compile="on")
-    eager = stepped(drawn)
+        run(fast, batches(images, 4))
+    run(eager, batches(images, 4))
     assert distance(eager.denoiser, fast.denoiser) < 1e-4 and distance(eager.ema, fast.ema) < 1e-4
+    assert distance(eager.denoiser.unet, unet) > 1e-3
     assert fast.compiled is not None and fast.compiled.function is not fast.forward
 
 
@@ -273,12 +286,13 @@ def test_captured_training_equals_training_step_by_step(
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_no_step_waits_for_the_device(images, precision, graph):
     device = torch.device("cuda")
-    drawn = batches(images, 8, device)
-    step = stepped(drawn[:5], precision=precision, graph=graph)  # compilation, tuning and capture are finished
+    data, levels = torch.as_tensor(images).to(device), table(PROCESS).to(device)
+    step = stepped(batches(images, 5, device), precision=precision, graph=graph)  # tuning and capture are finished
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run(step, drawn[5:], first=5)
+        for i in range(5, 8):
+            run(step, [draw_batch(data, SHORT, PROCESS, levels, i, 0, 1)], first=i)
     finally:
         torch.cuda.set_sync_debug_mode(before)
     assert torch.isfinite(step.loss)
