@@ -21,6 +21,7 @@ from mlem_diffusion.diffusion.process import CosineSchedule, LinearSchedule, Pro
 from mlem_diffusion.errors import Interrupted, UserError
 from mlem_diffusion.models.checkpoint import load_state, save_state
 from mlem_diffusion.models.family import build_denoiser
+from mlem_diffusion.models.unet import Denoiser
 from mlem_diffusion.training.loop import TrainConfig, draw_batch, ema_decay, learning_rate, train_level
 
 PROCESS = Process(LinearSchedule(), base_steps=50, spacing="time")
@@ -212,6 +213,9 @@ def test_impossible_combinations_are_refused(images, tmp_path, monkeypatch):
         train(images, tmp_path, replace(CONFIG, accumulate=3))
     with pytest.raises(UserError, match=r"train\.graph = 'on' needs a CUDA device"):
         train(images, tmp_path, replace(CONFIG, graph="on"))
+    monkeypatch.setattr(Denoiser, "loss", lambda *_: torch.empty(1 << 60))
+    with pytest.raises(UserError, match=r"16 images at a time do not fit in .* set train\.accumulate=2"):
+        train(images, tmp_path)
     monkeypatch.setattr(parallel, "world", lambda: 3)
     with pytest.raises(UserError, match=r"batch = 16 does not divide over 3 processes"):
         train(images, tmp_path)
@@ -224,7 +228,9 @@ def table(process: Process) -> Tensor:
     return torch.as_tensor(process.logsnr_at(np.linspace(0, 1, 4097)), dtype=torch.float32)
 
 
-def draw(images: np.ndarray, step: int, rank: int = 0, world: int = 1, process: Process = PROCESS, **change: Any) -> Any:
+def draw(
+    images: np.ndarray, step: int, rank: int = 0, world: int = 1, process: Process = PROCESS, **change: Any
+) -> Any:
     config = replace(CONFIG, **change)
     return draw_batch(torch.as_tensor(images), config, process, table(process), step, rank, world)
 

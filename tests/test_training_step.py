@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from test_training_loop import CONFIG, PROCESS, RMS, SIZE, UNET, WIDTH, assert_same, state_of, stop_at, table, train
+from test_training_loop import images as images  # a fixture
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,11 +30,6 @@ from mlem_diffusion.training.step import TrainStep, choose_precision, should_cap
 
 CPU = torch.device("cpu")
 SHORT = replace(CONFIG, images=16 * 8, snapshots=[1.0], log_every=32)
-
-
-@pytest.fixture(scope="module")
-def images() -> np.ndarray:
-    return render(96, SIZE, seed=1)
 
 
 class Tiny(nn.Module):
@@ -120,24 +116,6 @@ def test_micro_batches_train_what_the_batch_trains(images, precision, tolerance)
     assert distance(whole.denoiser, parts.denoiser) < tolerance
     assert distance(whole.denoiser, pair()[0]) > 0.08
     assert float(parts.running) == pytest.approx(float(whole.running), rel=tolerance)
-
-
-def test_a_batch_that_does_not_fit_in_memory_is_split(images, tmp_path, monkeypatch):
-    forward = Denoiser.loss
-
-    def small_memory(self: Denoiser, x: Tensor, x0: Tensor, logsnr: Tensor) -> Tensor:
-        if len(x) > 4:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return forward(self, x, x0, logsnr)
-
-    expected = train(images, tmp_path / "a", replace(SHORT, accumulate=4))
-    monkeypatch.setattr(Denoiser, "loss", small_memory)
-    with pytest.warns(SlowPath) as caught:
-        assert_same(dict(expected.state_dict()), dict(train(images, tmp_path / "b", SHORT).state_dict()))
-    assert [("continues with 8" in m, "continues with 4" in m) for m in slow_paths(list(caught))] == [
-        (True, False),
-        (False, True),
-    ]
 
 
 def test_all_precisions_reach_the_same_loss(images):

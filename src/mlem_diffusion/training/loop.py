@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,10 +21,10 @@ from torch import Tensor
 from .. import parallel
 from ..diffusion.brownian import training_generator
 from ..diffusion.process import Process
-from ..errors import Interrupted, SlowPath, UserError, is_out_of_memory
+from ..errors import Interrupted, UserError, is_out_of_memory
 from ..files import Damaged
 from ..models.checkpoint import load_state, save_state, save_weights
-from ..models.torch_compile import should_compile
+from ..models.torch_compile import SETTINGS
 from ..models.unet import Denoiser
 from .step import GRAPHS, PRECISIONS, TrainStep, has_dropout
 
@@ -56,16 +55,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.snapshots or min(self.snapshots) <= 0 or max(self.snapshots) != 1:
             raise UserError(f"train.snapshots = {list(self.snapshots)} must be fractions in (0, 1] that include 1.")
-        if self.images < 1 or self.batch < 1:
-            raise UserError("train.images and train.batch must be positive.")
-        if self.accumulate < 1:
-            raise UserError(f"train.accumulate = {self.accumulate} must be at least 1.")
-        for name, known in (("precision", PRECISIONS), ("graph", GRAPHS)):
-            if getattr(self, name) not in known:
-                raise UserError(
-                    f"train.{name} = {getattr(self, name)!r} is unknown; expected one of {', '.join(known)}."
-                )
-        should_compile(self.compile, "cpu")
+        for name in ("images", "batch", "accumulate"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name} = {getattr(self, name)} must be at least 1.")
+        for name, known in (("precision", PRECISIONS), ("graph", GRAPHS), ("compile", SETTINGS)):
+            if (value := getattr(self, name)) not in known:
+                raise UserError(f"train.{name} = {value!r} is unknown; expected one of {', '.join(known)}.")
 
 
 def ema_decay(config: TrainConfig, images: int) -> float:
@@ -130,10 +125,9 @@ def train_level(
     report({"images", "loss", "lr"}): called every log_every images. snapshot(images seen, EMA denoiser): called at each
     snapshot. Both on rank 0 only.
 
-    If a micro-batch does not fit in memory, it is halved, with one SlowPath warning: same draws, same updates up to
-    rounding. Raises Interrupted, with the state saved, when should_stop() returns true. Raises UserError for an
-    impossible configuration, for a foreign or damaged state, and if the loss or a weight is no longer finite. The last
-    saved state stays and is always finite.
+    Raises Interrupted, with the state saved, when should_stop() returns true. Raises UserError for an impossible
+    configuration, for a foreign or damaged state, and if the loss or a weight is no longer finite. The last saved
+    state stays and is always finite.
     """
     run = _Run(denoiser, config, directory, width, torch.device(device), identity)
     run.resume()
@@ -193,25 +187,18 @@ class _Run:
             micro = f" in {config.accumulate} micro-batches each" if config.accumulate > 1 else ""
             raise UserError(f"train.batch = {config.batch} does not divide over {self.world} processes{micro}.")
         self.config, self.directory, self.width, self.device = config, directory, width, device
-        self.identity, self.progress, self.accumulate = identity, _Progress(), config.accumulate
+        self.state = directory / "state.pt"
+        self.identity, self.progress = identity, _Progress()
         self.denoiser = denoiser.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = copy.deepcopy(self.denoiser).eval().requires_grad_(False)
-        self.step: Any = self._make_step()
-
-    def _make_step(self) -> TrainStep:
-        config = self.config
-        return TrainStep(
+        self.step = TrainStep(
             self.denoiser, self.ema, clip=config.clip, precision=config.precision, compile=config.compile,
-            graph=config.graph, accumulate=self.accumulate, world=self.world, name=f"Training of width {self.width}",
+            graph=config.graph, accumulate=config.accumulate, world=self.world, name=f"Training of width {width}",
         )  # fmt: skip
 
     @property
     def seen(self) -> int:
         return self.progress.images
-
-    @property
-    def state(self) -> Path:
-        return self.directory / "state.pt"
 
     # ---- state on disk
 
@@ -230,67 +217,42 @@ class _Run:
             raise Damaged(self.state, foreign) from error
 
     def save(self) -> None:
-        self.check_finite()
+        self.check(self.step.is_finite())
         if self.rank == 0:
             save_state(self.state, {**self.step.state_dict(), **asdict(self.progress), "identity": self.identity})
 
     def take_snapshot(self, snapshot: Callable[[int, Denoiser], None] | None) -> None:
         """Save the weights' moving average, at the first step at or past a fraction of the training."""
-        self.check_finite()
+        self.check(self.step.is_finite())
         if self.rank == 0:
             file = f"ema-{self.seen:010d}.safetensors"
             self.progress.snapshots[file] = save_weights(self.directory / file, self.ema)
             if snapshot is not None:
                 snapshot(self.seen, self.ema)
 
-    def check_finite(self) -> None:
-        if not self.step.is_finite():
-            raise self.diverged()
-
-    def diverged(self) -> UserError:
-        """The error for a loss or weight that is not finite."""
-        what = self.step.trouble(f"width {self.width}")
-        saved = f"; the last finite state is in {self.state}" if self.state.is_file() else ""
-        return UserError(f"{what}{saved}: lower train.lr and train again (ARGS='overwrite=true train.lr=...').")
+    def check(self, finite: bool) -> None:
+        """Raise UserError, with step and noise level, if a loss or weight is not finite."""
+        if not finite:
+            what = self.step.trouble(f"width {self.width}")
+            saved = f"; the last finite state is in {self.state}" if self.state.is_file() else ""
+            raise UserError(f"{what}{saved}: lower train.lr and train again (ARGS='overwrite=true train.lr=...').")
 
     # ---- steps
 
     def advance(self, batch: tuple[Tensor, Tensor, Tensor]) -> None:
-        """Take one step, in smaller micro-batches if it does not fit in memory."""
+        """Take one step."""
         config, progress = self.config, self.progress
         self.lr = learning_rate(config, self.width, self.seen + config.batch // 2)  # neither first nor last is 0
         progress.images += config.batch
         progress.counted += 1
-        while True:
-            try:
-                self.step(batch, self.lr, ema_decay(config, self.seen))
-                return
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                failed = error.with_traceback(None)  # its frames hold references to the memory
-            self._halve(failed)
-
-    def _halve(self, failed: Exception) -> None:
-        """Split each micro-batch in two after an error for lack of memory."""
-        micro = self.config.batch // self.world // self.accumulate
-        what = f"{micro} images at a time do not fit in"
-        if self.world > 1 or micro % 2 or self.step.updating:
-            more = f"train.accumulate={2 * self.accumulate}" if micro % 2 == 0 else "a smaller train.batch"
-            raise UserError(f"{what} the memory of {self.device} at width {self.width}: set {more}.") from failed
-        self.accumulate *= 2
-        warnings.warn(
-            f"Training of width {self.width}: {what} memory; it continues with {micro // 2}, {self.accumulate} times "
-            f"per step: the same batch of {self.config.batch}.",
-            SlowPath,
-            stacklevel=2,
-        )
-        before = self.step.state_dict()
-        self.step = None  # frees its memory
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.step = self._make_step()
-        self.step.load_state_dict(before)
+        try:
+            self.step(batch, self.lr, ema_decay(config, self.seen))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            what = f"{config.batch // self.world // config.accumulate} images at a time do not fit in the memory"
+            more = f"set train.accumulate={2 * config.accumulate}, which trains the same"
+            raise UserError(f"{what} of {self.device} at width {self.width}: {more}.") from error
 
     def log(self, report: Callable[[dict[str, Any]], None] | None) -> None:
         """Record the mean loss since the last log."""
@@ -299,8 +261,7 @@ class _Run:
             dist.all_reduce(running, op=dist.ReduceOp.AVG if self.device.type == "cuda" else dist.ReduceOp.SUM)
             running /= 1 if self.device.type == "cuda" else self.world
         mean = float(running) / progress.counted
-        if not np.isfinite(mean):
-            raise self.diverged()
+        self.check(np.isfinite(mean))
         progress.history.append({"images": self.seen, "loss": mean})
         if report is not None and self.rank == 0:
             report({"images": self.seen, "loss": mean, "lr": self.lr})

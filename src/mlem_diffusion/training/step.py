@@ -32,8 +32,8 @@ GRAPHS = ("auto", "on", "off")
 def choose_precision(setting: str, device: torch.device) -> str:
     """Return the precision that "auto" selects on this device; other settings are returned unchanged.
 
-    On CUDA "auto" is bf16: the losses of the three precisions agree to about a percent (tests/test_training_step.py),
-    and autocast casts each weight again in each pass. GPUs before compute capability 8 have no bf16 arithmetic.
+    On CUDA it is bf16, since the losses of the three precisions agree to about a percent (tests/test_training_step.py).
+    GPUs before compute capability 8 have no bf16 arithmetic.
     """
     if setting != "auto":
         return setting
@@ -45,7 +45,7 @@ def has_dropout(module: nn.Module) -> bool:
 
 
 def should_capture(setting: str, denoiser: nn.Module, device: torch.device, world: int) -> bool:
-    """Return whether to capture steps; never with several processes (DDP's reductions) or dropout (mask seeds)."""
+    """Whether to capture steps; never with several processes (DDP's reductions) or dropout (mask seeds)."""
     possible = device.type == "cuda" and world == 1 and not has_dropout(denoiser)
     if setting == "on" and not possible:
         raise UserError("train.graph = 'on' needs a CUDA device, one process and a network without dropout.")
@@ -73,11 +73,9 @@ def bf16_copy(denoiser: Denoiser) -> Denoiser:
 
 def _distributed(module: nn.Module) -> nn.Module:
     """Average gradients over processes (DDP). Buffers never change, so they are not broadcast."""
-    wrap = nn.parallel.DistributedDataParallel
-    known = inspect.signature(wrap).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    settings: dict[str, Any] = {name: False}
-    return wrap(module, **settings)
+    wrap: Any = nn.parallel.DistributedDataParallel
+    new = "forward_sync_buffers"  # the name in later versions of torch
+    return wrap(module, **{new if new in inspect.signature(wrap).parameters else "broadcast_buffers": False})
 
 
 class TrainStep:
@@ -114,12 +112,10 @@ class TrainStep:
         self.precision = choose_precision(precision, self.device)
         self.running = torch.zeros((), device=self.device)
         self.loss = self.running.clone()
-        self.updating = False  # whether a failed step has begun to change weights
         # the first step with a loss that is not finite: its number, the share of the batch, and the log-SNR of the
         # first such image; stored on the device, so that the host does not wait
         self._steps = torch.zeros((), device=self.device, dtype=torch.int64)
         self._trouble = torch.full((3,), -1.0, device=self.device, dtype=torch.float64)
-
         graphed = should_capture(graph, denoiser, self.device, world)
         self.rates_on_device = graphed if rates_on_device is None else rates_on_device
         self._make_optimiser(graphed)
@@ -150,16 +146,13 @@ class TrainStep:
             for parameter, gradient in zip(self.masters, self.gradients, strict=True):
                 parameter.grad = gradient
         self.forward: Any = LossModule(working)
-        self.parallel: Any = None
-        if world > 1:
-            self.parallel = _distributed(self.forward)
-            self.forward = self.parallel  # DDP wraps the module before compilation
+        self.parallel: Any = _distributed(self.forward) if world > 1 else None
+        self.forward = self.parallel or self.forward  # DDP wraps the module before compilation
         self.compiled: Compiled | None = None
         if should_compile(compile, self.device):
             self.compiled = Compiled(self.forward, name, dynamic=False, **options(compile, self.device))
 
     def __call__(self, batch: Sequence[Tensor], lr: float, decay: float) -> None:
-        self.updating = False
         self._set_rates(lr, decay)
         self._take(batch)
 
@@ -175,7 +168,6 @@ class TrainStep:
     def take(self, batch: Sequence[Tensor]) -> None:
         """Take a step with the current rates; this is the function that a CUDA graph captures."""
         loss = self._gradients_of(batch)
-        self.updating = True
         nn.utils.clip_grad_norm_(self.masters, self.clip)
         self.optimiser.step()
         with torch.no_grad():
@@ -189,7 +181,6 @@ class TrainStep:
             self.running += loss
             self._steps += 1
         self.loss = loss
-        self.updating = False
 
     def _gradients_of(self, batch: Sequence[Tensor]) -> Tensor:
         """Accumulate the gradients of the full batch in the masters' .grad and return the mean loss."""
@@ -238,7 +229,7 @@ class TrainStep:
         """Return the sentence on where the loss (or else a weight) was first not finite; waits for the device."""
         step, share, logsnr = self._trouble.tolist()
         if step < 0:
-            return f"The weights of {what} are not finite after step {int(self._steps)}, at every noise level"
+            return f"The weights of {what} are not finite at step {int(self._steps)}, at every noise level"
         where = "at every noise level" if share == 1 else f"for {share:.1%} of the batch, first at log-SNR {logsnr:.3g}"
         return f"The loss of {what} is not finite at step {int(step)}, {where}"
 
