@@ -82,9 +82,9 @@ def train_one(task: tuple[Experiment, dict[str, Any], int]) -> None:
         if parallel.is_main():
             facts = {"data_sha256": images.manifest["sha256"], "fingerprint": identity}
             measured = measure(exp, level, ema, folder)
-            train = {"train": {k: v for k, v in train.items() if not k.startswith("_")}}
+            used = {"train": {k: v for k, v in train.items() if not k.startswith("_")}}
             spent = {"device": device_model(exp.device), "seconds_last_run": round(time.monotonic() - started, 1)}
-            write_json(folder / METADATA, {**level, **train, **facts, **measured, **spent})
+            write_json(folder / METADATA, {**level, **used, **facts, **measured, **spent})
         parallel.barrier()
 
 
