@@ -6,19 +6,20 @@ The Frechet distance between Gaussians fitted to features is |m1 - m2|^2 + tr(S1
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import load_arrays, write_arrays
+from ..files import read_arrays, write_arrays
 from .features import Extractor
 
-Images = np.ndarray | Tensor
 Features = np.ndarray | Tensor
 _DOUBLE = 512  # the largest number of features for which moments are stored in float64
 
@@ -36,16 +37,6 @@ class FeatureMoments:
         """The symmetric square root of the covariance, [D, D]."""
         values, vectors = np.linalg.eigh(self.cov)
         return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-
-
-# -------------------------------------------------------------------------------------------- features
-
-
-def extract_features(images: Images, extractor: Extractor, chunk: int = 1024) -> np.ndarray:
-    """Float32 features [N, D] of uint8 images [N, 3, H, W]; a memory map is read `chunk` images at a time."""
-    _check_count(len(images))
-    parts = (images[start : start + chunk] for start in range(0, len(images), chunk))
-    return np.concatenate([extractor.features(part).numpy() for part in parts])
 
 
 def _check_count(n: int) -> None:
@@ -73,9 +64,6 @@ def feature_moments(features: Features) -> FeatureMoments:
     return FeatureMoments(out["mu"], np.atleast_2d(out["sigma"]), len(array))
 
 
-# -------------------------------------------------------------------------------------------- distances
-
-
 def frechet_distance(x: Features | FeatureMoments, y: Features | FeatureMoments) -> float:
     """Frechet distance of two sets of features [N, D] (or their FeatureMoments), by torch-fidelity in float64.
 
@@ -84,10 +72,14 @@ def frechet_distance(x: Features | FeatureMoments, y: Features | FeatureMoments)
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric  # slow import
 
     a, b = (s if isinstance(s, FeatureMoments) else feature_moments(s) for s in (x, y))
-    if a.mean.shape != b.mean.shape:
-        raise UserError(f"Features of {len(a.mean)} and of {len(b.mean)} numbers cannot be compared.")
+    _check_sizes(len(a.mean), len(b.mean))
     stats = [{"mu": s.mean.astype(np.float64), "sigma": s.cov.astype(np.float64)} for s in (a, b)]
     return float(fid_statistics_to_metric(*stats, verbose=False)[KEY_METRIC_FID])
+
+
+def _check_sizes(one: int, other: int) -> None:
+    if one != other:
+        raise UserError(f"Features of {one} and of {other} numbers cannot be compared.")
 
 
 def fast_frechet(
@@ -103,8 +95,7 @@ def fast_frechet(
     whichever is smaller. Pass `projected` = x @ reference.root [n, D] to share that product between replicates.
     """
     x = _as_float64(x)
-    if x.shape[1] != len(reference.mean):
-        raise UserError(f"Features of {x.shape[1]} and of {len(reference.mean)} numbers cannot be compared.")
+    _check_sizes(x.shape[1], len(reference.mean))
     y = x @ reference.root if projected is None else projected
     weights = np.ones(len(x)) if counts is None else np.asarray(counts, dtype=np.float64)
     drawn = weights > 0
@@ -129,33 +120,46 @@ def distance_floor(features_of_real: Features, n: int, seed: int, repeats: int =
     """
     _check_count(n)
     features = _as_float64(features_of_real)
-    if len(features) < n + 2 or repeats < 1:
+    if len(features) < n + 2:
         raise UserError(
             f"The floor at n = {n} needs at least {n + 2} real images, but there are {len(features)}: "
             "lower compare.num_samples."
         )
     rng = np.random.default_rng(seed)
-    distances = []
-    for _ in range(repeats):
-        order = rng.permutation(len(features))
-        distances.append(frechet_distance(features[order[:n]], features[order[n:]]))
-    return float(np.mean(distances))
+    orders = [rng.permutation(len(features)) for _ in range(repeats)]
+    return float(np.mean([frechet_distance(features[order[:n]], features[order[n:]]) for order in orders]))
 
 
-# -------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- published moments
 
 
-def save_moments(path: Path, statistics: FeatureMoments) -> None:
+def save_moments(path: Path, moments: FeatureMoments) -> None:
     """Write mean [D], upper triangle of the covariance and number of images as npz; float32 for many features."""
-    kind = np.float64 if len(statistics.mean) <= _DOUBLE else np.float32
-    upper = statistics.cov[np.triu_indices(len(statistics.mean))]
-    write_arrays(path, {"mean": statistics.mean.astype(kind), "upper": upper.astype(kind), "n": statistics.n})
+    kind = np.float64 if len(moments.mean) <= _DOUBLE else np.float32
+    upper = moments.cov[np.triu_indices(len(moments.mean))]
+    write_arrays(path, {"mean": moments.mean.astype(kind), "upper": upper.astype(kind), "n": moments.n})
 
 
 def load_moments(path: Path) -> FeatureMoments:
     """The moments that `save_moments` wrote, in float64."""
-    arrays = load_arrays(path, "restore it (git checkout), or publish the family again (make publish)")
+    arrays = read_arrays(path, "restore it (git checkout), or publish the family again (make publish)")
     mean, upper, n = arrays["mean"].astype(np.float64), arrays["upper"].astype(np.float64), int(arrays["n"])
     cov = np.zeros((len(mean), len(mean)))
     cov[np.triu_indices(len(mean))] = upper
     return FeatureMoments(mean, cov + np.triu(cov, 1).T, n)
+
+
+def published_moments(
+    index: Mapping[str, Any] | None, folder: Path, extractor: Extractor, num_samples: int, seed: int
+) -> tuple[FeatureMoments, float | None] | None:
+    """The published moments of the training images' features, and the published real-against-real distance.
+
+    index: content of the family.json in `folder`. The distance is None unless it was published for this number of
+    samples and this seed. The result is None if no moments by this extractor are published.
+    """
+    found = (index or {}).get("statistics")
+    if found is None or (found["name"], found["identity"]) != (extractor.name, extractor.identity or extractor.key):
+        return None
+    floor = found["floor"]
+    same = (floor["num_samples"], floor["seed"]) == (num_samples, seed)
+    return load_moments(folder / found["file"]), floor["distance"] if same else None

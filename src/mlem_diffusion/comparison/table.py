@@ -44,7 +44,9 @@ def frame_of(rows: Iterable[Mapping[str, Any]], name: str = "compare.csv") -> pd
             numbers = pd.to_numeric(frame[column].replace("", np.nan), errors="coerce").astype(float)
             bad = frame[column][numbers.isna() & ~frame[column].isin(["", "nan"]) & frame[column].notna()]
             if len(bad):
-                raise UserError(f"{name}, row {bad.index[0] + 1}: {column} is not a number ({str(bad.iloc[0])[:40]!r}).")
+                raise UserError(
+                    f"{name}, row {bad.index[0] + 1}: {column} is not a number ({str(bad.iloc[0])[:40]!r})."
+                )
             numbers = numbers.replace([np.inf, -np.inf], np.nan)
             whole = column in _WHOLE and numbers.notna().all()
             frame[column] = numbers.astype(int) if whole else numbers

@@ -45,7 +45,9 @@ def verdicts(
         methods = _by_method(planned)
         entry: dict[str, Any] = {"unit": unit}
         for against, theirs in (("against_em", first_order), ("against_all_baselines", base)):
-            found = {name: _speed(theirs, mine, calibration_flops, seed, cost) for name, mine in methods.items() if theirs}
+            found = {
+                name: _speed(theirs, mine, calibration_flops, seed, cost) for name, mine in methods.items() if theirs
+            }
             entry[against] = found
         entry["optimiser_against_em"] = chosen_blindly([*base, *ours], first_order, seed, cost)
         alone = [m for m in base if m.row["step_rule"] == rule]
@@ -174,7 +176,9 @@ def chosen_blindly(
             continue
         ratios = mine[within[np.argmin(selected[within])]] / others[i]
         lower = float(np.quantile(ratios[1:], 0.05)) if len(ratios) > 1 else None
-        points.append({cost.removesuffix("_expected"): theirs[i].row[cost], "ratio": float(ratios[0]), "lower95": lower})
+        points.append(
+            {cost.removesuffix("_expected"): theirs[i].row[cost], "ratio": float(ratios[0]), "lower95": lower}
+        )
     worst = max(points, key=lambda p: p["lower95"] or 0, default=None)
     never = all((p["lower95"] or 0) <= 1 for p in points) if points else None
     return {"never_above": never, "worst": worst, "points": len(points), "unserved": unserved}
