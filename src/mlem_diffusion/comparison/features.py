@@ -63,16 +63,6 @@ class Extractor:
             parts.append(out)
         return torch.cat(parts)
 
-    def check_enough(self, n: int, shape: tuple[int, ...]) -> None:
-        """Raise UserError if n images of this shape are too few for a Frechet distance."""
-        dimensions = self.features(torch.zeros(1, *shape, dtype=torch.uint8)).shape[1]
-        if n <= dimensions:
-            raise UserError(
-                f"compare.num_samples={n} images are too few for {self.name}, which has {dimensions} features, "
-                "since the covariance would be singular: "
-                f"set compare.num_samples={dimensions + 1} or more, or metrics=light, light32 or none."
-            )
-
 
 # ------------------------------------------------------------------------------------------------ light
 

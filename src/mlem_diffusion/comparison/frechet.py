@@ -6,18 +6,18 @@ The Frechet distance between Gaussians fitted to features is |m1 - m2|^2 + tr(S1
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import read_arrays, write_arrays
+from ..files import expect_content, read_arrays, write_arrays
 from .features import Extractor
 
 Features = np.ndarray | Tensor
@@ -130,7 +130,38 @@ def distance_floor(features_of_real: Features, n: int, seed: int, repeats: int =
     return float(np.mean([frechet_distance(features[order[:n]], features[order[n:]]) for order in orders]))
 
 
-# -------------------------------------------------------------------------------------------- published moments
+# ------------------------------------------------------------------------------------------------ real images
+
+
+class RealImages(NamedTuple):
+    """What samples are compared with: the name of the distance, moments of real images, and `distance_floor`."""
+
+    name: str
+    moments: FeatureMoments
+    floor: float | None
+
+    @classmethod
+    def of(cls, name: str, features: np.ndarray, n: int, seed: int) -> RealImages:
+        """From features [N, D] of all real images, for comparisons of n samples."""
+        return cls(name, feature_moments(features), distance_floor(features, n, seed))
+
+
+def write_features(
+    path: Path, extractor: Extractor, images: np.ndarray, rows: np.ndarray, progress: Callable[[int, int], object]
+) -> None:
+    """Write the features of rows of packed images, uint8 [N, 3, H, W]; Inception needs hours for them on a CPU."""
+    parts, chunk = [], 1024
+    for start in range(0, len(rows), chunk):
+        parts.append(extractor.features(images[rows[start : start + chunk]]).numpy())
+        progress(min(start + chunk, len(rows)), len(rows))
+    write_arrays(path, {"features": np.concatenate(parts)}, compress=False)
+
+
+def read_features(path: Path) -> np.ndarray:
+    """The features [len(rows), D], float32, that `write_features` wrote."""
+    arrays = read_arrays(path, "run the same command again")
+    with expect_content(path, "run the same command again"):
+        return arrays["features"]
 
 
 def save_moments(path: Path, moments: FeatureMoments) -> None:
@@ -149,17 +180,17 @@ def load_moments(path: Path) -> FeatureMoments:
     return FeatureMoments(mean, cov + np.triu(cov, 1).T, n)
 
 
-def published_moments(
-    index: Mapping[str, Any] | None, folder: Path, extractor: Extractor, num_samples: int, seed: int
-) -> tuple[FeatureMoments, float | None] | None:
-    """The published moments of the training images' features, and the published real-against-real distance.
+def published_images(
+    index: Mapping[str, Any] | None, folder: Path, extractor: Extractor, n: int, seed: int
+) -> RealImages | None:
+    """The published moments of the training images' features; None if no moments by this extractor are published.
 
-    index: content of the family.json in `folder`. The distance is None unless it was published for this number of
-    samples and this seed. The result is None if no moments by this extractor are published.
+    index: content of the family.json in `folder`. The floor is None unless it was published for n images and this seed.
     """
     found = (index or {}).get("statistics")
     if found is None or (found["name"], found["identity"]) != (extractor.name, extractor.identity or extractor.key):
         return None
-    floor = found["floor"]
-    same = (floor["num_samples"], floor["seed"]) == (num_samples, seed)
-    return load_moments(folder / found["file"]), floor["distance"] if same else None
+    same = (found["floor"]["num_samples"], found["floor"]["seed"]) == (n, seed)
+    return RealImages(
+        extractor.name, load_moments(folder / found["file"]), found["floor"]["distance"] if same else None
+    )

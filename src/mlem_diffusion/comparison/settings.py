@@ -18,6 +18,7 @@ from ..multilevel.estimators import Multilevel
 from ..multilevel.plan import Plan
 from ..multilevel.probabilities import constant_probabilities
 
+GAUSSIAN = "gauss"  # name of the linear Gaussian denoiser among the levels
 Row = dict[str, Any]  # one row of compare.csv
 
 
@@ -69,6 +70,14 @@ class SamplerSetting:
         """Network evaluations that the step rule makes on a grid of `steps` noise levels."""
         return len(self.rule.program(process.grid(self.steps)))
 
+    def expected_evaluations(
+        self, levels: Mapping[str, Level], gamma: float, plans: Mapping[str, Plan], process: Process
+    ) -> dict[str, float]:
+        """Expected evaluations of each level for one image."""
+        estimator = self.build(levels, gamma, plans)
+        counts = estimator.expected_evaluations(self.evaluations(process))
+        return {level.name: float(count) for level, count in zip(estimator.levels, counts, strict=True)}
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -97,15 +106,15 @@ def setting_of(plan: Plan, dynamics: str, step_rule: str) -> SamplerSetting:
 
 
 def setting_from(values: Mapping[str, Any]) -> SamplerSetting:
-    """A setting from a row or a configuration. Levels are a list or joined by "+"; blank fields are None or ""."""
-    names = values["levels"]
-    c, switch = (None if values.get(key) in (None, "") else float(values[key]) for key in ("c", "switch"))
+    """A setting from a row or a configuration; levels are a list or joined by "+". UserError if a key is missing."""
+    try:
+        names, steps, *rule = (values[key] for key in ("levels", "steps", "dynamics", "step_rule", "estimator"))
+    except KeyError as error:
+        raise UserError(f"The sampler lacks the key {error}; it takes the columns of compare.csv.") from error
+    levels = tuple(names.split("+") if isinstance(names, str) else names)
     probabilities, coins, plan = (str(values.get(key) or "") for key in ("probabilities", "coins", "plan"))
-    return SamplerSetting(
-        *(str(values[key]) for key in ("dynamics", "step_rule", "estimator")),
-        tuple(names.split("+") if isinstance(names, str) else names),
-        int(values["steps"]), probabilities, coins, c, switch, plan,
-    )  # fmt: skip
+    c, switch = (None if values.get(key) in (None, "") else float(values[key]) for key in ("c", "switch"))
+    return SamplerSetting(*map(str, rule), levels, int(steps), probabilities, coins, c, switch, plan)
 
 
 def _choose(names: Sequence[str], which: Any) -> tuple[str, ...]:
@@ -119,18 +128,19 @@ def _choose(names: Sequence[str], which: Any) -> tuple[str, ...]:
         raise UserError(f"levels = {which!r} does not fit a family of {len(names)} levels.") from error
 
 
-def settings_of(config: Any, names: Sequence[str], base_steps: int, beside: Iterable[str] = ()) -> list[SamplerSetting]:
+def settings_of(config: Any, names: Sequence[str], base_steps: int) -> list[SamplerSetting]:
     """All settings of a `compare` configuration for a family with these level names, cheap to expensive.
 
-    beside: extra levels without an index (a Gaussian denoiser); a sweep with levels "all" has them as baselines too.
+    A Gaussian denoiser has no index; a sweep with levels "all" has it as a baseline too.
     """
+    names, beside = [n for n in names if n != GAUSSIAN], [n for n in names if n == GAUSSIAN]
     out: list[SamplerSetting] = []
 
     def add(sweep: Any, estimator: str, levels: tuple[str, ...], steps: int, *more: Any) -> None:
         out.append(SamplerSetting(sweep["dynamics"], sweep["step_rule"], estimator, levels, steps, *more))
 
     for sweep in config["baselines"]:
-        extra = tuple(beside) if sweep["levels"] == "all" else ()
+        extra = beside if sweep["levels"] == "all" else []
         for name, steps in product([*extra, *_choose(names, sweep["levels"])], sweep["steps"]):
             add(sweep, "single", (name,), steps)
     for sweep in config["stitched"]:

@@ -32,8 +32,8 @@ _NAMING = ("step_rule", "estimator", "levels", "probabilities", "coins", "c", "s
 
 def speedups(
     settings: Sequence[Measurement],
-    *,
     reference: FeatureMoments | None = None,
+    *,
     replicates: int = 200,
     distance_replicates: int = 50,
     seed: int = 0,

@@ -1,0 +1,63 @@
+"""Pictures of chosen sample seeds with one sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .. import parallel
+from ..data.pixels import to_uint8
+from ..diffusion.brownian import BrownianPath
+from ..diffusion.estimator import Estimator
+from ..diffusion.ledger import Ledger
+from ..diffusion.process import TimeGrid
+from ..diffusion.sampler import sample
+from ..diffusion.step_rules import StepRule
+from ..errors import UserError
+from ..files import atomic_write
+
+GRID = 1024  # the most images in a grid
+
+
+def parse_seeds(text: str) -> list[int]:
+    """ "0-63" or "3,7,100-120" -> sample seeds; UserError for anything else."""
+    seeds: list[int] = []
+    try:
+        for part in str(text).split(","):
+            first, dash, last = part.strip().partition("-")
+            found = range(int(first), int(last if dash else first) + 1)
+            if not found:
+                raise ValueError(part)
+            seeds += found
+    except ValueError as error:
+        raise UserError(f"SEEDS={text} is not a list of seeds; write 0-63 or 3,7,100-120.") from error
+    return list(dict.fromkeys(seeds))
+
+
+def draw(
+    estimator: Estimator, rule: StepRule, grid: TimeGrid, batches: Sequence[Sequence[int]], shape: tuple[int, ...],
+    device: torch.device, folder: Path, progress: Callable[[int, int], object],
+) -> tuple[Ledger, Tensor]:  # fmt: skip
+    """Write folder/<seed>.png for batches of seeds; the ledger, and the first images as uint8 [at most GRID, 3, H, W].
+
+    Ranks share the batches, and all get the whole result. progress(images done, images of this rank).
+    """
+    mine, found, done = parallel.mine(list(enumerate(batches))), {}, 0
+    for number, seeds in mine:
+        images, ledger = sample(estimator, rule, grid, BrownianPath(seeds, shape, device))
+        pixels = to_uint8(images.cpu())
+        for seed, image in zip(seeds, pixels, strict=True):
+            picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+            atomic_write(folder / f"{seed:06d}.png", lambda path, p=picture: p.save(path, format="PNG"))
+        found[number] = ledger, pixels[: max(0, GRID - sum(map(len, batches[:number])))]
+        done += len(seeds)
+        progress(done, sum(len(batch) for _, batch in mine))
+    total, parts = Ledger([level.flops for level in estimator.levels]), []
+    for ledger, pixels in parallel.gather(found).values():
+        total.add(ledger)
+        parts.append(pixels)
+    return total, torch.cat(parts)
