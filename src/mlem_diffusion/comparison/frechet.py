@@ -14,13 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..errors import UserError
 from ..files import expect_content, read_arrays, write_arrays
 from .features import Extractor
 
-Features = np.ndarray | Tensor
 _DOUBLE = 512  # the largest number of features for which moments are stored in float64
 
 
@@ -39,23 +37,17 @@ class FeatureMoments:
         return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
 
 
-def _check_count(n: int) -> None:
-    if n < 2:
-        raise UserError(f"A Frechet distance needs at least 2 images on each side, but there are {n}.")
-
-
-def _as_float64(features: Features) -> np.ndarray:
-    array = features.detach().cpu().numpy() if isinstance(features, Tensor) else np.asarray(features)
-    if array.ndim != 2:
-        raise UserError(f"Features must have shape [N, D], but have {array.shape}.")
-    _check_count(len(array))
-    array = array.astype(np.float64)
+def _as_float64(features: Any) -> np.ndarray:
+    """An array or CPU tensor [N, D] with N >= 2 finite rows; UserError for anything else."""
+    array = np.asarray(features, dtype=np.float64)
+    if array.ndim != 2 or len(array) < 2:
+        raise UserError(f"A Frechet distance needs features [N, D] of at least 2 images, but got {array.shape}.")
     if not np.isfinite(array).all():
         raise UserError("The features contain NaN or infinite values, so their distance is undefined.")
     return array
 
 
-def feature_moments(features: Features) -> FeatureMoments:
+def feature_moments(features: Any) -> FeatureMoments:
     """Mean and covariance of features [N, D], by torch-fidelity in float64."""
     from torch_fidelity.metric_fid import fid_features_to_statistics  # slow import
 
@@ -64,7 +56,7 @@ def feature_moments(features: Features) -> FeatureMoments:
     return FeatureMoments(out["mu"], np.atleast_2d(out["sigma"]), len(array))
 
 
-def frechet_distance(x: Features | FeatureMoments, y: Features | FeatureMoments) -> float:
+def frechet_distance(x: Any, y: Any) -> float:
     """Frechet distance of two sets of features [N, D] (or their FeatureMoments), by torch-fidelity in float64.
 
     Raises UserError for fewer than 2 images on a side, NaN features, or different feature sizes.
@@ -83,10 +75,7 @@ def _check_sizes(one: int, other: int) -> None:
 
 
 def fast_frechet(
-    x: np.ndarray,
-    reference: FeatureMoments,
-    counts: np.ndarray | None = None,
-    projected: np.ndarray | None = None,
+    x: np.ndarray, reference: FeatureMoments, counts: np.ndarray | None = None, projected: np.ndarray | None = None
 ) -> float:
     """Frechet distance, faster for many bootstrap replicates: features [n, D], row i counted counts[i] times.
 
@@ -101,7 +90,6 @@ def fast_frechet(
     drawn = weights > 0
     x, y, weights = x[drawn], y[drawn], weights[drawn]
     n = weights.sum()
-    _check_count(int(n))
     mean = weights @ x / n
     square = np.sqrt(weights / (n - 1))[:, None]
     trace = float(((x - mean) ** 2 * square**2).sum())
@@ -112,13 +100,12 @@ def fast_frechet(
     return float(shift @ shift + trace + np.trace(reference.cov) - 2 * singular)
 
 
-def distance_floor(features_of_real: Features, n: int, seed: int, repeats: int = 3) -> float:
+def distance_floor(features_of_real: Any, n: int, seed: int, repeats: int = 3) -> float:
     """Real against real: the mean distance of n random real images to the moments of all *other* real ones.
 
     `features_of_real` is [N, D] with N >= n + 2; the mean is over `repeats` draws. No sampler is expected to
     go below it with n images. Raises UserError for too few images or NaN features.
     """
-    _check_count(n)
     features = _as_float64(features_of_real)
     if len(features) < n + 2:
         raise UserError(

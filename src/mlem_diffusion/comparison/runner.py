@@ -26,7 +26,7 @@ from ..diffusion.process import Process, TimeGrid
 from ..diffusion.sampler import sample
 from ..diffusion.step_rules import REFERENCE_RULE
 from ..errors import Interrupted, UserError
-from ..files import cached, expect_content, read_arrays, write_arrays
+from ..files import cached, read_arrays, write_arrays
 from ..multilevel.plan import Plan
 from ..parallel import never
 from ..statistics import squared_errors, standard_error
@@ -35,7 +35,6 @@ from .settings import Measurement, SamplerSetting
 
 ABSURD = 1e3  # size of a pixel value; pixels are in [-1, 1], and no working sampler comes near it
 _PATHS = 2  # batches whose noise is kept for the next setting; each takes at most brownian.WINDOW_BYTES
-_REMOVE = "remove it and run the same command again"
 
 
 @dataclass(frozen=True)
@@ -73,14 +72,8 @@ class Runner:
 
     def reference_flops(self, dynamics: str) -> float:
         """FLOPs of a reference over all its samples."""
-        return self._reference_level.flops * self._evaluations(dynamics) * self.num_reference
-
-    @property
-    def _reference_level(self) -> Level:
-        return list(self.levels.values())[-1]
-
-    def _evaluations(self, dynamics: str) -> int:
-        return len(REFERENCE_RULE[dynamics].program(self.reference_grid))
+        evaluations = len(REFERENCE_RULE[dynamics].program(self.reference_grid))
+        return list(self.levels.values())[-1].flops * evaluations * self.num_reference
 
     def warm_up(self) -> None:
         """Evaluate each level once, so that first-call overheads do not enter the seconds of any setting."""
@@ -91,25 +84,28 @@ class Runner:
 
     # ------------------------------------------------------------------------------------------ references
 
+    def _reference_files(self, dynamics: str) -> list[Path]:
+        """The file of each batch."""
+        file = self._file("reference", {"dynamics": dynamics})
+        return [file.with_stem(f"{file.stem}-{i}") for i in range(-(-self.num_reference // self.batch))]
+
     def reference_tasks(self, dynamics: str) -> list[tuple[str, int]]:
         """(dynamics, batch number) of each batch of a reference that is not done."""
-        numbers = range(-(-self.num_reference // self.batch))
-        return [(dynamics, i) for i in numbers if not self._reference_file(dynamics, i).is_file()]
+        return [(dynamics, i) for i, file in enumerate(self._reference_files(dynamics)) if not file.is_file()]
 
     def measure_reference(self, dynamics: str, i: int) -> None:
         """Sample a batch of a reference: the largest level on the finest grid."""
         seeds = self.seeds[: self.num_reference][i * self.batch : (i + 1) * self.batch]
-        path = BrownianPath(seeds, self.shape, self.device)
-        images, _ = sample(SingleLevel(self._reference_level), REFERENCE_RULE[dynamics], self.reference_grid, path)
-        write_arrays(self._reference_file(dynamics, i), {"images": images.cpu().numpy()})
+        estimator, path = SingleLevel(list(self.levels.values())[-1]), BrownianPath(seeds, self.shape, self.device)
+        images, _ = sample(estimator, REFERENCE_RULE[dynamics], self.reference_grid, path)
+        write_arrays(self._reference_files(dynamics)[i], {"images": images.cpu().numpy()})
 
     def reference(self, dynamics: str) -> Tensor:
         """The reference samples [num_reference, *shape], float32 on the CPU; UserError if they are not finite."""
         if dynamics not in self._references:
             parts = []
-            for i in range(-(-self.num_reference // self.batch)):
-                file = self._reference_file(dynamics, i)
-                parts.append(cached(file, _read_images, lambda i=i: self.measure_reference(dynamics, i)))
+            for i, file in enumerate(self._reference_files(dynamics)):
+                parts.append(cached(file, _read, lambda i=i: self.measure_reference(dynamics, i))["images"])
             images = np.concatenate(parts)
             if not np.isfinite(images).all():
                 raise UserError(
@@ -176,13 +172,8 @@ class Runner:
 
     def read(self, setting: SamplerSetting) -> Measurement:
         """A finished setting; it is measured again if its file is missing or damaged."""
-
-        def load(path: Path) -> Measurement:
-            arrays: dict[str, Any] = read_arrays(path, _REMOVE)
-            with expect_content(path, _REMOVE):
-                return Measurement(setting.row | json.loads(str(arrays.pop("costs"))), **arrays)
-
-        return cached(self._file("setting", setting.row), load, lambda: self.measure(setting))
+        arrays = cached(self._file("setting", setting.row), _read, lambda: self.measure(setting))
+        return Measurement(setting.row | json.loads(str(arrays.pop("costs"))), **arrays)
 
     def _path(self, start: int) -> BrownianPath:
         """The randomness of the batch at this position. Neighbouring settings share its noise."""
@@ -192,22 +183,17 @@ class Runner:
             self._paths[start] = BrownianPath(self.seeds[start : start + self.batch], self.shape, self.device)
         return self._paths[start]
 
-    def _reference_file(self, dynamics: str, i: int) -> Path:
-        return self._file("reference", {"dynamics": dynamics}, f"-{i}")
-
-    def _file(self, kind: str, what: Mapping[str, Any], number: str = "") -> Path:
+    def _file(self, kind: str, what: Mapping[str, Any]) -> Path:
         asked = [
             kind, what, self.key, self.seeds[0], len(self.seeds), self.num_reference, self.gamma, self.grid_images,
             self.batch, self.reference_steps,
         ]  # fmt: skip
         digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-        return self.cache / f"{kind}-{digest[:20]}{number}.npz"
+        return self.cache / f"{kind}-{digest[:20]}.npz"
 
 
-def _read_images(path: Path) -> np.ndarray:
-    images = read_arrays(path, _REMOVE)
-    with expect_content(path, _REMOVE):
-        return images["images"]
+def _read(path: Path) -> dict[str, Any]:
+    return read_arrays(path, "remove it and run the same command again")
 
 
 def diverged(images: Tensor) -> np.ndarray:

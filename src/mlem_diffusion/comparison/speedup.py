@@ -4,11 +4,10 @@ For a baseline setting b that no other baseline beats in both cost and error, wi
 
     speed-up(b) = (cheapest baseline cost with error <= e_b) / (cheapest ML-EM cost with error <= e_b).
 
-The targets are the errors of the baseline frontier itself, so a coarse baseline grid cannot favour ML-EM. The
-bound is the 5th percentile over paired bootstrap resamples of the seeds, at the same b: each resample
-recomputes e_b and the error of each setting. A resample in which ML-EM does not reach e_b counts as 0. The
-largest of several noisy speed-ups is biased upwards. The bound does not correct for this selection, so the
-full curve is returned too.
+The targets are the errors of the baseline frontier itself, so a coarse baseline grid cannot favour ML-EM. The bound is
+the 5th percentile over paired bootstrap resamples of the seeds, at the same b: each resample recomputes e_b and the
+error of each setting. A resample in which ML-EM does not reach e_b counts as 0. The largest of several noisy speed-ups
+is biased upwards; the bound does not correct for this selection, so the full curve is returned too.
 """
 
 from __future__ import annotations
@@ -42,14 +41,12 @@ def speedups(
 
     {dynamics: {"paper" | "any": {"error" | "distance": {"flops" | "seconds": entry}}, "left_out": count}},
     where entry is {"max", "lower95", "at", "baseline", "ours", "curve"} and, for errors,
-    "error_ratio_at_equal_cost". Costs are GFLOPs and seconds per image. "curve" lists {"at", "speedup",
-    "lower95"} over the baseline frontier, from cheap to expensive. Unknown or unreached values are None, and so
-    are all bounds if all seeds share one coin draw; no value is NaN.
+    "error_ratio_at_equal_cost". "curve" lists {"at", "speedup", "lower95"} over the baseline frontier, from cheap to
+    expensive. Unknown or unreached values are None, and so are all bounds if all seeds share one coin draw.
 
     "any" compares all multilevel rows, "paper" those with independent coins (`table.method_of`). "distance" is
     present if `reference` is given and any setting has features. ML-EM rows that evaluated the top level too rarely
-    (`table.trusted`), and rows with errors that are not finite, are left out and counted. Raises UserError for
-    settings of unequal length.
+    (`table.trusted`), and errors that are not finite, are left out and counted. Raises UserError for unequal lengths.
     """
     result: dict[str, Any] = {}
     for dynamics in dict.fromkeys(m.row["dynamics"] for m in settings):
@@ -59,7 +56,8 @@ def speedups(
         multilevel = [m for m in usable if m.row["estimator"] not in BASELINES]
         memo: dict[Any, np.ndarray] = {}
         entry: dict[str, Any] = {}
-        for method, ours in (("paper", [m for m in multilevel if method_of(m.row) == "paper"]), ("any", multilevel)):
+        paper = [m for m in multilevel if method_of(m.row) == "paper"]
+        for method, ours in (("paper", paper), ("any", multilevel)):
             errors = resampled_errors([*base, *ours], replicates, seed)
             entry[method] = {"error": _compare(base, ours, errors, "error")}
             if reference is not None and any(m.features is not None for m in usable):
@@ -93,13 +91,10 @@ def equal_error(
 def summary(result: dict[str, Any]) -> str:
     """One line per speed-up in FLOPs."""
     lines = []
-    for dynamics, methods in result.items():
-        for method in ("paper", "any"):
-            for measure, entry in methods[method].items():
-                found, low = entry["flops"]["max"], entry["flops"]["lower95"]
-                bound = "no lower bound" if low is None else f"95% lower bound {low:.2f}x"
-                text = "never reaches a baseline" if found is None else f"{found:.2f}x ({bound})"
-                lines.append(f"{dynamics}, {method}, FLOPs at equal {measure}: {text}")
+    for dynamics, method, measure in ((d, m, e) for d in result for m in ("paper", "any") for e in result[d][m]):
+        found, low = (result[dynamics][method][measure]["flops"][key] for key in ("max", "lower95"))
+        text = "never reaches a baseline" if found is None else f"{found:.2f}x (95% lower bound {low or 0:.2f}x)"
+        lines.append(f"{dynamics}, {method}, FLOPs at equal {measure}: {text}")
     return "\n".join(lines)
 
 
@@ -231,13 +226,11 @@ def _error_ratio(base: _Group, ours: _Group) -> dict[str, Any]:
 
     Costs between two frontier points are not used, because a coarse grid of baselines would favour ML-EM."""
     found: dict[str, Any] = {"max": None, "lower95": None, "at": None}
-    for i in base.frontier():
-        cost = float(base.costs[i])
+    for cost in map(float, base.costs[base.frontier()]):
         theirs, mine = base.lowest_within(cost), ours.lowest_within(cost)
-        if not np.isfinite(mine[0]) or mine.min() <= 0:
-            continue  # no ML-EM setting is that cheap, or its error is exactly zero and the ratio is undefined
-        ratios = theirs / mine
-        if found["max"] is None or ratios[0] > found["max"]:
+        # unless no ML-EM setting is that cheap, or its error is exactly zero
+        if np.isfinite(mine[0]) and mine.min() > 0 and theirs[0] / mine[0] > (found["max"] or 0):
+            ratios = theirs / mine
             found = {"max": float(ratios[0]), "lower95": _lower(ratios[1:]), "at": cost}
     return found
 

@@ -27,38 +27,32 @@ _SETTING = ["dynamics", "step_rule", "estimator", "probabilities", "coins", "c",
 _MEANS = ["error", "distance", "network_calls", "gflops_expected", "gflops_realised", "seconds"]
 # fmt: on
 BASELINES = ("single", "stitched")
-MIN_FIRES = 100
-"""With fewer evaluations of the top level in a run, neither the error nor its standard error is reliable."""
+MIN_FIRES = 100  # with fewer evaluations of the top level in a run, the error and its standard error are not reliable
 
 
 def frame_of(rows: Iterable[Mapping[str, Any]], name: str = "compare.csv") -> pd.DataFrame:
-    """Rows as a DataFrame: an empty number is NaN, an empty text is "". UserError if a column is missing."""
+    """Rows as a DataFrame: an empty number is NaN, an empty text is "". UserError for a missing column, a bad number."""
     frame = pd.DataFrame(list(rows))
     missing = [column for column in COLUMNS if column not in frame]
     if missing:
         raise UserError(f"{name} lacks the column(s) {', '.join(missing)}.")
     for column in frame:
         if column in _TEXT:
-            frame[column] = frame[column].astype(object).where(frame[column].notna(), "")
-        else:
-            numbers = pd.to_numeric(frame[column].replace("", np.nan), errors="coerce").astype(float)
-            bad = frame[column][numbers.isna() & ~frame[column].isin(["", "nan"]) & frame[column].notna()]
-            if len(bad):
-                raise UserError(
-                    f"{name}, row {bad.index[0] + 1}: {column} is not a number ({str(bad.iloc[0])[:40]!r})."
-                )
-            numbers = numbers.replace([np.inf, -np.inf], np.nan)
-            whole = column in _WHOLE and numbers.notna().all()
-            frame[column] = numbers.astype(int) if whole else numbers
+            frame[column] = frame[column].fillna("")
+            continue
+        try:
+            numbers = pd.to_numeric(frame[column].replace("", np.nan)).astype(float)
+        except ValueError as error:
+            raise UserError(f"{name}: the column {column} does not hold numbers ({error}).") from error
+        frame[column] = numbers.astype(int) if column in _WHOLE and numbers.notna().all() else numbers
     return frame
 
 
 def to_text(frame: pd.DataFrame) -> str:
     """The content of compare.csv: columns in their fixed order, then extra ones; numbers with six digits."""
-    extra = [name for name in EXTRA_COLUMNS if name in frame]
-    extra += sorted(set(frame) - set(COLUMNS) - set(extra))
+    columns = [name for name in COLUMNS + EXTRA_COLUMNS if name in frame]
     whole = {name: "Int64" for name in _WHOLE if name in frame}
-    return frame[COLUMNS + extra].astype(whole).to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    return frame[columns].astype(whole).to_csv(index=False, float_format="%.6g", lineterminator="\n")
 
 
 def write(frame: pd.DataFrame, path: Path) -> None:
@@ -71,12 +65,12 @@ def read(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise UserError(f"{path} does not exist.")
     try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False, on_bad_lines="error")
+    except ValueError as error:  # of pandas' parser, or not UTF-8
         raise UserError(f"{path.name} is not a table: {error}.") from error
     if frame.isna().any(axis=None):
-        raise UserError(f"{path.name}, row {frame.isna().any(axis=1).argmax() + 1}: the number of fields is wrong.")
-    return frame_of(frame.to_dict("records"), path.name) if len(frame) else frame
+        raise UserError(f"{path.name}: a row has too few fields.")
+    return frame_of(frame.to_dict("records"), path.name)
 
 
 def pool_seeds(frame: pd.DataFrame) -> pd.DataFrame:
@@ -106,20 +100,19 @@ def for_figures(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def method_of(row: Mapping[str, Any]) -> str:
-    """The method of a row: "single", "stitched", "paper" or "other".
+    """The method of a row: "single" or "stitched" (the baselines), "paper" or "other".
 
-    The first two are baselines. "paper" means independent coins with any probabilities, "other" means nested or
-    systematic coins, or quadrature.
+    "paper" means independent coins with any probabilities, "other" means nested or systematic coins, or quadrature.
     """
     if row["estimator"] in BASELINES:
         return row["estimator"]
-    return "paper" if row["estimator"] == "ml_em" and row.get("coins") == "independent" else "other"
+    return "paper" if row["estimator"] == "ml_em" and row["coins"] == "independent" else "other"
 
 
 def trusted(row: Mapping[str, Any]) -> bool:
     """False for an ML-EM row with fewer than MIN_FIRES evaluations of its top level; True if they were not counted."""
     fires = row.get("top_evaluations")
-    return row["estimator"] != "ml_em" or fires in (None, "") or not float(fires) < MIN_FIRES
+    return row["estimator"] != "ml_em" or fires is None or not fires < MIN_FIRES
 
 
 def describe(row: Mapping[str, Any]) -> str:
@@ -129,16 +122,13 @@ def describe(row: Mapping[str, Any]) -> str:
     names, key = row["levels"].split("+"), f"{row['dynamics']}/{row['step_rule']}"
     levels = "+".join(names) if len(names) <= 4 else f"{names[0]}+…+{names[-1]} ({len(names)} levels)"
     rule = STEP_RULES[key].label if key in STEP_RULES else row["step_rule"]
-    steps, kind = f"{row['steps']} steps", row["estimator"]
-    if kind == "single":
-        return ", ".join([rule, levels, steps])
-    parts = [{"ml_em": "ML-EM"}.get(kind, kind) + f" {levels}", rule, steps]
-    if row.get("coins"):
-        coins, shared = row["coins"].removesuffix("-shared"), row["coins"].endswith("-shared")
-        parts.append(f"{coins} coins" + (", shared" if shared else ""))
-    if row.get("probabilities") not in (None, "", "constant"):
+    steps, kind = f"{row['steps']} steps", row["estimator"].replace("ml_em", "ML-EM")
+    parts = [rule, levels, steps] if kind == "single" else [f"{kind} {levels}", rule, steps]
+    if row["coins"]:
+        parts.append(row["coins"].replace("-shared", "") + " coins" + (", shared" if "-shared" in row["coins"] else ""))
+    if row["probabilities"] not in ("", "constant"):
         parts.append(f"{row['probabilities']} probabilities")
     for name, label in (("c", "C ="), ("switch", "switch at")):
-        if row.get(name) is not None and not np.isnan(row[name]):
+        if row[name] is not None and not np.isnan(row[name]):
             parts.append(f"{label} {row[name]:.3g}")
     return ", ".join(parts)

@@ -12,17 +12,16 @@ from .settings import Measurement, Row
 from .speedup import equal_error, resampled_errors
 from .table import BASELINES, MIN_FIRES
 
-# name in verdicts.json: (coins, probabilities); a quadrature has no coins
-METHODS = {
-    "independent, constant p": ("independent", "constant"),
-    "independent, measured p": ("independent", "measured"),
-    "independent, optimal p": ("independent", "optimal"),
-    "independent, learned p": ("independent", "learned"),
-    "nested, optimal p": ("nested", "optimal"),
-    "systematic, constant p": ("systematic", "constant"),
-    "systematic, optimal p": ("systematic", "optimal"),
-}
 FIRST_ORDER = ("em", "ddpm", "ddim")
+# names of methods in verdicts.json: "<coins>, <probabilities> p"
+METHODS = [f"independent, {source} p" for source in ("constant", "measured", "optimal", "learned")]
+METHODS += ["nested, optimal p", "systematic, constant p", "systematic, optimal p"]
+# name, ours, theirs
+BETWEEN = (
+    ("systematic_over_independent", "systematic, optimal p", "independent, optimal p"),
+    ("optimal_over_measured", "independent, optimal p", "independent, measured p"),
+    ("learned_over_measured", "independent, learned p", "measured p, alike"),
+)
 
 
 def verdicts(
@@ -43,59 +42,46 @@ def verdicts(
         first_order = [m for m in base if m.row["step_rule"] in FIRST_ORDER]
         planned = [m for m in ours if m.row["step_rule"] == rule]
         methods = _by_method(planned)
-        entry: dict[str, Any] = {"unit": unit}
+        entry: dict[str, Any] = {"unit": unit, "against_em": {}, "against_all_baselines": {}}
         for against, theirs in (("against_em", first_order), ("against_all_baselines", base)):
-            found = {
-                name: _speed(theirs, mine, calibration_flops, seed, cost) for name, mine in methods.items() if theirs
-            }
-            entry[against] = found
+            for name, mine in methods.items() if theirs else ():
+                entry[against][name] = _speed(theirs, mine, calibration_flops, seed, cost)
         entry["optimiser_against_em"] = chosen_blindly([*base, *ours], first_order, seed, cost)
-        alone = [m for m in base if m.row["step_rule"] == rule]
-        entry |= _between_methods(methods, alone, seed, cost)
-        entry["predicted_error"] = prediction([m.row for m in planned])
+        methods["measured p, alike"] = _alike(methods, cost)
+        for name, mine, theirs in BETWEEN:
+            mine, theirs = methods.get(mine), methods.get(theirs)
+            if mine and theirs:
+                entry[name] = _speed(theirs, mine, None, seed, cost)
+                # the optimiser may also choose a single level
+                alone = [m for m in base if m.row["step_rule"] == rule] if name == "optimal_over_measured" else []
+                entry[name]["error_at_equal_cost"] = not_worse([*mine, *alone], theirs, seed, cost)
+        entry["predicted_error"] = prediction(m.row for m in planned)
         out[f"{dynamics}/{rule}"] = entry
     return out
 
 
+def _fired(row: Row) -> bool:
+    return row.get("top_evaluations") is None or row["top_evaluations"] >= MIN_FIRES
+
+
 def _by_method(planned: list[Measurement]) -> dict[str, list[Measurement]]:
     """The settings of each method that has any."""
-    kinds = [(m, (m.row["coins"], m.row["probabilities"])) for m in planned]
-    found = {name: [m for m, kind in kinds if kind == wanted] for name, wanted in METHODS.items()}
+    found = {name: [m for m in planned if "{coins}, {probabilities} p".format(**m.row) == name] for name in METHODS}
     found["quadrature"] = [m for m in planned if m.row["estimator"] == "quadrature"]
     return {name: mine for name, mine in (found | {"any": planned}).items() if mine}
 
 
-def _between_methods(
-    methods: dict[str, list[Measurement]], alone: list[Measurement], seed: int, cost: str
-) -> dict[str, Any]:
-    """Kinds of coins and sources of probabilities against each other. alone: the single levels with the same rule."""
-    systematic, optimal, measured, learned = (
-        methods.get(name, [])
-        for name in (
-            "systematic, optimal p", "independent, optimal p", "independent, measured p", "independent, learned p"
-        )
-    )  # fmt: skip
-    alike = [m for m in measured if any(_alike(m.row, other.row, cost) for other in learned)]
-    out = {}
-    for name, ours, theirs, also in (
-        ("systematic_over_independent", systematic, optimal, []),
-        ("optimal_over_measured", optimal, measured, alone),  # the optimiser may also choose a single level
-        ("learned_over_measured", learned, alike, []),
-    ):
-        if ours and theirs:
-            out[name] = _speed(theirs, ours, None, seed, cost)
-            out[name]["error_at_equal_cost"] = not_worse([*ours, *also], theirs, seed, cost)
-    return out
+def _alike(methods: dict[str, list[Measurement]], cost: str) -> list[Measurement]:
+    """Measured probabilities whose steps and costs are those of learned ones.
 
+    Costs agree to 1%, or to 10% for seconds, which vary more for the same plan."""
+    tolerance, learned = (0.01 if cost == "gflops_expected" else 0.1), methods.get("independent, learned p", [])
 
-def _alike(one: Row, other: Row, cost: str) -> bool:
-    """Whether steps are equal and costs agree to 1%, or to 10% for seconds, which vary more for the same plan."""
-    tolerance = 0.01 if cost == "gflops_expected" else 0.1
-    return one["steps"] == other["steps"] and abs(one[cost] / other[cost] - 1) < tolerance
+    def alike(one: Row, other: Row) -> bool:
+        return one["steps"] == other["steps"] and abs(one[cost] / other[cost] - 1) < tolerance
 
-
-def _fired(row: Row) -> bool:
-    return row.get("top_evaluations") is None or row["top_evaluations"] >= MIN_FIRES
+    measured = methods.get("independent, measured p", [])
+    return [m for m in measured if any(alike(m.row, other.row) for other in learned)]
 
 
 def _speed(
@@ -122,17 +108,12 @@ def window(curve: Sequence[dict[str, Any]], least: float) -> dict[str, Any] | No
             runs[-1].append(point)
         else:
             runs.append([])
-    runs = [run for run in runs if run]
-    if not runs:
+    factors = [(math.sqrt(run[0]["at"] / run[-1]["at"]), i) for i, run in enumerate(runs) if run]
+    if not factors:
         return None
-    widest = max(reversed(runs), key=_factor)  # of equally wide ones the last
-    ends = [math.sqrt(widest[0]["at"]), math.sqrt(widest[-1]["at"])]
-    lower = [point["lower95"] for point in widest]
-    return {"least": least, "factor": _factor(widest), "rms_error": ends, "lower95": lower}
-
-
-def _factor(run: list[dict[str, Any]]) -> float:
-    return math.sqrt(run[0]["at"] / run[-1]["at"])
+    factor, widest = max(factors)
+    ends = [math.sqrt(runs[widest][i]["at"]) for i in (0, -1)]
+    return {"least": least, "factor": factor, "rms_error": ends, "lower95": [p["lower95"] for p in runs[widest]]}
 
 
 def not_worse(
@@ -158,29 +139,26 @@ def chosen_blindly(
     At the cost of each frontier point, the optimiser chooses within that cost the setting of `ours` with the lowest
     error on the selection seeds ("selected_error" of its row). "ratio" is the squared error of this choice on the
     seeds of the comparison, divided by the point's. It counts as above if the one-sided 95% lower bound exceeds 1.
-    cost: the column of costs, expected GFLOPs or "seconds".
     """
     known = [m for m in ours if m.row.get("selected_error") is not None]
-    values = resampled_errors([*known, *theirs], seed=seed) if theirs else np.zeros((0, 1))
+    values = resampled_errors([*known, *theirs], seed=seed)
     mine, others = values[: len(known)], values[len(known) :]
-    costs = np.array([m.row[cost] for m in known])
-    selected = np.array([m.row["selected_error"] for m in known])
     points, lowest, unserved = [], math.inf, 0
     for i in sorted(range(len(theirs)), key=lambda i: (theirs[i].row[cost], others[i, 0])):
         if others[i, 0] >= lowest:
             continue  # not on the frontier
         lowest = others[i, 0]
-        within = np.flatnonzero(costs <= 1.001 * theirs[i].row[cost])
-        if len(within) == 0:
+        within = [j for j, m in enumerate(known) if m.row[cost] <= 1.001 * theirs[i].row[cost]]
+        if not within:
             unserved += 1
             continue
-        ratios = mine[within[np.argmin(selected[within])]] / others[i]
-        lower = float(np.quantile(ratios[1:], 0.05)) if len(ratios) > 1 else None
+        ratios = mine[min(within, key=lambda j: known[j].row["selected_error"])] / others[i]
+        lower = float(np.quantile(ratios[1:], 0.05)) if len(ratios) > 1 else 0.0
         points.append(
             {cost.removesuffix("_expected"): theirs[i].row[cost], "ratio": float(ratios[0]), "lower95": lower}
         )
-    worst = max(points, key=lambda p: p["lower95"] or 0, default=None)
-    never = all((p["lower95"] or 0) <= 1 for p in points) if points else None
+    worst = max(points, key=lambda p: p["lower95"], default=None)
+    never = all(p["lower95"] <= 1 for p in points) if points else None
     return {"never_above": never, "worst": worst, "points": len(points), "unserved": unserved}
 
 
@@ -191,15 +169,21 @@ def prediction(rows: Iterable[Row], tolerance: float = 0.25) -> dict[str, Any]:
     measurement. "largest_effect" is the largest effect in the comparison, "largest_effect_up_to_which_all_agree" the
     largest one such that all settings up to it agree.
     """
-    kinds: dict[str, list[Row]] = {}
+
+    def agrees(row: Row) -> bool:
+        slack = 2 * (row.get("error_se") or 0.0)
+        low, high = (1 - tolerance) * row["predicted"], (1 + tolerance) * row["predicted"]
+        return row["error"] - slack <= high and row["error"] + slack >= low
+
+    known: dict[str, list[Row]] = {}
     for row in rows:
         if row.get("predicted") is not None:
-            kinds.setdefault(row.get("coins") or row["estimator"], []).append(row)
+            known.setdefault(row.get("coins") or row["estimator"], []).append(row)
     out = {}
-    for kind in sorted(kinds):
-        mine = sorted(kinds[kind], key=lambda row: row["largest_effect"])
-        good = [_agrees(row, tolerance) for row in mine]
-        small = good.index(False) if False in good else len(good)
+    for kind, mine in sorted(known.items()):
+        mine.sort(key=lambda row: row["largest_effect"])
+        good = [agrees(row) for row in mine]
+        small = [*good, False].index(False)
         ratios = [row["error"] / row["predicted"] for row in mine]
         out[kind] = {
             "rows": len(mine), "within": sum(good), "largest_effect": mine[-1]["largest_effect"],
@@ -208,9 +192,3 @@ def prediction(rows: Iterable[Row], tolerance: float = 0.25) -> dict[str, Any]:
             "measured_over_predicted": [min(ratios), float(np.median(ratios)), max(ratios)],
         }  # fmt: skip
     return out
-
-
-def _agrees(row: Row, tolerance: float) -> bool:
-    slack = 2 * (row.get("error_se") or 0.0)
-    low, high = (1 - tolerance) * row["predicted"], (1 + tolerance) * row["predicted"]
-    return row["error"] - slack <= high and row["error"] + slack >= low
