@@ -72,16 +72,15 @@ def unweighted(described: Iterable[Mapping[str, Any]], gaussian: bool) -> dict[s
 def expected_costs(
     config: Any, levels: Mapping[str, Level], process: Process, planned: Planned
 ) -> list[tuple[str, dict[str, float]]]:
-    """(text, {level: evaluations}) of a comparison, summed over the settings of each kind."""
+    """(text, {level: evaluations}) of a comparison: its settings by dynamics, and their references."""
     gamma, rows = 2.5 if config["gamma"] == "auto" else float(config["gamma"]), {}
     count, largest = config["num_samples"], list(levels)[-1]
     for setting in all_settings(config, levels, process.base_steps, planned):
-        row = rows.setdefault(f"{setting.dynamics} {setting.estimator} {setting.step_rule}", Counter())
-        each = setting.expected_evaluations(levels, gamma, planned.plans, process)
-        row.update({name: number * count for name, number in each.items()})
-        reference = process.base_steps * min(config["num_reference"], count)
-        rows[f"{setting.dynamics} reference"] = {largest: reference}
-    return [(text, dict(row)) for text, row in rows.items()]
+        row = rows.setdefault(f"{setting.dynamics} {setting.estimator}", Counter())
+        for name, number in setting.expected_evaluations(levels, gamma, planned.plans, process).items():
+            row[name] += number * count
+        rows[f"{setting.dynamics} reference"] = {largest: process.base_steps * min(config["num_reference"], count)}
+    return list(rows.items())
 
 
 def complete(

@@ -26,7 +26,8 @@ from .table import BASELINES, method_of, trusted
 
 COSTS = {"flops": "gflops_realised", "seconds": "seconds"}
 _SLACK = 1e-9  # relative: rounding must not separate two settings that are the same sampler
-_NAMING = ("step_rule", "estimator", "levels", "probabilities", "coins", "c", "switch", "steps", "plan")
+_DESCRIBED = ("step_rule", "estimator", "levels", "probabilities", "coins", "c", "switch", "steps", "plan")
+_DESCRIBED += ("error", "distance", *COSTS.values())
 
 
 def speedups(
@@ -93,7 +94,8 @@ def summary(result: dict[str, Any]) -> str:
     lines = []
     for dynamics, method, measure in ((d, m, e) for d in result for m in ("paper", "any") for e in result[d][m]):
         found, low = (result[dynamics][method][measure]["flops"][key] for key in ("max", "lower95"))
-        text = "never reaches a baseline" if found is None else f"{found:.2f}x (95% lower bound {low or 0:.2f}x)"
+        bound = "unknown" if low is None else f"{low:.2f}x"
+        text = "never reaches a baseline" if found is None else f"{found:.2f}x (95% lower bound {bound})"
         lines.append(f"{dynamics}, {method}, FLOPs at equal {measure}: {text}")
     return "\n".join(lines)
 
@@ -168,7 +170,7 @@ class _Group:
     @classmethod
     def of(cls, settings: Sequence[Measurement], values: np.ndarray, column: str) -> _Group:
         """The settings with a positive cost in this column."""
-        costs = [_number(m.row.get(column)) or 0.0 for m in settings]
+        costs = [m.row.get(column) or 0.0 for m in settings]
         usable = sorted((i for i in range(len(costs)) if costs[i] > 0), key=lambda i: (costs[i], values[i, 0]))
         return cls([settings[i].row for i in usable], np.array([costs[i] for i in usable]), values[usable])
 
@@ -189,19 +191,17 @@ class _Group:
         return self.values[self.costs <= cost * (1 + _SLACK)].min(0, initial=math.inf)
 
     def describe(self, index: int, kind: str) -> dict[str, Any]:
-        """The identifying fields and the measured values of a setting, ready for JSON."""
+        """The identifying fields and the measured values of a setting."""
         row = self.rows[index]
-        measured = {key: _number(row.get(key)) for key in ("error", "distance", *COSTS.values())}
-        return {**{key: row.get(key) for key in _NAMING}, **measured, kind: _number(self.values[index, 0])}
+        return {key: row.get(key) for key in _DESCRIBED} | {kind: float(self.values[index, 0])}
 
 
 def _compare(base: list[Measurement], ours: list[Measurement], values: np.ndarray, kind: str) -> dict[str, Any]:
     """An entry for each kind of cost. values: of the settings of `base`, then of `ours`."""
-    mine = values[len(base) :]
-    return {
-        name: _entry(_Group.of(base, values[: len(base)], column), _Group.of(ours, mine, column), kind)
-        for name, column in COSTS.items()
-    }
+    entries, n = {}, len(base)
+    for name, column in COSTS.items():
+        entries[name] = _entry(_Group.of(base, values[:n], column), _Group.of(ours, values[n:], column), kind)
+    return entries
 
 
 def _entry(base: _Group, ours: _Group, kind: str) -> dict[str, Any]:
@@ -212,9 +212,9 @@ def _entry(base: _Group, ours: _Group, kind: str) -> dict[str, Any]:
         ratios = base.costs[theirs] / np.append(ours.costs, math.inf)[mine]
         reached = bool(ratios[0] > 0)
         speed, low = (float(ratios[0]), _lower(ratios[1:])) if reached else (None, None)
-        entry["curve"].append({"at": _number(target[0]), "speedup": speed, "lower95": low})
+        entry["curve"].append({"at": float(target[0]), "speedup": speed, "lower95": low})
         if speed is not None and speed > (entry["max"] or 0):
-            entry |= {"max": speed, "lower95": low, "at": _number(target[0])}
+            entry |= {"max": speed, "lower95": low, "at": float(target[0])}
             entry["baseline"], entry["ours"] = base.describe(theirs[0], kind), ours.describe(mine[0], kind)
     if kind == "error":
         entry["error_ratio_at_equal_cost"] = _error_ratio(base, ours)
@@ -237,7 +237,3 @@ def _error_ratio(base: _Group, ours: _Group) -> dict[str, Any]:
 
 def _lower(ratios: np.ndarray) -> float | None:
     return float(np.quantile(ratios, 0.05, method="lower")) if len(ratios) else None
-
-
-def _number(value: Any) -> float | None:
-    return None if value in (None, "") or not math.isfinite(float(value)) else float(value)

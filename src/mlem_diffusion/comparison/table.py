@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ MIN_FIRES = 100  # with fewer evaluations of the top level in a run, the error a
 
 
 def frame_of(rows: Iterable[Mapping[str, Any]], name: str = "compare.csv") -> pd.DataFrame:
-    """Rows as a DataFrame: an empty number is NaN, an empty text is "". UserError for a missing column, a bad number."""
+    """Rows as a DataFrame: an empty number is NaN, an empty text "". UserError for a missing column or a bad number."""
     frame = pd.DataFrame(list(rows))
     missing = [column for column in COLUMNS if column not in frame]
     if missing:
@@ -64,13 +65,11 @@ def read(path: Path) -> pd.DataFrame:
     """The frame that `write` wrote; UserError if the file is missing, lacks a column or has a bad number."""
     if not path.is_file():
         raise UserError(f"{path} does not exist.")
-    try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False, on_bad_lines="error")
-    except ValueError as error:  # of pandas' parser, or not UTF-8
-        raise UserError(f"{path.name} is not a table: {error}.") from error
-    if frame.isna().any(axis=None):
-        raise UserError(f"{path.name}: a row has too few fields.")
-    return frame_of(frame.to_dict("records"), path.name)
+    with path.open(newline="", encoding="utf-8") as file:
+        header, *rows = [*csv.reader(file)] or [[]]
+    if any(len(row) != len(header) for row in rows):  # pandas would fill them up
+        raise UserError(f"{path.name} has rows with a wrong number of fields.")
+    return frame_of((dict(zip(header, row, strict=True)) for row in rows), path.name)
 
 
 def pool_seeds(frame: pd.DataFrame) -> pd.DataFrame:
