@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -235,7 +234,9 @@ def test_costs_are_counted_and_a_finished_setting_is_not_evaluated_again(make, c
     assert runner.is_done(setting) and calls / 10 == pytest.approx(first.row["network_calls"])
     again = make().read(setting)  # another process later
     assert counter.images == calls + 16 * 6 and again.row == first.row
-    assert all(np.array_equal(getattr(again, k), getattr(first, k)) for k in ("errors", "clusters", "features", "images"))
+    assert all(
+        np.array_equal(getattr(again, k), getattr(first, k)) for k in ("errors", "clusters", "features", "images")
+    )
     assert first.errors.shape == (6,) and first.features.shape == (10, 3) and first.images.shape == (5, 3, 4, 4)
     assert first.row["error"] == pytest.approx(first.errors.mean())
     # the weights of the batches say which networks were evaluated, and how often the top one in the compared samples
@@ -319,7 +320,7 @@ def test_diverged_settings_are_rows_without_an_error(make):
 
 
 def test_plans_add_their_settings_and_columns(make, tmp_path):
-    alone = {"dynamics": "sde", "step_rule": "ddpm", "level": "w8", "steps": 16, "selected_error": 0.5}
+    alone = {"dynamics": "sde", "step_rule": "ddpm", "level": "w8", "steps": 8, "selected_error": 0.5}
     facts = {"dynamics": "sde", "step_rule": "ddpm", "selected_error": 0.15}
     content = {"seeds_used": [7, 8], "alone": [alone], "calibration": {"flops": 3e9}, "cost_unit": "seconds"}
     save_plans(tmp_path / "plans.json", [(plan, facts) for plan in PLANS.values()], **content)
@@ -331,7 +332,7 @@ def test_plans_add_their_settings_and_columns(make, tmp_path):
     config.plans = "none"
     assert read_planned(tmp_path / "plans.json", config) == Planned()
 
-    runner, settings = make(), [*planned.settings, SETTINGS[0]]
+    runner, settings = make(), [*planned.settings, replace(SETTINGS[0], steps=8)]
     found = {setting: runner.read(setting) for setting in settings}
     moments = feature_moments(np.random.default_rng(0).normal(128, 10, (50, 3)))
     measured = complete(found, runner.seeds, RealImages("FD-mean", moments, 0.1), planned)
@@ -339,8 +340,11 @@ def test_plans_add_their_settings_and_columns(make, tmp_path):
     assert [m.row["selected_error"] for m in measured] == [0.15] * 4 + [0.5]
     assert measured[0].row["distance"] == frechet_distance(measured[0].features, moments)
     assert table.frame_of(m.row for m in measured).num_samples.tolist() == [10] * 5
-    labels = [label.split(",")[0] for label, _ in examples(measured[:1] + measured[-1:], "sde")]
-    assert labels == [] or labels[0] == "DDPM ancestral"
+    (label, images), *others = examples(measured, "sde")
+    assert label.startswith("DDPM ancestral, w8, 8 steps\n128 GFLOP, error") and np.array_equal(
+        images, measured[-1].images
+    )
+    assert len(others) == 1 and "w2+w8" in others[0][0]  # the best plan that costs no more
 
 
 def test_costs_of_a_comparison(make):
@@ -370,9 +374,3 @@ def test_pictures_do_not_depend_on_the_batches(make, tmp_path):
     files = [sorted((tmp_path / name).iterdir()) for name in ("one", "two")]
     assert [f.name for f in files[0]] == ["000000.png", "000001.png", "000002.png", "000009.png"]
     assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
-
-
-def test_frames_of_no_rows_lack_columns():
-    with pytest.raises(UserError, match="lacks the column"):
-        table.frame_of([])
-    assert isinstance(table.frame_of([full_row(SETTINGS[0])]), pd.DataFrame)

@@ -136,8 +136,9 @@ def inception(weights: str | None = None, device: str = "cpu", batch: int = 64) 
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
     path = Path(weights) if weights else _downloaded(URL_INCEPTION_V3)
-    found = sha256_of(path) if path.is_file() else "no file"
-    if found != INCEPTION_SHA256:
+    if not path.is_file():
+        raise UserError(f"The Inception weights {path} do not exist.")
+    if (found := sha256_of(path)) != INCEPTION_SHA256:
         raise UserError(
             f"{path} is not weights-inception-2015-12-05-6726825d.pth: its SHA-256 starts with "
             f"{found[:8]} instead of {INCEPTION_SHA256[:8]}."
