@@ -1,42 +1,37 @@
 """Levels -> PNGs and a grid, one image per sample seed, with the best sampler of the comparison or a given one."""
 
-from collections.abc import Mapping
-
 from mlem_diffusion.comparison.drawing import draw, parse_seeds
 from mlem_diffusion.comparison.planned import unweighted
 from mlem_diffusion.comparison.settings import SamplerSetting, setting_from
 from mlem_diffusion.comparison.table import describe
-from mlem_diffusion.errors import UserError
 from mlem_diffusion.experiment.runs import made_with
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.figures.image_grid import image_grid
-from mlem_diffusion.files import expect_content
 from mlem_diffusion.models.family import level_name
-from mlem_diffusion.multilevel.plan import load_plans
+from mlem_diffusion.multilevel.plan import Plan, load_plans
 
 
 def chosen(exp: Experiment) -> tuple[SamplerSetting, float]:
     """The setting to sample with, and the gamma of its probabilities."""
     given, path = exp.plain("sampler")["sampler"], exp.results / "best.json"
-    if given != "best" and not isinstance(given, Mapping):
-        raise UserError("sampler must be best, or a setting such as sampler='{dynamics: ode, ...}'.")
     if given != "best":
         return setting_from(given), float(given.get("gamma", 2.5))
     if path.is_file():
         best = exp.read("best.json", "run make sample-compare again")
         made_with(exp, path, best, "make sample-compare")
-        with expect_content(path, "run make sample-compare again"):
-            return setting_from(best), float(best["gamma"])
+        return setting_from(best), float(best["gamma"])
     exp.print("sample: no comparison has been run, so the sampler is DPM-Solver++(2M), 20 steps of the largest level.")
     return SamplerSetting("ode", "dpmpp_2m", "single", (level_name(exp.cfg.family.widths[-1]),), 20), 2.5
 
 
+def plans_of(exp: Experiment, setting: SamplerSetting) -> dict[str, Plan]:
+    return load_plans(exp.results / "plans.json")[0] if setting.plan else {}
+
+
 def cost(exp: Experiment) -> list[tuple[str, dict[str, float]]]:
-    (setting, gamma), count = chosen(exp), len(parse_seeds(exp.cfg.seeds))
-    plans = load_plans(exp.results / "plans.json")[0] if setting.plan else {}
-    family = exp.cfg.family
+    (setting, gamma), count, family = chosen(exp), len(parse_seeds(exp.cfg.seeds)), exp.cfg.family
     levels = exp.levels() if family.callable is not None else unweighted(exp.describe_levels(), family.gaussian)
-    one = setting.expected_evaluations(levels, gamma, plans, exp.process)
+    one = setting.expected_evaluations(levels, gamma, plans_of(exp, setting), exp.process)
     return [(f"sample with {name}", {name: evaluations * count}) for name, evaluations in one.items()]
 
 
@@ -46,23 +41,16 @@ def cost(exp: Experiment) -> list[tuple[str, dict[str, float]]]:
 )  # fmt: skip
 def main(exp: Experiment) -> None:
     seeds, batch, (setting, gamma) = parse_seeds(exp.cfg.seeds), exp.cfg.compare.batch, chosen(exp)
-    plans = load_plans(exp.results / "plans.json")[0] if setting.plan else {}
-    estimator, grid = setting.build(exp.levels(), gamma, plans), exp.process.grid(setting.steps)
-    if exp.shape[0] != 3:
-        raise UserError(f"Samples of shape {list(exp.shape)} are not pictures in RGB.")
-    batches = [seeds[start : start + batch] for start in range(0, len(seeds), batch)]
+    estimator, grid = setting.build(exp.levels(), gamma, plans_of(exp, setting)), exp.process.grid(setting.steps)
     with exp.progress("sample", len(seeds)) as progress:
-        drawn = draw(estimator, setting.rule, grid, batches, exp.shape, exp.device, exp.results / "samples", progress)
-    total, pixels = drawn
+        where = (exp.shape, exp.device, exp.results / "samples", progress)
+        total, pixels = draw(estimator, setting.rule, grid, seeds, batch, *where)
     for seed in seeds:
         exp.note(f"samples/{seed:06d}.png")
     exp.figure("samples/grid.png", image_grid(pixels))
     facts = {"gflops": total.flops_per_image / 1e9, "seconds": total.seconds_per_image, "calls": total.calls_per_image}
     exp.save("samples/samples.json", {"setting": setting.row, "gamma": gamma, "seeds": seeds, "per_image": facts})
-    exp.print(
-        f"sample: {len(seeds)} images with {describe(setting.row)}: {facts['gflops']:.3g} GFLOP and "
-        f"{facts['seconds']:.3g} s per image; grid.png shows them."
-    )
+    exp.print(f"sample: {len(seeds)} images with {describe(setting.row)}, {facts['gflops']:.3g} GFLOP per image.")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
 """Levels and gamma -> compare.csv, compare.png, speedup.json, best.json, grids: EM, ML-EM and baselines compared."""
 
-from mlem_diffusion.comparison import frechet, planned, speedup, table
+from mlem_diffusion.comparison import frechet, planned, speedup, table, verdicts
 from mlem_diffusion.comparison.settings import best_setting
-from mlem_diffusion.comparison.verdicts import verdicts
-from mlem_diffusion.data.pixels import to_uint8
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.figures.comparison import plot_compare
 from mlem_diffusion.figures.image_grid import comparison_grid
@@ -24,10 +22,9 @@ def real_images(exp: Experiment, extractor: frechet.Extractor) -> frechet.RealIm
 
 
 def cost(exp: Experiment) -> list[tuple[str, dict[str, float]]]:
-    family = exp.cfg.family
+    family, plans = exp.cfg.family, planned.read_planned(exp.results / "plans.json", exp.cfg.compare)
     levels = exp.levels() if family.callable is not None else planned.unweighted(exp.describe_levels(), family.gaussian)
-    plans = planned.read_planned(exp.results / "plans.json", exp.cfg.compare)
-    return planned.expected_costs(exp.plain("compare")["compare"], levels, exp.process, plans)
+    return planned.expected_costs(exp.cfg.compare, levels, exp.process, plans)
 
 
 @stage(
@@ -37,36 +34,26 @@ def cost(exp: Experiment) -> list[tuple[str, dict[str, float]]]:
 def main(exp: Experiment) -> None:
     cfg, runner = exp.cfg.compare, exp.runner()
     plans = planned.read_planned(exp.results / "plans.json", cfg)
-    settings = planned.all_settings(exp.plain("compare")["compare"], runner.levels, exp.process.base_steps, plans)
+    settings = planned.all_settings(cfg, runner.levels, exp.process.base_steps, plans)
     real = real_images(exp, runner.extractor) if runner.extractor else None
-    results = exp.run(runner, settings, "compare")
-    measured = planned.complete(dict(zip(settings, results, strict=True)), runner.seeds, real, plans)
+    measured = planned.complete(settings, exp.run(runner, settings, "compare"), runner.seeds, real, plans)
     frame, sound = table.frame_of(m.row for m in measured), [m for m in measured if "diverged" not in m.row]
-    result = speedup.speedups(
-        sound,
-        real and real.moments,
-        replicates=cfg.bootstrap,
-        distance_replicates=cfg.distance_bootstrap,
-        seed=cfg.seed,
-    )
+    options = {"replicates": cfg.bootstrap, "distance_replicates": cfg.distance_bootstrap, "seed": cfg.seed}
+    result = speedup.speedups(sound, real and real.moments, **options)
     left_out = {dynamics: entry.pop("left_out") for dynamics, entry in result.items()}
-    exp.facts |= {"made_with": runner.made_with, "gamma_used": runner.gamma, "left_out": left_out}
+    made = {"gamma": runner.gamma, "made_with": runner.made_with}
+    exp.facts |= made | {"left_out": left_out}
     exp.save("compare.csv", table.to_text(frame))
     exp.figure("compare.png", plot_compare(table.for_figures(frame), exp.cfg.title))
     exp.save("speedup.json", result)
     if plans.settings:
-        exp.save("verdicts.json", verdicts(sound, plans.flops, cfg.seed, plans.unit))
+        exp.save("verdicts.json", verdicts.verdicts(sound, plans.flops, cfg.seed, plans.unit))
     if real is not None:
-        best = best_setting(m.row for m in measured) | {"gamma": runner.gamma, "made_with": runner.made_with}
-        exp.save("best.json", {key: value for key, value in best.items() if key != "seed"})
+        exp.save("best.json", best_setting(m.row for m in sound) | made)
         for name in result:
-            reference = to_uint8(runner.reference(name)[: runner.grid_images])
-            rows = [("reference: largest level, finest grid", reference), *planned.examples(sound, name)]
-            exp.figure(f"grids/{name}.png", comparison_grid(rows))
+            exp.figure(f"grids/{name}.png", comparison_grid(planned.examples(sound, name, runner)))
     for row in (m.row for m in measured if "diverged" in m.row):
-        exp.print(
-            f"{table.describe(row)} diverged in {row['diverged']} of {row['num_samples']} samples: it has no error."
-        )
+        exp.print(f"{table.describe(row)}: no error, {row['diverged']} of {row['num_samples']} samples diverged.")
     exp.print(speedup.summary(result))
 
 

@@ -187,10 +187,8 @@ def test_best_setting_is_the_cheapest_within_five_percent_of_the_best_distance()
 class Counter:
     """Linear denoisers that count the images they see."""
 
-    gains = {"w2": 0.5, "w4": 0.8, "w8": 0.9}
-
     def __init__(self) -> None:
-        self.images = 0
+        self.images, self.gains = 0, {"w2": 0.5, "w4": 0.8, "w8": 0.9}
 
     def level(self, name: str, flops: float) -> Level:
         def denoise(x: Tensor, logsnr: Tensor) -> Tensor:
@@ -310,7 +308,7 @@ def test_diverged_settings_are_rows_without_an_error(make):
     levels = make().levels | {"w2": Level("w2", broken, 1e9)}
     found = make(levels=levels).read(SamplerSetting("ode", "ddim", "single", ("w2",), 8))
     assert 0 < found.row["diverged"] < 10 and found.row["error"] is None and found.row["error_se"] is None
-    with pytest.raises(UserError, match="reference of the ODE.*not finite"):
+    with pytest.raises(UserError, match=r"reference of the ODE.*not finite"):
         make(levels={"w8": levels["w2"]}, key="c").reference("ode")
     values = torch.tensor([0.5, -999.0, 1001.0, torch.nan, -torch.inf]).reshape(5, 1, 1, 1)
     assert diverged(values).tolist() == [False, False, True, True, True]
@@ -333,14 +331,14 @@ def test_plans_add_their_settings_and_columns(make, tmp_path):
     assert read_planned(tmp_path / "plans.json", config) == Planned()
 
     runner, settings = make(), [*planned.settings, replace(SETTINGS[0], steps=8)]
-    found = {setting: runner.read(setting) for setting in settings}
     moments = feature_moments(np.random.default_rng(0).normal(128, 10, (50, 3)))
-    measured = complete(found, runner.seeds, RealImages("FD-mean", moments, 0.1), planned)
+    found = [runner.read(setting) for setting in settings]
+    measured = complete(settings, found, runner.seeds, RealImages("FD-mean", moments, 0.1), planned)
     assert [m.row.get("predicted") for m in measured] == [0.2] * 4 + [None]
     assert [m.row["selected_error"] for m in measured] == [0.15] * 4 + [0.5]
     assert measured[0].row["distance"] == frechet_distance(measured[0].features, moments)
     assert table.frame_of(m.row for m in measured).num_samples.tolist() == [10] * 5
-    (label, images), *others = examples(measured, "sde")
+    _, (label, images), *others = examples(measured, "sde", runner)
     assert label.startswith("DDPM ancestral, w8, 8 steps\n128 GFLOP, error") and np.array_equal(
         images, measured[-1].images
     )
@@ -367,9 +365,9 @@ def test_pictures_do_not_depend_on_the_batches(make, tmp_path):
     runner, seeds = make(), parse_seeds("0-2,9,1")
     assert seeds == [0, 1, 2, 9]
     grid, rule, estimator = runner.process.grid(8), SETTINGS[3].rule, runner.build(SETTINGS[3])
-    for name, batches in (("one", [seeds]), ("two", [seeds[:3], seeds[3:]])):
+    for name, batch in (("one", 4), ("two", 3)):
         where = (runner.shape, runner.device, tmp_path / name, lambda done, total: None)
-        ledger, pixels = draw(estimator, rule, grid, batches, *where)
+        ledger, pixels = draw(estimator, rule, grid, seeds, batch, *where)
         assert ledger.images == 4 and pixels.shape == (4, 3, 4, 4)
     files = [sorted((tmp_path / name).iterdir()) for name in ("one", "two")]
     assert [f.name for f in files[0]] == ["000000.png", "000001.png", "000002.png", "000009.png"]

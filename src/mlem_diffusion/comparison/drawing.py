@@ -39,23 +39,26 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def draw(
-    estimator: Estimator, rule: StepRule, grid: TimeGrid, batches: Sequence[Sequence[int]], shape: tuple[int, ...],
+    estimator: Estimator, rule: StepRule, grid: TimeGrid, seeds: Sequence[int], batch: int, shape: tuple[int, ...],
     device: torch.device, folder: Path, progress: Callable[[int, int], object],
 ) -> tuple[Ledger, Tensor]:  # fmt: skip
-    """Write folder/<seed>.png for batches of seeds; the ledger, and the first images as uint8 [at most GRID, 3, H, W].
+    """Write folder/<seed>.png; the ledger, and the first images as uint8 [at most GRID, 3, H, W].
 
     Ranks share the batches, and all get the whole result. progress(images done, images of this rank).
     """
-    mine, found, done = parallel.mine(list(enumerate(batches))), {}, 0
-    for number, seeds in mine:
-        images, ledger = sample(estimator, rule, grid, BrownianPath(seeds, shape, device))
+    if shape[0] != 3:
+        raise UserError(f"Samples of shape {list(shape)} are not pictures in RGB.")
+    starts, found, done = parallel.mine(range(0, len(seeds), batch)), {}, 0
+    for start in starts:
+        own = seeds[start : start + batch]
+        images, ledger = sample(estimator, rule, grid, BrownianPath(own, shape, device))
         pixels = to_uint8(images.cpu())
-        for seed, image in zip(seeds, pixels, strict=True):
+        for seed, image in zip(own, pixels, strict=True):
             picture = Image.fromarray(image.permute(1, 2, 0).numpy())
             atomic_write(folder / f"{seed:06d}.png", lambda path, p=picture: p.save(path, format="PNG"))
-        found[number] = ledger, pixels[: max(0, GRID - sum(map(len, batches[:number])))]
-        done += len(seeds)
-        progress(done, sum(len(batch) for _, batch in mine))
+        found[start] = ledger, pixels[: max(0, GRID - start)]
+        done += len(own)
+        progress(done, min(len(starts) * batch, len(seeds)))
     total, parts = Ledger([level.flops for level in estimator.levels]), []
     for ledger, pixels in parallel.gather(found).values():
         total.add(ledger)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..data.pixels import to_uint8
 from ..diffusion.level import Level
 from ..diffusion.process import Process
 from ..errors import UserError
@@ -15,6 +16,7 @@ from ..files import expect_content
 from ..multilevel.plan import Plan, load_plans
 from ..statistics import frontier
 from .frechet import RealImages, frechet_distance
+from .runner import Runner
 from .settings import GAUSSIAN, Measurement, Row, SamplerSetting, setting_of, settings_of
 from .table import BASELINES, describe
 
@@ -84,29 +86,33 @@ def expected_costs(
 
 
 def complete(
-    measured: Mapping[SamplerSetting, Measurement], seeds: Sequence[int], real: RealImages | None, planned: Planned
-) -> list[Measurement]:
+    settings: Sequence[SamplerSetting], measured: Sequence[Measurement], seeds: Sequence[int],
+    real: RealImages | None, planned: Planned,
+) -> list[Measurement]:  # fmt: skip
     """The measurements with whole rows: seeds, the distance to real images, and what plans add."""
-    name, floor, out = real.name if real else "", real.floor if real else None, []
-    shared = {"distance": None, "distance_name": name, "distance_floor": floor}
-    for setting, found in measured.items():
-        row = found.row | {"seed": seeds[0], "num_samples": len(seeds)} | shared
+    shared = {"seed": seeds[0], "num_samples": len(seeds), "distance": None}
+    shared |= {"distance_name": real.name if real else "", "distance_floor": real.floor if real else None}
+    out = []
+    for setting, found in zip(settings, measured, strict=True):
+        row = found.row | shared
         if real and "diverged" not in row:
             row["distance"] = frechet_distance(found.features, real.moments)
         out.append(replace(found, row=row | planned.facts.get(setting, {})))
     return out
 
 
-def examples(measured: Iterable[Measurement], dynamics: str) -> list[tuple[str, Any]]:
-    """(label, images) of three baselines on their frontier, each with the best ML-EM setting of no higher cost."""
+def examples(measured: Iterable[Measurement], dynamics: str, runner: Runner) -> list[tuple[str, Any]]:
+    """(label, images) of the reference, and of three baselines on their frontier, each with the best ML-EM setting of
+    no higher cost."""
     images = {id(m.row): m.images for m in measured}
     rows = [m.row for m in measured if m.row["dynamics"] == dynamics]
     base = frontier([row for row in rows if row["estimator"] in BASELINES], "gflops_realised", "error")
     chosen: list[Row] = []
     for i in sorted({len(base) // 4, len(base) // 2, (3 * len(base)) // 4}) if base else ():
-        baseline = base[min(i, len(base) - 1)]
-        limit = 1.02 * baseline["gflops_realised"]
+        limit = 1.02 * base[i]["gflops_realised"]
         ours = [row for row in rows if row["estimator"] not in BASELINES and row["gflops_realised"] <= limit]
-        chosen += [baseline, *sorted(ours, key=lambda row: row["error"])[:1]]
-    label = "{}\n{:.3g} GFLOP, error {:.2g}"
-    return [(label.format(describe(row), row["gflops_realised"], row["error"]), images[id(row)]) for row in chosen]
+        chosen += [base[i], *sorted(ours, key=lambda row: row["error"])[:1]]
+    label, reference = "{}\n{:.3g} GFLOP, error {:.2g}", to_uint8(runner.reference(dynamics)[: runner.grid_images])
+    labels = [label.format(describe(row), row["gflops_realised"], row["error"]) for row in chosen]
+    found = zip(labels, (images[id(row)] for row in chosen), strict=True)
+    return [("reference: largest level, finest grid", reference), *found]

@@ -105,8 +105,10 @@ def setting_of(plan: Plan, dynamics: str, step_rule: str) -> SamplerSetting:
     )  # fmt: skip
 
 
-def setting_from(values: Mapping[str, Any]) -> SamplerSetting:
-    """A setting from a row or a configuration; levels are a list or joined by "+". UserError if a key is missing."""
+def setting_from(values: Any) -> SamplerSetting:
+    """A setting from a row or a configuration; levels are a list or joined by "+". UserError if it is incomplete."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"A sampler is best, or a setting such as '{{dynamics: ode, ...}}', and not {values!r}.")
     try:
         names, steps, *rule = (values[key] for key in ("levels", "steps", "dynamics", "step_rule", "estimator"))
     except KeyError as error:
@@ -157,10 +159,11 @@ def settings_of(config: Any, names: Sequence[str], base_steps: int) -> list[Samp
 
 
 def best_setting(rows: Iterable[Row], tolerance: float = 0.05) -> Row:
-    """The cheapest row (FLOPs) whose distance is within `tolerance` of the smallest distance."""
+    """The cheapest row (FLOPs) whose distance is within `tolerance` of the smallest distance, without its seed."""
     measured = [row for row in rows if row.get("distance") is not None]
     if not measured:
         raise UserError("No setting has a distance, so none can be called best.")
     best = min(row["distance"] for row in measured)
     limit = best + tolerance * abs(best)  # rounding can make a zero distance negative
-    return min((row for row in measured if row["distance"] <= limit), key=lambda row: row["gflops_realised"])
+    found = min((row for row in measured if row["distance"] <= limit), key=lambda row: row["gflops_realised"])
+    return {key: value for key, value in found.items() if key != "seed"}
