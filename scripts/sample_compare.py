@@ -38,11 +38,10 @@ def main(exp: Experiment) -> None:
     real = real_images(exp, runner.extractor) if runner.extractor else None
     measured = planned.complete(settings, exp.run(runner, settings, "compare"), runner.seeds, real, plans)
     frame, sound = table.frame_of(m.row for m in measured), [m for m in measured if "diverged" not in m.row]
-    options = {"replicates": cfg.bootstrap, "distance_replicates": cfg.distance_bootstrap, "seed": cfg.seed}
-    result = speedup.speedups(sound, real and real.moments, **options)
-    left_out = {dynamics: entry.pop("left_out") for dynamics, entry in result.items()}
+    result = speedup.speedups(sound, real and real.moments, cfg.bootstrap, cfg.distance_bootstrap, cfg.seed)
+    exp.facts["left_out"] = {dynamics: entry.pop("left_out") for dynamics, entry in result.items()}
     made = {"gamma": runner.gamma, "made_with": runner.made_with}
-    exp.facts |= made | {"left_out": left_out}
+    exp.facts |= made
     exp.save("compare.csv", table.to_text(frame))
     exp.figure("compare.png", plot_compare(table.for_figures(frame), exp.cfg.title))
     exp.save("speedup.json", result)

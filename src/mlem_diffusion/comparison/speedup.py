@@ -33,7 +33,6 @@ _DESCRIBED += ("error", "distance", *COSTS.values())
 def speedups(
     settings: Sequence[Measurement],
     reference: FeatureMoments | None = None,
-    *,
     replicates: int = 200,
     distance_replicates: int = 50,
     seed: int = 0,
