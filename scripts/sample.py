@@ -7,6 +7,7 @@ from mlem_diffusion.comparison.table import describe
 from mlem_diffusion.experiment.runs import made_with
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.figures.image_grid import image_grid
+from mlem_diffusion.files import expect_content
 from mlem_diffusion.models.family import level_name
 from mlem_diffusion.multilevel.plan import Plan, load_plans
 
@@ -19,7 +20,8 @@ def chosen(exp: Experiment) -> tuple[SamplerSetting, float]:
     if path.is_file():
         best = exp.read("best.json", "run make sample-compare again")
         made_with(exp, path, best, "make sample-compare")
-        return setting_from(best), float(best["gamma"])
+        with expect_content(path, "run make sample-compare again"):
+            return setting_from(best), float(best["gamma"])
     exp.print("sample: no comparison has been run, so the sampler is DPM-Solver++(2M), 20 steps of the largest level.")
     return SamplerSetting("ode", "dpmpp_2m", "single", (level_name(exp.cfg.family.widths[-1]),), 20), 2.5
 

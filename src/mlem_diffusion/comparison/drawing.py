@@ -25,17 +25,13 @@ GRID = 1024  # the most images in a grid
 
 def parse_seeds(text: str) -> list[int]:
     """ "0-63" or "3,7,100-120" -> sample seeds; UserError for anything else."""
-    seeds: list[int] = []
     try:
-        for part in str(text).split(","):
-            first, dash, last = part.strip().partition("-")
-            found = range(int(first), int(last if dash else first) + 1)
-            if not found:
-                raise ValueError(part)
-            seeds += found
-    except ValueError as error:
-        raise UserError(f"SEEDS={text} is not a list of seeds; write 0-63 or 3,7,100-120.") from error
-    return list(dict.fromkeys(seeds))
+        parts = [[int(end) for end in part.split("-")] for part in str(text).split(",")]
+    except ValueError:
+        parts = []
+    if not parts or any(len(part) > 2 or part[0] > part[-1] for part in parts):
+        raise UserError(f"SEEDS={text} is not a list of seeds; write 0-63 or 3,7,100-120.")
+    return list(dict.fromkeys(seed for part in parts for seed in range(part[0], part[-1] + 1)))
 
 
 def draw(

@@ -53,13 +53,11 @@ class Extractor:
             chunk = images[start : start + self.batch]
             chunk = chunk.cpu() if isinstance(chunk, Tensor) else torch.from_numpy(np.array(chunk))
             out = torch.as_tensor(self.compute(chunk)).detach().to("cpu", torch.float32)
-            if out.ndim != 2 or len(out) != len(chunk):
-                raise UserError(
-                    f"{self.name}: the extractor must return [N, D] features, "
-                    f"but it returned shape {tuple(out.shape)} for {len(chunk)} images."
+            if out.ndim != 2 or len(out) != len(chunk) or not bool(torch.isfinite(out).all()):
+                found = (
+                    f"but it returned shape {tuple(out.shape)} for {len(chunk)} images, or values that are not finite"
                 )
-            if not bool(torch.isfinite(out).all()):
-                raise UserError(f"{self.name}: the features contain NaN or infinite values.")
+                raise UserError(f"{self.name}: the extractor must return finite features [N, D], {found}.")
             parts.append(out)
         return torch.cat(parts)
 

@@ -47,7 +47,8 @@ def verdicts(
             for name, mine in methods.items() if theirs else ():
                 entry[against][name] = _speed(theirs, mine, calibration_flops, seed, cost)
         entry["optimiser_against_em"] = chosen_blindly([*base, *ours], first_order, seed, cost)
-        methods["measured p, alike"] = _alike(methods, cost)
+        measured, learned = (methods.get(f"independent, {source} p", []) for source in ("measured", "learned"))
+        methods["measured p, alike"] = _alike(measured, learned, cost)
         for name, mine, theirs in BETWEEN:
             mine, theirs = methods.get(mine), methods.get(theirs)
             if mine and theirs:
@@ -71,16 +72,13 @@ def _by_method(planned: list[Measurement]) -> dict[str, list[Measurement]]:
     return {name: mine for name, mine in (found | {"any": planned}).items() if mine}
 
 
-def _alike(methods: dict[str, list[Measurement]], cost: str) -> list[Measurement]:
-    """Measured probabilities whose steps and costs are those of learned ones.
-
-    Costs agree to 1%, or to 10% for seconds, which vary more for the same plan."""
-    tolerance, learned = (0.01 if cost == "gflops_expected" else 0.1), methods.get("independent, learned p", [])
+def _alike(measured: list[Measurement], learned: list[Measurement], cost: str) -> list[Measurement]:
+    """Measured probabilities with the steps of learned ones, and with their costs to 1%, or to 10% for seconds."""
+    tolerance = 0.01 if cost == "gflops_expected" else 0.1
 
     def alike(one: Row, other: Row) -> bool:
         return one["steps"] == other["steps"] and abs(one[cost] / other[cost] - 1) < tolerance
 
-    measured = methods.get("independent, measured p", [])
     return [m for m in measured if any(alike(m.row, other.row) for other in learned)]
 
 
