@@ -98,11 +98,9 @@ def setting_of(plan: Plan, dynamics: str, step_rule: str) -> SamplerSetting:
     """The setting that runs a plan."""
     if len(plan.levels) == 1:
         return SamplerSetting(dynamics, step_rule, "single", plan.levels, plan.steps)
-    fixed = plan.method == "quadrature"
-    kind, coins = ("quadrature", "") if fixed else ("ml_em", plan.method)
-    return SamplerSetting(
-        dynamics, step_rule, kind, plan.levels, plan.steps, plan.probabilities, coins, plan=plan.id
-    )  # fmt: skip
+    kind, coins = ("quadrature", "") if plan.method == "quadrature" else ("ml_em", plan.method)
+    more: dict[str, Any] = {"probabilities": plan.probabilities, "coins": coins, "plan": plan.id}
+    return SamplerSetting(dynamics, step_rule, kind, plan.levels, plan.steps, **more)
 
 
 def setting_from(values: Any) -> SamplerSetting:
@@ -110,13 +108,14 @@ def setting_from(values: Any) -> SamplerSetting:
     if not isinstance(values, Mapping):
         raise UserError(f"A sampler is best, or a setting such as '{{dynamics: ode, ...}}', and not {values!r}.")
     try:
-        names, steps, *rule = (values[key] for key in ("levels", "steps", "dynamics", "step_rule", "estimator"))
+        names, steps, *given = (values[key] for key in ("levels", "steps", "dynamics", "step_rule", "estimator"))
     except KeyError as error:
         raise UserError(f"The sampler lacks the key {error}; it takes the columns of compare.csv.") from error
     levels = tuple(names.split("+") if isinstance(names, str) else names)
-    probabilities, coins, plan = (str(values.get(key) or "") for key in ("probabilities", "coins", "plan"))
-    c, switch = (None if values.get(key) in (None, "") else float(values[key]) for key in ("c", "switch"))
-    return SamplerSetting(*map(str, rule), levels, int(steps), probabilities, coins, c, switch, plan)
+    more: dict[str, Any] = {key: str(values.get(key) or "") for key in ("probabilities", "coins", "plan")}
+    more |= {key: None if values.get(key) in (None, "") else float(values[key]) for key in ("c", "switch")}
+    dynamics, rule, estimator = map(str, given)
+    return SamplerSetting(dynamics, rule, estimator, levels, int(steps), **more)
 
 
 def _choose(names: Sequence[str], which: Any) -> tuple[str, ...]:
@@ -143,8 +142,9 @@ def settings_of(config: Any, names: Sequence[str], base_steps: int) -> list[Samp
 
     for sweep in config["baselines"]:
         extra = beside if sweep["levels"] == "all" else []
-        for name, steps in product([*extra, *_choose(names, sweep["levels"])], sweep["steps"]):
-            add(sweep, "single", (name,), steps)
+        for name in (*extra, *_choose(names, sweep["levels"])):
+            for steps in sweep["steps"]:
+                add(sweep, "single", (name,), steps)
     for sweep in config["stitched"]:
         for pair, steps, switch in product(sweep["pairs"], sweep["steps"], sweep["switch"]):
             add(sweep, "stitched", _choose(names, pair), steps, "", "", None, float(switch))

@@ -135,7 +135,7 @@ def _units(settings: Sequence[Measurement], lengths: list[int], what: str) -> np
     clusters = [np.unique(m.clusters[:n], return_inverse=True)[1].ravel() for m in settings if m.clusters is not None]
     if any(len(c) != n for c in clusters):
         raise UserError(f"Each of the {n} seeds of a setting needs the id of its coin draw.")
-    labels, before = np.arange(n), None
+    labels, before = np.arange(n), np.empty(0)
     while not np.array_equal(labels, before):  # connected components: spread the smallest label over each cluster
         before = labels
         for c in clusters:

@@ -42,7 +42,7 @@ def frame_of(rows: Iterable[Mapping[str, Any]], name: str = "compare.csv") -> pd
             frame[column] = frame[column].fillna("")
             continue
         try:
-            numbers = pd.to_numeric(frame[column].replace("", np.nan)).astype(float)
+            numbers: Any = pd.Series(pd.to_numeric(frame[column].replace("", np.nan)), dtype=float)
         except ValueError as error:
             raise UserError(f"{name}: the column {column} does not hold numbers ({error}).") from error
         frame[column] = numbers.astype(int) if column in _WHOLE and numbers.notna().all() else numbers
