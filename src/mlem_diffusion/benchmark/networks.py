@@ -14,11 +14,6 @@ from ..models.family import build_denoiser
 from ..models.unet import Denoiser
 
 
-def names() -> list[str]:
-    """The networks to compare: diffusers' only if it is installed (the test extra)."""
-    return ["ours", "diffusers"] if find_spec("diffusers") else ["ours"]
-
-
 class DiffusersUNet(nn.Module):
     """diffusers' UNet2DModel as the network of a `Denoiser`: [B,3,S,S], logsnr [B] or [1] -> [B,3,S,S].
 
@@ -26,14 +21,7 @@ class DiffusersUNet(nn.Module):
     conditioning by scale and shift, and resampling inside residual blocks as `unet.UNet`. Needs the package diffusers.
     """
 
-    def __init__(
-        self,
-        width: int,
-        size: int,
-        multipliers: Sequence[int] = (1, 2, 2, 2),
-        blocks: int = 2,
-        attention: Sequence[int] = (16,),
-    ):
+    def __init__(self, width: int, size: int, multipliers: Sequence[int], blocks: int, attention: Sequence[int]):
         super().__init__()
         from diffusers import UNet2DModel
 
@@ -62,21 +50,20 @@ class DiffusersUNet(nn.Module):
         return self.unet(x.to(self.unet.conv_in.weight.dtype), timestep, return_dict=False)[0]
 
 
-def denoiser_of(name: str, width: int, size: int, unet: Mapping[str, Any], device: torch.device) -> Denoiser:
-    """A denoiser on the device with random weights; name: "ours" or "diffusers".
+def denoisers(width: int, size: int, unet: Mapping[str, Any], device: torch.device) -> dict[str, Denoiser]:
+    """Denoisers on the device with random weights: "" is ours, "_diffusers" theirs, if it is installed (test extra).
 
     Raises UserError if diffusers' UNet lacks an option.
     """
-    if name == "diffusers" and (extra := sorted(set(unet) - {"multipliers", "blocks", "attention"})):
-        raise UserError(f"diffusers' UNet has no option {', '.join(extra)}: compare networks without it.")
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(width)
-        if name == "ours":
-            denoiser = build_denoiser(width, size, 0.5, unet, "v")
-        else:
-            denoiser = Denoiser(DiffusersUNet(width, size, **unet), 0.5, "v")
+    found = {"": build_denoiser(width, size, 0.5, unet, "v")}
+    if find_spec("diffusers"):
+        if extra := sorted(set(unet) - {"multipliers", "blocks", "attention"}):
+            raise UserError(f"diffusers' UNet has no option {', '.join(extra)}: compare networks without it.")
+        found["_diffusers"] = Denoiser(DiffusersUNet(width, size, **unet), 0.5, "v")
+    for denoiser in found.values():
         for parameter in denoiser.parameters():
             # layers initialised to zero would output zeros; products with zeros draw less power and so run faster
             if parameter.ndim > 1 and not parameter.any():
-                parameter.normal_(std=0.02)
-    return denoiser.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+                nn.init.normal_(parameter, std=0.02)
+        denoiser.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return found

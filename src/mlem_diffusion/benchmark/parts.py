@@ -1,16 +1,17 @@
-"""What is timed, in parts: each part returns rows, timed by torch.utils.benchmark, which waits for the device."""
+"""What is timed, in parts that return rows; torch.utils.benchmark repeats the calls and waits for the device.
+
+cfg: one size of the configuration, `benchmark.full` or `benchmark.small`.
+"""
 
 from __future__ import annotations
 
 import copy
 import gc
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.benchmark import Measurement, Timer
 
@@ -25,175 +26,129 @@ from ..models.compiled import FastDenoiser
 from ..models.flops import flops_per_evaluation
 from ..models.torch_compile import first_line
 from ..multilevel.estimators import Multilevel
-from ..multilevel.probabilities import constant_probabilities, draw_coins
+from ..multilevel.probabilities import constant_probabilities
 from ..training.step import TrainStep
-from .networks import denoiser_of, names
+from .networks import denoisers
 from .table import Row, row
 
+Part = Callable[[], Iterable[Row]]
 _ROUNDS, _WARM_UP = 3, 5  # a training step is captured as a CUDA graph in its fourth call
-_FLOPS = (1.0, 6.0, 36.0)  # of the free levels; they only decide the probabilities of the coins
 
 
-@dataclass(frozen=True)
-class Bench:
-    """The device, the image size, the precision of forward passes, seconds of one measurement, and the network."""
-
-    device: torch.device
-    resolution: int
-    precision: str
-    seconds: float
-    unet: Mapping[str, Any]
-
-    def time(self, functions: Mapping[str, Callable[[], object]]) -> dict[str, Measurement]:
-        """Time functions in turns, so that a warm or busy machine favours none of them."""
-        for function in functions.values():
-            for _ in range(_WARM_UP):
-                function()
-        threads = torch.get_num_threads()
-        timers = [Timer("f()", globals={"f": f}, label=k, num_threads=threads) for k, f in functions.items()]
-        found = [t.blocked_autorange(min_run_time=self.seconds / _ROUNDS) for _ in range(_ROUNDS) for t in timers]
-        return dict(zip(functions, Measurement.merge(found), strict=True))
-
-
-def parts_of(cfg: Any, process: Process, device: torch.device) -> dict[str, Callable[[], list[Row]]]:
-    """All parts of one size of the configuration (`benchmark.full` or `benchmark.small`), by name."""
-    bench = Bench(device, cfg.resolution, cfg.precision, cfg.seconds, dict(cfg.unet))
-    parts: dict[str, Callable[[], list[Row]]] = {"matmul": partial(matmul, bench, cfg.matmul)}
+def parts_of(cfg: Any, process: Process, device: torch.device) -> dict[str, Part]:
+    """All parts of a size, by name."""
+    parts: dict[str, Part] = {"matmul": partial(matmul, cfg, device)}
     for mode in cfg.modes:
         for width in cfg.widths:
-            parts[f"forward w{width} {mode}"] = partial(forward, bench, width, cfg.batches, mode)
+            parts[f"forward w{width} {mode}"] = partial(forward, cfg, device, width, mode)
     for precision in cfg.train.precisions:
-        parts[f"train {precision}"] = partial(train, bench, cfg.train, precision)
-    parts["noise"] = partial(noise, bench, process, cfg.steps, cfg.batches[0])
-    parts["sampler"] = partial(sampler, bench, process, cfg.steps, cfg.batches[0])
-    return parts
+        parts[f"train {precision}"] = partial(train, cfg, device, precision)
+    return parts | {"noise": partial(noise, cfg, device, process), "sampler": partial(sampler, cfg, device, process)}
 
 
 def measure(
-    parts: Mapping[str, Callable[[], list[Row]]],
-    finished: list[Row],
+    parts: Mapping[str, Part],
+    finished: Iterable[Row],
     save: Callable[[list[Row]], object],
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[Row]:
-    """Measure the parts that have no row in `finished`, and return all rows; save(rows) is called after each part.
+    """Measure the parts that have no numbers in `finished`, and return all rows; save(rows) is called after each part.
 
-    A part that fails, or that falls back to a slow path, leaves one row without numbers, which names the reason. Raises
-    Interrupted between two parts if should_stop() returns true.
+    A part that fails, or falls back to a slow path, leaves one row that names the reason. Raises Interrupted between
+    two parts if should_stop() returns true.
     """
     rows = [r for r in finished if r.get("part") in parts and r["ms"] is not None]
-    for name, part in parts.items():
-        if any(r["part"] == name for r in rows):
-            continue
+    for name in [name for name in parts if name not in {r["part"] for r in rows}]:
         if should_stop():
             raise Interrupted(f"stopped before {name}")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", SlowPath)
-                found = part()
+                found = list(parts[name]())
         except UserError:
             raise
         except Exception as error:
             found = [row(name.split()[0], f"{name}: {first_line(error)}")]
         rows += [{"part": name, **r} for r in found]
         save(rows)
-        _forget(torch.cuda.is_available())
-    return rows
-
-
-def _forget(has_cuda: bool) -> None:
-    """Drop compiled programs, graphs and memory of the last part, so that each part starts as in a new process."""
-    torch._dynamo.reset()
-    gc.collect()
-    if has_cuda:
+        torch._dynamo.reset()  # each part starts as in a new process
+        gc.collect()
         torch.cuda.empty_cache()
+    return rows
 
 
-def matmul(bench: Bench, side: int) -> list[Row]:
+def timed(functions: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Measurement]:
+    """Time functions for about `seconds` each, in turns, so that a warm or busy machine favours none of them."""
+    for function in functions.values():
+        for _ in range(_WARM_UP):
+            function()
+    threads = torch.get_num_threads()
+    timers = [Timer("f()", globals={"f": f}, label=k, num_threads=threads) for k, f in functions.items()]
+    found = [t.blocked_autorange(min_run_time=seconds / _ROUNDS) for _ in range(_ROUNDS) for t in timers]
+    return dict(zip(functions, Measurement.merge(found), strict=True))
+
+
+def matmul(cfg: Any, device: torch.device) -> Iterable[Row]:
     """The product of two random square matrices: the best speed for networks of matrix products on this device."""
-    rows = []
-    for precision in dict.fromkeys(("bf16", bench.precision)):
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        a, b = torch.randn(2, side, side, device=bench.device).to(dtype)
-        found = bench.time({precision: lambda a=a, b=b: a @ b})
-        rows.append(row("matmul", f"{precision} {side}-cube", found[precision], flops=2.0 * side**3))
-    return rows
+    dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+    a, b = torch.randn(2, cfg.matmul, cfg.matmul, device=device).to(dtype)
+    (found,) = timed({"": lambda: a @ b}, cfg.seconds).values()
+    yield row("matmul", f"{cfg.precision} {cfg.matmul}-cube", found, flops=2.0 * cfg.matmul**3)
 
 
-def forward(bench: Bench, width: int, batches: list[int], mode: str) -> list[Row]:
+def forward(cfg: Any, device: torch.device, width: int, mode: str) -> Iterable[Row]:
     """Forward passes of ours and diffusers' network, in the form that a sampler runs; mode: "eager" or "compiled"."""
-    networks, flops = {}, {}
-    for name in names():
-        denoiser = denoiser_of(name, width, bench.resolution, bench.unet, bench.device)
-        flops[name] = flops_per_evaluation(denoiser, bench.resolution)
-        fast = mode == "compiled"
-        compile = "on" if fast else "off"
-        networks[name] = FastDenoiser(denoiser, bench.precision, compile, f"w{width}", max(batches), graphs=fast)
-    rows = []
-    for batch in batches:
-        x = torch.randn(batch, 3, bench.resolution, bench.resolution, device=bench.device)
-        logsnr = torch.zeros((), device=bench.device)
-        with torch.no_grad():
-            found = bench.time({k: lambda net=net, x=x, at=logsnr: net(x, at) for k, net in networks.items()})
-        label = f"{bench.precision} {mode}"
-        rows += [row(_what("forward", k), label, m, width=width, batch=batch, flops=flops[k]) for k, m in found.items()]
-    return rows
+    fast, networks = mode == "compiled", denoisers(width, cfg.resolution, cfg.unet, device)
+    flops = {kind: flops_per_evaluation(network, cfg.resolution) for kind, network in networks.items()}
+    options = {"compile": "on" if fast else "off", "graphs": fast, "batch": max(cfg.batches), "name": f"w{width}"}
+    forms = {kind: FastDenoiser(network, cfg.precision, **options) for kind, network in networks.items()}
+    for batch in cfg.batches:
+        x = torch.randn(batch, 3, cfg.resolution, cfg.resolution, device=device)
+        calls = {kind: partial(form, x, torch.zeros((), device=device)) for kind, form in forms.items()}
+        for kind, found in timed(calls, cfg.seconds).items():
+            label = f"{cfg.precision} {mode}"
+            yield row(f"forward{kind}", label, found, width=width, batch=batch, flops=flops[kind])
 
 
-def train(bench: Bench, cfg: Any, precision: str) -> list[Row]:
+def train(cfg: Any, device: torch.device, precision: str) -> Iterable[Row]:
     """One training step: forward, backward, clipping, Adam and the moving average. FLOPs: three forward passes."""
-    shape = (cfg.batch, 3, bench.resolution, bench.resolution)
-    x0, logsnr = torch.rand(shape, device=bench.device) * 2 - 1, torch.linspace(-8, 8, cfg.batch, device=bench.device)
-    batch = (x0, torch.randn(shape, device=bench.device), logsnr)
-    rows, flops = [], {}
-    steps: dict[str, Callable[[], object]] = {}
-    for name in names():
-        denoiser = denoiser_of(name, cfg.width, bench.resolution, bench.unet, bench.device)
-        flops[name] = 3 * flops_per_evaluation(denoiser, bench.resolution)
-        ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
-        step = TrainStep(denoiser, ema, precision=precision)
-        steps[name] = lambda step=step: step(batch, 1e-5, 0.999)
-    for name, found in bench.time(steps).items():
-        rows.append(row(_what("train", name), precision, found, width=cfg.width, batch=cfg.batch, flops=flops[name]))
-    return rows
+    width, batch = cfg.train.width, cfg.train.batch
+    x0, noise = torch.randn(2, batch, 3, cfg.resolution, cfg.resolution, device=device)
+    images = (x0, noise, torch.linspace(-8, 8, batch, device=device))
+    flops, steps = {}, {}
+    for kind, network in denoisers(width, cfg.resolution, cfg.unet, device).items():
+        flops[kind] = 3 * flops_per_evaluation(network, cfg.resolution)
+        ema = copy.deepcopy(network).eval().requires_grad_(False)
+        steps[kind] = partial(TrainStep(network, ema, precision=precision), images, 1e-5, 0.999)
+    for kind, found in timed(steps, cfg.seconds).items():
+        yield row(f"train{kind}", precision, found, width=width, batch=batch, flops=flops[kind])
 
 
-def _what(kind: str, name: str) -> str:
-    return kind if name == "ours" else f"{kind}_{name}"
+def noise(cfg: Any, device: torch.device, process: Process) -> Iterable[Row]:
+    """The Brownian increments of a batch, on the sampler's grid and on the base grid."""
+    batch = max(cfg.batches)
+    path = BrownianPath(range(batch), (3, cfg.resolution, cfg.resolution), device)
+    for steps in (cfg.steps, process.base_steps):
+        draw = partial(path.increments, process.grid(steps), "snr")
+        (found,) = timed({"": draw}, cfg.seconds).values()
+        yield row("noise", f"{steps} steps", found, batch=batch)
 
 
-def noise(bench: Bench, process: Process, steps: int, batch: int) -> list[Row]:
-    """The random numbers of a batch: increments of the path on two grids, and two kinds of coins."""
-    shape, seeds = (3, bench.resolution, bench.resolution), range(batch)
-    clock = step_rule("sde/ddpm").clock
-    table = _probabilities()[None].repeat(steps, axis=0)
-    functions: dict[str, Callable[[], object]] = {}
-    for count in (steps, process.base_steps):
-        path, grid = BrownianPath(seeds, shape, bench.device), process.grid(count)
-        functions[f"path, {count} steps"] = lambda path=path, grid=grid: path.increments(grid, clock)
-    for coins in ("independent", "systematic"):
-        functions[f"coins {coins}, {steps} steps"] = lambda coins=coins: draw_coins(table, seeds, coins)
-    return [row("noise", name, m, batch=batch) for name, m in bench.time(functions).items()]
-
-
-def sampler(bench: Bench, process: Process, steps: int, batch: int) -> list[Row]:
-    """One step of the sampling loop with networks that cost nothing: what the sampler adds to its networks.
+def sampler(cfg: Any, device: torch.device, process: Process) -> Iterable[Row]:
+    """One step of the sampling loop with networks that cost nothing: what the loop adds to its networks.
 
     DDIM draws no noise after the start; DDPM draws the noise of each step.
     """
-    shape, grid = (3, bench.resolution, bench.resolution), process.grid(steps)
-    levels = tuple(Level(f"free{k}", lambda x, logsnr: x, flops) for k, flops in enumerate(_FLOPS))
-    estimators = {
-        "one level": SingleLevel(levels[-1]),
-        "ML-EM": Multilevel(levels, _probabilities(), "independent"),
-    }
-    functions: dict[str, Callable[[], object]] = {}
+    batch, flops = max(cfg.batches), (1.0, 6.0, 36.0)  # the FLOPs only decide the probabilities of the coins
+    levels = [Level(f"free{k}", lambda x, logsnr: x, cost) for k, cost in enumerate(flops)]
+    p = constant_probabilities(flops, gamma=2.5, c=4.0)
+    estimators = {"one level": SingleLevel(levels[-1]), "ML-EM": Multilevel(tuple(levels), p, "independent")}
+
+    def run(estimator: Any, key: str) -> None:
+        path = BrownianPath(range(batch), (3, cfg.resolution, cfg.resolution), device)
+        sample(estimator, step_rule(key), process.grid(cfg.steps), path)
+
     for key in ("ode/ddim", "sde/ddpm"):
-        for name, estimator in estimators.items():
-            functions[f"{key}, {name}, a step of {steps}"] = lambda rule=step_rule(key), estimator=estimator: sample(
-                estimator, rule, grid, BrownianPath(range(batch), shape, bench.device)
-            )
-    return [row("sampler", name, m, batch=batch, repeats=steps) for name, m in bench.time(functions).items()]
-
-
-def _probabilities() -> np.ndarray:
-    return constant_probabilities(_FLOPS, gamma=2.5, c=4.0)
+        calls = {name: partial(run, estimator, key) for name, estimator in estimators.items()}
+        for name, found in timed(calls, cfg.seconds).items():
+            yield row("sampler", f"{key}, {name}, a step of {cfg.steps}", found, batch=batch, repeats=cfg.steps)
