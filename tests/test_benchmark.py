@@ -13,9 +13,10 @@ import torch
 from torch.utils.benchmark import Measurement
 from torch.utils.benchmark.utils.common import TaskSpec
 
-from mlem_diffusion.benchmark import networks, parts, table
+from mlem_diffusion.benchmark import parts, table
+from mlem_diffusion.benchmark.networks import denoisers
 from mlem_diffusion.diffusion.process import LinearSchedule, Process
-from mlem_diffusion.errors import Interrupted, SlowPath, UserError
+from mlem_diffusion.errors import Interrupted, UserError
 from mlem_diffusion.models.flops import flops_per_evaluation
 
 CPU, PROCESS = torch.device("cpu"), Process(LinearSchedule(), base_steps=20)
@@ -36,24 +37,20 @@ def took(seconds: float) -> Measurement:
 @pytest.fixture(scope="module")
 def rows() -> list[table.Row]:
     """The rows of a complete run in miniature."""
-    saved: list[int] = []
-    found = parts.measure(parts.parts_of(CFG, PROCESS, CPU), [], lambda rows: saved.append(len(rows)))
-    assert saved == sorted(set(saved)) and saved[-1] == len(found)
+    found = parts.measure(parts.parts_of(CFG, PROCESS, CPU), [], bool)
     return table.compared(json.loads(json.dumps(found, allow_nan=False)))
 
 
 def test_a_complete_run(rows: list[table.Row]) -> None:
     ours = [(r["what"], r["width"], r["batch"]) for r in rows if not r["what"].endswith("_diffusers")]
-    forward = [("forward", 4, 2), ("forward", 4, 1)]
-    other = [("train", 4, 4), *[("noise", None, 2)] * 2, *[("sampler", None, 2)] * 4]
-    assert ours == [("matmul", None, None), *forward, *other]
+    networks = [("forward", 4, 2), ("forward", 4, 1), ("train", 4, 4)]
+    assert ours == [("matmul", None, None), *networks, *[("noise", None, 2)] * 2, *[("sampler", None, 2)] * 4]
     assert all(r["ms"] > 0 for r in rows)
-    flops = flops_per_evaluation(networks.denoisers(4, 16, TINY, CPU)[""], 16)
-    for r in rows:
-        cost = {"forward": flops, "train": 3 * flops}.get(r["what"])
-        if cost:
-            assert r["images_per_s"] == pytest.approx(1e3 * r["batch"] / r["ms"])
-            assert r["tflops"] == pytest.approx(cost * r["images_per_s"] * 1e-12)
+    flops = flops_per_evaluation(denoisers(4, 16, TINY, CPU)[""], 16)
+    for r in [r for r in rows if r["what"] in ("forward", "train")]:
+        assert r["images_per_s"] == pytest.approx(1e3 * r["batch"] / r["ms"])
+        cost = flops if r["what"] == "forward" else 3 * flops
+        assert r["tflops"] == pytest.approx(cost * r["images_per_s"] * 1e-12)
     assert rows[0]["tflops"] == pytest.approx(2 * 64**3 / rows[0]["ms"] * 1e-9) and rows[0]["fraction_of_matmul"] == 1
 
 
@@ -85,8 +82,6 @@ def test_an_eager_network_is_not_reported_as_compiled(monkeypatch: pytest.Monkey
         raise RuntimeError("no compiler here")
 
     monkeypatch.setattr(torch, "compile", broken)
-    with pytest.warns(SlowPath):  # an eager run that warns
-        list(parts.forward(CFG, CPU, 4, "compiled"))
     (found,) = parts.measure({"forward w4 compiled": lambda: parts.forward(CFG, CPU, 4, "compiled")}, [], bool)
     assert found["ms"] is None and "no compiler here" in found["mode"]
 
@@ -94,7 +89,7 @@ def test_an_eager_network_is_not_reported_as_compiled(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(("width", "unet"), [(8, REFERENCE), (48, {**TINY, "attention": [16]})])
 def test_diffusers_network_has_the_same_flops_and_parameters(unet: dict[str, Any], width: int) -> None:
     pytest.importorskip("diffusers")
-    ours, theirs = networks.denoisers(width, 32, unet, CPU).values()
+    ours, theirs = denoisers(width, 32, unet, CPU).values()
     assert flops_per_evaluation(theirs, 32) == pytest.approx(flops_per_evaluation(ours, 32), rel=0.01)
     sizes = [sum(p.numel() for p in net.parameters()) for net in (ours, theirs)]
     assert sizes[1] == pytest.approx(sizes[0], rel=0.02)
@@ -114,7 +109,6 @@ def test_the_table(rows: list[table.Row]) -> None:
     text = table.summary({**HEAD, "rows": rows})
     assert text.startswith("a card, torch 2, CUDA 13, 2026-01-02, size small (16x16 images); median.\n\n| what |")
     assert "_diffusers" not in text and re.findall(r"\| forward \| 4 \| (\d+) ", text) == ["2"]
-    assert table.report({**HEAD, "rows": rows}).count("| forward |") == 2
     peak = table.row("matmul", "bf16 8192-cube", took(1.5e-3), flops=2.0 * 8192**3)
     lines = table.report({**HEAD, "rows": [peak, table.row("forward", "failed", width=8)]}).splitlines()
     assert lines[2] == "| what | width | mode | ms | IQR | TFLOP/s |"
@@ -122,9 +116,8 @@ def test_the_table(rows: list[table.Row]) -> None:
 
 
 def test_committed_files_are_readable() -> None:
-    files = sorted((Path(__file__).resolve().parents[1] / "results" / "benchmark").glob("*.json"))
-    assert files
-    for path in files:
+    for name in ("NVIDIA-H200", "AMD-EPYC-2-threads"):
+        path = Path(__file__).resolve().parents[1] / "results" / "benchmark" / f"{name}.json"
         document = json.loads(path.read_text())
         assert "| matmul |" in table.summary(document)
         ratios = [r["ratio_to_diffusers"] for r in document["rows"]]
