@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mlem_diffusion.benchmark.table import summaries
+from mlem_diffusion.benchmark.table import summary
 
 ROOT = Path(__file__).resolve().parents[1]
 README, RESULTS, SPEED = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "speed.md"
@@ -139,7 +139,8 @@ def verdict_table() -> str:
 
 
 def benchmark_tables() -> str:
-    return summaries([json.loads(path.read_text()) for path in sorted((ROOT / "results" / "benchmark").glob("*.json"))])
+    paths = sorted((ROOT / "results" / "benchmark").glob("*.json"))
+    return "\n\n".join(summary(json.loads(path.read_text())) for path in paths)
 
 
 TABLES = {

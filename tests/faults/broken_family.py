@@ -20,7 +20,7 @@ def broken_family(broken: int = -1, above: float = 0.0, value: float | str = "na
     level = levels[broken]
 
     def denoise(x: Tensor, logsnr: Tensor) -> Tensor:
-        fails = (logsnr > above)[:, None, None, None]
+        fails = (logsnr > above).reshape(-1, 1, 1, 1)  # one noise level for all, or one per sample
         return torch.where(fails, torch.full_like(x, float(value)), level.denoise(x, logsnr))
 
     levels[broken] = replace(level, denoise=denoise)

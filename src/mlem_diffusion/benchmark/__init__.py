@@ -1,1 +1,1 @@
-"""Speed of this repository on a device: networks, training, complete samplers and noise, as rows of one table."""
+"""Speed of this repository on a device: networks, training, noise and the sampling loop, as rows of one table."""

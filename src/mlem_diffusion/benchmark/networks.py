@@ -10,20 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..models.compiled import FastDenoiser
 from ..models.family import build_denoiser
 from ..models.unet import Denoiser
-
-MODES: dict[str, dict[str, Any]] = {  # the arguments of FastDenoiser for each mode
-    "eager": {"compile": "off", "graphs": False},
-    "graphs": {"compile": "off", "graphs": True},
-    "compiled": {"compile": "on", "graphs": True},
-    "tuned": {"compile": "max", "graphs": True},
-}
-
-
-def has_diffusers() -> bool:
-    return find_spec("diffusers") is not None
 
 
 class DiffusersUNet(nn.Module):
@@ -33,15 +21,7 @@ class DiffusersUNet(nn.Module):
     conditioning by scale and shift, and resampling inside residual blocks as `unet.UNet`. Needs the package diffusers.
     """
 
-    def __init__(
-        self,
-        width: int,
-        size: int,
-        multipliers: Sequence[int] = (1, 2, 2, 2),
-        blocks: int = 2,
-        attention: Sequence[int] = (16,),
-        dropout: float = 0.0,
-    ):
+    def __init__(self, width: int, size: int, multipliers: Sequence[int], blocks: int, attention: Sequence[int]):
         super().__init__()
         from diffusers import UNet2DModel
 
@@ -63,7 +43,6 @@ class DiffusersUNet(nn.Module):
             resnet_time_scale_shift="scale_shift",
             downsample_type="resnet",
             upsample_type="resnet",
-            dropout=dropout,
         )
 
     def forward(self, x: Tensor, logsnr: Tensor) -> Tensor:
@@ -71,40 +50,20 @@ class DiffusersUNet(nn.Module):
         return self.unet(x.to(self.unet.conv_in.weight.dtype), timestep, return_dict=False)[0]
 
 
-def denoiser_of(
-    whose: str, width: int, size: int, unet: Mapping[str, Any], device: torch.device, target: str = "v"
-) -> Denoiser:
-    """A denoiser on the device with random weights; whose: "ours" or "diffusers".
+def denoisers(width: int, size: int, unet: Mapping[str, Any], device: torch.device) -> dict[str, Denoiser]:
+    """Denoisers on the device with random weights: "" is ours, "_diffusers" theirs, if it is installed (test extra).
 
     Raises UserError if diffusers' UNet lacks an option.
     """
-    if whose == "ours":
-        denoiser = build_denoiser(width, size, 0.5, unet, target)
-    else:
-        extra = sorted(set(unet) - {"multipliers", "blocks", "attention", "dropout"})
-        if extra:
+    found = {"": build_denoiser(width, size, 0.5, unet, "v")}
+    if find_spec("diffusers"):
+        if extra := sorted(set(unet) - {"multipliers", "blocks", "attention"}):
             raise UserError(f"diffusers' UNet has no option {', '.join(extra)}: compare networks without it.")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(width)
-            denoiser = Denoiser(DiffusersUNet(width, size, **unet), 0.5, target)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(width)
+        found["_diffusers"] = Denoiser(DiffusersUNet(width, size, **unet), 0.5, "v")
+    for denoiser in found.values():
         for parameter in denoiser.parameters():
             # layers initialised to zero would output zeros; products with zeros draw less power and so run faster
             if parameter.ndim > 1 and not parameter.any():
-                parameter.normal_(std=0.02)
-    return denoiser.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def fast(denoiser: Denoiser, precision: str, mode: str, name: str, batch: int | None = None) -> FastDenoiser:
-    """The denoiser in the form that a sampler runs. Raises UserError for an unknown mode."""
-    if mode not in MODES:
-        raise UserError(f"benchmark mode {mode!r} is unknown; expected one of {', '.join(MODES)}.")
-    return FastDenoiser(denoiser, precision, name=name, batch=batch, **MODES[mode])
-
-
-def inputs(batch: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A random noisy batch [B,3,S,S] and its single noise level [B] (stride 0), as a sampler passes them."""
-    generator = torch.Generator(device=device).manual_seed(batch)
-    x = torch.randn(batch, 3, size, size, generator=generator, device=device)
-    return x, torch.zeros((), device=device).expand(batch)
+                nn.init.normal_(parameter, std=0.02)
+        denoiser.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return found

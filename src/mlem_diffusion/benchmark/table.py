@@ -1,29 +1,61 @@
-"""A benchmark's rows as a Markdown table; values that were not measured are blank."""
+"""Rows of a benchmark, and a Markdown table of them; values that were not measured are blank."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .record import COLUMNS, Row
+from torch.utils.benchmark import Measurement
 
+Row = dict[str, Any]
 HEADINGS = {
-    "what": "what",
-    "width": "width",
-    "batch": "batch",
-    "mode": "mode",
-    "ms": "ms",
-    "tflops": "TFLOP/s",
-    "fraction_of_matmul": "of matmul",
-    "images_per_s": "images/s",
+    "what": "what", "width": "width", "batch": "batch", "mode": "mode", "ms": "ms", "spread": "IQR",
+    "tflops": "TFLOP/s", "fraction_of_matmul": "of matmul", "images_per_s": "images/s",
     "ratio_to_diffusers": "diffusers / ours",
-}
+}  # fmt: skip
+
+
+def row(what: str, mode: str, found: Measurement | None = None, repeats: int = 1, **shape: Any) -> Row:
+    """One row; None marks a value that was not measured or has no meaning. mode begins with the precision, if any.
+
+    found: the time of `repeats` repetitions. shape: width, batch, and flops per image, or in total without a batch.
+    spread: interquartile range over median.
+    """
+    width, batch, flops = (shape.get(name) for name in ("width", "batch", "flops"))
+    ms = None if found is None else 1e3 * found.median / repeats
+    out: Row = {"what": what, "width": width, "batch": batch, "mode": mode, "ms": ms}
+    out["spread"] = None if found is None else found.iqr / found.median
+    out["tflops"] = None if ms is None or flops is None else flops * (batch or 1) / ms * 1e-9
+    out["images_per_s"] = None if ms is None or flops is None or batch is None else 1e3 * batch / ms
+    return out
+
+
+def compared(rows: Sequence[Row]) -> list[Row]:
+    """The rows with fraction_of_matmul, in the same precision (autocast multiplies in bf16), and ratio_to_diffusers."""
+    peaks = {precision_of(r): r["tflops"] for r in rows if r["what"] == "matmul" and r["tflops"]}
+    theirs = {(r["what"], r["width"], r["batch"], r["mode"]): r["ms"] for r in rows}
+    out = []
+    for r in rows:
+        peak = peaks.get(precision_of(r))
+        other = theirs.get((f"{r['what']}_diffusers", r["width"], r["batch"], r["mode"]))
+        r = r | {"fraction_of_matmul": None, "ratio_to_diffusers": None}
+        if peak and r["tflops"]:
+            r["fraction_of_matmul"] = r["tflops"] / peak
+        if other and r["ms"]:
+            r["ratio_to_diffusers"] = other / r["ms"]
+        out.append(r)
+    return out
+
+
+def precision_of(r: Row) -> str:
+    first = r["mode"].split(" ")[0]
+    return "bf16" if first == "autocast" else first
 
 
 def cell(column: str, value: Any) -> str:
     if value is None:
         return ""
-    if column == "fraction_of_matmul":
+    if column in ("fraction_of_matmul", "spread"):
         return f"{100 * value:.0f}%" if value >= 0.1 else f"{100 * value:.1f}%"
     if not isinstance(value, float):
         return str(value)
@@ -32,60 +64,24 @@ def cell(column: str, value: Any) -> str:
     return f"{value:.4f}" if abs(value) < 0.01 else f"{value:.3g}"
 
 
-def render(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table, one line each."""
-    lines = [[HEADINGS[c] for c in COLUMNS], ["---"] * len(COLUMNS)]
-    lines += [[cell(c, r[c]) for c in COLUMNS] for r in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def beside(document: Mapping[str, Any]) -> str:
-    """The facts that are not rows, as sentences in a Markdown list."""
-    facts, out = document["facts"], []
-    for e in facts.get("sampler_overhead", []):
-        out.append(
-            f"{e['estimator']}, {e['steps']} steps, batch {e['batch']}: "
-            f"the whole sampler takes {1 + e['overhead']:.3f} times its networks' seconds, "
-            f"{1 + e['overhead_without_noise']:.3f} times without drawing random numbers ({e['calls']} calls)."
-        )
-    for e in facts.get("cheapest_to_top", []):
-        out.append(
-            f"Level w{e['top']} to w{e['cheapest']}, batch {e['batch']}, {e['mode']}: "
-            f"{e['seconds_ratio']:.3g} times the seconds, {e['flops_ratio']:.3g} times the FLOPs."
-        )
-    ratios = [e["ratio"] for e in facts.get("flops_ratio_diffusers", [])]
-    if ratios:
-        out.append(f"FLOPs of diffusers' UNet over ours: {min(ratios):.3f} to {max(ratios):.3f}.")
-    return "\n".join(f"* {line}" for line in out)
-
-
-def head(document: Mapping[str, Any]) -> str:
-    """One line: device, versions, date, size and timing method."""
+def report(document: Mapping[str, Any], rows: Sequence[Row] | None = None) -> str:
+    """A line about the device, and the rows (default: all) as a table without columns that are empty in all rows."""
+    rows = document["rows"] if rows is None else rows
+    columns = [c for c in HEADINGS if any(r.get(c) is not None for r in rows)]
+    lines = [[HEADINGS[c] for c in columns], ["---"] * len(columns)]
+    lines += [[cell(c, r.get(c)) for c in columns] for r in rows]
     cuda = f", CUDA {document['cuda']}" if document["cuda"] else ""
-    return (
+    head = (
         f"{document['device']}, torch {document['torch']}{cuda}, {document['date'][:10]}, size {document['size']} "
         f"({document['resolution']}x{document['resolution']} images); {document['timing']}."
     )
-
-
-def report(document: Mapping[str, Any]) -> str:
-    """The full report that scripts print: head, table, facts, and the notes about empty rows."""
-    notes = [f"* {e['text']}" for e in document["facts"].get("notes", [])]
-    return "\n".join(
-        [head(document), "", render(document["rows"]), "", beside(document), *dict.fromkeys(notes)]
-    ).rstrip()
+    return "\n".join([head, "", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
 def summary(document: Mapping[str, Any]) -> str:
-    """A summary in Markdown: head, facts, and the rows with the largest batch or no batch, without diffusers."""
+    """The report without diffusers' rows, and with the largest batch of each kind only, as docs/speed.md shows it."""
     rows = [r for r in document["rows"] if not r["what"].endswith("_diffusers")]
     largest: dict[str, int] = {}
     for r in rows:
         largest[r["what"]] = max(largest.get(r["what"], 0), r["batch"] or 0)
-    rows = [r for r in rows if r["batch"] is None or r["batch"] == largest[r["what"]]]
-    return f"{head(document)}\n\n{render(rows)}\n\n{beside(document)}".rstrip()
-
-
-def summaries(documents: Sequence[Mapping[str, Any]]) -> str:
-    """The summaries of all devices, as docs/speed.md shows them."""
-    return "\n\n".join(summary(document) for document in documents)
+    return report(document, [r for r in rows if r["batch"] in (None, largest[r["what"]])])

@@ -1,0 +1,79 @@
+"""Numbers that are not finite are reported: training stops, and a diverging sampler is a row without an error."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from outputs import WIDTHS, outputs
+from pipeline import Place
+
+from mlem_diffusion.models.checkpoint import load_state
+
+
+def leaves(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, (torch.Tensor, float)):
+        yield torch.as_tensor(value)
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from leaves(item)
+
+
+@pytest.mark.parametrize("lr", ["1e30", "1e39"])
+def test_training_that_diverges_keeps_a_finite_state_and_can_begin_again(done, here, tmp_path, lr):
+    place = done[0].copy_to(tmp_path, "data")
+    run = here("train_levels", place, WIDTHS, f"train.lr={lr}", "train.save_every=0", "train.log_every=64", "workers=1")
+    assert run.code == 2 and re.search(r"step \d+ .*(noise level|log-SNR)", run.complaint), run.err
+    for path in place.checkpoints.rglob("state.pt"):
+        assert all(torch.isfinite(tensor).all() for tensor in leaves(load_state(path)))
+    again = here("train_levels", place, WIDTHS, "overwrite=true")  # as the sentence says
+    assert again.code == 0, again.err
+    assert outputs(place, "train_levels") == outputs(done[0], "train_levels")
+
+
+OPTIONS = (
+    "process.base_steps=65", "metrics._target_=null", "compare.plans=none", "compare.gamma=2.5",
+    "+family.callable.broken=1", "family.callable.levels=4", "family.callable._target_=broken_family.broken_family",
+    "compare.num_samples=12", "compare.num_reference=8", "compare.batch=6", "compare.bootstrap=20",
+    "compare.baselines=[{dynamics:sde,step_rule:ddpm,levels:all,steps:[9]}]",
+    "compare.stitched=[{dynamics:sde,step_rule:ddpm,pairs:[[1,3],[0,3]],switch:[0.5],steps:[17]}]",
+    "compare.ml_em=[{dynamics:sde,step_rule:ddpm,families:[all,[0,2,3]],coins:[systematic],c:[4],steps:[17]}]",
+    "optimise.calibrate=8", "optimise.calibrate_steps=9", "optimise.num_select=8", "optimise.plans=2",
+    "optimise.rules=[{dynamics:sde,step_rule:ddpm,steps:[9],learn:false}]", "workers=1",
+)  # fmt: skip
+
+
+@pytest.fixture
+def analytic(tmp_path: Path) -> Place:
+    """The closed-form family with one level that fails above a noise level."""
+    return Place(tmp_path, "analytic", OPTIONS)
+
+
+def test_samplers_that_diverge_are_rows_without_an_error(analytic, here):
+    tables = []
+    for above in (100, 0):  # no sampler reaches a log-SNR of 100
+        run = here("sample_compare", analytic, f"+family.callable.above={above}")
+        assert run.code == 0, run.err
+        tables.append(pd.read_csv(analytic.results / "compare.csv", keep_default_na=False))
+    assert "diverged" in run.out and (analytic.results / "compare.png").is_file()
+    healthy, found = tables
+    shared = ["dynamics", "step_rule", "estimator", "levels", "c", "steps"]
+    assert found[shared].equals(healthy[shared])
+    uses = found.levels.str.split("+").map(lambda levels: "f2" in levels)
+    assert uses.any() and not uses.all()
+    assert (found.error[uses & (found.estimator == "single")] == "").all()
+    assert (found.error[~uses].astype(float) == healthy.error[~uses].astype(float)).all()
+
+
+@pytest.mark.parametrize(
+    ("stage", "broken", "sentence"),
+    [("sample_compare", 3, "f4"), ("optimise", 1, "f2 returns values that are not finite at log-SNR")],
+)
+def test_a_reference_or_a_plan_that_needs_the_failing_level_is_refused(analytic, here, stage, broken, sentence):
+    run = here(stage, analytic, "+family.callable.above=0", f"family.callable.broken={broken}")
+    assert run.code == 2 and sentence in run.complaint, run.err
