@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from .style import BLUE, ORANGE, new_figure, plain_ticks, rule_title, styled
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _UNITS = {"flops": (BLUE, "o", "FLOPs"), "seconds": (ORANGE, "s", "seconds")}
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from ..errors import UserError
 from .style import BLUE, GFLOP, LOGSNR, MARKERS, ORANGE, error_bars, more_room, new_figure, plain_ticks, shades, styled
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @styled

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
+from ..multilevel.gains import Effects
 from .style import new_figure, rule_title, shades, styled
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from ..multilevel.gains import Effects
 
 
 @styled

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
-from .style import (
-    BLUE, COLOURS, GFLOP, GREEN, LOGSNR, MARKERS, ORANGE, error_bars, more_room, new_figure, plain_ticks, shades, styled,
-)  # fmt: skip
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from . import style
 
 PAPER_GAMMA = 2.5
 _ESTIMATES = {
-    "loss_fit": (BLUE, "o", "loss $-$ fitted floor"),
-    "differences": (ORANGE, "s", "$E|f^k-f^{k-1}|^2$"),
-    "to_largest": (GREEN, "D", "$E|f^k-f^K|^2$"),
+    "loss_fit": (style.BLUE, "o", "loss $-$ fitted floor"),
+    "differences": (style.ORANGE, "s", "$E|f^k-f^{k-1}|^2$"),
+    "to_largest": (style.GREEN, "D", "$E|f^k-f^K|^2$"),
 }
 _FALLS = {"to_largest": "$E|f^k-f^K|^2$", "to_previous": "$E|f^k-f^{k-1}|^2$"}
 _NOTE = (
@@ -26,7 +22,7 @@ _NOTE = (
 )
 
 
-@styled
+@style.styled
 def plot_gamma(result: dict[str, Any], title: str = "") -> Figure:
     """Draw the content of gamma.json.
 
@@ -37,14 +33,14 @@ def plot_gamma(result: dict[str, Any], title: str = "") -> Figure:
     lengths = result.get("training_lengths") or [{**result, "fraction": 1.0}]
     falls = result.get("differences_fall")
     rows = 3 if falls else 2
-    figure = new_figure(13, 4.75 * rows, title)
+    figure = style.new_figure(13, 4.75 * rows, title)
     axes = figure.subplots(rows, 2)
     _draw_fits(axes[0, 0], result)
     noise_levels = result["per_noise_level"]
     x = np.array([row["logsnr"] for row in noise_levels])
     step = float(np.min(np.abs(np.diff(np.sort(x))))) if len(x) > 1 else 1.0
     _draw_gammas(axes[0, 1], x, 0.22 * step, [row["estimates"] for row in noise_levels])
-    axes[0, 1].set(xlabel=LOGSNR, title="γ per noise level (95% profile intervals)")
+    axes[0, 1].set(xlabel=style.LOGSNR, title="γ per noise level (95% profile intervals)")
     x = np.arange(len(lengths), dtype=float)
     _draw_gammas(axes[1, 0], x, 0.14, [entry["estimates"] for entry in lengths])
     axes[1, 0].set_xticks(x, [_length_label(entry).replace(", ", "\n") for entry in lengths])
@@ -60,19 +56,18 @@ def plot_gamma(result: dict[str, Any], title: str = "") -> Figure:
 
 def _draw_fits(ax: Any, result: dict[str, Any]) -> None:
     """Measured errors with bars, and the fitted laws."""
-    lowest = []
+    lowest = np.inf
     for name, (colour, marker, label) in _ESTIMATES.items():
         fit, points = result["estimates"][name], result["points"][name]
-        floor = 0.0
-        if name == "loss_fit":
-            floor, label = (0.0, "loss") if fit["gamma"] is None else (fit["floor"], label)
+        floor = fit["floor"] or 0.0 if _is_fitted(fit) else 0.0
+        label = label if _is_fitted(fit) else label.removesuffix(" $-$ fitted floor")
         x = np.array([point["gflop"] for point in points])
         y = np.array([point["value"] for point in points]) - floor
         show = y > 0
-        lowest.extend(y[show])
-        style = dict(fmt=marker, color=colour, lw=1, label=f"{label}:  {_text(fit)}")
-        ax.errorbar(x[show], y[show], yerr=error_bars(y, _contrasts(points))[:, show], **style)
-        if fit["gamma"] is None or fit["amplitude"] is None:
+        lowest = min(lowest, *y[show])
+        looks = dict(fmt=marker, color=colour, lw=1, label=f"{label}:  {_text(fit)}")
+        ax.errorbar(x[show], y[show], yerr=style.error_bars(y, _contrasts(points))[:, show], **looks)
+        if not _is_fitted(fit):
             continue
         if name == "differences":  # the law is for pairs of levels, so it is defined at the points only
             before = np.array([point["gflop_previous"] for point in points])
@@ -81,13 +76,16 @@ def _draw_fits(ax: Any, result: dict[str, Any]) -> None:
             dense = np.geomspace(x[0], x[-1], 200)
             limit = _law(fit, result["levels"][-1]["gflop"]) if name == "to_largest" else 0.0
             ax.plot(dense, _law(fit, dense) - limit, color=colour)
-    ax.set(xscale="log", yscale="log", xlabel=GFLOP, ylabel="mean squared error per pixel")
+    ax.set(xscale="log", yscale="log", xlabel=style.GFLOP, ylabel="mean squared error per pixel")
     ax.set_title("Error against FLOPs, pooled over noise levels (bars: ±2 s.e.)")
-    if lowest:
-        ax.set_ylim(bottom=max(ax.get_ylim()[0], min(lowest) / 4))
-    more_room(ax, below=0.4)
-    plain_ticks(ax.xaxis)
+    ax.set_ylim(bottom=max(ax.get_ylim()[0], min(lowest, 1.0) / 4))
+    style.more_room(ax, below=0.4)
+    style.plain_ticks(ax.xaxis)
     ax.legend(loc="lower left", title="law fitted to the points, 95% interval")
+
+
+def _is_fitted(fit: dict[str, Any]) -> bool:
+    return fit["gamma"] is not None and fit["amplitude"] is not None
 
 
 def _law(fit: dict[str, Any], gflops: Any) -> Any:
@@ -123,8 +121,8 @@ def _draw_gammas(ax: Any, x: np.ndarray, shift: float, rows: list[dict[str, Any]
             ax.plot(place, end, marker=(3, 0, 0) if beyond else "_", color=colour)
             if start == low:
                 ax.plot(place, start, marker="_", color=colour)
-    for value, style, text, va in ((2.0, "-", "HTMC\nabove 2", "top"), (PAPER_GAMMA, ":", "paper 2.5", "bottom")):
-        ax.axhline(value, color="0.25", lw=1, ls=style, zorder=0)
+    for value, line, text, va in ((2.0, "-", "HTMC\nabove 2", "top"), (PAPER_GAMMA, ":", "paper 2.5", "bottom")):
+        ax.axhline(value, color="0.25", lw=1, ls=line, zorder=0)
         where = dict(xycoords=("axes fraction", "data"), xytext=(4, 1), textcoords="offset points")
         ax.annotate(text, (1.0, value), **where, va=va, fontsize=8.5, color="0.25")
     ax.set(ylim=(0, top), ylabel="exponent γ  (cost ∝ error$^{-γ}$)")
@@ -132,19 +130,19 @@ def _draw_gammas(ax: Any, x: np.ndarray, shift: float, rows: list[dict[str, Any]
 
 def _draw_losses(ax: Any, lengths: list[dict[str, Any]]) -> None:
     for i, entry in enumerate(lengths):
-        colour = COLOURS[::-1][i % len(COLOURS)] if len(lengths) > 1 else BLUE
+        colour = style.COLOURS[::-1][i % len(style.COLOURS)] if len(lengths) > 1 else style.BLUE
         levels, fit = entry["levels"], entry["estimates"]["loss_fit"]
         x, losses = np.array([(level["gflop"], level["loss"]) for level in levels]).T
-        style = dict(fmt=MARKERS[i % len(MARKERS)], color=colour, lw=1, label=_length_label(entry))
-        ax.errorbar(x, losses, yerr=2 * _contrasts(entry["points"]["loss_fit"]), **style)
-        if fit["gamma"] is not None and fit["amplitude"] is not None:
+        looks = dict(fmt=style.MARKERS[i % len(style.MARKERS)], color=colour, lw=1, label=_length_label(entry))
+        ax.errorbar(x, losses, yerr=2 * _contrasts(entry["points"]["loss_fit"]), **looks)
+        if _is_fitted(fit):
             dense = np.geomspace(x[0], x[-1], 200)
             ax.plot(dense, fit["floor"] + _law(fit, dense), color=colour)
-    ax.set(xscale="log", yscale="log", xlabel=GFLOP, ylabel="held-out mean squared error per pixel")
+    ax.set(xscale="log", yscale="log", xlabel=style.GFLOP, ylabel="held-out mean squared error per pixel")
     ax.set_title("Denoising loss against FLOPs (bars: ±2 s.e. between levels)")
-    more_room(ax, above=0.08 * (1 + len(lengths)))
-    plain_ticks(ax.xaxis)
-    plain_ticks(ax.yaxis)
+    style.more_room(ax, above=0.08 * (1 + len(lengths)))
+    style.plain_ticks(ax.xaxis)
+    style.plain_ticks(ax.yaxis)
     ax.legend(loc="upper right", title="training length")
 
 
@@ -152,24 +150,18 @@ def _draw_ratios(ax: Any, falls: dict[str, Any], kind: str) -> None:
     """Draw ratios of neighbouring squared differences by noise level; crosses mark rises beyond two standard errors."""
     x, rows = falls["noise_levels"], falls[kind]
     bad = {(*v["levels"], v["logsnr"]): v["ratio"] for v in falls["violations"] if v["kind"] == kind}
-    colours = shades(len(rows["pairs"]))
+    colours = style.shades(len(rows["pairs"]))
     for pair, ratio, colour in zip(rows["pairs"], rows["ratio"], colours, strict=True):
         ax.plot(x, ratio, "o-", color=colour, ms=4, label=f"{pair[1]} / {pair[0]}")
-    ax.plot([key[-1] for key in bad], list(bad.values()), "x", color=ORANGE, ms=10, mew=2)
+    ax.plot([key[-1] for key in bad], list(bad.values()), "x", color=style.ORANGE, ms=10, mew=2)
     ax.axhline(1.0, color="0.25", lw=1, zorder=0)
-    ax.set(yscale="log", xlabel=LOGSNR, ylabel="later level / earlier level")
+    ax.set(yscale="log", xlabel=style.LOGSNR, ylabel="later level / earlier level")
     ax.set_title(f"Does {_FALLS[kind]} fall with the level? (crosses: it rises, beyond 2 s.e.)")
-    plain_ticks(ax.yaxis)
+    style.plain_ticks(ax.yaxis)
     ax.legend(ncols=2)
 
 
 def _length_label(entry: dict[str, Any]) -> str:
     images = entry.get("images") or [level["images"] for level in entry["levels"]]
-    span = " to ".join(dict.fromkeys(_count(int(n)) for n in (min(images), max(images))))
+    span = " to ".join(dict.fromkeys(style.thousands(n) for n in (min(images), max(images))))
     return f"{100 * entry['fraction']:.0f}%, {span} images"
-
-
-def _count(n: int) -> str:
-    if n >= 1_000_000:
-        return f"{n / 1e6:.3g}M"
-    return f"{n / 1e3:.3g}k" if n >= 1_000 else str(n)

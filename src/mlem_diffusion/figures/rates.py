@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
+from pandas import DataFrame
 
 from .style import BLUE, COLOURS, GREEN, MARKERS, ORANGE, more_room, new_figure, styled
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from pandas import DataFrame
 
 _METHODS = {  # colour, marker, line, label
     "em": (BLUE, "o", "-", "EM"),

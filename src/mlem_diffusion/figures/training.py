@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
-from .style import LOGSNR, new_figure, note, plain_ticks, shades, styled
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from .style import LOGSNR, new_figure, note, plain_ticks, shades, styled, thousands
 
 
 @styled
@@ -28,7 +26,7 @@ def plot_training(levels: Sequence[dict[str, Any]], title: str = "") -> Figure:
         _draw(left, seen, color=colour, marker="." if len(seen) < 30 else None, label=str(level["name"]))
         _draw(right, sorted(zip(held_out["logsnr"], held_out["loss"], strict=True)), color=colour, marker="o", ms=3.5)
     left.set(title="training", xlabel="images seen", ylabel="training loss")
-    left.xaxis.set_major_formatter(_thousands)
+    left.xaxis.set_major_formatter(thousands)
     right.set(title="held-out images", xlabel=LOGSNR, ylabel="denoising error")
     figure.legend(title="level", loc="outside right upper")
     for ax in (left, right):
@@ -43,9 +41,3 @@ def plot_training(levels: Sequence[dict[str, Any]], title: str = "") -> Figure:
 def _draw(ax: Any, points: list[tuple[float, float]], **style: Any) -> None:
     points = [(x, y) for x, y in points if y is not None and np.isfinite(y) and y > 0]
     ax.plot(*np.array(points, dtype=float).reshape(-1, 2).T, lw=1.6, **style)
-
-
-def _thousands(value: float, _position: int | None = None) -> str:
-    if abs(value) >= 1e6:
-        return f"{value / 1e6:g}M"
-    return f"{value / 1e3:g}k" if abs(value) >= 1e3 else f"{value:g}"
