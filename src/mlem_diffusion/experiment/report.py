@@ -12,18 +12,14 @@ import pandas as pd
 from PIL import Image
 
 from ..comparison.table import describe, for_figures, read
-from ..diffusion.step_rules import DYNAMICS_NAMES
+from ..diffusion.step_rules import DYNAMICS_NAMES, STEP_RULES
 from ..errors import UserError
 from ..files import Damaged, expect_content, read_json
 from ..statistics import frontier
 
 _AGAIN = "remove it and run its stage again"
 _STAGES = {"gamma.json": "measure-gamma", "plans.json": "optimise", "compare.csv": "sample-compare"}
-_ESTIMATES = {
-    "loss_fit": "fit of the denoising loss",
-    "differences": "differences of neighbouring levels",
-    "to_largest": "differences to the largest level",
-}
+_ESTIMATES = {"loss_fit": "loss", "differences": "neighbouring levels", "to_largest": "the largest level"}
 _METHODS = {"paper": "paper's ML-EM", "any": "any multilevel"}
 _UNITS = {"flops": "FLOPs", "seconds": "seconds"}
 
@@ -53,13 +49,11 @@ def render(folder: Path, title: str) -> str:
         with expect_content(paths[name], _AGAIN):
             sections.append(_SECTIONS[name](content))
     sections.append(Section("Samples and training", pictures=("grids/*.png", "training.png", "training/*.png")))
-    pictures = {
-        s.title: [_picture(path) for pattern in s.pictures for path in _find(folder, pattern)] for s in sections
-    }
+    pictures = {section.title: _pictures(folder, section.pictures) for section in sections}
     if len(sections) == 1 and not any(pictures.values()):
         raise UserError(f"{folder} holds no results yet: run make train-levels EXPERIMENT={folder.name} first.")
-    missing = {name: stage for name, stage in _STAGES.items() if name not in contents}
-    warnings = [f"{name} is missing: run make {stage} EXPERIMENT={folder.name}." for name, stage in missing.items()]
+    missing = [name for name in _STAGES if name not in contents]
+    warnings = [f"{name} is missing: run make {_STAGES[name]} EXPERIMENT={folder.name}." for name in missing]
     with expect_content(folder / "provenance.json", _AGAIN):
         compared = contents.get("provenance.json", {}).get("stages", {}).get("sample_compare", {}).get("made_with")
         if compared and contents.get("gamma.json", {}).get("made_with", compared) != compared:
@@ -71,18 +65,16 @@ def render(folder: Path, title: str) -> str:
     return jinja2.Environment(autoescape=True, trim_blocks=True).from_string(template).render(facts)
 
 
-def _find(folder: Path, pattern: str) -> list[Path]:
-    return sorted(folder.glob(pattern), key=lambda path: (len(path.stem), path.stem))  # w8 before w16
-
-
-def _picture(path: Path) -> tuple[str, str]:
-    """The name of a PNG and its content as a data URI."""
-    try:
-        with Image.open(path, formats=("PNG",)) as image:
-            image.verify()
-    except Exception as error:  # damaged files raise almost any exception
-        raise Damaged(path, f"{path} is not a readable PNG: {_AGAIN}.") from error
-    return path.stem, "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+def _pictures(folder: Path, patterns: tuple[str, ...]) -> list[tuple[str, str]]:
+    """The names of the PNGs of these patterns, and their contents as data URIs."""
+    found = []
+    for path in (path for pattern in patterns for path in sorted(folder.glob(pattern))):
+        try:
+            Image.open(path, formats=("PNG",)).verify()
+        except Exception as error:  # damaged files raise almost any exception
+            raise Damaged(path, f"{path} is not a readable PNG: {_AGAIN}.") from error
+        found.append((path.stem, "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")))
+    return found
 
 
 def number(value: Any) -> str:
@@ -91,9 +83,9 @@ def number(value: Any) -> str:
         return ", ".join(map(number, value))
     if value is None or value != value:
         return "–"
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:,.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:.3g}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:#.3g}".rstrip(".")
+    return str(value)
 
 
 def _interval(interval: Any) -> str:
@@ -104,10 +96,6 @@ def _interval(interval: Any) -> str:
 def _table(rows: Any, columns: list[str] | None = None) -> str:
     with pd.option_context("display.max_colwidth", None):
         return pd.DataFrame(rows, columns=columns).map(number).to_html(index=False, border=0)
-
-
-def _dicts(content: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    return [(key, value) for key, value in content.items() if isinstance(value, dict)]
 
 
 # ---- a section per file ----
@@ -126,13 +114,9 @@ def _speedups(content: dict[str, Any]) -> Section:
             row[words] = describe({**entry[setting], "dynamics": dynamics}) if entry[setting] else None
         rows.append(row)
         if measure == "error":
-            what = f"{DYNAMICS_NAMES[dynamics]}, {_METHODS[method]}, {_UNITS[unit]} at equal error"
+            what = f"{dynamics.upper()}, {_METHODS[method]}, {_UNITS[unit]} at equal error"
             summary.append(f"{what}: {_verdict(entry['max'], entry['lower95'])}.")
-    text = (
-        "A speed-up is the cost of the cheapest baseline over that of the cheapest ML-EM setting with the same dynamics "
-        "and the same error, the largest along the baselines' frontier. The paper's ML-EM uses independent coins; any "
-        "multilevel also nested or systematic coins, and quadrature."
-    )
+    text = "The cost of the cheapest baseline over that of the cheapest ML-EM setting, the largest along the frontier."
     return Section("Speed-ups", text, tables={"": _table(rows)}, summary=summary)
 
 
@@ -150,31 +134,24 @@ def _verdicts(content: dict[str, Any]) -> Section:
         return max((p["lower95"] for p in found["curve"] if p["lower95"] is not None), default=None)
 
     rows = []
-    for rule, entry in _dicts(content):
+    for rule, entry in ((rule, content[rule]) for rule in STEP_RULES if rule in content):
         for name, found in entry["against_em"].items():
             row = {"rule": rule, "estimator": name, "over EM": bound(found)}
             row["over all baselines"] = bound(entry["against_all_baselines"].get(name, {"curve": []}))
             twice = [_interval(window["rms_error"]) for window in found["windows"] if window["least"] == 2]
             rows.append(row | {"2x over EM at rms errors": twice})
-    text = (
-        "Speed-ups in expected cost at equal error: the largest 95% lower bound along the baselines' frontier, over EM, "
-        "DDPM and DDIM alone (EM) and over all baselines. The settings were selected on other seeds."
-    )
+    text = "Largest 95% lower bounds of speed-ups at equal error, for settings that were selected on other seeds."
     return Section("Estimators", text, tables={"": _table(rows)})
 
 
 def _gamma(content: dict[str, Any]) -> Section:
-    def row(entry: dict[str, Any]) -> dict[str, str]:
-        found = {words: entry["estimates"][name] for name, words in _ESTIMATES.items()}
-        return {words: f"{number(e['gamma'])} ({_interval(e['interval'])})" for words, e in found.items()}
-
-    lengths = [{"fraction": e["fraction"], **row(e)} for e in content.get("training_lengths") or []]
-    tables = {"By training length": _table(lengths)} if lengths else {}
-    tables["Levels"] = _table(content["levels"], ["name", "gflop", "images", "loss"])
-    summary = [f"harder than Monte Carlo (γ above 2): {content['htmc']}. {content['htmc_reason']}"]
-    summary += [f"γ by the {words}: {text}." for words, text in row(content).items()]
-    text = "Cost grows as error to the power −γ. 95% intervals are in brackets; a dash is no finite value."
-    return Section("Scaling exponent γ", text, ("gamma.png",), tables, {}, content.get("warnings") or [], summary)
+    summary = [f"Harder than Monte Carlo (γ above 2): {content['htmc']}. {content['htmc_reason']}"]
+    for name, words in _ESTIMATES.items():
+        gamma, interval = (content["estimates"][name][key] for key in ("gamma", "interval"))
+        summary.append(f"γ by {words}: {number(gamma)} ({_interval(interval)}).")
+    levels = {"Levels": _table(content["levels"], ["name", "gflop", "images", "loss"])}
+    text = "Cost grows as error to the power −γ. Brackets: 95% intervals; a dash: no finite value."
+    return Section("Scaling exponent γ", text, ("gamma.png",), levels, {}, content.get("warnings") or [], summary)
 
 
 def _ablation(content: dict[str, Any]) -> Section:
@@ -186,16 +163,13 @@ def _ablation(content: dict[str, Any]) -> Section:
                 row[f"{words}, {rule}"] = f"{ratio['mean']:.3f} ({ratio['largest']:.2f})"
             row[f"kept in {words}"] = "yes" if level[f"kept_{unit}"] else "no"
         rows.append(row)
-    kept = [f"levels that pay off in {words}: {' + '.join(content['kept'][unit])}." for unit, words in _UNITS.items()]
-    text = (
-        "Cost without the level over cost with it at equal predicted error: geometric mean (largest). Seconds: one "
-        f"evaluation in batches of {content['batch']} on {content['device']}."
-    )
+    kept = [f"Levels that pay off in {words}: {' + '.join(content['kept'][unit])}." for unit, words in _UNITS.items()]
+    text = "Cost without the level over cost with it, at equal predicted error: geometric mean (largest)."
     return Section("Levels and ablation", text, ("ablation.png",), {"": _table(rows)}, summary=kept)
 
 
 def _diagnostics(content: dict[str, Any]) -> Section:
-    entries = [entry for _, entry in _dicts(content)]
+    entries = [content[name] for name in DYNAMICS_NAMES if name in content]
     notes = [f"{e['dynamics'].upper()}, {f['severity']}: {f['text']}" for e in entries for f in e["findings"]]
     return Section("Diagnostics and gains", pictures=("diagnostics-*.png", "gains.png"), notes=notes)
 
@@ -203,9 +177,7 @@ def _diagnostics(content: dict[str, Any]) -> Section:
 def _plans(content: dict[str, Any]) -> Section:
     columns = ["dynamics", "step_rule", "method", "probabilities", "levels", "steps", "cost", "predicted"]
     plans = _table(content["plans"], [*columns, "selected_error", "largest_effect"])
-    text = (
-        f"{content['tried']} plans were tried on seeds of their own, {len(content['plans'])} selected. Cost in FLOPs."
-    )
+    text = f"{content['tried']} plans were tried on their own seeds, {len(content['plans'])} selected. Cost in FLOPs."
     return Section("Plans", text, folded={"All plans": plans})
 
 
@@ -217,16 +189,13 @@ def _comparison(frame: pd.DataFrame) -> Section:
         for cost, unit in (("gflops_realised", "FLOPs"), ("seconds", "seconds")):
             best = [{"setting": describe(row), **row} for row in frontier(own, cost, "error")]
             tables[f"Frontier of error against {unit}, {words}"] = _table(best, columns)
-    text = (
-        "Errors are mean squared errors to the reference, images in [−1, 1]; costs are per image. On a frontier no other "
-        f"setting has a smaller error at no higher cost. In {(~pooled.trusted).sum()} settings the top level fired too "
-        "rarely for a trustworthy error; they are on no frontier."
-    )
+    text = "Errors are mean squared errors to the reference, images in [−1, 1]; costs are per image. "
+    text += f"In {(~pooled.trusted).sum()} settings the top level fired too rarely: they are on no frontier."
     return Section("Comparison", text, ("compare.png",), folded={**tables, "All settings": _table(frame)})
 
 
 def _provenance(content: dict[str, Any]) -> Section:
-    stages = [{"stage": name, **entry} for name, entry in content.get("stages", {}).items()]
+    stages = [{"stage": name, **entry} for name, entry in content["stages"].items()]
     facts = pd.json_normalize({key: value for key, value in content.items() if key != "stages"}).iloc[0].items()
     tables = {"Stages": _table(stages, ["stage", "seconds", "finished", "commit", "device"])}
     return Section("Provenance", tables=tables, folded={"Data and machine": _table(facts, ["fact", "value"])})
