@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 
 from ..diffusion.step_rules import DYNAMICS_NAMES, STEP_RULE_NAMES
@@ -79,9 +79,7 @@ def plain_ticks(axis: Any) -> None:
     if high < 12 * low:
         places = (1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
     axis.set_major_locator(LogLocator(subs=places))
-    axis.set_major_formatter(
-        FuncFormatter(lambda v, _: f"{v:g}" if 1e-4 < v < 1e5 else f"{v:.0e}".replace("e-0", "e-"))
-    )
+    axis.set_major_formatter(lambda value, _: f"{value:g}" if 1e-4 < value < 1e5 else f"1e{np.log10(value):.0f}")
     axis.set_minor_formatter(NullFormatter())
 
 
