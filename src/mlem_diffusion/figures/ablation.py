@@ -23,7 +23,10 @@ def plot_ablation(content: dict[str, Any], title: str = "") -> Figure:
     rules = list(dict.fromkeys(rule for level in levels for rule in level["cost_ratio_flops"] or {}))
     figure = new_figure(4.2 + (1.6 + 0.42 * len(levels)) * len(rules), 4.2, title)
     left, *right = figure.subplots(1, 1 + len(rules), width_ratios=[1.0, *[0.9] * len(rules)], squeeze=False)[0]
-    _draw_shares(left, levels)
+    for unit, (colour, marker, word) in _UNITS.items():
+        left.plot([level[f"{unit}_share"] for level in levels], color=colour, marker=marker, label=word)
+    left.set(yscale="log", title="Cost", ylabel=f"one evaluation, as a share of {levels[-1]['name']}'s")
+    left.legend(loc="lower right")
     highest = 1.25
     for ax, rule in zip(right, rules, strict=True):
         _draw_cost_ratios(ax, levels, rule)
@@ -39,13 +42,6 @@ def plot_ablation(content: dict[str, Any], title: str = "") -> Figure:
     if right:
         right[0].set_ylabel("cost without the level / cost with it")
     return figure
-
-
-def _draw_shares(ax: Any, levels: list[dict[str, Any]]) -> None:
-    for unit, (colour, marker, word) in _UNITS.items():
-        ax.plot([level[f"{unit}_share"] for level in levels], color=colour, marker=marker, label=word)
-    ax.set(yscale="log", title="Cost", ylabel=f"one evaluation, as a share of {levels[-1]['name']}'s")
-    ax.legend(loc="lower right")
 
 
 def _draw_cost_ratios(ax: Any, levels: list[dict[str, Any]], rule: str) -> None:

@@ -15,19 +15,25 @@ from ..statistics import frontier
 from . import style
 
 _COSTS = {"gflops_realised": "compute (GFLOP per image, realised)", "seconds": "time (seconds per image)"}
+_DASHED = dict(ls=(0, (5, 1.5)), marker="s")
 _RULES = {
-    "em": ("-", "o"),
-    "ddpm": ((0, (5, 1.5)), "s"),
-    "ddim": ((0, (5, 1.5)), "s"),
-    "dpmpp_2m": ((0, (1, 1.2)), "^"),
+    "em": dict(ls="-", marker="o"),
+    "ddpm": _DASHED,
+    "ddim": _DASHED,
+    "dpmpp_2m": dict(ls=(0, (1, 1.2)), marker="^"),
 }
-_OTHER_RULE = ("-.", "v")
-_METHODS = {"stitched": ("#1a9a8a", "D", 4.5), "paper": ("#ef8a00", "o", 5.1), "other": ("#b4005a", "*", 7.7)}
+_OTHER_RULE = dict(ls="-.", marker="v")
+_METHODS = {
+    "stitched": dict(color="#1a9a8a", marker="D", ms=4.5, ls="none"),
+    "paper": dict(color="#ef8a00", marker="o", ms=5.1, ls="none"),
+    "other": dict(color="#b4005a", marker="*", ms=7.7, ls="none"),
+}
 _FRONTIERS = {  # methods, colour, zorder; drawn if the last method has a row
     "baselines": (("stitched", "single"), "#23395b", 2.0),
     "paper's ML-EM": (("paper",), "#ef8a00", 4.0),
     "any multilevel": (("paper", "other"), "#b4005a", 3.5),
 }
+_FLOOR = "#555555"
 _THICK: dict[str, Any] = dict(lw=3.2, alpha=0.55)
 
 
@@ -58,8 +64,8 @@ def plot_compare(frame: DataFrame, title: str = "") -> Figure:
             own = frame[frame.dynamics == name]
             _draw_panel(ax, own, cost, measure, blues, log=measure == "error" or wide)
             ax.set_xlabel(_COSTS[cost])
-            if measure == "distance":
-                _draw_floor(ax, own.distance_floor.max(), f"real against real, n = {n}")
+            if measure == "distance" and ax.has_data():
+                ax.axhline(own.distance_floor.max(), color=_FLOOR, ls="--", zorder=1)
         line[0].set_ylabel(labels[measure])
         filled = [ax for ax in line if ax.has_data()]
         for ax in filled:  # one range, so that columns are comparable
@@ -77,14 +83,12 @@ def _draw_panel(ax: Any, frame: DataFrame, cost: str, measure: str, blues: dict[
         return
     singles = frame[frame.method == "single"].sort_values(cost)
     for (level, rule), group in singles.groupby(["levels", "step_rule"]):
-        line, marker = _RULES.get(rule, _OTHER_RULE)
-        looks = dict(color=blues[level], ls=line, marker=marker, lw=1.1, ms=3.6)
+        looks = dict(color=blues[level], lw=1.1, ms=3.6) | _RULES.get(rule, _OTHER_RULE)
         _draw_points(ax, group, cost, measure, zorder=3, **looks)
-    for name, (colour, marker, size) in _METHODS.items():
+    for name, looks in _METHODS.items():
         for trusted, group in frame[frame.method == name].groupby("trusted"):
-            looks = dict(color=colour, marker=marker, ls="none", ms=size, alpha=0.85)
-            looks |= dict(mew=0.5, mec="white") if trusted else dict(mfc="none", mew=0.9, mec=colour)
-            _draw_points(ax, group, cost, measure, zorder=5, **looks)
+            faces = dict(mew=0.5, mec="white") if trusted else dict(mfc="none", mew=0.9, mec=looks["color"])
+            _draw_points(ax, group, cost, measure, zorder=5, alpha=0.85, **looks, **faces)
     for methods, colour, zorder in _FRONTIERS.values():
         rows = frame[frame.method.isin(methods) & frame.trusted].to_dict("records")
         best = [(row[cost], row[measure]) for row in frontier(rows, cost, measure)]
@@ -106,16 +110,6 @@ def _draw_points(ax: Any, frame: DataFrame, cost: str, measure: str, **looks: An
     ax.errorbar(frame[cost], frame[measure], yerr=bars, elinewidth=0.8, capsize=1.5, capthick=0.7, **looks)
 
 
-def _draw_floor(ax: Any, value: float, label: str) -> None:
-    if not (value > 0 and ax.has_data()):
-        return
-    ax.axhline(value, color="#555555", ls="--", zorder=1)
-    if ax.get_yscale() == "log":
-        ax.set_ylim(bottom=min(ax.get_ylim()[0], value / 1.25))
-    where = dict(xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points")
-    ax.annotate(f"{label}: {value:.3g}", (0.01, value), **where, fontsize=8, color="#444444")
-
-
 def _level_shades(frame: DataFrame) -> dict[str, Any]:
     """A blue per single level, light for cheap and dark for expensive, by GFLOPs per network call."""
     singles = frame[frame.method == "single"]
@@ -124,36 +118,29 @@ def _level_shades(frame: DataFrame) -> dict[str, Any]:
 
 
 def _legend(frame: DataFrame, blues: dict[str, Any]) -> list[Line2D]:
+    """A heading and its entries for levels, step rules, methods and frontiers."""
+    methods, rules = set(frame.method), set(frame.step_rule[frame.method == "single"])
     others = frame[frame.method == "other"]
-    kinds = others.coins.fillna("").where(others.estimator == "ml_em", others.estimator).str.split("-").str[0]
-    labels = {
-        "stitched": "stitched",
-        "paper": "ML-EM, independent coins",
-        "other": "multilevel:\n" + ", ".join(sorted(set(kinds))),
-    }
-    sections = {"one level": [_handle(name, color=colour, lw=3) for name, colour in blues.items()], "step rule": []}
-    for rule in (name for name in STEP_RULE_NAMES if name in set(frame.step_rule[frame.method == "single"])):
-        line, marker = _RULES.get(rule, _OTHER_RULE)
-        sections["step rule"].append(_handle(STEP_RULE_NAMES[rule], color="#55606e", ls=line, marker=marker, ms=4))
-    sections["several levels"] = [
-        _handle(labels[name], color=colour, marker=marker, ms=size, mec="white", mew=0.5, ls="none")
-        for name, (colour, marker, size) in _METHODS.items()
-        if name in set(frame.method)
-    ]
+    kinds = others.coins.where(others.estimator == "ml_em", others.estimator).str.split("-").str[0]
+    other = "multilevel:\n" + ", ".join(sorted(set(kinds)))
+    labels = {"stitched": "stitched", "paper": "ML-EM, independent coins", "other": other}
+    several = {labels[name]: dict(mec="white", **looks) for name, looks in _METHODS.items() if name in methods}
     if not frame.trusted.all():
-        looks: dict[str, Any] = dict(ls="none", marker="o", mfc="none", mec="#777777", ms=5)
-        sections["several levels"].append(_handle("hollow: top level\nfired too rarely", **looks))
-    sections["frontier"] = [
-        _handle(name, color=colour, **_THICK)
-        for name, (methods, colour, _) in _FRONTIERS.items()
-        if methods[-1] in set(frame.method)
-    ]
-    headings = {name: _handle(r"$\bf{" + name.replace(" ", r"\ ") + "}$", ls="none") for name in sections}
-    return [handle for name, entries in sections.items() if entries for handle in (headings[name], *entries)]
-
-
-def _handle(label: str, **looks: Any) -> Line2D:
-    return Line2D([], [], label=label, **looks)
+        several["hollow: top level\nfired too rarely"] = dict(ls="none", marker="o", mfc="none", color="#777777", ms=5)
+    frontiers = {k: dict(color=colour, **_THICK) for k, (of, colour, _) in _FRONTIERS.items() if of[-1] in methods}
+    if frame.distance.notna().any():
+        frontiers[f"real images against\nreal images: {frame.distance_floor.max():.3g}"] = dict(color=_FLOOR, ls="--")
+    sections = {
+        "one level": {name: dict(color=colour, lw=3) for name, colour in blues.items()},
+        "step rule": {STEP_RULE_NAMES[k]: _RULES.get(k, _OTHER_RULE) for k in STEP_RULE_NAMES if k in rules},
+        "several levels": several,
+        "frontier": frontiers,
+    }
+    handles = []
+    for name, entries in sections.items():
+        handles.append(Line2D([], [], ls="none", label=r"$\bf{" + name.replace(" ", r"\ ") + "}$"))
+        handles += [Line2D([], [], label=label, **{"color": "#55606e", **looks}) for label, looks in entries.items()]
+    return handles
 
 
 def _one_value(frame: DataFrame, column: str) -> Any:

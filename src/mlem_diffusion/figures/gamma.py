@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,7 @@ _ESTIMATES = {
     "to_largest": (style.GREEN, "D", "$E|f^k-f^K|^2$"),
 }
 _FALLS = {"to_largest": "$E|f^k-f^K|^2$", "to_previous": "$E|f^k-f^{k-1}|^2$"}
-_NOTE = (
-    "γ panels: an arrow is an interval that goes on beyond the axis; no marker means no finite γ, or one beyond the "
-    "axis.   Errors: images in [−1, 1]."
-)
+_NOTE = "Arrow: the interval goes on. No marker: no finite γ, or beyond the axis.   Errors: images in [−1, 1]."
 
 
 @style.styled
@@ -36,14 +34,11 @@ def plot_gamma(result: dict[str, Any], title: str = "") -> Figure:
     figure = style.new_figure(13, 4.75 * rows, title)
     axes = figure.subplots(rows, 2)
     _draw_fits(axes[0, 0], result)
-    noise_levels = result["per_noise_level"]
-    x = np.array([row["logsnr"] for row in noise_levels])
-    step = float(np.min(np.abs(np.diff(np.sort(x))))) if len(x) > 1 else 1.0
-    _draw_gammas(axes[0, 1], x, 0.22 * step, [row["estimates"] for row in noise_levels])
+    noise_levels = [row["logsnr"] for row in result["per_noise_level"]]
+    _draw_gammas(axes[0, 1], noise_levels, result["per_noise_level"])
     axes[0, 1].set(xlabel=style.LOGSNR, title="γ per noise level (95% profile intervals)")
-    x = np.arange(len(lengths), dtype=float)
-    _draw_gammas(axes[1, 0], x, 0.14, [entry["estimates"] for entry in lengths])
-    axes[1, 0].set_xticks(x, [_length_label(entry).replace(", ", "\n") for entry in lengths])
+    _draw_gammas(axes[1, 0], range(len(lengths)), lengths)
+    axes[1, 0].set_xticks(range(len(lengths)), [_length_label(entry).replace(", ", "\n") for entry in lengths])
     axes[1, 0].set(xlabel="training length", title="γ at several training lengths, pooled (95% intervals)")
     axes[1, 0].set_xlim(-0.6, len(lengths) - 0.4)
     _draw_losses(axes[1, 1], lengths)
@@ -103,24 +98,20 @@ def _text(fit: dict[str, Any]) -> str:
     return f"no finite γ {interval}" if fit["gamma"] is None else f"γ = {fit['gamma']:.2f} {interval}"
 
 
-def _draw_gammas(ax: Any, x: np.ndarray, shift: float, rows: list[dict[str, Any]]) -> None:
+def _draw_gammas(ax: Any, x: Sequence[float], entries: list[dict[str, Any]]) -> None:
     """Gamma with intervals at every x by every estimate; an interval that exceeds the axis ends in an arrow."""
-    finite = [e["gamma"] for row in rows for e in row.values() if e["gamma"] is not None]
+    finite = [e["gamma"] for entry in entries for e in entry["estimates"].values() if e["gamma"] is not None]
     typical = float(np.quantile(finite, 0.9)) if finite else PAPER_GAMMA
     top = float(np.clip(1.6 * typical, 5.0, 20.0))  # above most points; wide intervals may exceed it
-    edge = 0.97 * top
+    edge, shift = 0.97 * top, 0.18 * min(np.diff(sorted(x)), default=1.0)
     for i, (name, (colour, marker, label)) in enumerate(_ESTIMATES.items(), -1):
+        rows = [(e["gamma"], *e["interval"]) for e in (entry["estimates"][name] for entry in entries)]
+        gamma, low, high = np.array(rows, dtype=float).T  # nan: not finite
+        places, beyond = np.array(x) + i * shift, ~(high <= edge)
+        ax.vlines(places, np.minimum(low, 0.9 * top), np.where(beyond, edge, high), color=colour, alpha=0.8)
+        ax.plot(places[beyond], np.full(beyond.sum(), edge), "^", color=colour)
         label = label.replace(" $-$ fitted floor", " (floor fitted)")
-        gammas = np.array([row[name]["gamma"] for row in rows], dtype=float)  # nan: no finite value
-        gammas[gammas > edge] = np.nan
-        ax.plot(x + i * shift, gammas, marker, color=colour, label=label)
-        for place, (low, high) in zip(x + i * shift, (row[name]["interval"] for row in rows), strict=True):
-            start, beyond = min(low, 0.9 * top), high is None or high > edge
-            end = edge if beyond else high
-            ax.plot([place, place], [start, end], color=colour, alpha=0.8)
-            ax.plot(place, end, marker=(3, 0, 0) if beyond else "_", color=colour)
-            if start == low:
-                ax.plot(place, start, marker="_", color=colour)
+        ax.plot(places, np.where(gamma <= edge, gamma, np.nan), marker, color=colour, label=label)
     for value, line, text, va in ((2.0, "-", "HTMC\nabove 2", "top"), (PAPER_GAMMA, ":", "paper 2.5", "bottom")):
         ax.axhline(value, color="0.25", lw=1, ls=line, zorder=0)
         where = dict(xycoords=("axes fraction", "data"), xytext=(4, 1), textcoords="offset points")

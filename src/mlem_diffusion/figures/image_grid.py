@@ -37,14 +37,14 @@ def comparison_grid(rows: list[tuple[str, Any]], scale: int | None = None, pad: 
     labels = ["\n".join(textwrap.fill(line, _LABEL_CHARACTERS) for line in label.split("\n")) for label, _ in rows]
     size = max(12, min(18, strips[0].height // 6))
     font, margin = ImageFont.load_default(size), size // 2
-    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    boxes = [ruler.multiline_textbbox((0, 0), label, font=font, spacing=3) for label in labels]
-    left = math.ceil(max(box[2] for box in boxes)) + 2 * margin
-    heights = [max(strip.height, math.ceil(box[3]) + margin) for strip, box in zip(strips, boxes, strict=True)]
+    heights = [
+        max(strip.height, (size + 6) * (label.count("\n") + 2)) for strip, label in zip(strips, labels, strict=True)
+    ]
+    left = math.ceil(max(font.getlength(line) for label in labels for line in label.split("\n"))) + 2 * margin
     sheet = Image.new("RGB", (left + max(strip.width for strip in strips), sum(heights)), "white")
     pen, top = ImageDraw.Draw(sheet), 0
-    for label, strip, box, height in zip(labels, strips, boxes, heights, strict=True):
+    for label, strip, height in zip(labels, strips, heights, strict=True):
         sheet.paste(strip, (left, top + (height - strip.height) // 2))
-        pen.multiline_text((margin, top + (height - box[1] - box[3]) / 2), label, "#1c1c20", font=font, spacing=3)
+        pen.multiline_text((margin, top + height / 2), label, "#1c1c20", font, anchor="lm", spacing=3)
         top += height
     return sheet

@@ -45,10 +45,8 @@ def plot_rates(result: dict[str, Any], frame: DataFrame) -> Figure:
 
 def _draw_costs(ax: Any, frame: DataFrame, entries: dict[str, Any]) -> None:
     for method, (colour, marker, line, label) in _METHODS.items():
-        if method not in entries:
-            continue
         entry, own = entries[method], frame[frame.method == method]
-        style = dict(fmt=marker, color=colour, ms=3.2, lw=0.8, alpha=0.85, capsize=0)
+        style = dict(fmt=marker, color=colour, ms=3.2, lw=0.8, alpha=0.85)
         ax.errorbar(own.error, own.cost, xerr=2 * own.error_se, **style)
         ends = np.array(entry["error_range"])
         fitted = np.exp(entry["log_cost_at_one"]) * ends ** entry["exponent"]
@@ -81,7 +79,7 @@ def _draw_exponents(ax: Any, result: dict[str, Any], dynamics: Sequence[str], ga
 def _draw_step_size(ax: Any, study: dict[str, Any]) -> None:
     for i, (name, curve) in enumerate(study["curves"].items()):
         n, error, se = np.array([(r["steps"], r["error"], r["error_se"]) for r in curve["rows"]]).T
-        style = dict(marker=MARKERS[i], color=COLOURS[i], ls=":" if "base" in name else "-", ms=4, capsize=0)
+        style = dict(marker=MARKERS[i], color=COLOURS[i], ls=":" if "base" in name else "-", ms=4)
         ax.errorbar(n, error, yerr=2 * se, label=name, **style)
     for entry in study["agreement"]:
         style = dict(color="0.35", lw=1, ls="--" if entry["levels"] == 4 else "-.")

@@ -27,16 +27,13 @@ styled = rc_context(
         "figure.dpi": 130,
         "figure.titlesize": 13,
         "axes.grid": True,
-        "axes.axisbelow": True,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.titlesize": 11,
         "grid.color": "#e3e6ea",
         "legend.fontsize": 9,
-        "legend.title_fontsize": 9,
         "legend.edgecolor": "none",
         "lines.linewidth": 1.2,
-        "errorbar.capsize": 3,
     }
 )
 """Decorator of every figure function."""
