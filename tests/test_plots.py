@@ -61,13 +61,11 @@ def frame_of(**changes: Any) -> pd.DataFrame:
 def test_comparison_draws_points_frontiers_and_the_floor() -> None:
     figure = plot_compare(frame_of(), "demo")
     assert len(figure.axes) == 6 and figure.get_suptitle() == "demo"
-    assert [ax.get_title() for ax in figure.axes[:2]] == ["stochastic (SDE)", "deterministic (ODE)"]
     distances, errors = figure.axes[0], figure.axes[2]
     assert "real images against\nreal images: 1" in [text.get_text() for text in figure.legends[0].get_texts()]
     assert distances.get_ylim() == figure.axes[1].get_ylim() and distances.get_yscale() == "linear"
     drawn = {tuple(map(tuple, line)) for line in points(errors)}
     assert ((4.0, 0.25), (16.0, 1 / 16), (64.0, 1 / 64)) in drawn  # the single level, and the baselines' frontier
-    assert ((5.0, 0.05),) in drawn and ((2.0, 1e-3),) in drawn
     hollow = points(errors, markerfacecolor="none")
     assert len(hollow) == 1 and hollow[0].tolist() == [[2, 1e-3]]
     steps = points(errors, drawstyle="steps-post")  # the setting that is not trusted is on no frontier
@@ -192,7 +190,6 @@ def test_figures_are_saved_as_small_pngs(tmp_path: Path) -> None:
     assert picture.format == "PNG" and picture.mode == "P" and picture.width == 3 * figure.dpi
     orange = np.abs(np.asarray(picture.convert("RGB")).astype(int) - (0xD5, 0x5E, 0x00)).max(2) < 9
     assert 50 < orange.sum() < 5000
-    assert [p.name for p in path.parent.iterdir()] == ["figure.png"]
 
 
 def test_log_axes_have_plain_numbers() -> None:

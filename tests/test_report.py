@@ -66,16 +66,8 @@ def test_one_artefact_is_enough(results: Path, keep: str) -> None:
         render(results, "x")
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("gamma.json", b'{"estimates": '),
-        ("gamma.json", b'{"estimates": {}}'),
-        ("speedup.json", b"[1, 2]"),
-        ("compare.csv", b"a,b\n1,2\n"),
-        ("compare.png", DEMO.joinpath("compare.png").read_bytes()[:5000]),
-    ],
-)
+@pytest.mark.parametrize("name", ["gamma.json", "speedup.json", "compare.csv", "compare.png", "provenance.json"])
+@pytest.mark.parametrize("content", [b'{"estimates": ', b"[1, 2]", b"a,b\n1,2\n"])
 def test_damaged_artefacts_give_one_sentence(results: Path, name: str, content: bytes) -> None:
     (results / name).write_bytes(content)
     with pytest.raises(UserError, match=name) as error:

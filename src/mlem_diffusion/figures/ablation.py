@@ -1,7 +1,5 @@
 """The figure of ablation.json: the cost of each level in FLOPs and seconds, and the cost ratio without it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from matplotlib.figure import Figure

@@ -1,7 +1,5 @@
 """The figure of compare.csv: distance and error against compute for every sampler setting."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The figure for a family's diagnostics: mean square differences per noise level, and pooled against cost."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -35,9 +33,8 @@ def _draw_noise_levels(ax: Any, names: list[str], logsnr: Any, found: dict[str, 
     colours = shades(len(names))
     for k in range(1, len(names)):
         show = means[k] > 0
-        x, y = logsnr[show], means[k][show]
+        x, y, label = logsnr[show], means[k][show], f"{names[k]} - {names[k - 1]}"
         below, above = error_bars(y, errors[k][show])
-        label = f"{names[k]} - {names[k - 1]}"
         ax.plot(x, y, color=colours[k], marker=MARKERS[k % len(MARKERS)], ms=4, label=label)
         ax.fill_between(x, y - below, y + above, color=colours[k], alpha=0.25, lw=0)
     ax.plot(logsnr, found["largest_variance"], color="0.45", ls=":", label=f"variance of {names[-1]}")
@@ -50,17 +47,15 @@ def _draw_pooled(ax: Any, names: list[str], gflops: np.ndarray, pooled: dict[str
     values, errors, products = (
         np.array(pooled[key], dtype=float) for key in ("mean_square", "mean_square_se", "variance_cost")
     )
-    show = np.arange(len(names)) > 0
-    show &= values > 0
+    show = (np.arange(len(names)) > 0) & (values > 0)
     bars = error_bars(values[show], errors[show])
-    ax.errorbar(gflops[show], values[show], yerr=bars, color=ORANGE, marker="s", label="$V_k$, pooled")
     label = "$V_k c_k$  ($c_k$: GFLOP per firing)"
-    ax.plot(gflops[show], products[show] / 1e9, color=BLUE, marker="o", label=label)
+    ax.errorbar(gflops[show], values[show], yerr=bars, color=ORANGE, marker="s", label="$V_k$, pooled")
+    ax.errorbar(gflops[show], products[show] / 1e9, color=BLUE, marker="o", label=label)
     ax.set(xscale="log", yscale="log", xlabel=GFLOP, ylabel="mean square, or its product with cost")
     ax.set_title("Pooled over noise levels (bars: ±2 s.e.)")
     for k in np.flatnonzero(show):
-        at = (gflops[k], values[k])
-        ax.annotate(names[k], at, xytext=(0, 8), textcoords="offset points", ha="center", fontsize=9)
+        ax.text(gflops[k], 1.12 * values[k], names[k], ha="center", fontsize=9)
     more_room(ax, above=0.25)
     ax.legend(loc="upper right")
     plain_ticks(ax.xaxis)

@@ -1,7 +1,5 @@
 """The figure of measured gains: the effect of each level difference on the final image, against noise level."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The figure for gamma.json: error against FLOPs, and gamma per noise level and training length."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,12 +28,10 @@ def plot_gamma(result: dict[str, Any], title: str = "") -> Figure:
     """
     lengths = result.get("training_lengths") or [{**result, "fraction": 1.0}]
     falls = result.get("differences_fall")
-    rows = 3 if falls else 2
-    figure = style.new_figure(13, 4.75 * rows, title)
-    axes = figure.subplots(rows, 2)
+    figure = style.new_figure(13, 14.25 if falls else 9.5, title)
+    axes = figure.subplots(3 if falls else 2, 2)
     _draw_fits(axes[0, 0], result)
-    noise_levels = [row["logsnr"] for row in result["per_noise_level"]]
-    _draw_gammas(axes[0, 1], noise_levels, result["per_noise_level"])
+    _draw_gammas(axes[0, 1], [row["logsnr"] for row in result["per_noise_level"]], result["per_noise_level"])
     axes[0, 1].set(xlabel=style.LOGSNR, title="γ per noise level (95% profile intervals)")
     _draw_gammas(axes[1, 0], range(len(lengths)), lengths)
     axes[1, 0].set_xticks(range(len(lengths)), [_length_label(entry).replace(", ", "\n") for entry in lengths])
@@ -54,15 +50,15 @@ def _draw_fits(ax: Any, result: dict[str, Any]) -> None:
     lowest = np.inf
     for name, (colour, marker, label) in _ESTIMATES.items():
         fit, points = result["estimates"][name], result["points"][name]
-        floor = fit["floor"] or 0.0 if _is_fitted(fit) else 0.0
-        label = label if _is_fitted(fit) else label.removesuffix(" $-$ fitted floor")
+        floor = fit["floor"] or 0.0 if fit["amplitude"] else 0.0
+        label = label if fit["amplitude"] else label.removesuffix(" $-$ fitted floor")
         x = np.array([point["gflop"] for point in points])
         y = np.array([point["value"] for point in points]) - floor
         show = y > 0
         lowest = min(lowest, *y[show])
         looks = dict(fmt=marker, color=colour, lw=1, label=f"{label}:  {_text(fit)}")
         ax.errorbar(x[show], y[show], yerr=style.error_bars(y, _contrasts(points))[:, show], **looks)
-        if not _is_fitted(fit):
+        if not fit["amplitude"]:
             continue
         if name == "differences":  # the law is for pairs of levels, so it is defined at the points only
             before = np.array([point["gflop_previous"] for point in points])
@@ -77,10 +73,6 @@ def _draw_fits(ax: Any, result: dict[str, Any]) -> None:
     style.more_room(ax, below=0.4)
     style.plain_ticks(ax.xaxis)
     ax.legend(loc="lower left", title="law fitted to the points, 95% interval")
-
-
-def _is_fitted(fit: dict[str, Any]) -> bool:
-    return fit["gamma"] is not None and fit["amplitude"] is not None
 
 
 def _law(fit: dict[str, Any], gflops: Any) -> Any:
@@ -114,19 +106,18 @@ def _draw_gammas(ax: Any, x: Sequence[float], entries: list[dict[str, Any]]) -> 
         ax.plot(places, np.where(gamma <= edge, gamma, np.nan), marker, color=colour, label=label)
     for value, line, text, va in ((2.0, "-", "HTMC\nabove 2", "top"), (PAPER_GAMMA, ":", "paper 2.5", "bottom")):
         ax.axhline(value, color="0.25", lw=1, ls=line, zorder=0)
-        where = dict(xycoords=("axes fraction", "data"), xytext=(4, 1), textcoords="offset points")
-        ax.annotate(text, (1.0, value), **where, va=va, fontsize=8.5, color="0.25")
+        ax.text(1.01, value, text, transform=ax.get_yaxis_transform(), va=va, fontsize=8.5, color="0.25")
     ax.set(ylim=(0, top), ylabel="exponent γ  (cost ∝ error$^{-γ}$)")
 
 
 def _draw_losses(ax: Any, lengths: list[dict[str, Any]]) -> None:
     for i, entry in enumerate(lengths):
         colour = style.COLOURS[::-1][i % len(style.COLOURS)] if len(lengths) > 1 else style.BLUE
-        levels, fit = entry["levels"], entry["estimates"]["loss_fit"]
-        x, losses = np.array([(level["gflop"], level["loss"]) for level in levels]).T
+        fit = entry["estimates"]["loss_fit"]
+        x, losses = np.array([(level["gflop"], level["loss"]) for level in entry["levels"]]).T
         looks = dict(fmt=style.MARKERS[i % len(style.MARKERS)], color=colour, lw=1, label=_length_label(entry))
         ax.errorbar(x, losses, yerr=2 * _contrasts(entry["points"]["loss_fit"]), **looks)
-        if _is_fitted(fit):
+        if fit["amplitude"]:
             dense = np.geomspace(x[0], x[-1], 200)
             ax.plot(dense, fit["floor"] + _law(fit, dense), color=colour)
     ax.set(xscale="log", yscale="log", xlabel=style.GFLOP, ylabel="held-out mean squared error per pixel")

@@ -1,7 +1,5 @@
 """Grids of uint8 RGB images [N, 3, H, W]: plain ones, and ones with a labelled row per sampler setting."""
 
-from __future__ import annotations
-
 import math
 import textwrap
 from typing import Any
@@ -9,9 +7,6 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.utils import make_grid
-
-_READABLE = 64  # pixels: the smallest height of an image with an automatic scale
-_LABEL_CHARACTERS = 26
 
 
 def image_grid(images: Any, columns: int | None = None, scale: int | None = None, pad: int = 1) -> Image.Image:
@@ -22,7 +17,7 @@ def image_grid(images: Any, columns: int | None = None, scale: int | None = None
     """
     images = torch.as_tensor(images).cpu()
     columns = columns or math.ceil(math.sqrt(len(images)))
-    scale = scale or math.ceil(_READABLE / images.shape[2])
+    scale = scale or math.ceil(64 / images.shape[2])
     large = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     return Image.fromarray(make_grid(large, columns, pad, pad_value=255).permute(1, 2, 0).numpy())
 
@@ -34,12 +29,11 @@ def comparison_grid(rows: list[tuple[str, Any]], scale: int | None = None, pad: 
     wrap, and line breaks in labels stay. Rows may have different lengths.
     """
     strips = [image_grid(images, len(images), scale, pad) for _, images in rows]
-    labels = ["\n".join(textwrap.fill(line, _LABEL_CHARACTERS) for line in label.split("\n")) for label, _ in rows]
+    labels = ["\n".join(textwrap.fill(line, 26) for line in label.split("\n")) for label, _ in rows]
     size = max(12, min(18, strips[0].height // 6))
     font, margin = ImageFont.load_default(size), size // 2
-    heights = [
-        max(strip.height, (size + 6) * (label.count("\n") + 2)) for strip, label in zip(strips, labels, strict=True)
-    ]
+    needed = [(size + 6) * (label.count("\n") + 2) for label in labels]
+    heights = [max(strip.height, height) for strip, height in zip(strips, needed, strict=True)]
     left = math.ceil(max(font.getlength(line) for label in labels for line in label.split("\n"))) + 2 * margin
     sheet = Image.new("RGB", (left + max(strip.width for strip in strips), sum(heights)), "white")
     pen, top = ImageDraw.Draw(sheet), 0

@@ -1,8 +1,5 @@
 """The figure for rates.json: cost against error per gamma, the exponents, and the effect of the step size."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,8 +30,7 @@ def plot_rates(result: dict[str, Any], frame: DataFrame) -> Figure:
             _draw_costs(ax, own, result[name][gamma])
             ax.set_title(f"{name.upper()}, γ = {gamma}")
         line[0].set_ylabel("expected cost  (units of $T_0$,\n$T_k = 2^{γk}$ per evaluation)")
-    for ax in axes[-1]:
-        ax.set_xlabel("RMS error at $t$ = 1")
+    upper.supxlabel("RMS error at $t$ = 1", fontsize=10)
     left, *right = lower.subplots(1, 1 + len(dynamics), squeeze=False)[0]
     _draw_exponents(left, result, dynamics, gammas)
     for ax, name in zip(right, dynamics, strict=True):
@@ -48,15 +44,14 @@ def _draw_costs(ax: Any, frame: DataFrame, entries: dict[str, Any]) -> None:
         entry, own = entries[method], frame[frame.method == method]
         style = dict(fmt=marker, color=colour, ms=3.2, lw=0.8, alpha=0.85)
         ax.errorbar(own.error, own.cost, xerr=2 * own.error_se, **style)
-        ends = np.array(entry["error_range"])
-        fitted = np.exp(entry["log_cost_at_one"]) * ends ** entry["exponent"]
-        exponent = f"{entry['exponent']:.2f}".replace("-", "−")
-        ax.plot(ends, fitted, color=colour, ls=line, label=f"{label} {exponent}")
+        ends, exponent = np.array(entry["error_range"]), entry["exponent"]
+        fitted = np.exp(entry["log_cost_at_one"]) * ends**exponent
+        ax.plot(ends, fitted, color=colour, ls=line, label=f"{label} −{-exponent:.2f}")
     ax.set(xscale="log", yscale="log")
     ax.legend(fontsize=8, loc="upper right", title="exponent", title_fontsize=8, handlelength=2.4)
 
 
-def _draw_exponents(ax: Any, result: dict[str, Any], dynamics: Sequence[str], gammas: Sequence[str]) -> None:
+def _draw_exponents(ax: Any, result: dict[str, Any], dynamics: list[str], gammas: list[str]) -> None:
     """Draw measured exponents with intervals over the predicted lines."""
     values = np.array([float(gamma) for gamma in gammas])
     dense = np.linspace(values.min(), values.max(), 200)

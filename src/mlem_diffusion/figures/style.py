@@ -1,7 +1,5 @@
 """Shared parts of the figures: colours, labels, axes, ticks and saving."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 from typing import Any
@@ -22,10 +20,9 @@ MARKERS = "os^Dv<P>"
 GFLOP = "GFLOP per evaluation of one image ($T_k$)"
 LOGSNR = "log-SNR  $\\log(\\alpha^2/\\sigma^2)$   (noisy → clean)"
 
-styled = rc_context(
+styled = rc_context(  # the decorator of every figure function
     {
         "figure.dpi": 130,
-        "figure.titlesize": 13,
         "axes.grid": True,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -36,14 +33,12 @@ styled = rc_context(
         "lines.linewidth": 1.2,
     }
 )
-"""Decorator of every figure function."""
 
 
 def new_figure(width: float, height: float, title: str = "") -> Figure:
     """An empty figure of this size in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    if title:
-        figure.suptitle(title)
+    figure.suptitle(title, fontsize=13)
     return figure
 
 
@@ -58,10 +53,8 @@ def rule_title(dynamics: str, step_rule: str) -> str:
 
 
 def thousands(value: float, _position: int | None = None) -> str:
-    for size, letter in ((1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:g}"
+    size, letter = (1e6, "M") if value >= 1e6 else (1e3, "k") if value >= 1e3 else (1, "")
+    return f"{value / size:.3g}{letter}"
 
 
 def error_bars(values: np.ndarray, errors: np.ndarray) -> np.ndarray:

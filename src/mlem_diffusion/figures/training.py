@@ -1,7 +1,5 @@
 """The figure of training: loss against images seen, and held-out error against log-SNR."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
