@@ -42,6 +42,7 @@ class Experiment:
 
     def __init__(self, name: str, cfg: DictConfig, folder: str | None = None):
         self.name, self.cfg, self.started = name, cfg, time.monotonic()
+        unswept = ROOT / cfg.paths.checkpoints
         if folder is not None:
             cfg.name = folder
         elif HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -52,6 +53,8 @@ class Experiment:
             ROOT / cfg.paths[k] for k in ("data", "checkpoints", "results")
         )
         if name not in ("train_levels", "publish"):
+            if not self.checkpoints.is_dir():
+                self.checkpoints = unswept  # a sweep over later stages shares the levels
             names = [level_name(w) for w in cfg.family.widths]
             self.checkpoints = published.levels_folder(self.checkpoints, names)
         self.device = environment.usable_device(cfg.device)
@@ -135,16 +138,14 @@ class Experiment:
         if images is not None and any(m["data_sha256"] != images.manifest["sha256"] for m in found):
             raise UserError(
                 f"{shown(self.data_dir)} is not the data set that the levels in {shown(self.checkpoints)} were trained "
-                "on: prepare that data set (make data), "
-                "or train the levels again (make train-levels ARGS=overwrite=true)."
+                "on: prepare that one (make data), or train again (make train-levels ARGS=overwrite=true)."
             )
         for m in found:
             low, high = map(float, m["logsnr_range"])
             if wanted[0] < low or wanted[1] > high:
                 raise UserError(
-                    f"{m['name']} was trained for log-SNR {low:g} to {high:g}, so it cannot be used from "
-                    f"{wanted[0]:g} to {wanted[1]:g}: set process.logsnr_min and process.logsnr_max within the trained "
-                    "range, or train it again."
+                    f"{m['name']} was trained for log-SNR {low:g} to {high:g}: set process.logsnr_min and "
+                    "process.logsnr_max within this range, or train it again."
                 )
         return found
 
@@ -242,7 +243,7 @@ class Experiment:
 
     def finished_key(self, depends: Sequence[str], reads: Sequence[str]) -> str:
         """The fingerprint of a stage: of the configuration that it depends on, and of what it reads."""
-        found: dict[str, Any] = {"outputs_in": self.cfg.name}
+        found: dict[str, Any] = {}
         for what in reads:
             path = self.results / what
             if what == "images":
