@@ -55,7 +55,7 @@ def _draw_pooled(ax: Any, names: list[str], gflops: np.ndarray, pooled: dict[str
     ax.set(xscale="log", yscale="log", xlabel=GFLOP, ylabel="mean square, or its product with cost")
     ax.set_title("Pooled over noise levels (bars: ±2 s.e.)")
     for k in np.flatnonzero(show):
-        ax.text(gflops[k], 1.12 * values[k], names[k], ha="center", fontsize=9)
+        ax.annotate(names[k], (gflops[k], values[k]), (0, 7), textcoords="offset points", ha="center", fontsize=9)
     more_room(ax, above=0.25)
     ax.legend(loc="upper right")
     plain_ticks(ax.xaxis)

@@ -39,7 +39,7 @@ def plot_gamma(result: dict[str, Any], title: str = "") -> Figure:
     axes[1, 0].set_xlim(-0.6, len(lengths) - 0.4)
     _draw_losses(axes[1, 1], lengths)
     for ax, kind in zip(axes[2:].flat, _FALLS, strict=False):
-        _draw_ratios(ax, falls, kind)
+        _draw_ratios(ax, result["differences_fall"], kind)
     handles, labels = axes[1, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, title=_NOTE)
     return figure

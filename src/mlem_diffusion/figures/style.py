@@ -80,7 +80,6 @@ def more_room(ax: Any, below: float = 0.0, above: float = 0.0) -> None:
 
 
 def note(ax: Any, text: str) -> None:
-    """Write into an empty panel why it is empty."""
     ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color="#777777", style="italic")
     ax.set(xticks=[], yticks=[])
 
