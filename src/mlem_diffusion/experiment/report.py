@@ -43,7 +43,7 @@ def render(folder: Path, title: str) -> str:
     Raises UserError if the folder holds no results, and Damaged (one sentence) for a file that cannot be read.
     """
     paths = {name: folder / name for name in _SECTIONS if (folder / name).is_file()}
-    contents = {name: read(p) if p.suffix == ".csv" else read_json(p, _AGAIN) for name, p in paths.items()}
+    contents: Any = {name: read(p) if p.suffix == ".csv" else read_json(p, _AGAIN) for name, p in paths.items()}
     sections = []
     for name, content in contents.items():
         with expect_content(paths[name], _AGAIN):
@@ -108,7 +108,12 @@ def _speedups(content: dict[str, Any]) -> Section:
         entry = (((content.get(dynamics) or {}).get(method) or {}).get(measure) or {}).get(unit)
         if entry is None:
             continue
-        row = {"dynamics": dynamics.upper(), "method": _METHODS[method], "equal": measure, "counted in": _UNITS[unit]}
+        row: Any = {
+            "dynamics": dynamics.upper(),
+            "method": _METHODS[method],
+            "equal": measure,
+            "counted in": _UNITS[unit],
+        }
         row |= {"speed-up": entry["max"], "95% lower bound": entry["lower95"], "at": entry["at"]}
         for setting, words in (("baseline", "cheapest baseline"), ("ours", "ML-EM")):
             row[words] = describe({**entry[setting], "dynamics": dynamics}) if entry[setting] else None
@@ -185,9 +190,9 @@ def _comparison(frame: pd.DataFrame) -> Section:
     pooled, tables = for_figures(frame), {}
     columns = ["setting", "gflops_realised", "seconds", "error", "error_se", "distance"]
     for dynamics, words in DYNAMICS_NAMES.items():
-        own = pooled[(pooled.dynamics == dynamics) & pooled.trusted].to_dict("records")
+        own: Any = pooled[(pooled.dynamics == dynamics) & pooled.trusted]
         for cost, unit in (("gflops_realised", "FLOPs"), ("seconds", "seconds")):
-            best = [{"setting": describe(row), **row} for row in frontier(own, cost, "error")]
+            best = [{"setting": describe(row), **row} for row in frontier(own.to_dict("records"), cost, "error")]
             tables[f"Frontier of error against {unit}, {words}"] = _table(best, columns)
     text = "Errors are mean squared errors to the reference, images in [−1, 1]; costs are per image. "
     text += f"In {(~pooled.trusted).sum()} settings the top level fired too rarely: they are on no frontier."

@@ -45,7 +45,7 @@ def plot_compare(frame: DataFrame, title: str = "") -> Figure:
     evaluations of the top level (not trusted) are hollow and on no frontier. Raises UserError for rows with different
     sample counts or different distances, which cannot share an axis.
     """
-    measured = frame[frame.distance.notna()]
+    measured: Any = frame[frame.distance.notna()]
     n, distance = _one_value(frame, "num_samples"), _one_value(measured, "distance_name")
     panels = [("distance", "gflops_realised"), ("error", "gflops_realised"), ("error", "seconds")]
     if measured.empty:
@@ -74,7 +74,7 @@ def plot_compare(frame: DataFrame, title: str = "") -> Figure:
     return figure
 
 
-def _draw_panel(ax: Any, frame: DataFrame, cost: str, measure: str, blues: dict[str, Any], log: bool) -> None:
+def _draw_panel(ax: Any, frame: Any, cost: str, measure: str, blues: dict[str, Any], log: bool) -> None:
     frame = frame[(frame[cost] > 0) & (frame[measure] > 0)]
     if frame.empty:
         style.note(ax, "not computed")
@@ -101,21 +101,21 @@ def _draw_panel(ax: Any, frame: DataFrame, cost: str, measure: str, blues: dict[
         ax.set_ylim(bottom=0, top=1.08 * frame[measure].max())
 
 
-def _draw_points(ax: Any, frame: DataFrame, cost: str, measure: str, **looks: Any) -> None:
+def _draw_points(ax: Any, frame: Any, cost: str, measure: str, **looks: Any) -> None:
     bars = None
     if measure == "error":
         bars = style.error_bars(frame.error.to_numpy(), frame.error_se.fillna(0.0).to_numpy())
     ax.errorbar(frame[cost], frame[measure], yerr=bars, elinewidth=0.8, capsize=1.5, capthick=0.7, **looks)
 
 
-def _level_shades(frame: DataFrame) -> dict[str, Any]:
+def _level_shades(frame: Any) -> dict[str, Any]:
     """A blue per single level, light for cheap and dark for expensive, by GFLOPs per network call."""
     singles = frame[frame.method == "single"]
     per_call = (singles.gflops_expected / singles.network_calls).groupby(singles.levels).max().sort_values()
     return dict(zip(per_call.index, style.shades(len(per_call), "Blues"), strict=True))
 
 
-def _legend(frame: DataFrame, blues: dict[str, Any]) -> list[Line2D]:
+def _legend(frame: Any, blues: dict[str, Any]) -> list[Line2D]:
     """A heading and its entries for levels, step rules, methods and frontiers."""
     methods, rules = set(frame.method), set(frame.step_rule[frame.method == "single"])
     others = frame[frame.method == "other"]
@@ -141,7 +141,7 @@ def _legend(frame: DataFrame, blues: dict[str, Any]) -> list[Line2D]:
     return handles
 
 
-def _one_value(frame: DataFrame, column: str) -> Any:
+def _one_value(frame: Any, column: str) -> Any:
     values = sorted(set(frame[column].dropna()) - {""}, key=str)
     if len(values) > 1:
         raise UserError(f"Rows that differ in {column} cannot share a figure: {', '.join(map(str, values))}.")

@@ -20,7 +20,7 @@ def plot_rates(result: dict[str, Any], frame: DataFrame) -> Figure:
     """Draw the content of rates.json and rates.csv (`frame`)."""
     dynamics = [name for name in ("sde", "ode") if name in result]
     gammas = sorted(result[dynamics[0]], key=float)
-    figure = new_figure(2.75 * max(len(gammas), 3) + 0.8, 3.1 * len(dynamics) + 4.6)
+    figure: Any = new_figure(2.75 * max(len(gammas), 3) + 0.8, 3.1 * len(dynamics) + 4.6)
     upper, lower = figure.subfigures(2, 1, height_ratios=[3.1 * len(dynamics), 4.2])
     upper.suptitle("Cost against error to the solution with the true drift: measured points, fitted lines")
     axes = upper.subplots(len(dynamics), len(gammas), squeeze=False, sharex=True)
@@ -39,7 +39,7 @@ def plot_rates(result: dict[str, Any], frame: DataFrame) -> Figure:
     return figure
 
 
-def _draw_costs(ax: Any, frame: DataFrame, entries: dict[str, Any]) -> None:
+def _draw_costs(ax: Any, frame: Any, entries: dict[str, Any]) -> None:
     for method, (colour, marker, line, label) in _METHODS.items():
         entry, own = entries[method], frame[frame.method == method]
         style = dict(fmt=marker, color=colour, ms=3.2, lw=0.8, alpha=0.85)
