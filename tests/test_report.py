@@ -48,7 +48,6 @@ def test_page_is_self_contained_and_complete(results: Path) -> None:
         "quadrature gauss+w6, DDPM ancestral, 32 steps",
         "90 plans were tried",
         "sample_compare 495 2026-11-28",
-        "06278b5a0b2d85d6a9d7f65b9a37116f348d3bb1431c90fa2e37dfcb6508263a",
         "name: demo",
     ):
         assert words in page, words
@@ -93,6 +92,4 @@ def test_gamma_of_other_levels_is_a_warning(results: Path) -> None:
 
 def test_numbers_have_three_digits() -> None:
     values = (0.123456, 12.3456, 123.0, 1234.56, 1.234e-7, 0.0, None, float("nan"), 24000, [1.5, "a"])
-    assert [number(v) for v in values] == (
-        ["0.123", "12.3", "123", "1,235", "1.23e-07", "0.00", "–", "–", "24000", "1.50, a"]
-    )
+    assert " ".join(map(number, values)) == "0.123 12.3 123 1,235 1.23e-07 0.00 – – 24000 1.50, a"

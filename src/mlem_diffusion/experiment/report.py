@@ -108,12 +108,7 @@ def _speedups(content: dict[str, Any]) -> Section:
         entry = (((content.get(dynamics) or {}).get(method) or {}).get(measure) or {}).get(unit)
         if entry is None:
             continue
-        row: Any = {
-            "dynamics": dynamics.upper(),
-            "method": _METHODS[method],
-            "equal": measure,
-            "counted in": _UNITS[unit],
-        }
+        row: Any = {"dynamics": dynamics, "method": _METHODS[method], "equal": measure, "counted in": _UNITS[unit]}
         row |= {"speed-up": entry["max"], "95% lower bound": entry["lower95"], "at": entry["at"]}
         for setting, words in (("baseline", "cheapest baseline"), ("ours", "ML-EM")):
             row[words] = describe({**entry[setting], "dynamics": dynamics}) if entry[setting] else None
