@@ -1,17 +1,16 @@
 """results/<experiment>/ -> report.html: one self-contained page."""
 
-from mlem_diffusion.experiment.report import write_report
-from mlem_diffusion.experiment.stage import Config, Stage, entry_point, run_stage, shown
+from mlem_diffusion.experiment.environment import shown
+from mlem_diffusion.experiment.report import render
+from mlem_diffusion.experiment.stage import Experiment, stage
+from mlem_diffusion.files import write_text
 
 
-def work(stage: Stage) -> None:
-    path = write_report(stage.results, title=stage.cfg.title or stage.cfg.name)
-    print(f"report: {shown(path)}")
-
-
-@entry_point("report")
-def main(cfg: Config) -> None:
-    run_stage("report", cfg, work)
+@stage()
+def main(exp: Experiment) -> None:
+    path = exp.results / "report.html"
+    write_text(path, render(exp.results, exp.cfg.title or exp.cfg.name))  # not a result: no entry in provenance.json
+    exp.print(f"report: {shown(path)}")
 
 
 if __name__ == "__main__":

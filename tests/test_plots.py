@@ -1,268 +1,207 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
-from mlem_diffusion.comparison.table import (
-    COLUMNS,
-    describe,
-    for_figures,
-    key_of,
-    method_of,
-    pool_seeds,
-    read_rows,
-    trusted,
-    write_rows,
-)
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.experiment.html_tables import interval, number
-from mlem_diffusion.figures import comparison as plots
+from mlem_diffusion.figures import style
+from mlem_diffusion.figures.ablation import plot_ablation
 from mlem_diffusion.figures.comparison import plot_compare
-from mlem_diffusion.figures.image_grid import comparison_grid, image_grid, save_grid
+from mlem_diffusion.figures.diagnostics import plot_diagnostics
+from mlem_diffusion.figures.gains import plot_gains
+from mlem_diffusion.figures.gamma import plot_gamma
+from mlem_diffusion.figures.image_grid import comparison_grid, image_grid
+from mlem_diffusion.figures.rates import plot_rates
 from mlem_diffusion.figures.training import plot_training
-from mlem_diffusion.statistics import frontier
+
+RESULTS = Path(__file__).parents[1] / "results"
 
 
-def make_row(**changes: Any) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "dynamics": "ode",
-        "step_rule": "ddim",
-        "estimator": "single",
-        "probabilities": "",
-        "coins": "",
-        "c": None,
-        "switch": None,
-        "levels": "w8",
-        "steps": 16,
-        "seed": 0,
-        "error": 0.02,
-        "error_se": 0.001,
-        "distance": 7.5,
-        "distance_name": "Frechet",
-        "distance_floor": 1.25,
-        "num_samples": 64,
-        "network_calls": 16.0,
-        "gflops_expected": 3.2,
-        "gflops_realised": 3.2,
-        "seconds": 0.05,
-    }
-    return row | changes
+def content(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text())
 
 
-def make_rows(dynamics: tuple[str, ...] = ("sde", "ode")) -> list[dict[str, Any]]:
-    rows = []
-    for name in dynamics:
-        for level, size in (("w4", 0.1), ("w16", 1.0)):
-            for steps in (4, 16, 64):
-                cost = {
-                    "gflops_realised": size * steps,
-                    "gflops_expected": size * steps,
-                    "seconds": 0.01 * steps * size,
-                }
-                for rule in ("em", "ddpm") if name == "sde" else ("em", "ddim", "dpmpp_2m"):
-                    error = 1 / steps + 0.02 / size
-                    rows.append(
-                        make_row(
-                            dynamics=name,
-                            step_rule=rule,
-                            levels=level,
-                            steps=steps,
-                            error=error,
-                            network_calls=steps,
-                            **cost,
-                        )
-                    )
-        rows.append(make_row(dynamics=name, estimator="stitched", levels="w4+w16", switch=0.5, gflops_realised=8.0))
-        for coins, fires in (("independent", 500), ("systematic", 500), ("systematic", 20)):
-            ml_em = {"estimator": "ml_em", "probabilities": "constant", "coins": coins, "top_evaluations": fires}
-            rows.append(
-                make_row(
-                    dynamics=name,
-                    levels="w4+w16",
-                    c=fires / 100,
-                    gflops_realised=5.0,
-                    error=0.01,
-                    **ml_em,
-                )
-            )
-    return rows
+def points(ax: Any, **looks: Any) -> list[np.ndarray]:
+    """The points [N, 2] of each line of a panel that has these properties."""
+    lines = [line for line in ax.lines if all(getattr(line, f"get_{k}")() == v for k, v in looks.items())]
+    return [np.column_stack([line.get_xdata(), line.get_ydata()]).astype(float) for line in lines]
 
 
-# ---- tables ----
+def texts(figure: Any) -> list[str]:
+    return [text.get_text() for ax in figure.axes for text in ax.texts]
 
 
-def test_csv_round_trip(tmp_path: Path) -> None:
-    rows = [
-        make_row(top_evaluations=123.5, c=0.25, note='odd, "quoted"'),
-        make_row(distance=None, distance_floor=None, error=float("nan"), top_evaluations=None, note="x"),
-    ]
-    path = write_rows(rows, tmp_path / "new" / "compare.csv")
-    header = path.read_text().splitlines()[0].split(",")
-    assert header == [*COLUMNS, "top_evaluations", "note"]
-    assert read_rows(path) == [rows[0], rows[1] | {"error": None}]
-    assert isinstance(read_rows(path)[0]["steps"], int) and isinstance(read_rows(path)[0]["seconds"], float)
-    assert [p.name for p in path.parent.iterdir()] == ["compare.csv"]
+# ---- comparison ----
 
 
-def test_bad_tables_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="does not exist"):
-        read_rows(tmp_path / "absent.csv")
-    row = make_row()
-    del row["steps"]
-    with pytest.raises(UserError, match="steps"):
-        write_rows([row], tmp_path / "a.csv")
-    path = write_rows([make_row()], tmp_path / "b.csv")
-    good = path.read_text()
-    for text, message in (
-        (good.replace("0.02", "many"), "error is not a number"),
-        (good.rstrip("\n") + ",1\n", "number of fields"),
-        (good.replace("gflops_realised", "cost"), "gflops_realised"),
-    ):
-        path.write_text(text)
-        with pytest.raises(UserError, match=message):
-            read_rows(path)
+def frame_of(**changes: Any) -> pd.DataFrame:
+    """One level with three step counts, a stitched, a paper's and two other settings, for both dynamics."""
+    rows: list[dict[str, Any]] = []
+    for dynamics in ("sde", "ode"):
+        rows += [{"dynamics": dynamics, "steps": n, "gflops_realised": n, "error": 1 / n} for n in (4, 16, 64)]
+        for method, cost, error, trusted in (
+            ("stitched", 8, 0.3, True), ("paper", 6, 0.1, True), ("other", 5, 0.05, True), ("other", 2, 1e-3, False),
+        ):  # fmt: skip
+            row = {"dynamics": dynamics, "method": method, "gflops_realised": cost, "error": error, "trusted": trusted}
+            rows.append(row | {"levels": "w4+w8", "coins": "systematic", "estimator": "ml_em"})
+    defaults = {"method": "single", "trusted": True, "levels": "w8", "coins": "", "estimator": "single", "steps": 8}
+    facts = {"step_rule": "em", "num_samples": 64, "network_calls": 4, "gflops_expected": 1.0, "error_se": 1e-3}
+    facts |= {"distance": 2.0, "distance_name": "Frechet", "distance_floor": 1.0, "seconds": 0.1}
+    return pd.DataFrame(rows).fillna(defaults).assign(**facts | changes)
 
 
-def test_methods_trust_and_descriptions() -> None:
-    paper = make_row(estimator="ml_em", probabilities="constant", coins="independent", levels="w4+w8", c=0.3)
-    assert method_of(paper) == "paper"
-    assert method_of(paper | {"coins": "systematic"}) == "other"
-    assert (
-        method_of(paper | {"coins": "nested"}) == method_of(paper | {"estimator": "quadrature", "coins": ""}) == "other"
-    )
-    assert method_of(paper | {"coins": "independent-shared"}) == "other"
-    assert method_of(paper | {"probabilities": "learned"}) == "paper"  # any probabilities, if the coins are independent
-    assert [method_of(make_row(estimator=d)) for d in ("single", "stitched")] == ["single", "stitched"]
-    assert trusted(paper) and trusted(paper | {"top_evaluations": 100}) and not trusted(paper | {"top_evaluations": 99})
-    assert trusted(paper | {"top_evaluations": ""})  # not recorded
-    assert describe(make_row()) == "DDIM, w8, 16 steps"
-    assert describe(paper) == "ML-EM w4+w8, DDIM, 16 steps, independent coins, C = 0.3"
-    planned = paper | {"probabilities": "optimal", "c": None, "plan": "abc"}
-    assert describe(planned) == "ML-EM w4+w8, DDIM, 16 steps, independent coins, optimal probabilities"
-    weights = planned | {"estimator": "quadrature", "coins": ""}
-    assert describe(weights).startswith("quadrature w4+w8, DDIM, 16 steps") and trusted(
-        weights | {"top_evaluations": 1}
-    )
-    # plans with different tables are different settings, even if the rest agrees
-    assert key_of(planned) == key_of(planned | {"seed": 7, "error": 9.0}) != key_of(planned | {"plan": "abd"})
+def test_comparison_draws_points_frontiers_and_the_floor() -> None:
+    figure = plot_compare(frame_of(), "demo")
+    assert len(figure.axes) == 6 and figure.get_suptitle() == "demo"
+    distances, errors = figure.axes[0], figure.axes[2]
+    assert "real images against\nreal images: 1" in [text.get_text() for text in figure.legends[0].get_texts()]
+    assert distances.get_ylim() == figure.axes[1].get_ylim() and distances.get_yscale() == "linear"
+    drawn = {tuple(map(tuple, line)) for line in points(errors)}
+    assert ((4.0, 0.25), (16.0, 1 / 16), (64.0, 1 / 64)) in drawn  # the single level, and the baselines' frontier
+    hollow = points(errors, markerfacecolor="none")
+    assert len(hollow) == 1 and hollow[0].tolist() == [[2, 1e-3]]
+    steps = points(errors, drawstyle="steps-post")  # the setting that is not trusted is on no frontier
+    assert [line.tolist() for line in steps] == [[[4, 0.25], [16, 1 / 16], [64, 1 / 64]], [[6, 0.1]], [[5, 0.05]]]
 
 
-def test_frontier_keeps_only_unbeaten_trusted_positive_rows() -> None:
-    def point(cost: float, error: float | None, **more: Any) -> dict[str, Any]:
-        return make_row(gflops_realised=cost, error=error, **more)
-
-    rows = [
-        point(4, 0.1),
-        point(1, 0.5),
-        point(2, 0.6),
-        point(1, 0.4),
-        point(8, 0.0),
-        point(3, None),
-        point(5, 0.1),
-    ]
-    rows.append(point(0.5, 0.01, estimator="ml_em", top_evaluations=3))
-    assert [
-        (r["gflops_realised"], r["error"]) for r in frontier(filter(trusted, rows), "gflops_realised", "error")
-    ] == [
-        (1, 0.4),
-        (4, 0.1),
-    ]
+def test_comparison_without_some_numbers() -> None:
+    frame = frame_of(distance=np.nan, distance_floor=np.nan)
+    assert len(plot_compare(frame[frame.dynamics == "sde"]).axes) == 2  # no panel for distances
+    frame = frame_of(distance=np.geomspace(1, 1000, 14), error_se=np.nan)
+    frame.loc[frame.dynamics == "sde", "distance"] = np.nan
+    frame.loc[frame.dynamics == "ode", "error"] = 0.0  # a log axis cannot show it
+    figure = plot_compare(frame)
+    assert figure.axes[1].get_yscale() == "log" and texts(figure).count("not computed") == 3
 
 
-def test_pooling_over_seeds() -> None:
-    rows = [
-        make_row(seed=0, error=0.02, error_se=0.003),
-        make_row(seed=64, error=0.04, error_se=0.004),
-        make_row(steps=8),
-    ]
-    pooled = pool_seeds(rows)
-    assert [row["runs"] for row in pooled] == [2, 1]
-    assert pooled[0]["error"] == pytest.approx(0.03) and pooled[0]["error_se"] == pytest.approx(0.0025)
+@pytest.mark.parametrize("column", ["num_samples", "distance_name"])
+def test_rows_that_cannot_share_an_axis_are_refused(column: str) -> None:
+    frame = frame_of().astype({column: object})
+    frame.loc[3, column] = "other"
+    with pytest.raises(UserError, match=f"differ in {column}.*other"):
+        plot_compare(frame)
 
 
-def test_number_formatting() -> None:
-    shown = [
-        number(v) for v in (0.123456, 12.3456, 1234.56, 123456.7, 1.234e-7, 0.9996, 0.0, None, float("nan"), 24000)
-    ]
-    assert shown == ["0.123", "12.3", "1235", "123,457", "1.23e-7", "1.00", "0", "–", "–", "24,000"]
-    assert interval([2.2, None]) == "2.20 and above" and interval([1.0, 2.5]) == "1.00 to 2.50"
+# ---- gamma ----
 
 
-# ---- figures ----
+def test_gamma_shows_fits_intervals_and_training_lengths() -> None:
+    result = content("demo/gamma.json")
+    figure = plot_gamma(result, "demo")
+    assert len(figure.axes) == 6
+    fits, per_noise_level, lengths, losses = figure.axes[:4]
+    measured, fit = result["points"]["loss_fit"], result["estimates"]["loss_fit"]
+    above_floor = [[p["gflop"], p["value"] - fit["floor"]] for p in measured]
+    assert any(np.allclose(line, above_floor) for line in points(fits) if len(line) == len(measured))
+    labels = fits.get_legend_handles_labels()[1]
+    assert "γ = 15.34 [2.11, 24.02]" in labels[0] and "no finite γ [3.33, ∞]" in labels[2]
+    at_noise = {row["logsnr"] for row in result["per_noise_level"]}
+    assert any(set(line[:, 0]) == at_noise for line in points(per_noise_level, marker="s"))
+    assert len(lengths.get_xticks()) == 3 and lengths.get_xticklabels()[2].get_text().startswith("100%")
+    assert len(losses.get_legend_handles_labels()[1]) == 3
+    # an unbounded interval ends in an arrow at the edge of the axis; a number beyond the axis has no marker
+    arrows = np.concatenate(points(lengths, marker="^"))[:, 1]
+    assert len(arrows) > 1 and np.allclose(arrows, 0.97 * lengths.get_ylim()[1])
 
 
-def pixels(path: Path) -> np.ndarray:
-    image = Image.open(path)
-    assert image.format == "PNG"
-    return np.asarray(image.convert("RGB"))
+def test_gamma_of_one_training_length_without_a_finite_value() -> None:
+    result = content("demo/gamma.json")
+    for name in ("training_lengths", "differences_fall"):
+        del result[name]
+    for entry in [result, *result["per_noise_level"]]:
+        for estimate in entry["estimates"].values():
+            estimate |= {"gamma": None, "amplitude": None, "floor": None}
+    figure = plot_gamma(result)
+    assert len(figure.axes) == 4 and len(figure.axes[2].get_xticks()) == 1
+    assert figure.axes[0].get_legend_handles_labels()[1][0].startswith("loss:  no finite γ")
 
 
-def test_plot_compare_full_and_for_one_dynamics(tmp_path: Path) -> None:
-    both = pixels(plot_compare(for_figures(make_rows()), tmp_path / "new" / "both.png", title="demo"))
-    assert both.shape[0] > 1000 and both.shape[1] > 1000
-    assert both.std() > 10  # something is drawn
-    one = pixels(plot_compare(for_figures(make_rows(("ode",))), tmp_path / "ode.png"))
-    assert one.shape[1] < both.shape[1] and one.shape[0] == both.shape[0]
+# ---- further figures ----
 
 
-def test_plot_compare_notes_missing_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    notes: list[str] = []
-    draw = plots.note
-
-    def listen(ax: Any, text: str) -> None:
-        notes.append(text)
-        draw(ax, text)
-
-    monkeypatch.setattr(plots, "note", listen)
-    absent = {"distance": None, "distance_floor": None, "error_se": None}
-    rows = make_rows(("sde",))
-    bare = pixels(plot_compare(for_figures(row | absent for row in rows), tmp_path / "bare.png"))
-    full = pixels(plot_compare(for_figures(rows), tmp_path / "full.png"))
-    assert notes == [] and bare.shape[0] < 0.8 * full.shape[0]  # without distances there is no panel for them
-    plot_compare(
-        for_figures(row | (absent if row["dynamics"] == "sde" else {}) for row in make_rows()), tmp_path / "half.png"
-    )
-    assert notes == ["not computed"]
-    # An error of exactly zero cannot appear on a log axis.
-    plot_compare(for_figures([make_row(error=0.0, seconds=None)]), tmp_path / "zero.png")
-    assert notes == ["not computed"] * 3 and pixels(tmp_path / "zero.png").shape[0] > 1000
+def test_training_leaves_out_what_a_log_axis_cannot_show() -> None:
+    history = [{"images": 1000 * i, "loss": loss} for i, loss in enumerate((0.5, 0.0, float("nan"), 0.2), 1)]
+    held_out = {"logsnr": [3.0, -3.0, 0.0], "loss": [0.1, 0.4, None]}
+    levels = [{"name": "w4", "history": history, "held_out": held_out}, {"name": "w8", "history": []}]
+    left, right = plot_training(levels, "demo").axes
+    assert points(left)[0].tolist() == [[1000, 0.5], [4000, 0.2]] and points(right)[0].tolist() == [[-3, 0.4], [3, 0.1]]
+    assert texts(plot_training(levels[1:])) == ["not recorded"] * 2
+    assert [style.thousands(n) for n in (900, 5632, 2.5e6)] == ["900", "5.63k", "2.5M"]
 
 
-def test_plot_compare_refuses_rows_that_cannot_share_an_axis(tmp_path: Path) -> None:
-    rows = make_rows(("ode",))[:3]
-    for change, message in (
-        ({"num_samples": 65}, "sample counts num_samples.*64.*65"),
-        ({"distance_name": "FID"}, "distances.*FID.*Frechet"),
-    ):
-        with pytest.raises(UserError, match=message):
-            plot_compare(for_figures([*rows, make_row(**change)]), tmp_path / "mixed.png")
-    with pytest.raises(UserError, match="no rows"):
-        plot_compare([], tmp_path / "mixed.png")
-    assert not (tmp_path / "mixed.png").exists()
-    # A row without a distance does not determine the distance's name.
-    plot_compare(for_figures([*rows, make_row(distance=None, distance_name="FID")]), tmp_path / "fine.png")
+def test_ablation_marks_removed_levels_hollow() -> None:
+    found = content("demo/ablation.json")
+    shares, *ratios = plot_ablation(found).axes
+    assert len(ratios) == 2 and ratios[0].get_ylim() == ratios[1].get_ylim()
+    assert points(shares)[0][:, 1].tolist() == [level["flops_share"] for level in found["levels"]]
+    removed = sum(not level["kept_flops"] for level in found["levels"])
+    assert len(points(ratios[0], marker="o", markerfacecolor="white")) == removed > 0
 
 
-def test_plot_training(tmp_path: Path) -> None:
-    levels: list[dict[str, Any]] = [
-        {
-            "name": f"w{width}",
-            "width": width,
-            "history": [{"images": i * 1000, "loss": 1 / (i * width)} for i in range(1, 9)],
-            "logsnr": [-5.0, 0.0, 5.0],
-            "held_out": [0.9 / width, 0.3 / width, 0.05 / width],
-        }
-        for width in (4, 8)
-    ]
-    full = pixels(plot_training(levels, tmp_path / "training.png"))
-    assert full.shape[1] > 1.5 * full.shape[0] > 600
-    plot_training([{"name": "w4", "width": 4, "history": [], "logsnr": [], "held_out": []}], tmp_path / "empty.png")
-    with pytest.raises(UserError, match="w8"):
-        plot_training([levels[0], levels[1] | {"held_out": [0.1]}], tmp_path / "bad.png")
+def test_diagnostics_show_differences_against_noise_and_cost() -> None:
+    found = content("demo/diagnostics.json")["ode"]
+    left, right = plot_diagnostics(found, "demo").axes
+    expected = np.column_stack([found["logsnr"], found["per_noise_level"]["mean_square"][2]])
+    assert any(np.array_equal(line, expected) for line in points(left))
+    pooled = points(right, marker="s")[0]
+    assert pooled[:, 1].tolist() == found["pooled"]["mean_square"][1:]
+    del found["pooled"]
+    with pytest.raises(UserError, match=r"nothing to plot: .*differs from"):
+        plot_diagnostics(found)
+
+
+def test_gains_are_rates_per_unit_of_logsnr() -> None:
+    gains = np.array([[1.0, 1.0, 1.0, 1.0], [0.04, 0.04, 0.16, 9.0]])
+    effects = SimpleNamespace(
+        names=("w4", "w8"), dynamics="ode", step_rule="heun", logsnr=np.array([-2.0, 0.0, 0.0, 1.0]),
+        squares=np.full((2, 4), 0.25), gains=lambda: (gains, gains / 10),
+    )  # fmt: skip
+    top, bottom = plot_gains([effects]).axes  # type: ignore[list-item]
+    assert top.get_title() == "Heun, deterministic (ODE)" and (points(top)[0][:, 1] == 0.5).all()
+    assert np.allclose(points(bottom)[0], [[-2, 0.1], [0, 0.4]])  # sqrt(gain) / step, without the step of length 0
+
+
+def test_rates_show_points_and_fitted_exponents() -> None:
+    result, frame = content("rates/rates.json"), pd.read_csv(RESULTS / "rates" / "rates.csv")
+    for dynamics in ("sde", "ode"):
+        result[dynamics] = {"1": result[dynamics]["1"]}  # fewer panels are faster
+    figure = plot_rates(result, frame)
+    assert len(figure.axes) == 5
+    first = figure.axes[0]
+    own = frame[(frame.dynamics == "sde") & (frame.gamma == 1) & (frame.method == "em")]
+    assert any(np.array_equal(line, own[["error", "cost"]]) for line in points(first))
+    assert first.get_legend_handles_labels()[1][0] == "EM −2.03"
+
+
+def test_figures_are_saved_as_small_pngs(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "figure.png"
+    figure = style.new_figure(3, 2)
+    figure.subplots().plot([1, 2], color=style.ORANGE)
+    style.save(figure, path)
+    picture = Image.open(path)
+    assert picture.format == "PNG" and picture.mode == "P" and picture.width == 3 * figure.dpi
+    orange = np.abs(np.asarray(picture.convert("RGB")).astype(int) - (0xD5, 0x5E, 0x00)).max(2) < 9
+    assert 50 < orange.sum() < 5000
+
+
+def test_log_axes_have_plain_numbers() -> None:
+    ax = style.new_figure(3, 2).subplots()
+    ax.set(yscale="log", ylim=(0.01, 2e6))
+    style.plain_ticks(ax.yaxis)
+    named = [ax.yaxis.get_major_formatter()(value) for value in (1e-5, 0.01, 1, 1000, 1e6)]
+    assert named == ["1e-5", "0.01", "1", "1000", "1e6"]
+    assert 2.0 not in ax.yaxis.get_majorticklocs()
+    ax.set_ylim(0.5, 3)
+    style.plain_ticks(ax.yaxis)
+    assert {0.5, 1.0, 1.5, 2.0} <= {round(tick, 6) for tick in ax.yaxis.get_majorticklocs()}
 
 
 # ---- grids ----
@@ -277,32 +216,15 @@ def test_image_grid_places_and_enlarges_pixels() -> None:
     assert (grid[2:14, 19:34] == (200, 0, 0)).all()
     assert (grid[16:19, 2:5] == (0, 0, 255)).all() and (grid[19, 2:17] == 0).all()
     assert (grid[16:, 19:] == 255).all() and (grid[:2] == 255).all()  # the empty place and the rim are white
+    large = image_grid(torch.zeros(9, 3, 16, 16, dtype=torch.uint8))  # nearly square, readable
+    assert large.size == (3 * 65 + 1, 3 * 65 + 1)
 
 
-def test_image_grid_takes_tensors_and_refuses_floats() -> None:
-    torch = pytest.importorskip("torch")
-    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    same = image_grid(images, 2), image_grid(images.numpy(), 2)
-    assert np.array_equal(np.asarray(same[0]), np.asarray(same[1]))
-    for bad in (images.float(), images[0], images[:, :1], images[:0]):
-        with pytest.raises(UserError, match="uint8 images"):
-            image_grid(bad, 2)
-
-
-def test_save_grid(tmp_path: Path) -> None:
-    images = np.zeros((9, 3, 16, 16), np.uint8)
-    assert pixels(save_grid(images, tmp_path / "deep" / "grid.png", scale=None)).shape == (
-        3 * 65 + 1,
-        3 * 65 + 1,
-        3,
-    )
-
-
-def test_comparison_grid_puts_settings_in_rows_with_labels_at_left(tmp_path: Path) -> None:
+def test_comparison_grid_puts_settings_in_rows_with_labels_at_left() -> None:
     red, blue = np.zeros((2, 4, 3, 16, 16), np.uint8)
     red[:, 0], blue[:, 2] = 255, 255
     label = "ML-EM with a name that is far too long for a single line of this label"
-    picture = pixels(comparison_grid([("reference", red), (label, blue[:2])], tmp_path / "grid.png"))
+    picture = np.asarray(comparison_grid([("reference", red), (label, blue[:2])]))
     is_red, is_blue = (picture == (255, 0, 0)).all(2), (picture == (0, 0, 255)).all(2)
     assert is_red.sum() == 2 * is_blue.sum() == 4 * 64 * 64
     first_red, first_blue = (np.argwhere(mask.any(0))[0, 0] for mask in (is_red, is_blue))
@@ -311,5 +233,3 @@ def test_comparison_grid_puts_settings_in_rows_with_labels_at_left(tmp_path: Pat
     labels = picture[:, :first_red].min(2) < 120
     half = np.argwhere(is_blue.any(1)).min()
     assert labels[:half].any() and labels[half:].any()
-    with pytest.raises(UserError, match="one size"):
-        comparison_grid([("a", red), ("b", red[:, :, :8])], tmp_path / "bad.png")

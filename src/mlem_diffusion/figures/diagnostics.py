@@ -1,79 +1,61 @@
 """The figure for a family's diagnostics: mean square differences per noise level, and pooled against cost."""
 
-from __future__ import annotations
-
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from ..errors import UserError
-from ..multilevel.diagnostics import Diagnostics, pooled
-from ..multilevel.level_statistics import LevelStatistics, standard_error
-from .style import ESTIMATE_STYLES, colour_scale, decimal_ticks, light_grid, save_figure
-
-_COST, _SQUARE = ESTIMATE_STYLES["loss_fit"], ESTIMATE_STYLES["differences"]
+from .style import BLUE, GFLOP, LOGSNR, MARKERS, ORANGE, error_bars, more_room, new_figure, plain_ticks, shades, styled
 
 
-def plot_diagnostics(d: Diagnostics, path: Path, title: str = "") -> None:
-    """Draw the mean square differences of levels, per noise level and pooled.
+@styled
+def plot_diagnostics(content: dict[str, Any], title: str = "") -> Figure:
+    """Draw the mean square differences of levels, for one of the dynamics in diagnostics.json.
 
     Left: against log-SNR, with bands of two standard errors. Right: the pooled value V, and V times the cost of one
     firing, against the level's FLOPs. Raises UserError if there are no statistics.
     """
-    if d.statistics is None:
-        raise UserError(f"There is nothing to plot: {d.findings[0].text}")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4.8), dpi=150, layout="constrained")
+    if "pooled" not in content:
+        raise UserError(f"There is nothing to plot: {content['findings'][0]['text']}")
+    names = content["levels"]
+    where = f"{content['samples']} trajectories of {names[-1]}, {content['dynamics'].upper()}, {content['step_rule']}"
+    figure = new_figure(13, 4.8, f"{title}: {where}" if title else where)
     left, right = figure.subplots(1, 2, width_ratios=[1.35, 1])
-    _draw_noise_levels(left, d.statistics)
-    _draw_levels(right, d.statistics)
-    where = f"{d.samples} trajectories of {d.names[-1]}, {d.dynamics.upper()}, {d.step_rule}"
-    figure.suptitle(f"{title}: {where}" if title else where, fontsize=12)
-    save_figure(figure, path)
+    _draw_noise_levels(left, names, content["logsnr"], content["per_noise_level"])
+    _draw_pooled(right, names, np.array(content["flops"]) / 1e9, content["pooled"])
+    return figure
 
 
-def _draw_noise_levels(ax: Any, s: LevelStatistics) -> None:
-    mean, se = s.mean_square, standard_error(s.square)
-    colours = colour_scale(len(s.names), "viridis")
-    for k in range(1, len(s.names)):
-        show = mean[k] > 0
-        if not show.any():
-            continue
-        low = np.maximum(mean[k] - 2 * se[k], 0.05 * mean[k])  # a log axis cannot show a band that reaches zero
-        ax.plot(s.logsnr[show], mean[k][show], color=colours[k], marker="osD^v<>"[k % 7], ms=4, label=s.label(k))
-        ax.fill_between(s.logsnr[show], low[show], (mean[k] + 2 * se[k])[show], color=colours[k], alpha=0.25, lw=0)
-    ax.plot(s.logsnr, s.top_spread, color="0.45", ls=":", lw=1.3, label=f"variance of {s.names[-1]}")
-    ax.set_yscale("log")
-    ax.set_xlabel("log-SNR  $\\log(\\alpha^2/\\sigma^2)$   (noisy → clean)")
-    ax.set_ylabel("mean square per pixel, images in [−1, 1]")
-    ax.set_title("Differences of neighbouring levels (bands: ±2 s.e.)", fontsize=11)
-    ax.legend(fontsize=9, loc="lower left")
-    light_grid(ax)
+def _draw_noise_levels(ax: Any, names: list[str], logsnr: Any, found: dict[str, Any]) -> None:
+    logsnr = np.asarray(logsnr)
+    means, errors = (np.array(found[key], dtype=float) for key in ("mean_square", "mean_square_se"))
+    colours = shades(len(names))
+    for k in range(1, len(names)):
+        show = means[k] > 0
+        x, y, label = logsnr[show], means[k][show], f"{names[k]} - {names[k - 1]}"
+        below, above = error_bars(y, errors[k][show])
+        ax.plot(x, y, color=colours[k], marker=MARKERS[k % len(MARKERS)], ms=4, label=label)
+        ax.fill_between(x, y - below, y + above, color=colours[k], alpha=0.25, lw=0)
+    ax.plot(logsnr, found["largest_variance"], color="0.45", ls=":", label=f"variance of {names[-1]}")
+    ax.set(yscale="log", xlabel=LOGSNR, ylabel="mean square per pixel, images in [−1, 1]")
+    ax.set_title("Differences of neighbouring levels (bands: ±2 s.e.)")
+    ax.legend(loc="lower left")
 
 
-def _draw_levels(ax: Any, s: LevelStatistics) -> None:
-    of, x = pooled(s), s.flops[1:] / 1e9
-    v, se = of["mean_square"][1:], of["mean_square_se"][1:]
-    bars = np.stack([np.minimum(2 * se, 0.95 * v), 2 * se])
-    series = (
-        (v, bars, _SQUARE, "$V_k$, pooled"),
-        (of["variance_cost"][1:] / 1e9, None, _COST, "$V_k c_k$  ($c_k$: GFLOP per firing)"),
+def _draw_pooled(ax: Any, names: list[str], gflops: np.ndarray, pooled: dict[str, Any]) -> None:
+    values, errors, products = (
+        np.array(pooled[key], dtype=float) for key in ("mean_square", "mean_square_se", "variance_cost")
     )
-    for values, error, (colour, marker, _), label in series:
-        show = values > 0
-        bar = None if error is None else error[:, show]
-        ax.errorbar(x[show], values[show], yerr=bar, color=colour, marker=marker, ms=6, capsize=3, lw=1.2, label=label)
-    ax.set(xscale="log", yscale="log")
-    for k, name in enumerate(s.names[1:]):
-        if v[k] > 0:
-            ax.annotate(name, (x[k], v[k]), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=9)
-    low, high = ax.get_ylim()
-    ax.set_ylim(low, high * (high / low) ** 0.25)  # room for the legend
-    ax.set_xlabel("GFLOP per evaluation of one image ($T_k$)")
-    ax.set_ylabel("mean square, or its product with cost")
-    ax.set_title("Pooled over noise levels (bars: ±2 s.e.)", fontsize=11)
-    ax.legend(fontsize=9, loc="upper right")
-    light_grid(ax)
-    decimal_ticks(ax.xaxis)
+    show = (np.arange(len(names)) > 0) & (values > 0)
+    bars = error_bars(values[show], errors[show])
+    label = "$V_k c_k$  ($c_k$: GFLOP per firing)"
+    ax.errorbar(gflops[show], values[show], yerr=bars, color=ORANGE, marker="s", label="$V_k$, pooled")
+    ax.errorbar(gflops[show], products[show] / 1e9, color=BLUE, marker="o", label=label)
+    ax.set(xscale="log", yscale="log", xlabel=GFLOP, ylabel="mean square, or its product with cost")
+    ax.set_title("Pooled over noise levels (bars: ±2 s.e.)")
+    for k in np.flatnonzero(show):
+        ax.annotate(names[k], (gflops[k], values[k]), (0, 7), textcoords="offset points", ha="center", fontsize=9)
+    more_room(ax, above=0.25)
+    ax.legend(loc="upper right")
+    plain_ticks(ax.xaxis)

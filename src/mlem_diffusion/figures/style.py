@@ -1,115 +1,92 @@
-"""Shared parts of the figures: colours, axes, ticks and saving."""
-
-from __future__ import annotations
+"""Shared parts of the figures: colours, labels, axes, ticks and saving."""
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib import colormaps, rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 
+from ..diffusion.step_rules import DYNAMICS_NAMES, STEP_RULE_NAMES
 from ..files import atomic_write
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.colors import Colormap
-    from matplotlib.figure import Figure
+# Okabe-Ito colours are distinct for colour-blind readers; each series also has its own marker.
+BLUE, ORANGE, PURPLE, YELLOW, GREEN, SKY = "#0072B2", "#D55E00", "#CC79A7", "#E69F00", "#009E73", "#56B4E9"
+COLOURS = (BLUE, ORANGE, PURPLE, YELLOW, GREEN, SKY)
+MARKERS = "os^Dv<P>"
+GFLOP = "GFLOP per evaluation of one image ($T_k$)"
+LOGSNR = "log-SNR  $\\log(\\alpha^2/\\sigma^2)$   (noisy → clean)"
 
-# Okabe-Ito colours are distinct for colour-blind readers; each estimate also has its own marker.
-ESTIMATE_STYLES: dict[str, tuple[str, str, str]] = {
-    "loss_fit": ("#0072B2", "o", "loss $-$ fitted floor"),
-    "differences": ("#D55E00", "s", "$E|f^k-f^{k-1}|^2$"),
-    "to_largest": ("#009E73", "D", "$E|f^k-f^K|^2$"),
-}
-
-
-def colour_scale(count: int, name: str) -> list[Any]:
-    from matplotlib import colormaps
-
-    colours: Colormap = colormaps[name]
-    low, high = (0.35, 1.0) if name == "Blues" else (0.0, 0.9)
-    where = np.linspace(low, high, count) if count > 1 else np.array([high])
-    # Light means cheap and dark means expensive; viridis runs from dark to light, so it is reversed.
-    return [colours(value) for value in (where if name == "Blues" else high - where)]
-
-
-def is_positive(value: Any) -> bool:
-    return value is not None and np.isfinite(value) and value > 0
+styled = rc_context(  # the decorator of every figure function
+    {
+        "figure.dpi": 130,
+        "axes.grid": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 11,
+        "grid.color": "#e3e6ea",
+        "legend.fontsize": 9,
+        "legend.edgecolor": "none",
+        "lines.linewidth": 1.2,
+    }
+)
 
 
-def new_figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=130, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
+def new_figure(width: float, height: float, title: str = "") -> Figure:
+    """An empty figure of this size in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(title, fontsize=13)
     return figure
 
 
-def dress(ax: Axes) -> None:
-    ax.grid(True, which="major", color="#e3e6ea", lw=0.8)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
+def shades(count: int, name: str = "viridis") -> list[Any]:
+    """Colours for levels from cheap (light) to expensive (dark), of the colour map viridis or Blues."""
+    cheap, expensive = (0.35, 1.0) if name == "Blues" else (0.9, 0.0)
+    return [colormaps[name](value) for value in np.linspace(expensive, cheap, count)[::-1]]
 
 
-def few_ticks(axis: Any) -> None:
-    """Put plain numbers on a log axis at powers of ten; if it spans less than a factor of 200, also at 2 and 5."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    low, high = axis.get_view_interval()
-    short = high < 200 * low
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if short else (1.0,)))
-    axis.set_major_formatter(
-        FuncFormatter(lambda v, _: f"{v:g}" if 1e-4 < v < 1e5 else f"{v:.0e}".replace("e-0", "e-").replace("e+0", "e"))
-    )
-    axis.set_minor_formatter(NullFormatter())
+def rule_title(dynamics: str, step_rule: str) -> str:
+    return f"{STEP_RULE_NAMES.get(step_rule, step_rule)}, {DYNAMICS_NAMES[dynamics]}"
 
 
 def thousands(value: float, _position: int | None = None) -> str:
-    if abs(value) >= 1e6:
-        return f"{value / 1e6:g}M"
-    return f"{value / 1e3:g}k" if abs(value) >= 1e3 else f"{value:g}"
+    size, letter = (1e6, "M") if value >= 1e6 else (1e3, "k") if value >= 1e3 else (1, "")
+    return f"{value / size:.3g}{letter}"
 
 
-def save_figure(figure: Figure, path: Path) -> Path:
-    """Save a PNG of at most 256 colours: a third of the bytes, and no visible loss in drawings of lines and points."""
-    path, content = Path(path), io.BytesIO()
+def error_bars(values: np.ndarray, errors: np.ndarray) -> np.ndarray:
+    """Bars [2, N] of two standard errors; the lower end stays above zero, since a log axis cannot show it."""
+    return np.stack([np.minimum(2 * errors, 0.95 * values), 2 * errors])
+
+
+def plain_ticks(axis: Any) -> None:
+    """Plain numbers on a log axis, at more places the fewer decades it spans."""
+    low, high = axis.get_view_interval()
+    places = (1.0,) if high > 200 * low else (1.0, 2.0, 5.0)
+    if high < 12 * low:
+        places = (1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
+    axis.set_major_locator(LogLocator(subs=places))
+    axis.set_major_formatter(lambda value, _: f"{value:g}" if 1e-4 < value < 1e5 else f"1e{np.log10(value):.0f}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def more_room(ax: Any, below: float = 0.0, above: float = 0.0) -> None:
+    """Widen a log axis by these shares of its height, for a legend."""
+    low, high = ax.get_ylim()
+    ax.set_ylim(low / (high / low) ** below, high * (high / low) ** above)
+
+
+def note(ax: Any, text: str) -> None:
+    ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color="#777777", style="italic")
+    ax.set(xticks=[], yticks=[])
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Save a PNG of 256 colours, atomically: a third of the bytes, and no visible loss in drawings of lines."""
+    content = io.BytesIO()
     figure.savefig(content, dpi=figure.dpi, format="png")
     picture = Image.open(content).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     atomic_write(path, lambda p: picture.save(p, format="PNG", optimize=True))
-    return path
-
-
-def note(ax: Axes, text: str) -> None:
-    ax.text(
-        0.5,
-        0.5,
-        text,
-        transform=ax.transAxes,
-        ha="center",
-        va="center",
-        color="#777777",
-        fontsize=12,
-        style="italic",
-    )
-    ax.set_xticks([])
-    ax.set_yticks([])
-
-
-def decimal_ticks(axis: Any) -> None:
-    """Put more ticks, with plain numbers, on a log axis that spans few decades."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    low, high = axis.get_view_interval()
-    ratio = high / low
-    subs = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0) if ratio < 8 else (1.0, 2.0, 5.0) if ratio < 50 else (1.0,)
-    axis.set_major_locator(LogLocator(subs=subs))
-    axis.set_minor_formatter(NullFormatter())
-    if ratio < 50 or low > 1e-3:
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def light_grid(ax: Any) -> None:
-    ax.grid(True, which="major", color="0.88", lw=0.7)
-    ax.set_axisbelow(True)
