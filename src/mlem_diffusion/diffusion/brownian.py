@@ -102,38 +102,50 @@ def path_increments(
     return out.reshape(len(weights), len(seeds), *shape)
 
 
-class PathWindows:
-    """The increments of `path_increments`, drawn a few steps at a time for a sampler that uses them in order.
+class BrownianPath:
+    """The randomness of one batch of samples: starting points, Brownian increments and coins, one stream per seed.
 
-    A window has at most about WINDOW_BYTES. A new window redraws the blocks that it shares with the previous one.
+    seeds: one per sample. shape: of one sample. `increment` draws a window of about `window_bytes` at a time and keeps
+    the last one, so settings with the same grid and clock share one draw if they share the path.
     """
 
     def __init__(
         self,
         seeds: Sequence[int],
         shape: tuple[int, ...],
-        grid: TimeGrid,
-        clock: str,
-        device: torch.device,
-        most: int = WINDOW_BYTES,
+        device: torch.device | str = "cpu",
+        window_bytes: int = WINDOW_BYTES,
     ):
-        self._draw = lambda steps: path_increments(seeds, shape, grid, clock, device, steps)
-        self._length = max(1, most // (4 * len(seeds) * int(np.prod(shape))))
-        self._end, self._steps = grid.steps - 1, range(0)
-        self._held: Tensor | None = None
+        self.seeds, self.shape, self.device = list(seeds), tuple(shape), torch.device(device)
+        self._length = max(1, window_bytes // (4 * len(self.seeds) * int(np.prod(shape))))
+        self._grid: tuple | None = None  # grid and clock of the window
+        self._steps, self._window = range(0), torch.empty(0)
 
-    def holds(self, step: int) -> bool:
-        """Whether the current window contains this step's increment."""
-        return step in self._steps
+    def initial(self) -> Tensor:
+        """Standard normal starting points [B, *shape]."""
+        return initial_noise(self.seeds, self.shape, self.device)
 
-    def __getitem__(self, step: int) -> Tensor:
-        """The increment [B, *shape] of a step."""
-        if not self.holds(step):
-            self._held = None  # frees the memory before the next draw
-            self._steps = range(step, min(step + self._length, self._end))
-            self._held = self._draw(self._steps)
-        assert self._held is not None
-        return self._held[step - self._steps.start]
+    def increments(self, grid: TimeGrid, clock: str, steps: range | None = None) -> Tensor:
+        """Standardised increments [n-1, B, *shape] of all steps of a grid, or of a range of them."""
+        return path_increments(self.seeds, self.shape, grid, clock, self.device, steps)
+
+    def holds(self, grid: TimeGrid, clock: str, step: int) -> bool:
+        """Whether the increment of a step is drawn already."""
+        return self._grid == (grid.key, clock) and step in self._steps
+
+    def increment(self, grid: TimeGrid, clock: str, step: int) -> Tensor:
+        """The standardised increment [B, *shape] of one step; steps should be asked for in order."""
+        if not self.holds(grid, clock, step):
+            self._window = torch.empty(0)  # frees the memory before the next draw
+            first = 0 if self._length >= grid.steps - 1 else step
+            self._steps = range(first, min(first + self._length, grid.steps - 1))
+            self._window = self.increments(grid, clock, self._steps)
+            self._grid = (grid.key, clock)
+        return self._window[step - self._steps.start]
+
+    def uniforms(self, level: int, count: int) -> np.ndarray:
+        """Uniforms [B, count] in [0, 1) for the coins of one level; the streams of levels and seeds are independent."""
+        return coin_uniforms(self.seeds, level, count)
 
 
 def coin_uniforms(seeds: Sequence[int], level: int, count: int) -> np.ndarray:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .brownian import BrownianPath
 from .ledger import Ledger
 from .level import Level, check_family
 
@@ -28,7 +29,7 @@ class Estimator(ABC):
     def levels(self) -> list[Level]: ...
 
     @abstractmethod
-    def weights(self, evaluations: int, seeds: Sequence[int]) -> np.ndarray:
+    def weights(self, evaluations: int, path: BrownianPath) -> np.ndarray:
         """Weights [n, B, K] of the levels in each estimate."""
 
     @abstractmethod
@@ -44,13 +45,13 @@ class Estimator(ABC):
         return list(seeds)
 
     def weight_table(
-        self, evaluations: int, seeds: Sequence[int], ledger: Ledger
+        self, evaluations: int, path: BrownianPath, ledger: Ledger
     ) -> Callable[[int, Tensor, float], Tensor]:
         """The function (j, x [B, ...], logsnr) -> denoised estimate [B, ...] of one sampling run.
 
         It is called with j = 0, 1, ... in order and records every network evaluation in the ledger. It must not change
         an estimate that it has returned."""
-        return WeightTable(self.levels, self.weights(evaluations, seeds), ledger)
+        return WeightTable(self.levels, self.weights(evaluations, path), ledger)
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ class SingleLevel(Estimator):
     def levels(self) -> list[Level]:
         return [self.level]
 
-    def weights(self, evaluations: int, seeds: Sequence[int]) -> np.ndarray:
-        return np.ones((evaluations, len(seeds), 1))
+    def weights(self, evaluations: int, path: BrownianPath) -> np.ndarray:
+        return np.ones((evaluations, len(path.seeds), 1))
 
     def expected_evaluations(self, evaluations: int) -> np.ndarray:
         return np.array([float(evaluations)])
@@ -88,10 +89,10 @@ class Stitched(Estimator):
     def levels(self) -> list[Level]:
         return [self.small, self.large]
 
-    def weights(self, evaluations: int, seeds: Sequence[int]) -> np.ndarray:
+    def weights(self, evaluations: int, path: BrownianPath) -> np.ndarray:
         is_large = np.arange(evaluations) >= round(self.switch * evaluations)
         table = np.stack([~is_large, is_large], axis=1).astype(np.float64)
-        return np.broadcast_to(table[:, None], (evaluations, len(seeds), 2))
+        return np.broadcast_to(table[:, None], (evaluations, len(path.seeds), 2))
 
     def expected_evaluations(self, evaluations: int) -> np.ndarray:
         first = round(self.switch * evaluations)
@@ -116,25 +117,25 @@ class WeightTable:
         self.on_device: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, j: int, x: Tensor, logsnr: float) -> Tensor:
-        """The j-th estimate at x [B, ...]. All samples share the log-SNR; each level gets it as [B] with stride 0."""
+        """The j-th estimate at x [B, ...]. All samples share the log-SNR, so each level gets a scalar."""
         if self.on_device is None:
             table = torch.tensor(self.weights, dtype=x.dtype).to(x.device)  # a copy: the weights may be read-only
             self.on_device = table, torch.as_tensor(self.positions).to(x.device)
         table, positions = self.on_device
-        estimate, noise_level = None, torch.full((1,), logsnr, dtype=torch.float32, device=x.device)
+        estimate, noise_level = None, torch.full((), logsnr, dtype=torch.float32, device=x.device)
         for k, level in enumerate(self.levels):
             count = int(self.counts[j, k])
             if count == 0:
                 continue
             self.ledger.record(k, np.flatnonzero(self.weights[j, k]))
             if count == len(x):
-                output = level.denoise(x, noise_level.expand(count)).to(x.dtype)
+                output = level.denoise(x, noise_level).to(x.dtype)
                 w = float(self.weights[j, k, 0]) if self.same[j, k] else _column(table[j, k], x)
                 estimate = w * output if estimate is None else estimate.add_(w * output)
             else:
                 first = self.start[j * len(self.levels) + k]
                 rows = positions[first : first + count]
-                output = level.denoise(x[rows], noise_level.expand(count)).to(x.dtype)
+                output = level.denoise(x[rows], noise_level).to(x.dtype)
                 estimate = torch.zeros_like(x) if estimate is None else estimate
                 estimate.index_add_(0, rows, _column(table[j, k][rows], x) * output)
         return torch.zeros_like(x) if estimate is None else estimate

@@ -15,8 +15,9 @@ from ..errors import UserError
 class Level:
     """One denoiser f^k.
 
-    denoise maps (x [B,C,H,W], logsnr [B]) to the denoised image [B,C,H,W], for x = alpha x0 + sigma eps with
-    alpha^2 = sigmoid(logsnr). flops is the cost of one evaluation of one image, in FLOPs or another common unit.
+    denoise maps (x [B,C,H,W], logsnr) to the denoised image [B,C,H,W], for x = alpha x0 + sigma eps with
+    alpha^2 = sigmoid(logsnr). logsnr is 0-dimensional if all samples share it, else [B]. flops is the cost of one
+    evaluation of one image, in FLOPs or another common unit.
     """
 
     name: str

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -99,6 +100,11 @@ class TimeGrid:
     @property
     def steps(self) -> int:
         return len(self.logsnr)
+
+    @cached_property
+    def key(self) -> bytes:
+        """Equal for equal grids."""
+        return self.index.tobytes() + self.base_logsnr.tobytes()
 
 
 @dataclass(frozen=True)

@@ -9,64 +9,43 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .brownian import PathWindows, initial_noise
+from .brownian import BrownianPath
 from .estimator import Estimator
 from .ledger import Ledger
 from .process import TimeGrid
-from .step_rules import Evaluation, step_rule_of
+from .step_rules import Evaluation, StepRule
 
 
 @torch.no_grad()
-def sample(
-    estimator: Estimator,
-    grid: TimeGrid,
-    dynamics: str,
-    step_rule: str,
-    seeds: Sequence[int],
-    shape: tuple[int, ...],
-    device: torch.device | str = "cpu",
-    increments: Tensor | None = None,
-) -> tuple[Tensor, Ledger]:
+def sample(estimator: Estimator, rule: StepRule, grid: TimeGrid, path: BrownianPath) -> tuple[Tensor, Ledger]:
     """Sample one batch: unclipped images [B, *shape] with pixels on the scale [-1, 1], and the ledger of evaluations.
 
-    seeds: one per sample; it determines the sample's starting point, Brownian path and coins.
-    increments [n-1, B, *shape]: one draw shared between settings with the same grid, seeds and clock. Without it, the
-    noise is drawn a few steps at a time (brownian.PathWindows).
+    path: the seeds of the samples with their starting points, Brownian increments and coins, on one device.
     ledger.seconds is the time of the loop without the drawing of noise. On a GPU the loop only queues work: it waits
-    for the device at its start, at its end and when it draws a window of noise. Raises UserError for an unknown rule.
+    for the device at its start, at its end and when it draws a window of noise.
     """
-    rule = step_rule_of(dynamics, step_rule)
-    program, device = rule.program(grid), torch.device(device)
-    x = initial_noise(seeds, shape, device)
-    noise: Tensor | PathWindows | None = increments
-    if rule.clock is not None and noise is None:
-        noise = PathWindows(seeds, shape, grid, rule.clock, device)
-    if isinstance(noise, PathWindows):
-        noise[0]  # draws the first window before the clock starts; a GPU draws it while the CPU draws the coins
-    ledger = Ledger([level.flops for level in estimator.levels], images=len(seeds))
-    estimate = estimator.weight_table(len(program), seeds, ledger)
+    program, device = rule.program(grid), path.device
+    x = path.initial()
+    if rule.clock is not None:
+        path.increment(grid, rule.clock, 0)  # before the clock starts; a GPU draws it while the CPU draws the coins
+    ledger = Ledger([level.flops for level in estimator.levels], images=len(path.seeds))
+    estimate = estimator.weight_table(len(program), path, ledger)
     start, drawing = _now(device), 0.0
     state: list[Tensor | None] = [x] + [None] * (len(program[0].update) - 1)
     for j, evaluation in enumerate(program):
         assert state[0] is not None
         denoised = estimate(j, state[0], evaluation.logsnr)
         z = None
-        if noise is not None and evaluation.noise is not None:
-            drawing += _draw(noise, evaluation.noise, device)
-            z = noise[evaluation.noise]
+        if evaluation.noise is not None and rule.clock is not None:
+            if not path.holds(grid, rule.clock, evaluation.noise):
+                drawing -= _now(device)
+                path.increment(grid, rule.clock, evaluation.noise)
+                drawing += _now(device)
+            z = path.increment(grid, rule.clock, evaluation.noise)
         state = advance(evaluation, state, denoised, z)
     ledger.seconds = _now(device) - start - drawing
     assert state[0] is not None
     return state[0], ledger
-
-
-def _draw(noise: Tensor | PathWindows | None, step: int, device: torch.device) -> float:
-    """Draw the noise of a step if it is not drawn yet, and return the seconds that this took."""
-    if not isinstance(noise, PathWindows) or noise.holds(step):
-        return 0.0
-    start = _now(device)
-    noise[step]
-    return _now(device) - start
 
 
 def advance(

@@ -35,8 +35,19 @@ class Evaluation:
 class StepRule:
     """A step rule: a function from grids to programs, and the clock that standardises its Brownian increments."""
 
+    dynamics: str  # "sde" or "ode"
+    name: str
+    label: str  # the name in the literature
     program: Callable[[TimeGrid], list[Evaluation]]
     clock: str | None  # "time" or "snr"; None without noise
+
+    @property
+    def key(self) -> str:
+        """The key in STEP_RULES, such as "sde/ddpm"."""
+        return f"{self.dynamics}/{self.name}"
+
+    def __reduce__(self) -> tuple:  # programs are closures, so another process looks the rule up
+        return step_rule, (self.key,)
 
 
 @dataclass(frozen=True)
@@ -56,22 +67,18 @@ class Step:
 
 def steps_of(grid: TimeGrid) -> list[Step]:
     """The n - 1 steps of a grid."""
-    alpha, sigma = alpha_sigma(grid.logsnr)
-    h = 0.5 * np.diff(grid.logsnr)
-    return [
-        Step(
-            float(alpha[i]),
-            float(sigma[i]),
-            float(alpha[i + 1]),
-            float(sigma[i + 1]),
-            float(grid.logsnr[i]),
-            float(grid.logsnr[i + 1]),
-            float(h[i]),
-            float(h[i - 1]) if i else None,
-            float(grid.beta[i] * (grid.time[i] - grid.time[i + 1])),
-        )
-        for i in range(grid.steps - 1)
-    ]
+    logsnr, (alpha, sigma) = grid.logsnr.tolist(), alpha_sigma(grid.logsnr)
+    h = (0.5 * np.diff(grid.logsnr)).tolist()
+    beta_dt = (grid.beta[:-1] * (grid.time[:-1] - grid.time[1:])).tolist()
+    columns = (
+        alpha[:-1].tolist(),
+        sigma[:-1].tolist(),
+        alpha[1:].tolist(),
+        sigma[1:].tolist(),
+        logsnr[:-1],
+        logsnr[1:],
+    )
+    return [Step(*row) for row in zip(*columns, h, [None, *h[:-1]], beta_dt, strict=True)]
 
 
 def _final_denoising(grid: TimeGrid, m: int) -> Evaluation:
@@ -202,34 +209,29 @@ def _phi(k: int, z: float) -> float:
     return math.exp(z) if k == 0 else (_phi(k - 1, z) - 1 / math.factorial(k - 1)) / z
 
 
-STEP_RULES = {
-    ("sde", "em"): StepRule(_one_step(em_sde), "time"),
-    ("sde", "ddpm"): StepRule(_one_step(ddpm), "snr"),
-    ("sde", "dpmpp_2m"): StepRule(_two_step(ddpm), "snr"),
-    ("ode", "em"): StepRule(_one_step(em_ode), None),
-    ("ode", "ddim"): StepRule(_one_step(ddim), None),
-    ("ode", "dpmpp_2m"): StepRule(_two_step(ddim), None),
-    ("ode", "heun"): StepRule(heun, None),
-    ("ode", "unipc"): StepRule(unipc, None),
-}
+_RULES = [
+    StepRule("sde", "em", "EM", _one_step(em_sde), "time"),
+    StepRule("sde", "ddpm", "DDPM ancestral", _one_step(ddpm), "snr"),
+    StepRule("sde", "dpmpp_2m", "DPM-Solver++(2M)", _two_step(ddpm), "snr"),
+    StepRule("ode", "em", "EM", _one_step(em_ode), None),
+    StepRule("ode", "ddim", "DDIM", _one_step(ddim), None),
+    StepRule("ode", "dpmpp_2m", "DPM-Solver++(2M)", _two_step(ddim), None),
+    StepRule("ode", "heun", "Heun", heun, None),
+    StepRule("ode", "unipc", "UniPC", unipc, None),
+]
+STEP_RULES = {rule.key: rule for rule in _RULES}
 # the rule that samples the reference of each dynamics, on the base grid
-REFERENCE_RULE = {"sde": "ddpm", "ode": "dpmpp_2m"}
-
-
-def step_rule_of(dynamics: str, name: str) -> StepRule:
-    """The step rule with this name; raises UserError if it is unknown."""
-    if (dynamics, name) not in STEP_RULES:
-        known = ", ".join(f"{d}/{r}" for d, r in STEP_RULES)
-        raise UserError(f"The step rule {dynamics}/{name} is unknown; expected one of {known}.")
-    return STEP_RULES[dynamics, name]
-
-
+REFERENCE_RULE = {"sde": STEP_RULES["sde/ddpm"], "ode": STEP_RULES["ode/dpmpp_2m"]}
+STEP_RULE_NAMES = {rule.name: rule.label for rule in _RULES}
 DYNAMICS_NAMES = {"sde": "stochastic (SDE)", "ode": "deterministic (ODE)"}
-STEP_RULE_NAMES = {
-    "em": "EM",
-    "ddpm": "DDPM ancestral",
-    "ddim": "DDIM",
-    "dpmpp_2m": "DPM-Solver++(2M)",
-    "heun": "Heun",
-    "unipc": "UniPC",
-}
+
+
+def step_rule(dynamics: str, name: str | None = None) -> StepRule:
+    """The step rule of a key such as "sde/ddpm", or of a dynamics and a name; UserError if there is none."""
+    key = dynamics if name is None else f"{dynamics}/{name}"
+    if key not in STEP_RULES:
+        raise UserError(f"The step rule {key} is unknown; expected one of {', '.join(STEP_RULES)}.")
+    return STEP_RULES[key]
+
+
+step_rule_of = step_rule  # until all callers have moved

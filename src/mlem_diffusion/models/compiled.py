@@ -64,8 +64,7 @@ class FastDenoiser:
 
     precision: "float32" or "bf16" (`inference_copy`). compile: "auto" (on CUDA), "on", "off", or "max" (tuned kernels).
     On CUDA each batch-size bucket (`cover`; `batch` is an additional bucket) is captured once as a CUDA graph, compiled
-    or not. A logsnr with stride 0 (an expanded scalar) means that all samples share a noise level, which is embedded
-    once. If derivatives with respect to x are needed, the same network runs eagerly. If compilation or graph capture
+    or not. A 0-dimensional logsnr means that all samples share a noise level, which is embedded once. If derivatives with respect to x are needed, the same network runs eagerly. If compilation or graph capture
     fails, the network runs without it, with one SlowPath warning.
     """
 
@@ -98,8 +97,8 @@ class FastDenoiser:
         return f"{self.precision} {'compiled' if is_compiled else 'eager'}{'' if self.graphs is None else ' + graphs'}"
 
     def __call__(self, x: Tensor, logsnr: Tensor) -> Tensor:
-        if logsnr.ndim == 1 and len(logsnr) > 1 and logsnr.stride(0) == 0:
-            logsnr = logsnr[:1]
+        if logsnr.ndim == 0:
+            logsnr = logsnr.reshape(1)
         if _forward_mode(x):
             with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no forward derivative
                 return self.network(x, logsnr).float()

@@ -46,8 +46,7 @@ class Multilevel(Estimator):
 
     def weights(self, evaluations: int, path: BrownianPath) -> np.ndarray:
         p = self._table(evaluations)
-        tossed = BrownianPath(path.seeds[:1], path.shape, path.device) if self.shared else path
-        weights = telescope_weights(p, draw_coins(p, tossed, self.coins))
+        weights = telescope_weights(p, draw_coins(p, path.seeds[:1] if self.shared else path.seeds, self.coins))
         return np.broadcast_to(weights, (evaluations, len(path.seeds), p.shape[1]))
 
     def expected_evaluations(self, evaluations: int) -> np.ndarray:

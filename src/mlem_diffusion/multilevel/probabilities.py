@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ..diffusion.brownian import BrownianPath
+from ..diffusion.brownian import coin_uniforms
 from ..errors import UserError
 
 COINS = ("independent", "systematic", "nested")
@@ -48,8 +48,8 @@ def measured_probabilities(squares: Sequence[float] | np.ndarray, flops: Sequenc
     return np.concatenate([[1.0], np.minimum(1.0, c * root[1:] / root[1:2])])
 
 
-def draw_coins(p: np.ndarray, path: BrownianPath, coins: str) -> np.ndarray:
-    """Coins in {0, 1} [n, B, K] for probabilities p [n, K] and B paths; each coin is 1 with its probability in p.
+def draw_coins(p: np.ndarray, seeds: Sequence[int], coins: str) -> np.ndarray:
+    """Coins in {0, 1} [n, B, K] for probabilities p [n, K] and B seeds; each coin is 1 with its probability in p.
 
     "independent": coins are independent over steps and levels.
     "systematic": a level fires at the steps where the running sum of its p, plus one random offset, crosses an integer
@@ -60,17 +60,17 @@ def draw_coins(p: np.ndarray, path: BrownianPath, coins: str) -> np.ndarray:
     if coins not in COINS:
         raise UserError(f"coins = {coins!r} is unknown; expected one of {', '.join(COINS)}.")
     n, levels = p.shape
-    out = np.empty((n, len(path.seeds), levels), dtype=bool)
+    out = np.empty((n, len(seeds), levels), dtype=bool)
     if coins == "nested":
-        return p[:, None, :] > path.uniforms(0, n).T[:, :, None]
+        return p[:, None, :] > coin_uniforms(seeds, 0, n).T[:, :, None]
     for k in range(levels):
         if np.all(p[:, k] == 1):
             out[:, :, k] = True
         elif coins == "independent":
-            out[:, :, k] = p[:, k, None] > path.uniforms(k, n).T
+            out[:, :, k] = p[:, k, None] > coin_uniforms(seeds, k, n).T
         else:
             running = np.cumsum(np.concatenate([[0.0], p[:, k]]))
-            crossed = np.floor(running[:, None] + path.uniforms(k, 1).T)
+            crossed = np.floor(running[:, None] + coin_uniforms(seeds, k, 1).T)
             # a rounding error in the running sum must not skip a coin with p = 1
             out[:, :, k] = (np.diff(crossed, axis=0) > 0) | (p[:, k, None] == 1)
     return out
