@@ -216,19 +216,13 @@ def plans(
     evaluation (default) or seconds; Plan.cost has the same unit. prices: squared error per unit of cost; each price
     gives one plan per grid and largest level. base: the level that runs at every evaluation; None for the best one.
     """
-    if method not in METHODS:
-        raise UserError(f"method = {method!r} is unknown; expected one of {', '.join(METHODS)}.")
     costs = effects.flops if costs is None else np.asarray(costs, dtype=np.float64)
     out: list[Plan] = []
     for done, (steps, logsnr) in enumerate(grids.items()):
-        tops = [t for t in range(base or 0, len(costs)) if (t, steps) in own_errors]
-        on_grid = effects.on(logsnr)
-        planner = Planner(on_grid, method, costs)
-        for top in tops:
-            own = own_errors[top, steps]
-            for price in price_range(on_grid, costs) if prices is None else prices:
-                plan = planner.plan(top, float(price), base)
-                out.append(replace(plan, steps=steps, predicted=own + (plan.added or 0.0)))
+        planner = Planner(effects.on(logsnr), method, costs)
+        for top in (t for t in range(base or 0, len(costs)) if (t, steps) in own_errors):
+            for price in price_range(planner.effects, costs) if prices is None else prices:
+                out.append(with_own_error(planner.plan(top, float(price), base), steps, own_errors[top, steps]))
         if progress:
             progress(done + 1, len(grids))
     return frontier(out, lambda plan: plan.predicted)
@@ -249,11 +243,9 @@ def plan_for_cost(
     costs = effects.flops if costs is None else np.asarray(costs, dtype=np.float64)
     found: list[Plan] = []
     for steps, logsnr in grids.items():
-        on_grid = effects.on(logsnr)
-        planner, prices = Planner(on_grid, method, costs), price_range(on_grid, costs)
-        for top in range(base or 0, len(costs)):
-            if (top, steps) not in own_errors:
-                continue
+        planner = Planner(effects.on(logsnr), method, costs)
+        prices = price_range(planner.effects, costs)
+        for top in (t for t in range(base or 0, len(costs)) if (t, steps) in own_errors):
             low, high, best = float(prices.min()), float(prices.max()), None
             for _ in range(16):
                 price = float(np.sqrt(low * high))
@@ -263,8 +255,13 @@ def plan_for_cost(
                 else:
                     high, best = price, plan
             if best is not None:
-                found.append(replace(best, steps=steps, predicted=own_errors[top, steps] + (best.added or 0.0)))
+                found.append(with_own_error(best, steps, own_errors[top, steps]))
     return min(found, key=lambda plan: (plan.predicted, plan.cost), default=None)
+
+
+def with_own_error(plan: Plan, steps: int, own: float) -> Plan:
+    """The plan with the predicted error that follows from the own error of its largest level on a grid of `steps`."""
+    return replace(plan, steps=steps, predicted=own + (plan.added or 0.0))
 
 
 def price_range(effects: Effects, costs: np.ndarray, ratio: float = 4.0) -> np.ndarray:
@@ -279,14 +276,13 @@ class Planner:
     """Plans on one grid; caches the options of each pair of levels, and the plan of each choice of levels."""
 
     def __init__(self, effects: Effects, method: str, costs: np.ndarray):
-        self.effects, self.method, self.costs = effects, method, costs
-        self.n = len(effects.logsnr)
+        if method not in METHODS:
+            raise UserError(f"method = {method!r} is unknown; expected one of {', '.join(METHODS)}.")
+        self.effects, self.method, self.costs, self.n = effects, method, costs, len(effects.logsnr)
         self.gains: dict[tuple[int, int], np.ndarray] = {}
         self.options: dict[tuple[int, int], list[Option]] = {}
         self.edges: dict[tuple[int, int, float, bool], tuple[float, Option | None]] = {}
         self.finished: dict[tuple[tuple[int, ...], float], Plan] = {}
-        self.counts = [c for c in _COUNTS if c <= self.n // 2]
-        self.seeds = len(effects.values)
 
     def priced(self, costs: np.ndarray) -> Planner:
         """A planner with other costs; it shares all cached values that do not depend on costs."""
@@ -295,10 +291,18 @@ class Planner:
         return other
 
     def _gain(self, low: int, high: int) -> np.ndarray:
-        key = (low, high)
-        if key not in self.gains:
-            self.gains[key] = (self.effects.difference(low, high) ** 2).mean(axis=0)
-        return self.gains[key]
+        if (low, high) not in self.gains:
+            self.gains[low, high] = (self.effects.difference(low, high) ** 2).mean(axis=0)
+        return self.gains[low, high]
+
+    def _options(self, low: int, high: int) -> list[Option]:
+        if (low, high) not in self.options:
+            difference, counts = self.effects.difference(low, high), [c for c in _COUNTS if c <= self.n // 2]
+            if self.method == "systematic":
+                self.options[low, high] = systematic_options(difference, counts)
+            else:
+                self.options[low, high] = quadrature_options(difference, counts, len(self.effects.values))
+        return self.options[low, high]
 
     def _edge(self, low: int, high: int, price: float, base: bool) -> tuple[float, Option | None]:
         """Smallest (error + price * cost) of f^high - f^low, and its option. base: f^low runs at every evaluation."""
@@ -313,18 +317,11 @@ class Planner:
             gain = self._gain(low, high)
             p = np.minimum(1.0, np.sqrt(gain / (price * unit)) + _LEAST)
             return float((gain * (1 / p - 1)).sum() + price * unit * p.sum()), None
-        key = (low, high)
-        if key not in self.options:
-            difference = self.effects.difference(low, high)
-            if self.method == "systematic":
-                self.options[key] = systematic_options(difference, self.counts)
-            else:
-                self.options[key] = quadrature_options(difference, self.counts, self.seeds)
         # if f^low is the base, a certain option does not run it at its firings
-        saved = self.costs[low] if base else 0.0
-        totals = [o.added + price * o.fires * (unit - saved * o.certain) for o in self.options[key]]
+        saved, options = self.costs[low] if base else 0.0, self._options(low, high)
+        totals = [o.added + price * o.fires * (unit - saved * o.certain) for o in options]
         best = int(np.argmin(totals))
-        return totals[best], self.options[key][best]
+        return totals[best], options[best]
 
     def plan(self, top: int, price: float, only: int | None = None, among: Collection[int] | None = None) -> Plan:
         """The best plan for a price with f^top as the largest level: a shortest path over levels.
@@ -346,27 +343,29 @@ class Planner:
             self.finished[best[1], price] = self._finish(best[1], price)
         return self.finished[best[1], price]
 
-    def _finish(self, levels: tuple[int, ...], price: float) -> Plan:
-        costs, pairs = self.costs[list(levels)], list(pairwise(levels))
-        gains = np.stack([np.zeros(self.n)] + [self._gain(a, b) for a, b in pairs])
-        if len(levels) == 1:
-            table, added, evaluations = np.ones((self.n, 1)), 0.0, np.full((self.n, 1), 1.0)
-        elif self.method == "independent":
+    def _table(self, levels: tuple[int, ...], gains: np.ndarray, price: float) -> tuple[np.ndarray, float, np.ndarray]:
+        """The table [n, K], the added error and the expected evaluations [n, K] of a path of two or more levels."""
+        costs = self.costs[list(levels)]
+        if self.method == "independent":
             table = independent_probabilities(gains, costs, price)
-            added = float((gains.T * (1 / table - 1)).sum())
-            evaluations = evaluation_probabilities(table)
-        elif self.method == "nested":
+            return table, float((gains.T * (1 / table - 1)).sum()), evaluation_probabilities(table)
+        if self.method == "nested":
             to_top = np.stack([np.zeros(self.n)] + [self._gain(a, levels[-1]) for a in levels[:-1]])
             table = nested_probabilities(to_top, costs, price)
             added = float((to_top[1:].T * np.diff(1 / table, axis=1)).sum())
-            evaluations = evaluation_probabilities(table, nested=True)
-        else:
-            chosen = [self._edge(a, b, price, i == 0)[1] for i, (a, b) in enumerate(pairs)]
-            assert all(chosen)
-            options = [o for o in chosen if o is not None]
-            table = np.stack([np.ones(self.n), *(o.table for o in options)], axis=1)
-            added = sum(o.added for o in options)
-            evaluations = evaluation_probabilities(table) if self.method == "systematic" else used(table)
+            return table, added, evaluation_probabilities(table, nested=True)
+        chosen = [self._edge(a, b, price, i == 0)[1] for i, (a, b) in enumerate(pairwise(levels))]
+        options = [option for option in chosen if option is not None]
+        table = np.stack([np.ones(self.n), *(o.table for o in options)], axis=1)
+        evaluations = evaluation_probabilities(table) if self.method == "systematic" else used(table)
+        return table, sum(o.added for o in options), evaluations
+
+    def _finish(self, levels: tuple[int, ...], price: float) -> Plan:
+        costs = self.costs[list(levels)]
+        gains = np.stack([np.zeros(self.n)] + [self._gain(a, b) for a, b in pairwise(levels)])
+        table, added, evaluations = np.ones((self.n, 1)), 0.0, np.ones((self.n, 1))
+        if len(levels) > 1:
+            table, added, evaluations = self._table(levels, gains, price)
         certain = int(np.cumprod(np.all(table == 1, axis=0)).sum()) - 1
         if certain > 0:  # these differences have weight 1 at every evaluation, so lower levels never run
             levels, costs, table = levels[certain:], costs[certain:], table[:, certain:]
