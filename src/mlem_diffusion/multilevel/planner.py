@@ -1,8 +1,8 @@
 """Plans from measured gains: which levels to use, at which evaluations, with which probabilities or weights.
 
-The predicted squared error of a plan has two parts. One is the own error of the largest level in the plan, measured
-alone on that grid. The other is added by coins or omitted evaluations, to first order in the effects s_kj and gains
-A_kj (gains.py):
+The predicted squared error of a plan has two parts: the own error of its largest level, measured alone on that grid,
+and the error added by coins or omitted evaluations. To first order in the effects s_kj and gains A_kj (gains.py) the
+second part is
 
     independent coins   sum_kj A_kj (1/p_kj - 1)
     any coins           E (sum_kj (B_kj/p_kj - 1) s_kj)^2
@@ -35,6 +35,31 @@ _OFFSETS = 32  # evenly spaced offsets that stand for the one random offset of s
 _COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
+@dataclass(frozen=True)
+class RuleInputs:
+    """Inputs to the plans for one step rule.
+
+    grids: candidate grids, {steps: log-SNR of each evaluation [n]}. own_errors: {(level, steps): measured squared error
+    of this level alone}; only these levels can be the largest of a plan with these steps."""
+
+    effects: Effects
+    grids: Mapping[int, np.ndarray]
+    own_errors: Mapping[tuple[int, int], float]
+    methods: Sequence[str] = METHODS
+
+    @property
+    def rule(self) -> str:
+        return f"{self.effects.dynamics}/{self.effects.step_rule}"
+
+    def tops(self, steps: int, base: int | None = None) -> list[int]:
+        """The levels, from `base` on, that can be the largest of a plan with these steps."""
+        return [k for k in range(base or 0, len(self.effects.names)) if (k, steps) in self.own_errors]
+
+    def complete(self, plan: Plan, top: int, steps: int) -> Plan:
+        """The plan on a grid of `steps`, with the predicted error that includes the own error of its largest level."""
+        return replace(plan, steps=steps, predicted=self.own_errors[top, steps] + (plan.added or 0.0))
+
+
 # ------------------------------------------------------------------------------------------ one difference at a time
 
 
@@ -50,8 +75,7 @@ class Option:
 
 def fill(density: np.ndarray, total: float) -> np.ndarray:
     """p = min(1, c density) [n] with c such that sum(p) = total, for a positive density."""
-    order = np.argsort(-density)
-    sorted_ = density[order]
+    sorted_ = density[np.argsort(-density)]
     rest = np.cumsum(sorted_[::-1])[::-1]
     for capped in range(len(sorted_)):
         c = (total - capped) / rest[capped]
@@ -67,10 +91,9 @@ def densities(effects: np.ndarray) -> list[np.ndarray]:
     the square root of its rate of change (optimal for jittered quadrature of a smooth function). The predicted error
     decides.
     """
-    n = effects.shape[1]
     gain = _smooth(np.sqrt((effects**2).mean(axis=0)))
     change = _smooth(np.sqrt((np.gradient(effects, axis=1) ** 2).mean(axis=0)))
-    return [np.ones(n), gain, np.sqrt(gain), np.sqrt(change)]
+    return [np.ones(effects.shape[1]), gain, np.sqrt(gain), np.sqrt(change)]
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -93,8 +116,7 @@ def systematic_options(effects: np.ndarray, counts: Sequence[int]) -> list[Optio
 
 
 def _systematic_error(effects: np.ndarray, total: np.ndarray, p: np.ndarray) -> float:
-    running = np.concatenate([[0.0], np.cumsum(p)])
-    error = 0.0
+    running, error = np.concatenate([[0.0], np.cumsum(p)]), 0.0
     for offset in (np.arange(_OFFSETS) + 0.5) / _OFFSETS:
         fires = np.flatnonzero((np.diff(np.floor(running + offset)) > 0) | (p == 1))
         error += float(((effects[:, fires] @ (1 / p[fires]) - total) ** 2).mean())
@@ -108,25 +130,20 @@ def quadrature_options(effects: np.ndarray, counts: Sequence[int], groups: int) 
     The reported error is cross-validated over two halves of the seeds. groups: number of seeds; rows are ordered by
     seed.
     """
-    n, total = effects.shape[1], effects.sum(axis=1)
+    n, total, out = effects.shape[1], effects.sum(axis=1), []
     half = np.repeat(np.arange(groups) % 2 == 0, len(effects) // groups)
-    out, shapes = [], densities(effects)
+    masses = [np.cumsum(shape) / shape.sum() for shape in densities(effects)]
     for count in counts:
-        best: Option | None = None
-        for shape in shapes:
-            mass = np.cumsum(shape) / shape.sum()
-            nodes = np.unique(np.searchsorted(mass, (np.arange(count) + 0.5) / count))
-            added = 0.5 * sum(_residual(effects[:, nodes], total, part) for part in (half, ~half))
-            if best is None or added < best.added:
-                table = np.zeros(n)
-                table[nodes] = _least_squares(effects[:, nodes], total)
-                best = Option(table, float(len(nodes)), added)
-        assert best is not None
-        out.append(best)
+        middles = (np.arange(count) + 0.5) / count
+        candidates = [np.unique(np.searchsorted(mass, middles)) for mass in masses]
+        added = [0.5 * sum(_residual(effects[:, nodes], total, fit) for fit in (half, ~half)) for nodes in candidates]
+        nodes, table = candidates[int(np.argmin(added))], np.zeros(n)
+        table[nodes] = _least_squares(effects[:, nodes], total)
+        out.append(Option(table, float(len(nodes)), min(added)))
     for first in np.unique(np.linspace(0, n - 1, 17).astype(int)):
         table = (np.arange(n) >= first).astype(np.float64)
-        added = float((effects[:, :first].sum(axis=1) ** 2).mean())
-        out.append(Option(table, float(n - first), added, certain=True))
+        missed = float((effects[:, :first].sum(axis=1) ** 2).mean())
+        out.append(Option(table, float(n - first), missed, certain=True))
     return out
 
 
@@ -179,10 +196,8 @@ def nested_probabilities(squares: np.ndarray, costs: np.ndarray, price: float) -
     The added error is sum_k (1/p_k - 1/p_{k-1}) D_k, and the cost is sum_k p_k T_k. `squares` is D [K, n]: D_k is the
     gain of f^K - f^{k-1}, and D_1 is not used. Pool-adjacent-violators on the square-root law makes p decrease."""
     levels, n = squares.shape
-    drop = np.maximum(
-        squares - np.concatenate([squares[1:], np.zeros((1, n))]), 1e-4 * squares.max(axis=1, keepdims=True)
-    )
-    out = np.ones((n, levels))
+    drop = squares - np.concatenate([squares[1:], np.zeros((1, n))])
+    drop, out = np.maximum(drop, 1e-4 * squares.max(axis=1, keepdims=True)), np.ones((n, levels))
     for j in range(n):
         blocks: list[tuple[float, float, int]] = []  # (sum of drops, sum of costs, length)
         for k in range(1, levels):
@@ -191,8 +206,8 @@ def nested_probabilities(squares: np.ndarray, costs: np.ndarray, price: float) -
                 a = blocks.pop()
                 block = (a[0] + block[0], a[1] + block[1], a[2] + block[2])
             blocks.append(block)
-        row = [v for d, c, length in blocks for v in [min(1.0, max(_LEAST, float(np.sqrt(d / (price * c)))))] * length]
-        out[j, 1:] = row
+        roots = [min(1.0, max(_LEAST, float(np.sqrt(d / (price * c))))) for d, c, _ in blocks]
+        out[j, 1:] = np.repeat(roots, [length for *_, length in blocks])
     return out
 
 
@@ -200,85 +215,63 @@ def nested_probabilities(squares: np.ndarray, costs: np.ndarray, price: float) -
 
 
 def plans(
-    effects: Effects,
+    inputs: RuleInputs,
     method: str,
-    grids: Mapping[int, np.ndarray],
-    own_errors: Mapping[tuple[int, int], float],
-    costs: np.ndarray | None = None,
+    costs: Sequence[float] | np.ndarray | None = None,
     prices: Sequence[float] | None = None,
     base: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Plan]:
     """The plans on the predicted frontier of a method (see METHODS), from cheap to expensive.
 
-    grids: candidate grids, {steps: log-SNR of each evaluation [n]}. own_errors: {(level, steps): measured squared error
-    of this level alone}; only these levels can be the largest of a plan with these steps. costs [K]: FLOPs per
-    evaluation (default) or seconds; Plan.cost has the same unit. prices: squared error per unit of cost; each price
-    gives one plan per grid and largest level. base: the level that runs at every evaluation; None for the best one.
+    costs [K]: FLOPs per evaluation (default) or seconds; Plan.cost has the same unit. prices: squared error per unit of
+    cost; each gives one plan per grid and largest level. base: the level that runs at every evaluation; None for the
+    best one.
     """
-    costs = effects.flops if costs is None else np.asarray(costs, dtype=np.float64)
     out: list[Plan] = []
-    for done, (steps, logsnr) in enumerate(grids.items()):
-        planner = Planner(effects.on(logsnr), method, costs)
-        for top in (t for t in range(base or 0, len(costs)) if (t, steps) in own_errors):
-            for price in price_range(planner.effects, costs) if prices is None else prices:
-                out.append(with_own_error(planner.plan(top, float(price), base), steps, own_errors[top, steps]))
+    for done, (steps, logsnr) in enumerate(inputs.grids.items()):
+        planner = Planner(inputs.effects.on(logsnr), method, costs)
+        for top in inputs.tops(steps, base):
+            for price in planner.prices() if prices is None else prices:
+                out.append(inputs.complete(planner.plan(top, float(price), base), top, steps))
         if progress:
-            progress(done + 1, len(grids))
+            progress(done + 1, len(inputs.grids))
     return frontier(out, lambda plan: plan.predicted)
 
 
 def plan_for_cost(
-    effects: Effects,
-    method: str,
-    grids: Mapping[int, np.ndarray],
-    own_errors: Mapping[tuple[int, int], float],
-    wanted: float,
-    costs: np.ndarray | None = None,
-    base: int | None = None,
+    inputs: RuleInputs, method: str, wanted: float, costs: Sequence[float] | np.ndarray | None = None
 ) -> Plan | None:
     """The plan of smallest predicted error that costs at most `wanted` per image, or None if all plans cost more.
 
-    The price is found by bisection for every grid and every largest level. The other arguments are as in `plans`."""
-    costs = effects.flops if costs is None else np.asarray(costs, dtype=np.float64)
+    The price is found by bisection for every grid and every largest level. costs: as in `plans`."""
     found: list[Plan] = []
-    for steps, logsnr in grids.items():
-        planner = Planner(effects.on(logsnr), method, costs)
-        prices = price_range(planner.effects, costs)
-        for top in (t for t in range(base or 0, len(costs)) if (t, steps) in own_errors):
-            low, high, best = float(prices.min()), float(prices.max()), None
+    for steps, logsnr in inputs.grids.items():
+        planner = Planner(inputs.effects.on(logsnr), method, costs)
+        for top in inputs.tops(steps):
+            low, high, best = float(planner.prices().min()), float(planner.prices().max()), None
             for _ in range(16):
                 price = float(np.sqrt(low * high))
-                plan = planner.plan(top, price, base)
+                plan = planner.plan(top, price)
                 if plan.cost > wanted:
                     low = price
                 else:
                     high, best = price, plan
             if best is not None:
-                found.append(with_own_error(best, steps, own_errors[top, steps]))
+                found.append(inputs.complete(best, top, steps))
     return min(found, key=lambda plan: (plan.predicted, plan.cost), default=None)
 
 
-def with_own_error(plan: Plan, steps: int, own: float) -> Plan:
-    """The plan with the predicted error that follows from the own error of its largest level on a grid of `steps`."""
-    return replace(plan, steps=steps, predicted=own + (plan.added or 0.0))
-
-
-def price_range(effects: Effects, costs: np.ndarray, ratio: float = 4.0) -> np.ndarray:
-    """Prices, a factor `ratio` apart, that lead to anything from almost no firings to one at every evaluation."""
-    n, gains = len(effects.logsnr), effects.gains()[0][1:].sum()
-    scale = gains * n / (costs[-1] * n)  # the sum of all gains per cost of the largest level
-    count = round(17 * math.log(4.0) / math.log(ratio)) + 1
-    return scale * 4.0**3 * ratio ** -np.arange(count, dtype=np.float64)
-
-
 class Planner:
-    """Plans on one grid; caches the options of each pair of levels, and the plan of each choice of levels."""
+    """Plans on one grid; caches the options of each pair of levels, and the plan of each choice of levels.
 
-    def __init__(self, effects: Effects, method: str, costs: np.ndarray):
+    costs [K]: of one evaluation of each level; FLOPs by default."""
+
+    def __init__(self, effects: Effects, method: str, costs: Sequence[float] | np.ndarray | None = None):
         if method not in METHODS:
             raise UserError(f"method = {method!r} is unknown; expected one of {', '.join(METHODS)}.")
-        self.effects, self.method, self.costs, self.n = effects, method, costs, len(effects.logsnr)
+        self.effects, self.method, self.n = effects, method, len(effects.logsnr)
+        self.costs = effects.flops if costs is None else np.asarray(costs, dtype=np.float64)
         self.gains: dict[tuple[int, int], np.ndarray] = {}
         self.options: dict[tuple[int, int], list[Option]] = {}
         self.edges: dict[tuple[int, int, float, bool], tuple[float, Option | None]] = {}
@@ -289,6 +282,13 @@ class Planner:
         other = Planner(self.effects, self.method, costs)
         other.gains, other.options = self.gains, self.options
         return other
+
+    def prices(self, ratio: float = 4.0) -> np.ndarray:
+        """Prices, a factor `ratio` apart, that lead to anything from almost no firings to one at every evaluation."""
+        # the sum of all gains per cost of the largest level
+        scale = self.effects.gains()[0][1:].sum() * self.n / (self.costs[-1] * self.n)
+        count = round(17 * math.log(4.0) / math.log(ratio)) + 1
+        return scale * 4.0**3 * ratio ** -np.arange(count, dtype=np.float64)
 
     def _gain(self, low: int, high: int) -> np.ndarray:
         if (low, high) not in self.gains:
@@ -333,19 +333,20 @@ class Planner:
             alone = float(price * self.n * self.costs[base])
             cost_to: dict[int, tuple[float, tuple[int, ...]]] = {base: (alone, (base,))}
             for high in (k for k in allowed if k > base):
-                reached = [
+                cost_to[high] = min(
                     (before + self._edge(low, high, price, low == base)[0], (*path, high))
                     for low, (before, path) in cost_to.items()
-                ]
-                cost_to[high] = min(reached)
+                )
             best = min(best, cost_to[top])
         if (best[1], price) not in self.finished:
             self.finished[best[1], price] = self._finish(best[1], price)
         return self.finished[best[1], price]
 
     def _table(self, levels: tuple[int, ...], gains: np.ndarray, price: float) -> tuple[np.ndarray, float, np.ndarray]:
-        """The table [n, K], the added error and the expected evaluations [n, K] of a path of two or more levels."""
+        """The table [n, K], the added error and the expected evaluations [n, K] of a path."""
         costs = self.costs[list(levels)]
+        if len(levels) == 1:
+            return np.ones((self.n, 1)), 0.0, np.ones((self.n, 1))
         if self.method == "independent":
             table = independent_probabilities(gains, costs, price)
             return table, float((gains.T * (1 / table - 1)).sum()), evaluation_probabilities(table)
@@ -361,19 +362,16 @@ class Planner:
         return table, sum(o.added for o in options), evaluations
 
     def _finish(self, levels: tuple[int, ...], price: float) -> Plan:
-        costs = self.costs[list(levels)]
         gains = np.stack([np.zeros(self.n)] + [self._gain(a, b) for a, b in pairwise(levels)])
-        table, added, evaluations = np.ones((self.n, 1)), 0.0, np.ones((self.n, 1))
-        if len(levels) > 1:
-            table, added, evaluations = self._table(levels, gains, price)
+        table, added, evaluations = self._table(levels, gains, price)
+        # leading differences with weight 1 at every evaluation: lower levels never run
         certain = int(np.cumprod(np.all(table == 1, axis=0)).sum()) - 1
-        if certain > 0:  # these differences have weight 1 at every evaluation, so lower levels never run
-            levels, costs, table = levels[certain:], costs[certain:], table[:, certain:]
-            gains, evaluations = gains[certain:], evaluations[:, certain:]
+        levels, gains = levels[certain:], gains[certain:]
+        table, evaluations = table[:, certain:], evaluations[:, certain:]
         weights = np.abs(table) if self.method == "quadrature" else 1 / table
         largest_effect = float((weights * np.sqrt(gains.T))[:, 1:].max(initial=0.0))
         names = tuple(self.effects.names[i] for i in levels)
-        cost = float(evaluations.sum(axis=0) @ costs)
+        cost = float(evaluations.sum(axis=0) @ self.costs[list(levels)])
         return Plan(self.method, "optimal", names, self.n, table.astype(np.float32), cost, added, added, largest_effect)
 
 
