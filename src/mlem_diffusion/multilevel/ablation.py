@@ -210,14 +210,13 @@ def ablate(
 
 
 def table(content: Mapping[str, Any]) -> str:
-    """ablation.json as text: shares of the largest level's cost, and each level's largest cost ratio over step rules."""
+    """ablation.json as text, with the cost ratio of each level for the step rule that it helps most."""
     rows = []
     for e in content["levels"]:
         row = {"level": e["name"], "MFLOP": f"{e['flops'] / 1e6:.4g}", "us/image": f"{1e6 * e['seconds']:.4g}"}
         for unit in ("flops", "seconds"):
             ratios = (e[f"cost_ratio_{unit}"] or {}).values()
-            mean, largest = max(((r["mean"], r["largest"]) for r in ratios), default=(math.nan, math.nan))
-            row[f"ratio, {unit}"] = f"{mean:.3f} ({largest:.2f})"
+            row[f"ratio, {unit}"] = max((f"{r['mean']:.3f} ({r['largest']:.2f})" for r in ratios), default="-")
             row[f"kept, {unit}"] = "yes" if e[f"kept_{unit}"] else "no"
         rows.append(row)
     lines = [pd.DataFrame(rows).to_string(index=False)]

@@ -95,8 +95,9 @@ def calibrate(
     check_reference(reference_steps, steps)
     if len(seeds) < 2:
         raise UserError("calibrate: at least two seeds are needed, better 32 or more.")
-    path, spent = BrownianPath(seeds, shape, device), 0.0
+    path = BrownianPath(seeds, shape, device)
     effects = measure_effects(family, rule, process.grid(calibrate_steps), path)
+    spent = effects.flops_spent
 
     def run(level: Level, by: StepRule, count: int) -> torch.Tensor:
         nonlocal spent
@@ -111,4 +112,4 @@ def calibrate(
         if progress:
             progress(k + 1, len(family))
     grids = {count: process.grid(count).logsnr for count in sorted(steps)}
-    return Calibration(RuleInputs(effects, grids, own), effects.flops_spent + spent)
+    return Calibration(RuleInputs(effects, grids, own), spent)
