@@ -42,6 +42,7 @@ class Experiment:
 
     def __init__(self, name: str, cfg: DictConfig, folder: str | None = None):
         self.name, self.cfg, self.started = name, cfg, time.monotonic()
+        unswept = ROOT / cfg.paths.checkpoints
         if folder is not None:
             cfg.name = folder
         elif HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -52,6 +53,8 @@ class Experiment:
             ROOT / cfg.paths[k] for k in ("data", "checkpoints", "results")
         )
         if name not in ("train_levels", "publish"):
+            if not self.checkpoints.is_dir():
+                self.checkpoints = unswept  # a sweep over later stages shares the levels
             names = [level_name(w) for w in cfg.family.widths]
             self.checkpoints = published.levels_folder(self.checkpoints, names)
         self.device = environment.usable_device(cfg.device)
@@ -242,7 +245,7 @@ class Experiment:
 
     def finished_key(self, depends: Sequence[str], reads: Sequence[str]) -> str:
         """The fingerprint of a stage: of the configuration that it depends on, and of what it reads."""
-        found: dict[str, Any] = {"outputs_in": self.cfg.name}
+        found: dict[str, Any] = {}
         for what in reads:
             path = self.results / what
             if what == "images":

@@ -130,6 +130,7 @@ def quiet(name: str) -> Iterator[None]:
     # torch itself still uses it for its forward derivatives
     warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", category=TqdmMonitorWarning)  # bars also work without a thread
+    warnings.filterwarnings("ignore", message=".*tasks which were still being processed")  # joblib, after a stop
     before = warnings.showwarning
 
     def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:

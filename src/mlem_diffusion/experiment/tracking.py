@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
 
 from ..errors import SlowPath, UserError
 
-TIMEOUT = 20.0  # seconds for W&B to begin a run
+TIMEOUT, PATIENCE = 20.0, 60.0  # seconds for W&B to begin a run, and to finish it
 
 
 class Tracker:
@@ -52,9 +53,16 @@ class Tracker:
         self._try(lambda wandb, run: [run.log(record) for record in records])
 
     def finish(self) -> None:
+        """Let W&B finish; it may take PATIENCE seconds, for instance to upload."""
         self.mirror()
         if self.run is not None:
-            self._try(lambda wandb, run: run.finish())
+            ending = threading.Thread(target=self._try, args=(lambda wandb, run: run.finish(),), daemon=True)
+            ending.start()
+            ending.join(PATIENCE)
+            if ending.is_alive():
+                warnings.warn(
+                    f"W&B did not finish within {PATIENCE:g} s; metrics.jsonl is complete.", SlowPath, stacklevel=2
+                )
 
     def _try(self, action: Any) -> None:
         if self.mode == "disabled":
