@@ -22,7 +22,7 @@ import torch
 from ..diffusion.level import Level
 from ..errors import UserError
 from .plan import Plan
-from .planner import Planner, RuleInputs
+from .planner import RuleInputs
 
 MEAN, LARGEST = 0.02, 0.10  # savings with which a level earns its place: on geometric average, or at one error
 _ABOVE_LOWEST = 1.1  # the comparison starts at this times the lowest error: below, only the finest grid counts
@@ -66,14 +66,16 @@ def seconds_per_image(
 class Frontiers:
     """Predicted frontiers of a family and of its subsets, for one step rule and one unit of cost.
 
-    planners: (steps, planner), for every grid and method. Plans are cached. A plan of a subset is also a plan of each
-    larger set, so the frontier of a subset is never below that of a larger set.
+    Plans are cached. A plan of a subset is also a plan of each larger set, so the frontier of a subset is never below
+    that of a larger set.
     """
 
-    def __init__(self, inputs: RuleInputs, planners: Sequence[tuple[int, Planner]], costs: Sequence[float]):
-        priced = [(steps, planner.priced(np.asarray(costs))) for steps, planner in planners]
+    def __init__(self, inputs: RuleInputs, costs: Sequence[float]):
         self.inputs, self.names = inputs, inputs.effects.names
-        self.planners = [(steps, planner, planner.prices(2.0)) for steps, planner in priced]
+        planners = [
+            (steps, inputs.planner(method, steps, costs)) for method in inputs.methods for steps in inputs.grids
+        ]
+        self.planners = [(steps, planner, planner.prices(2.0)) for steps, planner in planners]
         self.pool: dict[str, Plan] = {}
         self.planned: set[frozenset[int]] = set()
 
@@ -187,16 +189,11 @@ def ablate(
     """The content of ablation.json: `remove_levels` in FLOPs and in seconds; seconds [K]: per image, of one evaluation.
 
     The caller adds how seconds were measured."""
-    planners = []
-    for rule in rules:
-        grids = {steps: rule.effects.on(logsnr) for steps, logsnr in rule.grids.items()}
-        planners.append([(n, Planner(on_grid, m)) for m in rule.methods for n, on_grid in grids.items()])
     names, costs = rules[0].effects.names, {"flops": rules[0].effects.flops.tolist(), "seconds": list(seconds)}
     found, searches = {}, itertools.count(1)
     report = (lambda: progress(next(searches), 2 * len(names))) if progress else (lambda: None)
     for unit in costs:
-        frontiers = [Frontiers(rule, made, costs[unit]) for rule, made in zip(rules, planners, strict=True)]
-        found[unit] = remove_levels(frontiers, mean, largest, report)
+        found[unit] = remove_levels([Frontiers(rule, costs[unit]) for rule in rules], mean, largest, report)
     levels = []
     for k, name in enumerate(names):
         entry: dict[str, Any] = {"name": name} | {unit: float(c[k]) for unit, c in costs.items()}

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -46,6 +46,14 @@ class RuleInputs:
     grids: Mapping[int, np.ndarray]
     own_errors: Mapping[tuple[int, int], float]
     methods: Sequence[str] = METHODS
+    planners: dict[tuple[str, int], Planner] = field(default_factory=dict, init=False, repr=False)
+
+    def planner(self, method: str, steps: int, costs: Sequence[float] | np.ndarray | None = None) -> Planner:
+        """The planner of a method on one grid. costs [K]: FLOPs per evaluation (default) or seconds."""
+        if (method, steps) not in self.planners:
+            self.planners[method, steps] = Planner(self.effects.on(self.grids[steps]), method, self.effects.flops)
+        found = self.planners[method, steps]
+        return found if costs is None else found.priced(np.asarray(costs, dtype=np.float64))
 
     @property
     def rule(self) -> str:
@@ -229,8 +237,8 @@ def plans(
     best one.
     """
     out: list[Plan] = []
-    for done, (steps, logsnr) in enumerate(inputs.grids.items()):
-        planner = Planner(inputs.effects.on(logsnr), method, costs)
+    for done, steps in enumerate(inputs.grids):
+        planner = inputs.planner(method, steps, costs)
         for top in inputs.tops(steps, base):
             for price in planner.prices() if prices is None else prices:
                 out.append(inputs.complete(planner.plan(top, float(price), base), top, steps))
@@ -246,8 +254,8 @@ def plan_for_cost(
 
     The price is found by bisection for every grid and every largest level. costs: as in `plans`."""
     found: list[Plan] = []
-    for steps, logsnr in inputs.grids.items():
-        planner = Planner(inputs.effects.on(logsnr), method, costs)
+    for steps in inputs.grids:
+        planner = inputs.planner(method, steps, costs)
         for top in inputs.tops(steps):
             low, high, best = float(planner.prices().min()), float(planner.prices().max()), None
             for _ in range(16):
@@ -270,8 +278,7 @@ class Planner:
     def __init__(self, effects: Effects, method: str, costs: Sequence[float] | np.ndarray | None = None):
         if method not in METHODS:
             raise UserError(f"method = {method!r} is unknown; expected one of {', '.join(METHODS)}.")
-        self.effects, self.method, self.n = effects, method, len(effects.logsnr)
-        self.costs = effects.flops if costs is None else np.asarray(costs, dtype=np.float64)
+        self.effects, self.method, self.costs, self.n = effects, method, costs, len(effects.logsnr)
         self.gains: dict[tuple[int, int], np.ndarray] = {}
         self.options: dict[tuple[int, int], list[Option]] = {}
         self.edges: dict[tuple[int, int, float, bool], tuple[float, Option | None]] = {}
