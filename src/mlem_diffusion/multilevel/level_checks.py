@@ -197,6 +197,31 @@ def firing_cost(flops: np.ndarray, low: int, high: int) -> float:
     return float(flops[high] + (flops[low] if low > 0 else 0.0))
 
 
+def standard_error(values: np.ndarray) -> np.ndarray:
+    """Standard error of the mean over the second axis, [K, N, ...] -> [K, ...]; 0 for one sample."""
+    n = values.shape[1]
+    return values.std(1, ddof=1) / np.sqrt(n) if n > 1 else np.zeros_like(values[:, 0])
+
+
+def kurtosis(square: np.ndarray) -> np.ndarray:
+    """3 E[q^2] / E[q]^2 over samples, for q = |Y|^2 per sample [K, N, ...] -> [K, ...]; nan if Y = 0.
+
+    This is E[s^4] / E[s^2]^2 for the projection s = <u, Y> on a Gaussian direction u, averaged exactly over u. It is 3
+    if the differences of all samples have the same size, and 3 N if only one sample has a difference. ML-EM draws one
+    coin per image, and its error grows with |Y|^2 of the image. So heavy tails over samples make V unreliable, and with
+    it p and the predicted error. Tails over the pixels of an image (edges) average out in |Y|^2 and do no harm, so
+    pixels are not pooled. The moments are about zero, not about the mean, since the coin multiplies Y itself.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return 3 * (square**2).mean(1) / square.mean(1) ** 2
+
+
+def rise(earlier: np.ndarray, later: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over images [N, ...] of later - earlier, and its standard error; above two of these, values rise."""
+    change = later - earlier
+    return change.mean(0), change.std(0, ddof=1) / np.sqrt(len(change))
+
+
 def measure(
     family: Sequence[Level],
     process: Process,
