@@ -148,7 +148,8 @@ def test_c_is_found_for_a_cost(wanted: float, steps: int) -> None:
 
 
 @pytest.mark.parametrize("arguments", [
-    ([1, 4], 0.0, 1.0), ([1, 4], 2.5, -1.0), ([1, 4], float("nan"), 1.0), ([4, 1], 2.5, 1.0), ([0, 1], 2.5, 1.0), ([], 2.5, 1.0),
+    ([1, 4], 0.0, 1.0), ([1, 4], 2.5, -1.0), ([1, 4], float("nan"), 1.0), ([4, 1], 2.5, 1.0), ([0, 1], 2.5, 1.0),
+    ([], 2.5, 1.0),
 ])  # fmt: skip
 def test_bad_arguments_are_refused(arguments: tuple) -> None:
     with pytest.raises(UserError):

@@ -1,13 +1,11 @@
 """Inclusion probabilities learned by stochastic gradient descent, as functions of the noise level (arXiv:2603.24594).
 
-The loss is L = |X - X_ref|^2 / dim. X is the multilevel sample with independent coins per sample. X_ref is the sample
-of the largest level on the same grid, start and Brownian path. L is minimised over the log-odds of p at a fixed
-expected cost.
+The loss is L = |X - X_ref|^2 / dim for the multilevel sample X with independent coins, and the sample X_ref of the
+largest level on the same grid and path. L is minimised over the log-odds of p at a fixed expected cost.
 
 Gradient. Take one coin c, and let l(r) be the loss if its ratio B_c / p_c is r and everything else is fixed. The
 gradient has two terms: the score (B_c - p_c) / (p_c (1 - p_c)) times (l - baseline), and the derivative through the
-weight B_c / p_c. The baseline is l(0), the loss if the coin does not fire. It does not depend on B_c, and it is the
-best baseline that does not. The two terms sum to
+weight B_c / p_c. The baseline is l(0), the loss if the coin does not fire. The two terms sum to
 
     (B_c / p_c) [l(1/p_c) - l(0) - l'(1/p_c) / p_c],    whose mean over B_c gives    dE[L]/dp_c = -E[D_c],
     D_c = l(0) - l(1/p_c) + l'(1/p_c) / p_c = |d|^2 - 2 <e, d - a / p_c>
@@ -16,9 +14,9 @@ best baseline that does not. The two terms sum to
 a = dX/dr is the forward-mode tangent. If X is linear in r, D_c is |a|^2 / p_c^2: the noise of the other coins, which
 each of the two terms contains, cancels. There is no approximation: the estimate is unbiased for any levels.
 
-Every draw follows one random coin through three runs (fired, not fired, reference) and the tangent. All run forward in
-time, so memory does not grow with the number of steps. Coins are drawn in proportion to the derivative of the cost by
-their log-odds. At the optimum the derivative of the error is proportional to it, since the two gradients are parallel.
+Every draw follows one random coin through three runs (fired, not fired, reference) and the tangent, forward in time, so
+memory does not grow with the number of steps. Coins are drawn in proportion to the derivative of the cost by their
+log-odds, to which the derivative of the error is proportional at the optimum.
 """
 
 from __future__ import annotations
@@ -53,10 +51,7 @@ _EXPLORE = 0.2  # share of the draws that is uniform over all coins
 
 @dataclass(frozen=True)
 class LearnedProbabilities:
-    """Learned probabilities p [n, K] for the n evaluations of a run (p_1 = 1).
-
-    loss, cost: values before each iteration; the loss is a mean over its paths, and the cost is exact. flops: of
-    learning; a tangent counts as one more evaluation."""
+    """Learned p [n, K] for the n evaluations of a run; loss and expected cost before each iteration; FLOPs spent."""
 
     p: np.ndarray
     loss: np.ndarray
@@ -78,7 +73,7 @@ def learn_probabilities(
     draws: int = 16,
     knots: int = 10,
     costs: Sequence[float] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> LearnedProbabilities:
     """Learn p [n, K] for independent coins at a given expected cost in FLOPs per image, from `start` ([K] or [n, K]).
 
@@ -108,8 +103,7 @@ def learn_probabilities(
         phi = odds.at_cost(parameter.detach().numpy(), expected_flops)
         with torch.no_grad():
             parameter.copy_(torch.as_tensor(phi))
-        if progress is not None:
-            progress(i + 1, iterations)
+        progress(i + 1, iterations)
     losses, cost = np.array(history).reshape(-1, 2).T
     return LearnedProbabilities(odds.table(phi), losses, cost, networks.flops)
 
@@ -143,8 +137,7 @@ class LogOdds:
 
     def slope(self, phi: np.ndarray) -> np.ndarray:
         """dp / d(log-odds) [n, K-1], for the probabilities before nearly certain ones become 1."""
-        p = self._odds(phi)
-        return p * (1 - p)
+        return self._odds(phi) * (1 - self._odds(phi))
 
     def cost(self, phi: np.ndarray) -> float:
         """Expected FLOPs per image, exact."""
@@ -159,10 +152,8 @@ class LogOdds:
     def direction(self, phi: np.ndarray, gradient: np.ndarray) -> np.ndarray:
         """Ascent direction [K-1, knots] of the loss within the surface of equal cost.
 
-        Every knot's gradient is divided by its share of the cost. The result is 1 - (gain per cost) / (common gain per
-        cost); it is 1 for a knot that costs but gains nothing. It has no scale, the noise is equal at all knots, and a
-        knot without gain keeps falling even if it costs little.
-        """
+        Every knot's gradient is divided by its share of the cost: 1 - (gain per cost) / (common gain per cost). It is 1
+        for a knot that costs but gains nothing."""
         cost = self.cost_slope(phi).T @ self.hats
         metric = 1 / (cost + _COST_FLOOR * cost.mean())
         price = -(metric * cost * gradient).sum() / (metric * cost**2).sum()
@@ -171,18 +162,14 @@ class LogOdds:
         return metric * (gradient / price + cost)
 
     def at_cost(self, phi: np.ndarray, wanted: float) -> np.ndarray:
-        """phi plus the smallest common shift that gives the expected cost `wanted`.
-
-        Several shifts may give it, since the cost falls again when a level becomes certain and lower levels no longer
-        run."""
+        """phi plus the smallest common shift that gives the expected cost `wanted`; several may, since the cost falls
+        again when a level becomes certain and lower levels no longer run."""
         shifts = np.linspace(_FLOOR - phi.max(), _CEILING - phi.min(), 200)
         costs = np.array([self.cost(phi + s) for s in shifts])
         crossings = np.flatnonzero((costs[:-1] <= wanted) & (costs[1:] >= wanted))
         if len(crossings) == 0:
-            raise UserError(
-                f"No probabilities from {_P_MIN:g} to 1 cost {wanted:g} FLOPs per image; "
-                f"shifts of these probabilities reach {costs.min():g} to {costs.max():g}."
-            )
+            reach = f"shifts of these probabilities reach {costs.min():g} to {costs.max():g}"
+            raise UserError(f"No probabilities from {_P_MIN:g} to 1 cost {wanted:g} FLOPs per image; {reach}.")
         low, high = shifts[crossings[0]], shifts[crossings[0] + 1]
         for _ in range(60):
             middle = 0.5 * (low + high)
@@ -195,7 +182,7 @@ def gradient_estimate(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Unbiased estimates of the gradient of E[L] by phi [K-1, knots], not projected on equal cost, and of E[L] [paths].
 
-    They come from paths * draws coins. The followed coins are drawn by systematic sampling."""
+    They come from paths * draws coins, which are chosen by systematic sampling."""
     normals = torch.Generator(device=networks.device).manual_seed(seed)
     uniforms = np.random.default_rng(seed)
 
@@ -269,16 +256,11 @@ def follow_coins(
 
 
 def _at(state: Sequence[Tensor | None]) -> Tensor:
-    """The image at which the network is evaluated, or the final image."""
-    assert state[0] is not None
-    return state[0]
+    return state[0]  # type: ignore[return-value]
 
 
 class Networks:
-    """A family's weighted estimates in a program, and their derivatives along an image; counts the FLOPs spent.
-
-    Derivatives use forward mode and count as one more evaluation. Raises UserError if a level has no right ones.
-    """
+    """A family's weighted estimates in a program, and their forward-mode derivatives; counts the FLOPs spent."""
 
     def __init__(
         self, family: Sequence[Level], program: Sequence[Evaluation], shape: tuple[int, ...], device: torch.device

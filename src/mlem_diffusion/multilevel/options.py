@@ -1,4 +1,4 @@
-"""Ways to estimate level differences: the best probabilities or weights for a price or a number of firings (planner.py)."""
+"""Ways to estimate level differences: the best probabilities or weights for a price or a number of firings."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def load_plans(path: Path) -> tuple[dict[str, Plan], dict[str, Any]]:
     out = {}
     with expect_content(path, AGAIN):
         for entry in content["plans"]:
-            values = {name: entry[name] for name in names} | {"levels": tuple(entry["levels"])}
+            values: dict[str, Any] = {name: entry[name] for name in names} | {"levels": tuple(entry["levels"])}
             out[entry["id"]] = Plan(table=tables[entry["id"]], **values)
     if any(plan.id != name for name, plan in out.items()):
         raise Damaged(path, f"{path} and its tables do not match: {AGAIN}.")

@@ -128,7 +128,7 @@ class Planner:
 
     costs [K]: of one evaluation of each level; FLOPs by default."""
 
-    def __init__(self, effects: Effects, method: str, costs: Sequence[float] | np.ndarray | None = None):
+    def __init__(self, effects: Effects, method: str, costs: np.ndarray):
         if method not in METHODS:
             raise UserError(f"method = {method!r} is unknown; expected one of {', '.join(METHODS)}.")
         self.effects, self.method, self.costs, self.n = effects, method, costs, len(effects.logsnr)
