@@ -71,12 +71,11 @@ def gaussian_level(exp: Any) -> Level:
 
 def make_extractor(exp: Any) -> Extractor | None:
     """The configured feature extractor, on this device if it supports devices; None without distances."""
-    config = exp.plain("metrics")["metrics"]
-    if config["_target_"] is None:
+    target = exp.cfg.metrics.get("_target_")
+    if target is None:
         return None
-    if config["_target_"].split(".")[-1] in ("light", "inception"):
-        config["device"] = str(exp.device)
-    return exp.build(config)
+    own = target.rpartition(".")[2] in ("light", "inception")
+    return exp.build(exp.cfg.metrics, **({"device": str(exp.device)} if own else {}))
 
 
 def check_enough(extractor: Extractor, n: int, shape: Sequence[int]) -> None:
@@ -205,7 +204,9 @@ def run_missing(exp: Any, runner: Runner, settings: Sequence[SamplerSetting], la
     """Run the references, then the settings that are not in the cache; progress and time left are in FLOPs."""
     dynamics = sorted({s.dynamics for s in settings})
     references = parallel.mine([task for d in dynamics for task in runner.reference_tasks(d)])
-    missing = sorted((s for s in settings if not runner.is_done(s)), key=lambda s: -runner.expected_flops(s))
+    missing = [s for s in settings if not runner.is_done(s)]  # neighbours share noise
+    if worker_count(exp, len(missing)) > 1 or parallel.world() > 1:  # for an even end
+        missing.sort(key=lambda s: -runner.expected_flops(s))
     missing = parallel.mine(missing)
     batches = max(1, -(-runner.num_reference // runner.batch))
     costs = [[runner.reference_flops(d) / batches for d, _ in references], [runner.expected_flops(s) for s in missing]]
