@@ -7,6 +7,7 @@ import pytest
 import torch
 from toys import SHAPE, process, toy_family
 
+from mlem_diffusion.diffusion.brownian import BrownianPath
 from mlem_diffusion.diffusion.estimator import Estimator, SingleLevel, Stitched, weighted_estimate
 from mlem_diffusion.diffusion.ledger import Ledger
 from mlem_diffusion.diffusion.level import Level
@@ -16,180 +17,13 @@ from mlem_diffusion.errors import UserError
 from mlem_diffusion.multilevel.estimators import Multilevel, Quadrature
 from mlem_diffusion.multilevel.probabilities import COINS
 
-FLOPS = [1.0, 4.0, 16.0]
-
-
-def test_one_multilevel_step_is_unbiased_with_the_stated_variance() -> None:
-    """8000 coin draws of one ancestral step from one x have the stated mean and variance.
-
-    The mean is within 4.5 standard errors of the top level's step at each of 48 pixels. The estimate's variance is
-    within 5% of sum_k (1/p_k - 1) |f^k - f^(k-1)|^2.
-    """
-    family, p, draws = toy_family(), np.array([1.0, 0.4, 0.2]), 8000
-    step = STEP_RULES["sde", "ddpm"].program(process().grid(8))[4]
-    keep, take, _ = step.update[0]
-    one = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0))
-    x = one.expand(draws, *SHAPE).contiguous()
-    weights = Multilevel(family, p).weights(8, range(draws))[4]
-    estimate = weighted_estimate(family, weights, x, step.logsnr, Ledger(FLOPS, draws)).double()
-
-    f = [level.denoise(one, torch.tensor([step.logsnr])).double() for level in family]
-    stepped = keep * x.double() + take * estimate
-    top = (keep * one.double() + take * f[-1])[0]
-    z = (stepped.mean(0) - top) / (stepped.std(0) / draws**0.5)
-    assert z.abs().max() < 4.5
-    assert estimate.std(0).min() > 0
-
-    predicted = sum((1 / p[k] - 1) * (f[k] - f[k - 1])[0].square().sum() for k in (1, 2))
-    measured = (estimate - f[-1]).square().flatten(1).sum(1).mean()
-    assert float(measured) == pytest.approx(float(predicted), rel=0.05)
+FLOPS, FAMILY, SMALL = [1.0, 4.0, 16.0], toy_family(), (1, 1, 1)
+DDPM, DDIM = STEP_RULES["sde/ddpm"], STEP_RULES["ode/ddim"]
 
 
 def table(n: int) -> np.ndarray:
     t = np.linspace(0, 1, n)
     return np.stack([np.ones(n), 0.5 - 0.3 * t, 0.1 + 0.3 * t**2], axis=1)
-
-
-@pytest.mark.parametrize("coins", COINS)
-@pytest.mark.parametrize(
-    "p", [np.array([1.0, 0.4, 0.1]), np.array([1.0, 0.3, 0.3]), np.array([1.0, 1.0, 0.3]), table(12)]
-)
-def test_mean_realised_cost_is_the_expected_cost(p: np.ndarray, coins: str) -> None:
-    """They agree within 4 standard errors over 1500 samples; equal neighbouring probabilities cancel sometimes."""
-    estimator, grid, seeds = Multilevel(toy_family(), p, coins), process().grid(12), range(1500)
-    _, ledger = sample(estimator, grid, "ode", "ddim", seeds, (1, 1, 1))
-    counts = (estimator.weights(12, seeds) != 0).sum(axis=0)
-    assert np.array_equal(ledger.per_sample, counts)  # the ledger counts what ran, image by image
-    per_sample = counts @ np.array(FLOPS)
-    assert ledger.flops_per_image == pytest.approx(per_sample.mean(), rel=1e-12)
-    error = per_sample.std() / len(seeds) ** 0.5
-    assert error > 0
-    assert abs(ledger.flops_per_image - estimator.expected_flops(12)) < 4 * error
-    assert error < 0.02 * estimator.expected_flops(12)
-
-
-def test_cancelled_levels_are_not_evaluated() -> None:
-    """p_2 = p_3: level 2 runs only when exactly one of the two coins fires."""
-    estimator, grid = Multilevel(toy_family(), np.array([1.0, 0.5, 0.5])), process().grid(20)
-    assert estimator.expected_flops(20) == pytest.approx(20 * (1.0 + 0.5 * 4 + 0.5 * 16))
-    calls: list[int] = []
-
-    def counted(x: torch.Tensor, logsnr: torch.Tensor) -> torch.Tensor:
-        calls.append(len(x))
-        return 0 * x
-
-    family = tuple(Level(level.name, counted, level.flops) for level in toy_family())
-    _, ledger = sample(Multilevel(family, estimator.p), grid, "ode", "ddim", range(50), (1, 1, 1))
-    assert (sum(calls), len(calls)) == (sum(ledger.evaluations), sum(ledger.launches))
-
-
-def test_single_level_and_stitched_costs_are_exact() -> None:
-    small, _, large = toy_family()
-    grid = process().grid(10)
-    for estimator, evaluations in (
-        (SingleLevel(large), [30]),
-        (Stitched(small, large, 0.0), [0, 30]),
-        (Stitched(small, large, 0.3), [9, 21]),
-        (Stitched(small, large, 1.0), [30, 0]),
-    ):
-        _, ledger = sample(estimator, grid, "sde", "ddpm", [1, 2, 3], SHAPE)
-        assert ledger.evaluations == evaluations
-        assert ledger.launches == [n // 3 for n in evaluations]
-        assert ledger.flops_per_image == estimator.expected_flops(10)
-        assert ledger.calls_per_image == 10
-
-
-def test_stitched_is_small_at_high_noise_and_large_after() -> None:
-    small, _, large = toy_family()
-    grid = process().grid(8)
-    weights = Stitched(small, large, 0.25).weights(8, [0, 1])
-    assert np.array_equal(weights[:, 0], [[1, 0]] * 2 + [[0, 1]] * 6)
-    alone, _ = sample(SingleLevel(large), grid, "ode", "ddim", [0, 1], SHAPE)
-    assert torch.equal(sample(Stitched(small, large, 0.0), grid, "ode", "ddim", [0, 1], SHAPE)[0], alone)
-
-
-@pytest.mark.parametrize("estimator", [
-    SingleLevel(toy_family()[1]),
-    Stitched(toy_family()[0], toy_family()[1], 0.5),
-    Multilevel(toy_family(), np.array([1.0, 0.5, 0.3])),
-    Multilevel(toy_family(), table(7), "systematic", shared=True),
-    Multilevel(toy_family(), table(7), "nested"),
-    Quadrature(toy_family(), np.tile([1.0, 2.5, 0.0], (7, 1))),
-], ids=lambda d: type(d).__name__)  # fmt: skip
-def test_an_estimator_gives_the_weighted_estimates_and_records_them(estimator: Estimator) -> None:
-    x, seeds = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0)), [7, 8, 9]
-    ledger = Ledger([level.flops for level in estimator.levels], 3)
-    weights, estimate = estimator.weights(7, seeds), estimator.weight_table(7, seeds, ledger)
-    for j, logsnr in enumerate(np.linspace(-5, 5, 7)):
-        found = estimate(j, x, float(logsnr))
-        terms = [level.denoise(x, torch.full((3,), float(logsnr))) for level in estimator.levels]
-        expected = sum(torch.tensor(weights[j, :, k])[:, None, None, None] * term for k, term in enumerate(terms))
-        assert torch.allclose(found.double(), torch.as_tensor(expected), atol=1e-5)
-        assert np.array_equal(ledger.per_sample, (weights[: j + 1] != 0).sum(axis=0))
-
-
-@pytest.mark.parametrize("coins", COINS)
-@pytest.mark.parametrize(("dynamics", "rule"), STEP_RULES)
-def test_expected_cost_follows_the_evaluations_of_the_rule(dynamics: str, rule: str, coins: str) -> None:
-    """Heun's two evaluations per step have separate coins; agreement within 4.5 standard errors over 400 samples."""
-    grid, p = process().grid(12), np.array([1.0, 0.4, 0.15])
-    evaluations = len(STEP_RULES[dynamics, rule].program(grid))
-    estimator = Multilevel(toy_family(), p, coins)
-    _, ledger = sample(estimator, grid, dynamics, rule, range(400), (1, 1, 1))
-    costs = ledger.per_sample @ np.array(FLOPS)
-    assert abs(costs.mean() - estimator.expected_flops(evaluations)) < 4.5 * costs.std() / 400**0.5
-    assert np.all(ledger.per_sample[:, 0] == evaluations)
-
-
-@pytest.mark.parametrize("coins", COINS)
-def test_shared_coins_depend_on_the_batch_and_form_one_cluster(coins: str) -> None:
-    grid, p = process().grid(16), np.array([1.0, 0.5, 0.3])
-    shared, own = (Multilevel(toy_family(), p, coins, shared) for shared in (True, False))
-    weights = shared.weights(16, [4, 5, 6])
-    assert np.array_equal(weights, np.repeat(weights[:, :1], 3, axis=1))
-    assert np.array_equal(weights[:, :1], own.weights(16, [4]))
-    assert not np.array_equal(shared.weights(16, [5, 6])[:, 0], weights[:, 1])
-    assert shared.clusters([4, 5, 6]) == [4, 4, 4]
-    assert own.clusters([4, 5, 6]) == [4, 5, 6]
-    assert shared.expected_flops(16) == own.expected_flops(16)
-    _, ledger = sample(shared, grid, "ode", "ddim", [4, 5, 6], SHAPE)
-    assert ledger.evaluations == [3 * n for n in ledger.launches]  # whole batches
-
-
-def test_bad_estimators_are_refused() -> None:
-    family = toy_family()
-    for p in ([1.0, 0.5], [0.9, 0.5, 0.2], [1.0, 0.0, 0.2], [1.0, 1.1, 0.2], [1.0, float("nan"), 0.2]):
-        with pytest.raises(UserError):
-            Multilevel(family, np.array(p))
-    with pytest.raises(UserError):
-        Multilevel(family[::-1], np.ones(3))
-    with pytest.raises(UserError):
-        Multilevel((family[0], family[0]), np.ones(2))
-    with pytest.raises(UserError):
-        Multilevel((), np.ones(0))
-    for switch in (-0.1, 1.5):
-        with pytest.raises(UserError):
-            Stitched(family[0], family[1], switch)
-    with pytest.raises(UserError):
-        Stitched(family[1], family[0], 0.5)
-    estimator: Estimator = Multilevel(family, table(12))
-    with pytest.raises(UserError, match="12 evaluations"):
-        estimator.weights(10, [0])
-    with pytest.raises(UserError, match="coins"):
-        Multilevel(family, np.ones(3), "stratified").weights(10, [0])
-    good = weights_of(12)
-    endless = np.where(good == good[1, 1], np.inf, good)
-    bad = [good[:, :2], good[0], good * [np.nan, 1, 1], endless, good * [1, 1, np.nan], 2 * good]
-    for weights in bad:
-        with pytest.raises(UserError, match=r"weights|Quadrature"):
-            Quadrature(family, weights)
-    with pytest.raises(UserError):
-        Quadrature(family[::-1], good)
-    with pytest.raises(UserError, match="12 evaluations do not fit a run of 10"):
-        Quadrature(family, good).expected_evaluations(10)
-
-
-# ----------------------------------------------------------------------------------------------------- quadrature
 
 
 def weights_of(n: int) -> np.ndarray:
@@ -201,89 +35,177 @@ def weights_of(n: int) -> np.ndarray:
     return weights
 
 
-def test_a_quadrature_is_the_weighted_sum_of_differences() -> None:
-    family, weights = toy_family(), weights_of(12)
-    x = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(2)).double()
-    ledger = Ledger(FLOPS, 4)
-    estimate = Quadrature(family, weights).weight_table(12, [3, 4, 5, 6], ledger)
+def normal(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def test_one_multilevel_step_is_unbiased_with_the_stated_variance() -> None:
+    """8000 coin draws of one ancestral step from one x have the stated mean and variance.
+
+    The mean is within 4.5 standard errors of the top level's step at each of 48 pixels. The estimate's variance is
+    within 5% of sum_k (1/p_k - 1) |f^k - f^(k-1)|^2.
+    """
+    p, draws = np.array([1.0, 0.4, 0.2]), 8000
+    step = DDPM.program(process().grid(8))[4]
+    keep, take, _ = step.update[0]
+    one = normal(1)
+    x = one.expand(draws, *SHAPE).contiguous()
+    weights = Multilevel(FAMILY, p).weights(8, BrownianPath(range(draws), SHAPE))[4]
+    estimate = weighted_estimate(FAMILY, weights, x, step.logsnr, Ledger(FLOPS, draws)).double()
+
+    f = [level.denoise(one, torch.tensor(step.logsnr)).double() for level in FAMILY]
+    stepped = keep * x.double() + take * estimate
+    top = (keep * one.double() + take * f[-1])[0]
+    z = (stepped.mean(0) - top) / (stepped.std(0) / draws**0.5)
+    assert z.abs().max() < 4.5 and estimate.std(0).min() > 0
+
+    predicted = sum((1 / p[k] - 1) * (f[k] - f[k - 1])[0].square().sum() for k in (1, 2))
+    measured = (estimate - f[-1]).square().flatten(1).sum(1).mean()
+    assert float(measured) == pytest.approx(float(predicted), rel=0.05)
+
+
+@pytest.mark.parametrize("coins", COINS)
+@pytest.mark.parametrize(
+    "p", [np.array([1.0, 0.3, 0.3]), np.array([1.0, 1.0, 0.3]), np.array([1.0, 0.2, 0.7]), table(12)]
+)
+def test_mean_realised_cost_is_the_expected_cost(p: np.ndarray, coins: str) -> None:
+    """Evaluations per level agree within 4 standard errors over 1000 samples; equal neighbours cancel sometimes."""
+    estimator, path = Multilevel(FAMILY, p, coins), BrownianPath(range(1000), SMALL)
+    _, ledger = sample(estimator, DDIM, process().grid(12), path)
+    counts = (estimator.weights(12, path) != 0).sum(axis=0)
+    assert np.array_equal(ledger.per_sample, counts)  # the ledger counts what ran, image by image
+    error = counts.std(axis=0) / len(path.seeds) ** 0.5
+    assert np.all(np.abs(counts.mean(axis=0) - estimator.expected_evaluations(12)) <= 4 * error + 1e-12)
+    assert ledger.flops_per_image == pytest.approx((counts @ FLOPS).mean(), rel=1e-12)
+    assert 0 < (counts @ FLOPS).std() / 1000**0.5 < 0.03 * estimator.expected_flops(12)
+
+
+@pytest.mark.parametrize("coins", COINS)
+@pytest.mark.parametrize("key", STEP_RULES)
+def test_expected_cost_follows_the_evaluations_of_the_rule(key: str, coins: str) -> None:
+    """Heun's two evaluations per step have separate coins; agreement within 4.5 standard errors over 300 samples."""
+    grid, estimator = process().grid(12), Multilevel(FAMILY, np.array([1.0, 0.4, 0.15]), coins)
+    evaluations = len(STEP_RULES[key].program(grid))
+    _, ledger = sample(estimator, STEP_RULES[key], grid, BrownianPath(range(300), SMALL))
+    costs = ledger.per_sample @ np.array(FLOPS)
+    assert abs(costs.mean() - estimator.expected_flops(evaluations)) < 4.5 * costs.std() / 300**0.5
+    assert np.all(ledger.per_sample[:, 0] == evaluations)
+
+
+def test_cancelled_levels_are_not_evaluated() -> None:
+    """p_2 = p_3: level 2 runs only when exactly one of the two coins fires, and never if coins are nested."""
+    p, calls = np.array([1.0, 0.5, 0.5]), []
+    assert Multilevel(FAMILY, p).expected_flops(20) == pytest.approx(20 * (1.0 + 0.5 * 4 + 0.5 * 16))
+    assert Multilevel(FAMILY, p, "nested").expected_evaluations(12) == pytest.approx([12.0, 0.0, 6.0])
+
+    def counted(x: torch.Tensor, logsnr: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x))
+        return 0 * x
+
+    family = tuple(Level(level.name, counted, level.flops) for level in FAMILY)
+    _, ledger = sample(Multilevel(family, p), DDIM, process().grid(20), BrownianPath(range(50), SMALL))
+    assert (sum(calls), len(calls)) == (sum(ledger.evaluations), sum(ledger.launches))
+
+
+def test_single_level_and_stitched_costs_are_exact() -> None:
+    small, _, large = FAMILY
+    path, grid = BrownianPath([1, 2, 3], SHAPE), process().grid(10)
+    for estimator, evaluations in (
+        (SingleLevel(large), [30]),
+        (Stitched(small, large, 0.0), [0, 30]),
+        (Stitched(small, large, 0.3), [9, 21]),
+        (Stitched(small, large, 1.0), [30, 0]),
+    ):
+        _, ledger = sample(estimator, DDPM, grid, path)
+        assert ledger.evaluations == evaluations and ledger.launches == [n // 3 for n in evaluations]
+        assert ledger.flops_per_image == estimator.expected_flops(10) and ledger.calls_per_image == 10
+    assert np.array_equal(Stitched(small, large, 0.25).weights(8, path)[:, 0], [[1, 0]] * 2 + [[0, 1]] * 6)
+
+
+@pytest.mark.parametrize("estimator", [
+    SingleLevel(FAMILY[1]),
+    Stitched(FAMILY[0], FAMILY[1], 0.5),
+    Multilevel(FAMILY, np.array([1.0, 0.5, 0.3])),
+    Multilevel(FAMILY, table(12), "systematic", shared=True),
+    Multilevel(FAMILY, table(12), "nested"),
+    Quadrature(FAMILY, weights_of(12)),
+], ids=lambda d: type(d).__name__)  # fmt: skip
+def test_an_estimator_gives_the_weighted_estimates_and_records_them(estimator: Estimator) -> None:
+    x, path = normal(3), BrownianPath([7, 8, 9], SHAPE)
+    ledger = Ledger([level.flops for level in estimator.levels], 3)
+    weights, estimate = estimator.weights(12, path), estimator.weight_table(12, path, ledger)
+    for j, logsnr in enumerate(np.linspace(-5, 5, 12)):
+        found = estimate(j, x, float(logsnr))
+        terms = [level.denoise(x, torch.tensor(float(logsnr))) for level in estimator.levels]
+        expected = sum(torch.tensor(weights[j, :, k])[:, None, None, None] * term for k, term in enumerate(terms))
+        assert torch.allclose(found.double(), torch.as_tensor(expected), atol=1e-5)
+        assert np.array_equal(ledger.per_sample, (weights[: j + 1] != 0).sum(axis=0))
+
+
+@pytest.mark.parametrize("coins", COINS)
+def test_coins_are_shared_by_a_batch_or_depend_on_the_sample_alone(coins: str) -> None:
+    grid, p = process().grid(16), table(16)
+    shared, own = (Multilevel(FAMILY, p, coins, shared) for shared in (True, False))
+    weights = shared.weights(16, BrownianPath([4, 5, 6], SHAPE))
+    assert np.array_equal(weights, np.repeat(own.weights(16, BrownianPath([4], SHAPE)), 3, axis=1))
+    assert shared.clusters([4, 5, 6]) == [4, 4, 4] and own.clusters([4, 5, 6]) == [4, 5, 6]
+    assert shared.expected_flops(16) == own.expected_flops(16)
+    _, ledger = sample(shared, DDIM, grid, BrownianPath([4, 5, 6], SHAPE))
+    assert ledger.evaluations == [3 * n for n in ledger.launches]  # whole batches
+    images, ledger = sample(own, DDIM, grid, BrownianPath(range(10, 22), SHAPE))
+    for seeds in ([10, 11, 12], [21], [20, 15]):
+        part, counted = sample(own, DDIM, grid, BrownianPath(seeds, SHAPE))
+        rows = [s - 10 for s in seeds]
+        assert torch.allclose(part, images[rows], atol=1e-5)
+        assert np.array_equal(counted.per_sample, ledger.per_sample[rows])
+    # no two samples share coins: pairwise correlations of the fires of 200 samples vanish to 4.5 standard errors
+    centred = (own.weights(16, BrownianPath(range(200), SHAPE))[:, :, 2] != 0) - p[:, 2, None]
+    pooled = (centred.sum(axis=1) ** 2 - (centred**2).sum(axis=1)) / (p[:, 2] * (1 - p[:, 2]) * 200)
+    steps = np.sqrt(16) if coins == "systematic" else 1  # systematic coins depend over steps
+    assert abs(pooled.sum() / np.sqrt(2 * 16)) < 4.5 * steps
+
+
+def test_a_quadrature_is_the_weighted_sum_of_differences_at_its_exact_cost() -> None:
+    """Networks whose weights cancel do not run: at the tail of ones only the largest does."""
+    weights, estimator, path = weights_of(12), Quadrature(FAMILY, weights_of(12)), BrownianPath(range(5), SHAPE)
+    x, estimate = normal(5, 2).double(), estimator.weight_table(12, path, Ledger(FLOPS, 5))
     for j, logsnr in enumerate(np.linspace(-6, 6, 12)):
-        f = [level.denoise(x, torch.full((4,), float(logsnr))) for level in family]
+        f = [level.denoise(x, torch.tensor(float(logsnr))) for level in FAMILY]
         expected = f[0] + weights[j, 1] * (f[1] - f[0]) + weights[j, 2] * (f[2] - f[1])
         assert torch.allclose(estimate(j, x, float(logsnr)), expected, atol=1e-5)
-
-
-def test_a_quadrature_costs_exactly_its_expected_cost() -> None:
-    """Networks whose weights cancel do not run: at the tail of ones only the largest does."""
-    estimator, grid = Quadrature(toy_family(), weights_of(12)), process().grid(12)
-    for rule in (("sde", "ddpm"), ("ode", "dpmpp_2m")):
-        _, ledger = sample(estimator, grid, *rule, range(5), (1, 1, 1))
+    for key in ("sde/ddpm", "ode/dpmpp_2m"):
+        _, ledger = sample(estimator, STEP_RULES[key], process().grid(12), path)
         assert np.array_equal(ledger.per_sample, np.tile(estimator.expected_evaluations(12), (5, 1)))
-        assert ledger.flops_per_image == estimator.expected_flops(12)
     assert estimator.expected_evaluations(12)[2] == 4  # evaluations 2 and 7, and the last two
-    assert np.array_equal(estimator.weights(12, [0, 1])[-1], [[0, 0, 1], [0, 0, 1]])
 
 
 def test_special_quadratures_equal_other_estimators() -> None:
-    family, grid = toy_family(), process().grid(8)
-    n = np.arange(8)
-
     def images(estimator: Estimator) -> torch.Tensor:
-        return sample(estimator, grid, "sde", "ddpm", [1, 2, 3], SHAPE)[0]
+        return sample(estimator, DDPM, process().grid(8), BrownianPath([1, 2, 3], SHAPE))[0]
 
-    ones, none = np.ones((8, 3)), np.tile([1.0, 0, 0], (8, 1))
-    assert torch.equal(images(Quadrature(family, ones)), images(SingleLevel(family[2])))
-    assert torch.equal(images(Quadrature(family, none)), images(SingleLevel(family[0])))
-    tail = np.stack([np.ones(8), n >= 2], axis=1)
-    stitched = Stitched(family[0], family[2], 0.25)
-    quadrature = Quadrature((family[0], family[2]), tail)
-    assert torch.equal(images(quadrature), images(stitched))
-    assert quadrature.expected_flops(8) == stitched.expected_flops(8)
+    assert torch.equal(images(Quadrature(FAMILY, np.ones((8, 3)))), images(SingleLevel(FAMILY[2])))
+    assert torch.equal(images(Quadrature(FAMILY, np.tile([1.0, 0, 0], (8, 1)))), images(SingleLevel(FAMILY[0])))
+    tail = Quadrature((FAMILY[0], FAMILY[2]), np.stack([np.ones(8), np.arange(8) >= 2], axis=1))
+    assert torch.equal(images(tail), images(Stitched(FAMILY[0], FAMILY[2], 0.25)))
 
 
-def test_quadratures_ignore_seeds_and_batches() -> None:
-    estimator, grid = Quadrature(toy_family(), weights_of(12)), process().grid(12)
-    together = sample(estimator, grid, "sde", "ddpm", range(6), SHAPE)[0]
-    apart = torch.cat([sample(estimator, grid, "sde", "ddpm", [s], SHAPE)[0] for s in range(6)])
-    assert torch.allclose(together, apart, atol=1e-5)
-    assert estimator.clusters([4, 5]) == [4, 5]
-
-
-# ------------------------------------------------------------------------------------------ coins of planned tables
-
-
-@pytest.mark.parametrize("coins", ["nested", "systematic"])
-def test_coins_depend_on_the_sample_alone(coins: str) -> None:
-    """A sample's images and evaluations do not depend on its batch, and no two samples share coins."""
-    estimator, grid = Multilevel(toy_family(), table(16), coins), process().grid(16)
-    images, ledger = sample(estimator, grid, "ode", "ddim", range(10, 22), SHAPE)
-    for seeds in ([10, 11, 12, 13, 14], [21], [20, 15]):
-        part, own = sample(estimator, grid, "ode", "ddim", seeds, SHAPE)
-        rows = [s - 10 for s in seeds]
-        assert torch.allclose(part, images[rows], atol=1e-5)
-        assert np.array_equal(own.per_sample, ledger.per_sample[rows])
-    weights = estimator.weights(16, range(400))
-    fires = weights[:, :, 2] != 0
-    # of 79800 pairs of samples: pairwise correlations of fires, pooled over steps, vanish to 4.5 standard errors
-    centred = fires - table(16)[:, 2, None]
-    pooled = centred.sum(axis=1) ** 2 - (centred**2).sum(axis=1)
-    scale = table(16)[:, 2] * (1 - table(16)[:, 2]) * 400
-    z = (pooled / scale).sum() / np.sqrt(2 * 16)
-    assert abs(z) < 4.5 * (np.sqrt(16) if coins == "systematic" else 1)  # systematic ones depend over steps
-
-
-@pytest.mark.parametrize(
-    "p", [table(12), np.array([1.0, 0.5, 0.5]), np.array([1.0, 0.2, 0.7])], ids=["table", "equal", "rising"]
-)
-def test_nested_costs_are_exact_by_the_coins_of_many_seeds(p: np.ndarray) -> None:
-    """Over 20000 seeds evaluations per level agree to 4 standard errors and 0.5%; equal probabilities always cancel."""
-    estimator, seeds = Multilevel(toy_family(), p, "nested"), range(20000)
-    counts = (estimator.weights(12, seeds) != 0).sum(axis=0)
-    expected = estimator.expected_evaluations(12)
-    error = counts.std(axis=0) / len(seeds) ** 0.5
-    assert np.all(np.abs(counts.mean(axis=0) - expected) <= 4 * error + 1e-12)
-    assert np.all(error <= 0.01 * np.maximum(expected, 0.5))
-    if np.array_equal(p, [1.0, 0.5, 0.5]):
-        assert expected == pytest.approx([12.0, 0.0, 6.0]) and not counts[:, 1].any()
+@pytest.mark.parametrize("make", [
+    *(lambda p=p: Multilevel(FAMILY, np.array(p)) for p in (
+        [1.0, 0.5], [0.9, 0.5, 0.2], [1.0, 0.0, 0.2], [1.0, 1.1, 0.2], [1.0, float("nan"), 0.2])),
+    lambda: Multilevel(FAMILY[::-1], np.ones(3)),
+    lambda: Multilevel((FAMILY[0], FAMILY[0]), np.ones(2)),
+    lambda: Multilevel((), np.ones(0)),
+    lambda: Multilevel(FAMILY, table(12)).expected_evaluations(10),
+    lambda: Multilevel(FAMILY, np.ones(3), "stratified").weights(10, BrownianPath([0], SHAPE)),
+    lambda: Stitched(FAMILY[0], FAMILY[1], 1.5),
+    lambda: Stitched(FAMILY[1], FAMILY[0], 0.5),
+    *(lambda bad=bad: Quadrature(FAMILY, bad) for bad in (
+        weights_of(12)[:, :2], weights_of(12)[0], weights_of(12) * [1, 1, np.nan], 2 * weights_of(12))),
+    lambda: Quadrature(FAMILY, weights_of(12)).expected_evaluations(10),
+])  # fmt: skip
+def test_bad_estimators_are_refused(make) -> None:
+    with pytest.raises(UserError):
+        make()
 
 
 def test_levels_may_reuse_their_output_buffer_and_share_one_noise_level() -> None:
@@ -291,23 +213,19 @@ def test_levels_may_reuse_their_output_buffer_and_share_one_noise_level() -> Non
     buffer, seen = torch.empty(4, *SHAPE), []
 
     def denoise(x: torch.Tensor, logsnr: torch.Tensor) -> torch.Tensor:
-        seen.append((logsnr.shape, logsnr.stride()))
-        return torch.mul(x, logsnr.view(-1, 1, 1, 1), out=buffer[: len(x)])
+        seen.append(logsnr.ndim)
+        return torch.mul(x, logsnr, out=buffer[: len(x)])
 
-    level = Level("replayed", denoise, 1.0)
-    estimate = SingleLevel(level).weight_table(2, range(4), Ledger([1.0], 4))
-    x = torch.ones(4, *SHAPE)
-    first = estimate(0, x, 0.5)
-    second = estimate(1, x, -2.0)
-    assert torch.all(first == 0.5) and torch.all(second == -2.0)
-    assert seen == [((4,), (0,))] * 2
+    path = BrownianPath(range(4), SHAPE)
+    estimate = SingleLevel(Level("replayed", denoise, 1.0)).weight_table(2, path, Ledger([1.0], 4))
+    first, second = estimate(0, torch.ones(4, *SHAPE), 0.5), estimate(1, torch.ones(4, *SHAPE), -2.0)
+    assert torch.all(first == 0.5) and torch.all(second == -2.0) and seen == [0, 0]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_the_loop_never_waits_for_the_device() -> None:
-    family = tuple(Level(v.name, v.denoise, v.flops) for v in toy_family())
-    estimator = Multilevel(family, np.array([1.0, 0.5, 0.2]))
-    estimate = estimator.weight_table(12, range(16), Ledger([v.flops for v in family], 16))
+    path = BrownianPath(range(16), SHAPE, "cuda")
+    estimate = Multilevel(FAMILY, np.array([1.0, 0.5, 0.2])).weight_table(12, path, Ledger(FLOPS, 16))
     x = torch.randn(16, *SHAPE, device="cuda")
     estimate(0, x, 0.0)
     torch.cuda.set_sync_debug_mode("error")

@@ -1,8 +1,9 @@
 """Calibration of any family in one call: measure gains and the error of each level alone, then compute plans.
 
-    calibration = calibrate(family, process, "sde", "ddpm", shape)
+    rule = step_rule("sde/ddpm")
+    calibration = calibrate(family, process, rule, shape)
     plan = calibration.plan("quadrature", cost=10 * family[-1].flops)
-    images, ledger = sample(plan.build(family), process.grid(plan.steps), "sde", "ddpm", seeds, shape)
+    images, ledger = sample(plan.build(family), rule, process.grid(plan.steps), BrownianPath(seeds, shape))
 
 Calibrate on other seeds than those of the evaluation. A plan's predicted error is first order in the effect of a single
 firing (Plan.largest_effect). So run a plan before you rely on it; the experiment scripts run all candidates.
@@ -16,16 +17,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..diffusion.brownian import BrownianPath
 from ..diffusion.estimator import SingleLevel
 from ..diffusion.level import Level
 from ..diffusion.process import Process
 from ..diffusion.sampler import sample
-from ..diffusion.step_rules import REFERENCE_RULE
+from ..diffusion.step_rules import REFERENCE_RULE, StepRule
 from ..errors import UserError
 from ..statistics import squared_errors
-from .gains import Effects, measure_effects
+from .gains import measure_effects
 from .plan import Plan, choose
-from .planner import plan_for_cost, plans
+from .planner import RuleInputs, plan_for_cost, plans
 
 SEEDS = range(10**6, 10**6 + 32)
 
@@ -34,12 +36,9 @@ SEEDS = range(10**6, 10**6 + 32)
 class Calibration:
     """Measured effects of a family's level differences, and the squared error of each level alone.
 
-    own_errors: {(level, steps): error}, against the largest level with reference_steps. flops_spent: of the
-    calibration."""
+    inputs.own_errors are against the largest level with reference_steps. flops_spent: of the calibration."""
 
-    effects: Effects
-    own_errors: dict[tuple[int, int], float]
-    process: Process
+    inputs: RuleInputs
     flops_spent: float
 
     def plans(self, method: str, costs: Sequence[float] | None = None) -> list[Plan]:
@@ -47,7 +46,7 @@ class Calibration:
 
         costs: cost per evaluation of each level, for example in seconds, in place of FLOPs; Plan.cost has the same
         unit."""
-        return plans(self.effects, method, self._grids(), self.own_errors, _array(costs))
+        return plans(self.inputs, method, costs)
 
     def plan(
         self,
@@ -63,16 +62,9 @@ class Calibration:
         """
         found = self.plans(method, costs)
         if cost is not None and error is None:
-            exact = plan_for_cost(self.effects, method, self._grids(), self.own_errors, cost, _array(costs))
+            exact = plan_for_cost(self.inputs, method, cost, costs)
             found += [exact] if exact is not None else []
         return choose(found, cost=cost, error=error)
-
-    def _grids(self) -> dict[int, np.ndarray]:
-        return {steps: self.process.grid(steps).logsnr for steps in sorted({steps for _, steps in self.own_errors})}
-
-
-def _array(costs: Sequence[float] | None) -> np.ndarray | None:
-    return None if costs is None else np.asarray(costs, dtype=np.float64)
 
 
 def check_reference(finest: int, steps: Iterable[int], name: str = "reference_steps") -> None:
@@ -84,8 +76,7 @@ def check_reference(finest: int, steps: Iterable[int], name: str = "reference_st
 def calibrate(
     family: Sequence[Level],
     process: Process,
-    dynamics: str,
-    step_rule: str,
+    rule: StepRule,
     shape: tuple[int, ...],
     *,
     steps: Sequence[int] = (8, 16, 32, 64, 128),
@@ -104,16 +95,21 @@ def calibrate(
     check_reference(reference_steps, steps)
     if len(seeds) < 2:
         raise UserError("calibrate: at least two seeds are needed, better 32 or more.")
-    effects = measure_effects(family, process.grid(calibrate_steps), dynamics, step_rule, seeds, shape, device)
-    reference, ledger = sample(
-        SingleLevel(family[-1]), process.grid(reference_steps), dynamics, REFERENCE_RULE[dynamics], seeds, shape, device
-    )
-    own, spent = {}, effects.flops_spent + float(np.dot(ledger.evaluations, ledger.flops))
-    for done, (k, level) in enumerate(enumerate(family)):
+    path = BrownianPath(seeds, shape, device)
+    effects = measure_effects(family, rule, process.grid(calibrate_steps), path)
+    spent = effects.flops_spent
+
+    def run(level: Level, by: StepRule, count: int) -> torch.Tensor:
+        nonlocal spent
+        images, ledger = sample(SingleLevel(level), by, process.grid(count), path)
+        spent += float(np.dot(ledger.evaluations, ledger.flops))
+        return images.cpu()
+
+    reference, own = run(family[-1], REFERENCE_RULE[rule.dynamics], reference_steps), {}
+    for k, level in enumerate(family):
         for count in steps:
-            images, ledger = sample(SingleLevel(level), process.grid(count), dynamics, step_rule, seeds, shape, device)
-            own[k, count] = float(squared_errors(images.cpu(), reference.cpu()).mean())
-            spent += float(np.dot(ledger.evaluations, ledger.flops))
+            own[k, count] = float(squared_errors(run(level, rule, count), reference).mean())
         if progress:
-            progress(done + 1, len(family))
-    return Calibration(effects, own, process, spent)
+            progress(k + 1, len(family))
+    grids = {count: process.grid(count).logsnr for count in sorted(steps)}
+    return Calibration(RuleInputs(effects, grids, own), spent)

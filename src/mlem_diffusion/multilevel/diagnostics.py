@@ -7,94 +7,92 @@ level, so they are measured along the largest level's own trajectories.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import torch
+import pandas as pd
 
-from ..diffusion.brownian import initial_noise
+from ..diffusion.brownian import BrownianPath
 from ..diffusion.level import Level, check_family
 from ..diffusion.process import Process
-from ..diffusion.step_rules import step_rule_of
+from ..diffusion.step_rules import StepRule
 from ..errors import UserError
 from .estimators import Multilevel
 from .findings import best_chain, judge
-from .level_checks import Finding, Telescope, check_contract, check_telescope, telescope_finding
-from .level_statistics import LevelStatistics, Progress, kurtosis, measure, standard_error
+from .level_checks import (
+    LevelStatistics,
+    check_contract,
+    check_telescope,
+    kurtosis,
+    measure,
+    rise,
+    standard_error,
+    telescope_finding,
+)
 
 
-@dataclass(frozen=True)
-class Diagnostics:
-    """Result of `diagnose`; statistics and telescope are None if a level violates the contract."""
+def diagnose(
+    family: Sequence[Level],
+    process: Process,
+    rule: StepRule,
+    path: BrownianPath,
+    steps: int = 24,
+    batch: int = 64,
+    p: np.ndarray | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Check a family's levels and telescope, and measure their differences along the largest level's trajectories.
 
-    names: list[str]
-    flops: list[float]  # per evaluation of one image
-    dynamics: str
-    step_rule: str
-    samples: int
-    findings: list[Finding]
-    statistics: LevelStatistics | None = None
-    telescope: Telescope | None = None
-    firings: list[float] | None = None  # [K] expected firings per image of one sampling run, for the given p
-    evaluations: list[float] | None = None  # [K] expected evaluations per image of one sampling run, for the given p
-    flops_spent: float = 0.0  # by the measurement of all samples, without the checks
+    steps: number of visited noise levels. p: [K], or [n, K] over the n evaluations of a sampling run (for [K], n is
+    that of `steps`); adds the expected firings and evaluations per image. progress: called with (images done, all
+    images), counted over noise levels. Cost: one evaluation of every level per seed and step, and 64 to 256 of each for
+    the checks.
 
-    @property
-    def failed(self) -> bool:
-        """Whether any finding is an error; samples of such a family are meaningless."""
-        return any(finding.severity == "error" for finding in self.findings)
-
-    @property
-    def best_levels(self) -> list[str] | None:
-        """The levels of findings.best_chain, the first and the largest included; None without finite statistics."""
-        if self.statistics is None or not np.isfinite(self.statistics.pairs).all():
-            return None
-        return [self.names[k] for k in best_chain(self.statistics)[0]]
-
-    def to_json(self) -> dict[str, Any]:
-        """The diagnostics as JSON values without NaN; arrays have axes (levels, noise levels).
-
-        Lists start at the cheapest level, whose difference is its own output. pair_mean_square [i][j] is E|f^j - f^i|^2
-        for i < j, else 0."""
-        out: dict[str, Any] = {
-            "levels": self.names,
-            "flops": self.flops,
-            "dynamics": self.dynamics,
-            "step_rule": self.step_rule,
-            "samples": self.samples,
-            "findings": [asdict(finding) for finding in self.findings],
-            "telescope": None if self.telescope is None else asdict(self.telescope) | {"holds": self.telescope.holds},
-            "firings": self.firings,
-            "evaluations": self.evaluations,
-            "flops_spent": self.flops_spent,
-        }
-        if self.statistics is not None:
-            s = self.statistics
-            out |= {
-                "logsnr": s.logsnr,
-                "weights": s.weights,
-                "per_noise_level": {
-                    "mean": s.signed.mean(1),
-                    "mean_se": standard_error(s.signed),
-                    "mean_square": s.mean_square,
-                    "mean_square_se": standard_error(s.square),
-                    "variance": s.spread,
-                    "kurtosis": kurtosis(s.square),
-                    "pair_mean_square": s.pairs[1:].mean(2),
-                    "largest_variance": s.top_spread,
-                },
-                "pooled": pooled(s),
-                "best_levels": self.best_levels,
-            }
-        return _plain(out)
+    Returns JSON values without NaN. Lists start at the cheapest level, whose difference is its own output; arrays have
+    axes (levels, noise levels). pair_mean_square [i][j] is E|f^j - f^i|^2 for i < j, else 0. There are no statistics if
+    a level violates the contract. A violated contract, a wrong telescope or a poor hierarchy is a finding, not an
+    exception. Raises UserError for fewer than two levels, levels not ordered by cost, fewer than two seeds, and
+    probabilities that do not fit.
+    """
+    check_family(family)
+    if len(family) < 2 or len(path.seeds) < 2:
+        raise UserError("Diagnostics need at least two levels and two seeds.")
+    names, flops = [level.name for level in family], [float(level.flops) for level in family]
+    out: dict[str, Any] = {"levels": names, "flops": flops, "dynamics": rule.dynamics, "step_rule": rule.name}
+    out |= {"samples": len(path.seeds), "telescope": None, "firings": None, "evaluations": None, "flops_spent": 0.0}
+    if p is not None:
+        n = len(p) if np.ndim(p) == 2 else len(rule.program(process.grid(steps)))
+        out["evaluations"] = Multilevel(tuple(family), p).expected_evaluations(n)
+        out["firings"] = np.broadcast_to(p, (n, len(family))).sum(0)
+    x = BrownianPath(path.seeds[: min(8, batch)], path.shape, path.device).initial()
+    # states in the middle of the path are nearly standard normal too, so one set of states serves all checks
+    middle = float(process.logsnr_at(np.array(0.5)))
+    found = check_contract(family, x, process.logsnr_min) or check_contract(family, x, middle)
+    if not any(f["severity"] == "error" for f in found):
+        out["telescope"] = check_telescope(family, x, middle, batch=batch)
+        statistics, out["flops_spent"] = measure(family, process, rule, path, steps, batch, progress)
+        out |= describe(statistics)
+        found, checked = [*found, *judge(statistics)], telescope_finding(out["telescope"])
+        found = [*found, checked] if checked["severity"] == "ok" else [checked, *found]
+    return _plain(out | {"findings": found})
 
 
-def pooled(s: LevelStatistics) -> dict[str, np.ndarray]:
-    """Statistics per level [K], pooled over noise levels with s.weights; standard errors are over samples."""
-    signed = s.signed @ s.weights
-    return {
+def describe(s: LevelStatistics) -> dict[str, Any]:
+    """Statistics per noise level and pooled over them; standard errors are over samples. best_levels: of best_chain."""
+    signed, finite = s.signed @ s.weights, np.isfinite(s.pairs).all()
+    per_noise_level = {
+        "mean": s.signed.mean(1),
+        "mean_se": standard_error(s.signed),
+        "mean_square": s.mean_square,
+        "mean_square_se": standard_error(s.square),
+        "variance": s.spread,
+        "kurtosis": kurtosis(s.square),
+        "pair_mean_square": s.pairs[1:].mean(2),
+        "largest_variance": s.top_spread,
+    }
+    pooled = {
         "mean": signed.mean(1),
         "mean_se": standard_error(signed),
         "mean_square": s.pooled.mean(1),
@@ -106,121 +104,70 @@ def pooled(s: LevelStatistics) -> dict[str, np.ndarray]:
         "pair_mean_square": s.pairs[1:].mean(2) @ s.weights,
         "seconds": s.seconds,
     }
-
-
-def diagnose(
-    family: Sequence[Level],
-    process: Process,
-    dynamics: str,
-    step_rule: str,
-    seeds: Sequence[int],
-    shape: tuple[int, ...],
-    device: torch.device | str = "cpu",
-    steps: int = 24,
-    batch: int = 64,
-    p: np.ndarray | None = None,
-    progress: Progress | None = None,
-) -> Diagnostics:
-    """Check a family's levels and telescope, and measure their differences along the largest level's trajectories.
-
-    steps: number of visited noise levels. p: [K], or [n, K] over the n evaluations of a sampling run (for [K], n is
-    that of `steps`); adds the expected firings and evaluations per image. progress: called with (images done, all
-    images), counted over noise levels. Cost: len(seeds) * steps evaluations of every level, and 64 to 256 of each for
-    the checks.
-
-    A violated contract, a wrong telescope or a poor hierarchy is a finding, not an exception. Raises UserError for
-    fewer than two levels, levels not ordered by cost, fewer than two seeds, and probabilities that do not fit.
-    """
-    check_family(family)
-    if len(family) < 2 or len(seeds) < 2:
-        raise UserError("Diagnostics need at least two levels and two seeds.")
-    base: dict[str, Any] = {
-        "names": [level.name for level in family],
-        "flops": [float(level.flops) for level in family],
-        "dynamics": dynamics,
-        "step_rule": step_rule,
-        "samples": len(seeds),
-    }
-    evaluations = len(step_rule_of(dynamics, step_rule).program(process.grid(steps)))
-    if p is not None:
-        table = np.asarray(p, dtype=np.float64)
-        n = len(table) if table.ndim == 2 else evaluations
-        expected = Multilevel(tuple(family), table).expected_evaluations(n)
-        base["firings"] = np.broadcast_to(table, (n, len(family))).sum(0).tolist()
-        base["evaluations"] = expected.tolist()
-    x = initial_noise(list(seeds)[: min(8, batch)], shape, torch.device(device))
-    # states in the middle of the path are nearly standard normal too, so one set of states serves all checks
-    middle = float(process.logsnr_at(np.array(0.5)))
-    broken = check_contract(family, x, process.logsnr_min) or check_contract(family, x, middle)
-    if any(finding.severity == "error" for finding in broken):
-        return Diagnostics(**base, findings=broken)
-    telescope = check_telescope(family, x, middle, batch=batch)
-    statistics, ledger = measure(family, process, dynamics, step_rule, seeds, shape, device, steps, batch, progress)
-    spent = float(np.dot(ledger.evaluations, ledger.flops))
-    checked = telescope_finding(telescope)
-    found = [*broken, *judge(statistics)]
-    found = [*found, checked] if checked.severity == "ok" else [checked, *found]
-    return Diagnostics(**base, findings=found, statistics=statistics, telescope=telescope, flops_spent=spent)
+    best = [s.names[k] for k in best_chain(s)[0]] if finite else None
+    facts = {"logsnr": s.logsnr, "weights": s.weights, "best_levels": best}
+    return facts | {"per_noise_level": per_noise_level, "pooled": pooled}
 
 
 def _plain(value: Any) -> Any:
     """Convert arrays to lists, numbers to Python numbers, and values that are not finite to None."""
     if isinstance(value, dict):
-        return {str(key): _plain(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return {key: _plain(v) for key, v in value.items()}
     if isinstance(value, np.ndarray):
         return _plain(value.tolist())
-    if isinstance(value, (float, np.floating)):
-        return float(value) if np.isfinite(value) else None
-    return value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-# ------------------------------------------------------------------------------------------------------- table
-
-_COLUMNS = ("level", "MFLOP", "ms", "mean", "(s.e.)", "mean sq", "(s.e.)", "variance", "kurt", "V c", "fires", "runs")
-
-
-def table(d: Diagnostics, noise_levels: int = 12) -> str:
-    """The diagnostics as text: statistics per level, mean squares at up to `noise_levels` noise levels, findings."""
-    lines = [f"Levels along {d.samples} trajectories of {d.names[-1]} ({d.dynamics}, {d.step_rule}), images in [-1, 1]"]
-    if d.statistics is not None:
-        lines += ["", *_grid(_COLUMNS, _level_rows(d, d.statistics))]
+def table(content: dict[str, Any]) -> str:
+    """Diagnostics as text: statistics per level, pooled over noise levels, and the findings."""
+    where = f"{content['samples']} trajectories of {content['levels'][-1]}"
+    lines = [f"Levels along {where} ({content['dynamics']}, {content['step_rule']}), images in [-1, 1]"]
+    if "pooled" in content:
+        of = content["pooled"]
+        columns = {"MFLOP": np.array(content["flops"]) / 1e6, "ms": 1e3 * np.array(of["seconds"])}
+        columns |= {"V": of["mean_square"], "(s.e.)": of["mean_square_se"], "kurtosis": of["kurtosis"]}
+        columns |= {"V c": of["variance_cost"], "fires": content["firings"], "runs": content["evaluations"]}
+        frame = pd.DataFrame(columns, index=content["levels"]).astype(float)
+        lines += ["", frame.to_string(float_format="{:.3g}".format), ""]
         lines += [
-            "Rows: the level minus the level above it in the table (first row: its own output), "
-            "pooled over noise levels with weights alpha^2 d(logsnr).",
-            "mean sq: V; variance: over samples; kurt: 3 if all differences have the same size; "
-            "V c: V times the GFLOP of one firing; per image: ms, fires, runs.",
-            "",
-            *_grid(("log-SNR", *d.names, "kurt", f"var {d.names[-1]}"), _noise_rows(d.statistics, noise_levels)),
-            "Mean square difference to the level before, per noise level; kurt: largest kurtosis of the differences;",
-            "last column: variance over samples of the largest level's output.",
+            "V: mean square difference to the level before; V c: times the FLOPs of one firing; fires, runs: times"
         ]
-    lines += ["", *(f"{finding.severity:<8}{finding.text}" for finding in d.findings)]
-    return "\n".join(lines)
+        lines += ["per image. kurtosis: 3 if all differences have the same size.", ""]
+    return "\n".join([*lines, *(f"{f['severity']:<8}{f['text']}" for f in content["findings"])])
 
 
-def _level_rows(d: Diagnostics, s: LevelStatistics) -> list[list[str]]:
-    of = pooled(s)
-    rows = []
-    for k, name in enumerate(d.names):
-        numbers = [f"{of[key][k]:.2e}" for key in ("mean", "mean_se", "mean_square", "mean_square_se", "variance")]
-        tail = [f"{of['kurtosis'][k]:.1f}", f"{of['variance_cost'][k] / 1e9:.2e}" if k else "-"]
-        counts = [f"{v[k]:.2f}" if v is not None else "-" for v in (d.firings, d.evaluations)]
-        rows.append([name, f"{d.flops[k] / 1e6:.4g}", f"{1e3 * s.seconds[k]:.3g}", *numbers, *tail, *counts])
-    return rows
+def differences_fall(errors: Any) -> dict[str, Any]:
+    """Whether the differences fall from each level to the next, pooled and at each noise level; ready for JSON.
 
-
-def _noise_rows(s: LevelStatistics, most: int) -> list[list[str]]:
-    which = np.unique(np.round(np.linspace(0, len(s.logsnr) - 1, most)).astype(int))
-    tails = kurtosis(s.square)[1:].max(0)
-    return [
-        [f"{s.logsnr[j]:.2f}", *(f"{v:.2e}" for v in s.mean_square[:, j]), f"{tails[j]:.1f}", f"{s.top_spread[j]:.2e}"]
-        for j in which
-    ]
-
-
-def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
-    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+    errors: names [K], logsnr and weights [S], and the squared differences per held-out image [K-1, M, S]
+    E|f^k - f^K|^2 (to_largest) and E|f^k - f^(k-1)|^2 (to_previous). "pairs", per kind: the levels whose values are
+    compared (for to_previous, the upper levels of the two differences). "ratio" [pairs][S]: later value / earlier
+    value, below 1 if the value falls. "violations": rises by more than two standard errors over the same held-out
+    images (logsnr None: pooled).
+    """
+    kinds: dict[str, Any] = {}
+    violations, checks = [], 0
+    for kind, array, labels in (
+        ("to_largest", errors.to_largest, errors.names[:-1]),
+        ("to_previous", errors.to_previous, errors.names[1:]),
+    ):
+        pairs, ratios = [list(pair) for pair in pairwise(labels)], []
+        for pair, before, after in zip(pairs, array[:-1], array[1:], strict=True):
+            ratios.append((after.mean(0) / np.maximum(before.mean(0), 1e-300)).tolist())
+            places = [(None, before @ errors.weights, after @ errors.weights)]
+            places += [(float(u), before[:, j], after[:, j]) for j, u in enumerate(errors.logsnr)]
+            for logsnr, earlier, later in places:
+                checks += 1
+                mean, se = rise(earlier, later)
+                unit = max(float(earlier.mean()), 1e-300)
+                if mean > 2 * se:
+                    where = {"kind": kind, "levels": pair, "logsnr": logsnr}
+                    violations.append({**where, "ratio": float(later.mean()) / unit, "ratio_se": float(se) / unit})
+        kinds[kind] = {"pairs": pairs, "ratio": ratios}
+    criterion = "a rise by more than two standard errors, over the same held-out images, is a violation"
+    facts = {"criterion": criterion, "noise_levels": errors.logsnr.tolist(), "checks": checks}
+    return {**facts, **kinds, "violations": violations}

@@ -17,8 +17,8 @@ If the entries of v are random signs over sqrt(dimension), then E s_kj^2 = A_kj 
     A_kj = E |(dX/dF_j) delta_kj|^2 / dimension
 
 Step rules are matrices (diffusion/step_rules.py). The sweep transposes them and needs one vector-Jacobian product of
-the network per evaluation and direction. `forward_gains` checks the sweep by forward derivatives or small
-perturbations; it needs one run to the end for each pair (k, j).
+the network per evaluation and direction. `forward_gains` checks the sweep by forward derivatives; it needs one run to
+the end for each pair (k, j).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..diffusion.brownian import initial_noise, path_increments, stream_seed
+from ..diffusion.brownian import BrownianPath, stream_seed
+from ..diffusion.estimator import SingleLevel
 from ..diffusion.level import Level, check_family
 from ..diffusion.process import TimeGrid
-from ..diffusion.sampler import advance, combine
-from ..diffusion.step_rules import Evaluation, step_rule_of
+from ..diffusion.sampler import advance, combine, sample
+from ..diffusion.step_rules import Evaluation, StepRule
 from ..errors import UserError
-from ..files import read_arrays, write_arrays
+from ..files import expect_content, read_arrays, write_arrays
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,7 @@ class Effects:
         values = np.concatenate([density * np.diff(logsnr), self.values[..., -1:]], axis=-1).astype(np.float32)
         left, weight = _interpolation(self.logsnr, logsnr)
         squares = self.squares[:, left] * (1 - weight) + self.squares[:, left + 1] * weight
-        return Effects(
-            self.names, self.flops, self.dynamics, self.step_rule,
-            logsnr, values, squares, self.flops_spent, self.seconds,
-        )  # fmt: skip
+        return replace(self, logsnr=logsnr, values=values, squares=squares)
 
     def save(self, path: Path) -> None:
         """Write one npz file without pickled objects."""
@@ -106,9 +104,11 @@ class Effects:
 
     @staticmethod
     def load(path: Path) -> Effects:
+        """The effects in a file of `save`; Damaged if it cannot be read."""
         arrays: dict[str, Any] = read_arrays(path, "measure the gains again")
-        facts: dict[str, Any] = json.loads(str(arrays.pop("facts")))
-        return Effects(names=tuple(facts.pop("names")), **facts, **arrays)
+        with expect_content(path, "measure the gains again"):
+            facts: dict[str, Any] = json.loads(str(arrays.pop("facts")))
+            return Effects(names=tuple(facts.pop("names")), **facts, **arrays)
 
 
 def _interpolation(known: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -119,17 +119,14 @@ def _interpolation(known: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, n
 
 def measure_effects(
     family: Sequence[Level],
+    rule: StepRule,
     grid: TimeGrid,
-    dynamics: str,
-    step_rule: str,
-    seeds: Sequence[int],
-    shape: tuple[int, ...],
-    device: torch.device | str = "cpu",
+    path: BrownianPath,
     probes: int = 2,
     batch: int = 64,
     progress: Callable[[int, int], None] | None = None,
 ) -> Effects:
-    """Measure the effects of a family on a grid: one forward run and one backward sweep per batch of seeds.
+    """Measure the effects of a family on a grid: one forward run and one backward sweep per batch of the path's seeds.
 
     `probes` is the number of random directions per seed. Memory: one image per evaluation and sample of a batch. Cost
     per seed and evaluation of the grid: each level once, the largest level two more times, and `probes` backward passes
@@ -137,79 +134,62 @@ def measure_effects(
     level cannot be differentiated with respect to x.
     """
     check_family(family)
-    program, device, started = (
-        step_rule_of(dynamics, step_rule).program(grid),
-        torch.device(device),
-        time.perf_counter(),
-    )
+    program, started = rule.program(grid), time.perf_counter()
     values, squares = [], np.zeros((len(family), len(program)))
-    for start in range(0, len(seeds), batch):
-        part = list(seeds[start : start + batch])
-        points = _trajectory(family[-1], program, grid, (dynamics, step_rule), part, shape, device)
-        value, square = _sweep(family, program, points, part, probes)
+    for start in range(0, len(path.seeds), batch):
+        part = BrownianPath(path.seeds[start : start + batch], path.shape, path.device)
+        points = _trajectory(family[-1], rule, grid, part)
+        value, square = _sweep(family, program, points, part.seeds, probes)
         values.append(value)
-        squares += square * len(part) / len(seeds)
+        squares += square * len(part.seeds) / len(path.seeds)
         if progress:
-            progress(start + len(part), len(seeds))
+            progress(start + len(part.seeds), len(path.seeds))
     flops = np.array([level.flops for level in family], dtype=np.float64)
-    spent = len(seeds) * len(program) * (flops.sum() + (2 + probes) * flops[-1])
-    logsnr = np.array([e.logsnr for e in program])
+    spent = len(path.seeds) * len(program) * (flops.sum() + (2 + probes) * flops[-1])
+    names, logsnr = tuple(level.name for level in family), np.array([e.logsnr for e in program])
     return Effects(
-        tuple(level.name for level in family), flops, dynamics, step_rule, logsnr,
-        np.concatenate(values), squares, float(spent), time.perf_counter() - started,
+        names, flops, rule.dynamics, rule.name, logsnr, np.concatenate(values), squares,
+        float(spent), time.perf_counter() - started,
     )  # fmt: skip
 
 
-@torch.no_grad()
-def _trajectory(
-    level: Level,
-    program: Sequence[Evaluation],
-    grid: TimeGrid,
-    rule: tuple[str, str],
-    seeds: Sequence[int],
-    shape: tuple[int, ...],
-    device: torch.device,
-) -> list[Tensor]:
+def _trajectory(level: Level, rule: StepRule, grid: TimeGrid, path: BrownianPath) -> list[Tensor]:
     """The states [B, *shape] at which a run with this level evaluates its network, in order."""
-    clock = step_rule_of(*rule).clock
-    increments = None if clock is None else path_increments(seeds, shape, grid, clock, device)
-    state: list[Tensor | None] = [initial_noise(seeds, shape, device)] + [None] * (len(program[0].update) - 1)
     points = []
-    for evaluation in program:
-        assert state[0] is not None
-        points.append(state[0])
-        denoised = level.denoise(state[0], _noise_level(evaluation, state[0]))
-        z = None if increments is None or evaluation.noise is None else increments[evaluation.noise]
-        state = advance(evaluation, state, denoised, z)
+
+    def visit(x: Tensor, logsnr: Tensor) -> Tensor:
+        points.append(x)
+        return level.denoise(x, logsnr)
+
+    sample(SingleLevel(Level(level.name, visit, level.flops)), rule, grid, path)
     return points
 
 
 def _noise_level(evaluation: Evaluation, x: Tensor) -> Tensor:
-    return torch.full((1,), evaluation.logsnr, dtype=torch.float32, device=x.device).expand(len(x))
+    return torch.full((), evaluation.logsnr, dtype=torch.float32, device=x.device)
 
 
 def _sweep(
     family: Sequence[Level], program: Sequence[Evaluation], points: Sequence[Tensor], seeds: Sequence[int], probes: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Projected effects [B, P, K, n] and mean squares of the differences [K, n], by one backward sweep."""
-    n, size = len(program), len(points[0])
-    values = np.zeros((size, probes, len(family), n), dtype=np.float32)
+    n, m = len(program), len(program[0].update)
+    values = np.zeros((len(points[0]), probes, len(family), n), dtype=np.float32)
     squares = np.zeros((len(family), n))
-    m = len(program[0].update)
     adjoint: list[Tensor | None] = [_directions(seeds, probes, points[0])] + [None] * (m - 1)
     for j in reversed(range(n)):
         update, noise_level = program[j].update, _noise_level(program[j], points[j])
         of_estimate = combine(update[:, m], adjoint)
-        x = points[j].detach().requires_grad_(True)
-        with torch.enable_grad():
-            top = family[-1].denoise(x, noise_level)
-        if not top.requires_grad:
-            raise UserError(
-                f"{family[-1].name} cannot be differentiated with respect to x (does it run under no_grad?), "
-                f"so gains cannot be measured."
-            )
         before = [combine(update[:, i], adjoint) for i in range(m)]
         if of_estimate is not None:
+            x = points[j].detach().requires_grad_(True)
+            with torch.enable_grad():
+                top = family[-1].denoise(x, noise_level)
+            if not top.requires_grad:
+                raise UserError(
+                    f"{family[-1].name} cannot be differentiated with respect to x (does it run under no_grad?), "
+                    f"so gains cannot be measured."
+                )
             values[..., j], squares[:, j] = _projections(family, points[j], noise_level, top.detach(), of_estimate)
             back = torch.stack([torch.autograd.grad(top, x, v, retain_graph=True)[0] for v in of_estimate])
             before[0] = back if before[0] is None else before[0] + back
@@ -217,14 +197,14 @@ def _sweep(
     return values, squares
 
 
+@torch.no_grad()
 def _projections(
     family: Sequence[Level], x: Tensor, noise_level: Tensor, top: Tensor, of_estimate: Tensor
 ) -> tuple[np.ndarray, np.ndarray]:
     """Projections [B, P, K] of the level differences at x on the estimate's adjoints [P, B, ...]; mean squares [K]."""
-    with torch.no_grad():
-        outputs = torch.stack([level.denoise(x, noise_level).flatten(1) for level in family[:-1]] + [top.flatten(1)])
-        differences = torch.diff(outputs, dim=0, prepend=torch.zeros_like(outputs[:1]))
-        projected = torch.einsum("pbd,kbd->bpk", of_estimate.flatten(2), differences)
+    outputs = torch.stack([level.denoise(x, noise_level).flatten(1) for level in family[:-1]] + [top.flatten(1)])
+    differences = torch.diff(outputs, dim=0, prepend=torch.zeros_like(outputs[:1]))
+    projected = torch.einsum("pbd,kbd->bpk", of_estimate.flatten(2), differences)
     return projected.cpu().numpy(), (differences.double() ** 2).mean(dim=(1, 2)).cpu().numpy()
 
 
@@ -238,46 +218,27 @@ def _directions(seeds: Sequence[int], probes: int, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def forward_gains(
-    family: Sequence[Level],
-    grid: TimeGrid,
-    dynamics: str,
-    step_rule: str,
-    seeds: Sequence[int],
-    shape: tuple[int, ...],
-    at: Sequence[tuple[int, int]],
-    method: str = "jvp",
-    size: float = 1e-2,
-    device: torch.device | str = "cpu",
+    family: Sequence[Level], rule: StepRule, grid: TimeGrid, path: BrownianPath, at: Sequence[tuple[int, int]]
 ) -> np.ndarray:
     """Gains A_kj of the (level k, evaluation j) pairs `at`, per seed [S, len(at)], as a check of `measure_effects`.
 
-    Each pair needs its own run to the end. method "jvp": by forward derivatives. "perturbation": by the difference of
-    the final images with F_j + size * delta_kj and with F_j, divided by size.
+    Each pair needs its own run to the end, by forward derivatives of the largest level.
     """
-    if method not in ("jvp", "perturbation"):
-        raise UserError(f"method = {method!r} is unknown; expected 'jvp' or 'perturbation'.")
-    device, top = torch.device(device), family[-1]
-    program = step_rule_of(dynamics, step_rule).program(grid)
-    points = _trajectory(top, program, grid, (dynamics, step_rule), seeds, shape, device)
-    out = []
+    program, top = rule.program(grid), family[-1]
+    points, out = _trajectory(top, rule, grid, path), []
     for k, start in at:
         x, noise_level = points[start], _noise_level(program[start], points[start])
         difference = family[k].denoise(x, noise_level)
         if k > 0:
             difference = difference - family[k - 1].denoise(x, noise_level)
         # steps are linear except for the network, so it is enough to propagate the change of the state
-        change: list[Tensor | None] = [None] * len(program[0].update)
-        change = advance(program[start], change, size * difference if method == "perturbation" else difference, None)
+        change = advance(program[start], [None] * len(program[0].update), difference, None)
         for j in range(start + 1, len(program)):
             moved = None
             if change[0] is not None:
                 noise_level = _noise_level(program[j], points[j])
-                if method == "jvp":
-                    moved = torch.func.jvp(lambda y, t=noise_level: top.denoise(y, t), (points[j],), (change[0],))[1]
-                else:
-                    moved = top.denoise(points[j] + change[0], noise_level) - top.denoise(points[j], noise_level)
+                moved = torch.func.jvp(lambda y, t=noise_level: top.denoise(y, t), (points[j],), (change[0],))[1]
             change = advance(program[j], change, moved, None)
-        scale = size if method == "perturbation" else 1.0
-        end = change[0] if change[0] is not None else torch.zeros_like(points[0])
-        out.append((end.flatten(1).double() ** 2).mean(dim=1).cpu().numpy() / scale**2)
+        end = torch.zeros_like(x) if change[0] is None else change[0]
+        out.append((end.flatten(1).double() ** 2).mean(dim=1).cpu().numpy())
     return np.stack(out, axis=1)

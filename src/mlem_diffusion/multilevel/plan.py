@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ import numpy as np
 from ..diffusion.estimator import Estimator, SingleLevel
 from ..diffusion.level import Level
 from ..errors import UserError
-from ..files import Damaged, read_arrays, read_json, write_arrays, write_json
+from ..files import Damaged, expect_content, read_arrays, read_json, write_arrays, write_json
 from .estimators import Multilevel, Quadrature
+
+AGAIN = "run make optimise with the same EXPERIMENT"
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,10 @@ class Plan:
     method: kind of coins, or "quadrature" for fixed weights. probabilities: origin of the table ("optimal", "measured",
     "learned"). levels: names, cheap to expensive. steps: noise levels of the grid. table [n, K]: probabilities p, or
     weights W, for n evaluations. cost: expected cost per image, in the unit of the planning (FLOPs by default;
-    plans.json has FLOPs). seconds: expected seconds per image of the networks alone in full batches; None if levels
-    were not timed. added: predicted squared error beyond that of the plan's largest level at these steps. predicted:
-    the sum of both. largest_effect: largest root-mean-square effect of one coin's firing on the final image;
-    predictions are first order in it.
+    plans.json has FLOPs). added: predicted squared error beyond that of the plan's largest level at these steps.
+    predicted: the sum of both. largest_effect: largest root-mean-square effect of one coin's firing on the final image;
+    predictions are first order in it. seconds: expected seconds per image of the networks alone in full batches; None
+    if levels were not timed.
     """
 
     method: str
@@ -81,18 +83,18 @@ def choose(found: Sequence[Plan], *, cost: float | None = None, error: float | N
     """
     if (cost is None) == (error is None):
         raise UserError("Give either the cost or the error that a plan may have.")
-    known = [p for p in found if p.predicted is not None]
+    known = [(p.cost, p.predicted, p) for p in found if p.predicted is not None]
     if cost is not None:
-        within = [p for p in known if p.cost <= cost]
-        if not within:
-            least = min((p.cost for p in known), default=float("nan"))
-            raise UserError(f"No plan costs {cost:.4g} per image or less; the cheapest costs {least:.4g}.")
-        return min(within, key=lambda p: p.predicted or 0.0)
-    within = [p for p in known if p.predicted is not None and error is not None and p.predicted <= error]
+        within = [(e, p) for c, e, p in known if c <= cost]
+        least = min((c for c, _, _ in known), default=float("nan"))
+        refusal = f"No plan costs {cost:.4g} per image or less; the cheapest costs {least:.4g}."
+    else:
+        within = [(c, p) for c, e, p in known if error is not None and e <= error]
+        least = min((e for _, e, _ in known), default=float("nan"))
+        refusal = f"No plan is predicted to reach a squared error of {error:.4g}; the best is {least:.4g}."
     if not within:
-        least = min((p.predicted or 0.0 for p in known), default=float("nan"))
-        raise UserError(f"No plan is predicted to reach a squared error of {error:.4g}; the best is {least:.4g}.")
-    return min(within, key=lambda p: p.cost)
+        raise UserError(refusal)
+    return min(within, key=lambda pair: pair[0])[1]
 
 
 def save_plans(path: Path, plans: Sequence[tuple[Plan, Mapping[str, Any]]], **facts: Any) -> None:
@@ -101,24 +103,19 @@ def save_plans(path: Path, plans: Sequence[tuple[Plan, Mapping[str, Any]]], **fa
     for plan, more in plans:
         values = {k: v for k, v in asdict(plan).items() if k != "table"}
         described.append({"id": plan.id, **values, **more})
-    tables = {plan.id: plan.table.astype(np.float32) for plan, _ in plans}
-    write_arrays(path.with_suffix(".npz"), tables)
+    write_arrays(path.with_suffix(".npz"), {plan.id: plan.table.astype(np.float32) for plan, _ in plans})
     write_json(path, {**facts, "plans": described})
 
 
 def load_plans(path: Path) -> tuple[dict[str, Plan], dict[str, Any]]:
     """{id: plan} and the content of plans.json. Raises UserError if a file is missing or the two do not match."""
-    content = read_json(path, "run make optimise with the same EXPERIMENT first")
-    names = Plan.__dataclass_fields__.keys() - {"table", "seconds"}
+    content, tables = read_json(path, AGAIN), read_arrays(path.with_suffix(".npz"), AGAIN)
+    names = [field.name for field in fields(Plan) if field.name != "table"]
     out = {}
-    try:
-        tables = read_arrays(path.with_suffix(".npz"), "run make optimise again")
+    with expect_content(path, AGAIN):
         for entry in content["plans"]:
-            values: dict[str, Any] = {k: entry[k] for k in names} | {"levels": tuple(entry["levels"])}
-            plan = Plan(table=tables[entry["id"]], seconds=entry.get("seconds"), **values)
-            if plan.id != entry["id"]:
-                raise KeyError(entry["id"])
-            out[plan.id] = plan
-    except (KeyError, TypeError, ValueError) as error:
-        raise Damaged(path, f"{path} and its tables do not match; run make optimise again.") from error
+            values: dict[str, Any] = {name: entry[name] for name in names} | {"levels": tuple(entry["levels"])}
+            out[entry["id"]] = Plan(table=tables[entry["id"]], **values)
+    if any(plan.id != name for name, plan in out.items()):
+        raise Damaged(path, f"{path} and its tables do not match: {AGAIN}.")
     return out, content

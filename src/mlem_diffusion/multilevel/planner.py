@@ -1,8 +1,8 @@
 """Plans from measured gains: which levels to use, at which evaluations, with which probabilities or weights.
 
-The predicted squared error of a plan has two parts. One is the own error of the largest level in the plan, measured
-alone on that grid. The other is added by coins or omitted evaluations, to first order in the effects s_kj and gains
-A_kj (gains.py):
+The predicted squared error of a plan has two parts: the own error of its largest level, measured alone on that grid,
+and the error added by coins or omitted evaluations. To first order in the effects s_kj and gains A_kj (gains.py) the
+second part is
 
     independent coins   sum_kj A_kj (1/p_kj - 1)
     any coins           E (sum_kj (B_kj/p_kj - 1) s_kj)^2
@@ -19,274 +19,123 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
 
 from ..errors import UserError
 from .gains import Effects
+from .options import (
+    LEAST,
+    Option,
+    independent_probabilities,
+    nested_probabilities,
+    quadrature_options,
+    systematic_options,
+    used,
+)
 from .plan import Plan, frontier
 from .probabilities import evaluation_probabilities
 
 METHODS = ("independent", "nested", "systematic", "quadrature")
-_LEAST = 1e-12  # smallest probability: for a difference with zero gain, between two levels with the same output
-_OFFSETS = 32  # evenly spaced offsets that stand for the one random offset of systematic coins
 _COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
-# ------------------------------------------------------------------------------------------ one difference at a time
-
-
 @dataclass(frozen=True)
-class Option:
-    """One way to estimate one level difference: p or W [n], expected number of firings, and added squared error."""
+class RuleInputs:
+    """Inputs to the plans for one step rule.
 
-    table: np.ndarray
-    fires: float
-    added: float
-    certain: bool = False  # weight 1 at every firing, so that a lower level that is the base does not run
+    grids: candidate grids, {steps: log-SNR of each evaluation [n]}. own_errors: {(level, steps): measured squared error
+    of this level alone}; only these levels can be the largest of a plan with these steps."""
 
+    effects: Effects
+    grids: Mapping[int, np.ndarray]
+    own_errors: Mapping[tuple[int, int], float]
+    methods: Sequence[str] = METHODS
+    planners: dict[tuple[str, int], Planner] = field(default_factory=dict, init=False, repr=False)
 
-def fill(density: np.ndarray, total: float) -> np.ndarray:
-    """p = min(1, c density) [n] with c such that sum(p) = total, for a positive density."""
-    order = np.argsort(-density)
-    sorted_ = density[order]
-    rest = np.cumsum(sorted_[::-1])[::-1]
-    for capped in range(len(sorted_)):
-        c = (total - capped) / rest[capped]
-        if c * sorted_[capped] <= 1:
-            return np.minimum(1.0, np.maximum(c, 1e-12) * density)
-    return np.ones_like(density)
+    def planner(self, method: str, steps: int, costs: Sequence[float] | np.ndarray | None = None) -> Planner:
+        """The planner of a method on one grid. costs [K]: FLOPs per evaluation (default) or seconds."""
+        if (method, steps) not in self.planners:
+            self.planners[method, steps] = Planner(self.effects.on(self.grids[steps]), method, self.effects.flops)
+        found = self.planners[method, steps]
+        return found if costs is None else found.priced(np.asarray(costs, dtype=np.float64))
 
+    @property
+    def rule(self) -> str:
+        return f"{self.effects.dynamics}/{self.effects.step_rule}"
 
-def densities(effects: np.ndarray) -> list[np.ndarray]:
-    """Candidate densities of firings [n] for the effects [R, n] of one difference, smoothed and bounded away from zero.
+    def tops(self, steps: int, base: int | None = None) -> list[int]:
+        """The levels, from `base` on, that can be the largest of a plan with these steps."""
+        return [k for k in range(base or 0, len(self.effects.names)) if (k, steps) in self.own_errors]
 
-    The candidates: uniform; the root-mean-square effect sqrt(A) (optimal for independent coins); its square root; and
-    the square root of its rate of change (optimal for jittered quadrature of a smooth function). The predicted error
-    decides.
-    """
-    n = effects.shape[1]
-    gain = _smooth(np.sqrt((effects**2).mean(axis=0)))
-    change = _smooth(np.sqrt((np.gradient(effects, axis=1) ** 2).mean(axis=0)))
-    return [np.ones(n), gain, np.sqrt(gain), np.sqrt(change)]
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    width = max(1, len(values) // 32)
-    padded = np.pad(values, width, mode="edge")
-    out = np.convolve(padded, np.full(2 * width + 1, 1 / (2 * width + 1)), mode="valid")
-    return np.maximum(out, 1e-3 * out.max() + 1e-300)
-
-
-def systematic_options(effects: np.ndarray, counts: Sequence[int]) -> list[Option]:
-    """The best candidate density for each number of firings, by the error averaged over the offset of the coins."""
-    out, total = [], effects.sum(axis=1)
-    shapes = densities(effects)
-    for count in counts:
-        tables = [fill(shape, count) for shape in shapes]
-        added = [_systematic_error(effects, total, p) for p in tables]
-        best = int(np.argmin(added))
-        out.append(Option(tables[best], float(tables[best].sum()), added[best]))
-    return out
-
-
-def _systematic_error(effects: np.ndarray, total: np.ndarray, p: np.ndarray) -> float:
-    running = np.concatenate([[0.0], np.cumsum(p)])
-    error = 0.0
-    for offset in (np.arange(_OFFSETS) + 0.5) / _OFFSETS:
-        fires = np.flatnonzero((np.diff(np.floor(running + offset)) > 0) | (p == 1))
-        error += float(((effects[:, fires] @ (1 / p[fires]) - total) ** 2).mean())
-    return error / _OFFSETS
-
-
-def quadrature_options(effects: np.ndarray, counts: Sequence[int], groups: int) -> list[Option]:
-    """Fixed evaluations with least-squares weights, and tails: weight 1 at each evaluation from some point on.
-
-    The evaluations are the midpoints of equal parts of a candidate density. The weights minimise the predicted error.
-    The reported error is cross-validated over two halves of the seeds. groups: number of seeds; rows are ordered by
-    seed.
-    """
-    n, total = effects.shape[1], effects.sum(axis=1)
-    half = np.repeat(np.arange(groups) % 2 == 0, len(effects) // groups)
-    out, shapes = [], densities(effects)
-    for count in counts:
-        best: Option | None = None
-        for shape in shapes:
-            mass = np.cumsum(shape) / shape.sum()
-            nodes = np.unique(np.searchsorted(mass, (np.arange(count) + 0.5) / count))
-            added = 0.5 * sum(_residual(effects[:, nodes], total, part) for part in (half, ~half))
-            if best is None or added < best.added:
-                table = np.zeros(n)
-                table[nodes] = _least_squares(effects[:, nodes], total)
-                best = Option(table, float(len(nodes)), added)
-        assert best is not None
-        out.append(best)
-    for first in np.unique(np.linspace(0, n - 1, 17).astype(int)):
-        table = (np.arange(n) >= first).astype(np.float64)
-        added = float((effects[:, :first].sum(axis=1) ** 2).mean())
-        out.append(Option(table, float(n - first), added, certain=True))
-    return out
-
-
-def _least_squares(chosen: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """Least-squares weights [M] with a small ridge, since neighbouring evaluations have nearly equal effects."""
-    gram = chosen.T @ chosen / len(chosen)
-    gram[np.diag_indices_from(gram)] *= 1.001
-    gram[np.diag_indices_from(gram)] += 1e-30
-    return np.linalg.solve(gram, chosen.T @ total / len(chosen))
-
-
-def _residual(chosen: np.ndarray, total: np.ndarray, fit: np.ndarray) -> float:
-    """Mean squared error, on the rows outside `fit`, of weights fitted on the rows in `fit`."""
-    return float(((total - chosen @ _least_squares(chosen[fit], total[fit]))[~fit] ** 2).mean())
-
-
-def independent_probabilities(gains: np.ndarray, costs: np.ndarray, price: float) -> np.ndarray:
-    """p [n, K] that minimise sum_kj A_kj (1/p_kj - 1) + price * expected cost, with p_1 = 1.
-
-    gains: A [K, n]. costs: T [K]. If coins k and k+1 both fire, they share network k, and its cost counts once. So the
-    optimal p_k depends on its neighbours:
-
-        p_k = min(1, sqrt(A_k / (price [T_k (1 - p_{k+1}) + T_{k-1} (1 - p_{k-1})])))
-
-    This equation is iterated from several starts, and each evaluation takes the best fixed point. In each start the
-    levels up to some m always fire, so that of these levels only f^m is run.
-    """
-    levels, n = gains.shape
-    # a measured gain of zero is not trusted, since few seeds may miss a small gain
-    gains = np.maximum(gains, 1e-3 * gains.mean(axis=1, keepdims=True))
-    best, lowest = np.ones((n, levels)), np.full(n, np.inf)
-    for certain in range(1, levels + 1):
-        p = np.ones((n, levels))
-        for k in range(certain, levels):
-            p[:, k] = np.clip(np.sqrt(gains[k] / (price * (costs[k] + costs[k - 1]))), _LEAST, 1)
-        for _ in range(40 if certain < levels else 0):
-            for k in range(certain, levels):
-                above = p[:, k + 1] if k + 1 < levels else 0.0
-                marginal = costs[k] * (1 - above) + costs[k - 1] * (1 - p[:, k - 1])
-                p[:, k] = np.clip(np.sqrt(gains[k] / (price * np.maximum(marginal, 1e-12 * costs[k]))), _LEAST, 1)
-        objective = (gains.T * (1 / p - 1)).sum(axis=1) + price * evaluation_probabilities(p) @ costs
-        better = objective < lowest
-        best[better], lowest[better] = p[better], objective[better]
-    return best
-
-
-def nested_probabilities(squares: np.ndarray, costs: np.ndarray, price: float) -> np.ndarray:
-    """p [n, K] for nested coins that minimise added error + price * cost; p decreases in k, and p_1 = 1.
-
-    The added error is sum_k (1/p_k - 1/p_{k-1}) D_k, and the cost is sum_k p_k T_k. `squares` is D [K, n]: D_k is the
-    gain of f^K - f^{k-1}, and D_1 is not used. Pool-adjacent-violators on the square-root law makes p decrease."""
-    levels, n = squares.shape
-    drop = np.maximum(
-        squares - np.concatenate([squares[1:], np.zeros((1, n))]), 1e-4 * squares.max(axis=1, keepdims=True)
-    )
-    out = np.ones((n, levels))
-    for j in range(n):
-        blocks: list[tuple[float, float, int]] = []  # (sum of drops, sum of costs, length)
-        for k in range(1, levels):
-            block = (float(drop[k, j]), float(costs[k]), 1)
-            while blocks and blocks[-1][0] * block[1] < block[0] * blocks[-1][1]:
-                a = blocks.pop()
-                block = (a[0] + block[0], a[1] + block[1], a[2] + block[2])
-            blocks.append(block)
-        row = [v for d, c, length in blocks for v in [min(1.0, max(_LEAST, float(np.sqrt(d / (price * c)))))] * length]
-        out[j, 1:] = row
-    return out
-
-
-# ------------------------------------------------------------------------------------------------------ plans
+    def complete(self, plan: Plan, top: int, steps: int) -> Plan:
+        """The plan on a grid of `steps`, with the predicted error that includes the own error of its largest level."""
+        return replace(plan, steps=steps, predicted=self.own_errors[top, steps] + (plan.added or 0.0))
 
 
 def plans(
-    effects: Effects,
+    inputs: RuleInputs,
     method: str,
-    grids: Mapping[int, np.ndarray],
-    own_errors: Mapping[tuple[int, int], float],
-    costs: np.ndarray | None = None,
+    costs: Sequence[float] | np.ndarray | None = None,
     prices: Sequence[float] | None = None,
     base: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Plan]:
     """The plans on the predicted frontier of a method (see METHODS), from cheap to expensive.
 
-    grids: candidate grids, {steps: log-SNR of each evaluation [n]}. own_errors: {(level, steps): measured squared error
-    of this level alone}; only these levels can be the largest of a plan with these steps. costs [K]: FLOPs per
-    evaluation (default) or seconds; Plan.cost has the same unit. prices: squared error per unit of cost; each price
-    gives one plan per grid and largest level. base: the level that runs at every evaluation; None for the best one.
+    costs [K]: FLOPs per evaluation (default) or seconds; Plan.cost has the same unit. prices: squared error per unit of
+    cost; each gives one plan per grid and largest level. base: the level that runs at every evaluation; None for the
+    best one.
     """
-    if method not in METHODS:
-        raise UserError(f"method = {method!r} is unknown; expected one of {', '.join(METHODS)}.")
-    costs = effects.flops if costs is None else np.asarray(costs, dtype=np.float64)
     out: list[Plan] = []
-    for done, (steps, logsnr) in enumerate(grids.items()):
-        tops = [t for t in range(base or 0, len(costs)) if (t, steps) in own_errors]
-        on_grid = effects.on(logsnr)
-        planner = Planner(on_grid, method, costs)
-        for top in tops:
-            own = own_errors[top, steps]
-            for price in price_range(on_grid, costs) if prices is None else prices:
-                plan = planner.plan(top, float(price), base)
-                out.append(replace(plan, steps=steps, predicted=own + (plan.added or 0.0)))
+    for done, steps in enumerate(inputs.grids):
+        planner = inputs.planner(method, steps, costs)
+        for top in inputs.tops(steps, base):
+            for price in planner.prices() if prices is None else prices:
+                out.append(inputs.complete(planner.plan(top, float(price), base), top, steps))
         if progress:
-            progress(done + 1, len(grids))
+            progress(done + 1, len(inputs.grids))
     return frontier(out, lambda plan: plan.predicted)
 
 
 def plan_for_cost(
-    effects: Effects,
-    method: str,
-    grids: Mapping[int, np.ndarray],
-    own_errors: Mapping[tuple[int, int], float],
-    wanted: float,
-    costs: np.ndarray | None = None,
-    base: int | None = None,
+    inputs: RuleInputs, method: str, wanted: float, costs: Sequence[float] | np.ndarray | None = None
 ) -> Plan | None:
     """The plan of smallest predicted error that costs at most `wanted` per image, or None if all plans cost more.
 
-    The price is found by bisection for every grid and every largest level. The other arguments are as in `plans`."""
-    costs = effects.flops if costs is None else np.asarray(costs, dtype=np.float64)
+    The price is found by bisection for every grid and every largest level. costs: as in `plans`."""
     found: list[Plan] = []
-    for steps, logsnr in grids.items():
-        on_grid = effects.on(logsnr)
-        planner, prices = Planner(on_grid, method, costs), price_range(on_grid, costs)
-        for top in range(base or 0, len(costs)):
-            if (top, steps) not in own_errors:
-                continue
-            low, high, best = float(prices.min()), float(prices.max()), None
+    for steps in inputs.grids:
+        planner = inputs.planner(method, steps, costs)
+        for top in inputs.tops(steps):
+            low, high, best = float(planner.prices().min()), float(planner.prices().max()), None
             for _ in range(16):
                 price = float(np.sqrt(low * high))
-                plan = planner.plan(top, price, base)
+                plan = planner.plan(top, price)
                 if plan.cost > wanted:
                     low = price
                 else:
                     high, best = price, plan
             if best is not None:
-                found.append(replace(best, steps=steps, predicted=own_errors[top, steps] + (best.added or 0.0)))
+                found.append(inputs.complete(best, top, steps))
     return min(found, key=lambda plan: (plan.predicted, plan.cost), default=None)
 
 
-def price_range(effects: Effects, costs: np.ndarray, ratio: float = 4.0) -> np.ndarray:
-    """Prices, a factor `ratio` apart, that lead to anything from almost no firings to one at every evaluation."""
-    n, gains = len(effects.logsnr), effects.gains()[0][1:].sum()
-    scale = gains * n / (costs[-1] * n)  # the sum of all gains per cost of the largest level
-    count = round(17 * math.log(4.0) / math.log(ratio)) + 1
-    return scale * 4.0**3 * ratio ** -np.arange(count, dtype=np.float64)
-
-
 class Planner:
-    """Plans on one grid; caches the options of each pair of levels, and the plan of each choice of levels."""
+    """Plans on one grid; caches the options of each pair of levels, and the plan of each choice of levels.
+
+    costs [K]: of one evaluation of each level; FLOPs by default."""
 
     def __init__(self, effects: Effects, method: str, costs: np.ndarray):
-        self.effects, self.method, self.costs = effects, method, costs
-        self.n = len(effects.logsnr)
+        if method not in METHODS:
+            raise UserError(f"method = {method!r} is unknown; expected one of {', '.join(METHODS)}.")
+        self.effects, self.method, self.costs, self.n = effects, method, costs, len(effects.logsnr)
         self.gains: dict[tuple[int, int], np.ndarray] = {}
         self.options: dict[tuple[int, int], list[Option]] = {}
         self.edges: dict[tuple[int, int, float, bool], tuple[float, Option | None]] = {}
         self.finished: dict[tuple[tuple[int, ...], float], Plan] = {}
-        self.counts = [c for c in _COUNTS if c <= self.n // 2]
-        self.seeds = len(effects.values)
 
     def priced(self, costs: np.ndarray) -> Planner:
         """A planner with other costs; it shares all cached values that do not depend on costs."""
@@ -294,11 +143,26 @@ class Planner:
         other.gains, other.options = self.gains, self.options
         return other
 
+    def prices(self, ratio: float = 4.0) -> np.ndarray:
+        """Prices, a factor `ratio` apart, that lead to anything from almost no firings to one at every evaluation."""
+        # the sum of all gains per cost of the largest level
+        scale = self.effects.gains()[0][1:].sum() * self.n / (self.costs[-1] * self.n)
+        count = round(17 * math.log(4.0) / math.log(ratio)) + 1
+        return scale * 4.0**3 * ratio ** -np.arange(count, dtype=np.float64)
+
     def _gain(self, low: int, high: int) -> np.ndarray:
-        key = (low, high)
-        if key not in self.gains:
-            self.gains[key] = (self.effects.difference(low, high) ** 2).mean(axis=0)
-        return self.gains[key]
+        if (low, high) not in self.gains:
+            self.gains[low, high] = (self.effects.difference(low, high) ** 2).mean(axis=0)
+        return self.gains[low, high]
+
+    def _options(self, low: int, high: int) -> list[Option]:
+        if (low, high) not in self.options:
+            difference, counts = self.effects.difference(low, high), [c for c in _COUNTS if c <= self.n // 2]
+            if self.method == "systematic":
+                self.options[low, high] = systematic_options(difference, counts)
+            else:
+                self.options[low, high] = quadrature_options(difference, counts, len(self.effects.values))
+        return self.options[low, high]
 
     def _edge(self, low: int, high: int, price: float, base: bool) -> tuple[float, Option | None]:
         """Smallest (error + price * cost) of f^high - f^low, and its option. base: f^low runs at every evaluation."""
@@ -311,20 +175,13 @@ class Planner:
         unit = self.costs[high] + (0.0 if base else self.costs[low])
         if self.method in ("independent", "nested"):
             gain = self._gain(low, high)
-            p = np.minimum(1.0, np.sqrt(gain / (price * unit)) + _LEAST)
+            p = np.minimum(1.0, np.sqrt(gain / (price * unit)) + LEAST)
             return float((gain * (1 / p - 1)).sum() + price * unit * p.sum()), None
-        key = (low, high)
-        if key not in self.options:
-            difference = self.effects.difference(low, high)
-            if self.method == "systematic":
-                self.options[key] = systematic_options(difference, self.counts)
-            else:
-                self.options[key] = quadrature_options(difference, self.counts, self.seeds)
         # if f^low is the base, a certain option does not run it at its firings
-        saved = self.costs[low] if base else 0.0
-        totals = [o.added + price * o.fires * (unit - saved * o.certain) for o in self.options[key]]
+        saved, options = self.costs[low] if base else 0.0, self._options(low, high)
+        totals = [o.added + price * o.fires * (unit - saved * o.certain) for o in options]
         best = int(np.argmin(totals))
-        return totals[best], self.options[key][best]
+        return totals[best], options[best]
 
     def plan(self, top: int, price: float, only: int | None = None, among: Collection[int] | None = None) -> Plan:
         """The best plan for a price with f^top as the largest level: a shortest path over levels.
@@ -336,49 +193,43 @@ class Planner:
             alone = float(price * self.n * self.costs[base])
             cost_to: dict[int, tuple[float, tuple[int, ...]]] = {base: (alone, (base,))}
             for high in (k for k in allowed if k > base):
-                reached = [
+                cost_to[high] = min(
                     (before + self._edge(low, high, price, low == base)[0], (*path, high))
                     for low, (before, path) in cost_to.items()
-                ]
-                cost_to[high] = min(reached)
+                )
             best = min(best, cost_to[top])
         if (best[1], price) not in self.finished:
             self.finished[best[1], price] = self._finish(best[1], price)
         return self.finished[best[1], price]
 
-    def _finish(self, levels: tuple[int, ...], price: float) -> Plan:
-        costs, pairs = self.costs[list(levels)], list(pairwise(levels))
-        gains = np.stack([np.zeros(self.n)] + [self._gain(a, b) for a, b in pairs])
+    def _table(self, levels: tuple[int, ...], gains: np.ndarray, price: float) -> tuple[np.ndarray, float, np.ndarray]:
+        """The table [n, K], the added error and the expected evaluations [n, K] of a path."""
+        costs = self.costs[list(levels)]
         if len(levels) == 1:
-            table, added, evaluations = np.ones((self.n, 1)), 0.0, np.full((self.n, 1), 1.0)
-        elif self.method == "independent":
+            return np.ones((self.n, 1)), 0.0, np.ones((self.n, 1))
+        if self.method == "independent":
             table = independent_probabilities(gains, costs, price)
-            added = float((gains.T * (1 / table - 1)).sum())
-            evaluations = evaluation_probabilities(table)
-        elif self.method == "nested":
+            return table, float((gains.T * (1 / table - 1)).sum()), evaluation_probabilities(table)
+        if self.method == "nested":
             to_top = np.stack([np.zeros(self.n)] + [self._gain(a, levels[-1]) for a in levels[:-1]])
             table = nested_probabilities(to_top, costs, price)
             added = float((to_top[1:].T * np.diff(1 / table, axis=1)).sum())
-            evaluations = evaluation_probabilities(table, nested=True)
-        else:
-            chosen = [self._edge(a, b, price, i == 0)[1] for i, (a, b) in enumerate(pairs)]
-            assert all(chosen)
-            options = [o for o in chosen if o is not None]
-            table = np.stack([np.ones(self.n), *(o.table for o in options)], axis=1)
-            added = sum(o.added for o in options)
-            evaluations = evaluation_probabilities(table) if self.method == "systematic" else used(table)
+            return table, added, evaluation_probabilities(table, nested=True)
+        chosen = [self._edge(a, b, price, i == 0)[1] for i, (a, b) in enumerate(pairwise(levels))]
+        options = [option for option in chosen if option is not None]
+        table = np.stack([np.ones(self.n), *(o.table for o in options)], axis=1)
+        evaluations = evaluation_probabilities(table) if self.method == "systematic" else used(table)
+        return table, sum(o.added for o in options), evaluations
+
+    def _finish(self, levels: tuple[int, ...], price: float) -> Plan:
+        gains = np.stack([np.zeros(self.n)] + [self._gain(a, b) for a, b in pairwise(levels)])
+        table, added, evaluations = self._table(levels, gains, price)
+        # leading differences with weight 1 at every evaluation: lower levels never run
         certain = int(np.cumprod(np.all(table == 1, axis=0)).sum()) - 1
-        if certain > 0:  # these differences have weight 1 at every evaluation, so lower levels never run
-            levels, costs, table = levels[certain:], costs[certain:], table[:, certain:]
-            gains, evaluations = gains[certain:], evaluations[:, certain:]
+        levels, gains = levels[certain:], gains[certain:]
+        table, evaluations = table[:, certain:], evaluations[:, certain:]
         weights = np.abs(table) if self.method == "quadrature" else 1 / table
         largest_effect = float((weights * np.sqrt(gains.T))[:, 1:].max(initial=0.0))
         names = tuple(self.effects.names[i] for i in levels)
-        cost = float(evaluations.sum(axis=0) @ costs)
+        cost = float(evaluations.sum(axis=0) @ self.costs[list(levels)])
         return Plan(self.method, "optimal", names, self.n, table.astype(np.float32), cost, added, added, largest_effect)
-
-
-def used(weights: np.ndarray) -> np.ndarray:
-    """The networks [n, K] that a table of difference weights needs: 1 if evaluated, else 0."""
-    following = np.concatenate([weights[:, 1:], np.zeros_like(weights[:, :1])], axis=1)
-    return (weights != following).astype(np.float64)

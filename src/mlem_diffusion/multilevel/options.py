@@ -1,0 +1,167 @@
+"""Ways to estimate level differences: the best probabilities or weights for a price or a number of firings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .probabilities import evaluation_probabilities
+
+LEAST = 1e-12  # smallest probability: for a difference with zero gain, between two levels with the same output
+_OFFSETS = 32  # evenly spaced offsets that stand for the one random offset of systematic coins
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to estimate one level difference: p or W [n], expected number of firings, and added squared error."""
+
+    table: np.ndarray
+    fires: float
+    added: float
+    certain: bool = False  # weight 1 at every firing, so that a lower level that is the base does not run
+
+
+def fill(density: np.ndarray, total: float) -> np.ndarray:
+    """p = min(1, c density) [n] with c such that sum(p) = total, for a positive density."""
+    sorted_ = density[np.argsort(-density)]
+    rest = np.cumsum(sorted_[::-1])[::-1]
+    for capped in range(len(sorted_)):
+        c = (total - capped) / rest[capped]
+        if c * sorted_[capped] <= 1:
+            return np.minimum(1.0, np.maximum(c, 1e-12) * density)
+    return np.ones_like(density)
+
+
+def densities(effects: np.ndarray) -> list[np.ndarray]:
+    """Candidate densities of firings [n] for the effects [R, n] of one difference, smoothed and bounded away from zero.
+
+    The candidates: uniform; the root-mean-square effect sqrt(A) (optimal for independent coins); its square root; and
+    the square root of its rate of change (optimal for jittered quadrature of a smooth function). The predicted error
+    decides.
+    """
+    gain = _smooth(np.sqrt((effects**2).mean(axis=0)))
+    change = _smooth(np.sqrt((np.gradient(effects, axis=1) ** 2).mean(axis=0)))
+    return [np.ones(effects.shape[1]), gain, np.sqrt(gain), np.sqrt(change)]
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    width = max(1, len(values) // 32)
+    padded = np.pad(values, width, mode="edge")
+    out = np.convolve(padded, np.full(2 * width + 1, 1 / (2 * width + 1)), mode="valid")
+    return np.maximum(out, 1e-3 * out.max() + 1e-300)
+
+
+def systematic_options(effects: np.ndarray, counts: Sequence[int]) -> list[Option]:
+    """The best candidate density for each number of firings, by the error averaged over the offset of the coins."""
+    out, total = [], effects.sum(axis=1)
+    shapes = densities(effects)
+    for count in counts:
+        tables = [fill(shape, count) for shape in shapes]
+        added = [_systematic_error(effects, total, p) for p in tables]
+        best = int(np.argmin(added))
+        out.append(Option(tables[best], float(tables[best].sum()), added[best]))
+    return out
+
+
+def _systematic_error(effects: np.ndarray, total: np.ndarray, p: np.ndarray) -> float:
+    running, error = np.concatenate([[0.0], np.cumsum(p)]), 0.0
+    for offset in (np.arange(_OFFSETS) + 0.5) / _OFFSETS:
+        fires = np.flatnonzero((np.diff(np.floor(running + offset)) > 0) | (p == 1))
+        error += float(((effects[:, fires] @ (1 / p[fires]) - total) ** 2).mean())
+    return error / _OFFSETS
+
+
+def quadrature_options(effects: np.ndarray, counts: Sequence[int], groups: int) -> list[Option]:
+    """Fixed evaluations with least-squares weights, and tails: weight 1 at each evaluation from some point on.
+
+    The evaluations are the midpoints of equal parts of a candidate density. The weights minimise the predicted error.
+    The reported error is cross-validated over two halves of the seeds. groups: number of seeds; rows are ordered by
+    seed.
+    """
+    n, total, out = effects.shape[1], effects.sum(axis=1), []
+    half = np.repeat(np.arange(groups) % 2 == 0, len(effects) // groups)
+    masses = [np.cumsum(shape) / shape.sum() for shape in densities(effects)]
+    for count in counts:
+        middles = (np.arange(count) + 0.5) / count
+        candidates = [np.unique(np.searchsorted(mass, middles)) for mass in masses]
+        added = [0.5 * sum(_residual(effects[:, nodes], total, fit) for fit in (half, ~half)) for nodes in candidates]
+        nodes, table = candidates[int(np.argmin(added))], np.zeros(n)
+        table[nodes] = _least_squares(effects[:, nodes], total)
+        out.append(Option(table, float(len(nodes)), min(added)))
+    for first in np.unique(np.linspace(0, n - 1, 17).astype(int)):
+        table = (np.arange(n) >= first).astype(np.float64)
+        missed = float((effects[:, :first].sum(axis=1) ** 2).mean())
+        out.append(Option(table, float(n - first), missed, certain=True))
+    return out
+
+
+def _least_squares(chosen: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """Least-squares weights [M] with a small ridge, since neighbouring evaluations have nearly equal effects."""
+    gram = chosen.T @ chosen / len(chosen)
+    gram[np.diag_indices_from(gram)] *= 1.001
+    gram[np.diag_indices_from(gram)] += 1e-30
+    return np.linalg.solve(gram, chosen.T @ total / len(chosen))
+
+
+def _residual(chosen: np.ndarray, total: np.ndarray, fit: np.ndarray) -> float:
+    """Mean squared error, on the rows outside `fit`, of weights fitted on the rows in `fit`."""
+    return float(((total - chosen @ _least_squares(chosen[fit], total[fit]))[~fit] ** 2).mean())
+
+
+def independent_probabilities(gains: np.ndarray, costs: np.ndarray, price: float) -> np.ndarray:
+    """p [n, K] that minimise sum_kj A_kj (1/p_kj - 1) + price * expected cost, with p_1 = 1.
+
+    gains: A [K, n]. costs: T [K]. If coins k and k+1 both fire, they share network k, and its cost counts once. So the
+    optimal p_k depends on its neighbours:
+
+        p_k = min(1, sqrt(A_k / (price [T_k (1 - p_{k+1}) + T_{k-1} (1 - p_{k-1})])))
+
+    This equation is iterated from several starts, and each evaluation takes the best fixed point. In each start the
+    levels up to some m always fire, so that of these levels only f^m is run.
+    """
+    levels, n = gains.shape
+    # a measured gain of zero is not trusted, since few seeds may miss a small gain
+    gains = np.maximum(gains, 1e-3 * gains.mean(axis=1, keepdims=True))
+    best, lowest = np.ones((n, levels)), np.full(n, np.inf)
+    for certain in range(1, levels + 1):
+        p = np.ones((n, levels))
+        for k in range(certain, levels):
+            p[:, k] = np.clip(np.sqrt(gains[k] / (price * (costs[k] + costs[k - 1]))), LEAST, 1)
+        for _ in range(40 if certain < levels else 0):
+            for k in range(certain, levels):
+                above = p[:, k + 1] if k + 1 < levels else 0.0
+                marginal = costs[k] * (1 - above) + costs[k - 1] * (1 - p[:, k - 1])
+                p[:, k] = np.clip(np.sqrt(gains[k] / (price * np.maximum(marginal, 1e-12 * costs[k]))), LEAST, 1)
+        objective = (gains.T * (1 / p - 1)).sum(axis=1) + price * evaluation_probabilities(p) @ costs
+        better = objective < lowest
+        best[better], lowest[better] = p[better], objective[better]
+    return best
+
+
+def nested_probabilities(squares: np.ndarray, costs: np.ndarray, price: float) -> np.ndarray:
+    """p [n, K] for nested coins that minimise added error + price * cost; p decreases in k, and p_1 = 1.
+
+    The added error is sum_k (1/p_k - 1/p_{k-1}) D_k, and the cost is sum_k p_k T_k. `squares` is D [K, n]: D_k is the
+    gain of f^K - f^{k-1}, and D_1 is not used. Pool-adjacent-violators on the square-root law makes p decrease."""
+    levels, n = squares.shape
+    drop = squares - np.concatenate([squares[1:], np.zeros((1, n))])
+    drop, out = np.maximum(drop, 1e-4 * squares.max(axis=1, keepdims=True)), np.ones((n, levels))
+    for j in range(n):
+        blocks: list[tuple[float, float, int]] = []  # (sum of drops, sum of costs, length)
+        for k in range(1, levels):
+            block = (float(drop[k, j]), float(costs[k]), 1)
+            while blocks and blocks[-1][0] * block[1] < block[0] * blocks[-1][1]:
+                a = blocks.pop()
+                block = (a[0] + block[0], a[1] + block[1], a[2] + block[2])
+            blocks.append(block)
+        roots = [min(1.0, max(LEAST, float(np.sqrt(d / (price * c))))) for d, c, _ in blocks]
+        out[j, 1:] = np.repeat(roots, [length for *_, length in blocks])
+    return out
+
+
+def used(weights: np.ndarray) -> np.ndarray:
+    """The networks [n, K] that a table of difference weights needs: 1 if evaluated, else 0."""
+    following = np.concatenate([weights[:, 1:], np.zeros_like(weights[:, :1])], axis=1)
+    return (weights != following).astype(np.float64)
