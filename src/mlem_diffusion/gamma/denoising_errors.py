@@ -12,6 +12,10 @@ from ..diffusion.brownian import initial_noise
 from ..diffusion.level import Level
 from ..diffusion.process import Process, add_noise
 
+Pair = tuple[int, int | None]  # two levels, by index; None is the clean image
+Progress = Callable[[int, int], object] | None
+POOLING = "mean squared error of the drift in log-SNR: weights alpha^2 d(logsnr) over the sampler's range"
+
 
 def noise_levels(process: Process, count: int) -> np.ndarray:
     """`count` ascending log-SNRs: the midpoints of equal parts of the sampler's path, and its two ends."""
@@ -19,25 +23,9 @@ def noise_levels(process: Process, count: int) -> np.ndarray:
     return np.concatenate([[process.logsnr_min], inner, [process.logsnr_max]])
 
 
-def denoising_errors(
-    levels: Sequence[Level],
-    images: Tensor,
-    logsnr: np.ndarray,
-    seed: int = 0,
-    batch: int = 128,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Per-image mean squared errors for images [M,C,H,W] in [-1, 1] at log-SNRs [S].
-
-    Returns loss [K, M, S] = |f^k - x0|^2, to_previous [K-1, M, S] = |f^k - f^{k-1}|^2 and
-    to_largest [K-1, M, S] = |f^k - f^K|^2, means over channels and pixels.
-    """
-    pairs = family_pairs(len(levels))
-    found = squared_differences(levels, pairs, images, logsnr, seed, batch, progress)
-    return split_by_kind(found, len(levels))
-
-
-Pair = tuple[int, int | None]  # two levels, by index; None is the clean image
+def pooling_weights(process: Process, logsnr: np.ndarray) -> np.ndarray:
+    """The weights [S], sum 1, by which errors are pooled over the noise levels [S] (`POOLING`)."""
+    return process.drift_weights(logsnr)
 
 
 def family_pairs(levels: int) -> list[Pair]:
@@ -51,6 +39,20 @@ def split_by_kind(found: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarra
     return found[:levels], found[levels : 2 * levels - 1], found[2 * levels - 1 : 3 * levels - 2]
 
 
+def denoising_errors(
+    levels: Sequence[Level],
+    images: Tensor,
+    logsnr: np.ndarray,
+    seed: int = 0,
+    batch: int = 128,
+    progress: Progress = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Per-image squared errors: loss [K, M, S] = |f^k - x0|^2, to_previous [K-1, M, S] = |f^k - f^{k-1}|^2 and
+    to_largest [K-1, M, S] = |f^k - f^K|^2; arguments as in `squared_differences`."""
+    found = squared_differences(levels, family_pairs(len(levels)), images, logsnr, seed, batch, progress)
+    return split_by_kind(found, len(levels))
+
+
 @torch.no_grad()
 def squared_differences(
     levels: Sequence[Level],
@@ -59,7 +61,7 @@ def squared_differences(
     logsnr: np.ndarray,
     seed: int = 0,
     batch: int = 128,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = None,
 ) -> np.ndarray:
     """Per-image mean squared differences [pairs, M, S] of the levels' outputs, means over channels and pixels.
 
@@ -67,12 +69,12 @@ def squared_differences(
     m, s = len(images), len(logsnr)
     out = np.zeros((len(pairs), m, s))
     for j, value in enumerate(logsnr):
+        level_logsnr = torch.tensor(float(value), dtype=torch.float32, device=images.device)
         for start in range(0, m, batch):
             part = slice(start, min(start + batch, m))
             x0 = images[part]
             # the noise of image i at noise level j does not depend on the batch size
             seeds = [seed * 1_000_003 + j * m + i for i in range(m)[part]]
-            level_logsnr = torch.full((1,), float(value), device=x0.device).expand(len(x0))
             x = add_noise(x0, initial_noise(seeds, tuple(x0.shape[1:]), x0.device), level_logsnr)
             outputs = [level.denoise(x, level_logsnr).float() for level in levels]
             for i, (first, second) in enumerate(pairs):

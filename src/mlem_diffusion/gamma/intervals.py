@@ -16,9 +16,15 @@ S_EDGE = 0.999 * S_MAX  # an s from this value on counts as the end of the searc
 CONFIDENCE = 0.95
 
 Interval = tuple[float, float | None]
+RSS = Callable[[np.ndarray], np.ndarray]
 
 
-def minimise(rss: Callable[[np.ndarray], np.ndarray], grid: np.ndarray) -> tuple[float, float]:
+def s_grid(low: float, points: int) -> np.ndarray:
+    """Values of s from low to S_MAX, dense near s = 0, where gamma is large."""
+    return 0.05 * np.sinh(np.linspace(np.arcsinh(low / 0.05), np.arcsinh(S_MAX / 0.05), points))
+
+
+def minimise(rss: RSS, grid: np.ndarray) -> tuple[float, float]:
     """The s with the smallest RSS, and that RSS: the best grid point, refined between its neighbours."""
     from scipy.optimize import minimize_scalar
 
@@ -45,12 +51,7 @@ def grid_minimum(values: np.ndarray, grid: np.ndarray) -> float:
 
 
 def profile_interval(
-    rss: Callable[[np.ndarray], np.ndarray],
-    grid: np.ndarray,
-    best: float,
-    rss_min: float,
-    dof: int,
-    between: float = 0.0,
+    rss: RSS, grid: np.ndarray, best: float, rss_min: float, dof: int, between: float = 0.0
 ) -> Interval:
     """All s with RSS(s) <= RSS_min + t^2 v, converted to gamma; (0, None) without a degree of freedom.
 
@@ -71,8 +72,7 @@ def profile_interval(
         """The crossing between the last point inside and the first point beyond, if it exists, else `inner`."""
         if len(beyond) == 0 or not excess(inner) < 0 < excess(float(beyond[0])):
             return inner
-        found: Any = brentq(excess, inner, float(beyond[0]))
-        return float(found)
+        return float(brentq(excess, inner, float(beyond[0])))  # type: ignore[arg-type]
 
     low, high = float(inside.min()), float(inside.max())
     return _to_gamma(end(low, grid[grid < low][::-1]), end(high, grid[grid > high]))
@@ -89,10 +89,11 @@ def bootstrap_interval(
     fitted: np.ndarray,
     rss: float,
     dof: int,
+    *,
     covariance: np.ndarray | None,
-    repeats: int,
+    between: float,
+    bootstrap: int,
     seed: int,
-    between: float = 0.0,
 ) -> Interval | None:
     """Percentile interval of refits to the fitted values with new scatter, drawn as relative normal errors.
 
@@ -101,17 +102,16 @@ def bootstrap_interval(
     twice, so the interval is rather too wide. `refit` maps values [n] to s, or to NaN if any s fits. Returns None
     without repeats or degrees of freedom.
     """
-    if repeats < 1 or dof < 1:
+    if bootstrap < 1 or dof < 1:
         return None
-    rng = np.random.default_rng(seed)
-    n = len(observed)
-    scatter = np.minimum(np.sqrt(rss / rng.chisquare(dof, repeats)), 2.0)
-    noise = scatter[:, None] * rng.standard_normal((repeats, n))
+    rng, n = np.random.default_rng(seed), len(observed)
+    scatter = np.minimum(np.sqrt(rss / rng.chisquare(dof, bootstrap)), 2.0)
+    noise = scatter[:, None] * rng.standard_normal((bootstrap, n))
     if covariance is not None:
         relative = np.asarray(covariance, dtype=np.float64) / np.outer(observed, observed)
-        noise += rng.multivariate_normal(np.zeros(n), relative, repeats, method="eigh", check_valid="ignore")
+        noise += rng.multivariate_normal(np.zeros(n), relative, bootstrap, method="eigh", check_valid="ignore")
     if between > 0:
-        noise += np.sqrt(between) * rng.standard_normal((repeats, n))
+        noise += np.sqrt(between) * rng.standard_normal((bootstrap, n))
     found = np.array([refit(values) for values in fitted * np.exp(noise)])
     # NaN: the resampled values are flat, so any exponent fits. Such a draw counts at both ends.
     tail = (1 - CONFIDENCE) / 2

@@ -25,28 +25,27 @@ class Repeat:
     level: int  # index of the repeated level in the family, below the largest
     seed: int
     loss: np.ndarray  # [M, S] |g - x0|^2, where g is this training of the level
-    to_lower: np.ndarray | None  # [M, S] |g - f^(k-1)|^2; None for the cheapest level
-    to_upper: np.ndarray  # [M, S] |f^(k+1) - g|^2
     to_largest: np.ndarray  # [M, S] |g - f^K|^2
+    to_upper: np.ndarray  # [M, S] |f^(k+1) - g|^2
+    to_lower: np.ndarray | None = None  # [M, S] |g - f^(k-1)|^2; None for the cheapest level
 
 
 @dataclass(frozen=True)
 class SeedSpread:
     """The variance between training seeds of the logarithm of each value that a law is fitted to."""
 
-    variance: dict[str, float]  # by fit: loss_fit, differences, to_largest
+    variance: dict[str, float]  # by form: loss_fit, differences, to_largest
     degrees_of_freedom: dict[str, int]
 
 
 def repeat_pairs(levels: int, repeated: Sequence[int]) -> list[list[Pair]]:
-    """The pairs to compare for each repeated level (index in the family), if the repeats follow the family's `levels`.
+    """For each repeated level (index in the family) the pairs of `Repeat`'s fields, in their order.
 
-    A repeat is compared with the clean image, the largest level, the level above and, if it exists, the level below."""
+    The repeats follow the family's `levels` in the list of levels."""
     out = []
-    for i, level in enumerate(repeated):
-        own = levels + i
-        below: list[Pair] = [(own, level - 1)] if level else []
-        out.append([(own, None), (own, levels - 1), (own, level + 1), *below])
+    for own, level in enumerate(repeated, start=levels):
+        lower: list[Pair] = [(own, level - 1)] if level else []
+        out.append([(own, None), (own, levels - 1), (own, level + 1), *lower])
     return out
 
 
@@ -55,8 +54,7 @@ def seed_spread(errors: LevelErrors, repeats: Sequence[Repeat]) -> SeedSpread:
 
     Two separately trained levels enter a value of `differences`, so its variance is twice that of retraining one of
     them. Raises UserError without repeats, or for a level that cannot be compared."""
-    top = len(errors.names) - 1
-    if not repeats or any(not 0 <= r.level < top for r in repeats):
+    if not repeats or any(not 0 <= r.level < len(errors.names) - 1 for r in repeats):
         raise UserError("The spread between seeds needs repeated trainings of levels below the largest one.")
     groups: dict[str, list[list[np.ndarray]]] = {"loss_fit": [], "differences": [], "to_largest": []}
     for k in sorted({r.level for r in repeats}):
@@ -65,11 +63,11 @@ def seed_spread(errors: LevelErrors, repeats: Sequence[Repeat]) -> SeedSpread:
         groups["to_largest"].append([errors.to_largest[k], *(r.to_largest for r in again)])
         groups["differences"].append([errors.to_previous[k], *(r.to_upper for r in again)])
         lower = [r.to_lower for r in again if r.to_lower is not None]
-        if k and lower:
+        if lower:
             groups["differences"].append([errors.to_previous[k - 1], *lower])
     variance, dof = {}, {}
     for form, found in groups.items():
-        logs = [np.log([float((values @ errors.weights).mean()) for values in group]) for group in found]
+        logs = [np.log([float(errors.pool(values).mean()) for values in group]) for group in found]
         dof[form] = sum(len(x) - 1 for x in logs)
         pooled = sum(float(((x - x.mean()) ** 2).sum()) for x in logs) / dof[form]
         variance[form] = 2 * pooled if form == "differences" else pooled
