@@ -16,7 +16,8 @@ class Level:
     """One denoiser f^k.
 
     denoise maps (x [B,C,H,W], logsnr) to the denoised image [B,C,H,W], for x = alpha x0 + sigma eps with
-    alpha^2 = sigmoid(logsnr). logsnr is a 0-dimensional tensor if all samples share it, else [B]. flops is the cost of one evaluation of one image, in FLOPs or another common unit.
+    alpha^2 = sigmoid(logsnr). logsnr is 0-dimensional if all samples share it, else [B]. flops is the cost of one
+    evaluation of one image, in FLOPs or another common unit.
     """
 
     name: str
