@@ -11,12 +11,12 @@ SWEEP = $(filter -m --multirun,$(ARGS))
 OVERRIDES = experiment=$(EXPERIMENT) $(DRY) $(1) $(filter-out -m --multirun,$(ARGS))
 RUN = $(BIN)/python scripts/$(1).py $(SWEEP) $(call OVERRIDES,$(2))
 # one process per GPU
-SEVERAL = $(BIN)/python $(if $(filter-out 1,$(NPROC)),scripts/launch.py $(NPROC) )scripts/$(1).py $(SWEEP) \
-          $(call OVERRIDES,$(2))
+RANKS = $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --nproc-per-node $(NPROC))
+SEVERAL = $(BIN)/python $(RANKS) scripts/$(1).py $(SWEEP) $(call OVERRIDES,$(2))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help setup demo data train-levels measure-gamma optimise sample-compare report sample publish \
-        check-precision verify-rates benchmark test test-faults lint format clean
+        verify-rates benchmark test lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets and their variables
@@ -80,14 +80,8 @@ sample: setup  ## PNGs and a grid with the best sampler of the comparison: make 
 publish: setup  ## trained levels -> checkpoints/EXPERIMENT/published: bf16 weights and model card, to commit
 	@$(call RUN,publish)
 
-check-precision: setup  ## rounding error of bf16, and its effect on the comparison -> precision.json
-	@$(call RUN,check_precision)
-
 test: $(VENV)/.installed-test  ## the tests
 	@$(BIN)/python -m pytest $(ARGS)
-
-test-faults: $(VENV)/.installed-test  ## inject all faults, not a sample: up to an hour; table -> results/faults
-	@FAULTS=whole $(BIN)/python -m pytest tests/faults $(ARGS)
 
 verify-rates: setup  ## exponents of cost against error on a problem with a known answer; minutes on two CPU cores
 	@$(BIN)/python scripts/verify_rates.py $(SWEEP) $(DRY) $(filter-out -m --multirun,$(ARGS))

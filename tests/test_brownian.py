@@ -7,8 +7,9 @@ import pytest
 import torch
 from toys import SHAPE, process
 
+from mlem_diffusion.diffusion import brownian
 from mlem_diffusion.diffusion.brownian import (
-    PathWindows,
+    BrownianPath,
     coin_uniforms,
     increment_weights,
     initial_noise,
@@ -92,22 +93,27 @@ def test_training_randomness_can_be_derived_again() -> None:
 
 @pytest.mark.parametrize("clock", CLOCKS)
 @pytest.mark.parametrize("held", [1, 3, 7, 100])
-def test_windows_give_the_path_a_few_steps_at_a_time(clock: str, held: int) -> None:
+def test_a_path_is_drawn_a_few_steps_at_a_time(clock: str, held: int) -> None:
     grid, seeds = process(200).grid(23), [4, 9, 11]
     whole = path_increments(seeds, SHAPE, grid, clock, CPU)
-    windows = PathWindows(seeds, SHAPE, grid, clock, CPU, most=held * 4 * whole[0].numel())
+    path = BrownianPath(seeds, SHAPE, window_bytes=held * 4 * whole[0].numel())
     drawn = 0
     for j in range(22):
-        drawn += not windows.holds(j)
-        torch.testing.assert_close(windows[j], whole[j], rtol=0, atol=1e-6)
+        drawn += not path.holds(grid, clock, j)
+        torch.testing.assert_close(path.increment(grid, clock, j), whole[j], rtol=0, atol=1e-6)
     assert drawn == -(-22 // held)
-    torch.testing.assert_close(windows[0], whole[0], rtol=0, atol=1e-6)  # and again from the start
+    torch.testing.assert_close(path.increment(grid, clock, 0), whole[0], rtol=0, atol=1e-6)  # and again from the start
+
+
+def test_a_path_tells_grids_and_clocks_apart() -> None:
+    p, path = process(200), BrownianPath([4, 9], SHAPE)
+    for grid, clock in ((p.grid(23), "snr"), (p.grid(9), "snr"), (p.grid(9), "time"), (process(100).grid(9), "time")):
+        whole = path_increments([4, 9], SHAPE, grid, clock, CPU)
+        assert all(torch.equal(path.increment(grid, clock, j), whole[j]) for j in range(3))
 
 
 def test_a_range_of_steps_draws_only_the_blocks_it_touches(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    from mlem_diffusion.diffusion import brownian as noise
-
-    monkeypatch.setattr(noise, "stream_seed", lambda *key: calls.append(key) or stream_seed(*key))
+    monkeypatch.setattr(brownian, "stream_seed", lambda *key: calls.append(key) or stream_seed(*key))
     path_increments([1], SHAPE, process(320).grid(), "snr", CPU, range(0, 10))
     assert [number for _, _, number in calls] == [0]  # ten base increments lie in the first block of 32

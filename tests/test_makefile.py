@@ -24,32 +24,14 @@ STAGES = {
     "sample": "sample",
     "publish": "publish",
 }
-OWN = (
-    "EXPERIMENT",
-    "SEEDS",
-    "SOURCE",
-    "ARGS",
-    "DRY_RUN",
-    "NPROC",
-    "VENV",
-    "PYTHON",
-    "MAKEFLAGS",
-    "MAKEOVERRIDES",
-    "MFLAGS",
-)
+OWN = "EXPERIMENT SEEDS SOURCE ARGS DRY_RUN NPROC VENV PYTHON MAKEFLAGS MAKEOVERRIDES MFLAGS".split()
 
 
 def commands(*arguments: str, **environment: str) -> list[list[str]]:
     """The scripts that a target would run, as argument lists after shell parsing."""
     env = {k: v for k, v in os.environ.items() if k not in OWN} | environment
-    done = subprocess.run(
-        ["make", "-n", "--no-print-directory", *arguments],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    command = ["make", "-n", "--no-print-directory", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return [shlex.split(line) for line in done.stdout.splitlines() if "scripts/" in line]
 
@@ -125,8 +107,9 @@ def test_any_seeds_are_passed_on_as_one_hydra_value(seeds):
 @pytest.mark.parametrize("target", ["train-levels", "optimise", "sample-compare", "sample"])
 def test_several_processes_are_launched_together(target):
     command = only(target, "NPROC=4", "EXPERIMENT=celeba64", "ARGS=-m train.seed=0,1")
-    assert command[:3] == [".venv/bin/python", "scripts/launch.py", "4"]
-    assert command[3:6] == [f"scripts/{STAGES[target]}.py", "-m", "experiment=celeba64"]
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    assert command[:6] == [".venv/bin/python", *ranks]
+    assert command[6:9] == [f"scripts/{STAGES[target]}.py", "-m", "experiment=celeba64"]
     assert command[-1] == "train.seed=0,1"
     assert only(target, "NPROC=1")[:2] == [".venv/bin/python", f"scripts/{STAGES[target]}.py"]
 

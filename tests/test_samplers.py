@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from toys import SHAPE, gaussian_level, gaussian_variance, grid_of, nonlinear_denoise, process, toy_family
 
-from mlem_diffusion.diffusion.brownian import PathWindows, initial_noise, path_increments
+from mlem_diffusion.diffusion.brownian import BrownianPath
 from mlem_diffusion.diffusion.estimator import SingleLevel
 from mlem_diffusion.diffusion.ledger import Ledger
 from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.diffusion.process import TimeGrid, alpha_sigma
 from mlem_diffusion.diffusion.sampler import sample
-from mlem_diffusion.diffusion.step_rules import REFERENCE_RULE, STEP_RULES, Evaluation, steps_of
+from mlem_diffusion.diffusion.step_rules import REFERENCE_RULE, STEP_RULES, Evaluation, StepRule, step_rule, steps_of
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.multilevel.estimators import Multilevel
 from mlem_diffusion.multilevel.probabilities import COINS
 
-RULES = list(STEP_RULES)
-ODE_RULES = [rule for dynamics, rule in RULES if dynamics == "ode"]
-SDE_RULES = [rule for dynamics, rule in RULES if dynamics == "sde"]
-CPU = torch.device("cpu")
+ODE_RULES = [rule for rule in STEP_RULES.values() if rule.dynamics == "ode"]
+SDE_RULES = [rule for rule in STEP_RULES.values() if rule.dynamics == "sde"]
+every_rule = pytest.mark.parametrize("rule", list(STEP_RULES.values()), ids=list(STEP_RULES))
 S = 0.8  # standard deviation of the Gaussian data; at 0.5 the leading error of Euler in t happens to cancel
 
 
@@ -51,43 +50,46 @@ def nonlinear(x: np.ndarray, logsnr: float) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------- programs
 
 
-@pytest.mark.parametrize(("dynamics", "rule"), RULES)
-def test_programs_are_well_formed(dynamics: str, rule: str) -> None:
+@every_rule
+def test_programs_are_well_formed(rule: StepRule) -> None:
     grid = process().grid(6)
-    program, clock = STEP_RULES[dynamics, rule].program(grid), STEP_RULES[dynamics, rule].clock
-    visited = np.repeat(grid.logsnr, 2)[1:] if rule == "heun" else grid.logsnr
+    program, clock = rule.program(grid), rule.clock
+    visited = np.repeat(grid.logsnr, 2)[1:] if rule.name == "heun" else grid.logsnr
     assert [e.logsnr for e in program] == visited.tolist()
     m = len(program[0].update)
     assert all(e.update.shape == (m, m + 2) and e.update.dtype == np.float64 for e in program)
     assert np.array_equal(program[-1].update, np.eye(m, m + 2, m) * (np.arange(m) == 0)[:, None])
-    assert (clock is None) == (dynamics == "ode")
+    assert (clock is None) == (rule.dynamics == "ode")
     noises = [e.noise for e in program]
     assert noises == ([None] * len(program) if clock is None else [*range(5), None])
     assert all((e.noise is None) == np.all(e.update[:, -1] == 0) for e in program)
 
 
 @pytest.mark.parametrize("steps", [2, 3, 7])
-@pytest.mark.parametrize(("dynamics", "rule"), RULES)
-def test_a_constant_image_is_preserved(dynamics: str, rule: str, steps: int) -> None:
+@every_rule
+def test_a_constant_image_is_preserved(rule: StepRule, steps: int) -> None:
     """Without noise and with all estimates c, alpha_s c becomes alpha_t c at every evaluation, and the image is c."""
-    program = STEP_RULES[dynamics, rule].program(process().grid(steps))
+    program = rule.program(process().grid(steps))
     alpha = alpha_sigma(np.array([e.logsnr for e in program]))[0]
     seen = run(program, np.array([alpha[0] * 0.7]), lambda x, logsnr: np.full_like(x, 0.7))
     # Euler in t follows the equations to first order only
-    np.testing.assert_allclose(np.ravel(seen)[: 1 if rule == "em" else -1], 0.7 * alpha[: 1 if rule == "em" else None])
+    np.testing.assert_allclose(
+        np.ravel(seen)[: 1 if rule.name == "em" else -1], 0.7 * alpha[: 1 if rule.name == "em" else None]
+    )
     elsewhere = np.random.default_rng(0).normal(size=(steps - 1, 3))
     final = run(program, elsewhere[0], lambda x, logsnr: np.full_like(x, 0.7), elsewhere)[-1]
     assert np.array_equal(final, [0.7, 0.7, 0.7])
 
 
-@pytest.mark.parametrize(("dynamics", "rule"), RULES)
-def test_the_loop_applies_the_program_matrices(dynamics: str, rule: str) -> None:
+@every_rule
+def test_the_loop_applies_the_program_matrices(rule: StepRule) -> None:
     """Agreement to 1e-5 of the largest value, float32 against float64."""
     grid, shape, seeds = process().grid(9), (3, 6, 6), [4]
-    program, clock = STEP_RULES[dynamics, rule].program(grid), STEP_RULES[dynamics, rule].clock
-    increments = None if clock is None else path_increments(seeds, shape, grid, clock, CPU)
-    images, _ = sample(SingleLevel(Level("n", nonlinear_denoise, 1.0)), grid, dynamics, rule, seeds, shape)
-    x = initial_noise(seeds, shape, CPU)[0].double().numpy()
+    program, clock = rule.program(grid), rule.clock
+    path = BrownianPath([4], shape)
+    increments = None if clock is None else path.increments(grid, clock)
+    images, _ = sample(SingleLevel(Level("n", nonlinear_denoise, 1.0)), rule, grid, BrownianPath(seeds, shape))
+    x = path.initial()[0].double().numpy()
     expected = run(program, x, nonlinear, None if increments is None else increments[:, 0].double().numpy())[-1]
     assert np.abs(images[0].numpy() - expected).max() < 1e-5 * np.abs(expected).max()
 
@@ -98,9 +100,9 @@ def test_estimates_are_not_modified() -> None:
 
     class Watched(SingleLevel):
         def weight_table(
-            self, evaluations: int, seeds: Sequence[int], ledger: Ledger
+            self, evaluations: int, path: BrownianPath, ledger: Ledger
         ) -> Callable[[int, torch.Tensor, float], torch.Tensor]:
-            inner = super().weight_table(evaluations, seeds, ledger)
+            inner = super().weight_table(evaluations, path, ledger)
 
             def estimate(j: int, x: torch.Tensor, logsnr: float) -> torch.Tensor:
                 out = inner(j, x, logsnr)
@@ -109,8 +111,8 @@ def test_estimates_are_not_modified() -> None:
 
             return estimate
 
-    for dynamics, rule in RULES:
-        sample(Watched(Level("n", nonlinear_denoise, 1.0)), process().grid(5), dynamics, rule, [0], SHAPE)
+    for rule in STEP_RULES.values():
+        sample(Watched(Level("n", nonlinear_denoise, 1.0)), rule, process().grid(5), BrownianPath([0], SHAPE))
     assert returned and all(torch.equal(tensor, before) for tensor, before in returned)
 
 
@@ -119,15 +121,15 @@ def test_estimates_are_not_modified() -> None:
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("coins", COINS)
-@pytest.mark.parametrize(("dynamics", "rule"), RULES)
-def test_certain_coins_equal_sampling_with_the_top_level(dynamics: str, rule: str, coins: str, shared: bool) -> None:
+@every_rule
+def test_certain_coins_equal_sampling_with_the_top_level(rule: StepRule, coins: str, shared: bool) -> None:
     """Images are equal bit for bit, at the same cost."""
     family, grid, seeds = toy_family(), process().grid(9), [3, 1, 4]
-    n = 17 if rule == "heun" else 9
+    n = 17 if rule.name == "heun" else 9
     single = SingleLevel(family[-1])
     multilevel = Multilevel(family, np.ones(3), coins, shared)
-    expected, single_ledger = sample(single, grid, dynamics, rule, seeds, SHAPE)
-    images, ledger = sample(multilevel, grid, dynamics, rule, seeds, SHAPE)
+    expected, single_ledger = sample(single, rule, grid, BrownianPath(seeds, SHAPE))
+    images, ledger = sample(multilevel, rule, grid, BrownianPath(seeds, SHAPE))
     assert torch.equal(images, expected)
     assert ledger.evaluations == [0, 0, *single_ledger.evaluations] == [0, 0, 3 * n]
     assert ledger.launches == [0, 0, *single_ledger.launches]
@@ -136,25 +138,25 @@ def test_certain_coins_equal_sampling_with_the_top_level(dynamics: str, rule: st
 
 def test_one_level_equals_sampling_with_that_level() -> None:
     family, grid = toy_family(1), process().grid(9)
-    expected, single_ledger = sample(SingleLevel(family[0]), grid, "sde", "em", [0, 1], SHAPE)
-    images, ledger = sample(Multilevel(family, np.ones(1)), grid, "sde", "em", [0, 1], SHAPE)
+    expected, single_ledger = sample(SingleLevel(family[0]), STEP_RULES["sde/em"], grid, BrownianPath([0, 1], SHAPE))
+    images, ledger = sample(Multilevel(family, np.ones(1)), STEP_RULES["sde/em"], grid, BrownianPath([0, 1], SHAPE))
     assert torch.equal(images, expected) and ledger.evaluations == single_ledger.evaluations
 
 
-@pytest.mark.parametrize(("dynamics", "rule"), RULES)
-def test_every_evaluation_of_the_program_is_made_the_last_a_denoising(dynamics: str, rule: str) -> None:
+@every_rule
+def test_every_evaluation_of_the_program_is_made_the_last_a_denoising(rule: StepRule) -> None:
     """There are n evaluations for n noise levels, and 2 n - 1 for Heun."""
     seen: list[float] = []
 
     def constant(x: torch.Tensor, logsnr: torch.Tensor) -> torch.Tensor:
-        seen.append(float(logsnr[0]))
+        seen.append(float(logsnr))
         return torch.full_like(x, 0.25)
 
     grid = process().grid(6)
-    images, ledger = sample(SingleLevel(Level("c", constant, 2.0)), grid, dynamics, rule, [0, 1], SHAPE)
+    images, ledger = sample(SingleLevel(Level("c", constant, 2.0)), rule, grid, BrownianPath([0, 1], SHAPE))
     assert torch.equal(images, torch.full((2, *SHAPE), 0.25))
-    n = 11 if rule == "heun" else 6
-    np.testing.assert_allclose(seen, [e.logsnr for e in STEP_RULES[dynamics, rule].program(grid)], rtol=1e-6)
+    n = 11 if rule.name == "heun" else 6
+    np.testing.assert_allclose(seen, [e.logsnr for e in rule.program(grid)], rtol=1e-6)
     assert (ledger.evaluations, ledger.images, ledger.flops_per_image) == ([2 * n], 2, 2.0 * n) and len(seen) == n
     assert ledger.seconds_per_image > 0
 
@@ -164,7 +166,7 @@ def test_ode_rules_are_exact_for_a_constant_image(rule: str) -> None:
     """With denoised = c the flow preserves (x - alpha c) / sigma, in one step as in ten."""
     logsnr, x0 = np.linspace(-6, 6, 11), np.array([1.7])
     alpha, sigma = alpha_sigma(logsnr)
-    end = run(STEP_RULES["ode", rule].program(grid_of(logsnr)), x0, lambda x, logsnr: np.full_like(x, 0.3))[-2]
+    end = run(STEP_RULES[f"ode/{rule}"].program(grid_of(logsnr)), x0, lambda x, logsnr: np.full_like(x, 0.3))[-2]
     expected = alpha[-1] * 0.3 + sigma[-1] / sigma[0] * (x0 - alpha[0] * 0.3)
     np.testing.assert_allclose(end, expected, rtol=1e-12)
 
@@ -173,7 +175,7 @@ def test_ode_rules_are_exact_for_a_constant_image(rule: str) -> None:
 def test_ancestral_steps_sample_the_posterior(rule: str) -> None:
     """For a known image the chain stays on the forward marginal: mean alpha c, variance sigma^2, over any step."""
     grid = grid_of(np.array([-4.0, -3.0, 0.5, 5.0]))
-    for evaluation, step in zip(STEP_RULES["sde", rule].program(grid), steps_of(grid), strict=False):
+    for evaluation, step in zip(STEP_RULES[f"sde/{rule}"].program(grid), steps_of(grid), strict=False):
         keep, *estimates, fresh = evaluation.update[0]
         assert keep * step.alpha_s + sum(estimates) == pytest.approx(step.alpha_t, rel=1e-12)
         assert keep**2 * step.sigma_s**2 + fresh**2 == pytest.approx(step.sigma_t**2, rel=1e-12)
@@ -187,7 +189,7 @@ def test_euler_rules_are_one_step_of_the_equations_in_time() -> None:
     p = process()
     grid = p.grid(5)
     x, denoised, z = np.random.default_rng(0).normal(size=(3, 6))
-    sde_program, ode_program = (STEP_RULES[dynamics, "em"].program(grid) for dynamics in ("sde", "ode"))
+    sde_program, ode_program = (STEP_RULES[f"{dynamics}/em"].program(grid) for dynamics in ("sde", "ode"))
     for i, step in enumerate(steps_of(grid)):
         beta, dt = float(p.schedule.beta(grid.time[i])), float(grid.time[i] - grid.time[i + 1])
         score = -(x - step.alpha_s * denoised) / step.sigma_s**2
@@ -208,7 +210,7 @@ def test_heun_is_edms_algorithm() -> None:
         predicted = y + (t[i + 1] - t[i]) * d
         d_there = (predicted - nonlinear(alpha[i + 1] * predicted, grid.logsnr[i + 1])) / t[i + 1]
         y = y + (t[i + 1] - t[i]) * 0.5 * (d + d_there)
-    before, image = run(STEP_RULES["ode", "heun"].program(grid), x, nonlinear)[-2:]
+    before, image = run(STEP_RULES["ode/heun"].program(grid), x, nonlinear)[-2:]
     np.testing.assert_allclose(before, alpha[-1] * y, rtol=1e-10)
     np.testing.assert_allclose(image, nonlinear(alpha[-1] * y, grid.logsnr[-1]), rtol=1e-10)
 
@@ -216,7 +218,7 @@ def test_heun_is_edms_algorithm() -> None:
 def test_an_unknown_rule_is_refused() -> None:
     for dynamics, rule in (("ode", "ddpm"), ("sde", "heun"), ("sde", "unipc"), ("pde", "em")):
         with pytest.raises(UserError, match="unknown"):
-            sample(SingleLevel(toy_family(1)[0]), process().grid(4), dynamics, rule, [0], SHAPE)
+            step_rule(dynamics, rule)
 
 
 # ----------------------------------------------------------------------------------------------- reproducibility
@@ -236,13 +238,13 @@ def convolution_family() -> tuple[Level, ...]:
 
 
 @pytest.mark.parametrize("coins", COINS)
-@pytest.mark.parametrize(("dynamics", "rule"), RULES)
-def test_a_sample_depends_on_its_seed_alone(dynamics: str, rule: str, coins: str) -> None:
+@every_rule
+def test_a_sample_depends_on_its_seed_alone(rule: StepRule, coins: str) -> None:
     """It does not depend on batch size, neighbours or order, to 1e-5 of the largest value."""
     estimator, grid = Multilevel(convolution_family(), np.array([1.0, 0.5, 0.3]), coins), process().grid(12)
 
     def run(seeds: list[int]) -> torch.Tensor:
-        return sample(estimator, grid, dynamics, rule, seeds, (3, 8, 8))[0]
+        return sample(estimator, rule, grid, BrownianPath(seeds, (3, 8, 8)))[0]
 
     together = run([11, 12, 13, 14, 15])
     for others, place in (([13], 0), ([15, 13, 99], 1), ([13, 13], 1)):
@@ -256,17 +258,16 @@ def test_adding_a_level_leaves_noise_and_lower_coins_alone(coins: str) -> None:
     *lower, top = toy_family()
     grid, p = process().grid(12), [1.0, 0.5, 0.3]
     again = Level("again", top.denoise, 99.0)
-    three, _ = sample(Multilevel((*lower, top), np.array(p), coins), grid, "sde", "ddpm", [5, 6], SHAPE)
-    four, _ = sample(Multilevel((*lower, top, again), np.array([*p, 0.2]), coins), grid, "sde", "ddpm", [5, 6], SHAPE)
+    three, _ = sample(
+        Multilevel((*lower, top), np.array(p), coins), STEP_RULES["sde/ddpm"], grid, BrownianPath([5, 6], SHAPE)
+    )
+    four, _ = sample(
+        Multilevel((*lower, top, again), np.array([*p, 0.2]), coins),
+        STEP_RULES["sde/ddpm"],
+        grid,
+        BrownianPath([5, 6], SHAPE),
+    )
     assert (three - four).abs().max() < 1e-4 * three.abs().max()  # terms of size 1/p cancel to rounding
-
-
-def test_increments_may_be_passed_in() -> None:
-    grid, estimator = process().grid(12), SingleLevel(toy_family(1)[0])
-    for rule, clock in (("em", "time"), ("ddpm", "snr"), ("dpmpp_2m", "snr")):
-        increments = path_increments([5, 6], SHAPE, grid, clock, CPU)
-        given, _ = sample(estimator, grid, "sde", rule, [5, 6], SHAPE, increments=increments)
-        assert torch.equal(given, sample(estimator, grid, "sde", rule, [5, 6], SHAPE)[0])
 
 
 # ------------------------------------------------------------------------------- convergence on Gaussian data
@@ -295,7 +296,7 @@ def flow_errors(rule: str, grids: list[TimeGrid]) -> list[float]:
 
     end = np.sqrt(gaussian_variance(4.0, S) / gaussian_variance(-4.0, S))
     exact, start = denoise(end, 4.0), np.ones(1)
-    return [abs((run(STEP_RULES["ode", rule].program(grid), start, denoise)[-1] - exact).item()) for grid in grids]
+    return [abs((run(STEP_RULES[f"ode/{rule}"].program(grid), start, denoise)[-1] - exact).item()) for grid in grids]
 
 
 @pytest.mark.parametrize("spacing", ["time", "logsnr"])
@@ -317,78 +318,80 @@ def test_order_survives_uneven_steps(rule: str, order: int) -> None:
     assert slope(STEPS, errors) == pytest.approx(order, abs=0.25), errors
 
 
-@pytest.mark.parametrize("rule", ODE_RULES)
-def test_sampling_reaches_the_exact_flow(rule: str) -> None:
+@pytest.mark.parametrize("rule", ODE_RULES, ids=lambda rule: rule.name)
+def test_sampling_reaches_the_exact_flow(rule: StepRule) -> None:
     """The same convergence through the sampling loop, in float32."""
     p, estimator, shape = process(512, "logsnr", reach=4.0), SingleLevel(gaussian_level(S)), (3, 8, 8)
-    end = initial_noise([0, 1], shape, CPU) * float(np.sqrt(gaussian_variance(4.0, S) / gaussian_variance(-4.0, S)))
+    end = BrownianPath([0, 1], shape).initial() * float(np.sqrt(gaussian_variance(4.0, S) / gaussian_variance(-4.0, S)))
     exact = estimator.level.denoise(end, torch.full((2,), 4.0))
-    images, _ = sample(estimator, p.grid(), "ode", rule, [0, 1], shape)
-    assert rms(images - exact) < (3e-3 if rule in ("em", "ddim") else 1e-5)
+    images, _ = sample(estimator, rule, p.grid(), BrownianPath([0, 1], shape))
+    assert rms(images - exact) < (3e-3 if rule.name in ("em", "ddim") else 1e-5)
 
 
 @pytest.mark.parametrize(("rule", "order"), [("ddpm", 1), ("dpmpp_2m", 2)])
 def test_two_step_sde_rule_is_of_order_two_where_noise_is_absent(rule: str, order: int) -> None:
     """z = 0 and a smooth nonlinear denoiser, against the same equation on a fine grid."""
     p, x = process(4097, "logsnr", reach=4.0), np.random.default_rng(0).normal(size=(3, 4, 4))
-    fine = run(STEP_RULES["sde", "dpmpp_2m"].program(p.grid()), x, nonlinear)[-1]
+    fine = run(STEP_RULES["sde/dpmpp_2m"].program(p.grid()), x, nonlinear)[-1]
     errors = [
-        float(np.sqrt(np.mean((run(STEP_RULES["sde", rule].program(p.grid(n)), x, nonlinear)[-1] - fine) ** 2)))
+        float(np.sqrt(np.mean((run(STEP_RULES[f"sde/{rule}"].program(p.grid(n)), x, nonlinear)[-1] - fine) ** 2)))
         for n in STEPS
     ]
     assert slope(STEPS, errors) == pytest.approx(order, abs=0.25), errors
 
 
 @pytest.mark.parametrize("spacing", ["time", "logsnr"])
-@pytest.mark.parametrize("rule", SDE_RULES)
-def test_sde_rules_converge_strongly_at_order_one(rule: str, spacing: str) -> None:
+@pytest.mark.parametrize("rule", SDE_RULES, ids=lambda rule: rule.name)
+def test_sde_rules_converge_strongly_at_order_one(rule: StepRule, spacing: str) -> None:
     """Additive noise: order 1 in the root mean square, along one Brownian path, to the reference of the comparison."""
     p, estimator = process(2048, spacing, reach=4.0), SingleLevel(gaussian_level(S))
     seeds, shape = [0, 1], (3, 16, 16)
-    reference, _ = sample(estimator, p.grid(), "sde", REFERENCE_RULE["sde"], seeds, shape)
-    errors = [rms(sample(estimator, p.grid(n), "sde", rule, seeds, shape)[0] - reference) for n in STEPS]
+    reference, _ = sample(estimator, REFERENCE_RULE["sde"], p.grid(), BrownianPath(seeds, shape))
+    errors = [rms(sample(estimator, rule, p.grid(n), BrownianPath(seeds, shape))[0] - reference) for n in STEPS]
     assert slope(STEPS, errors) == pytest.approx(1, abs=0.2), errors
 
 
 def test_two_step_sde_rule_is_closer_to_the_reference_than_the_ancestral_one() -> None:
     """Both of strong order 1 on the shared path; the extrapolation removes the estimator's part of the error."""
     p, estimator, shape = process(1024, "logsnr", reach=4.0), SingleLevel(gaussian_level(S)), (3, 16, 16)
-    reference, _ = sample(estimator, p.grid(), "sde", "ddpm", [0, 1], shape)
+    reference, _ = sample(estimator, STEP_RULES["sde/ddpm"], p.grid(), BrownianPath([0, 1], shape))
+    one_step, two_step = STEP_RULES["sde/ddpm"], STEP_RULES["sde/dpmpp_2m"]
     for n in STEPS:
-        one, two = (sample(estimator, p.grid(n), "sde", rule, [0, 1], shape)[0] for rule in ("ddpm", "dpmpp_2m"))
+        one, two = (sample(estimator, rule, p.grid(n), BrownianPath([0, 1], shape))[0] for rule in (one_step, two_step))
         assert rms(two - reference) < 0.75 * rms(one - reference)
 
 
-@pytest.mark.parametrize("rule", SDE_RULES)
-def test_an_unrelated_path_does_not_converge(rule: str) -> None:
+@pytest.mark.parametrize("rule", SDE_RULES, ids=lambda rule: rule.name)
+def test_an_unrelated_path_does_not_converge(rule: StepRule) -> None:
     """The shared path is needed: with fresh noise, the distance to the reference stays as large as the samples."""
     p, estimator, shape = process(512, reach=4.0), SingleLevel(gaussian_level(S)), (3, 16, 16)
-    reference, _ = sample(estimator, p.grid(), "sde", "ddpm", [0], shape)
+    reference, _ = sample(estimator, STEP_RULES["sde/ddpm"], p.grid(), BrownianPath([0], shape))
     fresh = torch.randn(127, 1, *shape, generator=torch.Generator().manual_seed(0))
-    images, _ = sample(estimator, p.grid(128), "sde", rule, [0], shape, increments=fresh)
-    shared, _ = sample(estimator, p.grid(128), "sde", rule, [0], shape)
+    unrelated = BrownianPath([0], shape)
+    unrelated.increment = lambda grid, clock, step: fresh[step]  # type: ignore[method-assign]
+    images, _ = sample(estimator, rule, p.grid(128), unrelated)
+    shared, _ = sample(estimator, rule, p.grid(128), BrownianPath([0], shape))
     assert rms(images - reference) > 10 * rms(shared - reference)
 
 
-@pytest.mark.parametrize(("dynamics", "rule"), RULES)
-def test_fine_grids_give_the_variance_of_the_data(dynamics: str, rule: str) -> None:
+@every_rule
+def test_fine_grids_give_the_variance_of_the_data(rule: StepRule) -> None:
     """20480 pixels: standard error 1% of the variance; 4%, and 2% more for the discretisation at 256 steps.
 
     The final image is the denoised end point, of variance alpha^2 S^4 / v; S^2 as the last noise level tends to none.
     """
     p = process(256, "logsnr")
     estimator = SingleLevel(gaussian_level(S))
-    images, _ = sample(estimator, p.grid(), dynamics, rule, range(5), (4, 32, 32))
+    images, _ = sample(estimator, rule, p.grid(), BrownianPath(range(5), (4, 32, 32)))
     assert float(images.double().var()) == pytest.approx(S**2, rel=0.06)
     assert abs(float(images.double().mean())) < 4 * S / 20480**0.5
 
 
-def test_long_paths_are_drawn_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_paths_are_drawn_in_windows() -> None:
     """Drawing a few steps at a time changes neither the samples nor the counts."""
     level, grid = toy_family(1)[0], process(100, spacing="logsnr").grid(40)
-    arguments = (SingleLevel(level), grid, "sde", "ddpm", [3, 5], SHAPE)
-    whole, _ = sample(*arguments)
-    monkeypatch.setattr(PathWindows.__init__, "__defaults__", (4 * whole.numel() * 4,))  # four steps at a time
-    again, ledger = sample(*arguments)
+    whole, _ = sample(SingleLevel(level), STEP_RULES["sde/ddpm"], grid, BrownianPath([3, 5], SHAPE))
+    path = BrownianPath([3, 5], SHAPE, window_bytes=4 * whole.numel() * 4)  # four steps at a time
+    again, ledger = sample(SingleLevel(level), STEP_RULES["sde/ddpm"], grid, path)
     torch.testing.assert_close(again, whole, rtol=0, atol=1e-5)
     assert ledger.evaluations == [80]

@@ -4,10 +4,12 @@ This package exports all that you need to sample with your own networks. Trainin
 sub-packages of their own.
 """
 
+from .diffusion.brownian import BrownianPath
 from .diffusion.estimator import SingleLevel, Stitched
 from .diffusion.level import Level
 from .diffusion.process import CosineSchedule, LinearSchedule, Process
 from .diffusion.sampler import sample
+from .diffusion.step_rules import step_rule
 from .errors import UserError
 from .models.adapters import adapt, from_diffusers, guided
 from .multilevel.calibrate import calibrate
@@ -15,6 +17,7 @@ from .multilevel.estimators import Multilevel, Quadrature
 from .multilevel.probabilities import constant_probabilities
 
 __all__ = [
+    "BrownianPath",
     "CosineSchedule",
     "Level",
     "LinearSchedule",
@@ -30,4 +33,5 @@ __all__ = [
     "from_diffusers",
     "guided",
     "sample",
+    "step_rule",
 ]

@@ -2,210 +2,83 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import math
-import os
+import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..files import atomic_write
-from . import wandb_process
+from ..errors import SlowPath, UserError
 
-try:
-    import fcntl
-except ImportError:  # Windows: no locks
-    fcntl = None
-
-PATIENCE = wandb_process.PATIENCE
-HURRY = 2.0  # PATIENCE after a stop or an error
+TIMEOUT, PATIENCE = 20.0, 60.0  # seconds for W&B to begin a run, and to finish it
 
 
 class Tracker:
-    """Appends one JSON object per record to metrics.jsonl and sends the same to W&B.
+    """Appends records to metrics.jsonl, and copies them to W&B from there: workers and ranks append to the same file.
 
-    mode: "offline", "online" or "disabled", as WANDB_MODE. fresh: drop the records of earlier runs of this stage.
-    W&B runs in its own process (wandb_process.py). Only `finish` waits for it, at most PATIENCE seconds. If W&B fails,
-    one warning is given, and metrics.jsonl is still written.
+    W&B fails at most once: then one warning is given, and the run goes on without it.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        stage: str,
-        config: dict[str, Any],
-        mode: str = "offline",
-        project: str = "mlem-diffusion",
-        fresh: bool = False,
-    ):
-        self.path, self.stage, self.dropped = directory / "metrics.jsonl", stage, False
-        self.wandb: wandb_process.Mirror | None = None
-        directory.mkdir(parents=True, exist_ok=True)
-        with _alone(directory):
-            _drop_torn_line(self.path)
-            if fresh:
-                self._rewrite(lambda record: record.get("stage") != stage)
-        if mode == "disabled":
-            return
-        if not wandb_process.installed():
-            _off("not installed")
-            return
-        name = f"{config.get('name', directory.name)}-{stage}"
-        options = {"project": project, "name": name, "job_type": stage, "config": config, "mode": mode}
-        try:
-            self.wandb = wandb_process.Mirror({**options, "dir": str(directory)})
-        except (OSError, RuntimeError, TypeError, ValueError) as error:
-            _off(str(error))
+    def __init__(self, folder: Path, stage: str, config: dict[str, Any], mode: str, project: str):
+        self.folder, self.stage, self.config, self.project = folder, stage, config, project
+        self.path, self.mode, self.run, self.sent = folder / "metrics.jsonl", mode, None, None
+        if mode != "disabled":  # what earlier runs of a stage have logged stays in their own W&B runs
+            self.sent = self.path.stat().st_size if self.path.is_file() else 0
 
     def log(self, record: dict[str, Any]) -> None:
-        """Add one record of numbers and strings."""
-        line = self._line(record)
-        with _alone(self.path.parent):
-            _append(self.path, line)
-        self._send({"log": record})
-
-    def mirror(self, record: dict[str, Any]) -> None:
-        """Send a record to W&B that is already in metrics.jsonl."""
-        self._send({"log": record})
+        """Append one record of numbers and strings, in one write; UserError if the disk is full."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        line = json.dumps({"stage": self.stage, **finite}, allow_nan=False) + "\n"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab", buffering=0) as file:
+                file.write(line.encode())
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written ({error.strerror or error}).") from error
 
     def image(self, key: str, path: Path) -> None:
-        """Send a grid or plot that was just written to W&B."""
-        if path.is_file():
-            self._send({"image": {key: str(path.absolute())}})
+        """Send a figure that was just written."""
+        self._try(lambda wandb, run: run.log({key: wandb.Image(str(path))}))
 
-    def settle(self, records: Sequence[dict[str, Any]]) -> None:
-        """Log records that an interrupted run may have logged already, without duplicates."""
-        with _alone(self.path.parent):
-            self._rewrite(lambda _: True, [self._line(record) for record in records])
-        for record in records:
-            self._send({"log": record})
-
-    def rewind(self, level: str, images: int) -> None:
-        """Drop this stage's records of a level after `images` images: training resumes at this point."""
-        with _alone(self.path.parent):
-            self._rewrite(lambda record: not (self._own(record, [level]) and _number(record["images"]) > images))
-
-    def take_over(self, path: Path) -> None:
-        """Move the records of another metrics.jsonl to this one, in place of this stage's records of the same levels.
-
-        A stop at any moment loses nothing, and the next call completes the move.
-        """
-        if not path.is_file():
+    def mirror(self) -> None:
+        """Send the records that metrics.jsonl has gained."""
+        if self.sent is None or not self.path.is_file():
             return
-        records = [{k: v for k, v in record.items() if k != "stage"} for _, record in _records(path)]
-        levels = [record["level"] for record in records if "level" in record]
-        with _alone(self.path.parent):
-            self._rewrite(lambda record: not self._own(record, levels), [self._line(record) for record in records])
-        path.unlink()
-        for record in records:
-            self._send({"log": record})
+        with self.path.open("rb") as file:
+            file.seek(self.sent)
+            lines = [line for line in file.readlines() if line.endswith(b"\n")]
+        self.sent += sum(map(len, lines))
+        records = [json.loads(line) for line in lines]
+        self._try(lambda wandb, run: [run.log(record) for record in records])
 
-    def _line(self, record: dict[str, Any]) -> bytes:
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        return (json.dumps({"stage": self.stage, **finite}, allow_nan=False) + "\n").encode()
+    def finish(self) -> None:
+        """Let W&B finish; it may take PATIENCE seconds, for instance to upload."""
+        self.mirror()
+        if self.run is not None:
+            ending = threading.Thread(target=self._try, args=(lambda wandb, run: run.finish(),), daemon=True)
+            ending.start()
+            ending.join(PATIENCE)
+            if ending.is_alive():
+                warnings.warn(
+                    f"W&B did not finish within {PATIENCE:g} s; metrics.jsonl is complete.", SlowPath, stacklevel=2
+                )
 
-    def _own(self, record: dict[str, Any], levels: list[Any]) -> bool:
-        """Whether this stage wrote the record while it trained one of these levels."""
-        return record.get("stage") == self.stage and record.get("level") in levels and "images" in record
-
-    def _rewrite(self, keep: Callable[[dict[str, Any]], bool], more: Sequence[bytes] = ()) -> None:
-        """Replace the file by the lines whose record passes `keep`, followed by `more`, without duplicates of these."""
-        new = set(more)
-        lines = [line for line, record in _records(self.path) if line not in new and keep(record)]
-        text = b"".join([*lines, *more])
-        if (self.path.read_bytes() if self.path.is_file() else b"") != text:
-            atomic_write(self.path, lambda p: p.write_bytes(text))
-
-    def _send(self, line: dict[str, Any]) -> None:
-        if self.wandb is None:
+    def _try(self, action: Any) -> None:
+        if self.mode == "disabled":
             return
-        if (reason := self.wandb.failure()) is not None:
-            self.wandb = None
-            _off(reason)
-        elif not self.wandb.send(line) and not self.dropped:
-            self.dropped = True
-            warnings.warn("W&B cannot keep up and misses records; metrics.jsonl has them all.", stacklevel=3)
-
-    def finish(self, patience: float | None = None) -> None:
-        """Let W&B finish within `patience` seconds (default: PATIENCE), or end it."""
-        patience = PATIENCE if patience is None else patience
-        if self.wandb is None:
-            return
-        mirror, self.wandb = self.wandb, None
         try:
-            reason = mirror.finish(patience)
-        except TimeoutError:
-            warnings.warn(f"W&B did not finish within {patience:g} s; metrics.jsonl is complete.", stacklevel=2)
-            return
-        if reason is not None:
-            _off(reason)
+            import wandb
 
-    def __enter__(self) -> Tracker:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.finish(None if kind is None else HURRY)
-
-
-def _off(reason: str) -> None:
-    warnings.warn(f"W&B is off ({reason}); metrics.jsonl is still written.", stacklevel=3)
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Admit one process at a time: several may write to this file while another one rewrites it."""
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # not every file system has locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _append(path: Path, line: bytes) -> None:
-    """Append a line in one write, so that a kill damages at most the last line.
-
-    Raises UserError, without a partial line, if the disk is full.
-    """
-    try:
-        with path.open("ab", buffering=0) as file:
-            before = os.fstat(file.fileno()).st_size
-            if file.write(line) < len(line):
-                file.truncate(before)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror or error}): fix this and run the same command again."
-        ) from error
-
-
-def _drop_torn_line(path: Path) -> None:
-    """Remove a last line that a kill left incomplete."""
-    text = path.read_bytes() if path.is_file() else b""
-    if text and not text.endswith(b"\n"):
-        os.truncate(path, text.rfind(b"\n") + 1)
-
-
-def _records(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Every line that holds a record, with the record."""
-    found = []
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict):
-            found.append((line + b"\n", record))
-    return found
-
-
-def _number(value: Any) -> float:
-    return value if isinstance(value, (int, float)) else -math.inf
+            if self.run is None:
+                settings = wandb.Settings(silent=True, init_timeout=TIMEOUT, console="off")
+                name = f"{self.config.get('name', self.folder.name)}-{self.stage}"
+                self.run = wandb.init(
+                    project=self.project, name=name, job_type=self.stage, config=self.config, mode=self.mode,
+                    dir=str(self.folder), settings=settings, reinit="create_new",
+                )  # fmt: skip
+            action(wandb, self.run)
+        except (Exception, SystemExit) as error:
+            self.mode = "disabled"
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            warnings.warn(f"W&B is off ({reason}); metrics.jsonl is still written.", SlowPath, stacklevel=3)

@@ -1,0 +1,60 @@
+"""What a stage would cost: FLOPs, and seconds from one timed evaluation of each level."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from ..models.family import build_denoiser
+from .environment import device_model, duration
+
+BATCH = 16  # images per timed evaluation; fewer of large networks on a CPU
+
+
+def estimate(exp: Any, cost: Callable[[Any], list[tuple[str, Mapping[str, float]]]] | None) -> str:
+    """The resolved configuration and the estimated cost. cost(exp): rows (text, {level: evaluations})."""
+    lines = [OmegaConf.to_yaml(OmegaConf.create(exp.plain()))]
+    if cost is None:
+        return "\n".join([*lines, f"estimated cost of {exp.name}: no network is evaluated; seconds to minutes."])
+    rows, (flops, seconds), total = cost(exp), priced(exp), [0.0, 0.0]
+    for text, counts in rows:
+        spent = [sum(per[name] * count for name, count in counts.items()) for per in (flops, seconds)]
+        lines.append(f"{text:<44} {spent[0] / 1e12:12.3f} TFLOP  about {duration(spent[1])}")
+        total = [a + b for a, b in zip(total, spent, strict=True)]
+    what = f"estimated cost of {exp.name}"
+    where = device_model(exp.device)
+    return "\n".join([*lines, f"{what:<44} {total[0] / 1e12:12.3f} TFLOP  about {duration(total[1])} on {where}"])
+
+
+def priced(exp: Any) -> tuple[dict[str, float], dict[str, float]]:
+    """FLOPs and seconds per image of one evaluation of each level; the Gaussian denoiser counts as free."""
+    flops, seconds = {"gauss": 0.0}, {"gauss": 0.0}
+    for name, (evaluate, cost) in _levels(exp).items():
+        batch = BATCH if exp.device.type != "cpu" else max(1, min(BATCH, int(20e9 / cost)))
+        flops[name], seconds[name] = cost, _seconds(evaluate, (batch, *exp.shape), exp.device) / batch
+    return flops, seconds
+
+
+def _levels(exp: Any) -> dict[str, tuple[Callable[..., torch.Tensor], float]]:
+    """Function and FLOPs of each level; networks have fresh weights."""
+    family, unet = exp.cfg.family, exp.plain("unet")["unet"]
+    if family.callable is not None:
+        return {level.name: (level.denoise, level.flops) for level in exp.build(family.callable)}
+    size, target = exp.cfg.data.size, family.target
+    return {
+        v["name"]: (build_denoiser(v["width"], size, 0.5, unet, target).to(exp.device).eval(), v["flops"])
+        for v in exp.describe_levels()
+    }
+
+
+@torch.no_grad()
+def _seconds(evaluate: Callable[..., torch.Tensor], shape: tuple[int, ...], device: torch.device) -> float:
+    x, logsnr = torch.zeros(shape, device=device), torch.zeros(shape[0], device=device)
+    evaluate(x, logsnr).sum().item()  # the first call also prepares
+    start = time.perf_counter()
+    evaluate(x, logsnr).sum().item()
+    return time.perf_counter() - start

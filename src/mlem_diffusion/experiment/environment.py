@@ -1,0 +1,100 @@
+"""Where a run takes place: device, machine, versions of the code and of its packages."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import UserError
+
+ROOT = Path(__file__).resolve().parents[3]
+PACKAGES = ("mlem-diffusion", "torch", "torchvision", "torch-fidelity", "hydra-core", "numpy", "scipy", "pandas")
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of this name (auto: CUDA if available); UserError if it does not work. Each rank gets its own GPU."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"device={name} does not work on this machine ({torch.cuda.device_count()} GPUs): "
+            "set device=auto or device=cpu, or start fewer processes (NPROC)."
+        ) from error
+    return device
+
+
+def configure_torch(cfg: Any, training: bool) -> None:
+    """Threads, and the precision of float32: TF32 in training only."""
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    if training:
+        torch.set_float32_matmul_precision("high")
+    else:
+        torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = bool(cfg.autotune)
+
+
+def commit() -> str:
+    """The checked-out commit; changed results and checkpoints do not count, since every run writes them."""
+    try:
+        git = ["git", "-C", str(ROOT)]
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        status = [*git, "status", "--porcelain", "--", "src", "scripts", "configs"]
+        dirty = subprocess.run(status, capture_output=True, text=True, check=True).stdout.strip()
+        return head + (" with uncommitted changes" if dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown (not a git checkout)"
+
+
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def device_model(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_model()} ({torch.get_num_threads()} threads)"
+
+
+def package_version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """The facts of provenance.json on this machine."""
+    return {
+        "commit": commit(),
+        "device": device_model(device),
+        "cpu": cpu_model(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "packages": {name: found for name in PACKAGES if (found := package_version(name))},
+    }
+
+
+def shown(path: Path) -> Path:
+    """A path for messages: relative to the repository's root if it is inside."""
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

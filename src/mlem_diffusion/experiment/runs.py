@@ -1,0 +1,253 @@
+"""Levels and runner of an experiment, and its settings run by several ranks or workers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import parallel
+from ..comparison.features import Extractor
+from ..comparison.runner import Runner
+from ..comparison.settings import SamplerSetting
+from ..diffusion.level import Level
+from ..errors import Interrupted, SlowPath, UserError
+from ..files import Damaged, cached, expect_content, read_json
+from ..models.family import load_family
+from ..models.gaussian import fit_gaussian, load_gaussian
+from ..multilevel.plan import Plan, load_plans
+from .environment import shown
+from .progress import bar
+
+GAUSSIAN = "gauss"  # name of the linear Gaussian denoiser among the levels
+
+
+# ------------------------------------------------------------------------------------------------------- levels
+
+
+def load_levels(exp: Any) -> dict[str, Level]:
+    """The levels by name, cheap to expensive."""
+    cfg = exp.cfg
+    if cfg.family.callable is not None:
+        return {level.name: level for level in exp.build(cfg.family.callable)}
+    found = load_family(
+        exp.checkpoints, cfg.family.widths, exp.device, cfg.precision, compile=cfg.compile, batch=cfg.compare.batch
+    )
+    if cfg.family.gaussian:
+        gauss = gaussian_level(exp)
+        if gauss.flops < found[0].flops:  # useless if it costs more than the first network
+            found.insert(0, gauss)
+    return {level.name: level for level in found}
+
+
+def gaussian_level(exp: Any) -> Level:
+    """The linear Gaussian denoiser of the training images: the published one, or fitted once and cached."""
+    rank, found = exp.cfg.family.gaussian_rank, (exp.published or {}).get("gaussian")
+    if found is not None and found["asked_rank"] == rank:
+        return load_gaussian(exp.checkpoints / found["file"], exp.device).as_level(GAUSSIAN)
+    images = exp.images_if_needed()
+    if images is None:
+        raise UserError(
+            f"No Gaussian level with family.gaussian_rank={rank} is published, so it must be fitted to the training "
+            "images: prepare them (make data), or set family.gaussian=false."
+        )
+    path = exp.results / "cache" / f"gauss-{images.manifest['sha256'][:12]}-{rank}.safetensors"
+
+    def fit() -> None:
+        fit_gaussian(images.images[images.train()], rank).save(path)
+
+    if parallel.is_main():
+        cached(path, lambda p: load_gaussian(p, exp.device), fit)
+    parallel.barrier()
+    return load_gaussian(path, exp.device).as_level(GAUSSIAN)
+
+
+# ------------------------------------------------------------------------------------------------------- runner
+
+
+def make_extractor(exp: Any) -> Extractor | None:
+    """The configured feature extractor, on this device if it supports devices; None without distances."""
+    config = exp.plain("metrics")["metrics"]
+    if config["_target_"] is None:
+        return None
+    if config["_target_"].split(".")[-1] in ("light", "inception"):
+        config["device"] = str(exp.device)
+    return exp.build(config)
+
+
+def check_enough(extractor: Extractor, n: int, shape: Sequence[int]) -> None:
+    """Raise UserError before sampling if n images are too few for a Frechet distance with this extractor."""
+    dimensions = extractor.features(torch.zeros(1, *shape, dtype=torch.uint8)).shape[1]
+    if n <= dimensions:
+        raise UserError(
+            f"compare.num_samples={n} images are too few for {extractor.name}, which has {dimensions} features, since "
+            f"the covariance would be singular: set compare.num_samples={dimensions + 1} or more, or metrics=none."
+        )
+
+
+def made_with(exp: Any, path: Path, content: dict[str, Any], target: str) -> None:
+    """Raise UserError if an artefact was made with other levels, or with levels trained on other images."""
+    if exp.identity is None or content.get("made_with") == exp.identity:
+        return
+    what, again = shown(path), f"run {target} EXPERIMENT={exp.cfg.name} again"
+    with expect_content(path, again):
+        noted = content["made_with"]
+        same = noted["data"] == exp.identity["data"]
+        names = [name for name, sha256 in exp.identity["levels"].items() if noted["levels"].get(name) != sha256]
+    if not same:
+        raise UserError(f"{what} was made with levels that were trained on other images: {again}.")
+    raise UserError(f"{what} was made with other levels than the current ones ({', '.join(names)} differ): {again}.")
+
+
+def used_gamma(exp: Any) -> float:
+    """gamma of the constant probabilities: the number in the configuration, or the measured value of these levels."""
+    if exp.cfg.compare.gamma != "auto":
+        try:
+            return float(exp.cfg.compare.gamma)
+        except ValueError as error:
+            raise UserError(f"compare.gamma = {exp.cfg.compare.gamma} is neither a number nor auto.") from error
+    hint = "run make measure-gamma with the same EXPERIMENT first, or set compare.gamma"
+    path = exp.results / "gamma.json"
+    content = read_json(path, hint)
+    made_with(exp, path, content, "make measure-gamma")
+    with expect_content(path, hint):
+        found = [content["estimates"][name]["gamma"] for name in ("differences", "to_largest", "loss_fit")]
+    finite = [float(gamma) for gamma in found if gamma is not None]
+    if not finite:
+        raise UserError("No estimate in gamma.json is finite; set compare.gamma to a number.")
+    return finite[0]
+
+
+def known_plans(exp: Any) -> dict[str, Plan]:
+    """The plans of make optimise by id; none if there are none, or if they are not wanted."""
+    path = exp.results / "plans.json"
+    if exp.cfg.compare.plans == "none" or not path.is_file():
+        return {}
+    plans, content = load_plans(path)
+    made_with(exp, path, content, "make optimise")
+    return plans
+
+
+def make_runner(exp: Any, select: bool) -> Runner:
+    """The runner on the seeds of the comparison, or (select) on those that select plans, without distances."""
+    cfg, levels = exp.cfg, exp.levels()
+    extractor = None if select else make_extractor(exp)
+    images = exp.images_if_needed()
+    if extractor is not None and images is None and not has_moments(exp, extractor):
+        extractor = None  # nothing to compare with
+    if extractor is not None:
+        check_enough(extractor, cfg.compare.num_samples, exp.shape)
+    # the selection of plans runs no setting with constant probabilities
+    gamma = 2.5 if select else used_gamma(exp)
+    first, count = (
+        (cfg.optimise.seed, cfg.optimise.num_select) if select else (cfg.compare.seed, cfg.compare.num_samples)
+    )
+    facts = {
+        "levels": exp.identity or exp.plain("family"),
+        "gaussian": levels[GAUSSIAN].flops if GAUSSIAN in levels else None,
+        "extractor": extractor.key if extractor else None,
+    }
+    return Runner(
+        levels=levels, process=exp.process, gamma=gamma, shape=exp.shape, seeds=list(range(first, first + count)),
+        num_reference=count if select else min(cfg.compare.num_reference, count), batch=cfg.compare.batch,
+        device=exp.device, extractor=extractor, cache=exp.results / "cache", grid_images=cfg.compare.grid_images,
+        key=exp.fingerprint(("process", "precision"), **facts, device=exp.device.type),
+        plans={} if select else known_plans(exp),
+        reference_steps=cfg.optimise.reference_steps if select else None, made_with=exp.identity,
+    )  # fmt: skip
+
+
+def has_moments(exp: Any, extractor: Extractor) -> bool:
+    """Whether the published family has moments of the training images by this extractor."""
+    found = (exp.published or {}).get("statistics")
+    return found is not None and (found["name"], found["identity"]) == (
+        extractor.name, extractor.identity or extractor.key,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- settings
+
+_in_worker: dict[Any, Runner] = {}  # a worker process reuses its runner between tasks
+
+
+def worker_count(exp: Any, tasks: int) -> int:
+    """The number of worker processes; "auto": one per CPU core without a GPU and without torchrun, else one."""
+    if parallel.world() > 1:
+        return 1
+    if exp.cfg.workers != "auto":
+        return int(exp.cfg.workers)
+    return 1 if exp.device.type != "cpu" else max(1, min(tasks, torch.get_num_threads()))
+
+
+def run_all(exp: Any, runner: Runner, settings: Sequence[SamplerSetting], label: str) -> list[Any]:
+    """Run all settings and return the results in order; damaged files are made again."""
+    found: dict[SamplerSetting, Any] = {}
+    for attempt in range(3):
+        run_missing(exp, runner, [s for s in dict.fromkeys(settings) if s not in found], label)
+        for setting in settings:
+            try:
+                found[setting] = found.get(setting) or runner.read(setting)
+            except Damaged as error:
+                if attempt == 2:
+                    raise
+                error.path.unlink(missing_ok=True)
+                warnings.warn(f"{error.path} was damaged, so it is computed again.", SlowPath, stacklevel=2)
+        if len(found) == len(set(settings)):
+            break
+    return [found[setting] for setting in settings]
+
+
+def run_missing(exp: Any, runner: Runner, settings: Sequence[SamplerSetting], label: str) -> None:
+    """Run the references, then the settings that are not in the cache; progress and time left are in FLOPs."""
+    dynamics = sorted({s.dynamics for s in settings})
+    references = parallel.mine([task for d in dynamics for task in runner.reference_tasks(d)])
+    missing = sorted((s for s in settings if not runner.is_done(s)), key=lambda s: -runner.expected_flops(s))
+    missing = parallel.mine(missing)
+    batches = max(1, -(-runner.num_reference // runner.batch))
+    costs = [[runner.reference_flops(d) / batches for d, _ in references], [runner.expected_flops(s) for s in missing]]
+    done, total = 0.0, sum(map(sum, costs)) / 1e9
+    with bar(label, int(total), unit="GFLOP") as progress:
+        for tasks, prices in zip((references, missing), costs, strict=True):
+            workers = worker_count(exp, len(tasks))
+            items = [(exp, _for_worker(runner, task) if workers > 1 else runner, task) for task in tasks]
+            if items and workers == 1:
+                runner.warm_up()
+            for index, _ in parallel.run(run_task, items, workers, exp.should_stop):
+                done += prices[index] / 1e9
+                progress(int(done), int(total))
+            parallel.barrier()
+
+
+def run_task(item: tuple[Any, Runner, Any]) -> None:
+    """Measure one setting, or one batch of a reference given as (dynamics, number)."""
+    exp, runner, task = item
+    if exp.should_stop():
+        raise Interrupted("stopped; finished work is saved")
+    if not runner.levels:  # in a worker
+        runner = _rebuilt(exp, runner)
+    if isinstance(task, SamplerSetting):
+        runner.measure(task, exp.should_stop)
+    else:
+        runner.measure_reference(*task)
+
+
+def _for_worker(runner: Runner, task: Any) -> Runner:
+    """The runner without what a worker rebuilds, and with the task's plan only."""
+    plan = getattr(task, "plan", "")
+    return replace(runner, levels={}, extractor=None, plans={plan: runner.plans[plan]} if plan else {})
+
+
+def _rebuilt(exp: Any, small: Runner) -> Runner:
+    """The runner with levels and extractor again; the worker keeps it for its next task."""
+    key = (exp.results, exp.name, small.key)
+    if key not in _in_worker:
+        _in_worker.clear()
+        extractor = make_extractor(exp) if exp.name == "sample_compare" else None
+        _in_worker[key] = replace(small, levels=exp.levels(), extractor=extractor, plans={})
+        _in_worker[key].warm_up()
+    _in_worker[key].plans.update(small.plans)
+    return _in_worker[key]

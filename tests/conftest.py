@@ -1,0 +1,32 @@
+"""The miniature pipeline, run once for all tests that need its files."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from pipeline import Here, Place, apart
+
+STAGES = ["prepare_data", "train_levels", "measure_gamma", "optimise", "sample_compare", "sample", "report"]
+
+
+@pytest.fixture
+def here(capsys, monkeypatch, tmp_path_factory) -> Iterator[Here]:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield Here(capsys, monkeypatch, tmp_path_factory.mktemp("cwd"))
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    GlobalHydra.instance().clear()
+
+
+@pytest.fixture(scope="session")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, str]:
+    """The finished pipeline, which no test may change, and what it printed."""
+    place = Place(tmp_path_factory.mktemp("pipeline"))
+    scripts = [(stage, *(["seeds='0-2,5'"] if stage == "sample" else [])) for stage in STAGES]
+    finished = apart(place, *scripts)
+    assert finished.code == 0, f"{finished.out}\n{finished.err}"
+    assert "Traceback" not in finished.err and "Warning" not in finished.err, finished.err
+    return place, finished.out

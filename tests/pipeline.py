@@ -1,0 +1,126 @@
+"""Runs scripts on the miniature experiment, in this process or in one of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder for everything that the scripts write."""
+
+    folder: Path
+    experiment: str = "smoke"
+    options: tuple[str, ...] = ("train.images=640", "compare.num_samples=24", "gamma.bootstrap=10")
+
+    @property
+    def results(self) -> Path:
+        return self.folder / "results" / self.experiment
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints" / self.experiment
+
+    def overrides(self, *more: str) -> list[str]:
+        paths = [f"paths.{kind}='{self.folder}/{kind}/${{name}}'" for kind in ("results", "checkpoints")]
+        sweep, more = [w for w in more if w == "-m"], tuple(w for w in more if w != "-m")
+        data = f"paths.data='{self.folder}/data'"
+        return [*sweep, f"experiment={self.experiment}", *paths, data, "threads=1", *self.options, *more]
+
+    def copy_to(self, folder: Path, *parts: str) -> Place:
+        """A copy of the whole place, or of some of its folders."""
+        for part in parts or [p.name for p in self.folder.iterdir()]:
+            shutil.copytree(self.folder / part, folder / part, dirs_exist_ok=True)
+        return Place(folder, self.experiment, self.options)
+
+    def digest(self) -> dict[str, str]:
+        """The hash of every file, to detect what a command changed."""
+        files = sorted(p for p in self.folder.rglob("*") if p.is_file() and p.name != ".lock")
+        return {str(p.relative_to(self.folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@dataclass
+class Run:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def complaint(self) -> str:
+        """The single line on stderr, without progress bars."""
+        shown = [line.split("\r")[-1].strip() for line in self.err.replace("\x1b[A", "").splitlines()]
+        lines = [line for line in shown if line and not re.search(r"\d+%\|| \[\d\d:\d\d", line)]
+        assert len(lines) == 1, self.err
+        return lines[0]
+
+
+DRIVER = """
+import json, runpy, sys
+sys.path.insert(0, "scripts")
+for script, arguments in json.loads(sys.argv[1]):
+    sys.argv = [f"scripts/{script}.py", *arguments]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def python(*arguments: str, **environment: str) -> Run:
+    """Run Python in the repository's root, in a process of its own."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=env | environment, capture_output=True, text=True, timeout=300)
+    return Run(done.returncode, done.stdout, done.stderr)
+
+
+def apart(place: Place, *scripts: tuple[str, ...]) -> Run:
+    """Run scripts one after another in one new process."""
+    return python("-c", DRIVER, json.dumps([[script, place.overrides(*more)] for script, *more in scripts]))
+
+
+class Here:
+    """Runs a script's main in this process, which has imported torch already."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path):
+        self.capsys, self.monkeypatch = capsys, monkeypatch
+        monkeypatch.chdir(folder)
+        monkeypatch.setenv("WANDB_MODE", "disabled")
+
+    def __call__(self, script: str, place: Place, *more: str) -> Run:
+        module = importlib.import_module(script)
+        self.monkeypatch.setattr(sys, "argv", [f"{script}.py", *place.overrides(*more)])
+        GlobalHydra.instance().clear()
+        self.capsys.readouterr()
+        code = 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                module.main()
+            except SystemExit as stop:
+                code = int(stop.code or 0)
+        caught = self.capsys.readouterr()
+        return Run(code, caught.out, caught.err)
+
+
+def strict(path: Path) -> Any:
+    """The content of a JSON file without NaN."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{path} holds {name}")
+
+    return json.loads(path.read_text(), parse_constant=refuse)

@@ -1,0 +1,395 @@
+"""The scripts end to end on the miniature experiment: artefacts, formats, reuse of finished work, and wrong input."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pandas as pd
+import pytest
+from conftest import STAGES
+from PIL import Image
+from pipeline import Place, python, strict
+from safetensors.torch import load_file
+
+from mlem_diffusion.comparison.table import COLUMNS
+from mlem_diffusion.files import write_json
+
+RECORDED = ["train_levels", "measure_gamma", "optimise", "sample_compare"]  # in provenance.json
+
+
+def table(place: Place) -> pd.DataFrame:
+    return pd.read_csv(place.results / "compare.csv", keep_default_na=False)
+
+
+# ------------------------------------------------------------------------------------------------- artefacts
+
+
+def test_all_artefacts_exist(done):
+    place, printed = done
+    expected = [
+        "gamma.json", "gamma.png", "compare.csv", "compare.png", "speedup.json", "best.json", "provenance.json",
+        "plans.json", "plans.npz", "gains.png", "diagnostics.json", "ablation.json", "ablation.png",
+        "diagnostics-sde.png", "diagnostics-ode.png", "verdicts.json", "metrics.jsonl", "report.html",
+        "training.png", "grids/sde.png", "grids/ode.png", "config.yaml",
+        *(f"samples/{seed:06d}.png" for seed in (0, 1, 2, 5)), "samples/grid.png",
+    ]  # fmt: skip
+    assert [name for name in expected if not (place.results / name).is_file()] == []
+    for width in range(2, 7):
+        for name in ("ema.safetensors", "state.pt", "metadata.json"):
+            assert (place.checkpoints / f"w{width}" / name).is_file(), name
+    for path in place.results.rglob("*.png"):
+        with Image.open(path) as image:
+            assert min(image.size) >= 8
+    assert not any(".partial" in p.name for p in place.folder.rglob("*"))
+    for stage in RECORDED:
+        assert f"{stage}: done in" in printed
+
+
+def test_format_of_gamma_json(done):
+    gamma = strict(done[0].results / "gamma.json")
+    assert set(gamma["estimates"]) == {"loss_fit", "differences", "to_largest"}
+    for entry in gamma["estimates"].values():
+        assert entry["gamma"] is None or isinstance(entry["gamma"], float)
+        assert isinstance(entry["interval"], list) and len(entry["interval"]) == 2
+    assert gamma["htmc"] in ("yes", "no", "undetermined")
+    assert [level["width"] for level in gamma["levels"]] == [2, 3, 4, 5, 6]
+    assert len(gamma["per_noise_level"]) == 5 and gamma["made_with"]["levels"].keys() >= {"w2", "w6"}
+    assert [entry["images"] for entry in gamma["training_lengths"]] == [[n] * 5 for n in (192, 320, 640)]
+
+
+def test_format_of_compare_csv(done):
+    rows = table(done[0])
+    assert list(rows) == [*COLUMNS, "top_evaluations", "plan", "predicted", "largest_effect", "selected_error"]
+    kinds = {"single", "ml_em", "stitched", "quadrature"}
+    assert set(zip(rows.dynamics, rows.estimator, strict=True)) == {(d, k) for d in ("sde", "ode") for k in kinds}
+    # the Gaussian denoiser of the training images is a level, and alone a baseline
+    assert set(rows.levels[rows.estimator == "single"]) == {"gauss", "w2", "w3", "w4", "w5", "w6"}
+    for name in ("error", "error_se", "network_calls", "gflops_expected", "gflops_realised", "seconds"):
+        assert (rows[name].astype(float) > 0).all(), name
+    assert (rows.distance.astype(float) >= 0).all() and "FID" not in set(rows.distance_name)
+    ratio = rows.gflops_realised / rows.gflops_expected
+    assert ratio[rows.estimator != "ml_em"].sub(1).abs().max() < 1e-5
+    assert ratio.sub(1).abs().max() < 0.25  # a few standard errors of 24 images
+    assert set(rows.probabilities[rows.plan != ""]) <= {"optimal", "measured", "learned"}
+
+
+def test_format_of_speedup_json(done):
+    result = strict(done[0].results / "speedup.json")
+    assert set(result) == {"sde", "ode"}
+    for kinds in result.values():
+        for kind in ("paper", "any"):
+            for costs in kinds[kind].values():
+                for entry in (costs["flops"], costs["seconds"]):
+                    assert entry is None or {"max", "lower95", "at", "baseline", "ours"} <= set(entry)
+
+
+def test_records_of_every_stage(done):
+    p = strict(done[0].results / "provenance.json")
+    assert p["experiment"] == "smoke" and set(RECORDED) <= set(p["stages"])
+    assert p["data"]["source"]["name"] and p["commit"] and p["device"] and p["packages"]["torch"]
+    lines = [json.loads(line) for line in (done[0].results / "metrics.jsonl").read_text().splitlines()]
+    assert set(RECORDED) <= {r["stage"] for r in lines}
+    assert {r["level"] for r in lines if "loss" in r} == {f"w{w}" for w in range(2, 7)}
+
+
+# ------------------------------------------------------------------------------------------ done stays done
+
+
+@pytest.mark.parametrize("stage", ["prepare_data", *RECORDED])
+def test_a_finished_stage_is_not_repeated(done, here, stage):
+    before = done[0].digest()
+    run = here(stage, done[0])
+    assert run.code == 0 and done[0].digest() == before
+    assert "already" in run.out or stage == "prepare_data"
+
+
+def test_force_and_changed_settings_run_again(done, here, tmp_path):
+    place = done[0].copy_to(tmp_path)
+    gamma = (place.results / "gamma.json").read_text()
+    (place.results / "gamma.png").unlink()
+    run = here("measure_gamma", place, "force=true")
+    assert run.code == 0 and "already done" not in run.out
+    assert (place.results / "gamma.json").read_text() == gamma and (place.results / "gamma.png").is_file()
+    assert here("measure_gamma", place, "gamma.images=32").code == 0
+    assert strict(place.results / "gamma.json")["held_out_images"] == 32
+
+
+def test_interrupted_training_resumes_to_the_same_weights(done, here, tmp_path):
+    place, widths = done[0].copy_to(tmp_path, "data"), "family.widths=[2,3]"
+    run = here("train_levels", place, widths, "max_minutes=0")
+    assert run.code == 75 and "run the same command again" in run.complaint
+    assert not (place.checkpoints / "w2" / "metadata.json").exists()
+    assert here("measure_gamma", place, widths).code == 2  # half a family is not a family
+    for minutes in ("0", "0.0005", "null"):
+        code = here("train_levels", place, widths, f"max_minutes={minutes}").code
+    assert code == 0
+    for width in (2, 3):
+        for path in (done[0].checkpoints / f"w{width}").glob("*.safetensors"):
+            a, b = load_file(path), load_file(place.checkpoints / f"w{width}" / path.name)
+            assert all((a[name] == b[name]).all() for name in a), path.name
+
+
+def test_an_interrupted_comparison_resumes(done, here, tmp_path):
+    place = done[0].copy_to(tmp_path)
+    shutil.rmtree(place.results / "cache")
+    (place.results / "compare.csv").unlink()
+    run = here("sample_compare", place, "max_minutes=0")
+    assert run.code == 75 and not (place.results / "compare.csv").exists()
+    assert here("sample_compare", place).code == 0
+    pd.testing.assert_frame_equal(table(place).drop(columns="seconds"), table(done[0]).drop(columns="seconds"))
+
+
+@pytest.mark.parametrize("script", ["prepare_data", "train_levels", "measure_gamma"])
+def test_a_family_of_functions_needs_no_images_and_no_training(here, tmp_path, script):
+    run = here(script, Place(tmp_path), "family.callable={_target_: mlem_diffusion.models.analytic.analytic_family}")
+    assert run.code == 0 and "nothing to do" in run.out and not Place(tmp_path).digest()
+
+
+# --------------------------------------------------------------------------------------------- side by side
+
+
+def test_workers_train_the_same_levels_and_draw_the_same_samples(done, tmp_path):
+    """Two workers instead of one process: equal weights, and an equal table."""
+    place = done[0].copy_to(tmp_path, "data")
+    run = python("scripts/train_levels.py", *place.overrides("family.widths=[2,3]", "workers=2"))
+    assert run.code == 0, run.err
+    for level in ("w2", "w3"):
+        files = [p.checkpoints / level / "ema.safetensors" for p in (done[0], place)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    place = done[0].copy_to(tmp_path / "compare")
+    shutil.rmtree(place.results / "cache")
+    run = python("scripts/sample_compare.py", *place.overrides("workers=2", "force=true"))
+    assert run.code == 0, run.err
+    pd.testing.assert_frame_equal(table(place).drop(columns="seconds"), table(done[0]).drop(columns="seconds"))
+
+
+def test_ranks_draw_the_same_samples(done, tmp_path):
+    """NPROC=2 gives the samples of one process."""
+    place = done[0].copy_to(tmp_path)
+    shutil.rmtree(place.results / "samples")
+    shutil.rmtree(place.results / "cache")
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = python(*ranks, "scripts/sample.py", *place.overrides("seeds='0-2,5'", "compare.batch=2"))
+    assert run.code == 0, run.err
+    for name in ("000000.png", "000005.png"):
+        assert (place.results / "samples" / name).read_bytes() == (done[0].results / "samples" / name).read_bytes()
+    run = python(*ranks, "scripts/sample_compare.py", *place.overrides("force=true"))
+    assert run.code == 0, run.err
+    pd.testing.assert_frame_equal(table(place).drop(columns="seconds"), table(done[0]).drop(columns="seconds"))
+
+
+def test_an_error_in_a_worker_is_one_line_and_exit_status_2(done, tmp_path):
+    place = done[0].copy_to(tmp_path, "data")
+    more = ["family.widths=[2,3]", "workers=2", "train.lr=1e20", "train.log_every=64"]
+    run = python("scripts/train_levels.py", *place.overrides(*more))
+    assert run.code == 2 and re.match(r"train_levels: The loss of .* is not finite at step \d+", run.complaint)
+    assert not list(place.checkpoints.rglob("metadata.json"))
+
+
+# ----------------------------------------------------------------------------------- dry runs and wrong input
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_dry_run_prints_configuration_and_cost_and_writes_nothing(here, tmp_path, stage):
+    place = Place(tmp_path / "dry")
+    run = here(stage, place, "dry_run=true")
+    assert run.code == 0, run.err
+    assert "name: smoke" in run.out and f"estimated cost of {stage}" in run.out
+    if stage in ("train_levels", "measure_gamma", "sample_compare"):
+        found = re.search(rf"estimated cost of {stage}\s+([\d.]+) TFLOP", run.out)
+        assert found and float(found.group(1)) > 0
+    assert not place.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "more", "sentence"),
+    [
+        ("measure_gamma", [], "make train-levels"),
+        ("optimise", [], "make train-levels"),
+        ("sample_compare", [], "make train-levels"),
+        ("sample", [], "make train-levels"),
+        ("prepare_data", ["data.source=/nowhere/images.zip"], "/nowhere/images.zip"),
+        ("train_levels", ["data.source=???"], "make data SOURCE="),
+        ("prepare_data", ["data.holdout=400"], "data.holdout=400"),
+        ("train_levels", ["+train.leer=1"], "leer"),
+        ("train_levels", ["process.spacing=even"], "process.spacing"),
+        ("train_levels", ["family.target=score"], "'score' is unknown"),
+        ("train_levels", ["unet.multipliers=[1,2,2,2,2]"], "cannot be halved"),
+        ("train_levels", ["device=cuda:99"], "device=cuda:99"),
+        ("report", [], ""),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_status_2(here, tmp_path, stage, more, sentence):
+    run = here(stage, Place(tmp_path / "wrong"), *more)
+    assert run.code == 2, run.err
+    assert run.complaint.startswith(f"{stage}: ") and sentence in run.complaint
+
+
+@pytest.mark.parametrize(
+    ("stage", "more", "sentence"),
+    [
+        ("train_levels", ["train.lr=0.1"], "overwrite=true"),
+        ("measure_gamma", ["family.widths=[2,3,4,9]"], "w9"),
+        ("measure_gamma", ["family.widths=[2,3]"], "at least three levels"),
+        ("sample_compare", ["compare.gamma=often"], "neither a number nor auto"),
+        ("sample_compare", ["compare.num_samples=1"], ""),
+        ("sample_compare", ["compare.seed=499999"], "were selected on sample seeds that"),
+        ("optimise", ["optimise.cost=money"], "optimise.cost"),
+        ("sample", ["seeds=many"], "SEEDS=many is not a list of seeds"),
+        ("sample", ["sampler=heun"], "sampler must be best"),
+        ("sample", ["sampler={dynamics: ode}"], "sampler lacks the key"),
+        ("sample", ["precision=half"], "precision = 'half' is unknown"),
+        ("sample", ["sampler={dynamics: ode, step_rule: ddim, estimator: single, levels: w6, steps: 51}"], "51"),
+    ],
+)
+def test_wrong_requests_on_a_finished_experiment(done, here, stage, more, sentence):
+    before = done[0].digest()
+    run = here(stage, done[0], *more)
+    assert run.code == 2, run.out + run.err
+    assert run.complaint.startswith(f"{stage}: ") and sentence in run.complaint
+    assert {n for n, v in done[0].digest().items() if before.get(n) != v and "cache" not in n} == set()
+
+
+def test_levels_of_another_data_set_are_refused(done, here, tmp_path):
+    place = done[0].copy_to(tmp_path)
+    shutil.rmtree(place.folder / "data")
+    for stage in ("measure_gamma", "sample_compare"):
+        run = here(stage, place, "data.seed=1")
+        assert run.code == 2 and "is not the data set that the levels" in run.complaint
+
+
+def test_artefacts_of_other_levels_are_refused(done, here, tmp_path):
+    place = done[0].copy_to(tmp_path)
+    for name in ("plans.json", "gamma.json"):
+        content = strict(place.results / name)
+        content["made_with"]["levels"]["w3"] = "0" * 64
+        write_json(place.results / name, content)
+        run = here("sample_compare", place)
+        assert run.code == 2 and "made with other levels" in run.complaint and "w3" in run.complaint
+
+
+def test_overwrite_trains_again(done, here, tmp_path):
+    place = done[0].copy_to(tmp_path)
+    run = here("train_levels", place, "train.lr=0.001", "overwrite=true", "train.images=128", "family.widths=[2]")
+    assert run.code == 0, run.err
+    assert strict(place.checkpoints / "w2" / "metadata.json")["images"] == 128
+
+
+def test_jobs_of_a_sweep_write_to_folders_of_their_own(done, here, tmp_path):
+    place = done[0].copy_to(tmp_path, "data")
+    run = here("train_levels", place, "-m", "train.seed=0,1", "train.images=64", "family.widths=[2]")
+    assert run.code == 0, run.err
+    a, b = (load_file(folder / "ema.safetensors") for folder in sorted(place.checkpoints.rglob("w2")))
+    assert any((a[name] != b[name]).any() for name in a)
+    place = done[0].copy_to(tmp_path / "later")
+    before = place.digest()
+    run = here("measure_gamma", place, "-m", "gamma.seed=0,1")  # on the levels that all jobs share
+    assert run.code == 0, run.err
+    own = [p for p in sorted(place.results.rglob("gamma.json")) if p.parent != place.results]
+    assert len(own) == 2 and own[0].read_text() != own[1].read_text()
+    after = place.digest()
+    assert all(after[name] == value for name, value in before.items())
+
+
+# ----------------------------------------------------------------------------------------------------- sample
+
+
+def test_samples_are_keyed_by_their_seed_and_reproducible(done, here, tmp_path):
+    place = done[0].copy_to(tmp_path)
+    first = (place.results / "samples" / "000005.png").read_bytes()
+    shutil.rmtree(place.results / "samples")
+    assert here("sample", place, "seeds=5").code == 0
+    assert (place.results / "samples" / "000005.png").read_bytes() == first
+
+
+@pytest.mark.parametrize("kind", ["named", "quadrature", "independent"])
+def test_the_sampler_may_be_named_or_a_plan(done, here, tmp_path, kind):
+    place = done[0].copy_to(tmp_path)
+    more = ["sampler={dynamics: ode, step_rule: ddim, estimator: ml_em, levels: w2+w4+w6, steps: 8, c: 4, "
+            "coins: systematic}"]  # fmt: skip
+    if kind != "named":
+        plans = strict(place.results / "plans.json")["plans"]
+        entry = next(e for e in plans if e["method"] == kind and "gauss" in e["levels"])
+        best = strict(place.results / "best.json") | {"plan": entry["id"], "c": None}
+        best |= {k: entry[k] for k in ("dynamics", "step_rule", "steps", "probabilities")}
+        best |= {"levels": "+".join(entry["levels"]), "coins": "" if kind == "quadrature" else kind}
+        write_json(place.results / "best.json", best | {"estimator": {"quadrature": kind}.get(kind, "ml_em")})
+        more = []
+    run = here("sample", place, "seeds=0-7", *more)
+    assert run.code == 0 and "GFLOP" in run.out, run.err
+    if kind == "quadrature":
+        for gone in ("plans.npz", "plans.json"):
+            (place.results / gone).unlink()
+            run = here("sample", place, "seeds=1")
+            assert run.code == 2 and "make optimise" in run.complaint
+
+
+# --------------------------------------------------------------------------------- plans of a family of one's own
+
+
+@pytest.fixture(scope="module")
+def analytic(tmp_path_factory, request) -> Place:
+    """Three levels of the analytic family, compared on seeds 0..31, without data, checkpoints or images."""
+    rules = "[{dynamics: sde, step_rule: ddpm, steps: [5, 17], learn: true}, "
+    rules += "{dynamics: ode, step_rule: dpmpp_2m, steps: [9]}]"
+    optimise = {
+        "calibrate": 16, "calibrate_steps": 17, "num_select": 24, "plans": 3, "diagnose": "{seeds: 16, steps: 6}",
+        "rules": rules, "measured": "{costs: [8], steps: [17]}",
+        "learned": "{costs: [8], steps: 17, iterations: 2, paths: 2, draws: 2}",
+    }  # fmt: skip
+    compare = {
+        "num_samples": 32, "num_reference": 32, "seed": 0, "bootstrap": 20, "stitched": "[]", "ml_em": "[]",
+        "baselines": "[{dynamics: sde, step_rule: ddpm, levels: all, steps: [5, 9]}]",
+    }  # fmt: skip
+    options = ["process.base_steps=65", "family.callable.levels=3"]
+    options += [f"optimise.{key}={value}" for key, value in optimise.items()]
+    options += [f"compare.{key}={value}" for key, value in compare.items()]
+    return Place(tmp_path_factory.mktemp("analytic"), "analytic", tuple(options))
+
+
+def test_plans_are_selected_and_judged_on_separate_seeds(analytic, here):
+    for stage in ("optimise", "sample_compare"):
+        run = here(stage, analytic)
+        assert run.code == 0, run.err
+    content = strict(analytic.results / "plans.json")
+    assert content["seeds_used"] == list(range(500000, 500024)) and content["tried"] >= len(content["plans"])
+    assert content["calibration"]["flops"] > content["calibration"]["gains_flops"] > 0
+    kinds = {(e["dynamics"], e["method"], e["probabilities"]) for e in content["plans"]}
+    methods = ("independent", "nested", "systematic", "quadrature")
+    assert {(d, m, "optimal") for d in ("sde", "ode") for m in methods} <= kinds
+    assert {("sde", "independent", "measured"), ("sde", "independent", "learned")} <= kinds
+    entries, rows = {e["id"]: e for e in content["plans"]}, table(analytic)
+    planned = rows[rows.plan != ""]
+    assert set(planned.plan) == set(entries) and len(rows) - len(planned) == 6
+    for row in planned.itertuples():
+        entry = entries[row.plan]
+        assert row.levels == "+".join(entry["levels"]) and row.steps == entry["steps"]
+        assert row.gflops_expected == pytest.approx(entry["cost"] / 1e9, rel=1e-4)
+        # judged on 32 other seeds than those of the selection: within a factor of a few, even for large effects
+        assert 0.1 < row.error / entry["selected_error"] < 10
+    assert set(strict(analytic.results / "verdicts.json")) == {"sde/ddpm", "ode/dpmpp_2m"}
+    assert not (analytic.results / "best.json").exists()  # without distances there is no best sampler
+
+
+def test_seeds_that_plans_were_selected_on_cannot_judge_them(analytic, here):
+    run = here("sample_compare", analytic, "compare.seed=500020")
+    assert run.code == 2 and "The plans were selected on sample seeds that" in run.complaint
+    assert here("sample_compare", analytic, "compare.plans=none", "compare.seed=500020").code == 0
+    assert len(table(analytic)) == 6
+
+
+def test_the_ablation_has_every_level(analytic):
+    content, plans = strict(analytic.results / "ablation.json"), strict(analytic.results / "plans.json")
+    assert [level["name"] for level in content["levels"]] == ["f1", "f2", "f3"]
+    for level in content["levels"]:
+        assert level["seconds"] == plans["timing"]["seconds"][level["name"]] > 0
+        ratio = level["cost_ratio_flops"]
+        assert ratio is None if level["name"] == "f3" else set(ratio) == {"sde/ddpm", "ode/dpmpp_2m"}
+    assert content["kept"]["flops"][-1] == content["kept"]["seconds"][-1] == "f3"
+
+
+def test_samples_that_are_not_pictures_are_refused(analytic, here):
+    run = here("sample", analytic, "sampler={dynamics: ode, step_rule: ddim, estimator: single, levels: f3, steps: 5}")
+    assert run.code == 2 and "not pictures" in run.complaint
