@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,23 +35,14 @@ def family_pairs(levels: int) -> list[Pair]:
     return loss + [(k, k - 1) for k in range(1, levels)] + [(k, levels - 1) for k in range(levels - 1)]
 
 
-def split_by_kind(found: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Split values of `family_pairs` [3K-2, ...]: loss [K, ...], to_previous [K-1, ...] and to_largest [K-1, ...]."""
-    return found[:levels], found[levels : 2 * levels - 1], found[2 * levels - 1 : 3 * levels - 2]
-
-
 def denoising_errors(
-    levels: Sequence[Level],
-    images: Tensor,
-    logsnr: np.ndarray,
-    seed: int = 0,
-    batch: int = 128,
-    progress: Progress = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Per-image squared errors: loss [K, M, S] = |f^k - x0|^2, to_previous [K-1, M, S] = |f^k - f^{k-1}|^2 and
-    to_largest [K-1, M, S] = |f^k - f^K|^2; arguments as in `squared_differences`."""
-    found = squared_differences(levels, family_pairs(len(levels)), images, logsnr, seed, batch, progress)
-    return split_by_kind(found, len(levels))
+    levels: Sequence[Level], images: Tensor, logsnr: np.ndarray, *options: Any, **named: Any
+) -> tuple[np.ndarray, ...]:
+    """Per-image squared errors: loss [K, M, S] = |f^k - x0|^2, to_previous [K-1, M, S] = |f^k - f^{k-1}|^2,
+    to_largest [K-1, M, S] = |f^k - f^K|^2; options as in `squared_differences`."""
+    k = len(levels)
+    found = squared_differences(levels, family_pairs(k), images, logsnr, *options, **named)
+    return found[:k], found[k : 2 * k - 1], found[2 * k - 1 :]
 
 
 @torch.no_grad()

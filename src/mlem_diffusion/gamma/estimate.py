@@ -36,15 +36,11 @@ class LevelErrors:
     def __post_init__(self) -> None:
         k, m, s = len(self.names), *self.loss.shape[1:]
         if k < 3 or m < 2:
-            raise UserError("Estimating gamma needs at least three levels (seven or more give useful intervals).")
+            raise UserError("gamma needs at least three levels (better seven) and two images.")
         shapes = {"flops": (k,), "logsnr": (s,), "weights": (s,), "loss": (k, m, s)}
-        shapes |= {"to_previous": (k - 1, m, s), "to_largest": (k - 1, m, s)}
-        for name, shape in shapes.items():
-            array = getattr(self, name)
-            if array.shape != shape or not np.isfinite(array).all():
+        for name, shape in {**shapes, "to_previous": (k - 1, m, s), "to_largest": (k - 1, m, s)}.items():
+            if getattr(self, name).shape != shape or not np.isfinite(getattr(self, name)).all():
                 raise UserError(f"Level errors: {name} must have shape {shape} and finite values.")
-        if self.flops[0] <= 0 or (np.diff(self.flops) <= 0).any():
-            raise UserError("Level errors: the levels' FLOPs must be positive and ascending.")
         if (self.weights < 0).any() or abs(self.weights.sum() - 1) > 1e-6:
             raise UserError("Level errors: the weights over noise levels must be non-negative and sum to 1.")
 
@@ -71,9 +67,8 @@ def estimate(
     pooled = {form: errors.pool(values) for form, values in errors.by_form.items()}  # [n, M]
     fits = {}
     for form, values in pooled.items():
-        covariance = np.cov(values) / values.shape[1]
-        options = {"covariance": covariance, "between": (between or {}).get(form, 0.0)}
-        fits[form] = fit(form, errors.flops, values.mean(1), bootstrap=bootstrap, seed=seed, **options)
+        noise = {"covariance": np.cov(values) / values.shape[1], "bootstrap": bootstrap, "seed": seed}
+        fits[form] = fit(form, errors.flops, values.mean(1), between=(between or {}).get(form, 0.0), **noise)
     htmc, reason = htmc_answer(fits)
     return {
         "unit": "FLOPs",
@@ -87,39 +82,24 @@ def estimate(
 
 
 def _levels(errors: LevelErrors, loss: np.ndarray) -> list[dict[str, Any]]:
-    gflop, means, ses = errors.flops / 1e9, loss.mean(1), standard_errors(loss)
-    return [
-        {
-            "name": name,
-            "width": errors.widths[k],
-            "gflop": float(gflop[k]),
-            "images": int(errors.images[k]),
-            "loss": float(means[k]),
-            "loss_se": float(ses[k]),
-        }
-        for k, name in enumerate(errors.names)
-    ]
+    keys = ("name", "width", "gflop", "images", "loss", "loss_se")
+    numbers = (errors.flops / 1e9).tolist(), errors.images, loss.mean(1).tolist(), standard_errors(loss).tolist()
+    return [dict(zip(keys, row, strict=True)) for row in zip(errors.names, errors.widths, *numbers, strict=True)]
 
 
 def _points(errors: LevelErrors, form: str, values: np.ndarray, fitted: np.ndarray | None) -> list[dict[str, Any]]:
     """The pooled values [n, M] of a law as points of a plot."""
-    gflop, means, ses = errors.flops / 1e9, values.mean(1), standard_errors(values)
-    # images differ far more than levels do, so levels are compared by their loss minus the mean over all levels
-    contrast = standard_errors(values - values.mean(0))
-    points = []
-    for i in range(len(values)):
-        point = {
-            "gflop": float(gflop[i + 1 if form == "differences" else i]),
-            "value": float(means[i]),
-            "se": float(ses[i]),
-            "fitted": None if fitted is None else float(fitted[i]),
-        }
-        if form == "loss_fit":
-            point["contrast_se"] = float(contrast[i])
-        if form == "differences":
-            point["gflop_previous"] = float(gflop[i])
-        points.append(point)
-    return points
+    n, gflop = len(values), errors.flops / 1e9
+    columns = {"gflop": gflop[1:] if form == "differences" else gflop[:n]}
+    columns |= {"value": values.mean(1), "se": standard_errors(values)}
+    columns["fitted"] = np.full(n, None) if fitted is None else fitted
+    if form == "loss_fit":
+        # images differ far more than levels do, so levels are compared by their loss minus the mean over all levels
+        columns["contrast_se"] = standard_errors(values - values.mean(0))
+    if form == "differences":
+        columns["gflop_previous"] = gflop[:-1]
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def _at_noise_level(errors: LevelErrors, j: int) -> dict[str, Any]:

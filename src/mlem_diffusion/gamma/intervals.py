@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from scipy.optimize import brentq, minimize_scalar
+from scipy.stats import t as t_distribution
 
 S_MIN, S_MAX = 0.02, 8.0  # gamma above 2 / S_MIN = 100 counts as unbounded, below 2 / S_MAX = 0.25 as zero
 S_EDGE = 0.999 * S_MAX  # an s from this value on counts as the end of the search
@@ -26,14 +28,11 @@ def s_grid(low: float, points: int) -> np.ndarray:
 
 def minimise(rss: RSS, grid: np.ndarray) -> tuple[float, float]:
     """The s with the smallest RSS, and that RSS: the best grid point, refined between its neighbours."""
-    from scipy.optimize import minimize_scalar
-
     values = rss(grid)
     i = int(np.argmin(values))
     bounds = (grid[max(i - 1, 0)], grid[min(i + 1, len(grid) - 1)])
-    found: Any = minimize_scalar(
-        lambda s: float(rss(np.array([s]))[0]), bounds=bounds, method="bounded", options={"xatol": 1e-10}
-    )
+    at: Callable[[float], float] = lambda s: float(rss(np.array([s]))[0])  # noqa: E731
+    found: Any = minimize_scalar(at, bounds=bounds, method="bounded", options={"xatol": 1e-10})
     return (float(found.x), float(found.fun)) if found.fun < values[i] else (float(grid[i]), float(values[i]))
 
 
@@ -50,17 +49,12 @@ def grid_minimum(values: np.ndarray, grid: np.ndarray) -> float:
     return float(grid[i]) + float(np.clip(-slope / (2 * curvature), x[0], x[2]))
 
 
-def profile_interval(
-    rss: RSS, grid: np.ndarray, best: float, rss_min: float, dof: int, between: float = 0.0
-) -> Interval:
+def profile_interval(rss: RSS, grid: np.ndarray, best: float, rss_min: float, dof: int, between: float) -> Interval:
     """All s with RSS(s) <= RSS_min + t^2 v, converted to gamma; (0, None) without a degree of freedom.
 
     v is the variance of the residuals, RSS_min / dof, but at least `between`, the variance between training seeds."""
     if dof < 1:
         return (0.0, None)
-    from scipy.optimize import brentq
-    from scipy.stats import t as t_distribution
-
     t_squared = float(t_distribution.ppf((1 + CONFIDENCE) / 2, dof)) ** 2
     limit = rss_min * (1 + t_squared / dof) if between * dof <= rss_min else rss_min + t_squared * between
     inside = np.append(grid[rss(grid) <= limit], best)
@@ -84,26 +78,35 @@ def _to_gamma(s_low: float, s_high: float) -> Interval:
 
 
 def bootstrap_interval(
-    refit: Callable[[np.ndarray], float],
+    refit: Callable[[np.ndarray], float], observed: np.ndarray, fitted: np.ndarray, rss: float, dof: int, **noise: Any
+) -> Interval | None:
+    """Percentile interval of refits to the fitted values with new scatter (`_relative_noise`).
+
+    `refit` maps values [n] to s, or to NaN if any s fits. None without repeats or degrees of freedom."""
+    if noise.get("bootstrap", 0) < 1 or dof < 1:
+        return None
+    found = np.array([refit(values) for values in fitted * np.exp(_relative_noise(observed, rss, dof, **noise))])
+    # NaN: the resampled values are flat, so any exponent fits. Such a draw counts at both ends.
+    tail = (1 - CONFIDENCE) / 2
+    s_low = float(np.quantile(np.where(np.isnan(found), 0.0, found), tail))
+    s_high = float(np.quantile(np.where(np.isnan(found), S_MAX, found), 1 - tail))
+    return _to_gamma(s_low, s_high)
+
+
+def _relative_noise(
     observed: np.ndarray,
-    fitted: np.ndarray,
     rss: float,
     dof: int,
-    *,
-    covariance: np.ndarray | None,
-    between: float,
     bootstrap: int,
-    seed: int,
-) -> Interval | None:
-    """Percentile interval of refits to the fitted values with new scatter, drawn as relative normal errors.
+    seed: int = 0,
+    covariance: np.ndarray | None = None,
+    between: float = 0.0,
+) -> np.ndarray:
+    """Relative normal errors [bootstrap, n] of the values.
 
     The variance of the scatter is drawn too (RSS / chi^2(dof)), because a few residuals determine it poorly. The
     measurement covariance and the variance `between` training seeds are added. This counts their uncorrelated part
-    twice, so the interval is rather too wide. `refit` maps values [n] to s, or to NaN if any s fits. Returns None
-    without repeats or degrees of freedom.
-    """
-    if bootstrap < 1 or dof < 1:
-        return None
+    twice, so the interval is rather too wide."""
     rng, n = np.random.default_rng(seed), len(observed)
     scatter = np.minimum(np.sqrt(rss / rng.chisquare(dof, bootstrap)), 2.0)
     noise = scatter[:, None] * rng.standard_normal((bootstrap, n))
@@ -112,12 +115,7 @@ def bootstrap_interval(
         noise += rng.multivariate_normal(np.zeros(n), relative, bootstrap, method="eigh", check_valid="ignore")
     if between > 0:
         noise += np.sqrt(between) * rng.standard_normal((bootstrap, n))
-    found = np.array([refit(values) for values in fitted * np.exp(noise)])
-    # NaN: the resampled values are flat, so any exponent fits. Such a draw counts at both ends.
-    tail = (1 - CONFIDENCE) / 2
-    s_low = float(np.quantile(np.where(np.isnan(found), 0.0, found), tail))
-    s_high = float(np.quantile(np.where(np.isnan(found), S_MAX, found), 1 - tail))
-    return _to_gamma(s_low, s_high)
+    return noise
 
 
 def hull(first: Interval, second: Interval | None) -> Interval:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -97,20 +98,14 @@ def overfitting_warnings(
     training. losses: per length [K, M], pooled over noise levels."""
     found = []
     for k, name in enumerate(names):
-        worst: tuple[float, str] | None = None
-        for j in range(1, len(losses)):
-            for i in range(j):
-                rise = losses[j][k] - losses[i][k]
-                mean, se = float(rise.mean()), float(rise.std(ddof=1) / np.sqrt(len(rise)))
-                if mean > 2 * se and (worst is None or mean > worst[0]):
-                    text = (
-                        f"after {images[j][k]:,} images is above that after {images[i][k]:,} "
-                        f"by {mean:.3g} (s.e. {se:.1g})"
-                    )
-                    worst = (
-                        mean,
-                        f"The held-out loss of {name} {text}: it overfits, or its learning rate is too high.",
-                    )
-        if worst is not None:
-            found.append(worst[1])
+        rises = []
+        for i, j in combinations(range(len(losses)), 2):
+            rise = losses[j][k] - losses[i][k]
+            mean, se = float(rise.mean()), float(standard_errors(rise))
+            if mean > 2 * se:
+                rises.append((mean, f"{images[j][k]:,} images is above that after {images[i][k]:,} by {mean:.3g}", se))
+        if rises:
+            _, text, se = max(rises)
+            text = f"The held-out loss of {name} after {text} (s.e. {se:.1g})"
+            found.append(f"{text}: it overfits, or its learning rate is too high.")
     return found

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -14,20 +14,14 @@ from ..diffusion.level import Level
 from ..diffusion.process import Process
 from ..errors import UserError
 from ..models.family import identity_of
-from .denoising_errors import POOLING, Progress, family_pairs, noise_levels, pooling_weights
-from .denoising_errors import split_by_kind, squared_differences
+from . import denoising_errors as errors_of
 from .estimate import LevelErrors, estimate
 from .level_quality import differences_fall, hierarchy_warnings, overfitting_warnings
 from .training_seeds import Repeat, as_json, repeat_pairs, seed_spread
 
 Metadata = Sequence[Mapping[str, Any]]
 Load = Callable[[Mapping[str, Any], int], Level]
-Bar = Callable[[str, int, str], contextlib.AbstractContextManager[Any]]
-
-
-def silent(label: str, total: int, unit: str) -> contextlib.AbstractContextManager[None]:
-    """No progress bar."""
-    return contextlib.nullcontext()
+Bar = Callable[[str, int, str], AbstractContextManager[Any]]
 
 
 def measure(
@@ -37,7 +31,7 @@ def measure(
     held_out: Tensor,
     process: Process,
     settings: Any,
-    bar: Bar = silent,
+    bar: Bar = lambda *_: nullcontext(),
 ) -> dict[str, Any]:
     """Measure a family, given the metadata of its levels and of levels trained `again` from other seeds.
 
@@ -58,7 +52,7 @@ def measure(
     overfitting = overfitting_warnings([m["name"] for m in family], [e["images"] for e in lengths], losses)
     return result | {
         "warnings": [*result["warnings"], *overfitting],
-        "pooling": POOLING,
+        "pooling": errors_of.POOLING,
         "weights_used": "EMA",
         "made_with": identity_of(family),
         "held_out_images": len(held_out),
@@ -74,31 +68,29 @@ def level_errors(
     process: Process,
     settings: Any,
     snapshot: int = -1,
-    progress: Progress = None,
+    progress: errors_of.Progress = None,
 ) -> tuple[LevelErrors, list[Repeat]]:
     """Errors of the family and of the levels trained again, at one training length; arguments as in `measure`."""
-    levels = [load(m, snapshot) for m in [*family, *again]]
+    levels, k = [load(m, snapshot) for m in [*family, *again]], len(family)
     repeated = [[m["width"] for m in family].index(m["width"]) for m in again]
-    pairs, own = family_pairs(len(family)), repeat_pairs(len(family), repeated)
-    logsnr = noise_levels(process, settings.noise_levels)
-    pairs_of_all = [*pairs, *(pair for group in own for pair in group)]
-    found = squared_differences(levels, pairs_of_all, held_out, logsnr, settings.seed, settings.batch, progress)
-    loss, to_previous, to_largest = split_by_kind(found, len(family))
+    own = repeat_pairs(k, repeated)
+    pairs = [*errors_of.family_pairs(k), *chain(*own)]
+    logsnr = errors_of.noise_levels(process, settings.noise_levels)
+    options = {"seed": settings.seed, "batch": settings.batch, "progress": progress}
+    found = iter(errors_of.squared_differences(levels, pairs, held_out, logsnr, **options))
     errors = LevelErrors(
         widths=[m["width"] for m in family],
         names=[m["name"] for m in family],
         flops=np.array([m["flops"] for m in family], dtype=np.float64),
         images=[m["snapshots"][snapshot]["images"] for m in family],
         logsnr=logsnr,
-        weights=pooling_weights(process, logsnr),
-        loss=loss,
-        to_previous=to_previous,
-        to_largest=to_largest,
+        weights=errors_of.pooling_weights(process, logsnr),
+        loss=np.stack(list(islice(found, k))),
+        to_previous=np.stack(list(islice(found, k - 1))),
+        to_largest=np.stack(list(islice(found, k - 1))),
     )
-    rest = iter(found[len(pairs) :])
     seeds = [m["train_seed"] for m in again]
-    repeats = [Repeat(k, s, *islice(rest, len(g))) for k, s, g in zip(repeated, seeds, own, strict=True)]
-    return errors, repeats
+    return errors, [Repeat(i, s, *islice(found, len(p))) for i, s, p in zip(repeated, seeds, own, strict=True)]
 
 
 def _estimates(errors: LevelErrors, repeats: Sequence[Repeat], settings: Any) -> dict[str, Any]:
@@ -124,8 +116,8 @@ def summary(result: Mapping[str, Any]) -> str:
     lines = []
     for name, e in result["estimates"].items():
         gamma = "none" if e["gamma"] is None else f"{e['gamma']:.2f}"
-        lines.append(f"gamma ({name}): {gamma}, 95% interval {e['interval']}")
-    for name, sd in result.get("between_seeds", {}).get("log_error_sd", {}).items():
-        lines.append(f"between training seeds, log error ({name}): standard deviation {sd:.2g}, in the interval above")
+        spread = "log_error_sd_between_seeds"
+        seeds = f", log error between training seeds {e[spread]:.2g}" if spread in e else ""
+        lines.append(f"gamma ({name}): {gamma}, 95% interval {e['interval']}{seeds}")
     lines.append(f"harder than Monte Carlo (gamma > 2): {result['htmc']}. {result['htmc_reason']}")
     return "\n".join([*lines, *(f"warning: {text}" for text in result["warnings"])])

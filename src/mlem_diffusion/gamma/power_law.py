@@ -11,15 +11,13 @@ The last two are fitted as written: a straight line through log E|f^k - f^K|^2 i
 its points bend down as T_k approaches T_K.
 
 Only s enters non-linearly, so the other parameters are eliminated in closed form, and the residual sum of squares (RSS)
-is profiled over a dense grid of s and then refined. Every grid point is a start, so the fit cannot stop at a local
-minimum. Residuals are relative (logarithms for the last two). FLOPs are divided by their geometric mean first; a
-constant factor, such as MACs instead of FLOPs, does not change gamma.
+is profiled over a dense grid of s, then refined. Residuals are relative (logarithms for the last two).
 
 The intervals are 95% intervals for the exponent of *these* trained levels. They assume the law, with scatter that is
 independent between levels (it includes their training noise), and include the finite number of held-out images. A few
 points may be closer to the law, by chance, than repeated training would be: the spread between training seeds
-(`between`), if measured, is therefore the least scatter that an interval assumes. What all levels share (seed, data,
-training length) and the bending of a law are not included.
+(`between`), if measured, is therefore the least scatter that an interval assumes. What all levels share (data, training
+length) and the bending of a law are not included.
 """
 
 from __future__ import annotations
@@ -28,29 +26,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.stats import f as f_distribution
+from scipy.stats import linregress
 
 from ..errors import UserError
-from .intervals import (
-    CONFIDENCE,
-    S_EDGE,
-    S_MIN,
-    Interval,
-    bootstrap_interval,
-    grid_minimum,
-    hull,
-    minimise,
-    profile_interval,
-    s_grid,
-)
+from . import intervals
+from .intervals import S_EDGE, S_MIN, Interval, s_grid
 
 
 @dataclass(frozen=True)
 class Fit:
-    """One estimate of gamma.
+    """One estimate of gamma; `interval` is the hull of the two others.
 
-    `interval` is the hull of the two others. The profile interval (residual scatter with a t quantile, exact only for a
-    linear model) ignores the measurement errors, which matter if a few residuals happen to be small. The parametric
-    bootstrap includes both, but it is a percentile interval. The hull is rather too wide.
+    The profile interval (residual scatter with a t quantile, exact only for a linear model) ignores the measurement
+    errors. The parametric bootstrap includes both, but it is a percentile interval. The hull is rather too wide.
     """
 
     gamma: float | None = None  # None if the best fit is at an edge of the law's range; `note` gives the reason
@@ -110,7 +99,7 @@ class LossLaw:
 
     def refit(self, loss: np.ndarray) -> float:
         """The best s for other losses; NaN if a constant fits as well, so that any s does."""
-        s = grid_minimum(self.best(self.grid, loss)[2], self.grid)
+        s = intervals.grid_minimum(self.best(self.grid, loss)[2], self.grid)
         better = self.best(np.array([s]), loss)[2][0] < self.rss_of_constant(loss) * (1 - 1e-9)
         return s if better else float("nan")
 
@@ -132,16 +121,13 @@ class LossLaw:
 
     def _falls(self, rss: float) -> bool:
         """Whether the loss falls, given its scatter: by its slope in log FLOPs (t test) or by the law (F test)."""
-        from scipy.stats import f as f_distribution
-        from scipy.stats import linregress
-
         line: Any = linregress(self.log_tau, self.loss)
-        if line.slope < 0 and line.pvalue < 1 - CONFIDENCE:
+        if line.slope < 0 and line.pvalue < 1 - intervals.CONFIDENCE:
             return True
         dof = len(self.loss) - 3
         if dof < 1:
             return False
-        critical = float(f_distribution.ppf(CONFIDENCE, 2, dof))
+        critical = float(f_distribution.ppf(intervals.CONFIDENCE, 2, dof))
         return (self.rss_of_constant(self.loss) - rss) / 2 > critical * rss / dof
 
 
@@ -172,7 +158,7 @@ class DifferencesLaw:
     def refit(self, values: np.ndarray) -> float:
         """The best s for other values."""
         z = np.log(values)
-        return grid_minimum(((z - z.mean() - self.centred_grid) ** 2).sum(-1), self.grid)
+        return intervals.grid_minimum(((z - z.mean() - self.centred_grid) ** 2).sum(-1), self.grid)
 
     def solve(self, s: float) -> tuple[float, float | None, np.ndarray]:
         """Amplitude (meaningless for s <= S_MIN), no L_inf, and the law's values [K-1] at s."""
@@ -197,28 +183,16 @@ class ToLargestLaw(DifferencesLaw):
     upper = slice(-1, None)
 
 
-LAWS: dict[str, type[LossLaw] | type[DifferencesLaw]] = {
-    "loss_fit": LossLaw,
-    "differences": DifferencesLaw,
-    "to_largest": ToLargestLaw,
-}
+LAWS: dict[str, type[LossLaw] | type[DifferencesLaw]]
+LAWS = {"loss_fit": LossLaw, "differences": DifferencesLaw, "to_largest": ToLargestLaw}
 
 
-def fit(
-    form: str,
-    flops: np.ndarray,
-    values: np.ndarray,
-    *,
-    between: float = 0.0,
-    covariance: np.ndarray | None = None,
-    bootstrap: int = 0,
-    seed: int = 0,
-) -> Fit:
+def fit(form: str, flops: np.ndarray, values: np.ndarray, *, between: float = 0.0, **noise: Any) -> Fit:
     """Fit one of the `LAWS` to FLOPs [K] per evaluation and values [n] (n = K for loss_fit, else K - 1).
 
-    covariance [n, n]: of the values over held-out images (optional). between: the variance of each value's logarithm
-    between training seeds, if measured (training_seeds.py). bootstrap: the number of refits. The profile interval uses
-    t(K - 3). UserError for values that no law can have."""
+    between: the variance of each value's logarithm between training seeds, if measured (training_seeds.py). noise:
+    bootstrap (the number of refits), its seed, and the covariance [n, n] of the values over held-out images. The
+    profile interval uses t(K - 3)."""
     t, y = np.asarray(flops, dtype=np.float64), np.asarray(values, dtype=np.float64)
     kind = LAWS[form]
     if y.shape != (len(t) - kind.missing,) or not (np.isfinite(y).all() and (y >= 0).all()):
@@ -226,24 +200,19 @@ def fit(
     if not (np.isfinite(t).all() and (np.diff(t) > 0).all() and (t > 0).all()):
         raise UserError("A fit needs positive, ascending FLOPs.")
     dof = len(y) - kind.unknowns
-    if dof < 0:
-        return Fit(note="A law needs at least three levels.")
-    if (y == 0).any():
-        return Fit(degrees_of_freedom=dof, note="A value is zero, so it has no relative error.")
+    if dof < 0 or (y == 0).any():
+        return Fit(degrees_of_freedom=max(dof, 0), note="A law needs three levels, and values above zero.")
     law = kind(t, y)
-    s, rss = minimise(law.rss, law.grid)
+    s, rss = intervals.minimise(law.rss, law.grid)
     amplitude, floor, fitted = law.solve(s)
     falls, note = law.judge(s, rss)
-    profile = profile_interval(law.rss, law.grid, s, rss, dof, between)
-    booted = bootstrap_interval(
-        law.refit, y, fitted, rss, dof, covariance=covariance, between=between, bootstrap=bootstrap, seed=seed
-    )
     proper = falls and S_MIN < s < S_EDGE
+    profile = intervals.profile_interval(law.rss, law.grid, s, rss, dof, between)
     if not proper and dof > 0:  # the interval of a best fit at an edge includes that edge
-        anything = form == "loss_fit" and not falls
-        low, high = (0.0, None) if anything else profile
+        low, high = profile if falls or floor is None else (0.0, None)
         profile = (low, None) if s <= S_MIN or not falls else (0.0, high)
-    interval = hull(profile, booted)
+    booted = intervals.bootstrap_interval(law.refit, y, fitted, rss, dof, between=between, **noise)
+    interval = intervals.hull(profile, booted)
     if dof < 1:
         note = f"{note} Too few levels for an interval.".strip()
     elif proper and interval == (0.0, None):
