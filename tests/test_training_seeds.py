@@ -13,7 +13,7 @@ from mlem_diffusion.errors import UserError
 from mlem_diffusion.gamma import measurement
 from mlem_diffusion.gamma.estimate import LevelErrors, estimate
 from mlem_diffusion.gamma.power_law import fit
-from mlem_diffusion.gamma.training_seeds import Repeat, as_json, seed_spread
+from mlem_diffusion.gamma.training_seeds import Repeat, seed_spread
 
 SCATTER = 0.2  # standard deviation between seeds of the logarithm of a squared difference
 
@@ -28,9 +28,8 @@ def family(sd: float, rng: np.random.Generator) -> tuple[LevelErrors, list[Repea
         return values[form][k] * np.exp(noise) * hard
 
     def repeat(k: int) -> Repeat:
-        lower = at("differences", k - 1, z[k - 1] + again[k]) if k else None
-        upper = at("differences", k, again[k] + z[k + 1])
-        return Repeat(k, 1, at("loss_fit", k, again[k]), at("to_largest", k, again[k]), upper, lower)
+        values = [at("loss_fit", k, again[k]), at("to_largest", k, again[k]), at("differences", k, again[k] + z[k + 1])]
+        return Repeat(k, 1, [*values, at("differences", k - 1, z[k - 1] + again[k])] if k else values)
 
     errors = level_errors(
         np.array([at("loss_fit", k, z[k]) for k in range(6)]),
@@ -43,9 +42,9 @@ def family(sd: float, rng: np.random.Generator) -> tuple[LevelErrors, list[Repea
 def test_the_spread_matches_the_seeds():
     rng = np.random.default_rng(0)
     found = [seed_spread(*family(SCATTER, rng)) for _ in range(300)]
-    assert found[0].degrees_of_freedom == {"loss_fit": 2, "differences": 3, "to_largest": 2}
+    assert found[0][1]["degrees_of_freedom"] == {"loss_fit": 2, "differences": 3, "to_largest": 2}
     for form, levels_in_it in (("loss_fit", 1), ("to_largest", 1), ("differences", 2)):
-        assert np.mean([f.variance[form] for f in found]) == pytest.approx(levels_in_it * SCATTER**2, rel=0.15)
+        assert np.mean([variance[form] for variance, _ in found]) == pytest.approx(levels_in_it * SCATTER**2, rel=0.15)
 
 
 @pytest.mark.parametrize("form", ["differences", "to_largest"])
@@ -80,15 +79,12 @@ def test_intervals_only_grow(form):
 
 def test_identical_repeats_change_nothing():
     errors, _ = family(0.05, np.random.default_rng(3))
-    previous = errors.to_previous
-    same = [
-        Repeat(k, 1, errors.loss[k], errors.to_largest[k], previous[k], previous[k - 1] if k else None) for k in (0, 1)
-    ]
-    spread = seed_spread(errors, same)
-    assert set(spread.variance.values()) == {0.0}
-    without, repeated = estimate(errors, bootstrap=40), estimate(errors, bootstrap=40, between=spread.variance)
+    rows = zip(errors.loss, errors.to_largest, errors.to_previous, strict=False)
+    same = [Repeat(k, 1, [*row, errors.to_previous[k - 1]]) for k, row in enumerate(rows) if k < 2]
+    variance, content = seed_spread(errors, same)
+    assert set(variance.values()) == {0.0}
+    without, repeated = estimate(errors, bootstrap=40), estimate(errors, bootstrap=40, between=variance)
     assert repeated["estimates"] == without["estimates"]
-    content = as_json(errors, same, spread)
     assert content["levels"] == ["w8", "w16"] and content["seeds"] == [1] and content["log_error_sd"]["loss_fit"] == 0
     with pytest.raises(UserError):
         seed_spread(errors, [])
@@ -112,9 +108,8 @@ def test_a_measurement_holds_every_length_and_the_repeats():
     errors, (first, second) = measurement.level_errors(*arguments)
     assert errors.to_previous.mean((1, 2)) == pytest.approx([0.04, 0.01, 0.01], rel=1e-4)
     assert errors.to_largest.mean((1, 2)) == pytest.approx([0.16, 0.04, 0.01], rel=1e-4)
-    assert first.to_lower is None and first.to_upper.mean() == pytest.approx(0.09, rel=1e-4)
-    found = [second.to_largest.mean(), second.to_upper.mean(), second.to_lower.mean()]
-    assert found == pytest.approx([0.25**2, 0.15**2, 0.15**2], rel=1e-4)
+    assert [v.mean() for v in first.values] == pytest.approx([first.values[0].mean(), 0.25, 0.09], rel=1e-4)
+    assert [v.mean() for v in second.values[1:]] == pytest.approx([0.25**2, 0.15**2, 0.15**2], rel=1e-4)
     result = measurement.measure(*arguments)
     assert [(e["fraction"], e["images"]) for e in result["training_lengths"]] == [(0.5, [5] * 4), (1.0, [10] * 4)]
     assert result["estimates"] == result["training_lengths"][-1]["estimates"] and result["held_out_images"] == 3

@@ -78,44 +78,33 @@ def _to_gamma(s_low: float, s_high: float) -> Interval:
 
 
 def bootstrap_interval(
-    refit: Callable[[np.ndarray], float], observed: np.ndarray, fitted: np.ndarray, rss: float, dof: int, **noise: Any
-) -> Interval | None:
-    """Percentile interval of refits to the fitted values with new scatter (`_relative_noise`).
+    refit: Callable[[np.ndarray], float],
+    observed: np.ndarray,
+    fitted: np.ndarray,
+    variance: np.ndarray,
+    rng: np.random.Generator,
+    covariance: np.ndarray | None = None,
+    between: float = 0.0,
+) -> Interval:
+    """Percentile interval of refits to the fitted values [n] with new scatter, drawn as relative normal errors.
 
-    `refit` maps values [n] to s, or to NaN if any s fits. None without repeats or degrees of freedom."""
-    if noise.get("bootstrap", 0) < 1 or dof < 1:
-        return None
-    found = np.array([refit(values) for values in fitted * np.exp(_relative_noise(observed, rss, dof, **noise))])
+    `refit` maps values [n] to s, or to NaN if any s fits. variance: of the scatter, per refit. The measurement
+    covariance [n, n] and the variance `between` training seeds are added. This counts their uncorrelated part twice, so
+    the interval is rather too wide."""
+    shape = len(variance), len(observed)
+    noise = np.minimum(np.sqrt(variance), 2.0)[:, None] * rng.standard_normal(shape)
+    if covariance is not None:
+        relative = np.asarray(covariance, dtype=np.float64) / np.outer(observed, observed)
+        zero = np.zeros(len(observed))
+        noise += rng.multivariate_normal(zero, relative, len(variance), method="eigh", check_valid="ignore")
+    if between > 0:
+        noise += np.sqrt(between) * rng.standard_normal(shape)
+    found = np.array([refit(values) for values in fitted * np.exp(noise)])
     # NaN: the resampled values are flat, so any exponent fits. Such a draw counts at both ends.
     tail = (1 - CONFIDENCE) / 2
     s_low = float(np.quantile(np.where(np.isnan(found), 0.0, found), tail))
     s_high = float(np.quantile(np.where(np.isnan(found), S_MAX, found), 1 - tail))
     return _to_gamma(s_low, s_high)
-
-
-def _relative_noise(
-    observed: np.ndarray,
-    rss: float,
-    dof: int,
-    bootstrap: int,
-    seed: int = 0,
-    covariance: np.ndarray | None = None,
-    between: float = 0.0,
-) -> np.ndarray:
-    """Relative normal errors [bootstrap, n] of the values.
-
-    The variance of the scatter is drawn too (RSS / chi^2(dof)), because a few residuals determine it poorly. The
-    measurement covariance and the variance `between` training seeds are added. This counts their uncorrelated part
-    twice, so the interval is rather too wide."""
-    rng, n = np.random.default_rng(seed), len(observed)
-    scatter = np.minimum(np.sqrt(rss / rng.chisquare(dof, bootstrap)), 2.0)
-    noise = scatter[:, None] * rng.standard_normal((bootstrap, n))
-    if covariance is not None:
-        relative = np.asarray(covariance, dtype=np.float64) / np.outer(observed, observed)
-        noise += rng.multivariate_normal(np.zeros(n), relative, bootstrap, method="eigh", check_valid="ignore")
-    if between > 0:
-        noise += np.sqrt(between) * rng.standard_normal((bootstrap, n))
-    return noise
 
 
 def hull(first: Interval, second: Interval | None) -> Interval:

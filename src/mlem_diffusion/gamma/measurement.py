@@ -17,7 +17,7 @@ from ..models.family import identity_of
 from . import denoising_errors as errors_of
 from .estimate import LevelErrors, estimate
 from .level_quality import differences_fall, hierarchy_warnings, overfitting_warnings
-from .training_seeds import Repeat, as_json, repeat_pairs, seed_spread
+from .training_seeds import Repeat, repeat_pairs, seed_spread
 
 Metadata = Sequence[Mapping[str, Any]]
 Load = Callable[[Mapping[str, Any], int], Level]
@@ -90,7 +90,7 @@ def level_errors(
         to_largest=np.stack(list(islice(found, k - 1))),
     )
     seeds = [m["train_seed"] for m in again]
-    return errors, [Repeat(i, s, *islice(found, len(p))) for i, s, p in zip(repeated, seeds, own, strict=True)]
+    return errors, [Repeat(i, s, list(islice(found, len(p)))) for i, s, p in zip(repeated, seeds, own, strict=True)]
 
 
 def _estimates(errors: LevelErrors, repeats: Sequence[Repeat], settings: Any) -> dict[str, Any]:
@@ -98,12 +98,11 @@ def _estimates(errors: LevelErrors, repeats: Sequence[Repeat], settings: Any) ->
     options = {"seed": settings.seed, "bootstrap": settings.bootstrap}
     found = estimate(errors, **options)
     if repeats:
-        without, spread = found["estimates"], seed_spread(errors, repeats)
-        found = estimate(errors, between=spread.variance, **options)
-        found["between_seeds"] = as_json(errors, repeats, spread)
-        for name, entry in found["estimates"].items():
-            entry["interval_without_seeds"] = without[name]["interval"]
-            entry["log_error_sd_between_seeds"] = found["between_seeds"]["log_error_sd"][name]
+        without, (variance, entry) = found["estimates"], seed_spread(errors, repeats)
+        found = estimate(errors, between=variance, **options) | {"between_seeds": entry}
+        for name, one in found["estimates"].items():
+            one["interval_without_seeds"] = without[name]["interval"]
+            one["log_error_sd_between_seeds"] = entry["log_error_sd"][name]
     falls, warnings = differences_fall(errors), hierarchy_warnings(errors)
     if falls["violations"]:
         count = f"{len(falls['violations'])} of {falls['checks']} checks"

@@ -187,12 +187,21 @@ LAWS: dict[str, type[LossLaw] | type[DifferencesLaw]]
 LAWS = {"loss_fit": LossLaw, "differences": DifferencesLaw, "to_largest": ToLargestLaw}
 
 
-def fit(form: str, flops: np.ndarray, values: np.ndarray, *, between: float = 0.0, **noise: Any) -> Fit:
+def fit(
+    form: str,
+    flops: np.ndarray,
+    values: np.ndarray,
+    *,
+    covariance: np.ndarray | None = None,
+    between: float = 0.0,
+    bootstrap: int = 0,
+    seed: int = 0,
+) -> Fit:
     """Fit one of the `LAWS` to FLOPs [K] per evaluation and values [n] (n = K for loss_fit, else K - 1).
 
-    between: the variance of each value's logarithm between training seeds, if measured (training_seeds.py). noise:
-    bootstrap (the number of refits), its seed, and the covariance [n, n] of the values over held-out images. The
-    profile interval uses t(K - 3)."""
+    covariance [n, n]: of the values over held-out images. between: the variance of each value's logarithm between
+    training seeds, if measured (training_seeds.py). bootstrap: the number of refits. The profile interval uses
+    t(K - 3)."""
     t, y = np.asarray(flops, dtype=np.float64), np.asarray(values, dtype=np.float64)
     kind = LAWS[form]
     if y.shape != (len(t) - kind.missing,) or not (np.isfinite(y).all() and (y >= 0).all()):
@@ -211,7 +220,11 @@ def fit(form: str, flops: np.ndarray, values: np.ndarray, *, between: float = 0.
     if not proper and dof > 0:  # the interval of a best fit at an edge includes that edge
         low, high = profile if falls or floor is None else (0.0, None)
         profile = (low, None) if s <= S_MIN or not falls else (0.0, high)
-    booted = intervals.bootstrap_interval(law.refit, y, fitted, rss, dof, between=between, **noise)
+    booted = None
+    if bootstrap > 0 and dof > 0:
+        rng = np.random.default_rng(seed)
+        variance = rss / rng.chisquare(dof, bootstrap)  # drawn, because a few residuals determine it poorly
+        booted = intervals.bootstrap_interval(law.refit, y, fitted, variance, rng, covariance, between)
     interval = intervals.hull(profile, booted)
     if dof < 1:
         note = f"{note} Too few levels for an interval.".strip()
