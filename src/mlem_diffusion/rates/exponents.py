@@ -29,11 +29,9 @@ def slope(errors: np.ndarray, costs: np.ndarray) -> tuple[float, float]:
 def fit_exponent(costs: np.ndarray, squared: np.ndarray, draws: int, seed: int) -> dict[str, Any]:
     """Slope of log cost [points] against log error, from squared errors [points, replicates] of fresh replicates.
 
-    Also its 95% interval, the slopes of the coarse and the fine half, the fitted logarithm of the cost at error 1, and
-    the range of errors. The interval is a percentile bootstrap. Each draw resamples the replicates (by column, since
-    all points share their families and paths) and the points. It covers sampling noise and the unevenness of a frontier
-    over integer levels, but not the bias of a finite range against the limit of small errors.
-    """
+    The interval is a percentile bootstrap. Each draw resamples the replicates (by column, since all points share their
+    families and paths) and the points. It covers sampling noise and the unevenness of a frontier over integer levels,
+    but not the bias of a finite range against the limit of small errors."""
     if len(costs) < MIN_POINTS:
         raise UserError(f"An exponent needs at least {MIN_POINTS} points; widen the range of target errors.")
     rng = np.random.default_rng(seed)
@@ -64,11 +62,8 @@ def fit_exponent(costs: np.ndarray, squared: np.ndarray, draws: int, seed: int) 
 def exponent_entry(
     settings: Sequence[RateSetting], squared: Measured, constants: np.ndarray, draws: int, seed: int = 0
 ) -> dict[str, Any]:
-    """The rates.json entry of one method at one gamma, over the replicates common to all its settings.
-
-    It has the measured exponent, the predicted limit, and the exponent that the error model expects for these settings.
-    The last two differ only because the range of errors is finite.
-    """
+    """The rates.json entry of one method at one gamma, over the replicates common to all its settings: the measured
+    exponent, the predicted limit, and the exponent that the error model expects in this finite range of errors."""
     method, gamma = settings[0].method, settings[0].gamma
     costs = np.array([s.cost for s in settings])
     count = min(len(squared[s.run]) for s in settings)
@@ -85,9 +80,7 @@ def exponent_entry(
 def towards_limit(gamma: float, constants: np.ndarray) -> list[dict[str, Any]]:
     """The exponents of ML-EM that the error model expects over seven octaves of error each, down to 2^-25.
 
-    They show how far the range of the simulations is from the limit. Steps, top levels and fires are on fine grids,
-    which need not divide the grid of a Brownian path.
-    """
+    They show how far the simulations are from the limit. Steps, top levels and fires are on fine grids."""
     out = []
     for coarsest in (-4, -11, -18):
         octaves = np.arange(coarsest, coarsest - 7.1, -0.5)
@@ -129,9 +122,7 @@ def step_size_entry(
 ) -> dict[str, Any]:
     """Error and cost against the number of steps at fixed expected fires, and `agreement` of each jump process.
 
-    `order` is the slope of log error against log n over n >= 1024. It is -1 for a method that needs h ~ error, and 0 if
-    the error does not depend on h.
-    """
+    `order`, the slope of log error against log n over n >= 1024, is -1 for a method that needs h ~ error."""
     out: dict[str, Any] = {"gamma": 2.5, "curves": {}, "agreement": []}
     for name, settings in curves.items():
         rows = [_row(s, squared) for s in settings]

@@ -46,9 +46,7 @@ def jump_process(replicates: Replicates, runs: Sequence[Run]) -> np.ndarray:
 def draw_events(rng: np.random.Generator, rates: Sequence[float], count: int) -> tuple[np.ndarray, ...]:
     """Draw waiting times, levels, 1 / rates and complex normals of the next events, each [CHUNK, P].
 
-    Independent exponential clocks are equivalent to one clock with the sum of their rates, whose events belong to level
-    k with probability lambda_k / sum lambda.
-    """
+    One clock has the sum of the rates; its events belong to level k with probability lambda_k / sum lambda."""
     rates = np.asarray(rates)
     wait = rng.exponential(1 / rates.sum(), (CHUNK, count))
     edges = np.cumsum(rates)[:-1] / rates.sum()
@@ -85,10 +83,7 @@ def fire(
 
 
 def linear_response(replicates: Replicates) -> np.ndarray:
-    """Complex Y [N + 1, P] on the grid: Y' = e^(A h) Y + int e^(A (h - u)) dW.
-
-    The integral is expanded as dW + A I, with an error of order h^2.5 per step.
-    """
+    """Complex Y [N + 1, P] on the grid: Y' = e^(A h) Y + int e^(A (h - u)) dW, expanded as dW + A I (to h^2.5)."""
     dw, area = (part[:, 0] + 1j * part[:, 1] for part in (replicates.dw, replicates.area))
     y = np.zeros((replicates.grid + 1, replicates.count), complex)
     decay = np.exp(-_DECAY / replicates.grid)

@@ -46,10 +46,8 @@ def true_drift(x: np.ndarray, t: float) -> np.ndarray:
 
 
 def waves(parameters: np.ndarray, x: np.ndarray, t: np.ndarray | float) -> np.ndarray:
-    """g(x, t) [d, R] of random waves, for x [d, R] and t a number or [R].
-
-    parameters [2 + 2 d, FEATURES, R]: time frequency, phase, space frequencies and amplitudes.
-    """
+    """g(x, t) [d, R] of random waves; parameters [2 + 2 d, FEATURES, R]: time frequency, phase, space frequencies and
+    amplitudes."""
     phase = parameters[0] * t
     phase += parameters[1]
     for i in range(DIMENSION):
@@ -106,10 +104,8 @@ def draw(key: Sequence[int], count: int, levels: int, grid: int, noise: float) -
 
 
 def solve(start: np.ndarray, dw: np.ndarray, area: np.ndarray, noise: float) -> np.ndarray:
-    """X(1) [d, P] with the true drift, from increments dw [N, d, P] and their areas [N, d, P].
-
-    The scheme is the two-stage SRA1 (Roessler 2010): strong order 1.5 for additive noise, order 2 for the ODE.
-    """
+    """X(1) [d, P] with the true drift, from increments and areas [N, d, P], by the two-stage SRA1 (Roessler 2010):
+    strong order 1.5 for additive noise, order 2 for the ODE."""
     x, h = start.copy(), 1 / len(dw)
     for i in range(len(dw)):
         first = true_drift(x, i * h)
@@ -162,9 +158,7 @@ def euler(replicates: Replicates, n: int, runs: Sequence[Run]) -> np.ndarray:
 def _fires(
     streams: Sequence[np.random.Generator], coins: Sequence[tuple[int, int, float]], steps: int, count: int
 ) -> tuple[np.ndarray, ...]:
-    """Draw the fires of the next `steps` steps: steps (ascending), rows, levels and weights 1 / p, each [fires].
-
-    coins: run, level and probability."""
+    """Steps (ascending), rows, levels and weights 1 / p [fires] of the next steps; coins: run, level, probability."""
     parts = [(np.empty(0, int), np.empty(0, int), np.empty(0, int), np.empty(0))]
     for run, level, p in coins:
         cells = np.flatnonzero(streams[run].random(steps * count) < p)

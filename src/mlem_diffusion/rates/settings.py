@@ -1,12 +1,9 @@
 """Settings of EM, ML-EM and its Poisson limit on the problem in problem.py: their costs, errors and selection.
 
 The error is sqrt(E |X(1) - exact|^2 / d), the RMS error to the solution with the *true* drift on the same Brownian
-path. The cost is the expected cost of the run in units of T_0 = 1; an evaluation of level k costs T_k = 2^(gamma k).
-Costs are counted, not timed, because all levels are equally cheap to simulate.
-
-Settings are chosen on one set of replicates and measured on another. EM is chosen by its measured frontier. ML-EM and
-the jump process are chosen by an error model with four constants (`calibrate`): theory gives the dependence of their
-error on the number of steps, the top level and the firing rates.
+path. The cost is expected, in units of T_0 = 1: an evaluation of level k costs T_k = 2^(gamma k). It is counted, not
+timed, because all levels are equally cheap to simulate. Settings are chosen on one set of replicates and measured on
+another: EM by its measured frontier, ML-EM and the jump process by an error model with four constants (`calibrate`).
 """
 
 from __future__ import annotations
@@ -16,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+from scipy.optimize import nnls
 
 from ..errors import UserError
 from ..multilevel.probabilities import evaluation_probabilities
@@ -73,11 +71,8 @@ class RateSetting:
 
     @cached_property
     def features(self) -> np.ndarray:
-        """Terms [4] of the squared error in the model of `calibrate`.
-
-        They are the discretisation 1 / n^2, the top level's error 4^-K, the coins' variance of levels >= 2, and the
-        coins' variance of level 1 if it is random.
-        """
+        """Terms [4] of the squared error: discretisation 1 / n^2, the top level's error 4^-K, the coins' variance of
+        levels >= 2, and that of level 1 if it is random."""
         k = np.arange(2, self.levels + 1)
         size = 4.0**-k + 4.0 ** -(k - 1)  # E |f^k - f^{k-1}|^2 for independent errors 2^-k and 2^-(k-1)
         if self.method == "poisson":
@@ -97,12 +92,10 @@ class RateSetting:
 
 
 def predicted_exponent(method: str, gamma: float) -> float:
-    """The exponent of cost against error as the error goes to 0.
+    """The exponent of cost against error as the error goes to 0; at gamma = 2 without the factor log^2 of ML-EM.
 
-    At gamma = 2 it omits the factor log^2 of ML-EM and the jump process. Below 2, ML-EM is better than Monte Carlo's -2
-    because it always evaluates the first level (p_1 = 1, 1/h times). The jump process has -2, since all its levels are
-    random.
-    """
+    Below 2, ML-EM is better than Monte Carlo's -2 because it always evaluates the first level (p_1 = 1, 1/h times). The
+    jump process has -2, since all its levels are random."""
     if method == "em":
         return -(gamma + 1)
     return -max(gamma, 2.0) if method == "poisson" else -max(gamma, 1 + gamma / 2)
@@ -130,10 +123,8 @@ def squared_errors(replicates: Replicates, settings: Sequence[RateSetting]) -> n
 
 
 def reference_error(dynamics: str, seed: int, paths: int, grid: int) -> float:
-    """The RMS difference of the exact end points between grids of N = `grid` and N / 2 steps, on the same path.
-
-    At order 1.5 or 2 the error on the fine grid is about half of it or less.
-    """
+    """The RMS difference of the exact end points between grids of N = `grid` and N / 2 steps, on the same path; the
+    error on the fine grid is about half of it or less."""
     fine = draw((seed,), paths, 1, grid, NOISE[dynamics])
     coarse = solve(fine.start, *coarsen(fine.dw, fine.area), fine.noise)
     return float(np.sqrt(np.mean((coarse - fine.end) ** 2)))
@@ -172,11 +163,10 @@ def pilot_settings(grid: int, top: int, events: float) -> list[RateSetting]:
 
 
 def limit_settings(grid: int) -> tuple[list[RateSetting], dict[str, list[RateSetting]]]:
-    """The settings of the step-size study at gamma = 2.5: jump processes and curves.
+    """The settings of the step-size study at gamma = 2.5: jump processes, and curves over n = 64, 128, ..., 4096.
 
-    Curves are over n = 64, 128, ..., 4096 (divisors of `grid`): EM with a fine level, ML-EM with expected fires that do
-    not depend on n, and ML-EM over f^0 with a random level 1 and the rates of the jump processes.
-    """
+    EM with a fine level, ML-EM with expected fires that do not depend on n, and ML-EM over f^0 with a random level 1
+    and the rates of the jump processes."""
     counts = [2**j for j in range(6, 13) if grid % 2**j == 0]
     curves = {"EM, level 12": [RateSetting("em", 2.5, 12, n) for n in counts]}
     for method, name, levels in (("ml_em", "ML-EM", (4, 6, 8)), (_OVER_BASE, "ML-EM over the base", (4, 5))):
@@ -185,13 +175,9 @@ def limit_settings(grid: int) -> tuple[list[RateSetting], dict[str, list[RateSet
 
 
 def calibrate(settings: Sequence[RateSetting], mse: np.ndarray) -> np.ndarray:
-    """Fit the constants c [4] >= 0 of the error model: squared error = features @ c.
+    """Fit the constants c [4] >= 0 of the error model, squared error = features @ c, to mean squared errors [S].
 
-    The fit minimises the squared relative residuals of the measured mean squared errors [S]. Settings with fewer than
-    16 steps are excluded.
-    """
-    from scipy.optimize import nnls
-
+    Residuals are relative; settings with fewer than 16 steps are excluded."""
     fine = np.array([s.steps == 0 or s.steps >= 16 for s in settings])
     rows = np.array([s.features for s in settings])[fine] / mse[fine, None]
     return nnls(rows, np.ones(len(rows)))[0]
@@ -210,10 +196,7 @@ def target_errors(coarsest: float, finest: float, per_octave: int) -> np.ndarray
 
 
 def cheapest(settings: Sequence[RateSetting], errors: np.ndarray, targets: Iterable[float]) -> list[RateSetting]:
-    """For each target the cheapest setting with an error (measured or predicted [S]) of at most the target.
-
-    Targets that no setting reaches are omitted, and each setting is listed once.
-    """
+    """For each target the cheapest setting with an error [S] of at most the target, if there is one; each once."""
     costs = np.array([s.cost for s in settings])
     chosen: list[RateSetting] = []
     for target in targets:

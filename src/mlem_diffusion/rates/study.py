@@ -58,10 +58,10 @@ def check(r: Any) -> None:
     """UserError for settings that cannot be run."""
     if set(r.choose_seeds) & set(r.judge_seeds):
         raise UserError("rates.choose_seeds and rates.judge_seeds must have no seed in common.")
-    if not (len(r.choose_seeds) and len(r.judge_seeds) and len(r.gammas) and len(r.dynamics)):
-        raise UserError("rates needs at least one dynamics, one gamma, and one seed to choose and one to judge on.")
-    if not set(r.dynamics) <= {"sde", "ode"} or min(r.gammas) <= 0:
-        raise UserError("rates needs dynamics sde or ode, and gammas above 0.")
+    if not (len(r.choose_seeds) and len(r.judge_seeds)):
+        raise UserError("rates needs at least one seed to choose and one to judge on.")
+    if not 0 < len(r.dynamics) == len({"sde", "ode"} & set(r.dynamics)) or min(r.gammas, default=0) <= 0:
+        raise UserError("rates needs dynamics of sde and ode, and gammas above 0.")
     if r.paths < 2 or r.levels < 12 or r.poisson.seeds < 1 or r.grid % 4096:
         raise UserError("rates needs at least 2 paths, 12 levels, 1 poisson.seeds, and a multiple of 4096 as grid.")
 
