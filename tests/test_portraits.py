@@ -1,30 +1,34 @@
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 
 from mlem_diffusion.data.portraits import render
 
 
-@pytest.mark.parametrize("size", [16, 24, 32, 64])
-def test_shape_type_and_range(size: int) -> None:
-    images = render(3, size)
-    assert images.shape == (3, 3, size, size) and images.dtype == np.uint8
-    assert images.min() < 60 and images.max() > 190  # dark and light both occur
+@pytest.mark.parametrize(
+    ("size", "seed", "digest"),
+    [(8, 0, "6b13ad8da756a8bc"), (16, 1, "99e0b2986e8fc8b9"), (64, 2, "3e6bc35d67e53237")],
+)
+def test_the_images_are_those_of_version_1(size: int, seed: int, digest: str) -> None:
+    images = render(24, size, seed)
+    assert images.shape == (24, 3, size, size) and images.dtype == np.uint8
+    assert hashlib.sha256(images.tobytes()).hexdigest().startswith(digest)
 
 
-@pytest.mark.parametrize("size", [16, 17, 64])
+@pytest.mark.parametrize("size", [17, 64])
 def test_an_image_depends_on_seed_and_index_only(size: int) -> None:
-    together = render(40, size, seed=5)
-    assert np.array_equal(together, render(40, size, seed=5))
+    together = render(20, size, seed=5)
     assert np.array_equal(together[7:8], render(1, size, seed=5, start=7))
-    assert np.array_equal(together[30:], render(10, size, seed=5, start=30))
+    assert np.array_equal(together[15:], render(5, size, seed=5, start=15))
     assert not np.array_equal(together[:4], render(4, size, seed=6))
 
 
-def test_same_person_at_every_size() -> None:
-    large = render(24, 64, seed=1).astype(float)
-    small = render(24, 16, seed=1).astype(float)
+def test_same_person_at_every_size_with_smooth_edges() -> None:
+    large, small = render(24, 64, seed=1).astype(float), render(24, 16, seed=1).astype(float)
+    assert all(len(np.unique(image)) > 100 for image in large)  # a drawing with hard edges has few distinct values
     averaged = large.reshape(24, 3, 16, 4, 16, 4).mean((3, 5))
     same = np.sqrt(((averaged - small) ** 2).mean())
     other = np.sqrt(((averaged - np.roll(small, 1, 0)) ** 2).mean())
@@ -32,22 +36,18 @@ def test_same_person_at_every_size() -> None:
 
 
 def test_portraits_vary_in_many_directions() -> None:
-    images = render(400, 16, seed=2).reshape(400, -1).astype(float) / 255
-    assert len(np.unique(images, axis=0)) == 400
+    drawn = render(120, 16, seed=2)
+    assert drawn.min() < 60 and drawn.max() > 190  # dark and light both occur
+    images = drawn.reshape(120, -1).astype(float) / 255
+    assert len(np.unique(images, axis=0)) == 120
     assert images.std(0).min() > 0.08  # every pixel varies
     spectrum = np.linalg.svd(images - images.mean(0), compute_uv=False) ** 2
-    explained = np.cumsum(spectrum) / spectrum.sum()
     # Not a low-dimensional family: twenty linear components leave a good part of the variance.
-    assert 0.05 < 1 - explained[20] < 0.5
+    assert 0.05 < spectrum[20:].sum() / spectrum.sum() < 0.5
 
 
-def test_edges_are_antialiased() -> None:
-    """A hard-edged drawing of few colours has few distinct values; a smooth one has nearly all of them."""
-    assert all(len(np.unique(image)) > 100 for image in render(5, 64, seed=3))
-
-
-def test_zero_images_and_bad_arguments() -> None:
+@pytest.mark.parametrize("wrong", [{"count": -1}, {"size": 2}, {"seed": -1}, {"start": -1}])
+def test_wrong_arguments(wrong: dict[str, int]) -> None:
     assert render(0, 16).shape == (0, 3, 16, 16)
-    for wrong in ({"count": -1, "size": 16}, {"count": 1, "size": 2}, {"count": 1, "size": 16, "seed": -1}):
-        with pytest.raises(ValueError):
-            render(**wrong)
+    with pytest.raises(ValueError):
+        render(**{"count": 1, "size": 16} | wrong)

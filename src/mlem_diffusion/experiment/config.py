@@ -17,7 +17,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..errors import UserError
 from ..models.family import at_width
-from .environment import shown
 
 # paths and options of this machine do not change results
 _ELSEWHERE = re.compile(
@@ -33,20 +32,16 @@ def source(cfg: DictConfig) -> str | None:
 
 
 def plain(cfg: DictConfig, keys: Sequence[str] = ()) -> dict[str, Any]:
-    """The resolved configuration (only these keys if given), without absolute or parent paths."""
+    """The resolved configuration (only these keys if given); paths of this machine are left out or shortened."""
     out = {}
-    for key in keys or map(str, cfg):
+    for key in keys or (k for k in map(str, cfg) if k != "paths"):
         node = cfg[key]
         out[key] = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     if isinstance(out.get("data"), dict):
         found = source(cfg)
         out["data"]["source"] = None if found is None else Path(found).name
-    for key, names in (("paths", tuple(cfg.paths)), ("metrics", ("weights",))):
-        for name in names if isinstance(out.get(key), dict) else ():
-            value = out[key].get(name)
-            if isinstance(value, str) and Path(value).is_absolute():
-                path = shown(Path(value))
-                out[key][name] = path.name if path.is_absolute() else str(path)
+    if isinstance(out.get("metrics"), dict) and out["metrics"].get("weights"):
+        out["metrics"]["weights"] = Path(out["metrics"]["weights"]).name
     return out
 
 

@@ -138,16 +138,14 @@ class Experiment:
         if images is not None and any(m["data_sha256"] != images.manifest["sha256"] for m in found):
             raise UserError(
                 f"{shown(self.data_dir)} is not the data set that the levels in {shown(self.checkpoints)} were trained "
-                "on: prepare that data set (make data), "
-                "or train the levels again (make train-levels ARGS=overwrite=true)."
+                "on: prepare that one (make data), or train again (make train-levels ARGS=overwrite=true)."
             )
         for m in found:
             low, high = map(float, m["logsnr_range"])
             if wanted[0] < low or wanted[1] > high:
                 raise UserError(
-                    f"{m['name']} was trained for log-SNR {low:g} to {high:g}, so it cannot be used from "
-                    f"{wanted[0]:g} to {wanted[1]:g}: set process.logsnr_min and process.logsnr_max within the trained "
-                    "range, or train it again."
+                    f"{m['name']} was trained for log-SNR {low:g} to {high:g}: set process.logsnr_min and "
+                    "process.logsnr_max within this range, or train it again."
                 )
         return found
 

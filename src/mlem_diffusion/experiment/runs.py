@@ -71,12 +71,11 @@ def gaussian_level(exp: Any) -> Level:
 
 def make_extractor(exp: Any) -> Extractor | None:
     """The configured feature extractor, on this device if it supports devices; None without distances."""
-    config = exp.plain("metrics")["metrics"]
-    if config["_target_"] is None:
+    target = exp.cfg.metrics.get("_target_")
+    if target is None:
         return None
-    if config["_target_"].split(".")[-1] in ("light", "inception"):
-        config["device"] = str(exp.device)
-    return exp.build(config)
+    own = target.rpartition(".")[2] in ("light", "inception")
+    return exp.build(exp.cfg.metrics, **({"device": str(exp.device)} if own else {}))
 
 
 def check_enough(extractor: Extractor, n: int, shape: Sequence[int]) -> None:
