@@ -7,7 +7,6 @@ import pytest
 import torch
 from toys import gaussian_level, gaussian_variance, process, toy_family
 
-from mlem_diffusion.data.pixels import to_float
 from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.diffusion.process import alpha_sigma
 from mlem_diffusion.gamma.denoising_errors import denoising_errors, noise_levels, pooling_weights
@@ -79,9 +78,3 @@ def test_noise_levels_cover_the_path_and_its_ends():
     assert weights.sum() == pytest.approx(1) and weights.min() > 0
     denoising_errors(toy_family(1), IMAGES, values, progress=lambda done, of: reported.append((done, of)))
     assert reported == [(i, 10) for i in range(1, 11)]
-
-
-def test_pixels_span_minus_one_to_one():
-    result = to_float(np.array([0, 255, 51], dtype=np.uint8).reshape(3, 1, 1, 1))
-    assert result.dtype == torch.float32
-    assert result.flatten().tolist() == pytest.approx([-1.0, 1.0, -0.6], abs=1e-6)

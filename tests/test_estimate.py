@@ -42,16 +42,6 @@ def test_loss_fit_may_veto_but_not_decide(gammas, answer):
     assert htmc_answer(fits)[0] == answer
 
 
-def test_macs_for_flops_leave_gamma_alone():
-    errors = noisy_family(2.5)
-    in_flops, in_macs = (estimate(replace(errors, flops=errors.flops / n), bootstrap=20) for n in (1, 2))
-    for form in FORMS:
-        one, two = in_flops["estimates"][form], in_macs["estimates"][form]
-        assert one["gamma"] == pytest.approx(two["gamma"], rel=1e-6)
-        assert one["interval"] == pytest.approx(two["interval"], rel=1e-6)
-        assert one["amplitude"] != pytest.approx(two["amplitude"], rel=0.1)
-
-
 def test_content():
     errors = noisy_family(2.5)
     result = estimate(errors, bootstrap=50, seed=3)

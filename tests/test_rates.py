@@ -143,12 +143,6 @@ def test_the_jump_process_is_the_limit_of_small_steps(dynamics):
     assert replace(setting, method="poisson", steps=0).cost == pytest.approx(setting.cost, rel=0.05)
 
 
-def test_the_jump_process_does_not_depend_on_the_step():
-    coarse, fine = (problem.draw((5,), 20, 2, grid, 0.0) for grid in (4, 64))
-    runs = [((20.0, 5.0), ())]
-    assert np.array_equal(jump_process(coarse, runs), jump_process(fine, runs))
-
-
 def test_the_fit_recovers_an_exact_exponent():
     costs = np.geomspace(1, 1e6, 15)
     squared = np.tile((costs ** (-1 / 2.5))[:, None] ** 2, (1, 30))

@@ -11,7 +11,7 @@ from toys import process
 from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.gamma import measurement
-from mlem_diffusion.gamma.estimate import LevelErrors, estimate
+from mlem_diffusion.gamma.estimate import LevelErrors
 from mlem_diffusion.gamma.power_law import fit
 from mlem_diffusion.gamma.training_seeds import Repeat, seed_spread
 
@@ -42,9 +42,12 @@ def family(sd: float, rng: np.random.Generator) -> tuple[LevelErrors, list[Repea
 def test_the_spread_matches_the_seeds():
     rng = np.random.default_rng(0)
     found = [seed_spread(*family(SCATTER, rng)) for _ in range(300)]
+    assert found[0][1]["levels"] == ["w8", "w16"] and found[0][1]["seeds"] == [1]
     assert found[0][1]["degrees_of_freedom"] == {"loss_fit": 2, "differences": 3, "to_largest": 2}
     for form, levels_in_it in (("loss_fit", 1), ("to_largest", 1), ("differences", 2)):
         assert np.mean([variance[form] for variance, _ in found]) == pytest.approx(levels_in_it * SCATTER**2, rel=0.15)
+    with pytest.raises(UserError):
+        seed_spread(family(SCATTER, rng)[0], [])
 
 
 @pytest.mark.parametrize("form", ["differences", "to_largest"])
@@ -75,19 +78,6 @@ def test_intervals_only_grow(form):
     # a spread below the scatter of the levels about the law is already included
     rough = values * np.exp(0.3 * rng.standard_normal(len(values)))
     assert fit(form, flops, rough, between=1e-6).profile_interval == fit(form, flops, rough).profile_interval
-
-
-def test_identical_repeats_change_nothing():
-    errors, _ = family(0.05, np.random.default_rng(3))
-    rows = zip(errors.loss, errors.to_largest, errors.to_previous, strict=False)
-    same = [Repeat(k, 1, [*row, errors.to_previous[k - 1]]) for k, row in enumerate(rows) if k < 2]
-    variance, content = seed_spread(errors, same)
-    assert set(variance.values()) == {0.0}
-    without, repeated = estimate(errors, bootstrap=40), estimate(errors, bootstrap=40, between=variance)
-    assert repeated["estimates"] == without["estimates"]
-    assert content["levels"] == ["w8", "w16"] and content["seeds"] == [1] and content["log_error_sd"]["loss_fit"] == 0
-    with pytest.raises(UserError):
-        seed_spread(errors, [])
 
 
 def test_a_measurement_holds_every_length_and_the_repeats():
