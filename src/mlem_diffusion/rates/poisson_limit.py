@@ -43,16 +43,16 @@ def jump_process(replicates: Replicates, runs: Sequence[Run]) -> np.ndarray:
     return out
 
 
-def draw_events(rng: np.random.Generator, rates: Sequence[float], count: int) -> tuple[np.ndarray, ...]:
+def draw_events(rng: np.random.Generator, rates: Sequence[float] | np.ndarray, count: int) -> tuple[np.ndarray, ...]:
     """Draw waiting times, levels, 1 / rates and complex normals of the next events, each [CHUNK, P].
 
     One clock has the sum of the rates; its events belong to level k with probability lambda_k / sum lambda."""
-    rates = np.asarray(rates)
-    wait = rng.exponential(1 / rates.sum(), (CHUNK, count))
-    edges = np.cumsum(rates)[:-1] / rates.sum()
+    rate = np.asarray(rates)
+    wait = rng.exponential(1 / rate.sum(), (CHUNK, count))
+    edges = np.cumsum(rate)[:-1] / rate.sum()
     which = np.searchsorted(edges, rng.random((CHUNK, count)), side="right")
     normal = rng.standard_normal((CHUNK, count, 2)).view(complex)[..., 0]
-    return wait, which + 1, 1 / rates[which], normal
+    return wait, which + 1, 1 / rate[which], normal
 
 
 def fire(

@@ -27,7 +27,9 @@ _SCALES = np.concatenate([[0.0], 0.5 ** np.arange(1, 64)])
 CHUNK = 64  # steps or events whose random numbers are drawn at a time
 _FAMILY, _PATH, _COINS, EVENTS = range(4)  # separate random streams
 
-Run = tuple[Sequence[float], tuple[int, ...]]  # a setting: one number per level, and the key of its random numbers
+Run = tuple[
+    Sequence[float] | np.ndarray, tuple[int, ...]
+]  # a setting: one number per level, and the key of its random numbers
 
 
 def remainder(x: np.ndarray, t: np.ndarray | float) -> np.ndarray:
