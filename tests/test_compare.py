@@ -1,8 +1,7 @@
-"""The comparison: configured settings, the cache of finished settings, the best setting, and fallbacks for gamma."""
+"""The comparison: configured settings, the table, cached measurements, plans and the best setting."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,34 +11,48 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
+from mlem_diffusion.comparison import table
+from mlem_diffusion.comparison.drawing import draw, parse_seeds
 from mlem_diffusion.comparison.features import Extractor
-from mlem_diffusion.comparison.runner import NoiseCache, Runner
-from mlem_diffusion.comparison.settings import (
-    SamplerSetting,
-    best_setting,
-    row_of,
-    setting_from,
-    setting_of,
-    settings_of,
-)
-from mlem_diffusion.comparison.table import read_rows, write_rows
+from mlem_diffusion.comparison.frechet import RealImages, feature_moments, frechet_distance
+from mlem_diffusion.comparison.planned import Planned, all_settings, complete, examples, expected_costs, read_planned
+from mlem_diffusion.comparison.runner import Runner, diverged
+from mlem_diffusion.comparison.settings import SamplerSetting, best_setting, setting_from, setting_of, settings_of
+from mlem_diffusion.diffusion.brownian import BrownianPath
 from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.diffusion.process import LinearSchedule, Process
-from mlem_diffusion.errors import UserError
-from mlem_diffusion.files import write_json
-from mlem_diffusion.multilevel.plan import Plan
+from mlem_diffusion.errors import Interrupted, SlowPath, UserError
+from mlem_diffusion.multilevel.plan import Plan, save_plans
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-
-NAMES = ["w2", "w4", "w8", "w16"]
+NAMES = ["gauss", "w2", "w4", "w8", "w16"]
 EMPTY: dict[str, Any] = {"baselines": [], "stitched": [], "ml_em": []}
 BASELINE = {"dynamics": "sde", "step_rule": "ddpm", "levels": "all", "steps": [8]}
+STITCHED = {"dynamics": "sde", "step_rule": "ddpm", "pairs": [[0, -1], [-2, -1]], "switch": [0.25, 0.5], "steps": [8]}
 ML_EM = {
-    "dynamics": "ode", "step_rule": "ddim", "families": ["all"], "coins": ["systematic"], "c": [2], "steps": [8],
+    "dynamics": "ode", "step_rule": "ddim", "families": ["all", [0, 2, -1]], "c": [1, 2.5], "steps": [8],
+    "coins": ["systematic", "independent-shared"],
 }  # fmt: skip
+SETTINGS = [
+    SamplerSetting("sde", "ddpm", "single", ("w8",), 16),
+    SamplerSetting("ode", "dpmpp_2m", "single", ("w2",), 5),
+    SamplerSetting("sde", "ddpm", "stitched", ("w2", "w8"), 16, switch=0.25),
+    SamplerSetting("ode", "ddim", "ml_em", ("w2", "w4", "w8"), 16, "constant", "independent", 3.5),
+    SamplerSetting("sde", "ddpm", "ml_em", ("w2", "w8"), 16, "constant", "systematic-shared", 1.0),
+    SamplerSetting("sde", "em", "single", ("w2",), 5),
+    SamplerSetting("ode", "unipc", "ml_em", ("w2", "w8"), 16, "constant", "systematic", 1.0),
+]
+
+
+def plan_of(method: str, levels: tuple[str, ...] = ("w2", "w8"), steps: int = 16) -> Plan:
+    share = np.tile([[1.0, 0.4]], (steps, 1))
+    if method == "quadrature":
+        share[:, 1] = np.arange(steps) % 2 * 2
+    return Plan(method, "optimal", levels, steps, share[:, : len(levels)].astype(np.float32), 1.0, 0.1, 0.2, 0.3)
+
+
+PLANS = {plan.id: plan for plan in map(plan_of, ("independent", "nested", "systematic", "quadrature"))}
 
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -47,61 +60,31 @@ ML_EM = {
 
 @pytest.mark.parametrize(
     ("which", "expected"),
-    [
-        ("all", ["w2", "w4", "w8", "w16"]),
-        ("largest", ["w16"]),
-        ([0, 2], ["w2", "w8"]),
-        ([-1], ["w16"]),
-        ([3, -1], ["w16"]),
-    ],
+    [("all", NAMES), ("largest", ["w16"]), ([0, 2], ["w2", "w8"]), ([-1], ["w16"]), ([3, -1], ["w16"])],
 )
 def test_levels_by_name_and_by_index(which, expected):
+    """The Gaussian level has no index, and is among all levels."""
     found = settings_of(EMPTY | {"baselines": [BASELINE | {"levels": which}]}, NAMES, 50)
     assert [s.levels for s in found] == [(name,) for name in expected]
-    assert all(s.estimator == "single" and s.c is None and s.switch is None and s.probabilities == "" for s in found)
 
 
-@pytest.mark.parametrize("which", [[4], [-5], ["w2"], "medium", 3, [None]])
-def test_missing_levels_give_one_sentence(which):
-    with pytest.raises(UserError, match="does not fit a family of 4 levels"):
-        settings_of(EMPTY | {"baselines": [BASELINE | {"levels": which}]}, NAMES, 50)
-
-
-def test_duplicates_are_run_once_in_the_first_order():
-    config = EMPTY | {"baselines": [BASELINE | {"steps": [16, 8]}, BASELINE, BASELINE | {"levels": "largest"}]}
+def test_configured_settings_are_each_run_once():
+    config = {"baselines": [BASELINE, BASELINE | {"levels": "largest"}], "stitched": [STITCHED], "ml_em": [ML_EM]}
     found = settings_of(config, NAMES, 50)
-    assert [(s.levels[0], s.steps) for s in found] == [(name, n) for name in NAMES for n in (16, 8)]
-
-
-def test_stitched_and_ml_em_settings():
-    stitched = {
-        "dynamics": "sde",
-        "step_rule": "ddpm",
-        "pairs": [[0, -1], [-2, -1]],
-        "switch": [0.25, 0.5],
-        "steps": [8],
-    }
-    ml_em = ML_EM | {"families": ["all", [0, 2, -1]], "coins": ["systematic", "independent-shared"], "c": [1, 2.5]}
-    found = settings_of(EMPTY | {"stitched": [stitched], "ml_em": [ml_em]}, NAMES, 50)
-    assert found[:4] == [
-        SamplerSetting("sde", "ddpm", "stitched", pair, 8, switch=switch)
-        for pair in (("w2", "w16"), ("w8", "w16"))
-        for switch in (0.25, 0.5)
-    ]
-    assert len(found) == 4 + 2 * 2 * 2
-    assert found[4] == SamplerSetting("ode", "ddim", "ml_em", tuple(NAMES), 8, "constant", "systematic", 1.0)
-    assert found[-1] == SamplerSetting(
-        "ode", "ddim", "ml_em", ("w2", "w8", "w16"), 8, "constant", "independent-shared", 2.5
-    )
+    assert len(found) == len(set(found)) == 5 + 4 + 8
+    assert found[6] == SamplerSetting("sde", "ddpm", "stitched", ("w2", "w16"), 8, switch=0.5)
+    assert found[9] == SamplerSetting("ode", "ddim", "ml_em", tuple(NAMES[1:]), 8, "constant", "systematic", 1.0)
+    last = SamplerSetting("ode", "ddim", "ml_em", ("w2", "w8", "w16"), 8, "constant", "independent-shared", 2.5)
+    assert found[-1] == last
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"step_rule": "heun"}, "no step rule heun for sde"),
-        ({"dynamics": "ode"}, "no step rule ddpm for ode"),
+        ({"levels": [4]}, "does not fit a family of 4 levels"),
+        ({"levels": "medium"}, "does not fit a family of 4 levels"),
+        ({"step_rule": "heun"}, "sde/heun is unknown"),
         ({"steps": [51]}, r"51 steps are outside 2\.\.50"),
-        ({"steps": [1]}, r"1 steps are outside 2\.\.50"),
     ],
 )
 def test_impossible_settings_give_one_sentence(change, sentence):
@@ -109,35 +92,82 @@ def test_impossible_settings_give_one_sentence(change, sentence):
         settings_of(EMPTY | {"baselines": [BASELINE | change]}, NAMES, 50)
 
 
-SETTINGS = [
-    SamplerSetting("sde", "ddpm", "single", ("w8",), 16),
-    SamplerSetting("ode", "dpmpp_2m", "single", ("w2",), 5),
-    SamplerSetting("sde", "ddpm", "stitched", ("w2", "w8"), 16, switch=0.25),
-    SamplerSetting("ode", "ddim", "ml_em", ("w2", "w4", "w8"), 16, "constant", "independent", 3.5),
-    SamplerSetting("sde", "ddpm", "ml_em", ("w2", "w8"), 16, "constant", "systematic-shared", 1.0),
-    SamplerSetting("sde", "dpmpp_2m", "single", ("w2",), 5),
-    SamplerSetting("ode", "unipc", "ml_em", ("w2", "w8"), 16, "constant", "systematic", 1.0),
-]
-
-
-def costs(**more: Any) -> dict[str, Any]:
-    numbers = dict.fromkeys(
-        ("error", "error_se", "network_calls", "gflops_expected", "gflops_realised", "seconds"), 0.5
-    )
-    return {**numbers, "top_evaluations": 3} | more
-
-
 def full_row(setting: SamplerSetting, **more: Any) -> dict[str, Any]:
-    shared = {"seed": 0, "num_samples": 8, "distance": 1.5, "distance_name": "FD", "distance_floor": 0.1}
-    return row_of(setting, costs(), **(shared | more))
+    numbers = dict.fromkeys(("error", "error_se", "network_calls", "gflops_expected", "gflops_realised"), 0.5)
+    shared = {"seconds": 1 / 3, "seed": 0, "num_samples": 8, "distance": 1.5, "distance_name": "FD"}
+    return setting.row | numbers | shared | {"distance_floor": None, "top_evaluations": 12345678} | more
 
 
-def test_a_setting_round_trips_through_csv_and_json(tmp_path):
-    path = write_rows([full_row(s) for s in SETTINGS], tmp_path / "compare.csv")
-    assert [setting_from(row) for row in read_rows(path)] == SETTINGS
-    assert [setting_from(full_row(s)) for s in SETTINGS] == SETTINGS
-    # also from a configuration, in which levels may be a list
-    assert setting_from({**full_row(SETTINGS[3]), "levels": ["w2", "w4", "w8"]}) == SETTINGS[3]
+@pytest.mark.parametrize("plan", PLANS.values(), ids=lambda plan: plan.method)
+def test_settings_round_trip_through_the_table(plan, tmp_path):
+    settings = [*SETTINGS, setting_of(plan, "sde", "ddpm")]
+    frame = table.frame_of(full_row(s) for s in settings)
+    table.write(frame, tmp_path / "compare.csv")
+    again = table.read(tmp_path / "compare.csv")
+    empty = again.astype(object).where(again.notna(), None)
+    assert [setting_from(row) for row in empty.to_dict("records")] == settings
+    assert [setting_from(s.row) for s in settings] == settings
+    assert setting_from(SETTINGS[3].row | {"levels": ["w2", "w4", "w8"]}) == SETTINGS[3]  # as in a configuration
+    with pytest.raises(UserError, match="lacks the key 'steps'"):
+        setting_from({"levels": "w2"})
+
+
+def test_a_setting_builds_the_estimator_of_its_plan():
+    levels = {name: Level(name, lambda x, logsnr: x, float(i + 1)) for i, name in enumerate(NAMES)}
+    for plan in PLANS.values():
+        estimator, path = setting_of(plan, "sde", "ddpm").build(levels, 2.5, PLANS), BrownianPath([3], (1,))
+        assert np.array_equal(estimator.weights(16, path), plan.build(levels.values()).weights(16, path))
+    alone = plan_of("quadrature", ("w8",))
+    assert setting_of(alone, "sde", "ddpm") == SETTINGS[0]  # a plan of one level is the baseline itself
+    for wrong, sentence in (
+        (replace(SETTINGS[0], plan="abc"), "no plan abc"), (replace(SETTINGS[0], levels=("w9",)), "no level w9"),
+        (replace(SETTINGS[3], c=None), "'ml_em' with c = None"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=sentence):
+            wrong.build(levels, 2.5, PLANS)
+
+
+# ---------------------------------------------------------------------------------------------- the table
+
+
+def test_the_table_keeps_six_digits_whole_numbers_and_gaps():
+    rows = [full_row(SETTINGS[0], error=None), full_row(SETTINGS[3], plan="0a1e5", predicted=1e-12)]
+    lines = table.to_text(table.frame_of(rows)).splitlines()
+    assert lines[0] == ",".join([*table.COLUMNS, "top_evaluations", "plan", "predicted"])
+    assert lines[1] == "sde,ddpm,single,,,,,w8,16,0,,0.5,1.5,FD,,8,0.5,0.5,0.5,0.333333,12345678,,"
+    assert lines[2].endswith("12345678,0a1e5,1e-12")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [("error_se", "spread", "lacks the column"), ("0.333333", "fast", "seconds does not hold numbers"),
+     (",0.333333,12345678", "", "wrong number of fields"), ("12345678", "1,2,3", "wrong number of fields")],
+)  # fmt: skip
+def test_a_broken_table_gives_one_sentence(old, new, sentence, tmp_path):
+    path = tmp_path / "compare.csv"
+    path.write_text(table.to_text(table.frame_of([full_row(SETTINGS[0])])).replace(old, new))
+    with pytest.raises(UserError, match=sentence):
+        table.read(path)
+
+
+def test_seeds_are_pooled_and_methods_named_for_figures():
+    rows = [full_row(SETTINGS[3], seed=seed, error=error, top_evaluations=60) for seed, error in ((0, 1.0), (1, 3.0))]
+    few = full_row(SETTINGS[6], top_evaluations=99)
+    found = table.for_figures(table.frame_of([*rows, few, full_row(SETTINGS[2])]))
+    assert list(found.method) == ["paper", "other", "stitched"] and list(found.trusted) == [True, False, True]
+    pooled = found.iloc[0]
+    assert (pooled.error, pooled.runs, pooled.top_evaluations, pooled.num_samples) == (2.0, 2, 120, 8)
+    assert pooled.error_se == pytest.approx(0.5 / np.sqrt(2)) and found.iloc[1].error == 0.5
+
+
+def test_settings_have_readable_names():
+    names = [table.describe(SETTINGS[i].row) for i in (1, 2, 4)]
+    assert names == [
+        "DPM-Solver++(2M), w2, 5 steps", "stitched w2+w8, DDPM ancestral, 16 steps, switch at 0.25",
+        "ML-EM w2+w8, DDPM ancestral, 16 steps, systematic coins, shared, C = 1",
+    ]  # fmt: skip
+    planned = setting_of(plan_of("nested"), "ode", "ddim").row
+    assert table.describe(planned) == "ML-EM w2+w8, DDIM, 16 steps, nested coins, optimal probabilities"
 
 
 def test_best_setting_is_the_cheapest_within_five_percent_of_the_best_distance():
@@ -145,88 +175,25 @@ def test_best_setting_is_the_cheapest_within_five_percent_of_the_best_distance()
         return {"distance": distance, "gflops_realised": gflops}
 
     rows = [row(1.00, 100), row(1.049, 40), row(1.051, 10), row(1.02, 60), row(None, 1)]
-    assert best_setting(rows) == row(1.049, 40)
-    assert best_setting(rows, tolerance=0.06) == row(1.051, 10)
-    assert best_setting(rows, tolerance=0.0) == row(1.00, 100)
+    assert best_setting(rows) == row(1.049, 40) and best_setting(rows, tolerance=0.0) == row(1.00, 100)
     assert best_setting([row(-1e-9, 5), row(0.2, 1)]) == row(-1e-9, 5)  # rounding below zero
     with pytest.raises(UserError, match="No setting has a distance"):
         best_setting([row(None, 1)])
 
 
-def test_building_a_setting_that_does_not_fit_the_family():
-    levels = {name: Level(name, lambda x, logsnr: x, float(i + 1)) for i, name in enumerate(NAMES)}
-    with pytest.raises(UserError, match="no level w9; the family has w2, w4, w8, w16"):
-        replace(SETTINGS[0], levels=("w9",)).build(levels, 2.5)
-    with pytest.raises(UserError, match="'ml_em' with c = None"):
-        replace(SETTINGS[3], c=None).build(levels, 2.5)
-    with pytest.raises(UserError, match="sde/heun is unknown"):
-        replace(SETTINGS[0], step_rule="heun").evaluations(Process(LinearSchedule()))
-
-
-def plan_of(method: str, levels: tuple[str, ...] = ("w2", "w8"), steps: int = 16, share: float = 0.4) -> Plan:
-    table = np.tile(np.array([1.0, share]), (steps, 1))
-    if method == "quadrature":
-        table[::2, 1], table[1::2, 1] = 0, 2
-    if len(levels) == 1:
-        table = table[:, :1]
-    return Plan(method, "optimal", levels, steps, table.astype(np.float32), 1.0, 0.1, 0.2, 0.3)
-
-
-PLANS = {plan.id: plan for plan in map(plan_of, ("independent", "nested", "systematic", "quadrature"))}
-
-
-@pytest.mark.parametrize("plan", PLANS.values(), ids=lambda p: p.method)
-def test_a_setting_with_a_plan_round_trips_through_csv_and_builds_it(plan, tmp_path):
-    setting = setting_of(plan, "sde", "ddpm")
-    row = full_row(setting, predicted=plan.predicted, largest_effect=plan.largest_effect, selected_error=0.15)
-    again = read_rows(write_rows([row, full_row(SETTINGS[0])], tmp_path / "compare.csv"))
-    assert setting_from(again[0]) == setting and setting_from(again[1]) == SETTINGS[0]
-    assert (again[0]["plan"], again[0]["predicted"], again[0]["largest_effect"], again[0]["c"]) == (
-        plan.id,
-        0.2,
-        0.3,
-        None,
-    )
-    assert again[1]["plan"] == "" and again[1]["predicted"] is None
-    levels = {name: Level(name, lambda x, logsnr: x, float(i + 1)) for i, name in enumerate(NAMES)}
-    estimator = setting.build(levels, 2.5, PLANS)
-    assert [level.name for level in estimator.levels] == ["w2", "w8"]
-    assert np.array_equal(estimator.weights(16, [3]), plan.build(levels.values()).weights(16, [3]))
-    for plans in ({}, None):
-        with pytest.raises(UserError, match=f"no plan {plan.id}; run make optimise again"):
-            setting.build(levels, 2.5, plans)
-
-
-def test_a_plan_of_one_level_is_the_baseline_itself():
-    plan = plan_of("quadrature", ("w8",))
-    assert setting_of(plan, "sde", "ddpm") == SETTINGS[0] and "plan" not in full_row(setting_of(plan, "sde", "ddpm"))
-
-
-def test_levels_outside_the_family_are_baselines_if_all_are_selected():
-    sweeps = [BASELINE, BASELINE | {"levels": "largest", "steps": [9]}, BASELINE | {"levels": [0], "steps": [10]}]
-    config = EMPTY | {"baselines": sweeps, "ml_em": [ML_EM]}
-    found = settings_of(config, NAMES, 50, beside=("gauss",))
-    assert [s.levels for s in found if s.estimator == "single"] == [
-        ("gauss",), ("w2",), ("w4",), ("w8",), ("w16",), ("w16",), ("w2",)
-    ]  # fmt: skip
-    assert next(s for s in found if s.estimator == "ml_em").levels == tuple(NAMES)
-
-
 # -------------------------------------------------------------------------------------------------- runner
-
-GAIN = {"w2": 0.5, "w4": 0.8, "w8": 0.9}
 
 
 class Counter:
     """Linear denoisers that count the images they see."""
 
     def __init__(self) -> None:
-        self.images = 0
+        self.images, self.gains = 0, {"w2": 0.5, "w4": 0.8, "w8": 0.9}
 
     def level(self, name: str, flops: float) -> Level:
         def denoise(x: Tensor, logsnr: Tensor) -> Tensor:
             self.images += len(x)
-            return GAIN[name] * torch.sigmoid(logsnr)[:, None, None, None] * x
+            return self.gains[name] * torch.sigmoid(logsnr) * x
 
         return Level(name, denoise, flops)
 
@@ -239,198 +206,169 @@ def counter() -> Counter:
 @pytest.fixture
 def make(counter: Counter, tmp_path: Path) -> Callable[..., Runner]:
     def runner(**more: Any) -> Runner:
-        levels = [counter.level(name, 1e9 * 4.0**i) for i, name in enumerate(GAIN)]
+        levels = [counter.level(name, 1e9 * 4.0**i) for i, name in enumerate(counter.gains)]
         extractor = Extractor("FD-mean", "k", lambda images: images.float().mean((2, 3)))
         given: dict[str, Any] = {
             "levels": {level.name: level for level in levels}, "process": Process(LinearSchedule(), base_steps=16),
             "gamma": 2.5, "shape": (3, 4, 4), "seeds": list(range(100, 110)), "num_reference": 6, "batch": 4,
             "device": torch.device("cpu"), "extractor": extractor, "cache": tmp_path / "cache", "key": "a",
-            "grid_images": 5,
+            "grid_images": 5, "plans": PLANS,
         }  # fmt: skip
         return Runner(**(given | more))
 
     return runner
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: f"{s.dynamics}-{s.estimator}-{s.step_rule}")
-def test_a_finished_setting_is_not_evaluated_again(make, counter, setting):
+@pytest.mark.parametrize("setting", [*SETTINGS, *(setting_of(p, "ode", "ddim") for p in PLANS.values())])
+def test_costs_are_counted_and_a_finished_setting_is_not_evaluated_again(make, counter, setting):
     runner = make()
     reference = runner.reference(setting.dynamics)
     assert reference.shape == (6, 3, 4, 4) and counter.images == 16 * 6
-    assert torch.equal(runner.reference(setting.dynamics), reference) and counter.images == 16 * 6
-    counter.images = 0
+    assert runner.reference_flops(setting.dynamics) == 16 * 6 * 16e9
+    assert torch.equal(make().reference(setting.dynamics), reference) and counter.images == 16 * 6
     assert not runner.is_done(setting)
-    first = runner.run(setting, reference, NoiseCache())
-    calls = counter.images
-    assert calls > 0 and calls / 10 == pytest.approx(first["costs"]["network_calls"])
-    assert runner.is_done(setting)
-    for again in (runner, make()):  # the same process, and another one later
-        second = again.run(setting, reference, NoiseCache())
-        assert counter.images == calls
-        assert second["costs"] == first["costs"]
-        for name in ("errors", "clusters", "features", "images"):
-            assert np.array_equal(second[name], first[name])
-    assert first["errors"].shape == (6,) and first["features"].shape == (10, 3)
-    assert first["images"].shape == (5, 3, 4, 4) and first["images"].dtype == np.uint8
-    assert first["costs"]["error"] == pytest.approx(first["errors"].mean())
+    first, evaluations = runner.read(setting), setting.evaluations(runner.process)
+    calls = counter.images - 16 * 6
+    assert runner.is_done(setting) and calls / 10 == pytest.approx(first.row["network_calls"])
+    again = make().read(setting)  # another process later
+    assert counter.images == calls + 16 * 6 and again.row == first.row
+    assert all(
+        np.array_equal(getattr(again, k), getattr(first, k)) for k in ("errors", "clusters", "features", "images")
+    )
+    assert first.errors.shape == (6,) and first.features.shape == (10, 3) and first.images.shape == (5, 3, 4, 4)
+    assert first.row["error"] == pytest.approx(first.errors.mean())
+    # the weights of the batches say which networks were evaluated, and how often the top one in the compared samples
+    estimator = runner.build(setting)
+    paths = [BrownianPath(runner.seeds[start : start + 4], (1,)) for start in (0, 4, 8)]
+    used = np.concatenate([estimator.weights(evaluations, path) for path in paths], axis=1) != 0
+    flops = (used.sum((0, 1)) * [level.flops for level in estimator.levels]).sum()
+    assert first.row["gflops_realised"] == pytest.approx(flops / 10 / 1e9)
+    assert first.row["gflops_expected"] == pytest.approx(runner.expected_flops(setting) / 10 / 1e9)
+    assert first.row["top_evaluations"] == used[:, :6, -1].sum()
+    shared = setting.coins.endswith("-shared")  # one cluster a batch
+    assert first.clusters.tolist() == ([100] * 4 + [104] * 4 + [108] * 2 if shared else runner.seeds)
 
 
 @pytest.mark.parametrize(
     "change",
     [{"key": "b"}, {"gamma": 3.0}, {"seeds": list(range(200, 210))}, {"seeds": list(range(100, 109))},
-     {"num_reference": 5}, {"batch": 5}, {"grid_images": 4}],
-    ids=lambda c: next(iter(c)),
+     {"num_reference": 5}, {"batch": 5}, {"grid_images": 4}, {"reference_steps": 8}],
+    ids=lambda change: next(iter(change)),
 )  # fmt: skip
-def test_every_input_of_the_result_is_in_the_key(make, counter, change):
-    setting = SETTINGS[3]
-    make().run(setting, make().reference("ode"), NoiseCache())
-    other, before = make(**change), counter.images
-    assert not other.is_done(setting)
-    other.run(setting, other.reference("ode"), NoiseCache())
-    assert counter.images > before
+def test_every_input_of_the_result_is_in_the_key(make, change):
+    make().read(SETTINGS[3])
+    assert make().is_done(SETTINGS[3]) and not make(**change).is_done(SETTINGS[3])
+    assert not make().reference_tasks("ode") and len(make(**change).reference_tasks("ode")) == 2
 
 
-def test_the_reference_setting_has_no_error_and_others_have_one(make):
+def test_errors_are_those_on_the_same_paths(make):
     runner = make()
     for dynamics, rule in (("sde", "ddpm"), ("ode", "dpmpp_2m")):
-        reference = runner.reference(dynamics)
 
-        def error(levels: str, steps: int, dynamics=dynamics, rule=rule, reference=reference) -> float:
-            setting = SamplerSetting(dynamics, rule, "single", (levels,), steps)
-            return runner.run(setting, reference, NoiseCache())["costs"]["error"]
+        def error(level: str, steps: int, dynamics=dynamics, rule=rule) -> float:
+            return runner.read(SamplerSetting(dynamics, rule, "single", (level,), steps)).row["error"]
 
         assert error("w8", 16) < 1e-10  # the same path, grid and network
         # coarser grids share the path, so their errors are small beside those of unrelated samples
-        assert all(1e-8 < error("w8", steps) < 0.2 * float(2 * reference.var()) for steps in (12, 8))
+        unrelated = float(2 * runner.reference(dynamics).var())
+        assert all(1e-8 < error("w8", steps) < 0.2 * unrelated for steps in (12, 8))
         assert error("w8", 16) < error("w4", 16) < error("w2", 16)
+    coarse = make(reference_steps=8)
+    assert coarse.read(SamplerSetting("ode", "dpmpp_2m", "single", ("w8",), 8)).row["error"] < 1e-12
 
 
-def test_costs_are_per_image_and_realised_costs_are_counted(make):
-    runner = make()
-    costs = runner.run(SamplerSetting("ode", "ddim", "single", ("w4",), 8), runner.reference("ode"), NoiseCache())[
-        "costs"
-    ]
-    assert costs["network_calls"] == 8 and costs["gflops_expected"] == costs["gflops_realised"] == 8 * 4
-    assert costs["top_evaluations"] == 8 * runner.num_reference and costs["seconds"] > 0
-    heun = SamplerSetting("ode", "heun", "single", ("w4",), 8)
-    costs = runner.run(heun, runner.reference("ode"), NoiseCache())["costs"]
-    assert heun.evaluations(runner.process) == costs["network_calls"] == 15  # two for each of seven steps, and the last
-    assert costs["gflops_expected"] == costs["gflops_realised"] == 15 * 4
-    setting = SamplerSetting("ode", "ddim", "stitched", ("w2", "w8"), 8, switch=0.25)
-    costs = runner.run(setting, runner.reference("ode"), NoiseCache())["costs"]
-    assert costs["gflops_expected"] == costs["gflops_realised"] == 2 * 1 + 6 * 16
-    assert costs["top_evaluations"] == 6 * runner.num_reference
+def test_neighbouring_settings_share_noise_and_get_the_same_images(make):
+    runner, alone = make(seeds=[1, 2, 3, 4, 5, 6]), make(seeds=[1, 2, 3, 4, 5, 6], key="b")
+    first, second = SETTINGS[0], replace(SETTINGS[0], levels=("w2",))
+    runner.read(first)
+    shared = runner._paths[0]
+    after = runner.read(second)
+    assert runner._paths[0] is shared and len(runner._paths) == 2
+    assert np.array_equal(after.errors, alone.read(second).errors)
 
 
-@pytest.mark.parametrize("setting", [SETTINGS[3], SETTINGS[4], SETTINGS[6]], ids=lambda s: s.coins)
-def test_fires_of_the_top_level_are_counted_over_the_compared_samples(make, setting):
-    """Counts over 6 compared samples of 10, in batches of 4."""
-    runner = make()
-    found = runner.run(setting, runner.reference(setting.dynamics), NoiseCache())["costs"]["top_evaluations"]
-    estimator, seeds = setting.build(runner.levels, runner.gamma), runner.seeds
-    weights = [estimator.weights(16, seeds[start : start + 4]) for start in (0, 4, 8)]
-    assert 0 < found == np.count_nonzero(np.concatenate(weights, axis=1)[:, :6, -1])
-
-
-@pytest.mark.parametrize("plan", PLANS.values(), ids=lambda p: p.method)
-def test_plans_are_run_by_their_id(make, counter, plan):
-    runner, setting = make(plans=PLANS), setting_of(plan, "ode", "ddim")
-    found = runner.run(setting, runner.reference("ode"), NoiseCache())
-    estimator, costs = runner.build(setting), found["costs"]
-    assert costs["gflops_expected"] * 1e9 == pytest.approx(estimator.expected_flops(16))
-    weights = np.concatenate([estimator.weights(16, runner.seeds[start : start + 4]) for start in (0, 4, 8)], axis=1)
-    assert costs["network_calls"] == pytest.approx(np.count_nonzero(weights) / 10)
-    assert runner.is_done(setting) and found["clusters"].tolist() == list(range(100, 110))
-    # another table is another setting
-    other = plan_of(plan.method, steps=12)
-    assert not make(plans=PLANS | {other.id: other}).is_done(setting_of(other, "ode", "ddim"))
-
-
-def test_without_an_extractor_there_are_errors_only(make, counter):
-    runner = make(extractor=None, key="b")
-    found = runner.run(SETTINGS[0], runner.reference("sde"), NoiseCache())
-    assert set(found) == {"costs", "errors", "clusters"}
-    whole = make().run(SETTINGS[0], make().reference("sde"), NoiseCache())
-    assert np.array_equal(found["errors"], whole["errors"])
+def test_a_stopped_setting_and_a_damaged_file(make, counter):
+    runner, calls = make(), iter([False, True])
+    with pytest.raises(Interrupted):
+        runner.measure(SETTINGS[3], lambda: next(calls))
+    assert not runner.is_done(SETTINGS[3])
+    before = runner.read(SETTINGS[3])
+    for file in runner.cache.iterdir():  # two batches of the reference, and the setting
+        file.write_bytes(file.read_bytes()[:-50])
     counter.images = 0
-    again = make(extractor=None, key="b").run(SETTINGS[0], runner.reference("sde"), NoiseCache())
-    assert counter.images == 0 and again["costs"] == found["costs"]
+    with pytest.warns(SlowPath, match="was damaged"):
+        assert np.array_equal(make().read(SETTINGS[3]).errors, before.errors)
+    assert counter.images > 6 * 16
 
 
-def test_a_coarser_reference_is_another_one_and_costs_less(make, counter):
-    fine = make().reference("ode")
-    counter.images = 0
-    runner = make(reference_steps=8)
-    assert runner.reference_grid.steps == 8 and make().reference_grid.steps == 16
-    coarse = runner.reference("ode")
-    assert counter.images == 8 * 6 and not torch.equal(coarse, fine)
-    direct = runner.run(SamplerSetting("ode", "dpmpp_2m", "single", ("w8",), 8), coarse, NoiseCache())["costs"]
-    assert direct["error"] < 1e-12
-    assert not runner.is_done(SETTINGS[0]) and not torch.equal(make().reference("ode"), coarse)
+def test_diverged_settings_are_rows_without_an_error(make):
+    def broken(x: Tensor, logsnr: Tensor) -> Tensor:
+        return torch.where(x.flatten(1).mean(1)[:, None, None, None] > 0, x * torch.inf, x)
+
+    levels = make().levels | {"w2": Level("w2", broken, 1e9)}
+    found = make(levels=levels).read(SamplerSetting("ode", "ddim", "single", ("w2",), 8))
+    assert 0 < found.row["diverged"] < 10 and found.row["error"] is None and found.row["error_se"] is None
+    with pytest.raises(UserError, match=r"reference of the ODE.*not finite"):
+        make(levels={"w8": levels["w2"]}, key="c").reference("ode")
+    values = torch.tensor([0.5, -999.0, 1001.0, torch.nan, -torch.inf]).reshape(5, 1, 1, 1)
+    assert diverged(values).tolist() == [False, False, True, True, True]
 
 
-def test_shared_coins_are_one_cluster_per_batch(make):
-    runner = make()
-    shared = runner.run(SETTINGS[4], runner.reference("sde"), NoiseCache())
-    assert shared["clusters"].tolist() == [100] * 4 + [104] * 4 + [108] * 2
-    own = runner.run(SETTINGS[3], runner.reference("ode"), NoiseCache())
-    assert own["clusters"].tolist() == list(range(100, 110))
+# ------------------------------------------------------------------------------------- plans, pictures
 
 
-def test_the_noise_cache_equals_fresh_draws(make, monkeypatch):
-    from mlem_diffusion.comparison import runner as compare
+def test_plans_add_their_settings_and_columns(make, tmp_path):
+    alone = {"dynamics": "sde", "step_rule": "ddpm", "level": "w8", "steps": 8, "selected_error": 0.5}
+    facts = {"dynamics": "sde", "step_rule": "ddpm", "selected_error": 0.15}
+    content = {"seeds_used": [7, 8], "alone": [alone], "calibration": {"flops": 3e9}, "cost_unit": "seconds"}
+    save_plans(tmp_path / "plans.json", [(plan, facts) for plan in PLANS.values()], **content)
+    config = SimpleNamespace(plans="auto", seed=100, num_samples=10)
+    planned = read_planned(tmp_path / "plans.json", config)
+    assert (planned.flops, planned.unit, len(planned.settings)) == (3e9, "seconds", 4)
+    with pytest.raises(UserError, match="sample seeds that the comparison would use too"):
+        read_planned(tmp_path / "plans.json", SimpleNamespace(plans="auto", seed=0, num_samples=8))
+    config.plans = "none"
+    assert read_planned(tmp_path / "plans.json", config) == Planned()
 
-    drawn: list[tuple] = []
-    original = compare.path_increments
-
-    def counted(seeds, shape, grid, clock, device):
-        drawn.append((grid.steps, clock, seeds[0]))
-        return original(seeds, shape, grid, clock, device)
-
-    monkeypatch.setattr(compare, "path_increments", counted)
-    runner, cache, seeds = make(), NoiseCache(entries=2), [100, 101]
-    assert cache.get(runner, 8, None, seeds) is None
-    first = cache.get(runner, 8, "snr", seeds)
-    assert cache.get(runner, 8, "snr", seeds) is first and len(drawn) == 1
-    assert not torch.equal(first, cache.get(runner, 8, "time", seeds))
-    assert not torch.equal(first, cache.get(runner, 8, "snr", [104, 105]))  # the third entry drops the first
-    assert len(drawn) == 3 and len(cache.cached) == 2
-    assert torch.equal(cache.get(runner, 8, "snr", seeds), first) and len(drawn) == 4
-
-
-# ------------------------------------------------------------------------------------ gamma of the probabilities
-
-
-def stage_with(tmp_path: Path, gamma: Any) -> Any:
-    return SimpleNamespace(cfg=OmegaConf.create({"compare": {"gamma": gamma}}), find=lambda name: tmp_path / name)
-
-
-@pytest.mark.parametrize(
-    ("found", "expected"),
-    [
-        ({"differences": 2.2, "to_largest": 2.4, "loss_fit": 3.0}, 2.2),
-        ({"differences": None, "to_largest": 2.4, "loss_fit": 3.0}, 2.4),
-        ({"differences": None, "to_largest": None, "loss_fit": 3.0}, 3.0),
-    ],
-)
-def test_gamma_is_the_first_finite_estimate(tmp_path, found, expected):
-    from mlem_diffusion.experiment.sampler_runs import used_gamma
-
-    write_json(
-        tmp_path / "gamma.json", {"estimates": {k: {"gamma": v, "interval": [1, None]} for k, v in found.items()}}
+    runner, settings = make(), [*planned.settings, replace(SETTINGS[0], steps=8)]
+    moments = feature_moments(np.random.default_rng(0).normal(128, 10, (50, 3)))
+    found = [runner.read(setting) for setting in settings]
+    measured = complete(settings, found, runner.seeds, RealImages("FD-mean", moments, 0.1), planned)
+    assert [m.row.get("predicted") for m in measured] == [0.2] * 4 + [None]
+    assert [m.row["selected_error"] for m in measured] == [0.15] * 4 + [0.5]
+    assert measured[0].row["distance"] == frechet_distance(measured[0].features, moments)
+    assert table.frame_of(m.row for m in measured).num_samples.tolist() == [10] * 5
+    _, (label, images), *others = examples(measured, "sde", runner)
+    assert label.startswith("DDPM ancestral, w8, 8 steps\n128 GFLOP, error") and np.array_equal(
+        images, measured[-1].images
     )
-    assert used_gamma(stage_with(tmp_path, "auto"), None) == expected
-    assert used_gamma(stage_with(tmp_path, 4), None) == 4.0  # a number in the configuration comes first
+    assert len(others) == 1 and "w2+w8" in others[0][0]  # the best plan that costs no more
 
 
-def test_missing_gamma_gives_one_sentence(tmp_path):
-    from mlem_diffusion.experiment.sampler_runs import used_gamma
+def test_costs_of_a_comparison(make):
+    levels, process = make().levels, Process(LinearSchedule(), base_steps=16)
+    config = EMPTY | {"baselines": [BASELINE], "gamma": "auto", "num_samples": 10, "num_reference": 6}
+    assert dict(expected_costs(config, levels, process, Planned())) == {
+        "sde single": {"w2": 80, "w4": 80, "w8": 80}, "sde reference": {"w8": 96}
+    }  # fmt: skip
+    clocks = [s.rule.clock for s in all_settings(EMPTY, [], 16, Planned(settings=[SETTINGS[i] for i in (5, 0, 2)]))]
+    assert clocks == ["snr", "snr", "time"]  # those that share noise are neighbours
 
-    with pytest.raises(UserError, match="make measure-gamma"):
-        used_gamma(stage_with(tmp_path, "auto"), None)
-    none = {"gamma": None, "interval": [None, None]}
-    write_json(tmp_path / "gamma.json", {"estimates": dict.fromkeys(("differences", "to_largest", "loss_fit"), none)})
-    with pytest.raises(UserError, match=r"set compare\.gamma to a number"):
-        used_gamma(stage_with(tmp_path, "auto"), None)
-    with pytest.raises(UserError, match="neither a number nor auto"):
-        used_gamma(stage_with(tmp_path, "automatic"), None)
+
+@pytest.mark.parametrize("text", ["x", "5-3", "", "1,,2"])
+def test_bad_seeds_give_one_sentence(text):
+    with pytest.raises(UserError, match="not a list of seeds"):
+        parse_seeds(text)
+
+
+def test_pictures_do_not_depend_on_the_batches(make, tmp_path):
+    runner, seeds = make(), parse_seeds("0-2,9,1")
+    assert seeds == [0, 1, 2, 9]
+    grid, rule, estimator = runner.process.grid(8), SETTINGS[3].rule, runner.build(SETTINGS[3])
+    for name, batch in (("one", 4), ("two", 3)):
+        where = (runner.shape, runner.device, tmp_path / name, lambda done, total: None)
+        ledger, pixels = draw(estimator, rule, grid, seeds, batch, *where)
+        assert ledger.images == 4 and pixels.shape == (4, 3, 4, 4)
+    files = [sorted((tmp_path / name).iterdir()) for name in ("one", "two")]
+    assert [f.name for f in files[0]] == ["000000.png", "000001.png", "000002.png", "000009.png"]
+    assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]

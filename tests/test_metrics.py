@@ -1,8 +1,9 @@
-"""Distances against an independent formula, torch-fidelity's own pipeline, and known distortions."""
+"""Distances against an independent formula and torch-fidelity, and features on known distortions."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import numpy as np
@@ -11,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from scipy.linalg import sqrtm
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from mlem_diffusion import statistics
 from mlem_diffusion.comparison import features as extractors
 from mlem_diffusion.comparison import frechet
 from mlem_diffusion.data.pixels import to_uint8
 from mlem_diffusion.errors import UserError
+from mlem_diffusion.files import sha256_of
 
 
 def gaussian_features(n: int, dim: int, seed: int, shift: float = 0.0, stretch: float = 1.0) -> np.ndarray:
@@ -26,40 +27,14 @@ def gaussian_features(n: int, dim: int, seed: int, shift: float = 0.0, stretch: 
     return (stretch * rng.standard_normal((n, dim)) @ mix + shift).astype(np.float32)
 
 
-def by_sqrtm(x: np.ndarray, y: np.ndarray) -> float:
-    """The textbook formula, with scipy's matrix square root."""
-    x, y = x.astype(np.float64), y.astype(np.float64)
-    s1, s2 = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
-    shift = x.mean(0) - y.mean(0)
-    return float(shift @ shift + np.trace(s1 + s2 - 2 * np.real(np.asarray(sqrtm(s1 @ s2)))))
-
-
-def textures(n: int, seed: int, size: int = 32) -> Tensor:
-    """Soft coloured discs on gradients with a fine grating: enough structure for distortions to show; float
-    0..255."""
-    g = torch.Generator().manual_seed(seed)
-    grid = torch.linspace(-1, 1, size)
-    yy, xx = grid.view(1, 1, -1, 1), grid.view(1, 1, 1, -1)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.rand(n, *shape, 1, 1, generator=g)
-
-    cx, cy, radius = draw(1) - 0.5, draw(1) - 0.5, 0.3 + 0.4 * draw(1)
-    disc = torch.sigmoid(12 * (radius - ((xx - cx) ** 2 + (yy - cy) ** 2).sqrt()))
-    grating = 0.15 * torch.sin(size * (0.6 + 0.4 * draw(1)) * xx) * torch.cos(size * 0.7 * draw(1) * yy)
-    image = draw(3) * disc + draw(3) * (1 - disc) * (0.6 + 0.4 * (2 * draw(1) - 1) * yy) + grating
-    return image.clip(0, 1) * 255
+def textures(n: int, seed: int) -> Tensor:
+    """Smooth random colours, float [n, 3, 16, 16] in 0..255."""
+    coarse = torch.rand(n, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+    return 255 * F.interpolate(coarse, size=16, mode="bilinear")
 
 
 def u8(x: Tensor) -> Tensor:
     return x.round().clip(0, 255).to(torch.uint8)
-
-
-def blur(x: Tensor, sigma: float) -> Tensor:
-    kernel = torch.exp(-(torch.arange(-3.0, 4.0) ** 2) / (2 * sigma**2))
-    kernel = (kernel / kernel.sum()).view(1, 1, 1, -1).expand(3, 1, 1, -1)
-    x = F.conv2d(F.pad(x, (3, 3, 3, 3), mode="reflect"), kernel, groups=3)
-    return F.conv2d(x, kernel.transpose(2, 3), groups=3)
 
 
 # ------------------------------------------------------------------------------------------- errors
@@ -79,29 +54,21 @@ def test_squared_errors_are_means_before_clipping() -> None:
     samples[0] += 3.0  # beyond the range of images: not clipped
     samples[1, 0] += 1.0  # one channel of three
     assert statistics.squared_errors(samples, reference) == pytest.approx([9.0, 1 / 3], rel=1e-12)
-    assert statistics.squared_errors(samples, reference).dtype == np.float64
-    with pytest.raises(UserError):
-        statistics.squared_errors(samples, reference[:1])
-    with pytest.raises(UserError):
-        statistics.squared_errors(samples.byte(), reference.byte())
+    for wrong in ((samples, reference[:1]), (samples.byte(), reference.byte())):
+        with pytest.raises(UserError):
+            statistics.squared_errors(*wrong)
 
 
 def test_standard_error_matches_its_sampling_spread() -> None:
-    rng = np.random.default_rng(0)
-    clusters = np.repeat(np.arange(40), 10)
-    means, unclustered, clustered = [], [], []
-    for _ in range(400):
-        values = np.repeat(rng.standard_normal(40), 10) + 0.5 * rng.standard_normal(400)
-        means.append(values.mean())
-        unclustered.append(statistics.standard_error(values))
-        clustered.append(statistics.standard_error(values, clusters))
-    spread = np.std(means)
-    assert np.mean(clustered) == pytest.approx(spread, rel=0.12)
-    assert np.mean(unclustered) < 0.5 * spread  # ignoring the clusters is far too sure
+    rng, clusters = np.random.default_rng(0), np.repeat(np.arange(40), 10)
+    draws = np.repeat(rng.standard_normal((400, 40)), 10, axis=1) + 0.5 * rng.standard_normal((400, 400))
+    spread = np.std(draws.mean(1))
+    assert np.mean([statistics.standard_error(v, clusters) for v in draws]) == pytest.approx(spread, rel=0.12)
+    # ignoring the clusters is far too sure
+    assert np.mean([statistics.standard_error(v) for v in draws]) < 0.5 * spread
     values = rng.standard_normal(50)
-    textbook = values.std(ddof=1) / np.sqrt(50)
-    assert statistics.standard_error(values) == pytest.approx(textbook, rel=1e-12)
-    assert statistics.standard_error(values, np.arange(50)) == pytest.approx(textbook, rel=1e-12)
+    for ids in (None, np.arange(50)):
+        assert statistics.standard_error(values, ids) == pytest.approx(values.std(ddof=1) / np.sqrt(50), rel=1e-12)
     assert np.isnan(statistics.standard_error(values[:1]))
 
 
@@ -111,14 +78,11 @@ def test_standard_error_matches_its_sampling_spread() -> None:
 @pytest.mark.parametrize(("shift", "stretch"), [(0.0, 1.0), (0.3, 1.0), (0.1, 1.4)])
 def test_frechet_distance_agrees_with_matrix_square_root(shift: float, stretch: float) -> None:
     x, y = gaussian_features(300, 24, 1, shift, stretch), gaussian_features(500, 24, 2)
-    assert frechet.frechet_distance(x, y) == pytest.approx(by_sqrtm(x, y), rel=1e-6)
-    assert frechet.frechet_distance(torch.from_numpy(x), torch.from_numpy(y)) == frechet.frechet_distance(x, y)
-
-
-def test_frechet_distance_of_shifted_features_is_the_squared_shift() -> None:
-    x = gaussian_features(400, 8, 3).astype(np.float64)
-    assert frechet.frechet_distance(x + 0.5, x) == pytest.approx(8 * 0.25, rel=1e-6)
-    assert frechet.frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
+    s1, s2 = (np.cov(features.astype(np.float64), rowvar=False) for features in (x, y))
+    between = x.mean(0, dtype=np.float64) - y.mean(0, dtype=np.float64)
+    textbook = between @ between + np.trace(s1 + s2 - 2 * np.real(np.asarray(sqrtm(s1 @ s2))))
+    assert frechet.frechet_distance(x, y) == pytest.approx(textbook, rel=1e-6)
+    assert frechet.frechet_distance(torch.from_numpy(x), frechet.feature_moments(y)) == frechet.frechet_distance(x, y)
 
 
 def test_fast_frechet_equals_torch_fidelity() -> None:
@@ -130,48 +94,14 @@ def test_fast_frechet_equals_torch_fidelity() -> None:
     repeated = np.repeat(x, counts, axis=0)
     fast = frechet.fast_frechet(x, reference, counts, x.astype(np.float64) @ reference.root)
     assert fast == pytest.approx(frechet.frechet_distance(repeated, y), rel=1e-6)
-
-
-def test_fast_frechet_with_fewer_images_than_features() -> None:
-    x, y = gaussian_features(15, 24, 7, 0.1), gaussian_features(500, 24, 8)
-    reference = frechet.feature_moments(y)
-    # The covariance is singular, where a general eigenvalue solver loses half the digits.
-    assert frechet.fast_frechet(x, reference) == pytest.approx(frechet.frechet_distance(x, y), rel=1e-4)
-    assert frechet.fast_frechet(x, reference) > frechet.fast_frechet(gaussian_features(400, 24, 7, 0.1), reference)
-
-
-class Uint8Dataset(Dataset):
-    def __init__(self, images: Tensor) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.images[index]
-
-
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_calculate_metrics_with_the_registered_extractor_gives_the_same_number() -> None:
-    import torch_fidelity
-
-    extractor = extractors.light(dim=16)
-    name = extractors.register_with_torch_fidelity(extractor)
-    assert extractor.key in name and extractors.register_with_torch_fidelity(extractor) == name
-    a, b = u8(textures(96, 0, 16)), u8(blur(textures(80, 1, 16), 0.7))
-    out = torch_fidelity.calculate_metrics(
-        input1=Uint8Dataset(a), input2=Uint8Dataset(b), feature_extractor=name,
-        fid=True, cuda=False, cache=False, verbose=False, batch_size=32,
-    )  # fmt: skip
-    ours = frechet.frechet_distance(extractor.features(a), extractor.features(b))
-    assert ours == pytest.approx(out["frechet_inception_distance"], rel=1e-6)
+    # With fewer images than features a general eigenvalue solver loses half the digits.
+    few = frechet.fast_frechet(x[:15], reference)
+    assert few == pytest.approx(frechet.frechet_distance(x[:15], y), rel=1e-4)
 
 
 def test_distance_floor_is_that_of_other_real_images() -> None:
     features = gaussian_features(600, 12, 9)
-    floor = frechet.distance_floor(features, 100, seed=0)
-    assert floor == frechet.distance_floor(features, 100, seed=0)
-    assert 0 < floor < frechet.distance_floor(features, 30, seed=0)  # fewer images, higher floor
+    assert 0 < frechet.distance_floor(features, 100, seed=0) < frechet.distance_floor(features, 30, seed=0)
     # Drawn images are excluded from the statistics: inside, they would pull the distance down.
     order = np.random.default_rng(0).permutation(600)
     one = frechet.distance_floor(features, 300, seed=0, repeats=1)
@@ -183,107 +113,92 @@ def test_distance_floor_is_that_of_other_real_images() -> None:
 
 def test_bad_input_gives_no_distance() -> None:
     good = gaussian_features(10, 4, 0)
-    bad = good.copy()
-    bad[3, 1] = np.nan
-    with pytest.raises(UserError, match="at least 2"):
-        frechet.frechet_distance(good[:1], good)
-    with pytest.raises(UserError, match="NaN"):
-        frechet.frechet_distance(bad, good)
-    with pytest.raises(UserError, match="NaN"):
-        frechet.fast_frechet(bad, frechet.feature_moments(good))
-    with pytest.raises(UserError, match="compared"):
-        frechet.frechet_distance(good[:, :3], good)
-    with pytest.raises(UserError, match="uint8"):
-        extractors.light().features(torch.zeros(4, 3, 16, 16))
-    with pytest.raises(UserError, match="uint8"):
-        extractors.light().features(torch.zeros(4, 1, 16, 16, dtype=torch.uint8))
-    with pytest.raises(UserError, match="at least 2"):
-        frechet.extract_features(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), extractors.light())
+    for bad, sentence in ((good[:1], "at least 2"), (good * np.nan, "NaN"), (good[:, :3], "compared")):
+        for distance in (frechet.frechet_distance, frechet.fast_frechet):
+            with pytest.raises(UserError, match=sentence):
+                distance(bad, frechet.feature_moments(good))
+    for images in (torch.zeros(4, 3, 16, 16), torch.zeros(4, 1, 16, 16, dtype=torch.uint8)):
+        with pytest.raises(UserError, match="uint8"):
+            extractors.light().features(images)
+
+
+def test_moments_of_real_images_are_read_back_and_published(tmp_path: Path) -> None:
+    extractor, images = extractors.light(dim=8), u8(textures(60, 3)).numpy()
+    calls: list[Any] = []
+    frechet.write_features(tmp_path / "real.npz", extractor, images, np.arange(5, 60), lambda *done: calls.append(done))
+    features = frechet.read_features(tmp_path / "real.npz")
+    assert np.array_equal(features, extractor.features(images[5:]).numpy()) and calls == [(55, 55)]
+    real = frechet.RealImages.of("FD", features, 20, 0)
+    for moments in (frechet.feature_moments(gaussian_features(30, 600, 1)), real.moments):
+        frechet.save_moments(tmp_path / "statistics.npz", moments)  # in float32 if there are many features
+        again = frechet.load_moments(tmp_path / "statistics.npz")
+        assert np.allclose(again.cov, moments.cov, atol=1e-6) and np.array_equal(again.cov, again.cov.T)
+    floor = {"num_samples": 20, "seed": 0, "distance": real.floor}
+    index = {"statistics": {
+        "file": "statistics.npz", "name": extractor.name, "identity": extractor.identity, "floor": floor
+    }}  # fmt: skip
+    for seed, expected in ((0, real.floor), (1, None)):
+        published = frechet.published_images(index, tmp_path, extractor, 20, seed)
+        assert published is not None and np.array_equal(published.moments.cov, real.moments.cov)
+        assert published.floor == expected
+    for other in ((index, extractors.light(dim=9)), (None, extractor)):
+        assert frechet.published_images(other[0], tmp_path, other[1], 20, 0) is None
 
 
 # ---------------------------------------------------------------------------------------- extractors
 
 
 def test_light_extractor_orders_distortions() -> None:
-    extractor = extractors.light()
-    real, n = textures(1200, 4, 16), 200
-    features = frechet.extract_features(u8(real), extractor)
-    assert features.shape == (1200, 64) and features.dtype == np.float32
-    floor = frechet.distance_floor(features, n, seed=0)
-    reference = frechet.feature_moments(features[n:])
+    extractor, real, n = extractors.light(), textures(1200, 4), 200
+    features = extractor.features(u8(real))
+    assert features.shape == (1200, 64) and features.dtype == torch.float32
+    floor, reference = frechet.distance_floor(features, n, seed=0), frechet.feature_moments(features[n:])
     fresh = real[:n]
     noise = torch.randn(fresh.shape, generator=torch.Generator().manual_seed(5))
-
-    def distance(x: Tensor) -> float:
-        return frechet.frechet_distance(extractor.features(u8(x)), reference)
-
-    assert distance(fresh) == pytest.approx(floor, rel=0.25)
+    blurred = F.avg_pool2d(F.pad(fresh, (1, 1, 1, 1), mode="reflect"), 3, 1)
     ladders = {
-        "blur": [blur(fresh, s) for s in (0.6, 0.8, 1.5)],
+        "blur": [fresh.lerp(blurred, s) for s in (0.4, 0.7, 1.0)],
         "noise": [fresh + s * noise for s in (12, 24, 48)],
         "colour": [fresh + torch.tensor([s, 0.0, -s]).view(1, 3, 1, 1) for s in (15, 30, 60)],
         "modes dropped": [fresh[torch.arange(n) % k] for k in (100, 40, 10)],
     }
+    assert frechet.frechet_distance(extractor.features(u8(fresh)), reference) == pytest.approx(floor, rel=0.25)
     for name, ladder in ladders.items():
-        values = [floor, *(distance(x) for x in ladder)]
+        values = [floor, *(frechet.frechet_distance(extractor.features(u8(x)), reference) for x in ladder)]
         assert values == sorted(values) and values[1] > 1.1 * floor, (name, values)
 
 
 def test_light_weights_are_the_same_everywhere() -> None:
-    a, b = extractors.light(dim=8), extractors.light(dim=8)
-    images = u8(textures(3, 6))
-    assert a.key == b.key and torch.equal(a.features(images), b.features(images))
-    keys = {extractors.light(dim=8, seed=1).key, extractors.light(dim=9).key, a.key}
-    assert len(keys) == 3
+    one, again, images = extractors.light(dim=8), extractors.light(dim=8), u8(textures(3, 6))
+    assert one.key == again.key and torch.equal(one.features(images), again.features(images))
+    assert len({extractors.light(dim=8, seed=1).key, extractors.light(dim=9).key, one.key}) == 3
     first = extractors._light_weights(8, 0)[0]  # numpy's legacy stream, frozen by its authors
-    assert first[0, 0, 0, 0] == pytest.approx(FIRST_WEIGHT, abs=1e-6)
+    assert first[0, 0, 0, 0] == pytest.approx(0.1867375671863556, abs=1e-6)
     # Features do not depend on the batch that an image is in.
-    alone = torch.cat([a.features(images[i : i + 1]) for i in range(3)])
-    torch.testing.assert_close(alone, a.features(images), rtol=1e-4, atol=1e-5)
-
-
-FIRST_WEIGHT = 0.1867375671863556
-
-
-class ChannelMeans:
-    """A user's extractor, as Hydra would make it from a `_target_`."""
-
-    dim = 3
-
-    def __init__(self, gain: float = 1.0) -> None:
-        self.gain = gain
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return images.double().mean((2, 3)) * self.gain
+    alone = torch.cat([one.features(images[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(alone, one.features(images), rtol=1e-4, atol=1e-5)
 
 
 def test_custom_extractor_is_named_and_keyed() -> None:
-    one, same, other = (extractors.custom(ChannelMeans(gain), "FD-means") for gain in (1.0, 1.0, 1.1))
-    assert one.name == "FD-means"
+    def means(gain: float) -> Any:
+        return lambda images: images.double().mean((2, 3)) * gain
+
+    one, same, other = (extractors.custom(means(gain), "FD-means") for gain in (1.0, 1.0, 1.1))
+    assert one.name == "FD-means" and extractors.custom(means(1), "FD-means", "v1").key == "v1"
     assert one.key == same.key != other.key  # changed weights must not meet the old cache
-    assert extractors.custom(ChannelMeans(), "FD-means", "v1").key == "v1"
-    features = one.features(u8(textures(5, 7)))
-    assert features.shape == (5, 3) and features.dtype == torch.float32
-    for bad_name in ("FID", " fid ", ""):
+    assert one.features(u8(textures(5, 7))).dtype == torch.float32
+    bad = [(means(1), "FID"), (means(1), " "), (means(np.nan), "FD-nan"), (lambda x: x.float(), "FD-4d"), (3, "FD-3")]
+    for function, name in bad:
         with pytest.raises(UserError):
-            extractors.custom(ChannelMeans(), bad_name)
-    with pytest.raises(UserError, match="NaN"):
-        extractors.custom(ChannelMeans(float("nan")), "FD-nan")
-    with pytest.raises(UserError, match="shape"):
-        extractors.custom(lambda x: x.float(), "FD-wrong-shape")
-    with pytest.raises(UserError, match="callable"):
-        extractors.custom(3, "FD-three")  # type: ignore[arg-type]
+            extractors.custom(function, name)
 
 
-def test_inception_refuses_other_files_and_reports_a_failed_download(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_inception_refuses_other_files_and_reports_a_failed_download(tmp_path, monkeypatch) -> None:
     wrong = tmp_path / "weights-inception-2015-12-05-6726825d.pth"
     wrong.write_bytes(b"<html>quota exceeded</html>")
-    with pytest.raises(UserError, match="SHA-256"):
-        extractors.inception(str(wrong))
-    with pytest.raises(UserError, match="do not exist"):
-        extractors.inception(str(tmp_path / "missing.pth"))
+    for path, sentence in ((wrong, "SHA-256"), (tmp_path / "missing.pth", "do not exist")):
+        with pytest.raises(UserError, match=sentence):
+            extractors.inception(str(path))
 
     def no_network(*args: object, **kwargs: object) -> None:
         raise URLError("no route to host")
@@ -294,20 +209,17 @@ def test_inception_refuses_other_files_and_reports_a_failed_download(
         extractors.inception()
 
 
-def test_inception_features_and_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole path with random weights of the right layout, whose hash is declared to be the expected
-    one."""
+def test_inception_features_and_name(tmp_path, monkeypatch) -> None:
+    """The whole path with random weights of the right layout, whose hash is declared to be the expected one."""
     from torch_fidelity import feature_extractor_inceptionv3 as module
 
     monkeypatch.setattr(module, "load_state_dict_from_url", lambda *a, **k: {})
     monkeypatch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
     torch.manual_seed(0)
-    state = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).state_dict()
+    torch.save(
+        module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).state_dict(), tmp_path / "weights.pth"
+    )
     monkeypatch.undo()
-    path = tmp_path / "weights.pth"
-    torch.save(state, path)
-    monkeypatch.setattr(extractors, "INCEPTION_SHA256", extractors._sha256(path))
-    extractor = extractors.inception(str(path))
-    assert extractor.name == "FID"
-    features = extractor.features(u8(textures(2, 8)))
-    assert features.shape == (2, 2048) and features.dtype == torch.float32
+    monkeypatch.setattr(extractors, "INCEPTION_SHA256", sha256_of(tmp_path / "weights.pth"))
+    extractor = extractors.inception(str(tmp_path / "weights.pth"))
+    assert extractor.name == "FID" and extractor.features(u8(textures(2, 8))).shape == (2, 2048)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import sha256_of
 
 # Hash of the file that torch-fidelity downloads. It is a pickle, so only this exact content is ever loaded.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -38,38 +39,27 @@ class Extractor:
     batch: int = 256
     identity: str = ""
 
-    def features(self, images_u8: Tensor | np.ndarray) -> Tensor:
-        """Float32 features [N, D] on the CPU of uint8 images [N, 3, H, W].
+    @torch.no_grad()
+    def features(self, images: Tensor | np.ndarray) -> Tensor:
+        """Float32 features [N, D] on the CPU of uint8 images [N, 3, H, W], such as a memory map.
 
-        Raises UserError for images of another type or shape, and for features that are not finite [N, D]
-        numbers.
+        Raises UserError for no images, for images of another type or shape, and for features that are not finite
+        [N, D] numbers.
         """
-        images = check_images(images_u8)
-        if len(images) == 0:
-            raise UserError(f"{self.name}: features need at least one image, but there are none.")
+        if images.ndim != 4 or images.shape[1] != 3 or images.dtype not in (torch.uint8, np.uint8) or not len(images):
+            raise UserError(f"Distances need uint8 images [N, 3, H, W], but got {images.dtype} {tuple(images.shape)}.")
         parts: list[Tensor] = []
-        with torch.no_grad():
-            for chunk in images.split(self.batch):
-                out = torch.as_tensor(self.compute(chunk)).detach().to("cpu", torch.float32)
-                if out.ndim != 2 or len(out) != len(chunk):
-                    raise UserError(
-                        f"{self.name}: the extractor must return [N, D] features, "
-                        f"but it returned shape {tuple(out.shape)} for {len(chunk)} images."
-                    )
-                if not bool(torch.isfinite(out).all()):
-                    raise UserError(f"{self.name}: the features contain NaN or infinite values.")
-                parts.append(out)
+        for start in range(0, len(images), self.batch):
+            chunk = images[start : start + self.batch]
+            chunk = chunk.cpu() if isinstance(chunk, Tensor) else torch.from_numpy(np.array(chunk))
+            out = torch.as_tensor(self.compute(chunk)).detach().to("cpu", torch.float32)
+            if out.ndim != 2 or len(out) != len(chunk) or not bool(torch.isfinite(out).all()):
+                found = (
+                    f"but it returned shape {tuple(out.shape)} for {len(chunk)} images, or values that are not finite"
+                )
+                raise UserError(f"{self.name}: the extractor must return finite features [N, D], {found}.")
+            parts.append(out)
         return torch.cat(parts)
-
-
-def check_images(images: Tensor | np.ndarray) -> Tensor:
-    """The images as a CPU tensor. Raises UserError unless they are uint8 [N, 3, H, W]."""
-    if images.ndim != 4 or images.shape[1] != 3 or images.dtype not in (torch.uint8, np.uint8):
-        raise UserError(
-            f"Distances need uint8 RGB images of shape [N, 3, H, W], but got {images.dtype} {tuple(images.shape)}."
-        )
-    # A read-only memory map is copied, because torch requires writable arrays.
-    return images.cpu() if isinstance(images, Tensor) else torch.from_numpy(np.array(images))
 
 
 # ------------------------------------------------------------------------------------------------ light
@@ -78,13 +68,10 @@ def check_images(images: Tensor | np.ndarray) -> Tensor:
 def light(dim: int = 64, seed: int = 0, device: str = "cpu", batch: int = 64) -> Extractor:
     """Extractor of `dim` random-convolution features: no download, the same weights on every machine.
 
-    Two layers of random zero-mean 3x3 filters at three scales (full, half and quarter resolution) are
-    rectified. A fixed random matrix projects the logarithm of the mean response per quadrant, and the mean
-    colour per quadrant, to `dim` numbers. Logarithms make a relative loss of fine detail (blur) as visible
-    as a change of contrast. This project designed the features to compare samplers with one another; the
-    distances are not FIDs.
-
-    Raises UserError if dim < 1.
+    Two layers of random zero-mean 3x3 filters at three scales (full, half and quarter resolution) are rectified. A
+    fixed random matrix projects the logarithm of the mean response per quadrant, and the mean colour per quadrant, to
+    `dim` numbers. Logarithms make a relative loss of fine detail (blur) as visible as a change of contrast. This
+    project designed the features to compare samplers with one another; the distances are not FIDs.
     """
     if dim < 1:
         raise UserError(f"The light extractor needs dim >= 1, but dim is {dim}.")
@@ -115,8 +102,7 @@ def _light_weights(dim: int, seed: int) -> list[np.ndarray]:
     projection = rng.standard_normal((raw, dim)) / np.sqrt(raw)
     # There are few colour features and many responses: give the two groups comparable total variance.
     projection[-_COLOURS:] *= np.sqrt((raw - _COLOURS) / _COLOURS)
-    arrays.append(projection.astype(np.float32))
-    return arrays
+    return [*arrays, projection.astype(np.float32)]
 
 
 def _light_features(images: Tensor, weights: list[Tensor]) -> Tensor:
@@ -131,10 +117,8 @@ def _light_features(images: Tensor, weights: list[Tensor]) -> Tensor:
         # Divide by the local response, so that the second layer measures arrangement and not contrast again.
         local = a.mean(1, keepdim=True) + _FLOOR
         b = F.conv2d(F.pad(a / local, (1, 1, 1, 1), mode="replicate"), second).abs()
-        columns.append(torch.log(F.adaptive_avg_pool2d(a, 2) + _FLOOR).flatten(1))
-        columns.append(torch.log(F.adaptive_avg_pool2d(b, 2) + _FLOOR).flatten(1))
-    columns.append(colour)
-    return torch.cat(columns, 1) @ projection
+        columns += [torch.log(F.adaptive_avg_pool2d(response, 2) + _FLOOR).flatten(1) for response in (a, b)]
+    return torch.cat([*columns, colour], 1) @ projection
 
 
 # -------------------------------------------------------------------------------------------- inception
@@ -147,9 +131,16 @@ def inception(weights: str | None = None, device: str = "cpu", batch: int = 64) 
     downloaded and stored in the torch hub folder. In both cases the file's SHA-256 is checked before it is opened.
     Speed: about 3 images per second on two CPU cores. Raises UserError for a wrong file or a failed download.
     """
-    path = _local_weights(Path(weights)) if weights else _download_weights()
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # slow import
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
+    path = Path(weights) if weights else _downloaded(URL_INCEPTION_V3)
+    if not path.is_file():
+        raise UserError(f"The Inception weights {path} do not exist.")
+    if (found := sha256_of(path)) != INCEPTION_SHA256:
+        raise UserError(
+            f"{path} is not weights-inception-2015-12-05-6726825d.pth: its SHA-256 starts with "
+            f"{found[:8]} instead of {INCEPTION_SHA256[:8]}."
+        )
     network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
     network = network.to(device).eval()
     key = f"inception-{INCEPTION_SHA256[:12]}-{torch.device(device).type}"
@@ -157,42 +148,19 @@ def inception(weights: str | None = None, device: str = "cpu", batch: int = 64) 
     return Extractor("FID", key, lambda images: network(images.to(device))[0], batch, identity)
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _local_weights(path: Path) -> Path:
-    if not path.is_file():
-        raise UserError(f"The Inception weights {path} do not exist.")
-    found = _sha256(path)
-    if found != INCEPTION_SHA256:
-        raise UserError(
-            f"{path} is not weights-inception-2015-12-05-6726825d.pth: its SHA-256 starts with "
-            f"{found[:8]} instead of {INCEPTION_SHA256[:8]}."
-        )
-    return path
-
-
-def _download_weights() -> Path:
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-
-    path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
+def _downloaded(url: str) -> Path:
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # This downloads to a temporary file, compares the hash, then renames: no partial file is left.
-            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), INCEPTION_SHA256, progress=False)
+            torch.hub.download_url_to_file(url, str(path), INCEPTION_SHA256, progress=False)
         except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
-            reason = getattr(error, "reason", None) or error
             raise UserError(
-                f"The Inception weights could not be downloaded ({reason}); fetch {URL_INCEPTION_V3} "
-                "on another machine and give its path as `weights`, or use the light extractor."
+                f"The Inception weights could not be downloaded ({getattr(error, 'reason', None) or error}); fetch "
+                f"{url} on another machine and give its path as `weights`, or use the light extractor."
             ) from error
-    return _local_weights(path)
+    return path
 
 
 # ----------------------------------------------------------------------------------------------- custom
@@ -201,66 +169,19 @@ def _download_weights() -> Path:
 def custom(callable: Callable[[Tensor], Any], name: str, key: str = "", batch: int = 256) -> Extractor:
     """Extractor from any map of uint8 images [N, 3, H, W] to [N, D] features, with its own name.
 
-    From Hydra: `callable: {_target_: package.Class, ...}`. `key` is a hash of weights and settings. Without it, a
-    key is computed from the callable's output on a few fixed images, so that changed weights never use an old
-    cache. Raises UserError for an empty name, the name FID (reserved for Inception's TF-2015 weights), or an
-    object that is not callable.
+    From Hydra: `callable: {_target_: package.Class, ...}`. `key` is a hash of weights and settings. Without it, a key
+    is computed from the callable's output on a few fixed images, so that changed weights never use an old cache.
+    Raises UserError for no name, the name FID (reserved for Inception's TF-2015 weights), or no callable.
     """
     if not name.strip() or name.strip().upper() == "FID":
         raise UserError("A custom extractor needs a name for its distance, and this name must not be FID.")
     if not hasattr(callable, "__call__"):  # noqa: B004  the builtin is shadowed by the argument
         raise UserError(f"The extractor {name} is not callable: {type(callable).__name__}.")
     extractor = Extractor(name.strip(), key, callable, batch)
-    return extractor if key else Extractor(extractor.name, _probe_key(extractor), callable, batch)
-
-
-def _probe_key(extractor: Extractor) -> str:
-    """A hash of the features of four fixed 64x64 images: smooth, noisy, and in between."""
-    ramp = np.linspace(0, 255, 64)
-    smooth = np.stack([np.add.outer(ramp, ramp) / 2, np.add.outer(ramp, 0 * ramp), np.add.outer(0 * ramp, ramp)])
-    noise = np.random.RandomState(0).randint(0, 256, (3, 64, 64))  # see _light_weights
-    mixes = [smooth * (1 - share) + noise * share for share in (0.0, 0.1, 0.4, 1.0)]
-    features = extractor.features(np.stack(mixes).round().astype(np.uint8))
-    text = f"{extractor.name}/{features.shape[1]}/"
+    if key:
+        return extractor
+    images = np.random.RandomState(0).randint(0, 256, (4, 3, 64, 64)).astype(np.uint8)  # see _light_weights
+    images[:2, :, :, 1:] = images[:2, :, :, :1]  # two have stripes
     # Five digits, so that the last bits of a convolution seldom matter; a needless cache miss costs only time.
-    text += ",".join(f"{value:.5g}" for value in features.flatten().tolist())
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-# --------------------------------------------------------------------------------------- torch-fidelity
-
-
-def register_with_torch_fidelity(extractor: Extractor) -> str:
-    """Register the extractor with torch-fidelity and return its name.
-
-    Pass the name to torch_fidelity.calculate_metrics as `feature_extractor`, and pass `cuda` explicitly. The name
-    contains the key, because torch-fidelity's own cache compares names only. Features are passed in float64, so
-    that torch-fidelity accumulates its means in float64 too.
-    """
-    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
-
-    name = f"{extractor.name}-{extractor.key}".replace("/", "_").replace("\\", "_")
-
-    class Registered(FeatureExtractorBase):
-        def __init__(self, name: str, features_list: list[str], **_: Any) -> None:
-            super().__init__(name, features_list)
-
-        @staticmethod
-        def get_provided_features_list() -> tuple[str, ...]:
-            return ("features",)
-
-        @staticmethod
-        def get_default_feature_layer_for_metric(metric: str) -> str:
-            return "features"
-
-        @staticmethod
-        def can_be_compiled() -> bool:
-            return False
-
-        def forward(self, input: Tensor) -> tuple[Tensor, ...]:
-            return (extractor.features(input).double(),)
-
-    if name not in FEATURE_EXTRACTORS_REGISTRY:
-        register_feature_extractor(name, Registered)
-    return name
+    text = ",".join(f"{value:.5g}" for value in extractor.features(images).flatten().tolist())
+    return replace(extractor, key=hashlib.sha256(f"{name}/{text}".encode()).hexdigest()[:16])

@@ -1,16 +1,15 @@
-"""The comparison: each configured setting against one fine reference on the same seeds and Brownian paths.
+"""The comparison: each setting against one fine reference on the same seeds and Brownian paths.
 
-A setting is one row of compare.csv. Finished settings are cached on disk under a hash of everything that they depend
-on, so a stopped comparison can resume.
+Every batch of a reference and every finished setting is one npz file under a hash of all that it depends on, so a
+stopped comparison can resume.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +17,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import parallel
 from ..data.pixels import to_uint8
-from ..diffusion.brownian import WINDOW_BYTES, path_increments
+from ..diffusion.brownian import BrownianPath
 from ..diffusion.estimator import Estimator, SingleLevel
 from ..diffusion.ledger import Ledger
 from ..diffusion.level import Level
 from ..diffusion.process import Process, TimeGrid
 from ..diffusion.sampler import sample
-from ..diffusion.step_rules import REFERENCE_RULE, step_rule_of
-from ..errors import UserError
-from ..files import read_arrays, write_arrays
+from ..diffusion.step_rules import REFERENCE_RULE
+from ..errors import Interrupted, UserError
+from ..files import cached, read_arrays, write_arrays
 from ..multilevel.plan import Plan
-from ..parallel import Arrays, Job
+from ..parallel import never
 from ..statistics import squared_errors, standard_error
 from .features import Extractor
-from .settings import SamplerSetting
+from .settings import Measurement, SamplerSetting
 
-_REMOVE = "remove it and run the same command again"  # advice for a damaged file of the cache
+ABSURD = 1e3  # size of a pixel value; pixels are in [-1, 1], and no working sampler comes near it
+_PATHS = 2  # batches whose noise is kept for the next setting; each takes at most brownian.WINDOW_BYTES
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,8 @@ class Runner:
     plans: Mapping[str, Plan] = field(default_factory=dict)
     reference_steps: int | None = None  # None: the base grid
     made_with: Mapping[str, Any] | None = None  # family.identity_of the levels; artefacts record it
+    _paths: dict[int, BrownianPath] = field(default_factory=dict, init=False, repr=False)
+    _references: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def reference_grid(self) -> TimeGrid:
@@ -65,167 +66,136 @@ class Runner:
     def build(self, setting: SamplerSetting) -> Estimator:
         return setting.build(self.levels, self.gamma, self.plans)
 
-    def _path(self, kind: str, what: dict[str, Any]) -> Path:
-        asked = json.dumps(
-            [
-                kind,
-                what,
-                self.key,
-                self.seeds[0],
-                len(self.seeds),
-                self.num_reference,
-                self.gamma,
-                self.grid_images,
-                self.batch,
-                self.reference_steps,
-            ],
-            sort_keys=True,
-        )
-        return self.cache / f"{kind}-{hashlib.sha256(asked.encode()).hexdigest()[:20]}.npz"
+    def expected_flops(self, setting: SamplerSetting) -> float:
+        """Expected FLOPs of a setting over all samples."""
+        return self.build(setting).expected_flops(setting.evaluations(self.process)) * len(self.seeds)
+
+    def reference_flops(self, dynamics: str) -> float:
+        """FLOPs of a reference over all its samples."""
+        evaluations = len(REFERENCE_RULE[dynamics].program(self.reference_grid))
+        return list(self.levels.values())[-1].flops * evaluations * self.num_reference
 
     def warm_up(self) -> None:
         """Evaluate each level once, so that first-call overheads do not enter the seconds of any setting."""
         x = torch.zeros(min(self.batch, len(self.seeds)), *self.shape, device=self.device)
-        for level in self.levels.values():
-            level.denoise(x, torch.zeros(len(x), device=self.device))
+        with torch.no_grad():
+            for level in self.levels.values():
+                level.denoise(x, torch.zeros((), device=self.device))
 
-    def reference_path(self, dynamics: str) -> Path:
-        return self._path("reference", {"dynamics": dynamics})
+    # ------------------------------------------------------------------------------------------ references
 
-    def reference_job(self, dynamics: str) -> Job:
-        """The job that samples the reference of one dynamics, in batches."""
-        path, grid = self.reference_path(dynamics), self.reference_grid
-        estimator, rule = SingleLevel(list(self.levels.values())[-1]), REFERENCE_RULE[dynamics]
+    def _reference_files(self, dynamics: str) -> list[Path]:
+        """The file of each batch."""
+        file = self._file("reference", {"dynamics": dynamics})
+        return [file.with_stem(f"{file.stem}-{i}") for i in range(-(-self.num_reference // self.batch))]
 
-        def work(i: int) -> Arrays:
-            seeds = self.seeds[: self.num_reference][i * self.batch : (i + 1) * self.batch]
-            images, _ = sample(estimator, grid, dynamics, rule, seeds, self.shape, self.device)
-            return {"images": images.cpu().numpy()}
+    def reference_tasks(self, dynamics: str) -> list[tuple[str, int]]:
+        """(dynamics, batch number) of each batch of a reference that is not done."""
+        return [(dynamics, i) for i, file in enumerate(self._reference_files(dynamics)) if not file.is_file()]
 
-        return Job(path, -(-self.num_reference // self.batch), work, lambda arrays: write_arrays(path, arrays))
+    def measure_reference(self, dynamics: str, i: int) -> None:
+        """Sample a batch of a reference: the largest level on the finest grid."""
+        seeds = self.seeds[: self.num_reference][i * self.batch : (i + 1) * self.batch]
+        estimator, path = SingleLevel(list(self.levels.values())[-1]), BrownianPath(seeds, self.shape, self.device)
+        images, _ = sample(estimator, REFERENCE_RULE[dynamics], self.reference_grid, path)
+        write_arrays(self._reference_files(dynamics)[i], {"images": images.cpu().numpy()})
 
-    def read_reference(self, dynamics: str) -> Tensor:
-        """The stored reference samples of one dynamics. Raises UserError if they are not finite."""
-        images = read_arrays(self.reference_path(dynamics), _REMOVE)["images"]
-        if not np.isfinite(images).all():
-            raise UserError(
-                f"The reference of the {dynamics.upper()}, the largest level on the finest grid, is not finite, so "
-                "nothing can be compared with it: train the largest level longer or with a lower train.lr."
-            )
-        return torch.from_numpy(images)
+    def reference(self, dynamics: str) -> Tensor:
+        """The reference samples [num_reference, *shape], float32 on the CPU; UserError if they are not finite."""
+        if dynamics not in self._references:
+            parts = []
+            for i, file in enumerate(self._reference_files(dynamics)):
+                parts.append(cached(file, _read, lambda i=i: self.measure_reference(dynamics, i))["images"])
+            images = np.concatenate(parts)
+            if not np.isfinite(images).all():
+                raise UserError(
+                    f"The reference of the {dynamics.upper()}, the largest level on the finest grid, is not finite, so "
+                    "nothing can be compared with it: train the largest level longer or with a lower train.lr."
+                )
+            self._references[dynamics] = torch.from_numpy(images)
+        return self._references[dynamics]
 
-    def reference(
-        self,
-        dynamics: str,
-        should_stop: Callable[[], bool] = parallel.never,
-        progress: Callable[[int], object] | None = None,
-    ) -> Tensor:
-        """Samples [num_reference, *shape] of the largest level on the finest grid, in float32 on the CPU.
-
-        Collective: all processes call it, share the batches and get all samples. Raises Interrupted between batches."""
-        parallel.run_jobs([self.reference_job(dynamics)], should_stop, progress)
-        return parallel.from_main(lambda: self.read_reference(dynamics))
+    # -------------------------------------------------------------------------------------------- settings
 
     def is_done(self, setting: SamplerSetting) -> bool:
-        return self._path("setting", asdict(setting)).is_file()
+        return self._file("setting", setting.row).is_file()
 
-    def setting_job(self, setting: SamplerSetting, reference: Tensor, noise: NoiseCache) -> Job:
-        """The job that runs one setting, in batches.
+    def measure(self, setting: SamplerSetting, should_stop: Callable[[], bool] = never) -> None:
+        """Run all batches of a setting and write its file; raises Interrupted between batches.
 
-        Its seconds per image are device seconds: summed over the batches, divided by the number of images. They do not
-        depend on how many devices share the work."""
-        path, estimator, grid = (
-            self._path("setting", asdict(setting)),
-            self.build(setting),
-            self.process.grid(setting.steps),
-        )
-        clock = step_rule_of(setting.dynamics, setting.step_rule).clock
+        Its seconds per image are summed over the batches and divided by the number of images."""
+        estimator, parts = self.build(setting), []
+        total = Ledger([level.flops for level in estimator.levels])
+        for start in range(0, len(self.seeds), self.batch):
+            if should_stop():
+                raise Interrupted("stopped; finished settings are saved")
+            arrays, ledger = self._batch(setting, estimator, start)
+            parts.append(arrays)
+            total.add(ledger)
+        arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        costs = self._costs(setting, estimator, total, arrays)
+        del arrays["diverged"]
+        write_arrays(self._file("setting", setting.row), {"costs": json.dumps(costs), **arrays})
 
-        def work(i: int) -> Arrays:
-            start, seeds = i * self.batch, self.seeds[i * self.batch : (i + 1) * self.batch]
-            increments = noise.get(self, setting.steps, clock, seeds)
-            images, ledger = sample(
-                estimator, grid, setting.dynamics, setting.step_rule, seeds, self.shape, self.device, increments
-            )
-            images = images.cpu()
-            compared = reference[start : start + len(seeds)]
-            out = {
-                "diverged": diverged(images),
-                "errors": squared_errors(images[: len(compared)], compared) if len(compared) else np.empty(0),
-                "clusters": np.array(estimator.clusters(seeds)),
-                "evaluations": ledger.per_sample,
-                "seconds": np.array([ledger.seconds]),
-            }
-            if self.extractor is not None:
-                pixels = to_uint8(images.nan_to_num())
-                out["features"] = self.extractor.features(pixels).numpy()
-                out["images"] = pixels[: max(0, self.grid_images - start)].numpy()
-            return out
+    def _batch(self, setting: SamplerSetting, estimator: Estimator, start: int) -> tuple[dict[str, Any], Ledger]:
+        path, grid = self._path(start), self.process.grid(setting.steps)
+        images, ledger = sample(estimator, setting.rule, grid, path)
+        images, reference = images.cpu(), self.reference(setting.dynamics)[start : start + len(path.seeds)]
+        out = {
+            "diverged": diverged(images),
+            "errors": squared_errors(images[: len(reference)], reference) if len(reference) else np.empty(0),
+            "clusters": np.array(estimator.clusters(path.seeds)),
+        }
+        if self.extractor is not None:
+            pixels = to_uint8(images.nan_to_num())
+            out["features"] = self.extractor.features(pixels).numpy()
+            out["images"] = pixels[: max(0, self.grid_images - start)].numpy()
+        return out, ledger
 
-        def write(arrays: Arrays) -> None:
-            error, lost = arrays["errors"], int(arrays["diverged"].sum())
-            total = Ledger([level.flops for level in estimator.levels], len(self.seeds), float(arrays["seconds"].sum()))
-            total.per_sample = arrays["evaluations"]
-            costs = {
-                # the mean is undefined if a sample has diverged
-                "error": None if lost else float(error.mean()),
-                "error_se": None if lost else finite(standard_error(error, arrays["clusters"][: len(error)])),
-                "network_calls": total.calls_per_image,
-                "gflops_expected": estimator.expected_flops(setting.evaluations(self.process)) / 1e9,
-                "gflops_realised": total.flops_per_image / 1e9,
-                "seconds": total.seconds_per_image,
-                # only in the samples that the error averages
-                "top_evaluations": int(total.per_sample[: len(error), -1].sum()),
-            }
-            if lost:
-                costs["diverged"] = lost
-            stored = {name: arrays[name] for name in ("errors", "clusters", "features", "images") if name in arrays}
-            write_arrays(path, {"costs": json.dumps(costs), **stored})
-
-        return Job(path, -(-len(self.seeds) // self.batch), work, write)
-
-    def read(self, setting: SamplerSetting) -> dict[str, Any]:
-        """Row values, errors [num_reference], clusters, features [n, D] and the first images of a finished setting."""
-        stored: dict[str, Any] = read_arrays(self._path("setting", asdict(setting)), _REMOVE)
-        return stored | {"costs": json.loads(str(stored["costs"]))}
-
-    def run(
-        self,
-        setting: SamplerSetting,
-        reference: Tensor,
-        noise: NoiseCache,
-        should_stop: Callable[[], bool] = parallel.never,
+    def _costs(
+        self, setting: SamplerSetting, estimator: Estimator, total: Ledger, arrays: Mapping[str, np.ndarray]
     ) -> dict[str, Any]:
-        """Run a setting unless it is finished, and return its `read`. Collective and interruptible like `reference`."""
-        parallel.run_jobs([self.setting_job(setting, reference, noise)], should_stop)
-        return parallel.from_main(lambda: self.read(setting))
+        """The measured columns of compare.csv; the mean error is undefined if a sample has diverged."""
+        errors, lost = arrays["errors"], int(arrays["diverged"].sum())
+        spread = float("nan") if lost else standard_error(errors, arrays["clusters"][: len(errors)])
+        costs = {
+            "error": None if lost else float(errors.mean()),
+            "error_se": spread if np.isfinite(spread) else None,  # not finite if all samples share one coin draw
+            "network_calls": total.calls_per_image,
+            "gflops_expected": estimator.expected_flops(setting.evaluations(self.process)) / 1e9,
+            "gflops_realised": total.flops_per_image / 1e9,
+            "seconds": total.seconds_per_image,
+            # only in the samples that the error averages
+            "top_evaluations": int(total.per_sample[: len(errors), -1].sum()),
+        }
+        return costs | {"diverged": lost} if lost else costs
+
+    def read(self, setting: SamplerSetting) -> Measurement:
+        """A finished setting; it is measured again if its file is missing or damaged."""
+        arrays = cached(self._file("setting", setting.row), _read, lambda: self.measure(setting))
+        return Measurement(setting.row | json.loads(str(arrays.pop("costs"))), **arrays)
+
+    def _path(self, start: int) -> BrownianPath:
+        """The randomness of the batch at this position. Neighbouring settings share its noise."""
+        if start not in self._paths:
+            while len(self._paths) >= _PATHS:
+                self._paths.pop(next(iter(self._paths)))
+            self._paths[start] = BrownianPath(self.seeds[start : start + self.batch], self.shape, self.device)
+        return self._paths[start]
+
+    def _file(self, kind: str, what: Mapping[str, Any]) -> Path:
+        asked = [
+            kind, what, self.key, self.seeds[0], len(self.seeds), self.num_reference, self.gamma, self.grid_images,
+            self.batch, self.reference_steps,
+        ]  # fmt: skip
+        digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        return self.cache / f"{kind}-{digest[:20]}.npz"
 
 
-ABSURD = 1e3  # size of a pixel value; pixels are in [-1, 1], and no working sampler comes near it
+def _read(path: Path) -> dict[str, Any]:
+    return read_arrays(path, "remove it and run the same command again")
 
 
 def diverged(images: Tensor) -> np.ndarray:
     """bool [N]: which images [N, C, H, W] have a value that is not finite or is at least ABSURD in size."""
     return ~(images.abs().flatten(1).amax(1) < ABSURD).numpy()
-
-
-def finite(value: float) -> float | None:
-    """The value, or None if JSON cannot hold it (e.g. the standard error if all samples share one coin draw)."""
-    return value if np.isfinite(value) else None
-
-
-class NoiseCache:
-    """Caches the increments of the last few (steps, clock, seeds), because neighbouring settings share them."""
-
-    def __init__(self, entries: int = 2):
-        self.entries, self.cached = entries, {}
-
-    def get(self, runner: Runner, steps: int, clock: str | None, seeds: Sequence[int]) -> Tensor | None:
-        if clock is None or 4 * (steps - 1) * len(seeds) * math.prod(runner.shape) > WINDOW_BYTES:
-            return None  # no increments, or too many to cache: the sampler draws them step by step
-        key = (steps, clock, seeds[0], len(seeds))
-        if key not in self.cached:
-            while len(self.cached) >= self.entries:
-                self.cached.pop(next(iter(self.cached)))
-            self.cached[key] = path_increments(seeds, runner.shape, runner.process.grid(steps), clock, runner.device)
-        return self.cached[key]

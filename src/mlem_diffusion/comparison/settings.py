@@ -1,19 +1,25 @@
-"""Sampler settings from a configuration, a row or a plan, and their estimators. Fields are named as in compare.csv."""
+"""Sampler settings, from the configuration to compare.csv, and what was measured of each."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
+
+import numpy as np
 
 from ..diffusion.estimator import Estimator, SingleLevel, Stitched
 from ..diffusion.level import Level
 from ..diffusion.process import Process
-from ..diffusion.step_rules import STEP_RULES, step_rule_of
+from ..diffusion.step_rules import StepRule, step_rule
 from ..errors import UserError
 from ..multilevel.estimators import Multilevel
 from ..multilevel.plan import Plan
 from ..multilevel.probabilities import constant_probabilities
+
+GAUSSIAN = "gauss"  # name of the linear Gaussian denoiser among the levels
+Row = dict[str, Any]  # one row of compare.csv
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,16 @@ class SamplerSetting:
     c: float | None = None  # of ml_em: C of the constant probabilities
     switch: float | None = None  # of stitched: the fraction of evaluations made with the cheaper level
     plan: str = ""  # id of the plan that holds the table of probabilities or weights
+
+    @property
+    def rule(self) -> StepRule:
+        return step_rule(self.dynamics, self.step_rule)
+
+    @property
+    def row(self) -> Row:
+        """The setting's fields in compare.csv."""
+        row = asdict(self) | {"levels": "+".join(self.levels)}
+        return row if self.plan else {key: value for key, value in row.items() if key != "plan"}
 
     def build(self, levels: Mapping[str, Level], gamma: float, plans: Mapping[str, Plan] | None = None) -> Estimator:
         """The estimator of this setting. Raises UserError for unknown levels, kinds or plans."""
@@ -52,119 +68,102 @@ class SamplerSetting:
 
     def evaluations(self, process: Process) -> int:
         """Network evaluations that the step rule makes on a grid of `steps` noise levels."""
-        return len(step_rule_of(self.dynamics, self.step_rule).program(process.grid(self.steps)))
+        return len(self.rule.program(process.grid(self.steps)))
+
+    def expected_evaluations(
+        self, levels: Mapping[str, Level], gamma: float, plans: Mapping[str, Plan], process: Process
+    ) -> dict[str, float]:
+        """Expected evaluations of each level for one image."""
+        estimator = self.build(levels, gamma, plans)
+        counts = estimator.expected_evaluations(self.evaluations(process))
+        return {level.name: float(count) for level, count in zip(estimator.levels, counts, strict=True)}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured of a setting: its row of compare.csv (costs per image), and its values per image.
+
+    errors [n]: squared error of each seed, same seeds and order in all settings. clusters [N]: id of the coin draw of
+    each seed. features [N, D], images uint8 [M, 3, H, W]: of the first samples; None without distances.
+    """
+
+    row: Row
+    errors: np.ndarray
+    clusters: np.ndarray | None = None
+    features: np.ndarray | None = None
+    images: np.ndarray | None = None
 
 
 def setting_of(plan: Plan, dynamics: str, step_rule: str) -> SamplerSetting:
     """The setting that runs a plan."""
     if len(plan.levels) == 1:
         return SamplerSetting(dynamics, step_rule, "single", plan.levels, plan.steps)
-    if plan.method == "quadrature":
-        return SamplerSetting(
-            dynamics, step_rule, "quadrature", plan.levels, plan.steps, plan.probabilities, plan=plan.id
-        )
-    return SamplerSetting(
-        dynamics, step_rule, "ml_em", plan.levels, plan.steps, plan.probabilities, plan.method, plan=plan.id
-    )
+    kind, coins = ("quadrature", "") if plan.method == "quadrature" else ("ml_em", plan.method)
+    more: dict[str, Any] = {"probabilities": plan.probabilities, "coins": coins, "plan": plan.id}
+    return SamplerSetting(dynamics, step_rule, kind, plan.levels, plan.steps, **more)
 
 
-def setting_from(values: Mapping[str, Any]) -> SamplerSetting:
-    """A setting from a row or a configuration. Levels are a list or joined by "+"; blank fields are None or ""."""
-    names = values["levels"]
-
-    def number(key: str) -> float | None:
-        return None if values.get(key) in (None, "") else float(values[key])
-
-    return SamplerSetting(
-        dynamics=str(values["dynamics"]),
-        step_rule=str(values["step_rule"]),
-        estimator=str(values["estimator"]),
-        levels=tuple(names.split("+") if isinstance(names, str) else names),
-        steps=int(values["steps"]),
-        probabilities=values.get("probabilities") or "",
-        coins=values.get("coins") or "",
-        c=number("c"),
-        switch=number("switch"),
-        plan=str(values.get("plan") or ""),
-    )
+def setting_from(values: Any) -> SamplerSetting:
+    """A setting from a row or a configuration; levels are a list or joined by "+". UserError if it is incomplete."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"A sampler is best, or a setting such as '{{dynamics: ode, ...}}', and not {values!r}.")
+    try:
+        names, steps, *given = (values[key] for key in ("levels", "steps", "dynamics", "step_rule", "estimator"))
+    except KeyError as error:
+        raise UserError(f"The sampler lacks the key {error}; it takes the columns of compare.csv.") from error
+    levels = tuple(names.split("+") if isinstance(names, str) else names)
+    more: dict[str, Any] = {key: str(values.get(key) or "") for key in ("probabilities", "coins", "plan")}
+    more |= {key: None if values.get(key) in (None, "") else float(values[key]) for key in ("c", "switch")}
+    dynamics, rule, estimator = map(str, given)
+    return SamplerSetting(dynamics, rule, estimator, levels, int(steps), **more)
 
 
-def _choose(names: Sequence[str], which: Any) -> list[str]:
+def _choose(names: Sequence[str], which: Any) -> tuple[str, ...]:
     """Level names from "all", "largest" or a list of indices."""
     if which == "all":
-        return list(names)
+        return tuple(names)
     try:
         chosen = [names[int(i)] for i in ([-1] if which == "largest" else which)]
-        return list(dict.fromkeys(chosen))  # [0, 2, -1] of three levels names the last one twice
+        return tuple(dict.fromkeys(chosen))  # [0, 2, -1] of three levels names the last one twice
     except (IndexError, TypeError, ValueError) as error:
         raise UserError(f"levels = {which!r} does not fit a family of {len(names)} levels.") from error
 
 
-def settings_of(
-    config: Mapping[str, Any], names: Sequence[str], base_steps: int, beside: Sequence[str] = ()
-) -> list[SamplerSetting]:
+def settings_of(config: Any, names: Sequence[str], base_steps: int) -> list[SamplerSetting]:
     """All settings of a `compare` configuration for a family with these level names, cheap to expensive.
 
-    `beside`: extra levels without an index (a Gaussian denoiser); a sweep with levels "all" has them as baselines too.
+    A Gaussian denoiser has no index; a sweep with levels "all" has it as a baseline too.
     """
-    out: dict[SamplerSetting, None] = {}
+    names, beside = [n for n in names if n != GAUSSIAN], [n for n in names if n == GAUSSIAN]
+    out: list[SamplerSetting] = []
+
+    def add(sweep: Any, estimator: str, levels: tuple[str, ...], steps: int, *more: Any) -> None:
+        out.append(SamplerSetting(sweep["dynamics"], sweep["step_rule"], estimator, levels, steps, *more))
+
     for sweep in config["baselines"]:
-        for name in [*(beside if sweep["levels"] == "all" else ()), *_choose(names, sweep["levels"])]:
+        extra = beside if sweep["levels"] == "all" else []
+        for name in (*extra, *_choose(names, sweep["levels"])):
             for steps in sweep["steps"]:
-                out[SamplerSetting(sweep["dynamics"], sweep["step_rule"], "single", (name,), steps)] = None
+                add(sweep, "single", (name,), steps)
     for sweep in config["stitched"]:
-        for pair in sweep["pairs"]:
-            for steps in sweep["steps"]:
-                for switch in sweep["switch"]:
-                    pair_names = tuple(_choose(names, pair))
-                    s = SamplerSetting(
-                        sweep["dynamics"],
-                        sweep["step_rule"],
-                        "stitched",
-                        pair_names,
-                        steps,
-                        switch=float(switch),
-                    )
-                    out[s] = None
+        for pair, steps, switch in product(sweep["pairs"], sweep["steps"], sweep["switch"]):
+            add(sweep, "stitched", _choose(names, pair), steps, "", "", None, float(switch))
     for sweep in config["ml_em"]:
-        for family in sweep["families"]:
-            for steps in sweep["steps"]:
-                for coins in sweep["coins"]:
-                    for c in sweep["c"]:
-                        chosen = tuple(_choose(names, family))
-                        s = SamplerSetting(
-                            sweep["dynamics"],
-                            sweep["step_rule"],
-                            "ml_em",
-                            chosen,
-                            steps,
-                            "constant",
-                            coins,
-                            float(c),
-                        )
-                        out[s] = None
+        for family, steps, coins, c in product(sweep["families"], sweep["steps"], sweep["coins"], sweep["c"]):
+            add(sweep, "ml_em", _choose(names, family), steps, "constant", coins, float(c))
     for setting in out:
-        if (setting.dynamics, setting.step_rule) not in STEP_RULES:
-            raise UserError(f"compare: there is no step rule {setting.step_rule} for {setting.dynamics}.")
+        step_rule(setting.dynamics, setting.step_rule)  # raises UserError if it is unknown
         if not 2 <= setting.steps <= base_steps:
             raise UserError(f"compare: {setting.steps} steps are outside 2..{base_steps} (process.base_steps).")
-    return list(out)
+    return list(dict.fromkeys(out))
 
 
-def row_of(setting: SamplerSetting, costs: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """A compare.csv row from a setting, its measured values and the columns that all rows share."""
-    row = asdict(setting) | dict(costs) | more
-    if not setting.plan:
-        row.pop("plan")
-    row["levels"] = "+".join(setting.levels)
-    return row
-
-
-def best_setting(rows: Sequence[Mapping[str, Any]], tolerance: float = 0.05) -> dict[str, Any]:
-    """The cheapest row (FLOPs) whose distance is within `tolerance` of the smallest distance."""
+def best_setting(rows: Iterable[Row], tolerance: float = 0.05) -> Row:
+    """The cheapest row (FLOPs) whose distance is within `tolerance` of the smallest distance, without its seed."""
     measured = [row for row in rows if row.get("distance") is not None]
     if not measured:
         raise UserError("No setting has a distance, so none can be called best.")
     best = min(row["distance"] for row in measured)
     limit = best + tolerance * abs(best)  # rounding can make a zero distance negative
-    return dict(min((r for r in measured if r["distance"] <= limit), key=lambda r: r["gflops_realised"]))
+    found = min((row for row in measured if row["distance"] <= limit), key=lambda row: row["gflops_realised"])
+    return {key: value for key, value in found.items() if key != "seed"}

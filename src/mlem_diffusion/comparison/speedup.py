@@ -4,17 +4,16 @@ For a baseline setting b that no other baseline beats in both cost and error, wi
 
     speed-up(b) = (cheapest baseline cost with error <= e_b) / (cheapest ML-EM cost with error <= e_b).
 
-The targets are the errors of the baseline frontier itself, so a coarse baseline grid cannot favour ML-EM. The
-bound is the 5th percentile over paired bootstrap resamples of the seeds, at the same b: each resample
-recomputes e_b and the error of each setting. A resample in which ML-EM does not reach e_b counts as 0. The
-largest of several noisy speed-ups is biased upwards. The bound does not correct for this selection, so the
-full curve is returned too.
+The targets are the errors of the baseline frontier itself, so a coarse baseline grid cannot favour ML-EM. The bound is
+the 5th percentile over paired bootstrap resamples of the seeds, at the same b: each resample recomputes e_b and the
+error of each setting. A resample in which ML-EM does not reach e_b counts as 0. The largest of several noisy speed-ups
+is biased upwards; the bound does not correct for this selection, so the full curve is returned too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,32 +21,18 @@ import numpy as np
 
 from ..errors import UserError
 from .frechet import FeatureMoments, fast_frechet
+from .settings import Measurement, Row
 from .table import BASELINES, method_of, trusted
 
 COSTS = {"flops": "gflops_realised", "seconds": "seconds"}
 _SLACK = 1e-9  # relative: rounding must not separate two settings that are the same sampler
-_NAMING = ("step_rule", "estimator", "levels", "probabilities", "coins", "c", "switch", "steps", "plan")
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One sampler setting: its compare.csv row (numeric costs per image) and its measurements per image.
-
-    `errors` [n]: squared error of each seed, same seeds and order in all settings. `clusters` [n]: id of
-    the coin draw of each seed, if coins are shared. `features` [m, D]: features of the samples, for distances.
-    """
-
-    row: dict[str, Any]
-    errors: np.ndarray
-    clusters: np.ndarray | None = None
-    features: np.ndarray | None = None
+_DESCRIBED = ("step_rule", "estimator", "levels", "probabilities", "coins", "c", "switch", "steps", "plan")
+_DESCRIBED += ("error", "distance", *COSTS.values())
 
 
 def speedups(
     settings: Sequence[Measurement],
-    *,
     reference: FeatureMoments | None = None,
-    paper: Callable[[dict[str, Any]], bool] | None = None,
     replicates: int = 200,
     distance_replicates: int = 50,
     seed: int = 0,
@@ -56,136 +41,107 @@ def speedups(
 
     {dynamics: {"paper" | "any": {"error" | "distance": {"flops" | "seconds": entry}}, "left_out": count}},
     where entry is {"max", "lower95", "at", "baseline", "ours", "curve"} and, for errors,
-    "error_ratio_at_equal_cost". Costs are GFLOPs and seconds per image. "curve" lists {"at", "speedup",
-    "lower95"} over the baseline frontier, from cheap to expensive. Unknown or unreached values are None, and so
-    are all bounds if all seeds share one coin draw; no value is NaN.
+    "error_ratio_at_equal_cost". "curve" lists {"at", "speedup", "lower95"} over the baseline frontier, from cheap to
+    expensive. Unknown or unreached values are None, and so are all bounds if all seeds share one coin draw.
 
-    "any" compares all multilevel rows, "paper" the rows with `paper(row)` true (default: independent coins, as
-    in `table.method_of`). "distance" is present if `reference` is given and any setting has features. ML-EM rows
-    that evaluated the top level too rarely (`table.trusted`), and rows with errors that are not finite, are left
-    out and counted. Raises UserError for settings of unequal length.
+    "any" compares all multilevel rows, "paper" those with independent coins (`table.method_of`). "distance" is
+    present if `reference` is given and any setting has features. ML-EM rows that evaluated the top level too rarely
+    (`table.trusted`), and errors that are not finite, are left out and counted. Raises UserError for unequal lengths.
     """
-    is_paper = paper or (lambda row: method_of(row) == "paper")
     result: dict[str, Any] = {}
-    for dynamics in dict.fromkeys(str(s.row["dynamics"]) for s in settings):
-        present = [s for s in settings if s.row["dynamics"] == dynamics]
-        usable = [s for s in present if trusted(s.row) and bool(np.isfinite(s.errors).all())]
-        base = [s for s in usable if s.row["estimator"] in BASELINES]
-        multilevel = [s for s in usable if s.row["estimator"] not in BASELINES]
+    for dynamics in dict.fromkeys(m.row["dynamics"] for m in settings):
+        present = [m for m in settings if m.row["dynamics"] == dynamics]
+        usable = [m for m in present if trusted(m.row) and bool(np.isfinite(m.errors).all())]
+        base = [m for m in usable if m.row["estimator"] in BASELINES]
+        multilevel = [m for m in usable if m.row["estimator"] not in BASELINES]
         memo: dict[Any, np.ndarray] = {}
         entry: dict[str, Any] = {}
-        for method, ours in (("paper", [s for s in multilevel if is_paper(s.row)]), ("any", multilevel)):
-            entry[method] = {"error": _compare(*_errors(base, ours, replicates, seed), kind="error")}
-            if reference is not None and any(s.features is not None for s in base + multilevel):
-                theirs, mine = ([s for s in group if s.features is not None] for group in (base, ours))
-                measured = _distances(theirs, mine, reference, distance_replicates, seed, memo)
-                entry[method]["distance"] = _compare(*measured, kind="distance")
-        entry["left_out"] = len(present) - len(usable)
-        result[dynamics] = entry
+        paper = [m for m in multilevel if method_of(m.row) == "paper"]
+        for method, ours in (("paper", paper), ("any", multilevel)):
+            errors = resampled_errors([*base, *ours], replicates, seed)
+            entry[method] = {"error": _compare(base, ours, errors, "error")}
+            if reference is not None and any(m.features is not None for m in usable):
+                theirs, mine = ([m for m in group if m.features is not None] for group in (base, ours))
+                distances = _resampled_distances([*theirs, *mine], reference, distance_replicates, seed, memo)
+                entry[method]["distance"] = _compare(theirs, mine, distances, "distance")
+        result[dynamics] = entry | {"left_out": len(present) - len(usable)}
     return result
 
 
-def resampled_errors(settings: Sequence[Measurement], replicates: int = 200, seed: int = 0) -> np.ndarray:
-    """Mean squared errors [S, 1 + R]: first on all seeds, then on each paired bootstrap resample of them."""
-    return np.stack([m.values for m in _errors(list(settings), [], replicates, seed)[0]])
-
-
 def equal_error(
-    base: list[Measurement],
-    ours: list[Measurement],
-    *,
-    replicates: int = 200,
-    seed: int = 0,
-    cost: str = "gflops_expected",
+    base: Sequence[Measurement], ours: Sequence[Measurement], *, seed: int = 0, cost: str = "gflops_expected"
 ) -> dict[str, Any]:
     """One entry as in `speedups` at equal error, for any two groups of settings.
 
     `cost` is the column of costs: expected FLOPs or "seconds". "errors_at_cost" lists {"gflops" (or "seconds"),
     "ratio", "lower95"} over the frontier of `ours`. "ratio" is the lowest error of `base` within that cost, divided by
     the error of the frontier point."""
-    base_measured, our_measured = _errors(base, ours, replicates, seed)
-    theirs, mine = (_sorted(group, cost) for group in (base_measured, our_measured))
-    entry = _entry(theirs, mine, "error", "flops")
+    values = resampled_errors([*base, *ours], seed=seed)
+    theirs, mine = _Group.of(base, values[: len(base)], cost), _Group.of(ours, values[len(base) :], cost)
     points = []
     for i in mine.frontier():
         # the slack of 0.1%: plans of equal expected cost differ by the rounding of their probabilities
         ratios = theirs.lowest_within(1.001 * float(mine.costs[i])) / mine.values[i]
         known = bool(np.isfinite(ratios[0]))
-        points.append({
-            cost.removesuffix("_expected"): float(mine.costs[i]),
-            "ratio": float(ratios[0]) if known else None,
-            "lower95": _lower(ratios[1:]) if known else None,
-        })  # fmt: skip
-    return {**entry, "errors_at_cost": points}
+        point = {"ratio": float(ratios[0]), "lower95": _lower(ratios[1:])} if known else dict(ratio=None, lower95=None)
+        points.append({cost.removesuffix("_expected"): float(mine.costs[i]), **point})
+    return {**_entry(theirs, mine, "error"), "errors_at_cost": points}
+
+
+def summary(result: dict[str, Any]) -> str:
+    """One line per speed-up in FLOPs."""
+    lines = []
+    for dynamics, method, measure in ((d, m, e) for d in result for m in ("paper", "any") for e in result[d][m]):
+        found, low = (result[dynamics][method][measure]["flops"][key] for key in ("max", "lower95"))
+        bound = "unknown" if low is None else f"{low:.2f}x"
+        text = "never reaches a baseline" if found is None else f"{found:.2f}x (95% lower bound {bound})"
+        lines.append(f"{dynamics}, {method}, FLOPs at equal {measure}: {text}")
+    return "\n".join(lines)
 
 
 # --------------------------------------------------------------------------------------- resampled values
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """A setting with its values [1 + R]: mean error or distance, first on all seeds, then on each resample."""
-
-    setting: Measurement
-    values: np.ndarray
-
-
-def _errors(
-    base: list[Measurement], ours: list[Measurement], replicates: int, seed: int
-) -> tuple[list[_Measured], list[_Measured]]:
-    settings = base + ours
+def resampled_errors(settings: Sequence[Measurement], replicates: int = 200, seed: int = 0) -> np.ndarray:
+    """Mean squared errors [S, 1 + R]: first on all seeds, then on each paired bootstrap resample of them."""
     if not settings:
-        return [], []
-    counts = _resamples(_units(settings, [len(s.errors) for s in settings], "errors"), replicates, seed)
-    matrix = np.stack([np.asarray(s.errors, dtype=np.float64) for s in settings])
-    values = matrix @ counts / counts.sum(0)
-    measured = [_Measured(s, v) for s, v in zip(settings, values, strict=True)]
-    return measured[: len(base)], measured[len(base) :]
+        return np.zeros((0, 1))
+    counts = _resamples(_units(settings, [len(m.errors) for m in settings], "errors"), replicates, seed)
+    return np.stack([np.asarray(m.errors, dtype=np.float64) for m in settings]) @ counts / counts.sum(0)
 
 
-def _distances(
-    base: list[Measurement],
-    ours: list[Measurement],
-    reference: FeatureMoments,
-    replicates: int,
-    seed: int,
-    memo: dict[Any, np.ndarray],
-) -> tuple[list[_Measured], list[_Measured]]:
-    settings = base + ours
+def _resampled_distances(
+    settings: Sequence[Measurement], reference: FeatureMoments, replicates: int, seed: int, memo: dict[Any, np.ndarray]
+) -> np.ndarray:
+    """Distances [S, 1 + R] to the reference, in the manner of `resampled_errors`."""
     if not settings:
-        return [], []
-    features = [np.asarray(s.features, dtype=np.float64) for s in settings]
-    counts = _resamples(_units(settings, [len(f) for f in features], "features"), replicates, seed)
-    tag = counts.tobytes()
-    measured = []
-    for setting, x in zip(settings, features, strict=True):
-        key = id(setting), tag  # "paper" and "any" share the resamples unless only one has shared coins
+        return np.zeros((0, 1))
+    features = [np.asarray(m.features, dtype=np.float64) for m in settings]
+    counts = _resamples(_units(settings, [len(x) for x in features], "features"), replicates, seed)
+    keys = [(id(m), counts.tobytes()) for m in settings]  # "paper" and "any" mostly share their resamples
+    for key, x in zip(keys, features, strict=True):
         if key not in memo:
             projected = x @ reference.root
             memo[key] = np.array([fast_frechet(x, reference, c, projected) for c in counts.T])
-        measured.append(_Measured(setting, memo[key]))
-    return measured[: len(base)], measured[len(base) :]
+    return np.stack([memo[key] for key in keys])
 
 
-def _units(settings: list[Measurement], lengths: list[int], what: str) -> np.ndarray:
+def _units(settings: Sequence[Measurement], lengths: list[int], what: str) -> np.ndarray:
     """The resampling unit of each seed [n]: seeds that share a coin draw in any setting form one unit."""
     if len(set(lengths)) != 1 or lengths[0] < 2:
-        raise UserError(
-            f"All settings need {what} of the same seeds, at least 2, but there are {sorted(set(lengths))}."
-        )
+        found = sorted(set(lengths))
+        raise UserError(f"All settings need {what} of the same seeds, at least 2, but there are {found}.")
     n = lengths[0]
-    labels = np.arange(n)
-    clusters = [np.unique(s.clusters[:n], return_inverse=True)[1].ravel() for s in settings if s.clusters is not None]
+    clusters = [np.unique(m.clusters[:n], return_inverse=True)[1].ravel() for m in settings if m.clusters is not None]
     if any(len(c) != n for c in clusters):
         raise UserError(f"Each of the {n} seeds of a setting needs the id of its coin draw.")
-    changed = True
-    while changed:  # spread the smallest label over each cluster until nothing changes: connected components
-        before = labels.copy()
+    labels, before = np.arange(n), np.empty(0)
+    while not np.array_equal(labels, before):  # connected components: spread the smallest label over each cluster
+        before = labels
         for c in clusters:
             smallest = np.full(n, n)
             np.minimum.at(smallest, c, labels)
             labels = smallest[c]
-        changed = not np.array_equal(before, labels)
     return np.unique(labels, return_inverse=True)[1].ravel()
 
 
@@ -202,113 +158,81 @@ def _resamples(units: np.ndarray, replicates: int, seed: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------------- comparison
 
 
-def _compare(base: list[_Measured], ours: list[_Measured], kind: str) -> dict[str, Any]:
-    return {name: _entry(_sorted(base, column), _sorted(ours, column), kind, column) for name, column in COSTS.items()}
-
-
 @dataclass(frozen=True)
-class _Table:
-    """Settings sorted by one cost: costs [S] and values [S, 1 + R]."""
+class _Group:
+    """Settings sorted by one cost: rows, costs [S] and values [S, 1 + R]."""
 
-    settings: list[Measurement]
+    rows: list[Row]
     costs: np.ndarray
     values: np.ndarray
 
+    @classmethod
+    def of(cls, settings: Sequence[Measurement], values: np.ndarray, column: str) -> _Group:
+        """The settings with a positive cost in this column."""
+        costs = [m.row.get(column) or 0.0 for m in settings]
+        usable = sorted((i for i in range(len(costs)) if costs[i] > 0), key=lambda i: (costs[i], values[i, 0]))
+        return cls([settings[i].row for i in usable], np.array([costs[i] for i in usable]), values[usable])
+
     def frontier(self) -> list[int]:
         """Indices of the settings whose value no cheaper or equally cheap setting reaches, cheap to expensive."""
-        chosen, lowest = [], math.inf
-        for i, value in enumerate(self.values[:, 0]):
-            if value < lowest:
-                chosen.append(i)
-                lowest = value
-        return chosen
+        first = self.values[:, 0]
+        return [i for i in range(len(first)) if first[i] < first[:i].min(initial=math.inf)]
 
     def cheapest(self, target: np.ndarray) -> np.ndarray:
         """Index of the cheapest setting with value <= target, per column [1 + R]; S if no setting reaches it."""
-        if not self.settings:
+        if not self.rows:
             return np.zeros(len(target), dtype=int)
         reached = self.values <= target + _SLACK * np.abs(target)
-        return np.where(reached.any(0), reached.argmax(0), len(self.settings))
+        return np.where(reached.any(0), reached.argmax(0), len(self.rows))
 
     def lowest_within(self, cost: float) -> np.ndarray:
         """Smallest value among settings of at most this cost, per column [1 + R]; infinite if there are none."""
-        affordable = self.values[self.costs <= cost * (1 + _SLACK)]
-        return affordable.min(0, initial=math.inf)
+        return self.values[self.costs <= cost * (1 + _SLACK)].min(0, initial=math.inf)
+
+    def describe(self, index: int, kind: str) -> dict[str, Any]:
+        """The identifying fields and the measured values of a setting."""
+        row = self.rows[index]
+        return {key: row.get(key) for key in _DESCRIBED} | {kind: float(self.values[index, 0])}
 
 
-def _sorted(measured: list[_Measured], column: str) -> _Table:
-    priced = [(_number(m.setting.row.get(column)), m) for m in measured]
-    usable = [(cost, m) for cost, m in priced if cost is not None and cost > 0]
-    usable.sort(key=lambda pair: (pair[0], pair[1].values[0]))
-    values = np.stack([m.values for _, m in usable]) if usable else np.zeros((0, 1))
-    return _Table([m.setting for _, m in usable], np.array([cost for cost, _ in usable], dtype=np.float64), values)
+def _compare(base: list[Measurement], ours: list[Measurement], values: np.ndarray, kind: str) -> dict[str, Any]:
+    """An entry for each kind of cost. values: of the settings of `base`, then of `ours`."""
+    entries, n = {}, len(base)
+    for name, column in COSTS.items():
+        entries[name] = _entry(_Group.of(base, values[:n], column), _Group.of(ours, values[n:], column), kind)
+    return entries
 
 
-def _entry(base: _Table, ours: _Table, kind: str, column: str) -> dict[str, Any]:
-    entry: dict[str, Any] = {
-        "max": None,
-        "lower95": None,
-        "at": None,
-        "baseline": None,
-        "ours": None,
-        "curve": [],
-    }
-    top = -math.inf
+def _entry(base: _Group, ours: _Group, kind: str) -> dict[str, Any]:
+    entry: dict[str, Any] = dict.fromkeys(("max", "lower95", "at", "baseline", "ours")) | {"curve": []}
     for b in base.frontier():
         target = base.values[b]
         theirs, mine = base.cheapest(target), ours.cheapest(target)
         ratios = base.costs[theirs] / np.append(ours.costs, math.inf)[mine]
         reached = bool(ratios[0] > 0)
-        point = {
-            "at": _number(target[0]),
-            "speedup": float(ratios[0]) if reached else None,
-            "lower95": _lower(ratios[1:]) if reached else None,
-        }
-        entry["curve"].append(point)
-        if reached and ratios[0] > top:
-            top = ratios[0]
-            entry.update(max=point["speedup"], lower95=point["lower95"], at=point["at"])
-            entry["baseline"] = _describe(base, int(theirs[0]), kind)
-            entry["ours"] = _describe(ours, int(mine[0]), kind)
+        speed, low = (float(ratios[0]), _lower(ratios[1:])) if reached else (None, None)
+        entry["curve"].append({"at": float(target[0]), "speedup": speed, "lower95": low})
+        if speed is not None and speed > (entry["max"] or 0):
+            entry |= {"max": speed, "lower95": low, "at": float(target[0])}
+            entry["baseline"], entry["ours"] = base.describe(theirs[0], kind), ours.describe(mine[0], kind)
     if kind == "error":
         entry["error_ratio_at_equal_cost"] = _error_ratio(base, ours)
     return entry
 
 
-def _error_ratio(base: _Table, ours: _Table) -> dict[str, Any]:
+def _error_ratio(base: _Group, ours: _Group) -> dict[str, Any]:
     """The largest (baseline error) / (lowest ML-EM error within the same cost), at the costs of the baseline frontier.
 
     Costs between two frontier points are not used, because a coarse grid of baselines would favour ML-EM."""
     found: dict[str, Any] = {"max": None, "lower95": None, "at": None}
-    for i in base.frontier():
-        cost = float(base.costs[i])
+    for cost in map(float, base.costs[base.frontier()]):
         theirs, mine = base.lowest_within(cost), ours.lowest_within(cost)
-        if not np.isfinite(mine[0]) or mine.min() <= 0:
-            continue  # no ML-EM setting is that cheap, or its error is exactly zero and the ratio is undefined
-        ratios = theirs / mine
-        if found["max"] is None or ratios[0] > found["max"]:
+        # unless no ML-EM setting is that cheap, or its error is exactly zero
+        if np.isfinite(mine[0]) and mine.min() > 0 and theirs[0] / mine[0] > (found["max"] or 0):
+            ratios = theirs / mine
             found = {"max": float(ratios[0]), "lower95": _lower(ratios[1:]), "at": cost}
     return found
 
 
 def _lower(ratios: np.ndarray) -> float | None:
     return float(np.quantile(ratios, 0.05, method="lower")) if len(ratios) else None
-
-
-def _describe(table: _Table, index: int, kind: str) -> dict[str, Any]:
-    """The identifying fields and the measured values of a setting, ready for JSON."""
-    row = table.settings[index].row
-    named = {key: _plain_value(row.get(key)) for key in _NAMING}
-    measured = {key: _number(row.get(key)) for key in ("error", "distance", *COSTS.values())}
-    return {**named, **measured, kind: _number(table.values[index, 0])}
-
-
-def _number(value: Any) -> float | None:
-    if value is None or value == "":
-        return None
-    return float(value) if math.isfinite(float(value)) else None
-
-
-def _plain_value(value: Any) -> Any:
-    value = value.item() if isinstance(value, np.generic) else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -236,8 +236,9 @@ class Experiment:
 
     def log(self, values: Mapping[str, Any]) -> None:
         """Append a record to metrics.jsonl and send it to W&B; in workers and other ranks nothing is sent."""
-        self.tracker.log(dict(values))
-        self.tracker.mirror()
+        if parallel.is_main():
+            self.tracker.log(dict(values))
+            self.tracker.mirror()
 
     # ------------------------------------------------------------------------------------------- finished work
 

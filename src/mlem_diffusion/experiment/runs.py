@@ -204,7 +204,9 @@ def run_missing(exp: Any, runner: Runner, settings: Sequence[SamplerSetting], la
     """Run the references, then the settings that are not in the cache; progress and time left are in FLOPs."""
     dynamics = sorted({s.dynamics for s in settings})
     references = parallel.mine([task for d in dynamics for task in runner.reference_tasks(d)])
-    missing = sorted((s for s in settings if not runner.is_done(s)), key=lambda s: -runner.expected_flops(s))
+    missing = [s for s in settings if not runner.is_done(s)]  # neighbours share noise
+    if worker_count(exp, len(missing)) > 1 or parallel.world() > 1:  # for an even end
+        missing.sort(key=lambda s: -runner.expected_flops(s))
     missing = parallel.mine(missing)
     batches = max(1, -(-runner.num_reference // runner.batch))
     costs = [[runner.reference_flops(d) / batches for d, _ in references], [runner.expected_flops(s) for s in missing]]

@@ -14,10 +14,9 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import SlowPath, UserError
-from .torch_compile import compiled, first_line, options, should_compile
+from .torch_compile import Compiled, first_line, options, should_compile
 from .unet import Denoiser, UNet
 
-PRECISIONS = ("float32", "bf16")
 _SMALLEST, _WASTE = 8, 0.25  # smallest bucket; largest padding as a fraction of the samples
 
 
@@ -27,15 +26,14 @@ def inference_copy(denoiser: nn.Module, precision: str = "float32") -> nn.Module
     With "bf16" the network's weights and activations are bf16. Group-norm statistics (torch's kernels accumulate them
     in float32), the noise-level features and the preconditioning stay float32.
     """
-    if precision not in PRECISIONS:
+    if precision not in ("float32", "bf16"):
         raise UserError(f"precision = {precision!r} is unknown; expected 'float32' or 'bf16'.")
     network = copy.deepcopy(denoiser).eval().requires_grad_(False)
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if not isinstance(network, Denoiser):
         return network
     if precision == "bf16":
-        # parameters only: the frequencies of the noise-level features need float32
-        for parameter in network.unet.parameters():
+        for parameter in network.unet.parameters():  # not the frequencies of the features, which need float32
             parameter.data = parameter.data.to(torch.bfloat16)
     if isinstance(network.unet, UNet):
         network.unet.join_conditioning()
@@ -60,11 +58,11 @@ def cover(count: int, batch: int | None = None) -> Iterator[tuple[int, int]]:
 
 
 class FastDenoiser:
-    """A frozen denoiser (x [B,3,S,S], logsnr [B]) -> float32 [B,3,S,S], as fast as the device allows.
+    """A frozen denoiser (x [B,3,S,S], logsnr 0-dim or [B]) -> float32 [B,3,S,S], as fast as the device allows.
 
     precision: "float32" or "bf16" (`inference_copy`). compile: "auto" (on CUDA), "on", "off", or "max" (tuned kernels).
     On CUDA each batch-size bucket (`cover`; `batch` is an additional bucket) is captured once as a CUDA graph, compiled
-    or not. A 0-dimensional logsnr means that all samples share a noise level, which is embedded once. If derivatives with respect to x are needed, the same network runs eagerly. If compilation or graph capture
+    or not. If derivatives with respect to x are needed, the same network runs eagerly. If compilation or graph capture
     fails, the network runs without it, with one SlowPath warning.
     """
 
@@ -77,27 +75,22 @@ class FastDenoiser:
         batch: int | None = None,
         graphs: bool = True,
     ):
-        self.network, self.precision, self.name, self.batch = (
-            inference_copy(denoiser, precision),
-            precision,
-            name,
-            batch,
-        )
+        self.network, self.precision, self.name = inference_copy(denoiser, precision), precision, name
+        self.batch = batch
         device = next(self.network.parameters()).device
         self.run: Callable[[Tensor, Tensor], Tensor] = self.network
         if should_compile(compile, device):
-            extra = {"options": found} if (found := options(compile, device)) else {}
-            self.run = compiled(self.network, name, **extra)
+            self.run = Compiled(self.network, name, **options(compile, device))
         self.graphs: dict[tuple, _Graph] | None = {} if graphs and device.type == "cuda" else None
 
     @property
     def mode(self) -> str:
         """The precision, and the current mode of execution: eager or compiled, with or without CUDA graphs."""
-        is_compiled = getattr(self.run, "is_compiled", bool)()
+        is_compiled = isinstance(self.run, Compiled) and not self.run.failed
         return f"{self.precision} {'compiled' if is_compiled else 'eager'}{'' if self.graphs is None else ' + graphs'}"
 
     def __call__(self, x: Tensor, logsnr: Tensor) -> Tensor:
-        if logsnr.ndim == 0:
+        if logsnr.ndim == 0:  # shared by all samples, so it is embedded once
             logsnr = logsnr.reshape(1)
         if _forward_mode(x):
             with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no forward derivative
@@ -105,9 +98,7 @@ class FastDenoiser:
         if torch.is_grad_enabled() and x.requires_grad:
             return self.network(x, logsnr).float()
         with torch.no_grad():
-            if self.graphs is None:
-                return self.run(x, logsnr).float()
-            return self._replayed(x, logsnr)
+            return self.run(x, logsnr).float() if self.graphs is None else self._replayed(x, logsnr)
 
     def _replayed(self, x: Tensor, logsnr: Tensor) -> Tensor:
         parts, start = [], 0
@@ -140,7 +131,7 @@ def _forward_mode(x: Tensor) -> bool:
 
 
 class _Graph:
-    """One captured evaluation with fixed buffers.
+    """One captured evaluation with fixed buffers, which it copies its inputs to.
 
     All existing graphs share one memory pool: they are replayed one after another, and each result is copied at once.
     """
@@ -148,14 +139,7 @@ class _Graph:
     pool: Any = None
     alive: ClassVar[weakref.WeakSet[_Graph]] = weakref.WeakSet()
 
-    def __init__(
-        self,
-        run: Callable[[Tensor, Tensor], Tensor],
-        bucket: int,
-        shape: tuple[int, ...],
-        rows: int,
-        device: torch.device,
-    ):
+    def __init__(self, run: Callable[..., Tensor], bucket: int, shape: tuple[int, ...], rows: int, device: Any):
         if not _Graph.alive:  # the allocator frees a pool with its last graph
             _Graph.pool = torch.cuda.graph_pool_handle()
         # padding is zeros or samples of earlier calls, so it is finite

@@ -7,11 +7,13 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from ..errors import SlowPath, UserError
+from ..errors import SlowPath, UserError, is_out_of_memory
+
+T = TypeVar("T")
 
 SETTINGS = ("auto", "on", "off", "max")
 _PROGRAMS = 256  # programs that dynamo may cache per function: each level of a family needs its own
@@ -25,73 +27,58 @@ def should_compile(setting: str, device: torch.device | str) -> bool:
 
 
 def options(setting: str, device: torch.device | str) -> dict[str, Any]:
-    """Return inductor options: 1x1 convolutions as matrix products and, for "max", kernel tuning, which takes minutes.
+    """Return torch.compile's arguments: 1x1 convolutions as matrix products; "max" tunes kernels, which takes minutes.
 
     CUDA graphs are left to the callers, who know which buffers are fixed.
     """
     if torch.device(device).type != "cuda":
         return {}
     tuned = {"coordinate_descent_tuning": True, "max_autotune": True} if setting == "max" else {}
-    return {"conv_1x1_as_mm": True, "triton.cudagraphs": False, **tuned}
+    return {"options": {"conv_1x1_as_mm": True, "triton.cudagraphs": False, **tuned}}
 
 
-def use_compile_cache() -> Path:
-    """Set TORCHINDUCTOR_CACHE_DIR if it is unset, and return it: the cache of compiled programs between runs."""
-    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(home / "mlem-diffusion" / "compile")
-    return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+class Compiled:
+    """A function or module that is compiled when it is first used.
 
-
-def compiled(function: Callable[..., Any], what: str, **torch_compile: Any) -> Callable[..., Any]:
-    """Compile a function or module, named `what` in warnings; keywords are as in torch.compile.
-
-    If the first compiled call fails but the eager call works, the function stays eager, with a SlowPath warning.
-    Out-of-memory errors, and errors after a compiled call has worked, are raised. The result has `is_compiled()`.
+    If the first use fails but works with the eager function, the function stays eager, with one SlowPath warning that
+    begins with `what`. Out-of-memory errors, and errors after the first use, are raised. Keywords: as in torch.compile.
     """
-    use_compile_cache()
+
+    def __init__(self, function: Callable[..., Any], what: str, **torch_compile: Any):
+        self.function, self.what, self.settings = function, what, torch_compile
+        self.tried, self.failed = False, False
+
+    def __call__(self, *args: Any) -> Any:
+        return self.use(lambda function: function(*args))
+
+    def use(self, work: Callable[[Callable[..., Any]], T]) -> T:
+        """Return work(function); its first call also decides whether the function is compiled."""
+        if self.tried:
+            return work(self.function)
+        try:
+            _prepare()
+            fast = torch.compile(self.function, **self.settings)
+            result = work(fast)
+            self.function = fast
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            result = work(self.function)  # raises the function's own errors
+            self.failed = True
+            text = f"{self.what} runs eagerly: compilation failed ({first_line(error)})."
+            warnings.warn(text, SlowPath, stacklevel=3)
+        self.tried = True
+        return result
+
+
+def _prepare() -> None:
+    """Keep compiled programs on disk between runs, and as many in memory as a family of levels needs."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home / "mlem-diffusion" / "compile"))
     for name in ("recompile_limit", "cache_size_limit"):  # the second is for older versions of torch
         if hasattr(torch._dynamo.config, name):
             setattr(torch._dynamo.config, name, max(_PROGRAMS, getattr(torch._dynamo.config, name)))
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns CPU users that CUDA is missing
-    try:
-        fast = torch.compile(function, **torch_compile)
-    except Exception as error:  # torch.compile does not support this Python or system
-        unsupported = error
-
-        def fast(*args: Any) -> Any:
-            raise unsupported
-
-    return _Compiled(function, what, fast)
-
-
-class _Compiled:
-    def __init__(self, function: Callable[..., Any], what: str, fast: Callable[..., Any]):
-        self.function, self.what, self.fast = function, what, fast
-        self.works: bool | None = None  # None: not tried yet
-
-    def is_compiled(self) -> bool:
-        """Return whether compilation has worked or is still to be tried."""
-        return self.works is not False
-
-    def __call__(self, *args: Any) -> Any:
-        if self.works is False:
-            return self.function(*args)
-        try:
-            out = self.fast(*args)
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except Exception as error:
-            if self.works:
-                raise
-            out = self.function(*args)  # raises the function's own errors
-            self.works = False
-            warnings.warn(
-                f"{self.what} runs eagerly: compilation failed ({first_line(error)}).", SlowPath, stacklevel=2
-            )
-            return out
-        self.works = True
-        return out
 
 
 def first_line(error: BaseException) -> str:

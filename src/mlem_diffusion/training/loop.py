@@ -7,11 +7,9 @@ run equals an uninterrupted one, and the number of processes does not change the
 from __future__ import annotations
 
 import copy
-import os
 import time
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import parallel
 from ..diffusion.brownian import training_generator
 from ..diffusion.process import Process
-from ..errors import Interrupted, SlowPath, UserError, is_out_of_memory
+from ..errors import Interrupted, UserError, is_out_of_memory
 from ..files import Damaged
 from ..models.checkpoint import load_state, save_state, save_weights
-from ..models.torch_compile import should_compile
+from ..models.torch_compile import SETTINGS
 from ..models.unet import Denoiser
 from .step import GRAPHS, PRECISIONS, TrainStep, has_dropout
 
@@ -56,16 +55,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.snapshots or min(self.snapshots) <= 0 or max(self.snapshots) != 1:
             raise UserError(f"train.snapshots = {list(self.snapshots)} must be fractions in (0, 1] that include 1.")
-        if self.images < 1 or self.batch < 1:
-            raise UserError("train.images and train.batch must be positive.")
-        if self.accumulate < 1:
-            raise UserError(f"train.accumulate = {self.accumulate} must be at least 1.")
-        for name, known in (("precision", PRECISIONS), ("graph", GRAPHS)):
-            if getattr(self, name) not in known:
-                raise UserError(
-                    f"train.{name} = {getattr(self, name)!r} is unknown; expected one of {', '.join(known)}."
-                )
-        should_compile(self.compile, "cpu")
+        for name in ("images", "batch", "accumulate"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name} = {getattr(self, name)} must be at least 1.")
+        for name, known in (("precision", PRECISIONS), ("graph", GRAPHS), ("compile", SETTINGS)):
+            if (value := getattr(self, name)) not in known:
+                raise UserError(f"train.{name} = {value!r} is unknown; expected one of {', '.join(known)}.")
 
 
 def ema_decay(config: TrainConfig, images: int) -> float:
@@ -120,188 +115,161 @@ def train_level(
     report: Callable[[dict[str, Any]], None] | None = None,
     snapshot: Callable[[int, Denoiser], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
-    on_first_step: Callable[[float], None] | None = None,
-    on_resume: Callable[[int], None] | None = None,
     identity: str = "",
 ) -> Denoiser:
     """Train one level and return its EMA denoiser.
 
     images: uint8 [N,3,H,W], copied to the device as uint8 if they fit in half of its free memory.
     directory: gets state.pt, ema-<images>.safetensors at the snapshots and ema.safetensors at the end. Training resumes
-    from a state.pt in it.
-    report: called with {"images", "loss", "lr"} every log_every images.
-    snapshot: called as snapshot(images seen, EMA denoiser) at each snapshot, on rank 0.
-    on_first_step: called once, after the first step, with the seconds since the start of this call (with compilation).
-    on_resume: called once, before the first step, with the images seen.
-    identity: identifies the network and its data; a state with another identity is refused.
+    from a state.pt in it. identity: of the network and its data; a state with another identity is refused.
+    report({"images", "loss", "lr"}): called every log_every images. snapshot(images seen, EMA denoiser): called at each
+    snapshot. Both on rank 0 only.
 
-    If a micro-batch does not fit in memory, it is halved, with one SlowPath warning: same draws, same updates up to
-    rounding. Raises Interrupted, with the state saved, when should_stop() returns true. Raises UserError for an
-    impossible configuration, for a foreign or damaged state, and if the loss or a weight is no longer finite. The last
-    saved state stays and is always finite.
+    Raises Interrupted, with the state saved, when should_stop() returns true. Raises UserError for an impossible
+    configuration, for a foreign or damaged state, and if the loss or a weight is no longer finite. The last saved
+    state stays and is always finite.
     """
-    entered = time.monotonic()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(device)
-    if config.batch % (world * config.accumulate):
-        micro = f" in {config.accumulate} micro-batches each" if config.accumulate > 1 else ""
-        raise UserError(f"train.batch = {config.batch} does not divide over {world} processes{micro}.")
+    run = _Run(denoiser, config, directory, width, torch.device(device), identity)
+    run.resume()
+    data = _to_device(images, run.device)
+    level_table = torch.as_tensor(process.logsnr_at(np.linspace(0, 1, 4097)), dtype=torch.float32, device=run.device)
+    dropout, last_save = has_dropout(denoiser), time.monotonic()
+    while run.seen < config.images:  # no host wait for the device between logs, saves and snapshots
+        number = run.seen // config.batch
+        if dropout:  # its masks come from torch's global generator
+            generator = training_generator(torch.device("cpu"), config.seed, number, run.rank)
+            torch.manual_seed(generator.initial_seed())
+        run.advance(draw_batch(data, config, process, level_table, number, run.rank, run.world))
+        finished = run.seen >= config.images
+        if run.seen - run.progress.last_log >= config.log_every or finished:
+            run.log(report)
+        if any(run.seen - config.batch < fraction * config.images <= run.seen for fraction in config.snapshots):
+            run.take_snapshot(snapshot)
+        if not finished and run.must_stop(should_stop):
+            run.save()
+            raise Interrupted(f"width {width} stopped after {run.seen} of {config.images} images; its state is saved")
+        if time.monotonic() - last_save > config.save_every:
+            run.save()
+            last_save = time.monotonic()
+    run.save()
+    if run.rank == 0:
+        save_weights(directory / "ema.safetensors", run.ema)
+    return run.ema
 
-    # ---- model, EMA, optimiser -------------------------------------------------------------------------------
-    denoiser = denoiser.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
 
-    def make_step(accumulate: int) -> TrainStep:
-        return TrainStep(
-            denoiser, ema, clip=config.clip, precision=config.precision, compile=config.compile, graph=config.graph,
-            accumulate=accumulate, world=world, name=f"Training of width {width}",
-        )  # fmt: skip
-
-    accumulate = config.accumulate
-    train_step = make_step(accumulate)
-    seen, history, counted, last_log, saved = 0, [], 0, 0, {}
-    state = load_state(directory / "state.pt")
-    if state is not None:
-        foreign = f"{directory / 'state.pt'} is not the state of this network; delete it to train this level again."
-        if state.get("identity", "") != identity:
-            raise Damaged(directory / "state.pt", foreign)
-        try:
-            train_step.load_state_dict(state)
-            seen, history, saved = state["images"], state["history"], state["snapshots"]
-            counted, last_log = state["counted"], state["last_log"]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise Damaged(directory / "state.pt", foreign) from error
-    if on_resume is not None and rank == 0:
-        on_resume(seen)
-
-    # ---- data ------------------------------------------------------------------------------------------------
+def _to_device(images: np.ndarray | Tensor, device: torch.device) -> Tensor:
+    """A gather on the device is faster than any loader; a data set that does not fit stays on the host."""
     data = torch.as_tensor(np.asarray(images) if isinstance(images, np.ndarray) else images)
     if device.type != "cuda" or data.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]:
-        data = data.to(device)  # a gather on the device is faster than any loader; a larger data set stays on the host
-    level_table = torch.as_tensor(process.logsnr_at(np.linspace(0, 1, 4097)), dtype=torch.float32, device=device)
-    # a snapshot is due at the first step at or past its fraction
-    due = [s for s in sorted(f * config.images for f in config.snapshots) if s > seen]
+        return data.to(device)
+    return data
 
-    def progress() -> dict[str, Any]:
-        return {"images": seen, "history": history, "counted": counted, "last_log": last_log, "snapshots": saved}
 
-    def save() -> None:
-        check_finite()
-        if rank == 0:
-            save_state(directory / "state.pt", {**train_step.state_dict(), **progress(), "identity": identity})
+@dataclass
+class _Progress:
+    """What the saved state holds besides the tensors and the sums of the step."""
 
-    def check_finite() -> None:
-        if not train_step.is_finite():
-            raise UserError(_diverged(width, train_step, config, directory / "state.pt"))
+    images: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)  # {"images", "loss"} of every log
+    counted: int = 0  # steps since the last log
+    last_log: int = 0  # images at the last log
+    snapshots: dict[str, str] = field(default_factory=dict)  # file -> SHA-256
 
-    def advance(batch: tuple[Tensor, Tensor, Tensor], lr: float, decay: float) -> None:
-        """Take one step, in smaller micro-batches if it does not fit in memory."""
-        nonlocal train_step, accumulate
-        while True:
-            failed: Exception | None = None
-            try:
-                train_step(batch, lr, decay)
-                return
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                failed = error.with_traceback(None)  # its frames hold references to the memory
-            micro = config.batch // world // accumulate
-            if world > 1 or micro % 2 or train_step.updating:
-                more = f"train.accumulate={2 * accumulate}" if micro % 2 == 0 else "a smaller train.batch"
-                raise UserError(
-                    f"{micro} images at a time do not fit in the memory of {device} at width {width}: set {more}."
-                ) from failed
-            accumulate *= 2
-            warnings.warn(
-                f"Training of width {width}: {micro} images at a time do not fit in memory; it continues with "
-                f"{micro // 2}, {accumulate} times per step: the same batch of {config.batch}.",
-                SlowPath,
-                stacklevel=2,
-            )
-            before = train_step.state_dict()
-            del train_step  # frees its memory
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-            train_step = make_step(accumulate)
-            train_step.load_state_dict(before)
 
-    def stop_requested(step: int) -> bool:
-        wanted = should_stop is not None and should_stop()
-        if world == 1 or should_stop is None:
-            return wanted
-        if step % 20:  # all ranks must stop at the same step; each check costs a synchronisation
+class _Run:
+    """One level in training: its networks and step, its progress, and its state on disk."""
+
+    def __init__(
+        self, denoiser: Denoiser, config: TrainConfig, directory: Path, width: int, device: torch.device, identity: str
+    ):
+        self.rank, self.world = parallel.rank(), parallel.world()
+        if config.batch % (self.world * config.accumulate):
+            micro = f" in {config.accumulate} micro-batches each" if config.accumulate > 1 else ""
+            raise UserError(f"train.batch = {config.batch} does not divide over {self.world} processes{micro}.")
+        self.config, self.directory, self.width, self.device = config, directory, width, device
+        self.state = directory / "state.pt"
+        self.identity, self.progress = identity, _Progress()
+        self.denoiser = denoiser.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.ema = copy.deepcopy(self.denoiser).eval().requires_grad_(False)
+        self.step = TrainStep(
+            self.denoiser, self.ema, clip=config.clip, precision=config.precision, compile=config.compile,
+            graph=config.graph, accumulate=config.accumulate, world=self.world, name=f"Training of width {width}",
+        )  # fmt: skip
+
+    @property
+    def seen(self) -> int:
+        return self.progress.images
+
+    # ---- state on disk
+
+    def resume(self) -> None:
+        """Continue from the saved state, if there is one."""
+        state = load_state(self.state)
+        if state is None:
+            return
+        foreign = f"{self.state} is not the state of this network; delete it to train this level again."
+        if state.get("identity", "") != self.identity:
+            raise Damaged(self.state, foreign)
+        try:
+            self.step.load_state_dict(state)
+            self.progress = _Progress(**{name: state[name] for name in asdict(self.progress)})
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise Damaged(self.state, foreign) from error
+
+    def save(self) -> None:
+        self.check(self.step.is_finite())
+        if self.rank == 0:
+            save_state(self.state, {**self.step.state_dict(), **asdict(self.progress), "identity": self.identity})
+
+    def take_snapshot(self, snapshot: Callable[[int, Denoiser], None] | None) -> None:
+        """Save the weights' moving average, at the first step at or past a fraction of the training."""
+        self.check(self.step.is_finite())
+        if self.rank == 0:
+            file = f"ema-{self.seen:010d}.safetensors"
+            self.progress.snapshots[file] = save_weights(self.directory / file, self.ema)
+            if snapshot is not None:
+                snapshot(self.seen, self.ema)
+
+    def check(self, finite: bool) -> None:
+        """Raise UserError, with step and noise level, if a loss or weight is not finite."""
+        if not finite:
+            what = self.step.trouble(f"width {self.width}")
+            saved = f"; the last finite state is in {self.state}" if self.state.is_file() else ""
+            raise UserError(f"{what}{saved}: lower train.lr and train again (ARGS='overwrite=true train.lr=...').")
+
+    # ---- steps
+
+    def advance(self, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Take one step."""
+        config, progress = self.config, self.progress
+        self.lr = learning_rate(config, self.width, self.seen + config.batch // 2)  # neither first nor last is 0
+        progress.images += config.batch
+        progress.counted += 1
+        try:
+            self.step(batch, self.lr, ema_decay(config, self.seen))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            what = f"{config.batch // self.world // config.accumulate} images at a time do not fit in the memory"
+            more = f"set train.accumulate={2 * config.accumulate}, which trains the same"
+            raise UserError(f"{what} of {self.device} at width {self.width}: {more}.") from error
+
+    def log(self, report: Callable[[dict[str, Any]], None] | None) -> None:
+        """Record the mean loss since the last log."""
+        running, progress = self.step.running, self.progress
+        if self.world > 1:
+            dist.all_reduce(running, op=dist.ReduceOp.AVG if self.device.type == "cuda" else dist.ReduceOp.SUM)
+            running /= 1 if self.device.type == "cuda" else self.world
+        mean = float(running) / progress.counted
+        self.check(np.isfinite(mean))
+        progress.history.append({"images": self.seen, "loss": mean})
+        if report is not None and self.rank == 0:
+            report({"images": self.seen, "loss": mean, "lr": self.lr})
+        running.zero_()
+        progress.counted, progress.last_log = 0, self.seen
+
+    def must_stop(self, should_stop: Callable[[], bool] | None) -> bool:
+        """Whether to stop; all ranks stop at the same step, and asking them costs a synchronisation."""
+        if should_stop is None or (self.world > 1 and self.seen // self.config.batch % 20):
             return False
-        flag = torch.tensor(float(wanted), device=device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
-
-    # ---- loop ------------------------------------------------------------------------------------------------
-    dropout = has_dropout(denoiser)
-    last_save = time.monotonic()
-    while seen < config.images:  # no host wait for the device between logs, saves and snapshots
-        batch = draw_batch(data, config, process, level_table, seen // config.batch, rank, world)
-        lr = learning_rate(config, width, seen + config.batch // 2)  # neither the first nor the last is 0
-        if dropout:  # its masks come from torch's global generator
-            torch.manual_seed(
-                training_generator(torch.device("cpu"), config.seed, seen // config.batch, rank).initial_seed()
-            )
-        seen += config.batch
-        advance(batch, lr, ema_decay(config, seen))
-        counted += 1
-        if on_first_step is not None:
-            float(train_step.loss)  # waits for the device
-            if rank == 0:
-                on_first_step(time.monotonic() - entered)
-            on_first_step = None
-
-        finished = seen >= config.images
-        if seen - last_log >= config.log_every or finished:
-            running = train_step.running
-            if world > 1:
-                dist.all_reduce(running, op=dist.ReduceOp.AVG if device.type == "cuda" else dist.ReduceOp.SUM)
-                running /= 1 if device.type == "cuda" else world
-            mean = float(running) / counted
-            if not np.isfinite(mean):
-                raise UserError(_diverged(width, train_step, config, directory / "state.pt"))
-            history.append({"images": seen, "loss": mean})
-            if report is not None and rank == 0:
-                report({"images": seen, "loss": mean, "lr": lr})
-            running.zero_()
-            counted, last_log = 0, seen
-        if due and seen >= due[0]:
-            due = [s for s in due if s > seen]
-            check_finite()
-            if rank == 0:
-                file = f"ema-{seen:010d}.safetensors"
-                saved[file] = save_weights(directory / file, ema)
-                if snapshot is not None:
-                    snapshot(seen, ema)
-        if not finished and stop_requested(seen // config.batch):
-            save()
-            raise Interrupted(f"width {width} stopped after {seen} of {config.images} images; its state is saved")
-        if time.monotonic() - last_save > config.save_every:
-            save()
-            last_save = time.monotonic()
-
-    save()
-    if rank == 0:
-        save_weights(directory / "ema.safetensors", ema)
-    return ema
-
-
-def _diverged(width: int, train_step: TrainStep, config: TrainConfig, state: Path) -> str:
-    """Return the error message for a loss or weight that is not finite."""
-    trouble = train_step.trouble()
-    if trouble is None:
-        step = train_step.state_dict()["steps"]
-        what = (
-            f"The weights of width {width} are not finite after step {step} ({step * config.batch} images), "
-            "at every noise level"
-        )
-    else:
-        step, share, logsnr = trouble
-        where = "at every noise level" if share == 1 else f"for {share:.1%} of the batch, first at log-SNR {logsnr:.3g}"
-        what = f"The loss of width {width} is not finite at step {step} ({step * config.batch} images), {where}"
-    saved = f"; the last finite state is in {state}" if state.is_file() else ""
-    return f"{what}{saved}: lower train.lr and train again (ARGS='overwrite=true train.lr=...')."
+        return parallel.agree(should_stop())

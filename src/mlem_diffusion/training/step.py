@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -21,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.process import add_noise
-from ..errors import SlowPath, UserError, is_out_of_memory
-from ..models.torch_compile import compiled, first_line, options, should_compile
+from ..errors import UserError
+from ..models.torch_compile import Compiled, options, should_compile
 from ..models.unet import Denoiser
 from .graphed_step import GraphedStep
 
@@ -33,8 +32,7 @@ GRAPHS = ("auto", "on", "off")
 def choose_precision(setting: str, device: torch.device) -> str:
     """Return the precision that "auto" selects on this device; other settings are returned unchanged.
 
-    On CUDA "auto" is bf16, because the losses of the three precisions agree to about a percent
-    (tests/test_training_step.py), while autocast leaves group norm in float32 and casts each weight again in each pass.
+    On CUDA it is bf16, since the losses of the three precisions agree to about a percent (tests/test_training_step.py).
     GPUs before compute capability 8 have no bf16 arithmetic.
     """
     if setting != "auto":
@@ -47,7 +45,7 @@ def has_dropout(module: nn.Module) -> bool:
 
 
 def should_capture(setting: str, denoiser: nn.Module, device: torch.device, world: int) -> bool:
-    """Return whether to capture steps; never with several processes (DDP's reductions) or dropout (mask seeds)."""
+    """Whether to capture steps; never with several processes (DDP's reductions) or dropout (mask seeds)."""
     possible = device.type == "cuda" and world == 1 and not has_dropout(denoiser)
     if setting == "on" and not possible:
         raise UserError("train.graph = 'on' needs a CUDA device, one process and a network without dropout.")
@@ -73,14 +71,11 @@ def bf16_copy(denoiser: Denoiser) -> Denoiser:
     return working
 
 
-def _parallel(module: nn.Module) -> nn.Module:
+def _distributed(module: nn.Module) -> nn.Module:
     """Average gradients over processes (DDP). Buffers never change, so they are not broadcast."""
-    wrap = nn.parallel.DistributedDataParallel
-    known = inspect.signature(wrap).parameters
-    settings: dict[str, Any] = {
-        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
-    }
-    return wrap(module, **settings)
+    wrap: Any = nn.parallel.DistributedDataParallel
+    new = "forward_sync_buffers"  # the name in later versions of torch
+    return wrap(module, **{new if new in inspect.signature(wrap).parameters else "broadcast_buffers": False})
 
 
 class TrainStep:
@@ -110,22 +105,26 @@ class TrainStep:
         rates_on_device: bool | None = None,
         name: str = "Training",
     ):
-        self.denoiser, self.ema, self.clip, self.accumulate, self.name = denoiser, ema, clip, accumulate, name
+        self.denoiser, self.ema, self.clip, self.accumulate = denoiser, ema, clip, accumulate
         self.masters: list[Tensor] = list(denoiser.parameters())
         self.averages: list[Tensor] = list(ema.parameters())
         self.device = self.masters[0].device
         self.precision = choose_precision(precision, self.device)
         self.running = torch.zeros((), device=self.device)
         self.loss = self.running.clone()
-        self.updating = False  # whether a failed step has begun to change weights
         # the first step with a loss that is not finite: its number, the share of the batch, and the log-SNR of the
         # first such image; stored on the device, so that the host does not wait
         self._steps = torch.zeros((), device=self.device, dtype=torch.int64)
         self._trouble = torch.full((3,), -1.0, device=self.device, dtype=torch.float64)
-
-        # ---- rates and optimiser
         graphed = should_capture(graph, denoiser, self.device, world)
         self.rates_on_device = graphed if rates_on_device is None else rates_on_device
+        self._make_optimiser(graphed)
+        self._make_forward(compile, world, name)
+        self._take: Callable[[Sequence[Tensor]], None] = self.take
+        if graphed:
+            self._take = GraphedStep(self.take, self.device, name)
+
+    def _make_optimiser(self, capturable: bool) -> None:
         self.lr = 0.0
         self._rates = torch.zeros(2, device=self.device)  # learning rate, 1 - decay
         self._new_weight: Any = self._rates[1] if self.rates_on_device else 1.0
@@ -134,12 +133,12 @@ class TrainStep:
             lr=self._rates[0] if self.rates_on_device else 0.0,
             betas=(0.9, 0.99),
             fused=self.device.type in ("cuda", "cpu"),
-            capturable=graphed,
+            capturable=capturable,
         )
 
-        # ---- forward and backward
-        working = bf16_copy(denoiser) if self.precision == "bf16" else denoiser
-        self.has_copy = working is not denoiser
+    def _make_forward(self, compile: str, world: int, name: str) -> None:
+        working = bf16_copy(self.denoiser) if self.precision == "bf16" else self.denoiser
+        self.has_copy = working is not self.denoiser
         self.working: list[Tensor] = list(working.parameters())
         self.gradients: list[Tensor] = []  # of the masters, unless autograd stores them
         if self.has_copy:
@@ -147,23 +146,15 @@ class TrainStep:
             for parameter, gradient in zip(self.masters, self.gradients, strict=True):
                 parameter.grad = gradient
         self.forward: Any = LossModule(working)
-        self.parallel: Any = None
-        if world > 1:
-            self.parallel = _parallel(self.forward)
-            self.forward = self.parallel  # DDP wraps the module before compilation
-        self._eager: Callable[..., Tensor] | None = None  # fallback until the compiled backward pass has worked
+        self.parallel: Any = _distributed(self.forward) if world > 1 else None
+        self.forward = self.parallel or self.forward  # DDP wraps the module before compilation
+        self.compiled: Compiled | None = None
         if should_compile(compile, self.device):
-            self._eager = self.forward
-            settings = options(compile, self.device)
-            self.forward = compiled(self.forward, name, dynamic=False, **({"options": settings} if settings else {}))
-        self._static_step: Callable[[Sequence[Tensor]], None] = self.static_step
-        if graphed:
-            self._static_step = GraphedStep(self.static_step, self.device, name)
+            self.compiled = Compiled(self.forward, name, dynamic=False, **options(compile, self.device))
 
     def __call__(self, batch: Sequence[Tensor], lr: float, decay: float) -> None:
-        self.updating = False
         self._set_rates(lr, decay)
-        self._static_step(batch)
+        self._take(batch)
 
     def _set_rates(self, lr: float, decay: float) -> None:
         self.lr = lr
@@ -174,10 +165,9 @@ class TrainStep:
             self.optimiser.param_groups[0]["lr"] = lr
             self._new_weight = 1 - decay
 
-    def static_step(self, batch: Sequence[Tensor]) -> None:
+    def take(self, batch: Sequence[Tensor]) -> None:
         """Take a step with the current rates; this is the function that a CUDA graph captures."""
-        loss = self._accumulated(batch)
-        self.updating = True
+        loss = self._gradients_of(batch)
         nn.utils.clip_grad_norm_(self.masters, self.clip)
         self.optimiser.step()
         with torch.no_grad():
@@ -191,9 +181,8 @@ class TrainStep:
             self.running += loss
             self._steps += 1
         self.loss = loss
-        self.updating = False
 
-    def _accumulated(self, batch: Sequence[Tensor]) -> Tensor:
+    def _gradients_of(self, batch: Sequence[Tensor]) -> Tensor:
         """Accumulate the gradients of the full batch in the masters' .grad and return the mean loss."""
         # autograd accumulates float32 gradients in .grad; bf16 gradients are added in float32, except under DDP, which
         # averages .grad over the processes after the last micro-batch
@@ -201,10 +190,8 @@ class TrainStep:
         losses = []
         for i, part in enumerate(zip(*(tensor.chunk(self.accumulate) for tensor in batch), strict=True)):
             last = i == self.accumulate - 1
-            if i == 0 or one_by_one:
-                self._forget_gradients()
             with nullcontext() if last or self.parallel is None else self.parallel.no_sync():
-                losses.append(self._forward_backward(part))
+                losses.append(self._forward_backward(part, fresh=i == 0 or one_by_one))
             if self.has_copy and (last or one_by_one):
                 gradients: list[Any] = [parameter.grad for parameter in self.working]
                 if i == 0 or not one_by_one:
@@ -213,35 +200,23 @@ class TrainStep:
                     torch._foreach_add_(self.gradients, gradients)
         return losses[0] if self.accumulate == 1 else torch.stack(losses).sum()
 
-    def _forget_gradients(self) -> None:
-        for parameter in self.working:
-            parameter.grad = None
+    def _forward_backward(self, part: Sequence[Tensor], fresh: bool) -> Tensor:
+        """Add a micro-batch's gradients to the working network's, or replace these; return its share of the loss."""
 
-    def _forward_backward(self, part: Sequence[Tensor]) -> Tensor:
-        if self._eager is None:
-            return self._pass(self.forward, part)
-        eager, self._eager = self._eager, None
-        try:  # the backward pass is compiled when it first runs, so `compiled` cannot catch its errors
-            return self._pass(self.forward, part)
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            self._forget_gradients()  # this is the first pass, so no earlier gradients are lost
-            loss = self._pass(eager, part)  # raises the network's own errors
-            self.forward = eager
-            reason = f"compilation of the backward pass failed ({first_line(error)})"
-            warnings.warn(f"{self.name} runs eagerly: {reason}.", SlowPath, stacklevel=2)
-            return loss
+        def work(forward: Callable[..., Tensor]) -> Tensor:
+            if fresh:
+                for parameter in self.working:
+                    parameter.grad = None
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "autocast"):
+                losses = forward(*part)
+            loss = losses.mean()
+            self._record_trouble(losses.detach(), part[2])
+            if self.accumulate > 1:
+                loss = loss / self.accumulate
+            loss.backward()  # compiled when it first runs
+            return loss.detach()
 
-    def _pass(self, forward: Callable[..., Tensor], part: Sequence[Tensor]) -> Tensor:
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "autocast"):
-            losses = forward(*part)
-        loss = losses.mean()
-        self._record_trouble(losses.detach(), part[2])
-        if self.accumulate > 1:
-            loss = loss / self.accumulate
-        loss.backward()
-        return loss.detach()
+        return work(self.forward) if self.compiled is None else self.compiled.use(work)
 
     def _record_trouble(self, losses: Tensor, logsnr: Tensor) -> None:
         bad = ~torch.isfinite(losses)
@@ -250,13 +225,13 @@ class TrainStep:
         first = bad.any() & (self._trouble[0] < 0)
         self._trouble.copy_(torch.where(first, found, self._trouble))
 
-    def trouble(self) -> tuple[int, float, float] | None:
-        """Return where the loss was first not finite, or None; waits for the device.
-
-        It is (step, counted from 1; share of the micro-batch; log-SNR of the first such image).
-        """
+    def trouble(self, what: str) -> str:
+        """Return the sentence on where the loss (or else a weight) was first not finite; waits for the device."""
         step, share, logsnr = self._trouble.tolist()
-        return None if step < 0 else (int(step), share, logsnr)
+        if step < 0:
+            return f"The weights of {what} are not finite at step {int(self._steps)}, at every noise level"
+        where = "at every noise level" if share == 1 else f"for {share:.1%} of the batch, first at log-SNR {logsnr:.3g}"
+        return f"The loss of {what} is not finite at step {int(step)}, {where}"
 
     def is_finite(self) -> bool:
         """Return whether losses since the last log, weights and moments are all finite; waits for the device."""

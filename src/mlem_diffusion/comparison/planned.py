@@ -1,0 +1,118 @@
+"""The optimiser's plans in the comparison: settings that run them, and what plans add to the rows of compare.csv."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..data.pixels import to_uint8
+from ..diffusion.level import Level
+from ..diffusion.process import Process
+from ..errors import UserError
+from ..files import expect_content
+from ..multilevel.plan import Plan, load_plans
+from ..statistics import frontier
+from .frechet import RealImages, frechet_distance
+from .runner import Runner
+from .settings import GAUSSIAN, Measurement, Row, SamplerSetting, setting_of, settings_of
+from .table import BASELINES, describe
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The content of plans.json; without the file there are no plans."""
+
+    plans: Mapping[str, Plan] = field(default_factory=dict)
+    settings: Sequence[SamplerSetting] = ()  # those that run the plans
+    facts: Mapping[SamplerSetting, Row] = field(default_factory=dict)  # further columns, also of single levels
+    flops: float | None = None  # cost of the calibration
+    unit: str = "flops"  # the cost that plans minimise, "flops" or "seconds"
+
+
+def read_planned(path: Path, config: Any) -> Planned:
+    """Planned from plans.json, if there is one and a `compare` configuration does not leave its plans out.
+
+    Raises UserError if the plans were selected on sample seeds of the comparison."""
+    if config.plans == "none" or not path.is_file():
+        return Planned()
+    plans, content = load_plans(path)
+    with expect_content(path, "run make optimise again"):
+        settings, facts, used = [], {}, set(map(int, content["seeds_used"]))
+        for e in content["alone"]:
+            setting = SamplerSetting(e["dynamics"], e["step_rule"], "single", (e["level"],), e["steps"])
+            facts[setting] = {"selected_error": e["selected_error"]}
+        for e in content["plans"]:
+            plan = plans[e["id"]]
+            setting = setting_of(plan, e["dynamics"], e["step_rule"])
+            more = {"predicted": plan.predicted, "largest_effect": plan.largest_effect} if setting.plan else {}
+            facts[setting] = more | {"selected_error": e["selected_error"]}
+            settings.append(setting)
+        planned = Planned(plans, settings, facts, content["calibration"]["flops"], content.get("cost_unit", "flops"))
+    if used & set(range(config.seed, config.seed + config.num_samples)):
+        raise UserError(
+            "The plans were selected on sample seeds that the comparison would use too: change compare.seed or "
+            "compare.num_samples."
+        )
+    return planned
+
+
+def all_settings(config: Any, names: Iterable[str], base_steps: int, planned: Planned) -> list[SamplerSetting]:
+    """The configured settings and the plans; those that share noise increments are neighbours."""
+    settings = dict.fromkeys([*settings_of(config, list(names), base_steps), *planned.settings])
+    return sorted(settings, key=lambda s: (s.dynamics, s.rule.clock or "", s.steps))
+
+
+def unweighted(described: Iterable[Mapping[str, Any]], gaussian: bool) -> dict[str, Level]:
+    """Levels with these names and costs that cannot be evaluated, for estimates; a Gaussian level costs nothing."""
+    flops = ({GAUSSIAN: 1.0} if gaussian else {}) | {level["name"]: level["flops"] for level in described}
+    return {name: Level(name, lambda x, logsnr: x, cost) for name, cost in flops.items()}
+
+
+def expected_costs(
+    config: Any, levels: Mapping[str, Level], process: Process, planned: Planned
+) -> list[tuple[str, dict[str, float]]]:
+    """(text, {level: evaluations}) of a comparison: its settings by dynamics, and their references."""
+    gamma, rows = 2.5 if config["gamma"] == "auto" else float(config["gamma"]), {}
+    count, largest = config["num_samples"], list(levels)[-1]
+    for setting in all_settings(config, levels, process.base_steps, planned):
+        row = rows.setdefault(f"{setting.dynamics} {setting.estimator}", Counter())
+        for name, number in setting.expected_evaluations(levels, gamma, planned.plans, process).items():
+            row[name] += number * count
+        rows[f"{setting.dynamics} reference"] = {largest: process.base_steps * min(config["num_reference"], count)}
+    return list(rows.items())
+
+
+def complete(
+    settings: Sequence[SamplerSetting], measured: Sequence[Measurement], seeds: Sequence[int],
+    real: RealImages | None, planned: Planned,
+) -> list[Measurement]:  # fmt: skip
+    """The measurements with whole rows: seeds, the distance to real images, and what plans add."""
+    shared = {"seed": seeds[0], "num_samples": len(seeds), "distance": None}
+    shared |= {"distance_name": real.name if real else "", "distance_floor": real.floor if real else None}
+    out = []
+    for setting, found in zip(settings, measured, strict=True):
+        row = found.row | shared
+        if real and "diverged" not in row:
+            row["distance"] = frechet_distance(found.features, real.moments)
+        out.append(replace(found, row=row | planned.facts.get(setting, {})))
+    return out
+
+
+def examples(measured: Iterable[Measurement], dynamics: str, runner: Runner) -> list[tuple[str, Any]]:
+    """(label, images) of the reference, and of three baselines on their frontier, each with the best ML-EM setting of
+    no higher cost."""
+    images = {id(m.row): m.images for m in measured}
+    rows = [m.row for m in measured if m.row["dynamics"] == dynamics]
+    base = frontier([row for row in rows if row["estimator"] in BASELINES], "gflops_realised", "error")
+    chosen: list[Row] = []
+    for i in sorted({len(base) // 4, len(base) // 2, (3 * len(base)) // 4}) if base else ():
+        limit = 1.02 * base[i]["gflops_realised"]
+        ours = [row for row in rows if row["estimator"] not in BASELINES and row["gflops_realised"] <= limit]
+        chosen += [base[i], *sorted(ours, key=lambda row: row["error"])[:1]]
+    label, reference = "{}\n{:.3g} GFLOP, error {:.2g}", to_uint8(runner.reference(dynamics)[: runner.grid_images])
+    labels = [label.format(describe(row), row["gflops_realised"], row["error"]) for row in chosen]
+    found = zip(labels, (images[id(row)] for row in chosen), strict=True)
+    return [("reference: largest level, finest grid", reference), *found]

@@ -1,0 +1,112 @@
+"""The levels that an experiment trains, their settings, and the folder of each: checkpoints/<experiment>/<level>/.
+
+A folder holds state.pt (to resume), ema.safetensors, ema-<images>.safetensors at the snapshots, claim.json (what is
+trained here) and, once the level is fully trained, metadata.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..files import expect_content, read_json, write_json
+from ..models.checkpoint import AGAIN, check_weights, load_state
+from ..models.family import at_width, level_name, repeat_name, weights_of
+
+STATE, CLAIM, METADATA = "state.pt", "claim.json", "metadata.json"
+_RETRAIN = "train this level anew (ARGS=overwrite=true)"
+
+
+def repeated(cfg: Any) -> list[tuple[int, int]]:
+    """(width, training seed) of the levels that are trained again (gamma.repeats); UserError for invalid settings."""
+    options, widths = cfg.gamma.repeats, list(cfg.family.widths)
+    seeds, count = list(options.seeds), int(options.levels)
+    if cfg.train.seed in seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"gamma.repeats.seeds = {seeds} must differ from each other and from train.seed.")
+    if seeds and not 0 <= count < len(widths):
+        raise UserError(f"gamma.repeats.levels = {count} must be less than the number of levels, {len(widths)}.")
+    return [(width, seed) for width in widths[:count] for seed in seeds]
+
+
+def planned(cfg: Any, family: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The levels to train: the described levels of the family, cheap to expensive, then those trained again.
+
+    "train_seed" marks a level that is trained again. With cfg.only (names), only these; UserError for unknown names.
+    """
+    by_width = {level["width"]: level for level in family}
+    again = [
+        {**by_width[width], "name": repeat_name(level_name(width), seed), "train_seed": seed}
+        for width, seed in repeated(cfg)
+    ]
+    levels = family + again
+    if cfg.only is None:
+        return levels
+    only = [cfg.only] if isinstance(cfg.only, str) else list(cfg.only)
+    names = [level["name"] for level in levels]
+    missing = [name for name in only if name not in names]
+    if missing or not only:
+        what = f"there is no level {missing[0]}" if missing else "no level is named"
+        raise UserError(f"only={cfg.only}: {what}; the family has {', '.join(names)}.")
+    return [level for level in levels if level["name"] in only]
+
+
+def settings(train: Mapping[str, Any], level: Mapping[str, Any]) -> dict[str, Any]:
+    """The training settings of one level: with train.narrow applied, and with its own seed."""
+    found = at_width(train, level["width"])
+    return found | ({"seed": level["train_seed"]} if "train_seed" in level else {})
+
+
+def is_trained(folder: Path, fingerprint: str, overwrite: bool = False) -> bool:
+    """Whether the level was fully trained with this configuration and its files are unchanged.
+
+    False if a damaged file can be restored from the training state. UserError for other damage, unless overwrite.
+    """
+    path = folder / METADATA
+    if not path.is_file():
+        return False
+    restorable = (folder / STATE).is_file()
+    try:
+        metadata = read_json(path, AGAIN)
+        with expect_content(path, AGAIN):
+            if metadata["fingerprint"] != fingerprint:
+                return False
+            check_weights(folder / weights_of(metadata)[0], metadata["weights_sha256"])
+            restorable = False  # training does not pass the snapshots again
+            for file, sha256 in (weights_of(metadata, i) for i in range(len(metadata["snapshots"]))):
+                check_weights(folder / file, str(sha256), _RETRAIN)
+    except UserError:
+        if overwrite or restorable:
+            return False
+        raise
+    return True
+
+
+def claim(folder: Path, fingerprint: str, overwrite: bool = False) -> None:
+    """Prepare the level's folder to begin training or to resume it; UserError if it holds another level.
+
+    With overwrite, files of another level and damaged files give way. The caller holds the folder's lock.
+    """
+    if overwrite and not _can_go_on(folder, fingerprint):
+        for file in folder.iterdir():
+            if file.name != ".lock":
+                file.unlink()
+    marker = folder / CLAIM
+    if marker.is_file() and read_json(marker, _RETRAIN)["fingerprint"] != fingerprint:
+        raise UserError(
+            f"{folder} holds a level of another configuration or data set; "
+            "give this run another name (name=...), or ARGS=overwrite=true to train it anew."
+        )
+    write_json(marker, {"fingerprint": fingerprint})
+
+
+def _can_go_on(folder: Path, fingerprint: str) -> bool:
+    """Whether the folder belongs to this configuration and its state and snapshots are undamaged."""
+    try:
+        state = load_state(folder / STATE) or {}
+        for file, sha256 in state.get("snapshots", {}).items():
+            check_weights(folder / file, sha256)
+        return read_json(folder / CLAIM, _RETRAIN)["fingerprint"] == fingerprint
+    except UserError:
+        return False
