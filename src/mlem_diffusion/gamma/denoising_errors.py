@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,10 @@ from ..diffusion.brownian import initial_noise
 from ..diffusion.level import Level
 from ..diffusion.process import Process, add_noise
 
+Pair = tuple[int, int | None]  # two levels, by index; None is the clean image
+Progress = Callable[[int, int], object] | None
+POOLING = "mean squared error of the drift in log-SNR: weights alpha^2 d(logsnr) over the sampler's range"
+
 
 def noise_levels(process: Process, count: int) -> np.ndarray:
     """`count` ascending log-SNRs: the midpoints of equal parts of the sampler's path, and its two ends."""
@@ -19,25 +24,9 @@ def noise_levels(process: Process, count: int) -> np.ndarray:
     return np.concatenate([[process.logsnr_min], inner, [process.logsnr_max]])
 
 
-def denoising_errors(
-    levels: Sequence[Level],
-    images: Tensor,
-    logsnr: np.ndarray,
-    seed: int = 0,
-    batch: int = 128,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Per-image mean squared errors for images [M,C,H,W] in [-1, 1] at log-SNRs [S].
-
-    Returns loss [K, M, S] = |f^k - x0|^2, to_previous [K-1, M, S] = |f^k - f^{k-1}|^2 and
-    to_largest [K-1, M, S] = |f^k - f^K|^2, means over channels and pixels.
-    """
-    pairs = family_pairs(len(levels))
-    found = squared_differences(levels, pairs, images, logsnr, seed, batch, progress)
-    return split_by_kind(found, len(levels))
-
-
-Pair = tuple[int, int | None]  # two levels, by index; None is the clean image
+def pooling_weights(process: Process, logsnr: np.ndarray) -> np.ndarray:
+    """The weights [S], sum 1, by which errors are pooled over the noise levels [S] (`POOLING`)."""
+    return process.drift_weights(logsnr)
 
 
 def family_pairs(levels: int) -> list[Pair]:
@@ -46,9 +35,14 @@ def family_pairs(levels: int) -> list[Pair]:
     return loss + [(k, k - 1) for k in range(1, levels)] + [(k, levels - 1) for k in range(levels - 1)]
 
 
-def split_by_kind(found: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Split values of `family_pairs` [3K-2, ...]: loss [K, ...], to_previous [K-1, ...] and to_largest [K-1, ...]."""
-    return found[:levels], found[levels : 2 * levels - 1], found[2 * levels - 1 : 3 * levels - 2]
+def denoising_errors(
+    levels: Sequence[Level], images: Tensor, logsnr: np.ndarray, *options: Any, **named: Any
+) -> tuple[np.ndarray, ...]:
+    """Per-image squared errors: loss [K, M, S] = |f^k - x0|^2, to_previous [K-1, M, S] = |f^k - f^{k-1}|^2,
+    to_largest [K-1, M, S] = |f^k - f^K|^2; options as in `squared_differences`."""
+    k = len(levels)
+    found = squared_differences(levels, family_pairs(k), images, logsnr, *options, **named)
+    return found[:k], found[k : 2 * k - 1], found[2 * k - 1 :]
 
 
 @torch.no_grad()
@@ -59,7 +53,7 @@ def squared_differences(
     logsnr: np.ndarray,
     seed: int = 0,
     batch: int = 128,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = None,
 ) -> np.ndarray:
     """Per-image mean squared differences [pairs, M, S] of the levels' outputs, means over channels and pixels.
 
@@ -67,12 +61,12 @@ def squared_differences(
     m, s = len(images), len(logsnr)
     out = np.zeros((len(pairs), m, s))
     for j, value in enumerate(logsnr):
+        level_logsnr = torch.tensor(float(value), dtype=torch.float32, device=images.device)
         for start in range(0, m, batch):
             part = slice(start, min(start + batch, m))
             x0 = images[part]
             # the noise of image i at noise level j does not depend on the batch size
             seeds = [seed * 1_000_003 + j * m + i for i in range(m)[part]]
-            level_logsnr = torch.full((1,), float(value), device=x0.device).expand(len(x0))
             x = add_noise(x0, initial_noise(seeds, tuple(x0.shape[1:]), x0.device), level_logsnr)
             outputs = [level.denoise(x, level_logsnr).float() for level in levels]
             for i, (first, second) in enumerate(pairs):

@@ -10,24 +10,29 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from scipy.optimize import brentq, minimize_scalar
+from scipy.stats import t as t_distribution
 
 S_MIN, S_MAX = 0.02, 8.0  # gamma above 2 / S_MIN = 100 counts as unbounded, below 2 / S_MAX = 0.25 as zero
 S_EDGE = 0.999 * S_MAX  # an s from this value on counts as the end of the search
 CONFIDENCE = 0.95
 
 Interval = tuple[float, float | None]
+RSS = Callable[[np.ndarray], np.ndarray]
 
 
-def minimise(rss: Callable[[np.ndarray], np.ndarray], grid: np.ndarray) -> tuple[float, float]:
+def s_grid(low: float, points: int) -> np.ndarray:
+    """Values of s from low to S_MAX, dense near s = 0, where gamma is large."""
+    return 0.05 * np.sinh(np.linspace(np.arcsinh(low / 0.05), np.arcsinh(S_MAX / 0.05), points))
+
+
+def minimise(rss: RSS, grid: np.ndarray) -> tuple[float, float]:
     """The s with the smallest RSS, and that RSS: the best grid point, refined between its neighbours."""
-    from scipy.optimize import minimize_scalar
-
     values = rss(grid)
     i = int(np.argmin(values))
     bounds = (grid[max(i - 1, 0)], grid[min(i + 1, len(grid) - 1)])
-    found: Any = minimize_scalar(
-        lambda s: float(rss(np.array([s]))[0]), bounds=bounds, method="bounded", options={"xatol": 1e-10}
-    )
+    at: Callable[[float], float] = lambda s: float(rss(np.array([s]))[0])  # noqa: E731
+    found: Any = minimize_scalar(at, bounds=bounds, method="bounded", options={"xatol": 1e-10})
     return (float(found.x), float(found.fun)) if found.fun < values[i] else (float(grid[i]), float(values[i]))
 
 
@@ -44,22 +49,12 @@ def grid_minimum(values: np.ndarray, grid: np.ndarray) -> float:
     return float(grid[i]) + float(np.clip(-slope / (2 * curvature), x[0], x[2]))
 
 
-def profile_interval(
-    rss: Callable[[np.ndarray], np.ndarray],
-    grid: np.ndarray,
-    best: float,
-    rss_min: float,
-    dof: int,
-    between: float = 0.0,
-) -> Interval:
+def profile_interval(rss: RSS, grid: np.ndarray, best: float, rss_min: float, dof: int, between: float) -> Interval:
     """All s with RSS(s) <= RSS_min + t^2 v, converted to gamma; (0, None) without a degree of freedom.
 
     v is the variance of the residuals, RSS_min / dof, but at least `between`, the variance between training seeds."""
     if dof < 1:
         return (0.0, None)
-    from scipy.optimize import brentq
-    from scipy.stats import t as t_distribution
-
     t_squared = float(t_distribution.ppf((1 + CONFIDENCE) / 2, dof)) ** 2
     limit = rss_min * (1 + t_squared / dof) if between * dof <= rss_min else rss_min + t_squared * between
     inside = np.append(grid[rss(grid) <= limit], best)
@@ -71,8 +66,7 @@ def profile_interval(
         """The crossing between the last point inside and the first point beyond, if it exists, else `inner`."""
         if len(beyond) == 0 or not excess(inner) < 0 < excess(float(beyond[0])):
             return inner
-        found: Any = brentq(excess, inner, float(beyond[0]))
-        return float(found)
+        return float(brentq(excess, inner, float(beyond[0])))  # type: ignore[arg-type]
 
     low, high = float(inside.min()), float(inside.max())
     return _to_gamma(end(low, grid[grid < low][::-1]), end(high, grid[grid > high]))
@@ -87,31 +81,24 @@ def bootstrap_interval(
     refit: Callable[[np.ndarray], float],
     observed: np.ndarray,
     fitted: np.ndarray,
-    rss: float,
-    dof: int,
-    covariance: np.ndarray | None,
-    repeats: int,
-    seed: int,
+    variance: np.ndarray,
+    rng: np.random.Generator,
+    covariance: np.ndarray | None = None,
     between: float = 0.0,
-) -> Interval | None:
-    """Percentile interval of refits to the fitted values with new scatter, drawn as relative normal errors.
+) -> Interval:
+    """Percentile interval of refits to the fitted values [n] with new scatter, drawn as relative normal errors.
 
-    The variance of the scatter is drawn too (RSS / chi^2(dof)), because a few residuals determine it poorly. The
-    measurement covariance and the variance `between` training seeds are added. This counts their uncorrelated part
-    twice, so the interval is rather too wide. `refit` maps values [n] to s, or to NaN if any s fits. Returns None
-    without repeats or degrees of freedom.
-    """
-    if repeats < 1 or dof < 1:
-        return None
-    rng = np.random.default_rng(seed)
-    n = len(observed)
-    scatter = np.minimum(np.sqrt(rss / rng.chisquare(dof, repeats)), 2.0)
-    noise = scatter[:, None] * rng.standard_normal((repeats, n))
+    `refit` maps values [n] to s, or to NaN if any s fits. variance: of the scatter, per refit. The measurement
+    covariance [n, n] and the variance `between` training seeds are added. This counts their uncorrelated part twice, so
+    the interval is rather too wide."""
+    shape = len(variance), len(observed)
+    noise = np.minimum(np.sqrt(variance), 2.0)[:, None] * rng.standard_normal(shape)
     if covariance is not None:
         relative = np.asarray(covariance, dtype=np.float64) / np.outer(observed, observed)
-        noise += rng.multivariate_normal(np.zeros(n), relative, repeats, method="eigh", check_valid="ignore")
+        zero = np.zeros(len(observed))
+        noise += rng.multivariate_normal(zero, relative, len(variance), method="eigh", check_valid="ignore")
     if between > 0:
-        noise += np.sqrt(between) * rng.standard_normal((repeats, n))
+        noise += np.sqrt(between) * rng.standard_normal(shape)
     found = np.array([refit(values) for values in fitted * np.exp(noise)])
     # NaN: the resampled values are flat, so any exponent fits. Such a draw counts at both ends.
     tail = (1 - CONFIDENCE) / 2

@@ -27,13 +27,11 @@ def snapshot_losses(
     batch: int = 128,
     seed: int = 1,
 ) -> list[dict[str, Any]]:
-    """The held-out loss of each snapshot file, as one entry per file, in the order of the files.
+    """The held-out loss of each snapshot, on the same images and noise; one entry per file, in their order.
 
-    files: ema-<images>.safetensors with their SHA-256. held_out [M,3,H,W]. weights [S] with sum 1 pool over the noise
-    levels logsnr [S]. Each entry has images (seen in training), file, sha256 and three values. held_out_loss is the
-    mean squared error of the denoised images (pixels in [-1, 1]). held_out_rise is the change since the previous
-    snapshot, and held_out_rise_se its standard error over the images (both None for the first). All snapshots get the
-    same images and noise."""
+    files: ema-<images>.safetensors with their SHA-256. held_out [M,3,H,W] in [-1, 1]. weights [S] with sum 1 pool over
+    the noise levels logsnr [S]. held_out_rise is the change of the mean squared error since the previous snapshot, and
+    held_out_rise_se its standard error over the images (both None for the first)."""
     entries, before = [], None
     network = copy.deepcopy(denoiser)
     for file, sha256 in files.items():
@@ -41,15 +39,10 @@ def snapshot_losses(
         level = as_level(file.stem, network, 1.0, precision, compile="off")
         loss = denoising_errors([level], held_out, logsnr, seed, batch)[0][0] @ weights  # [M]
         rise = None if before is None else loss - before
-        entries.append(
-            {
-                "images": int(file.stem.removeprefix("ema-")),
-                "file": file.name,
-                "sha256": sha256,
-                "held_out_loss": float(loss.mean()),
-                "held_out_rise": None if rise is None else float(rise.mean()),
-                "held_out_rise_se": None if rise is None else float(rise.std(ddof=1) / np.sqrt(len(rise))),
-            }
-        )
+        entry = {"images": int(file.stem.removeprefix("ema-")), "file": file.name, "sha256": sha256}
+        entry["held_out_loss"] = float(loss.mean())
+        entry["held_out_rise"] = None if rise is None else float(rise.mean())
+        entry["held_out_rise_se"] = None if rise is None else float(rise.std(ddof=1) / np.sqrt(len(rise)))
+        entries.append(entry)
         before = loss
     return entries

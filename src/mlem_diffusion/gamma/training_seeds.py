@@ -17,70 +17,47 @@ from ..errors import UserError
 from .denoising_errors import Pair
 from .estimate import LevelErrors
 
+# the values of a repeated level k, and their index, less k, among the values of the law
+_VALUES = (("loss_fit", 0), ("to_largest", 0), ("differences", 0), ("differences", -1))
+
 
 @dataclass(frozen=True)
 class Repeat:
-    """One level trained again: its squared errors on the images, noise levels and noise of `LevelErrors`."""
+    """One level k trained again as g, below the largest: |g - x0|^2, |g - f^K|^2, |f^(k+1) - g|^2 and, if k > 0,
+    |g - f^(k-1)|^2 on the images, noise levels and noise of `LevelErrors`."""
 
-    level: int  # index of the repeated level in the family, below the largest
+    level: int  # its index k in the family
     seed: int
-    loss: np.ndarray  # [M, S] |g - x0|^2, where g is this training of the level
-    to_lower: np.ndarray | None  # [M, S] |g - f^(k-1)|^2; None for the cheapest level
-    to_upper: np.ndarray  # [M, S] |f^(k+1) - g|^2
-    to_largest: np.ndarray  # [M, S] |g - f^K|^2
-
-
-@dataclass(frozen=True)
-class SeedSpread:
-    """The variance between training seeds of the logarithm of each value that a law is fitted to."""
-
-    variance: dict[str, float]  # by fit: loss_fit, differences, to_largest
-    degrees_of_freedom: dict[str, int]
+    values: Sequence[np.ndarray]  # 4 times [M, S], 3 times for the cheapest level
 
 
 def repeat_pairs(levels: int, repeated: Sequence[int]) -> list[list[Pair]]:
-    """The pairs to compare for each repeated level (index in the family), if the repeats follow the family's `levels`.
-
-    A repeat is compared with the clean image, the largest level, the level above and, if it exists, the level below."""
-    out = []
-    for i, level in enumerate(repeated):
-        own = levels + i
-        below: list[Pair] = [(own, level - 1)] if level else []
-        out.append([(own, None), (own, levels - 1), (own, level + 1), *below])
-    return out
+    """The pairs of each `Repeat` (k given); the repeats follow the family's `levels` in the list of levels."""
+    pairs: list[list[Pair]] = [
+        [(own, None), (own, levels - 1), (own, k + 1), (own, k - 1)] for own, k in enumerate(repeated, start=levels)
+    ]
+    return [group if k else group[:3] for group, k in zip(pairs, repeated, strict=True)]
 
 
-def seed_spread(errors: LevelErrors, repeats: Sequence[Repeat]) -> SeedSpread:
-    """The variances between training seeds, pooled over the repeated levels.
+def seed_spread(errors: LevelErrors, repeats: Sequence[Repeat]) -> tuple[dict[str, float], dict[str, Any]]:
+    """The variances between training seeds by law, pooled over the repeated levels, and the entry of gamma.json.
 
     Two separately trained levels enter a value of `differences`, so its variance is twice that of retraining one of
-    them. Raises UserError without repeats, or for a level that cannot be compared."""
-    top = len(errors.names) - 1
-    if not repeats or any(not 0 <= r.level < top for r in repeats):
+    them. log_error_sd is for the root-mean-square error: half the value for the squared error."""
+    levels = sorted({r.level for r in repeats})
+    if not levels or levels[0] < 0 or levels[-1] >= len(errors.names) - 1:
         raise UserError("The spread between seeds needs repeated trainings of levels below the largest one.")
-    groups: dict[str, list[list[np.ndarray]]] = {"loss_fit": [], "differences": [], "to_largest": []}
-    for k in sorted({r.level for r in repeats}):
-        again = [r for r in repeats if r.level == k]
-        groups["loss_fit"].append([errors.loss[k], *(r.loss for r in again)])
-        groups["to_largest"].append([errors.to_largest[k], *(r.to_largest for r in again)])
-        groups["differences"].append([errors.to_previous[k], *(r.to_upper for r in again)])
-        lower = [r.to_lower for r in again if r.to_lower is not None]
-        if k and lower:
-            groups["differences"].append([errors.to_previous[k - 1], *lower])
-    variance, dof = {}, {}
-    for form, found in groups.items():
-        logs = [np.log([float((values @ errors.weights).mean()) for values in group]) for group in found]
-        dof[form] = sum(len(x) - 1 for x in logs)
-        pooled = sum(float(((x - x.mean()) ** 2).sum()) for x in logs) / dof[form]
-        variance[form] = 2 * pooled if form == "differences" else pooled
-    return SeedSpread(variance, dof)
-
-
-def as_json(errors: LevelErrors, repeats: Sequence[Repeat], spread: SeedSpread) -> dict[str, Any]:
-    """The entry of gamma.json. log_error_sd is for the root-mean-square error: half the value for the squared error."""
-    return {
-        "levels": [errors.names[k] for k in sorted({r.level for r in repeats})],
+    squares, dof = dict.fromkeys(errors.by_form, 0.0), dict.fromkeys(errors.by_form, 0)
+    for k in levels:
+        for i, (form, offset) in enumerate(_VALUES if k else _VALUES[:3]):
+            group = [errors.by_form[form][k + offset], *(r.values[i] for r in repeats if r.level == k)]
+            logs = np.log([float(errors.pool(values).mean()) for values in group])
+            squares[form] += float(((logs - logs.mean()) ** 2).sum())
+            dof[form] += len(logs) - 1
+    variance = {form: (2 if form == "differences" else 1) * squares[form] / dof[form] for form in dof}
+    return variance, {
+        "levels": [errors.names[k] for k in levels],
         "seeds": sorted({r.seed for r in repeats}),
-        "log_error_sd": {form: float(np.sqrt(v)) / 2 for form, v in spread.variance.items()},
-        "degrees_of_freedom": spread.degrees_of_freedom,
+        "log_error_sd": {form: float(np.sqrt(v)) / 2 for form, v in variance.items()},
+        "degrees_of_freedom": dof,
     }

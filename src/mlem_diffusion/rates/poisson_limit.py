@@ -3,46 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from .problem import CHUNK, DAMPING, DIMENSION, EVENTS, ROTATION, Replicates, difference
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Expected fires lambda [K] of levels 1..K over [0, 1] in the jump process; `key` seeds its events."""
-
-    rates: tuple[float, ...]
-    key: tuple[int, ...] = ()
-
+from .problem import CHUNK, DAMPING, DIMENSION, EVENTS, ROTATION, Replicates, Run, difference
 
 _DECAY = complex(DAMPING, -ROTATION)  # A x is -_DECAY (x_1 + i x_2): the jump process uses complex numbers
 
 
-def jump_process(replicates: Replicates, settings: Sequence[Rates]) -> np.ndarray:
-    """Return X(1) [S, d, P] of the Poisson limit of ML-EM, without time steps.
+def jump_process(replicates: Replicates, runs: Sequence[Run]) -> np.ndarray:
+    """X(1) [S, d, P] of the Poisson limit of ML-EM; a run has rates lambda_k of levels 1..K.
 
     Level k fires after exponential waiting times of rate lambda_k and moves the path by (f^k - f^{k-1})(X, t) /
     lambda_k. Between events the path follows f^0 = A x and the Brownian motion, with the exact solution
     X(t) = e^(A t) V + s Y(t). V changes only at events. Y solves dY = A Y dt + dW and does not depend on the levels.
     """
     count = replicates.count
-    y_grid = _linear_response(replicates) if replicates.noise else None
-    out = np.empty((len(settings), DIMENSION, count))
-    streams = [np.random.default_rng([*replicates.key, EVENTS, *s.key]) for s in settings]
-    v = [replicates.start[0] + 1j * replicates.start[1] for _ in settings]
-    y = [np.zeros(count, complex) for _ in settings]
-    clock = [np.zeros(count) for _ in settings]
-    running = list(range(len(settings)))
+    y_grid = linear_response(replicates) if replicates.noise else None
+    out = np.empty((len(runs), DIMENSION, count))
+    streams = [np.random.default_rng([*replicates.key, EVENTS, *key]) for _, key in runs]
+    v = [replicates.start[0] + 1j * replicates.start[1] for _ in runs]
+    y = [np.zeros(count, complex) for _ in runs]
+    clock = [np.zeros(count) for _ in runs]
+    running = list(range(len(runs)))
     while running:
-        drawn = [_draw_events(streams[s], settings[s], count) for s in running]
-        wait, level, move, normal = (np.concatenate(column, axis=1) for column in zip(*drawn, strict=True))
+        drawn = [draw_events(streams[s], runs[s][0], count) for s in running]
+        events = [np.concatenate(column, axis=1) for column in zip(*drawn, strict=True)]
         state = [np.concatenate([part[s] for s in running]) for part in (v, y, clock)]
         replicate = np.tile(np.arange(count), len(running))
-        for i in range(CHUNK):
-            _fire(replicates, y_grid, state, replicate, wait[i], level[i], move[i], normal[i])
+        for event in zip(*events, strict=True):
+            fire(replicates, y_grid, state, replicate, event)
         for part, whole in zip((v, y, clock), state, strict=True):
             for s, piece in zip(running, np.split(whole, len(running)), strict=True):
                 part[s] = piece
@@ -53,32 +43,27 @@ def jump_process(replicates: Replicates, settings: Sequence[Rates]) -> np.ndarra
     return out
 
 
-def _draw_events(rng: np.random.Generator, setting: Rates, count: int) -> tuple[np.ndarray, ...]:
+def draw_events(rng: np.random.Generator, rates: Sequence[float] | np.ndarray, count: int) -> tuple[np.ndarray, ...]:
     """Draw waiting times, levels, 1 / rates and complex normals of the next events, each [CHUNK, P].
 
-    Independent exponential clocks are equivalent to one clock with the sum of their rates, whose events belong to level
-    k with probability lambda_k / sum lambda.
-    """
-    rates = np.array(setting.rates)
-    wait = rng.exponential(1 / rates.sum(), (CHUNK, count))
-    edges = np.cumsum(rates)[:-1] / rates.sum()
+    One clock has the sum of the rates; its events belong to level k with probability lambda_k / sum lambda."""
+    rate = np.asarray(rates)
+    wait = rng.exponential(1 / rate.sum(), (CHUNK, count))
+    edges = np.cumsum(rate)[:-1] / rate.sum()
     which = np.searchsorted(edges, rng.random((CHUNK, count)), side="right")
     normal = rng.standard_normal((CHUNK, count, 2)).view(complex)[..., 0]
-    return wait, which + 1, 1 / rates[which], normal
+    return wait, which + 1, 1 / rate[which], normal
 
 
-def _fire(
+def fire(
     replicates: Replicates,
     y_grid: np.ndarray | None,
-    state: list[np.ndarray],
+    state: Sequence[np.ndarray],
     replicate: np.ndarray,
-    wait: np.ndarray,
-    level: np.ndarray,
-    move: np.ndarray,
-    normal: np.ndarray,
+    event: tuple[np.ndarray, ...],
 ) -> None:
-    """Move each row in `state` to its next event and apply the jump; rows past t = 1 do not jump."""
-    v, y, clock = state
+    """Move each row of `state` (V, Y, t) to its next event and apply the jump; rows past t = 1 do not jump."""
+    (v, y, clock), (wait, level, move, normal) = state, event
     t = clock + wait
     at = np.minimum(t, 1.0)
     turn = np.exp(-_DECAY * at)
@@ -97,11 +82,8 @@ def _fire(
     clock[:] = t
 
 
-def _linear_response(replicates: Replicates) -> np.ndarray:
-    """Return complex Y [N + 1, P] on the grid: Y' = e^(A h) Y + int e^(A (h - u)) dW.
-
-    The integral is expanded as dW + A I, with an error of order h^2.5 per step.
-    """
+def linear_response(replicates: Replicates) -> np.ndarray:
+    """Complex Y [N + 1, P] on the grid: Y' = e^(A h) Y + int e^(A (h - u)) dW, expanded as dW + A I (to h^2.5)."""
     dw, area = (part[:, 0] + 1j * part[:, 1] for part in (replicates.dw, replicates.area))
     y = np.zeros((replicates.grid + 1, replicates.count), complex)
     decay = np.exp(-_DECAY / replicates.grid)

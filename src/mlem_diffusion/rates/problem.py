@@ -4,9 +4,7 @@ The SDE is dX = f(X, t) dt + s dW on [0, 1] in two dimensions, with f(x, t) = A 
 smooth, bounded and nonlinear; s = 0 makes it an ODE. Level k is f^k = f + 2^-k g_k with g_k smooth random functions of
 (x, t), independent between levels, of root mean square 1 per component; one evaluation costs T_k = 2^(gamma k).
 Level 0 is the nearly free linear part, f^0 = A x. Each replicate draws its own family, start, Brownian path and coins,
-so replicates are independent.
-
-States are arrays [d, R]; a row r is one setting on one replicate.
+so replicates are independent. States are arrays [d, R]; a row r is one setting on one replicate.
 """
 
 from __future__ import annotations
@@ -29,27 +27,29 @@ _SCALES = np.concatenate([[0.0], 0.5 ** np.arange(1, 64)])
 CHUNK = 64  # steps or events whose random numbers are drawn at a time
 _FAMILY, _PATH, _COINS, EVENTS = range(4)  # separate random streams
 
+Run = tuple[
+    Sequence[float] | np.ndarray, tuple[int, ...]
+]  # a setting: one number per level, and the key of its random numbers
+
 
 def remainder(x: np.ndarray, t: np.ndarray | float) -> np.ndarray:
-    """Return r(x, t) [d, R], the nonlinear part of the true drift."""
+    """r(x, t) [d, R], the nonlinear part of the true drift."""
     return np.stack([np.sin(0.7 * x[1] + 3 * t), np.cos(0.7 * x[0] - 2 * t)])
 
 
 def linear(x: np.ndarray) -> np.ndarray:
-    """Return A x [d, R]."""
+    """A x [d, R]."""
     return np.stack([-DAMPING * x[0] - ROTATION * x[1], ROTATION * x[0] - DAMPING * x[1]])
 
 
 def true_drift(x: np.ndarray, t: float) -> np.ndarray:
-    """Return f(x, t) [d, R]."""
+    """f(x, t) [d, R]."""
     return linear(x) + remainder(x, t)
 
 
 def waves(parameters: np.ndarray, x: np.ndarray, t: np.ndarray | float) -> np.ndarray:
-    """Return g(x, t) [d, R] of random waves, for x [d, R] and t a number or [R].
-
-    parameters: [2 + 2 d, FEATURES, R], namely time frequency, phase, space frequencies and amplitudes.
-    """
+    """g(x, t) [d, R] of random waves; parameters [2 + 2 d, FEATURES, R]: time frequency, phase, space frequencies and
+    amplitudes."""
     phase = parameters[0] * t
     phase += parameters[1]
     for i in range(DIMENSION):
@@ -60,20 +60,15 @@ def waves(parameters: np.ndarray, x: np.ndarray, t: np.ndarray | float) -> np.nd
 
 @dataclass(frozen=True)
 class Replicates:
-    """A block of P replicates: families of levels 0..K, starts, Brownian paths on a grid of N steps, exact end points.
+    """P replicates: families of levels 0..K, starts, Brownian paths on a grid of N steps, exact end points."""
 
-    parameters [2 + 2 d, FEATURES, (K + 1) P] (level k of replicate j in column k P + j), start [d, P],
-    dw [N, d, P] increments of W, area [N, d, P] its integrals I = int (W_u - W_start of the step) du,
-    end [d, P] X(1) with the true drift, noise the s of the SDE, key the seeds of all streams.
-    """
-
-    parameters: np.ndarray
-    start: np.ndarray
-    dw: np.ndarray
-    area: np.ndarray
-    end: np.ndarray
-    noise: float
-    key: tuple[int, ...]
+    parameters: np.ndarray  # [2 + 2 d, FEATURES, (K + 1) P], level k of replicate j in column k P + j
+    start: np.ndarray  # [d, P]
+    dw: np.ndarray  # [N, d, P] increments of W
+    area: np.ndarray  # [N, d, P] integrals of W_u - W_start over each step
+    end: np.ndarray  # [d, P] X(1) with the true drift
+    noise: float  # s
+    key: tuple[int, ...]  # seeds of all streams
 
     @property
     def count(self) -> int:
@@ -83,16 +78,12 @@ class Replicates:
     def grid(self) -> int:
         return len(self.dw)
 
-    @property
-    def levels(self) -> int:
-        return self.parameters.shape[2] // self.count - 1
-
     def columns(self, level: np.ndarray, replicate: np.ndarray) -> np.ndarray:
-        """Return the parameters [2 + 2 d, FEATURES, R] of levels [R] of replicates [R]."""
+        """The parameters [2 + 2 d, FEATURES, R] of levels [R] of replicates [R]."""
         return np.take(self.parameters, level * self.count + replicate, axis=2)
 
     def increments(self, n: int) -> np.ndarray:
-        """Return the increments of W [n, d, P] over n equal steps; n must divide N."""
+        """The increments of W [n, d, P] over n equal steps; n must divide N."""
         if self.grid % n:
             raise UserError(f"{n} steps are not nested in the grid of {self.grid}.")
         return self.dw.reshape(n, self.grid // n, *self.dw.shape[1:]).sum(axis=1)
@@ -102,30 +93,23 @@ def draw(key: Sequence[int], count: int, levels: int, grid: int, noise: float) -
     """Draw `count` replicates with levels 1..`levels`, a Brownian grid of `grid` steps, and s = `noise`."""
     rng = np.random.default_rng([*key, _FAMILY])
     shape = (FEATURES, (levels + 1) * count)
-    parameters = np.concatenate(
-        [
-            rng.normal(0, _TIME, (1, *shape)),
-            rng.uniform(0, 2 * np.pi, (1, *shape)),
-            rng.normal(0, _SPACE, (DIMENSION, *shape)),
-            rng.normal(0, np.sqrt(2 / FEATURES), (DIMENSION, *shape)),  # E cos^2 = 1/2: rms 1 per component
-        ]
-    )
+    time = rng.normal(0, _TIME, (1, *shape))
+    phase = rng.uniform(0, 2 * np.pi, (1, *shape))
+    space = rng.normal(0, _SPACE, (DIMENSION, *shape))
+    amplitude = rng.normal(0, np.sqrt(2 / FEATURES), (DIMENSION, *shape))  # E cos^2 = 1/2: rms 1 per component
     rng = np.random.default_rng([*key, _PATH])
     start, h = START * rng.standard_normal((DIMENSION, count)), 1 / grid
     dw = rng.standard_normal((grid, DIMENSION, count)) * np.sqrt(h)
     area = h / 2 * dw + rng.standard_normal(dw.shape) * np.sqrt(h**3 / 12)
-    end = solve(start, dw, area, noise)
+    parameters, end = np.concatenate([time, phase, space, amplitude]), solve(start, dw, area, noise)
     return Replicates(parameters, start, dw, area, end, noise, tuple(key))
 
 
 def solve(start: np.ndarray, dw: np.ndarray, area: np.ndarray, noise: float) -> np.ndarray:
-    """Return X(1) [d, P] with the true drift, from increments dw [N, d, P] and their areas [N, d, P].
-
-    The scheme is the two-stage SRA1 (Roessler 2010): strong order 1.5 for additive noise, order 2 for the ODE.
-    """
-    n, x = len(dw), start.copy()
-    h = 1 / n
-    for i in range(n):
+    """X(1) [d, P] with the true drift, from increments and areas [N, d, P], by the two-stage SRA1 (Roessler 2010):
+    strong order 1.5 for additive noise, order 2 for the ODE."""
+    x, h = start.copy(), 1 / len(dw)
+    for i in range(len(dw)):
         first = true_drift(x, i * h)
         second = true_drift(x + 0.75 * h * first + 1.5 * noise / h * area[i], (i + 0.75) * h)
         x = x + h / 3 * (first + 2 * second) + noise * dw[i]
@@ -133,45 +117,30 @@ def solve(start: np.ndarray, dw: np.ndarray, area: np.ndarray, noise: float) -> 
 
 
 def coarsen(dw: np.ndarray, area: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the increments and areas of the same path on a grid with half as many steps."""
-    h = 1 / len(dw)
-    return dw[::2] + dw[1::2], area[::2] + area[1::2] + h * dw[::2]
+    """The increments and areas of the same path on a grid with half as many steps."""
+    return dw[::2] + dw[1::2], area[::2] + area[1::2] + 1 / len(dw) * dw[::2]
 
 
-@dataclass(frozen=True)
-class Coins:
-    """Inclusion probabilities p [K + 1] of levels 0..K with p_0 = 1, for a run of ML-EM; `key` seeds its coins.
+def euler(replicates: Replicates, n: int, runs: Sequence[Run]) -> np.ndarray:
+    """X(1) [S, d, P] by ML-EM with n steps, for S runs on the replicates' Brownian paths.
 
-    If all p are 1, the method is EM with level K.
-    """
-
-    p: tuple[float, ...]
-    key: tuple[int, ...] = ()
-
-    @property
-    def always(self) -> int:
-        """The highest level k with p_0 = ... = p_k = 1; the telescope up to it equals f^k."""
-        p = np.array(self.p)
-        return int(np.argmax(p < 1)) - 1 if np.any(p < 1) else len(p) - 1
-
-
-def euler(replicates: Replicates, n: int, settings: Sequence[Coins]) -> np.ndarray:
-    """Return X(1) [S, d, P] by ML-EM with n steps, for S settings on the replicates' Brownian paths.
-
-    One step is X' = X + h sum_k (B_k / p_k) (f^k - f^{k-1})(X) + s dW with f^{-1} = 0 and independent coins.
+    A run has probabilities p of levels 0..K with p_0 = 1; if all are 1, it is EM with level K. One step is
+    X' = X + h sum_k (B_k / p_k) (f^k - f^{k-1})(X) + s dW with f^{-1} = 0 and independent coins B_k.
     """
     count, h = replicates.count, 1 / n
-    replicate = np.tile(np.arange(count), len(settings))
-    base = np.repeat([s.always for s in settings], count)
+    # the highest level k with p_0 = ... = p_k = 1; the telescope up to it equals f^k
+    always = [next((k for k, value in enumerate(p) if value < 1), len(p)) - 1 for p, _ in runs]
+    base, replicate = np.repeat(always, count), np.tile(np.arange(count), len(runs))
     parameters = replicates.columns(base, replicate)
     parameters[2 + DIMENSION :] *= _SCALES[base]
     nonlinear = (base > 0).astype(float)
-    streams = [np.random.default_rng([*replicates.key, _COINS, n, *s.key]) for s in settings]
+    streams = [np.random.default_rng([*replicates.key, _COINS, n, *key]) for _, key in runs]
+    coins = [(s, k, p[k]) for s, (p, _) in enumerate(runs) for k in range(always[s] + 1, len(p))]
     dw = replicates.noise * replicates.increments(n)
-    x = np.tile(replicates.start, len(settings))
+    x = np.tile(replicates.start, len(runs))
     for first in range(0, n, CHUNK):
         length = min(CHUNK, n - first)
-        step, row, level, weight = _fires(streams, settings, length, count)
+        step, row, level, weight = _fires(streams, coins, length, count)
         bounds = np.searchsorted(step, np.arange(length + 1))
         for i in range(length):
             t = (first + i) * h
@@ -185,39 +154,34 @@ def euler(replicates: Replicates, n: int, settings: Sequence[Coins]) -> np.ndarr
             x += h * drift
             if replicates.noise:
                 x.reshape(DIMENSION, -1, count)[...] += dw[first + i][:, None, :]
-    return x.reshape(DIMENSION, len(settings), count).swapaxes(0, 1)
+    return x.reshape(DIMENSION, len(runs), count).swapaxes(0, 1)
+
+
+def _fires(
+    streams: Sequence[np.random.Generator], coins: Sequence[tuple[int, int, float]], steps: int, count: int
+) -> tuple[np.ndarray, ...]:
+    """Steps (ascending), rows, levels and weights 1 / p [fires] of the next steps; coins: run, level, probability."""
+    parts = [(np.empty(0, int), np.empty(0, int), np.empty(0, int), np.empty(0))]
+    for run, level, p in coins:
+        cells = np.flatnonzero(streams[run].random(steps * count) < p)
+        fired = np.full(len(cells), level), np.full(len(cells), 1 / p)
+        parts.append((cells // count, run * count + cells % count, *fired))
+    step, row, level, weight = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.argsort(step, kind="stable")
+    return step[order], row[order], level[order], weight[order]
 
 
 def difference(
     replicates: Replicates, level: np.ndarray, replicate: np.ndarray, x: np.ndarray, t: np.ndarray | float
 ) -> np.ndarray:
-    """Return (f^k - f^{k-1})(x, t) [d, R] for levels k [R] >= 1 of replicates [R]."""
+    """(f^k - f^{k-1})(x, t) [d, R] for levels k [R] >= 1 of replicates [R]; t a number or [R]."""
+    t = np.broadcast_to(t, len(level))
     both = np.concatenate([level, level - 1])
     size = _SCALES[both]
     size[len(level) :] *= -1
-    found = size * waves(
-        replicates.columns(both, np.tile(replicate, 2)),
-        np.tile(x, 2),
-        np.tile(t, 2) if isinstance(t, np.ndarray) else t,
-    )
+    found = size * waves(replicates.columns(both, np.tile(replicate, 2)), np.tile(x, 2), np.tile(t, 2))
     out = found[:, : len(level)] + found[:, len(level) :]
     first = np.flatnonzero(level == 1)  # f^0 lacks the remainder
     if len(first):
-        out[:, first] += remainder(x[:, first], t[first] if isinstance(t, np.ndarray) else t)
+        out[:, first] += remainder(x[:, first], t[first])
     return out
-
-
-def _fires(
-    streams: Sequence[np.random.Generator], settings: Sequence[Coins], steps: int, count: int
-) -> tuple[np.ndarray, ...]:
-    """Draw the fires of the next `steps` steps: steps (ascending), rows, levels and weights 1 / p, each [fires]."""
-    parts = [(np.empty(0, int), np.empty(0, int), np.empty(0, int), np.empty(0))]
-    for s, (rng, setting) in enumerate(zip(streams, settings, strict=True)):
-        for level in range(setting.always + 1, len(setting.p)):
-            p = setting.p[level]
-            cells = np.flatnonzero(rng.random(steps * count) < p)
-            row = s * count + cells % count
-            parts.append((cells // count, row, np.full(len(cells), level), np.full(len(cells), 1 / p)))
-    step, row, level, weight = (np.concatenate(column) for column in zip(*parts, strict=True))
-    order = np.argsort(step, kind="stable")
-    return step[order], row[order], level[order], weight[order]

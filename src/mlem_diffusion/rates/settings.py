@@ -1,12 +1,9 @@
 """Settings of EM, ML-EM and its Poisson limit on the problem in problem.py: their costs, errors and selection.
 
 The error is sqrt(E |X(1) - exact|^2 / d), the RMS error to the solution with the *true* drift on the same Brownian
-path. The cost is the expected cost of the run in units of T_0 = 1; an evaluation of level k costs T_k = 2^(gamma k).
-Costs are counted, not timed, because all levels are equally cheap to simulate.
-
-Settings are chosen on one set of replicates and measured on another. EM is chosen by its measured frontier. ML-EM and
-the jump process are chosen by an error model with three or four constants (`calibrate`): theory gives the dependence of
-their error on the number of steps, the top level and the firing rates.
+path. The cost is expected, in units of T_0 = 1: an evaluation of level k costs T_k = 2^(gamma k). It is counted, not
+timed, because all levels are equally cheap to simulate. Settings are chosen on one set of replicates and measured on
+another: EM by its measured frontier, ML-EM and the jump process by an error model with four constants (`calibrate`).
 """
 
 from __future__ import annotations
@@ -16,29 +13,28 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+from scipy.optimize import nnls
 
 from ..errors import UserError
 from ..multilevel.probabilities import evaluation_probabilities
-from .poisson_limit import Rates, jump_process
-from .problem import NOISE, Coins, Replicates, coarsen, draw, euler, solve
+from .poisson_limit import jump_process
+from .problem import NOISE, Replicates, coarsen, draw, euler, solve
 
 METHODS = ("em", "ml_em", "poisson")
 _OVER_BASE = "ml_em_over_base"  # ML-EM over f^0, with a random level 1 too; its limit is the jump process
+_FIRES = [round(2 ** (j / 2), 3) for j in range(-2, 15)]  # expected fires of the top level: 1/2, 0.7, 1, ... 128
+Measured = dict["RateSetting", np.ndarray]  # squared errors [replicates] by setting
 
 
 @dataclass(frozen=True)
 class RateSetting:
-    """One run of a method with levels 1..K; EM evaluates only level K.
-
-    steps: n, 0 for the jump process. fires: expected fires of the top level over [0, 1]; the square-root law gives the
-    rates of the other levels.
-    """
+    """One run of a method with levels 1..K; EM evaluates only level K."""
 
     method: str
     gamma: float
     levels: int
-    steps: int = 0
-    fires: float = 0.0
+    steps: int = 0  # n; 0 for the jump process
+    fires: float = 0.0  # of the top level over [0, 1]; the square-root law gives the rates of the other levels
 
     @cached_property
     def level_costs(self) -> np.ndarray:
@@ -75,11 +71,8 @@ class RateSetting:
 
     @cached_property
     def features(self) -> np.ndarray:
-        """Terms [4] of the squared error in the model of `calibrate`.
-
-        They are the discretisation 1 / n^2, the top level's error 4^-K, the coins' variance of levels >= 2, and the
-        coins' variance of level 1 if it is random.
-        """
+        """Terms [4] of the squared error: discretisation 1 / n^2, the top level's error 4^-K, the coins' variance of
+        levels >= 2, and that of level 1 if it is random."""
         k = np.arange(2, self.levels + 1)
         size = 4.0**-k + 4.0 ** -(k - 1)  # E |f^k - f^{k-1}|^2 for independent errors 2^-k and 2^-(k-1)
         if self.method == "poisson":
@@ -94,53 +87,44 @@ class RateSetting:
     @property
     def key(self) -> tuple[int, ...]:
         """Seeds of its coins, independent of the other settings that are run."""
-        return (
-            (*METHODS, _OVER_BASE).index(self.method),
-            round(1000 * self.gamma),
-            self.levels,
-            round(1000 * self.fires),
-        )
+        method = (*METHODS, _OVER_BASE).index(self.method)
+        return method, round(1000 * self.gamma), self.levels, round(1000 * self.fires)
 
 
 def predicted_exponent(method: str, gamma: float) -> float:
-    """Return the exponent of cost against error as the error goes to 0.
+    """The exponent of cost against error as the error goes to 0; at gamma = 2 without the factor log^2 of ML-EM.
 
-    At gamma = 2 it omits the factor log^2 of ML-EM and the jump process. Below 2, ML-EM is better than Monte Carlo's -2
-    because it always evaluates the first level (p_1 = 1, 1/h times). The jump process has -2, since all its levels are
-    random.
-    """
+    Below 2, ML-EM is better than Monte Carlo's -2 because it always evaluates the first level (p_1 = 1, 1/h times). The
+    jump process has -2, since all its levels are random."""
     if method == "em":
         return -(gamma + 1)
     return -max(gamma, 2.0) if method == "poisson" else -max(gamma, 1 + gamma / 2)
 
 
-def measure(
-    dynamics: str, seed: int, paths: int, levels: int, grid: int, settings: Sequence[RateSetting]
-) -> dict[RateSetting, np.ndarray]:
-    """Return `squared_errors` [P] of each setting on the `paths` replicates of one seed. dynamics: "sde" or "ode"."""
+def measure(item: tuple[str, int, Sequence[RateSetting]], paths: int, levels: int, grid: int) -> Measured:
+    """The `squared_errors` [P] of settings on the `paths` replicates of one seed; item: dynamics, seed, settings."""
+    dynamics, seed, settings = item
     replicates = draw((seed,), paths, levels, grid, NOISE[dynamics])
     return dict(zip(settings, squared_errors(replicates, settings), strict=True))
 
 
 def squared_errors(replicates: Replicates, settings: Sequence[RateSetting]) -> np.ndarray:
-    """Return the squared error, averaged over components, of each setting on each replicate [S, P]."""
+    """The squared error, averaged over components, of each setting on each replicate [S, P]."""
     out = np.empty((len(settings), replicates.count))
     for n in sorted({s.steps for s in settings}):
         where = [i for i, s in enumerate(settings) if s.steps == n]
         group = [settings[i] for i in where]
         if n:
-            end = euler(replicates, n, [Coins((1.0, *s.p), s.key) for s in group])
+            end = euler(replicates, n, [((1.0, *s.p), s.key) for s in group])
         else:
-            end = jump_process(replicates, [Rates(tuple(s.rates), s.key) for s in group])
+            end = jump_process(replicates, [(s.rates, s.key) for s in group])
         out[where] = ((end - replicates.end) ** 2).mean(axis=1)
     return out
 
 
 def reference_error(dynamics: str, seed: int, paths: int, grid: int) -> float:
-    """Return the RMS difference of the exact end points between grids of N = `grid` and N / 2 steps, on the same path.
-
-    At order 1.5 or 2 the error on the fine grid is about half of it or less.
-    """
+    """The RMS difference of the exact end points between grids of N = `grid` and N / 2 steps, on the same path; the
+    error on the fine grid is about half of it or less."""
     fine = draw((seed,), paths, 1, grid, NOISE[dynamics])
     coarse = solve(fine.start, *coarsen(fine.dw, fine.area), fine.noise)
     return float(np.sqrt(np.mean((coarse - fine.end) ** 2)))
@@ -150,66 +134,69 @@ def reference_error(dynamics: str, seed: int, paths: int, grid: int) -> float:
 
 
 def step_counts(grid: int) -> list[int]:
-    """Return 4, 6, 8, 12, ... : all 2^j and 3 2^j from 4 up that divide the grid of the Brownian path."""
+    """4, 6, 8, 12, ... : all 2^j and 3 2^j from 4 up that divide the grid of the Brownian path."""
     both = {2**j for j in range(2, 31)} | {3 * 2**j for j in range(1, 31)}
     return sorted(n for n in both if n <= grid and grid % n == 0)
 
 
 def em_settings(gamma: float, grid: int, top: int) -> list[RateSetting]:
-    """Return EM with each level 1..top and each number of steps."""
+    """EM with each level 1..top and each number of steps."""
     return [RateSetting("em", gamma, k, n) for n in step_counts(grid) for k in range(1, top + 1)]
 
 
 def ml_em_settings(gamma: float, grid: int, top: int) -> list[RateSetting]:
-    """Return ML-EM over top levels, steps and expected top fires 1/2, 0.7, 1, ... 128."""
-    fires = [round(2 ** (j / 2), 3) for j in range(-2, 15)]
-    return [RateSetting("ml_em", gamma, k, n, f) for n in step_counts(grid) for k in range(2, top + 1) for f in fires]
+    """ML-EM over top levels, steps and top fires."""
+    return [RateSetting("ml_em", gamma, k, n, f) for n in step_counts(grid) for k in range(2, top + 1) for f in _FIRES]
 
 
 def poisson_settings(gamma: float, top: int, events: float) -> list[RateSetting]:
-    """Return the jump process over top levels and top fires, with at most `events` expected events per path."""
-    fires = [round(2 ** (j / 2), 3) for j in range(-2, 15)]
-    settings = [RateSetting("poisson", gamma, k, 0, f) for k in range(1, top + 1) for f in fires]
+    """The jump process over top levels and top fires, with at most `events` expected events per path."""
+    settings = [RateSetting("poisson", gamma, k, 0, f) for k in range(1, top + 1) for f in _FIRES]
     return [s for s in settings if s.rates.sum() <= events]
 
 
 def pilot_settings(grid: int, top: int, events: float) -> list[RateSetting]:
-    """Return the settings that measure EM's frontier and the constants of the error model."""
+    """The settings that measure EM's frontier and the constants of the error model."""
     ml_em = [RateSetting("ml_em", 2.5, k, 4 * 2**k, f) for k in range(3, 11) for f in (4.0, 16.0)]
     jumps = [s for s in poisson_settings(2.5, 6, events / 4) if s.fires in (2.0, 8.0)]
     return [*em_settings(1.0, grid, top), *ml_em, *jumps]
 
 
+def limit_settings(grid: int) -> tuple[list[RateSetting], dict[str, list[RateSetting]]]:
+    """The settings of the step-size study at gamma = 2.5: jump processes, and curves over n = 64, 128, ..., 4096.
+
+    EM with a fine level, ML-EM with expected fires that do not depend on n, and ML-EM over f^0 with a random level 1
+    and the rates of the jump processes."""
+    counts = [2**j for j in range(6, 13) if grid % 2**j == 0]
+    curves = {"EM, level 12": [RateSetting("em", 2.5, 12, n) for n in counts]}
+    for method, name, levels in (("ml_em", "ML-EM", (4, 6, 8)), (_OVER_BASE, "ML-EM over the base", (4, 5))):
+        curves |= {f"{name}, {k} levels": [RateSetting(method, 2.5, k, n, 4.0) for n in counts] for k in levels}
+    return [RateSetting("poisson", 2.5, k, 0, 4.0) for k in (4, 5)], curves
+
+
 def calibrate(settings: Sequence[RateSetting], mse: np.ndarray) -> np.ndarray:
-    """Fit the constants c [4] >= 0 of the error model: squared error = features @ c.
+    """Fit the constants c [4] >= 0 of the error model, squared error = features @ c, to mean squared errors [S].
 
-    The fit minimises the squared relative residuals of the measured mean squared errors [S]. Settings with fewer than
-    16 steps are excluded.
-    """
-    from scipy.optimize import nnls
-
+    Residuals are relative; settings with fewer than 16 steps are excluded."""
     fine = np.array([s.steps == 0 or s.steps >= 16 for s in settings])
     rows = np.array([s.features for s in settings])[fine] / mse[fine, None]
     return nnls(rows, np.ones(len(rows)))[0]
 
 
 def model_errors(settings: Sequence[RateSetting], constants: np.ndarray) -> np.ndarray:
-    """Return the RMS errors [S] that the error model predicts."""
+    """The RMS errors [S] that the error model predicts."""
     return np.sqrt(np.array([s.features for s in settings]) @ constants)
 
 
 def target_errors(coarsest: float, finest: float, per_octave: int) -> np.ndarray:
-    """Return errors from coarsest down to finest, evenly spaced in the logarithm."""
+    """Errors from coarsest down to finest, evenly spaced in the logarithm."""
     if not 0 < finest < coarsest:
         raise UserError("The target errors must fall: 0 < finest < coarsest.")
     return np.geomspace(coarsest, finest, max(2, 1 + round(per_octave * np.log2(coarsest / finest))))
 
 
 def cheapest(settings: Sequence[RateSetting], errors: np.ndarray, targets: Iterable[float]) -> list[RateSetting]:
-    """Return for each target the cheapest setting with an error (measured or predicted [S]) of at most the target.
-
-    Targets that no setting reaches are omitted, and each setting is listed once.
-    """
+    """For each target the cheapest setting with an error [S] of at most the target, if there is one; each once."""
     costs = np.array([s.cost for s in settings])
     chosen: list[RateSetting] = []
     for target in targets:
@@ -217,19 +204,3 @@ def cheapest(settings: Sequence[RateSetting], errors: np.ndarray, targets: Itera
         if len(able) and (best := settings[able[np.argmin(costs[able])]]) not in chosen:
             chosen.append(best)
     return chosen
-
-
-def limit_settings(grid: int) -> tuple[list[RateSetting], dict[str, list[RateSetting]]]:
-    """Return the settings of the step-size study at gamma = 2.5: jump processes and curves.
-
-    Curves are over n = 64, 128, ..., 4096 (divisors of `grid`): EM with a fine level, ML-EM with expected fires that do
-    not depend on n, and ML-EM over f^0 with a random level 1 and the rates of the jump processes.
-    """
-    counts = [2**j for j in range(6, 13) if grid % 2**j == 0]
-    jumps = [RateSetting("poisson", 2.5, k, 0, 4.0) for k in (4, 5)]
-    curves = {"EM, level 12": [RateSetting("em", 2.5, 12, n) for n in counts]}
-    for k in (4, 6, 8):
-        curves[f"ML-EM, {k} levels"] = [RateSetting("ml_em", 2.5, k, n, 4.0) for n in counts]
-    for k in (4, 5):
-        curves[f"ML-EM over the base, {k} levels"] = [RateSetting(_OVER_BASE, 2.5, k, n, 4.0) for n in counts]
-    return jumps, curves
