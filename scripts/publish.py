@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mlem_diffusion.training.levels import repeated
 from sample_compare import real_images
 
 from mlem_diffusion.comparison.frechet import save_moments
@@ -13,6 +12,7 @@ from mlem_diffusion.experiment import environment, runs
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.models import published
 from mlem_diffusion.models.family import level_name, read_repeats, repeat_name
+from mlem_diffusion.training.levels import repeated
 
 
 def statistics(exp: Experiment, path: Path) -> dict[str, Any] | None:

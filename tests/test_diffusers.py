@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toys import grid_of, nonlinear_denoise
 from torch import Tensor
+from toys import grid_of, nonlinear_denoise
 
 from mlem_diffusion.diffusion.brownian import BrownianPath
 from mlem_diffusion.diffusion.estimator import SingleLevel

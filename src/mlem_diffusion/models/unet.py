@@ -179,7 +179,8 @@ class UNet(nn.Module):
             skips.append(x)
         for module in self.middle:
             x = module(x, next(condition))
-        for module in self.up:
+        stages: list[Any] = list(self.up)
+        for module in stages:
             x = module(x if module.block.resample == "up" else torch.cat([x, skips.pop()], dim=1), next(condition))
         x = self.leave(x)
         return F.pixel_shuffle(x, self.patch) if self.patch > 1 else x
