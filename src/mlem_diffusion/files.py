@@ -158,24 +158,3 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-# ---- until all callers have moved ----
-SEAL, is_the_systems = "content_sha256", is_out_of_memory
-
-
-def check_zip(path: Path, hint: str) -> None:
-    if not path.is_file():
-        raise UserError(f"{path} is missing: {hint}.")
-
-
-def seal_zip(path: Path, name: str) -> None:
-    pass
-
-
-def load_arrays(path: Path, hint: str) -> dict[str, np.ndarray]:
-    return read_arrays(path, hint)
-
-
-def discard_damaged(error: Damaged) -> None:
-    error.path.unlink(missing_ok=True)

@@ -232,6 +232,3 @@ def step_rule(dynamics: str, name: str | None = None) -> StepRule:
     if key not in STEP_RULES:
         raise UserError(f"The step rule {key} is unknown; expected one of {', '.join(STEP_RULES)}.")
     return STEP_RULES[key]
-
-
-step_rule_of = step_rule  # until all callers have moved

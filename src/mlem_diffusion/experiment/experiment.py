@@ -13,7 +13,6 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image
 
 from .. import files, parallel
 from ..comparison.runner import Runner
@@ -227,10 +226,7 @@ class Experiment:
     def figure(self, name: str, figure: Any) -> None:
         """Write a matplotlib Figure or a PIL image as PNG, and send it to W&B; rank 0 only."""
         if parallel.is_main():
-            if isinstance(figure, Image.Image):
-                files.atomic_write(self.results / name, lambda path: figure.save(path, format="PNG"))
-            else:
-                style.save(figure, self.results / name)
+            style.save(figure, self.results / name)
             self.note(name)
             self.tracker.image(Path(name).stem, self.results / name)
 
