@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from mlem_diffusion.diffusion.process import LinearSchedule, Process
 from mlem_diffusion.errors import Interrupted, UserError
 from mlem_diffusion.models.flops import flops_per_evaluation
 
+ROOT = Path(__file__).resolve().parents[1]
 CPU, PROCESS = torch.device("cpu"), Process(LinearSchedule(), base_steps=20)
 TINY = {"multipliers": [1, 2], "blocks": 1, "attention": [8]}
 REFERENCE = {"multipliers": [1, 2, 2, 2], "blocks": 2, "attention": [16]}
@@ -26,17 +28,15 @@ CFG = SimpleNamespace(
     resolution=16, precision="float32", seconds=0.01, unet=TINY, matmul=64, widths=[4], batches=[2, 1], modes=["eager"],
     train=SimpleNamespace(width=4, batch=4, precisions=["float32"]), steps=5,
 )  # fmt: skip
-HEAD = {"device": "a card", "torch": "2", "cuda": "13", "date": "2026-01-02 03:04 UTC", "size": "small",
-        "resolution": 16, "timing": "median"}  # fmt: skip
+HEAD = {"device": "a card", "torch": "2", "cuda": "13", "date": "2026-01-02", "size": "small", "resolution": 16}
 
 
 def took(seconds: float) -> Measurement:
-    return Measurement(number_per_run=1, raw_times=[seconds] * 3, task_spec=TaskSpec("f()", "", ""))
+    return Measurement(1, [seconds] * 3, TaskSpec("f()", "", ""))
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[table.Row]:
-    """The rows of a complete run in miniature."""
     found = parts.measure(parts.parts_of(CFG, PROCESS, CPU), [], bool)
     return table.compared(json.loads(json.dumps(found, allow_nan=False)))
 
@@ -57,12 +57,12 @@ def test_a_complete_run(rows: list[table.Row]) -> None:
 def test_finished_parts_are_kept_and_failed_ones_leave_a_reason() -> None:
     calls: list[str] = []
 
-    def part(name: str, error: Exception | None = None) -> parts.Part:
-        def measured() -> list[table.Row]:
+    def part(name: str, *errors: Exception) -> parts.Part:
+        def measured() -> Iterator[table.Row]:
             calls.append(name)
-            if error is not None:
+            for error in errors:
                 raise error
-            return [table.row("forward", f"float32 {name}", took(0.5))]
+            yield table.row("forward", f"float32 {name}", took(0.5))
 
         return measured
 
@@ -78,12 +78,9 @@ def test_finished_parts_are_kept_and_failed_ones_leave_a_reason() -> None:
 
 
 def test_an_eager_network_is_not_reported_as_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: Any, **options: Any) -> Any:
-        raise RuntimeError("no compiler here")
-
-    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.delattr(torch, "compile")
     (found,) = parts.measure({"forward w4 compiled": lambda: parts.forward(CFG, CPU, 4, "compiled")}, [], bool)
-    assert found["ms"] is None and "no compiler here" in found["mode"]
+    assert found["ms"] is None and "compilation failed" in found["mode"]
 
 
 @pytest.mark.parametrize(("width", "unet"), [(8, REFERENCE), (48, {**TINY, "attention": [16]})])
@@ -106,19 +103,18 @@ def test_fractions_and_ratios_take_equal_precisions_and_shapes() -> None:
 
 
 def test_the_table(rows: list[table.Row]) -> None:
-    text = table.summary({**HEAD, "rows": rows})
+    text = table.summary({**HEAD, "timing": "median", "rows": rows})
     assert text.startswith("a card, torch 2, CUDA 13, 2026-01-02, size small (16x16 images); median.\n\n| what |")
     assert "_diffusers" not in text and re.findall(r"\| forward \| 4 \| (\d+) ", text) == ["2"]
-    peak = table.row("matmul", "bf16 8192-cube", took(1.5e-3), flops=2.0 * 8192**3)
-    lines = table.report({**HEAD, "rows": [peak, table.row("forward", "failed", width=8)]}).splitlines()
+    peak, failed = table.row("matmul", "bf16", took(1.5e-3), flops=2.0 * 8192**3), table.row("forward", "f", width=8)
+    lines = table.report({**HEAD, "timing": "", "rows": [peak, failed]}).splitlines()
     assert lines[2] == "| what | width | mode | ms | IQR | TFLOP/s |"
-    assert lines[4:] == ["| matmul |  | bf16 8192-cube | 1.5 | 0.0% | 733 |", "| forward | 8 | failed |  |  |  |"]
+    assert lines[4:] == ["| matmul |  | bf16 | 1.5 | 0.0% | 733 |", "| forward | 8 | f |  |  |  |"]
 
 
-def test_committed_files_are_readable() -> None:
-    for name in ("NVIDIA-H200", "AMD-EPYC-2-threads"):
-        path = Path(__file__).resolve().parents[1] / "results" / "benchmark" / f"{name}.json"
-        document = json.loads(path.read_text())
-        assert "| matmul |" in table.summary(document)
-        ratios = [r["ratio_to_diffusers"] for r in document["rows"]]
-        assert [r["ratio_to_diffusers"] for r in table.compared(document["rows"])] == pytest.approx(ratios)
+@pytest.mark.parametrize("name", ["NVIDIA-H200", "AMD-EPYC-2-threads"])
+def test_committed_files_are_readable(name: str) -> None:
+    document = json.loads((ROOT / "results" / "benchmark" / f"{name}.json").read_text())
+    ratios = [r["ratio_to_diffusers"] for r in document["rows"]]
+    assert "| matmul |" in table.summary(document)
+    assert [r["ratio_to_diffusers"] for r in table.compared(document["rows"])] == pytest.approx(ratios)

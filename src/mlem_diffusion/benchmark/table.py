@@ -64,9 +64,9 @@ def cell(column: str, value: Any) -> str:
     return f"{value:.4f}" if abs(value) < 0.01 else f"{value:.3g}"
 
 
-def report(document: Mapping[str, Any], rows: Sequence[Row] | None = None) -> str:
-    """A line about the device, and the rows (default: all) as a table without columns that are empty in all rows."""
-    rows = document["rows"] if rows is None else rows
+def report(document: Mapping[str, Any]) -> str:
+    """A line about the device, and the rows as a table without columns that are empty in all rows."""
+    rows = document["rows"]
     columns = [c for c in HEADINGS if any(r.get(c) is not None for r in rows)]
     lines = [[HEADINGS[c] for c in columns], ["---"] * len(columns)]
     lines += [[cell(c, r.get(c)) for c in columns] for r in rows]
@@ -84,4 +84,4 @@ def summary(document: Mapping[str, Any]) -> str:
     largest: dict[str, int] = {}
     for r in rows:
         largest[r["what"]] = max(largest.get(r["what"], 0), r["batch"] or 0)
-    return report(document, [r for r in rows if r["batch"] in (None, largest[r["what"]])])
+    return report({**document, "rows": [r for r in rows if r["batch"] in (None, largest[r["what"]])]})
