@@ -23,7 +23,7 @@ def statistics(exp: Experiment, path: Path) -> dict[str, Any] | None:
         return None
     save_moments(path, real.moments)
     floor = {"num_samples": exp.cfg.compare.num_samples, "seed": exp.cfg.compare.seed, "distance": real.floor}
-    return {"file": path.name, "name": extractor.name, "identity": extractor.identity or extractor.key, "floor": floor}
+    return {"file": path.name, "name": extractor.name, "identity": extractor.key, "floor": floor}
 
 
 @stage(trained=True)

@@ -5,6 +5,7 @@ from mlem_diffusion.comparison.settings import best_setting
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.figures.comparison import plot_compare
 from mlem_diffusion.figures.image_grid import comparison_grid
+from mlem_diffusion.files import read_arrays
 
 
 def real_images(exp: Experiment, extractor: frechet.Extractor) -> frechet.RealImages | None:
@@ -15,10 +16,12 @@ def real_images(exp: Experiment, extractor: frechet.Extractor) -> frechet.RealIm
     rows = images.train()
     with exp.progress("features of the real images", len(rows)) as progress:
         features = exp.cached(
-            "real.npz", [images.manifest["sha256"], extractor.key], frechet.read_features,
+            "real.npz", [images.manifest["sha256"], extractor.key],
+            lambda path: read_arrays(path, "run make sample-compare again")["features"],
             lambda path: frechet.write_features(path, extractor, images.images, rows, progress),
         )  # fmt: skip
-    return frechet.RealImages.of(extractor.name, features, n, seed)
+    floor = frechet.distance_floor(features, n, seed)
+    return frechet.RealImages(extractor.name, frechet.feature_moments(features), floor)
 
 
 def cost(exp: Experiment) -> list[tuple[str, dict[str, float]]]:
@@ -39,8 +42,7 @@ def main(exp: Experiment) -> None:
     measured = planned.complete(settings, exp.run(runner, settings, "compare"), runner.seeds, real, plans)
     frame, sound = table.frame_of(m.row for m in measured), [m for m in measured if "diverged" not in m.row]
     result = speedup.speedups(sound, real and real.moments, cfg.bootstrap, cfg.distance_bootstrap, cfg.seed)
-    exp.facts["left_out"] = {dynamics: entry.pop("left_out") for dynamics, entry in result.items()}
-    made = {"gamma": runner.gamma, "made_with": runner.made_with}
+    made = {"gamma": runner.gamma, "made_with": exp.identity}
     exp.facts |= made
     exp.save("compare.csv", table.to_text(frame))
     exp.figure("compare.png", plot_compare(table.for_figures(frame), exp.cfg.title))

@@ -47,10 +47,10 @@ class SamplerSetting:
         row = asdict(self) | {"levels": "+".join(self.levels)}
         return row if self.plan else {key: value for key, value in row.items() if key != "plan"}
 
-    def build(self, levels: Mapping[str, Level], gamma: float, plans: Mapping[str, Plan] | None = None) -> Estimator:
+    def build(self, levels: Mapping[str, Level], gamma: float, plans: Mapping[str, Plan]) -> Estimator:
         """The estimator of this setting. Raises UserError for unknown levels, kinds or plans."""
         if self.plan:
-            if plans is None or self.plan not in plans:
+            if self.plan not in plans:
                 raise UserError(f"There is no plan {self.plan}; run make optimise again.")
             return plans[self.plan].build(levels.values())
         missing = [name for name in self.levels if name not in levels]
@@ -99,8 +99,7 @@ def setting_of(plan: Plan, dynamics: str, step_rule: str) -> SamplerSetting:
     if len(plan.levels) == 1:
         return SamplerSetting(dynamics, step_rule, "single", plan.levels, plan.steps)
     kind, coins = ("quadrature", "") if plan.method == "quadrature" else ("ml_em", plan.method)
-    more: dict[str, Any] = {"probabilities": plan.probabilities, "coins": coins, "plan": plan.id}
-    return SamplerSetting(dynamics, step_rule, kind, plan.levels, plan.steps, **more)
+    return SamplerSetting(dynamics, step_rule, kind, plan.levels, plan.steps, plan.probabilities, coins, plan=plan.id)
 
 
 def setting_from(values: Any) -> SamplerSetting:
@@ -114,8 +113,7 @@ def setting_from(values: Any) -> SamplerSetting:
     levels = tuple(names.split("+") if isinstance(names, str) else names)
     more: dict[str, Any] = {key: str(values.get(key) or "") for key in ("probabilities", "coins", "plan")}
     more |= {key: None if values.get(key) in (None, "") else float(values[key]) for key in ("c", "switch")}
-    dynamics, rule, estimator = map(str, given)
-    return SamplerSetting(dynamics, rule, estimator, levels, int(steps), **more)
+    return SamplerSetting(*map(str, given), levels, int(steps), **more)
 
 
 def _choose(names: Sequence[str], which: Any) -> tuple[str, ...]:
@@ -136,21 +134,18 @@ def settings_of(config: Any, names: Sequence[str], base_steps: int) -> list[Samp
     """
     names, beside = [n for n in names if n != GAUSSIAN], [n for n in names if n == GAUSSIAN]
     out: list[SamplerSetting] = []
-
-    def add(sweep: Any, estimator: str, levels: tuple[str, ...], steps: int, *more: Any) -> None:
-        out.append(SamplerSetting(sweep["dynamics"], sweep["step_rule"], estimator, levels, steps, *more))
-
     for sweep in config["baselines"]:
-        extra = beside if sweep["levels"] == "all" else []
-        for name in (*extra, *_choose(names, sweep["levels"])):
-            for steps in sweep["steps"]:
-                add(sweep, "single", (name,), steps)
+        alone = [*(beside if sweep["levels"] == "all" else []), *_choose(names, sweep["levels"])]
+        for name, steps in product(alone, sweep["steps"]):
+            out.append(SamplerSetting(sweep["dynamics"], sweep["step_rule"], "single", (name,), steps))
     for sweep in config["stitched"]:
         for pair, steps, switch in product(sweep["pairs"], sweep["steps"], sweep["switch"]):
-            add(sweep, "stitched", _choose(names, pair), steps, "", "", None, float(switch))
+            levels, more = _choose(names, pair), {"switch": float(switch)}
+            out.append(SamplerSetting(sweep["dynamics"], sweep["step_rule"], "stitched", levels, steps, **more))
     for sweep in config["ml_em"]:
         for family, steps, coins, c in product(sweep["families"], sweep["steps"], sweep["coins"], sweep["c"]):
-            add(sweep, "ml_em", _choose(names, family), steps, "constant", coins, float(c))
+            levels, more = _choose(names, family), ("constant", coins, float(c))
+            out.append(SamplerSetting(sweep["dynamics"], sweep["step_rule"], "ml_em", levels, steps, *more))
     for setting in out:
         step_rule(setting.dynamics, setting.step_rule)  # raises UserError if it is unknown
         if not 2 <= setting.steps <= base_steps:
@@ -158,12 +153,12 @@ def settings_of(config: Any, names: Sequence[str], base_steps: int) -> list[Samp
     return list(dict.fromkeys(out))
 
 
-def best_setting(rows: Iterable[Row], tolerance: float = 0.05) -> Row:
-    """The cheapest row (FLOPs) whose distance is within `tolerance` of the smallest distance, without its seed."""
-    measured = [row for row in rows if row.get("distance") is not None]
+def best_setting(rows: Iterable[Row]) -> Row:
+    """The cheapest row (FLOPs) whose distance is within 5% of the smallest distance, without its seed."""
+    measured = [row for row in rows if row["distance"] is not None]
     if not measured:
         raise UserError("No setting has a distance, so none can be called best.")
     best = min(row["distance"] for row in measured)
-    limit = best + tolerance * abs(best)  # rounding can make a zero distance negative
+    limit = best + 0.05 * abs(best)  # rounding can make a zero distance negative
     found = min((row for row in measured if row["distance"] <= limit), key=lambda row: row["gflops_realised"])
     return {key: value for key, value in found.items() if key != "seed"}

@@ -16,12 +16,10 @@ FIRST_ORDER = ("em", "ddpm", "ddim")
 # names of methods in verdicts.json: "<coins>, <probabilities> p"
 METHODS = [f"independent, {source} p" for source in ("constant", "measured", "optimal", "learned")]
 METHODS += ["nested, optimal p", "systematic, constant p", "systematic, optimal p"]
-# name, ours, theirs
-BETWEEN = (
-    ("systematic_over_independent", "systematic, optimal p", "independent, optimal p"),
-    ("optimal_over_measured", "independent, optimal p", "independent, measured p"),
-    ("learned_over_measured", "independent, learned p", "measured p, alike"),
-)
+BETWEEN = {  # name: ours, theirs
+    "systematic_over_independent": ("systematic, optimal p", "independent, optimal p"),
+    "optimal_over_measured": ("independent, optimal p", "independent, measured p"),
+}
 
 
 def verdicts(
@@ -29,16 +27,17 @@ def verdicts(
 ) -> dict[str, Any]:
     """{"dynamics/rule": entry} for each dynamics and step rule for which an optimiser's plans were run.
 
-    An entry compares the plans with the baselines of the same dynamics, one kind of coins with another, and one source
-    of probabilities with another. Speed-ups are at equal squared error, in expected FLOPs, or in measured seconds if
-    the plans were made for seconds (`unit`). Windows are given for speed-ups of 1, 2, 4 and 8.
+    An entry compares the plans with the baselines of the same dynamics, and methods with one another. Speed-ups are at
+    equal squared error, in expected FLOPs, or in measured seconds if the plans were made for seconds (`unit`). Windows
+    are given for speed-ups of 1, 2, 4 and 8.
     """
     cost = {"flops": "gflops_expected", "seconds": "seconds"}[unit]
     out: dict[str, Any] = {}
     for dynamics, rule in dict.fromkeys((m.row["dynamics"], m.row["step_rule"]) for m in settings if m.row.get("plan")):
-        here = [m for m in settings if m.row["dynamics"] == dynamics and np.isfinite(m.errors).all()]
+        here = [m for m in settings if m.row["dynamics"] == dynamics]
         base = [m for m in here if m.row["estimator"] in BASELINES]
-        ours = [m for m in here if m.row["estimator"] not in BASELINES and _fired(m.row)]
+        multilevel = [m for m in here if m.row["estimator"] not in BASELINES]
+        ours = [m for m in multilevel if m.row.get("top_evaluations", MIN_FIRES) >= MIN_FIRES]
         first_order = [m for m in base if m.row["step_rule"] in FIRST_ORDER]
         planned = [m for m in ours if m.row["step_rule"] == rule]
         methods = _by_method(planned)
@@ -46,23 +45,13 @@ def verdicts(
         for against, theirs in (("against_em", first_order), ("against_all_baselines", base)):
             for name, mine in methods.items() if theirs else ():
                 entry[against][name] = _speed(theirs, mine, calibration_flops, seed, cost)
-        entry["optimiser_against_em"] = chosen_blindly([*base, *ours], first_order, seed, cost)
-        measured, learned = (methods.get(f"independent, {source} p", []) for source in ("measured", "learned"))
-        methods["measured p, alike"] = _alike(measured, learned, cost)
-        for name, mine, theirs in BETWEEN:
-            mine, theirs = methods.get(mine), methods.get(theirs)
-            if mine and theirs:
-                entry[name] = _speed(theirs, mine, None, seed, cost)
-                # the optimiser may also choose a single level
-                alone = [m for m in base if m.row["step_rule"] == rule] if name == "optimal_over_measured" else []
-                entry[name]["error_at_equal_cost"] = not_worse([*mine, *alone], theirs, seed, cost)
+        entry["optimiser_against_em"] = chosen_blindly([*base, *ours], first_order, cost, seed)
+        for name, (mine, theirs) in BETWEEN.items():
+            if mine in methods and theirs in methods:
+                entry[name] = _speed(methods[theirs], methods[mine], None, seed, cost)
         entry["predicted_error"] = prediction(m.row for m in planned)
         out[f"{dynamics}/{rule}"] = entry
     return out
-
-
-def _fired(row: Row) -> bool:
-    return row.get("top_evaluations") is None or row["top_evaluations"] >= MIN_FIRES
 
 
 def _by_method(planned: list[Measurement]) -> dict[str, list[Measurement]]:
@@ -72,26 +61,16 @@ def _by_method(planned: list[Measurement]) -> dict[str, list[Measurement]]:
     return {name: mine for name, mine in (found | {"any": planned}).items() if mine}
 
 
-def _alike(measured: list[Measurement], learned: list[Measurement], cost: str) -> list[Measurement]:
-    """Measured probabilities with the steps of learned ones, and with their costs to 1%, or to 10% for seconds."""
-    tolerance = 0.01 if cost == "gflops_expected" else 0.1
-
-    def alike(one: Row, other: Row) -> bool:
-        return one["steps"] == other["steps"] and abs(one[cost] / other[cost] - 1) < tolerance
-
-    return [m for m in measured if any(alike(m.row, other.row) for other in learned)]
-
-
 def _speed(
     base: list[Measurement], ours: list[Measurement], calibration: float | None, seed: int, cost: str
 ) -> dict[str, Any]:
-    entry = equal_error(base, ours, seed=seed, cost=cost)
-    found = {key: entry[key] for key in ("max", "lower95", "at", "baseline", "ours", "curve")}
-    found["windows"] = [w for least in (1, 2, 4, 8) if (w := window(entry["curve"], least)) is not None]
+    entry = equal_error(base, ours, cost, seed)
+    del entry["error_ratio_at_equal_cost"]
+    entry["windows"] = [w for least in (1, 2, 4, 8) if (w := window(entry["curve"], least)) is not None]
     if calibration is not None and entry["max"] is not None and entry["max"] > 1:
         saved = (entry["baseline"]["gflops_realised"] - entry["ours"]["gflops_realised"]) * 1e9
-        found["images_to_repay_calibration"] = calibration / saved
-    return found
+        entry["images_to_repay_calibration"] = calibration / saved
+    return entry
 
 
 def window(curve: Sequence[dict[str, Any]], least: float) -> dict[str, Any] | None:
@@ -114,23 +93,8 @@ def window(curve: Sequence[dict[str, Any]], least: float) -> dict[str, Any] | No
     return {"least": least, "factor": factor, "rms_error": ends, "lower95": [p["lower95"] for p in runs[widest]]}
 
 
-def not_worse(
-    ours: Sequence[Measurement], theirs: Sequence[Measurement], seed: int = 0, cost: str = "gflops_expected"
-) -> dict[str, Any]:
-    """Whether `ours` is nowhere above the frontier of `theirs`, in expected FLOPs or seconds (`cost` names the column).
-
-    At each frontier point, "ratio" is the lowest squared error of `ours` within the same cost, divided by the point's
-    squared error. "worst" is the point with the largest ratio. `ours` counts as above if the one-sided 95% lower bound
-    of the ratio exceeds 1. Points cheaper than the cheapest setting of `ours` are counted, but not judged."""
-    everywhere = equal_error(ours, theirs, seed=seed, cost=cost)["errors_at_cost"]
-    points = [p for p in everywhere if p["ratio"] is not None]
-    worst = max(points, key=lambda p: p["ratio"], default=None)
-    never = all(p["lower95"] is None or p["lower95"] <= 1 for p in points) if points else None
-    return {"never_above": never, "worst": worst, "points": len(points), "not_judged": len(everywhere) - len(points)}
-
-
 def chosen_blindly(
-    ours: Sequence[Measurement], theirs: Sequence[Measurement], seed: int = 0, cost: str = "gflops_expected"
+    ours: Sequence[Measurement], theirs: Sequence[Measurement], cost: str, seed: int = 0
 ) -> dict[str, Any]:
     """Whether an optimiser's choices are nowhere above the frontier of `theirs`.
 
@@ -140,53 +104,39 @@ def chosen_blindly(
     """
     known = [m for m in ours if m.row.get("selected_error") is not None]
     values = resampled_errors([*known, *theirs], seed=seed)
-    mine, others = values[: len(known)], values[len(known) :]
     points, lowest, unserved = [], math.inf, 0
-    for i in sorted(range(len(theirs)), key=lambda i: (theirs[i].row[cost], others[i, 0])):
-        if others[i, 0] >= lowest:
+    for m, errors in sorted(zip(theirs, values[len(known) :], strict=True), key=lambda x: (x[0].row[cost], x[1][0])):
+        if errors[0] >= lowest:
             continue  # not on the frontier
-        lowest = others[i, 0]
-        within = [j for j, m in enumerate(known) if m.row[cost] <= 1.001 * theirs[i].row[cost]]
+        lowest, price = errors[0], m.row[cost]
+        # the slack of 0.1%: plans of equal expected cost differ by the rounding of their probabilities
+        within = [j for j, mine in enumerate(known) if mine.row[cost] <= 1.001 * price]
         if not within:
             unserved += 1
             continue
-        ratios = mine[min(within, key=lambda j: known[j].row["selected_error"])] / others[i]
+        ratios = values[min(within, key=lambda j: known[j].row["selected_error"])] / errors
         lower = float(np.quantile(ratios[1:], 0.05)) if len(ratios) > 1 else 0.0
-        points.append(
-            {cost.removesuffix("_expected"): theirs[i].row[cost], "ratio": float(ratios[0]), "lower95": lower}
-        )
+        points.append({cost.removesuffix("_expected"): price, "ratio": float(ratios[0]), "lower95": lower})
     worst = max(points, key=lambda p: p["lower95"], default=None)
     never = all(p["lower95"] <= 1 for p in points) if points else None
     return {"never_above": never, "worst": worst, "points": len(points), "unserved": unserved}
 
 
-def prediction(rows: Iterable[Row], tolerance: float = 0.25) -> dict[str, Any]:
-    """How far measured errors are from predicted ones: {kind of coins: {"rows", "within", "largest_effect", ...}}.
+def prediction(rows: Iterable[Row]) -> dict[str, Any]:
+    """How far measured errors are from predicted ones: {kind of coins: {"rows", "within", "measured_over_predicted"}}.
 
-    A setting agrees if its squared error is within the tolerance of the prediction, up to two standard errors of the
-    measurement. "largest_effect" is the largest effect in the comparison, "largest_effect_up_to_which_all_agree" the
-    largest one such that all settings up to it agree.
+    A setting is within if its squared error is within 25% of the prediction, up to two standard errors of the
+    measurement. The ratios are the smallest, the median and the largest.
     """
-
-    def agrees(row: Row) -> bool:
-        slack = 2 * (row.get("error_se") or 0.0)
-        low, high = (1 - tolerance) * row["predicted"], (1 + tolerance) * row["predicted"]
-        return row["error"] - slack <= high and row["error"] + slack >= low
-
     known: dict[str, list[Row]] = {}
     for row in rows:
         if row.get("predicted") is not None:
-            known.setdefault(row.get("coins") or row["estimator"], []).append(row)
+            known.setdefault(row["coins"] or row["estimator"], []).append(row)
     out = {}
     for kind, mine in sorted(known.items()):
-        mine.sort(key=lambda row: row["largest_effect"])
-        good = [agrees(row) for row in mine]
-        small = [*good, False].index(False)
+        beyond = [abs(row["error"] - row["predicted"]) - 2 * (row["error_se"] or 0.0) for row in mine]
+        within = sum(excess <= 0.25 * row["predicted"] for excess, row in zip(beyond, mine, strict=True))
         ratios = [row["error"] / row["predicted"] for row in mine]
-        out[kind] = {
-            "rows": len(mine), "within": sum(good), "largest_effect": mine[-1]["largest_effect"],
-            "largest_effect_up_to_which_all_agree": mine[small - 1]["largest_effect"] if small else None,
-            "rows_up_to_it": small,
-            "measured_over_predicted": [min(ratios), float(np.median(ratios)), max(ratios)],
-        }  # fmt: skip
+        spread = [min(ratios), float(np.median(ratios)), max(ratios)]
+        out[kind] = {"rows": len(mine), "within": within, "measured_over_predicted": spread}
     return out

@@ -12,6 +12,7 @@ import torch
 
 from .. import parallel
 from ..comparison.features import Extractor
+from ..comparison.frechet import is_published
 from ..comparison.runner import Runner
 from ..comparison.settings import SamplerSetting
 from ..diffusion.level import Level
@@ -136,7 +137,7 @@ def make_runner(exp: Any, select: bool) -> Runner:
     cfg, levels = exp.cfg, exp.levels()
     extractor = None if select else make_extractor(exp)
     images = exp.images_if_needed()
-    if extractor is not None and images is None and not has_moments(exp, extractor):
+    if extractor is not None and images is None and not is_published(exp.published, extractor):
         extractor = None  # nothing to compare with
     if extractor is not None:
         check_enough(extractor, cfg.compare.num_samples, exp.shape)
@@ -156,15 +157,7 @@ def make_runner(exp: Any, select: bool) -> Runner:
         device=exp.device, extractor=extractor, cache=exp.results / "cache", grid_images=cfg.compare.grid_images,
         key=exp.fingerprint(("process", "precision"), **facts, device=exp.device.type),
         plans={} if select else known_plans(exp),
-        reference_steps=cfg.optimise.reference_steps if select else None, made_with=exp.identity,
-    )  # fmt: skip
-
-
-def has_moments(exp: Any, extractor: Extractor) -> bool:
-    """Whether the published family has moments of the training images by this extractor."""
-    found = (exp.published or {}).get("statistics")
-    return found is not None and (found["name"], found["identity"]) == (
-        extractor.name, extractor.identity or extractor.key,
+        reference_steps=cfg.optimise.reference_steps if select else None,
     )  # fmt: skip
 
 
