@@ -49,9 +49,9 @@ def speedups(
         result[dynamics] = {"paper": {}, "any": {}}
         paper = [m for m in multilevel if method_of(m.row) == "paper"]
         for method, ours in (("paper", paper), ("any", multilevel)):
-            values = {"error": resampled_errors([*base, *ours], replicates, seed)}
+            values = {"error": _errors([*base, *ours], replicates, seed)}
             if reference is not None:
-                values["distance"] = _resampled_distances([*base, *ours], reference, distance_replicates, seed, memo)
+                values["distance"] = _distances([*base, *ours], reference, distance_replicates, seed, memo)
             for kind, value in values.items():
                 result[dynamics][method][kind] = {
                     name: _compare(base, ours, value, column, kind) for name, column in COSTS.items()
@@ -60,17 +60,18 @@ def speedups(
 
 
 def equal_error(base: Sequence[Measurement], ours: Sequence[Measurement], cost: str, seed: int = 0) -> dict[str, Any]:
-    """One entry as in `speedups` at equal error, for any two groups of settings; `cost` is the column of costs."""
-    return _compare(base, ours, resampled_errors([*base, *ours], seed=seed), cost, "error")
+    """The "max", "lower95", ... of `speedups` at equal error, for two groups of settings and a column of costs."""
+    entry = _compare(base, ours, _errors([*base, *ours], 200, seed), cost, "error")
+    del entry["error_ratio_at_equal_cost"]
+    return entry
 
 
 def summary(result: dict[str, Any]) -> str:
     """One line per speed-up in FLOPs."""
     lines = []
-    for dynamics, method, measure in ((d, m, e) for d in result for m in ("paper", "any") for e in result[d][m]):
+    for dynamics, method, measure in ((d, m, e) for d in result for m in result[d] for e in result[d][m]):
         found, low = (result[dynamics][method][measure]["flops"][key] for key in ("max", "lower95"))
-        bound = "unknown" if low is None else f"{low:.2f}x"
-        text = "never reaches a baseline" if found is None else f"{found:.2f}x (95% lower bound {bound})"
+        text = "never reaches a baseline" if found is None else f"{found:.3g}x (95% lower bound {low or 0:.3g}x)"
         lines.append(f"{dynamics}, {method}, FLOPs at equal {measure}: {text}")
     return "\n".join(lines)
 
@@ -78,7 +79,7 @@ def summary(result: dict[str, Any]) -> str:
 # --------------------------------------------------------------------------------------- resampled values
 
 
-def resampled_errors(settings: Sequence[Measurement], replicates: int = 200, seed: int = 0) -> np.ndarray:
+def _errors(settings: Sequence[Measurement], replicates: int, seed: int) -> np.ndarray:
     """Mean squared errors [S, 1 + R]: first on all seeds, then on each paired bootstrap resample of them."""
     if not settings:
         return np.zeros((0, 1))
@@ -86,10 +87,10 @@ def resampled_errors(settings: Sequence[Measurement], replicates: int = 200, see
     return np.stack([m.errors for m in settings]) @ counts / counts.sum(0)
 
 
-def _resampled_distances(
+def _distances(
     settings: Sequence[Measurement], reference: FeatureMoments, replicates: int, seed: int, memo: dict[Any, np.ndarray]
 ) -> np.ndarray:
-    """Distances [S, 1 + R] to the reference, in the manner of `resampled_errors`."""
+    """Distances [S, 1 + R] to the reference, in the manner of `_errors`."""
     if not settings:
         return np.zeros((0, 1))
     features = [np.asarray(m.features, dtype=np.float64) for m in settings]
