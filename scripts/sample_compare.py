@@ -42,8 +42,7 @@ def main(exp: Experiment) -> None:
     measured = planned.complete(settings, exp.run(runner, settings, "compare"), runner.seeds, real, plans)
     frame, sound = table.frame_of(m.row for m in measured), [m for m in measured if "diverged" not in m.row]
     result = speedup.speedups(sound, real and real.moments, cfg.bootstrap, cfg.distance_bootstrap, cfg.seed)
-    made = {"gamma": runner.gamma, "made_with": exp.identity}
-    exp.facts |= made
+    exp.facts |= (made := {"gamma": runner.gamma, "made_with": exp.identity})
     exp.save("compare.csv", table.to_text(frame))
     exp.figure("compare.png", plot_compare(table.for_figures(frame), exp.cfg.title))
     exp.save("speedup.json", result)
@@ -54,7 +53,7 @@ def main(exp: Experiment) -> None:
         for name in result:
             exp.figure(f"grids/{name}.png", comparison_grid(planned.examples(sound, name, runner)))
     for row in (m.row for m in measured if "diverged" in m.row):
-        exp.print(f"{table.describe(row)}: no error, {row['diverged']} of {row['num_samples']} samples diverged.")
+        exp.print(f"{table.describe(row)}: {row['diverged']} samples diverged.")
     exp.print(speedup.summary(result))
 
 

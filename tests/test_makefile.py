@@ -24,7 +24,7 @@ STAGES = {
     "sample": "sample",
     "publish": "publish",
 }
-OWN = "EXPERIMENT SEEDS SOURCE ARGS DRY_RUN NPROC VENV PYTHON MAKEFLAGS MAKEOVERRIDES MFLAGS".split()
+OWN = ["EXPERIMENT", "SEEDS", "SOURCE", "ARGS", "DRY_RUN", "NPROC", "VENV", "PYTHON", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS"]
 
 
 def commands(*arguments: str, **environment: str) -> list[list[str]]:

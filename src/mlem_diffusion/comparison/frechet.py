@@ -83,8 +83,7 @@ def fast_frechet(x: np.ndarray, reference: FeatureMoments, counts: np.ndarray, p
 def distance_floor(features: np.ndarray, n: int, seed: int, repeats: int = 3) -> float:
     """Real against real: the mean distance of n random real images to the moments of all *other* real ones.
 
-    features is [N, D] of real images; the mean is over `repeats` draws. No sampler is expected to go below it with n
-    images. Raises UserError unless N >= n + 2.
+    features: [N, D]. No sampler is expected to go below it with n images. Raises UserError unless N >= n + 2.
     """
     if len(features) < n + 2:
         raise UserError(f"compare.num_samples={n} needs {n + 2} real images, but there are {len(features)}.")
@@ -125,7 +124,7 @@ def load_moments(path: Path) -> FeatureMoments:
 
 
 def is_published(index: Mapping[str, Any] | None, extractor: Extractor) -> bool:
-    """Whether a family.json (its content, if there is one) has moments of the real images by this extractor."""
+    """Whether a family.json has moments of the real images by this extractor; index: its content."""
     found = (index or {}).get("statistics")
     return found is not None and (found["name"], found["identity"]) == (extractor.name, extractor.key)
 

@@ -108,8 +108,7 @@ class Runner:
             images = torch.from_numpy(np.concatenate(parts))
             if not images.isfinite().all():
                 raise UserError(
-                    f"The reference of the {dynamics.upper()}, the largest level on the finest grid, is not finite: "
-                    "train the largest level longer or with a lower train.lr."
+                    f"The reference of the {dynamics.upper()} is not finite: train the largest level longer."
                 )
             self._references[dynamics] = images
         return self._references[dynamics]
@@ -174,10 +173,8 @@ class Runner:
         return self._paths[start]
 
     def _file(self, kind: str, what: Any) -> Path:
-        asked = [
-            kind, what, self.key, self.seeds[0], len(self.seeds), self.num_reference, self.gamma, self.grid_images,
-            self.batch, self.reference_steps,
-        ]  # fmt: skip
+        sizes = [self.seeds[0], len(self.seeds), self.num_reference]
+        asked = [kind, what, self.key, *sizes, self.gamma, self.grid_images, self.batch, self.reference_steps]
         digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
         return self.cache / f"{kind}-{digest[:20]}.npz"
 

@@ -4,10 +4,9 @@ For a baseline setting b that no other baseline beats in both cost and error, wi
 
     speed-up(b) = (cheapest baseline cost with error <= e_b) / (cheapest ML-EM cost with error <= e_b).
 
-The targets are the errors of the baseline frontier itself, so a coarse baseline grid cannot favour ML-EM. The bound is
-the 5th percentile over paired bootstrap resamples of the seeds, at the same b: each resample recomputes e_b and the
-error of each setting. A resample in which ML-EM does not reach e_b counts as 0. The largest of several noisy speed-ups
-is biased upwards; the bound does not correct for this selection, so the full curve is returned too.
+So a coarse baseline grid cannot favour ML-EM. The bound is the 5th percentile over paired bootstrap resamples of the
+seeds, at the same b; each resample recomputes e_b and all errors, and counts as 0 if ML-EM does not reach e_b. The
+largest of several noisy speed-ups is biased upwards, which the bound does not correct: see the full curve.
 """
 
 from __future__ import annotations
@@ -36,9 +35,8 @@ def speedups(
     """The content of speedup.json: {dynamics: {"paper" | "any": {"error" | "distance": {"flops" | "seconds": entry}}}}.
 
     An entry is {"max", "lower95", "at", "baseline", "ours", "curve"} and, for errors, "error_ratio_at_equal_cost".
-    "curve" lists {"at", "speedup", "lower95"} over the baseline frontier, from cheap to expensive. Unknown or unreached
-    values are None, and so are all bounds if all seeds share one coin draw. "any" compares all multilevel rows, "paper"
-    those with independent coins. Distances are those to `reference`. Rows that are not `trusted` are left out.
+    "curve" lists {"at", "speedup", "lower95"} over the baseline frontier. Unreached values are None, and so are bounds
+    if all seeds share one coin draw. "any" compares all multilevel rows, "paper" those with independent coins.
     """
     result: dict[str, Any] = {}
     for dynamics in dict.fromkeys(m.row["dynamics"] for m in settings):
@@ -153,11 +151,6 @@ class _Group:
         """Smallest value among settings of at most this cost, per column [1 + R]; infinite if there are none."""
         return self.values[self.costs <= cost * (1 + _SLACK)].min(0, initial=math.inf)
 
-    def describe(self, index: int, kind: str) -> dict[str, Any]:
-        """The identifying fields and the measured values of a setting."""
-        row = self.rows[index]
-        return {key: row.get(key) for key in _DESCRIBED} | {kind: float(self.values[index, 0])}
-
 
 def _compare(
     left: Sequence[Measurement], right: Sequence[Measurement], values: np.ndarray, column: str, kind: str
@@ -173,16 +166,16 @@ def _compare(
         entry["curve"].append({"at": float(target[0]), "speedup": speed, "lower95": low})
         if speed is not None and speed > (entry["max"] or 0):
             entry |= {"max": speed, "lower95": low, "at": float(target[0])}
-            entry["baseline"], entry["ours"] = base.describe(theirs[0], kind), ours.describe(mine[0], kind)
+            for side, group, best in (("baseline", base, theirs[0]), ("ours", ours, mine[0])):
+                described = {key: group.rows[best].get(key) for key in _DESCRIBED}
+                entry[side] = described | {kind: float(group.values[best, 0])}
     if kind == "error":
         entry["error_ratio_at_equal_cost"] = _error_ratio(base, ours)
     return entry
 
 
 def _error_ratio(base: _Group, ours: _Group) -> dict[str, Any]:
-    """The largest (baseline error) / (lowest ML-EM error within the same cost), at the costs of the baseline frontier.
-
-    Costs between two frontier points are not used, because a coarse grid of baselines would favour ML-EM."""
+    """The largest (baseline error) / (lowest ML-EM error within the same cost), at costs of the baseline frontier."""
     found: dict[str, Any] = {"max": None, "lower95": None, "at": None}
     for cost in map(float, base.costs[base.frontier()]):
         theirs, mine = base.lowest_within(cost), ours.lowest_within(cost)

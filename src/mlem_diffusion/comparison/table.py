@@ -54,7 +54,7 @@ def to_text(frame: pd.DataFrame) -> str:
 def read(path: Path) -> pd.DataFrame:
     """The frame of a compare.csv; UserError if it is missing or damaged."""
     try:
-        return frame_of(pd.read_csv(path, dtype={name: str for name in _TEXT}, float_precision="round_trip"))
+        return frame_of(pd.read_csv(path, dtype={name: str for name in _TEXT}))
     except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
         raise UserError(f"{path} cannot be read ({error}).".replace("\n", " ")) from error
 
