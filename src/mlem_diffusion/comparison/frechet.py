@@ -123,19 +123,13 @@ def load_moments(path: Path) -> FeatureMoments:
     return FeatureMoments(mean, cov + np.triu(cov, 1).T)
 
 
-def is_published(index: Mapping[str, Any] | None, extractor: Extractor) -> bool:
-    """Whether a family.json has moments of the real images by this extractor; index: its content."""
-    found = (index or {}).get("statistics")
-    return found is not None and (found["name"], found["identity"]) == (extractor.name, extractor.key)
-
-
 def published_images(
     index: Mapping[str, Any] | None, folder: Path, extractor: Extractor, n: int, seed: int
 ) -> RealImages | None:
-    """The published moments by this extractor, if any; the floor is None unless it is of n images and this seed."""
-    if index is None or not is_published(index, extractor):
+    """The moments by this extractor that a family.json (`index`) names, if any; without a floor for other n or seed."""
+    found = (index or {}).get("statistics")
+    if found is None or (found["name"], found["identity"]) != (extractor.name, extractor.key):
         return None
-    found = index["statistics"]
-    floor = found["floor"]
-    same = (floor["num_samples"], floor["seed"]) == (n, seed)
-    return RealImages(extractor.name, load_moments(folder / found["file"]), floor["distance"] if same else None)
+    same = (found["floor"]["num_samples"], found["floor"]["seed"]) == (n, seed)
+    floor = found["floor"]["distance"] if same else None
+    return RealImages(extractor.name, load_moments(folder / found["file"]), floor)

@@ -108,7 +108,7 @@ class Runner:
             images = torch.from_numpy(np.concatenate(parts))
             if not images.isfinite().all():
                 raise UserError(
-                    f"The reference of the {dynamics.upper()} is not finite: train the largest level longer."
+                    f"The reference of the {dynamics.upper()} is not finite: train its largest level longer."
                 )
             self._references[dynamics] = images
         return self._references[dynamics]
