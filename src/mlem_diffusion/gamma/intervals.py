@@ -1,7 +1,7 @@
 """Least squares in one exponent s: the minimum of the residual sum of squares (RSS), and 95% intervals.
 
 An RSS is a function from s [G] to values [G]; a grid is ascending [G]. Intervals (low, high) are for gamma = 2 / s;
-high is None without an upper bound. The laws are in power_law.py.
+high is None without an upper bound.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def minimise(rss: RSS, grid: np.ndarray) -> tuple[float, float]:
     values = rss(grid)
     i = int(np.argmin(values))
     bounds = (grid[max(i - 1, 0)], grid[min(i + 1, len(grid) - 1)])
-    at: Callable[[float], float] = lambda s: float(rss(np.array([s]))[0])  # noqa: E731
-    found: Any = minimize_scalar(at, bounds=bounds, method="bounded", options={"xatol": 1e-10})
+    options = {"xatol": 1e-10}
+    found: Any = minimize_scalar(lambda s: rss(np.array([s]))[0], bounds=bounds, method="bounded", options=options)
     return (float(found.x), float(found.fun)) if found.fun < values[i] else (float(grid[i]), float(values[i]))
 
 
@@ -64,9 +64,9 @@ def profile_interval(rss: RSS, grid: np.ndarray, best: float, rss_min: float, do
 
     def end(inner: float, beyond: np.ndarray) -> float:
         """The crossing between the last point inside and the first point beyond, if it exists, else `inner`."""
-        if len(beyond) == 0 or not excess(inner) < 0 < excess(float(beyond[0])):
+        if len(beyond) == 0 or not excess(inner) < 0 < excess(beyond[0]):
             return inner
-        return float(brentq(excess, inner, float(beyond[0])))  # type: ignore[arg-type]
+        return brentq(excess, inner, beyond[0])  # type: ignore[return-value]
 
     low, high = float(inside.min()), float(inside.max())
     return _to_gamma(end(low, grid[grid < low][::-1]), end(high, grid[grid > high]))
@@ -83,8 +83,8 @@ def bootstrap_interval(
     fitted: np.ndarray,
     variance: np.ndarray,
     rng: np.random.Generator,
-    covariance: np.ndarray | None = None,
-    between: float = 0.0,
+    covariance: np.ndarray | None,
+    between: float,
 ) -> Interval:
     """Percentile interval of refits to the fitted values [n] with new scatter, drawn as relative normal errors.
 
@@ -94,8 +94,7 @@ def bootstrap_interval(
     shape = len(variance), len(observed)
     noise = np.minimum(np.sqrt(variance), 2.0)[:, None] * rng.standard_normal(shape)
     if covariance is not None:
-        relative = np.asarray(covariance, dtype=np.float64) / np.outer(observed, observed)
-        zero = np.zeros(len(observed))
+        relative, zero = covariance / np.outer(observed, observed), np.zeros(len(observed))
         noise += rng.multivariate_normal(zero, relative, len(variance), method="eigh", check_valid="ignore")
     if between > 0:
         noise += np.sqrt(between) * rng.standard_normal(shape)
@@ -105,11 +104,3 @@ def bootstrap_interval(
     s_low = float(np.quantile(np.where(np.isnan(found), 0.0, found), tail))
     s_high = float(np.quantile(np.where(np.isnan(found), S_MAX, found), 1 - tail))
     return _to_gamma(s_low, s_high)
-
-
-def hull(first: Interval, second: Interval | None) -> Interval:
-    """The smallest interval that contains both."""
-    if second is None:
-        return first
-    high = None if first[1] is None or second[1] is None else max(first[1], second[1])
-    return (min(first[0], second[0]), high)

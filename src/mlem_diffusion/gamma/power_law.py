@@ -1,23 +1,11 @@
 """Error against FLOPs: the exponent gamma of a family of denoisers, with intervals.
 
 gamma is defined by cost(eps) ~ eps^-gamma, where eps is the root-mean-square error of the drift. A mean squared error
-therefore falls as T^-s with s = 2 / gamma, where T is the FLOPs of one evaluation. Three laws give gamma:
-
-* "loss_fit":    L_k = L_inf + a T_k^-s  (L_inf >= 0 unknown: three parameters, often weak)
-* "differences": E|f^k - f^(k-1)|^2 = a (T_(k-1)^-s - T_k^-s)  (nested levels; no L_inf)
-* "to_largest":  E|f^k - f^K|^2 = a (T_k^-s - T_K^-s)  (nested levels; no L_inf)
-
-The last two are fitted as written: a straight line through log E|f^k - f^K|^2 is biased towards small gamma, because
-its points bend down as T_k approaches T_K.
-
-Only s enters non-linearly, so the other parameters are eliminated in closed form, and the residual sum of squares (RSS)
-is profiled over a dense grid of s, then refined. Residuals are relative (logarithms for the last two).
-
-The intervals are 95% intervals for the exponent of *these* trained levels. They assume the law, with scatter that is
-independent between levels (it includes their training noise), and include the finite number of held-out images. A few
-points may be closer to the law, by chance, than repeated training would be: the spread between training seeds
-(`between`), if measured, is therefore the least scatter that an interval assumes. What all levels share (data, training
-length) and the bending of a law are not included.
+therefore falls as T^-s with s = 2 / gamma, where T is the FLOPs of one evaluation. The three laws are fitted as written
+(a straight line through log E|f^k - f^K|^2 is biased: its points bend down as T_k approaches T_K). Only s enters
+non-linearly: the other parameters are eliminated in closed form, and the relative residual sum of squares (RSS) is
+profiled over a grid of s, then refined. The 95% intervals are for *these* trained levels: they assume the law with
+scatter that is independent between levels, and do not include what all levels share (data, training length).
 """
 
 from __future__ import annotations
@@ -30,17 +18,16 @@ from scipy.stats import f as f_distribution
 from scipy.stats import linregress
 
 from ..errors import UserError
-from . import intervals
-from .intervals import S_EDGE, S_MIN, Interval, s_grid
+from .intervals import CONFIDENCE, S_EDGE, S_MIN, Interval, bootstrap_interval, grid_minimum, minimise
+from .intervals import profile_interval, s_grid
 
 
 @dataclass(frozen=True)
 class Fit:
-    """One estimate of gamma; `interval` is the hull of the two others.
+    """One estimate of gamma; `interval` is the hull of the two others, so it is rather too wide.
 
     The profile interval (residual scatter with a t quantile, exact only for a linear model) ignores the measurement
-    errors. The parametric bootstrap includes both, but it is a percentile interval. The hull is rather too wide.
-    """
+    errors. The parametric bootstrap includes both, but it is a percentile interval."""
 
     gamma: float | None = None  # None if the best fit is at an edge of the law's range; `note` gives the reason
     interval: Interval = (0.0, None)
@@ -58,7 +45,8 @@ class Fit:
 class LossLaw:
     """L_k = L_inf + a tau_k^-s with L_inf >= 0 and a >= 0, for FLOPs [K] and losses [K]; residuals are relative."""
 
-    unknowns, missing, grid = 3, 0, s_grid(S_MIN / 4, 500)
+    unknowns, grid = 3, s_grid(S_MIN / 4, 500)
+    flat = "The loss does not fall measurably with FLOPs: a constant explains it as well."
 
     def __init__(self, flops: np.ndarray, loss: np.ndarray):
         self.log_tau = np.log(flops) - np.log(flops).mean()
@@ -99,7 +87,7 @@ class LossLaw:
 
     def refit(self, loss: np.ndarray) -> float:
         """The best s for other losses; NaN if a constant fits as well, so that any s does."""
-        s = intervals.grid_minimum(self.best(self.grid, loss)[2], self.grid)
+        s = grid_minimum(self.best(self.grid, loss)[2], self.grid)
         better = self.best(np.array([s]), loss)[2][0] < self.rss_of_constant(loss) * (1 - 1e-9)
         return s if better else float("nan")
 
@@ -108,27 +96,15 @@ class LossLaw:
         a, floor = (float(v[0]) for v in self.best(np.array([s]), self.loss)[:2])
         return a, floor, floor + a * np.exp(-s * self.log_tau)
 
-    def judge(self, s: float, rss: float) -> tuple[bool, str]:
-        """Whether the loss falls with FLOPs, and a note."""
-        amplitude, floor, _ = self.solve(s)
-        if amplitude <= 0 or rss >= self.rss_of_constant(self.loss) * (1 - 1e-9) or not self._falls(rss):
-            return False, "The loss does not fall measurably with FLOPs: a constant explains it as well."
-        if s >= S_EDGE:
-            return True, "The loss drops to its floor at once; the exponent is at the lower edge of the search."
-        if s <= S_MIN:
-            return True, "The loss falls so slowly that gamma is above 100: no finite exponent."
-        return True, "L_inf is at its bound of zero: a pure power law fits best." if floor == 0 else ""
-
-    def _falls(self, rss: float) -> bool:
+    def falls(self, s: float, rss: float) -> bool:
         """Whether the loss falls, given its scatter: by its slope in log FLOPs (t test) or by the law (F test)."""
-        line: Any = linregress(self.log_tau, self.loss)
-        if line.slope < 0 and line.pvalue < 1 - intervals.CONFIDENCE:
-            return True
-        dof = len(self.loss) - 3
-        if dof < 1:
+        constant, dof = self.rss_of_constant(self.loss), len(self.loss) - 3
+        if self.solve(s)[0] <= 0 or rss >= constant * (1 - 1e-9):
             return False
-        critical = float(f_distribution.ppf(intervals.CONFIDENCE, 2, dof))
-        return (self.rss_of_constant(self.loss) - rss) / 2 > critical * rss / dof
+        line: Any = linregress(self.log_tau, self.loss)
+        if line.slope < 0 and line.pvalue < 1 - CONFIDENCE:
+            return True
+        return dof > 0 and (constant - rss) / 2 > float(f_distribution.ppf(CONFIDENCE, 2, dof)) * rss / dof
 
 
 class DifferencesLaw:
@@ -136,7 +112,8 @@ class DifferencesLaw:
 
     Residuals are logarithms. Negative s (differences that grow) keeps the t interval valid at the boundary."""
 
-    unknowns, missing, grid = 2, 1, s_grid(-2.0, 800)
+    unknowns, grid = 2, s_grid(-2.0, 800)
+    flat = "The differences between levels do not fall with FLOPs: no finite exponent."
     upper = slice(1, None)  # the levels with the smaller term, tau_k
 
     def __init__(self, flops: np.ndarray, values: np.ndarray):
@@ -158,7 +135,7 @@ class DifferencesLaw:
     def refit(self, values: np.ndarray) -> float:
         """The best s for other values."""
         z = np.log(values)
-        return intervals.grid_minimum(((z - z.mean() - self.centred_grid) ** 2).sum(-1), self.grid)
+        return grid_minimum(((z - z.mean() - self.centred_grid) ** 2).sum(-1), self.grid)
 
     def solve(self, s: float) -> tuple[float, float | None, np.ndarray]:
         """Amplitude (meaningless for s <= S_MIN), no L_inf, and the law's values [K-1] at s."""
@@ -166,19 +143,12 @@ class DifferencesLaw:
         log_scale = float((self.log_values - shape).mean())  # log of a s
         return float(np.exp(log_scale)) / max(s, S_MIN), None, np.exp(log_scale + shape)
 
-    def judge(self, s: float, rss: float) -> tuple[bool, str]:
-        """Whether the differences fall with FLOPs, and a note."""
-        if s <= S_MIN:
-            return False, "The differences between levels do not fall with FLOPs: no finite exponent."
-        edge = "The differences vanish at once; the exponent is at the lower edge of the search."
-        return True, edge if s >= S_EDGE else ""
+    def falls(self, s: float, rss: float) -> bool:
+        return s > S_MIN
 
 
 class ToLargestLaw(DifferencesLaw):
-    """E|f^k - f^K|^2 = a (tau_k^-s - tau_K^-s).
-
-    All points share f^K, so their errors are correlated. The profile interval ignores this, which matters less in
-    `DifferencesLaw`."""
+    """E|f^k - f^K|^2 = a (tau_k^-s - tau_K^-s). The profile interval ignores that all points share f^K."""
 
     upper = slice(-1, None)
 
@@ -191,7 +161,6 @@ def fit(
     form: str,
     flops: np.ndarray,
     values: np.ndarray,
-    *,
     covariance: np.ndarray | None = None,
     between: float = 0.0,
     bootstrap: int = 0,
@@ -200,37 +169,30 @@ def fit(
     """Fit one of the `LAWS` to FLOPs [K] per evaluation and values [n] (n = K for loss_fit, else K - 1).
 
     covariance [n, n]: of the values over held-out images. between: the variance of each value's logarithm between
-    training seeds, if measured (training_seeds.py). bootstrap: the number of refits. The profile interval uses
-    t(K - 3)."""
-    t, y = np.asarray(flops, dtype=np.float64), np.asarray(values, dtype=np.float64)
-    kind = LAWS[form]
-    if y.shape != (len(t) - kind.missing,) or not (np.isfinite(y).all() and (y >= 0).all()):
-        raise UserError(f"A fit over {t.size} levels needs {t.size - kind.missing} finite squared errors.")
-    if not (np.isfinite(t).all() and (np.diff(t) > 0).all() and (t > 0).all()):
-        raise UserError("A fit needs positive, ascending FLOPs.")
-    dof = len(y) - kind.unknowns
-    if dof < 0 or (y == 0).any():
-        return Fit(degrees_of_freedom=max(dof, 0), note="A law needs three levels, and values above zero.")
-    law = kind(t, y)
-    s, rss = intervals.minimise(law.rss, law.grid)
+    training seeds, if measured (training_seeds.py). bootstrap: the number of refits."""
+    if not np.isfinite(values).all() or (np.diff(flops) <= 0).any():
+        raise UserError("gamma needs levels of ascending FLOPs with finite errors.")
+    dof = len(values) - LAWS[form].unknowns
+    if (values == 0).any():
+        return Fit(degrees_of_freedom=dof, note="A law needs values above zero.")
+    law = LAWS[form](flops, values)
+    s, rss = minimise(law.rss, law.grid)
     amplitude, floor, fitted = law.solve(s)
-    falls, note = law.judge(s, rss)
+    falls = law.falls(s, rss)
     proper = falls and S_MIN < s < S_EDGE
-    profile = intervals.profile_interval(law.rss, law.grid, s, rss, dof, between)
-    if not proper and dof > 0:  # the interval of a best fit at an edge includes that edge
-        low, high = profile if falls or floor is None else (0.0, None)
-        profile = (low, None) if s <= S_MIN or not falls else (0.0, high)
-    booted = None
+    profile = profile_interval(law.rss, law.grid, s, rss, dof, between)
+    if not falls and floor is not None:
+        profile = (0.0, None)
+    elif not proper:  # the interval of a best fit at an edge includes that edge
+        profile = (profile[0], None) if s <= S_MIN else (0.0, profile[1])
+    booted, interval = None, profile
     if bootstrap > 0 and dof > 0:
         rng = np.random.default_rng(seed)
         variance = rss / rng.chisquare(dof, bootstrap)  # drawn, because a few residuals determine it poorly
-        booted = intervals.bootstrap_interval(law.refit, y, fitted, variance, rng, covariance, between)
-    interval = intervals.hull(profile, booted)
-    if dof < 1:
-        note = f"{note} Too few levels for an interval.".strip()
-    elif proper and interval == (0.0, None):
-        note = f"{note} The points scatter too much to bound gamma on either side.".strip()
-    to_gflop = float(np.exp(s * (np.log(t).mean() - np.log(1e9))))  # from units of the geometric mean
+        booted = bootstrap_interval(law.refit, values, fitted, variance, rng, covariance, between)
+        highs = (profile[1], booted[1])
+        interval = (min(profile[0], booted[0]), None if None in highs else max(highs))
+    to_gflop = float(np.exp(s * (np.log(flops).mean() - np.log(1e9))))  # from units of the geometric mean
     return Fit(
         gamma=2 / s if proper else None,
         interval=interval,
@@ -242,5 +204,22 @@ def fit(
         rms_residual=float(np.sqrt(rss / len(fitted))),
         fitted=fitted,
         falls=falls,
-        note=note,
+        note=_note(law, s, falls, floor, dof, interval),
     )
+
+
+def _note(law: Any, s: float, falls: bool, floor: float | None, dof: int, interval: Interval) -> str:
+    notes = []
+    if not falls:
+        notes.append(law.flat)
+    elif s >= S_EDGE:
+        notes.append("The errors drop at once; the exponent is at the lower edge of the search.")
+    elif s <= S_MIN:
+        notes.append("The loss falls so slowly that gamma is above 100: no finite exponent.")
+    elif floor == 0:
+        notes.append("L_inf is at its bound of zero: a pure power law fits best.")
+    if dof < 1:
+        notes.append("Too few levels for an interval.")
+    elif falls and interval == (0.0, None) and S_MIN < s < S_EDGE:
+        notes.append("The points scatter too much to bound gamma on either side.")
+    return " ".join(notes)
