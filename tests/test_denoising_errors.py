@@ -9,10 +9,16 @@ from toys import gaussian_level, gaussian_variance, process, toy_family
 
 from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.diffusion.process import alpha_sigma
-from mlem_diffusion.gamma.denoising_errors import denoising_errors, noise_levels, pooling_weights
+from mlem_diffusion.gamma.denoising_errors import family_pairs, noise_levels, squared_differences
 
 IMAGES = 0.5 * torch.randn(10, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LOGSNR = np.array([-6.0, -1.0, 0.5, 7.0])
+
+
+def denoising_errors(levels, *arguments, **named):
+    """loss [K, M, S], to_previous and to_largest [K-1, M, S]."""
+    found = squared_differences(levels, family_pairs(len(levels)), *arguments, **named)
+    return np.split(found, [len(levels), 2 * len(levels) - 1])
 
 
 def test_errors_do_not_depend_on_the_batch_size():
@@ -74,7 +80,7 @@ def test_noise_levels_cover_the_path_and_its_ends():
     assert len(values) == 10 and np.all(np.diff(values) > 0)
     assert (values[0], values[-1]) == (p.logsnr_min, p.logsnr_max)
     np.testing.assert_allclose(values[1:-1], p.logsnr_at((np.arange(8) + 0.5) / 8))
-    weights = pooling_weights(p, values)
+    weights = p.drift_weights(values)
     assert weights.sum() == pytest.approx(1) and weights.min() > 0
     denoising_errors(toy_family(1), IMAGES, values, progress=lambda done, of: reported.append((done, of)))
     assert reported == [(i, 10) for i in range(1, 11)]

@@ -63,13 +63,12 @@ def profile_interval(rss: RSS, grid: np.ndarray, best: float, rss_min: float, do
         return float(rss(np.array([s]))[0]) - limit
 
     def end(inner: float, beyond: np.ndarray) -> float:
-        """The crossing between the last point inside and the first point beyond, if it exists, else `inner`."""
         if len(beyond) == 0 or not excess(inner) < 0 < excess(beyond[0]):
             return inner
         return brentq(excess, inner, beyond[0])  # type: ignore[return-value]
 
-    low, high = float(inside.min()), float(inside.max())
-    return _to_gamma(end(low, grid[grid < low][::-1]), end(high, grid[grid > high]))
+    low, high = inside.min(), inside.max()
+    return _to_gamma(float(end(low, grid[grid < low][::-1])), float(end(high, grid[grid > high])))
 
 
 def _to_gamma(s_low: float, s_high: float) -> Interval:
@@ -88,9 +87,8 @@ def bootstrap_interval(
 ) -> Interval:
     """Percentile interval of refits to the fitted values [n] with new scatter, drawn as relative normal errors.
 
-    `refit` maps values [n] to s, or to NaN if any s fits. variance: of the scatter, per refit. The measurement
-    covariance [n, n] and the variance `between` training seeds are added. This counts their uncorrelated part twice, so
-    the interval is rather too wide."""
+    `refit` maps values [n] to s, or to NaN if any s fits. variance [draws]: of the scatter. The measurement covariance
+    [n, n] and the variance `between` training seeds are added, so their uncorrelated part counts twice."""
     shape = len(variance), len(observed)
     noise = np.minimum(np.sqrt(variance), 2.0)[:, None] * rng.standard_normal(shape)
     if covariance is not None:
@@ -101,6 +99,6 @@ def bootstrap_interval(
     found = np.array([refit(values) for values in fitted * np.exp(noise)])
     # NaN: the resampled values are flat, so any exponent fits. Such a draw counts at both ends.
     tail = (1 - CONFIDENCE) / 2
-    s_low = float(np.quantile(np.where(np.isnan(found), 0.0, found), tail))
-    s_high = float(np.quantile(np.where(np.isnan(found), S_MAX, found), 1 - tail))
-    return _to_gamma(s_low, s_high)
+    s_low = np.quantile(np.where(np.isnan(found), 0.0, found), tail)
+    s_high = np.quantile(np.where(np.isnan(found), S_MAX, found), 1 - tail)
+    return _to_gamma(float(s_low), float(s_high))

@@ -1,11 +1,9 @@
 """Error against FLOPs: the exponent gamma of a family of denoisers, with intervals.
 
 gamma is defined by cost(eps) ~ eps^-gamma, where eps is the root-mean-square error of the drift. A mean squared error
-therefore falls as T^-s with s = 2 / gamma, where T is the FLOPs of one evaluation. The three laws are fitted as written
-(a straight line through log E|f^k - f^K|^2 is biased: its points bend down as T_k approaches T_K). Only s enters
-non-linearly: the other parameters are eliminated in closed form, and the relative residual sum of squares (RSS) is
-profiled over a grid of s, then refined. The 95% intervals are for *these* trained levels: they assume the law with
-scatter that is independent between levels, and do not include what all levels share (data, training length).
+therefore falls as T^-s with s = 2 / gamma, where T is the FLOPs of one evaluation. Only s enters the three laws
+non-linearly, so the other parameters are eliminated in closed form. The 95% intervals are for *these* trained levels:
+they assume the law, with independent scatter, and do not include what all levels share (data, training length).
 """
 
 from __future__ import annotations
@@ -18,16 +16,14 @@ from scipy.stats import f as f_distribution
 from scipy.stats import linregress
 
 from ..errors import UserError
-from .intervals import CONFIDENCE, S_EDGE, S_MIN, Interval, bootstrap_interval, grid_minimum, minimise
-from .intervals import profile_interval, s_grid
+from . import intervals
+from .intervals import CONFIDENCE, S_EDGE, S_MIN, Interval, grid_minimum, s_grid
 
 
 @dataclass(frozen=True)
 class Fit:
-    """One estimate of gamma; `interval` is the hull of the two others, so it is rather too wide.
-
-    The profile interval (residual scatter with a t quantile, exact only for a linear model) ignores the measurement
-    errors. The parametric bootstrap includes both, but it is a percentile interval."""
+    """One estimate of gamma; `interval` is the hull of the profile interval, which ignores the measurement errors, and
+    of the parametric bootstrap, so it is rather too wide."""
 
     gamma: float | None = None  # None if the best fit is at an edge of the law's range; `note` gives the reason
     interval: Interval = (0.0, None)
@@ -47,6 +43,7 @@ class LossLaw:
 
     unknowns, grid = 3, s_grid(S_MIN / 4, 500)
     flat = "The loss does not fall measurably with FLOPs: a constant explains it as well."
+    edge = "The loss falls too fast or too slowly for a finite exponent."
 
     def __init__(self, flops: np.ndarray, loss: np.ndarray):
         self.log_tau = np.log(flops) - np.log(flops).mean()
@@ -114,6 +111,7 @@ class DifferencesLaw:
 
     unknowns, grid = 2, s_grid(-2.0, 800)
     flat = "The differences between levels do not fall with FLOPs: no finite exponent."
+    edge = "The differences vanish at once: no finite exponent."
     upper = slice(1, None)  # the levels with the smaller term, tau_k
 
     def __init__(self, flops: np.ndarray, values: np.ndarray):
@@ -133,12 +131,11 @@ class DifferencesLaw:
         return ((residual - residual.mean(-1, keepdims=True)) ** 2).sum(-1)
 
     def refit(self, values: np.ndarray) -> float:
-        """The best s for other values."""
         z = np.log(values)
         return grid_minimum(((z - z.mean() - self.centred_grid) ** 2).sum(-1), self.grid)
 
     def solve(self, s: float) -> tuple[float, float | None, np.ndarray]:
-        """Amplitude (meaningless for s <= S_MIN), no L_inf, and the law's values [K-1] at s."""
+        """Amplitude, no L_inf, and the law's values [K-1] at s."""
         shape = self.log_shape(np.array([s]))[0]
         log_scale = float((self.log_values - shape).mean())  # log of a s
         return float(np.exp(log_scale)) / max(s, S_MIN), None, np.exp(log_scale + shape)
@@ -169,18 +166,18 @@ def fit(
     """Fit one of the `LAWS` to FLOPs [K] per evaluation and values [n] (n = K for loss_fit, else K - 1).
 
     covariance [n, n]: of the values over held-out images. between: the variance of each value's logarithm between
-    training seeds, if measured (training_seeds.py). bootstrap: the number of refits."""
+    training seeds, if measured. bootstrap: the number of refits."""
     if not np.isfinite(values).all() or (np.diff(flops) <= 0).any():
         raise UserError("gamma needs levels of ascending FLOPs with finite errors.")
     dof = len(values) - LAWS[form].unknowns
     if (values == 0).any():
         return Fit(degrees_of_freedom=dof, note="A law needs values above zero.")
     law = LAWS[form](flops, values)
-    s, rss = minimise(law.rss, law.grid)
+    s, rss = intervals.minimise(law.rss, law.grid)
     amplitude, floor, fitted = law.solve(s)
     falls = law.falls(s, rss)
     proper = falls and S_MIN < s < S_EDGE
-    profile = profile_interval(law.rss, law.grid, s, rss, dof, between)
+    profile = intervals.profile_interval(law.rss, law.grid, s, rss, dof, between)
     if not falls and floor is not None:
         profile = (0.0, None)
     elif not proper:  # the interval of a best fit at an edge includes that edge
@@ -189,9 +186,12 @@ def fit(
     if bootstrap > 0 and dof > 0:
         rng = np.random.default_rng(seed)
         variance = rss / rng.chisquare(dof, bootstrap)  # drawn, because a few residuals determine it poorly
-        booted = bootstrap_interval(law.refit, values, fitted, variance, rng, covariance, between)
+        booted = intervals.bootstrap_interval(law.refit, values, fitted, variance, rng, covariance, between)
         highs = (profile[1], booted[1])
         interval = (min(profile[0], booted[0]), None if None in highs else max(highs))
+    note = "L_inf is at its bound of zero: a pure power law fits best." if floor == 0 else ""
+    if not proper:
+        note = law.edge if falls else law.flat
     to_gflop = float(np.exp(s * (np.log(flops).mean() - np.log(1e9))))  # from units of the geometric mean
     return Fit(
         gamma=2 / s if proper else None,
@@ -204,22 +204,5 @@ def fit(
         rms_residual=float(np.sqrt(rss / len(fitted))),
         fitted=fitted,
         falls=falls,
-        note=_note(law, s, falls, floor, dof, interval),
+        note=note,
     )
-
-
-def _note(law: Any, s: float, falls: bool, floor: float | None, dof: int, interval: Interval) -> str:
-    notes = []
-    if not falls:
-        notes.append(law.flat)
-    elif s >= S_EDGE:
-        notes.append("The errors drop at once; the exponent is at the lower edge of the search.")
-    elif s <= S_MIN:
-        notes.append("The loss falls so slowly that gamma is above 100: no finite exponent.")
-    elif floor == 0:
-        notes.append("L_inf is at its bound of zero: a pure power law fits best.")
-    if dof < 1:
-        notes.append("Too few levels for an interval.")
-    elif falls and interval == (0.0, None) and S_MIN < s < S_EDGE:
-        notes.append("The points scatter too much to bound gamma on either side.")
-    return " ".join(notes)
