@@ -44,14 +44,6 @@ def test_differences_follow_their_definitions():
         np.testing.assert_allclose(largest[k], (values[k] - values[-1]) ** 2, rtol=1e-4)
 
 
-def test_identical_levels_do_not_differ():
-    (level,) = toy_family(1)
-    loss, previous, largest = denoising_errors([level, level, level], IMAGES, LOGSNR, batch=4)
-    assert not previous.any() and not largest.any()
-    assert np.array_equal(loss[0], loss[2])
-    assert denoising_errors([level], IMAGES, LOGSNR)[1].shape == (0, 10, 4)
-
-
 def test_noise_is_common_to_the_levels_and_fresh_elsewhere():
     seen: dict[str, list[torch.Tensor]] = {"a": [], "b": []}
 

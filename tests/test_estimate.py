@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -57,14 +56,6 @@ def test_content():
     assert point["fitted"] == pytest.approx(point["value"], rel=0.2)
     # comparing levels on the same images is far more precise than the losses themselves are
     assert result["points"]["loss_fit"][2]["contrast_se"] < result["points"]["loss_fit"][2]["se"] / 2
-
-
-def test_pooling_follows_the_weights():
-    result = estimate(replace(noisy_family(2.5), weights=np.eye(6)[2]), 0, 0)
-    for form in FORMS:
-        local = result["per_noise_level"][2]["estimates"][form]
-        assert result["estimates"][form]["gamma"] == pytest.approx(local["gamma"], rel=1e-9)
-        assert result["estimates"][form]["bootstrap_interval"] is None
 
 
 def test_warnings_name_the_bad_pairs_only():

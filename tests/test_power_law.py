@@ -53,15 +53,6 @@ def test_power_law_without_floor_and_bound_on_the_floor():
     assert bent.floor == 0 and bent.amplitude > 0
 
 
-@pytest.mark.parametrize(("gamma", "naive"), [(2.5, 2.25), (5.0, 3.5)])
-def test_difference_form_has_no_bias_where_a_straight_line_has(gamma, naive):
-    flops = 0.233e9 * 4.0 ** np.arange(5)  # five widths with fourfold FLOPs
-    values = law(flops, gamma)["to_largest"]
-    slope = np.polyfit(np.log(flops[:-1]), np.log(values), 1)[0]
-    assert -2 / slope == pytest.approx(naive, abs=0.2)
-    assert fit("to_largest", flops, values).gamma == pytest.approx(gamma, rel=1e-6)
-
-
 def test_measurement_errors_widen_the_bootstrap_only():
     flops = flops_of(7)
     values = law(flops, 5.0)["differences"]

@@ -57,15 +57,6 @@ def test_the_reference_is_of_order_one_and_a_half_and_negligible():
     assert error(12288, 20) < 0.01 * 2**-11  # against the finest target error
 
 
-def test_coarser_increments_are_of_the_same_path():
-    rng = np.random.default_rng(0)
-    dw, area = rng.normal(size=(8, 2, 3)), rng.normal(size=(8, 2, 3))
-    twice = coarsen(*coarsen(dw, area))
-    assert np.allclose(twice[0].sum(axis=0), dw.sum(axis=0)) and twice[0].shape == (2, 2, 3)
-    path = np.cumsum(dw, axis=0) - dw  # W at the left ends
-    assert np.allclose(coarsen(*twice)[1][0], (area + path / 8).sum(axis=0))
-
-
 def test_certain_coins_are_euler_maruyama(replicates):
     n, k = 12, 3
     x, dw = replicates.start, replicates.increments(n)
@@ -179,8 +170,8 @@ def test_a_small_run_has_the_exponents():
     """EM and ML-EM at gamma = 3 over two octaves and a half of error, chosen by an error model with known constants."""
     targets = rates.target_errors(2**-3.5, 2**-6, 2)
     chosen = {}
-    for method, make in (("em", rates.em_settings), ("ml_em", rates.ml_em_settings)):
-        settings = make(3.0, GRID, 10)
+    for method in ("em", "ml_em"):
+        settings = rates.candidates(method, 3.0, GRID, 10)
         chosen[method] = rates.cheapest(settings, rates.model_errors(settings, MODEL), targets)
     squared = rates.measure(("sde", 1, [s.run for found in chosen.values() for s in found]), 200, 10, GRID)
     entries = {m: exponent_entry(s, squared, MODEL, 100) for m, s in chosen.items()}

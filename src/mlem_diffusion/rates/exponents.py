@@ -33,7 +33,7 @@ def verify(r: Any, workers: int, bar: Bar, should_stop: Callable[[], bool]) -> t
     for d in r.dynamics:
         mse = np.array([piloted[d][s.run].mean() for s in pilot])
         constants[d] = rates.calibrate(pilot, mse)
-        chosen[d] = rates.choose(r, pilot, mse, constants[d])
+        chosen[d] = rates.choose(r, mse, constants[d])
         settings = [s for found in chosen[d].values() for s in found]
         items += _items(d, judge, [*(s for s in settings if s.steps), *studied])
         items += _items(d, judge[: r.poisson.seeds], [s for s in settings if not s.steps and s not in jumps])

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -118,34 +119,19 @@ def squared_errors(replicates: Replicates, settings: Sequence[RateSetting]) -> n
     return out
 
 
-# ---- which settings are run -----------------------------------------------------------------------------------
-
-
-def em_settings(gamma: float, grid: int, top: int) -> list[RateSetting]:
-    return [RateSetting("em", gamma, k, n) for n in step_counts(grid) for k in range(1, top + 1)]
-
-
-def ml_em_settings(gamma: float, grid: int, top: int) -> list[RateSetting]:
-    return [RateSetting("ml_em", gamma, k, n, f) for n in step_counts(grid) for k in range(2, top + 1) for f in _FIRES]
-
-
-def poisson_settings(gamma: float, top: int, events: float) -> list[RateSetting]:
-    """The jump process over top levels and top fires, with at most `events` expected events per path."""
-    settings = [RateSetting("poisson", gamma, k, 0, f) for k in range(1, top + 1) for f in _FIRES]
-    return [s for s in settings if s.rates.sum() <= events]
-
-
-def step_counts(grid: int) -> list[int]:
-    """4, 6, 8, 12, ... : all 2^j and 3 2^j from 4 up that divide the grid of the Brownian path."""
+def candidates(method: str, gamma: float, grid: int, top: int) -> list[RateSetting]:
+    """A method's settings over steps (2^j and 3 2^j from 4 up that divide the grid of the path), levels and fires."""
     both = {2**j for j in range(2, 31)} | {3 * 2**j for j in range(1, 31)}
-    return sorted(n for n in both if n <= grid and grid % n == 0)
+    steps = [0] if method == "poisson" else sorted(n for n in both if n <= grid and grid % n == 0)
+    levels, fires = range(2 if method == "ml_em" else 1, top + 1), [0.0] if method == "em" else _FIRES
+    return [RateSetting(method, gamma, k, n, f) for n in steps for k in levels for f in fires]
 
 
 def pilot_settings(grid: int, top: int, events: float) -> list[RateSetting]:
-    """The settings that measure EM's frontier and the constants of the error model."""
+    """The settings that measure EM's frontier (they come first) and the constants of the error model."""
     ml_em = [RateSetting("ml_em", 2.5, k, 4 * 2**k, f) for k in range(3, 11) for f in (4.0, 16.0)]
-    jumps = [s for s in poisson_settings(2.5, 6, events / 4) if s.fires in (2.0, 8.0)]
-    return [*em_settings(1.0, grid, top), *ml_em, *jumps]
+    jumps = [s for s in candidates("poisson", 2.5, grid, 6) if s.fires in (2.0, 8.0) and s.rates.sum() <= events / 4]
+    return [*candidates("em", 1.0, grid, top), *ml_em, *jumps]
 
 
 def step_size_settings() -> tuple[list[RateSetting], dict[str, list[RateSetting]]]:
@@ -184,20 +170,18 @@ def cheapest(settings: Sequence[RateSetting], errors: np.ndarray, targets: np.nd
     return list(dict.fromkeys(settings[i[np.argmin(costs[i])]] for i in able if len(i)))
 
 
-def choose(r: Any, pilot: Sequence[RateSetting], mse: np.ndarray, constants: np.ndarray) -> Choice:
-    """The settings to measure, given the pilot's mean squared errors [S]; r: configs, rates."""
-    em = [i for i, s in enumerate(pilot) if s.method == "em"]
-    targets = target_errors(r.targets.coarsest, r.targets.finest, r.targets.per_octave)
+def choose(r: Any, mse: np.ndarray, constants: np.ndarray) -> Choice:
+    """The settings to measure, given the mean squared errors [S] of the pilot settings; r: configs, rates."""
     chosen = {}
-    for gamma in r.gammas:
-        own = [replace(pilot[i], gamma=gamma) for i in em]
-        chosen[gamma, "em"] = cheapest(own, np.sqrt(mse[em]), targets)
-        options = ml_em_settings(gamma, r.grid, r.levels)
-        chosen[gamma, "ml_em"] = cheapest(options, model_errors(options, constants), targets)
-        options = poisson_settings(gamma, r.levels, r.poisson.events)
-        errors = model_errors(options, constants)
-        reached = target_errors(r.poisson.coarsest, errors.min(), r.poisson.per_octave)
-        chosen[gamma, "poisson"] = cheapest(options, errors, reached * (1 + 1e-9))
+    for gamma, method in product(r.gammas, METHODS):
+        options = candidates(method, gamma, r.grid, r.levels)
+        if method == "poisson":
+            options = [s for s in options if s.rates.sum() <= r.poisson.events]
+        errors = np.sqrt(mse[: len(options)]) if method == "em" else model_errors(options, constants)
+        targets = target_errors(r.targets.coarsest, r.targets.finest, r.targets.per_octave)
+        if method == "poisson":
+            targets = target_errors(r.poisson.coarsest, errors.min(), r.poisson.per_octave) * (1 + 1e-9)
+        chosen[gamma, method] = cheapest(options, errors, targets)
     if min(len(settings) for settings in chosen.values()) < MIN_POINTS:
         raise UserError(f"A fit needs {MIN_POINTS} settings: widen rates.targets or rates.poisson.")
     return chosen
