@@ -10,7 +10,7 @@ import pytest
 from laws import FORMS, contains, flops_of, law, noisy_family
 
 from mlem_diffusion.gamma.estimate import estimate, htmc_answer
-from mlem_diffusion.gamma.level_quality import hierarchy_warnings, overfitting_warnings
+from mlem_diffusion.gamma.measurement import hierarchy_warnings, overfitting_warnings
 from mlem_diffusion.gamma.power_law import fit
 
 

@@ -15,7 +15,7 @@ from mlem_diffusion.multilevel.probabilities import draw_coins, telescope_weight
 from mlem_diffusion.rates import exponents, problem
 from mlem_diffusion.rates import settings as rates
 from mlem_diffusion.rates.exponents import exponent_entry, fit_exponent, slope
-from mlem_diffusion.rates.poisson_limit import draw_events, fire, jump_process, linear_response
+from mlem_diffusion.rates.poisson_limit import fire, jump_process, linear_response
 from mlem_diffusion.rates.settings import RateSetting
 
 GRID = 768
@@ -100,17 +100,6 @@ def test_expected_costs_and_probabilities():
     assert np.allclose(setting.p, [1, *np.minimum(1, law[1:])])
     poisson = RateSetting("poisson", 2.0, 2, 0, 5.0)
     assert poisson.cost == pytest.approx(poisson.rates @ [4, 4 + 16])
-
-
-def test_events_come_at_their_rates():
-    rng = np.random.default_rng(0)
-    drawn = zip(*(draw_events(rng, (30.0, 10.0), 200) for _ in range(2)), strict=True)
-    wait, level, move, _ = (np.concatenate(c) for c in drawn)
-    before = np.cumsum(wait, axis=0) < 1
-    for k, rate in ((1, 30.0), (2, 10.0)):
-        fires = (before & (level == k)).sum(axis=0)  # Poisson: variance = mean
-        assert fires.mean() == pytest.approx(rate, abs=4 * np.sqrt(rate / 200))
-        assert fires.var() == pytest.approx(rate, rel=0.5) and np.all(move[level == k] == 1 / rate)
 
 
 def test_between_events_the_path_follows_the_brownian_motion():

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .intervals import Interval
-from .power_law import LAWS, Fit, fit
+from .power_law import LAWS, Fit, Interval, fit
 
 HTMC_THRESHOLD = 2.0
 
@@ -90,8 +89,8 @@ def _at_noise_level(errors: LevelErrors, j: int) -> dict[str, Any]:
 def htmc_answer(fits: Mapping[str, Fit]) -> tuple[str, str]:
     """Whether the problem is harder than Monte Carlo (gamma > 2): "yes", "no" or "undetermined", and a reason.
 
-    The two estimates without L_inf decide together: both intervals above 2, or both below. The loss fit is often too
-    weak to decide, but it can veto: by an interval on the other side, or by a loss that does not fall with FLOPs."""
+    The two estimates without L_inf decide together. The loss fit is often too weak to decide, but it can veto: by an
+    interval on the other side, or by a loss that does not fall with FLOPs."""
     loss, deciding = fits["loss_fit"], {name: fits[name] for name in ("differences", "to_largest")}
     for name, found in deciding.items():
         if found.gamma is None:

@@ -1,4 +1,4 @@
-"""Error against FLOPs: the exponent gamma of a family of denoisers, with intervals.
+"""Error against FLOPs: the exponent gamma of a family of denoisers, with
 
 gamma is defined by cost(eps) ~ eps^-gamma, where eps is the root-mean-square error of the drift. A mean squared error
 therefore falls as T^-s with s = 2 / gamma, where T is the FLOPs of one evaluation. Only s enters the three laws
@@ -8,16 +8,24 @@ they assume the law, with independent scatter, and do not include what all level
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.optimize import brentq, minimize_scalar
 from scipy.stats import f as f_distribution
 from scipy.stats import linregress
+from scipy.stats import t as t_distribution
 
 from ..errors import UserError
-from . import intervals
-from .intervals import CONFIDENCE, S_EDGE, S_MIN, Interval, grid_minimum, s_grid
+
+S_MIN, S_MAX = 0.02, 8.0  # gamma above 2 / S_MIN = 100 counts as unbounded, below 2 / S_MAX = 0.25 as zero
+S_EDGE = 0.999 * S_MAX  # an s from this value on counts as the end of the search
+CONFIDENCE = 0.95
+
+Interval = tuple[float, float | None]  # of gamma; None: no upper bound
+RSS = Callable[[np.ndarray], np.ndarray]  # the residual sum of squares of exponents s [G]: [G]
 
 
 @dataclass(frozen=True)
@@ -32,10 +40,14 @@ class Fit:
     amplitude: float | None = None  # a, for T in GFLOP
     floor: float | None = None  # L_inf; None for the laws without it
     degrees_of_freedom: int = 0
-    rms_residual: float | None = None  # relative
     fitted: np.ndarray | None = None  # values of the fitted law at the data points
     falls: bool = False  # False: no decrease with FLOPs
     note: str = ""
+
+
+def s_grid(low: float, points: int) -> np.ndarray:
+    """Values of s from low to S_MAX, dense near s = 0, where gamma is large."""
+    return 0.05 * np.sinh(np.linspace(np.arcsinh(low / 0.05), np.arcsinh(S_MAX / 0.05), points))
 
 
 class LossLaw:
@@ -173,11 +185,11 @@ def fit(
     if (values == 0).any():
         return Fit(degrees_of_freedom=dof, note="A law needs values above zero.")
     law = LAWS[form](flops, values)
-    s, rss = intervals.minimise(law.rss, law.grid)
+    s, rss = minimise(law.rss, law.grid)
     amplitude, floor, fitted = law.solve(s)
     falls = law.falls(s, rss)
     proper = falls and S_MIN < s < S_EDGE
-    profile = intervals.profile_interval(law.rss, law.grid, s, rss, dof, between)
+    profile = profile_interval(law.rss, law.grid, s, rss, dof, between)
     if not falls and floor is not None:
         profile = (0.0, None)
     elif not proper:  # the interval of a best fit at an edge includes that edge
@@ -186,7 +198,7 @@ def fit(
     if bootstrap > 0 and dof > 0:
         rng = np.random.default_rng(seed)
         variance = rss / rng.chisquare(dof, bootstrap)  # drawn, because a few residuals determine it poorly
-        booted = intervals.bootstrap_interval(law.refit, values, fitted, variance, rng, covariance, between)
+        booted = bootstrap_interval(law.refit, values, fitted, variance, rng, covariance, between)
         highs = (profile[1], booted[1])
         interval = (min(profile[0], booted[0]), None if None in highs else max(highs))
     note = "L_inf is at its bound of zero: a pure power law fits best." if floor == 0 else ""
@@ -201,8 +213,85 @@ def fit(
         amplitude=amplitude * to_gflop if proper else None,
         floor=floor,
         degrees_of_freedom=dof,
-        rms_residual=float(np.sqrt(rss / len(fitted))),
         fitted=fitted,
         falls=falls,
         note=note,
     )
+
+
+def minimise(rss: RSS, grid: np.ndarray) -> tuple[float, float]:
+    """The s with the smallest RSS, and that RSS: the best grid point, refined between its neighbours."""
+    values = rss(grid)
+    i = int(np.argmin(values))
+    bounds = (grid[max(i - 1, 0)], grid[min(i + 1, len(grid) - 1)])
+    options = {"xatol": 1e-10}
+    found: Any = minimize_scalar(lambda s: rss(np.array([s]))[0], bounds=bounds, method="bounded", options=options)
+    return (float(found.x), float(found.fun)) if found.fun < values[i] else (float(grid[i]), float(values[i]))
+
+
+def grid_minimum(values: np.ndarray, grid: np.ndarray) -> float:
+    """Position of the minimum of values [G], by a parabola through the best grid point and its neighbours."""
+    i = int(np.argmin(values))
+    if i in (0, len(grid) - 1):
+        return float(grid[i])
+    x, y = grid[i - 1 : i + 2] - grid[i], values[i - 1 : i + 2] - values[i]
+    curvature = (y[0] / x[0] - y[2] / x[2]) / (x[0] - x[2])
+    slope = y[0] / x[0] - curvature * x[0]
+    if curvature <= 0:
+        return float(grid[i])
+    return float(grid[i]) + float(np.clip(-slope / (2 * curvature), x[0], x[2]))
+
+
+def profile_interval(rss: RSS, grid: np.ndarray, best: float, rss_min: float, dof: int, between: float) -> Interval:
+    """All s with RSS(s) <= RSS_min + t^2 v, converted to gamma; (0, None) without a degree of freedom.
+
+    v is the variance of the residuals, RSS_min / dof, but at least `between`, the variance between training seeds."""
+    if dof < 1:
+        return (0.0, None)
+    t_squared = float(t_distribution.ppf((1 + CONFIDENCE) / 2, dof)) ** 2
+    limit = rss_min * (1 + t_squared / dof) if between * dof <= rss_min else rss_min + t_squared * between
+    inside = np.append(grid[rss(grid) <= limit], best)
+
+    def excess(s: float) -> float:
+        return float(rss(np.array([s]))[0]) - limit
+
+    def end(inner: float, beyond: np.ndarray) -> float:
+        if len(beyond) == 0 or not excess(inner) < 0 < excess(beyond[0]):
+            return inner
+        return brentq(excess, inner, beyond[0])  # type: ignore[return-value]
+
+    low, high = inside.min(), inside.max()
+    return _to_gamma(float(end(low, grid[grid < low][::-1])), float(end(high, grid[grid > high])))
+
+
+def _to_gamma(s_low: float, s_high: float) -> Interval:
+    low = 0.0 if s_high >= S_EDGE else 2 / max(s_high, S_MIN)
+    return (low, None if s_low <= S_MIN else 2 / s_low)
+
+
+def bootstrap_interval(
+    refit: Callable[[np.ndarray], float],
+    observed: np.ndarray,
+    fitted: np.ndarray,
+    variance: np.ndarray,
+    rng: np.random.Generator,
+    covariance: np.ndarray | None,
+    between: float,
+) -> Interval:
+    """Percentile interval of refits to the fitted values [n] with new scatter, drawn as relative normal errors.
+
+    `refit` maps values [n] to s, or to NaN if any s fits. variance [draws]: of the scatter. The measurement covariance
+    [n, n] and the variance `between` training seeds are added, so their uncorrelated part counts twice."""
+    shape = len(variance), len(observed)
+    noise = np.minimum(np.sqrt(variance), 2.0)[:, None] * rng.standard_normal(shape)
+    if covariance is not None:
+        relative, zero = covariance / np.outer(observed, observed), np.zeros(len(observed))
+        noise += rng.multivariate_normal(zero, relative, len(variance), method="eigh", check_valid="ignore")
+    if between > 0:
+        noise += np.sqrt(between) * rng.standard_normal(shape)
+    found = np.array([refit(values) for values in fitted * np.exp(noise)])
+    # NaN: the resampled values are flat, so any exponent fits. Such a draw counts at both ends.
+    tail = (1 - CONFIDENCE) / 2
+    s_low = np.quantile(np.where(np.isnan(found), 0.0, found), tail)
+    s_high = np.quantile(np.where(np.isnan(found), S_MAX, found), 1 - tail)
+    return _to_gamma(float(s_low), float(s_high))
