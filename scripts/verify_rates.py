@@ -6,7 +6,7 @@ import os
 
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.figures.rates import plot_rates
-from mlem_diffusion.rates.study import summary, verify
+from mlem_diffusion.rates.exponents import summary, verify
 
 
 @stage(outputs=["rates.json", "rates.png", "rates.csv"], depends=["rates"], folder="rates")

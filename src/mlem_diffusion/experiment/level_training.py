@@ -17,8 +17,7 @@ from ..errors import UserError
 from ..figures import style
 from ..figures.image_grid import image_grid
 from ..files import locked, read_json, sha256_of, write_json
-from ..gamma.denoising_errors import denoising_errors, noise_levels
-from ..gamma.snapshots import snapshot_losses
+from ..gamma.denoising_errors import noise_levels, snapshot_losses, squared_differences
 from ..models import published
 from ..models.checkpoint import load_state
 from ..models.family import as_level, build_denoiser
@@ -105,7 +104,7 @@ def measure(exp: Experiment, level: dict[str, Any], ema: Any, folder: Path) -> d
     state: Any = load_state(folder / STATE)
     logsnr = noise_levels(process, exp.cfg.gamma.noise_levels)
     trained = as_level(level["name"], ema, level["flops"], precision, compile="off")
-    loss = denoising_errors([trained], held_out, logsnr, seed=1)[0]
+    loss = squared_differences([trained], [(0, None)], held_out, logsnr, seed=1)
     files = {folder / name: state["snapshots"][name] for name in sorted(state["snapshots"])}
     return {
         "images": state["images"],

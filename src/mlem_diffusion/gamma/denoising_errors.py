@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +14,10 @@ from torch import Tensor
 from ..diffusion.brownian import initial_noise
 from ..diffusion.level import Level
 from ..diffusion.process import Process, add_noise
+from ..models.checkpoint import load_weights
+from ..models.family import as_level
 
 Pair = tuple[int, int | None]  # two levels, by index; None is the clean image
-Progress = Callable[[int, int], object] | None
-POOLING = "mean squared error of the drift in log-SNR: weights alpha^2 d(logsnr) over the sampler's range"
 
 
 def noise_levels(process: Process, count: int) -> np.ndarray:
@@ -24,25 +26,10 @@ def noise_levels(process: Process, count: int) -> np.ndarray:
     return np.concatenate([[process.logsnr_min], inner, [process.logsnr_max]])
 
 
-def pooling_weights(process: Process, logsnr: np.ndarray) -> np.ndarray:
-    """The weights [S], sum 1, by which errors are pooled over the noise levels [S] (`POOLING`)."""
-    return process.drift_weights(logsnr)
-
-
 def family_pairs(levels: int) -> list[Pair]:
     """The pairs of a family: each level with the clean image, with the level below, and with the largest level."""
     loss: list[Pair] = [(k, None) for k in range(levels)]
     return loss + [(k, k - 1) for k in range(1, levels)] + [(k, levels - 1) for k in range(levels - 1)]
-
-
-def denoising_errors(
-    levels: Sequence[Level], images: Tensor, logsnr: np.ndarray, *options: Any, **named: Any
-) -> tuple[np.ndarray, ...]:
-    """Per-image squared errors: loss [K, M, S] = |f^k - x0|^2, to_previous [K-1, M, S] = |f^k - f^{k-1}|^2,
-    to_largest [K-1, M, S] = |f^k - f^K|^2; options as in `squared_differences`."""
-    k = len(levels)
-    found = squared_differences(levels, family_pairs(k), images, logsnr, *options, **named)
-    return found[:k], found[k : 2 * k - 1], found[2 * k - 1 :]
 
 
 @torch.no_grad()
@@ -53,7 +40,7 @@ def squared_differences(
     logsnr: np.ndarray,
     seed: int = 0,
     batch: int = 128,
-    progress: Progress = None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> np.ndarray:
     """Per-image mean squared differences [pairs, M, S] of the levels' outputs, means over channels and pixels.
 
@@ -72,6 +59,26 @@ def squared_differences(
             for i, (first, second) in enumerate(pairs):
                 other = x0 if second is None else outputs[second]
                 out[i, part, j] = (outputs[first] - other).double().square().flatten(1).mean(1).cpu().numpy()
-        if progress is not None:
-            progress(j + 1, s)
+        progress(j + 1, s)
     return out
+
+
+def snapshot_losses(
+    denoiser: torch.nn.Module,
+    files: Mapping[Path, str],
+    held_out: Tensor,
+    logsnr: np.ndarray,
+    weights: np.ndarray,
+    precision: str = "float32",
+) -> list[dict[str, Any]]:
+    """The held-out loss of each snapshot of a training, on the same images and noise, pooled by weights [S].
+
+    files: ema-<images>.safetensors with their SHA-256. held_out [M,3,H,W] in [-1, 1], log-SNRs [S]."""
+    entries, network = [], copy.deepcopy(denoiser)
+    for file, sha256 in files.items():
+        load_weights(file, network, sha256)
+        level = as_level(file.stem, network, 1.0, precision, compile="off")
+        loss = squared_differences([level], family_pairs(1), held_out, logsnr, seed=1)[0] @ weights
+        images = int(file.stem.removeprefix("ema-"))
+        entries.append({"images": images, "file": file.name, "sha256": sha256, "held_out_loss": float(loss.mean())})
+    return entries

@@ -7,46 +7,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from ..errors import UserError
-from .intervals import Interval
-from .power_law import LAWS, Fit, fit
+from .power_law import LAWS, Fit, Interval, fit
 
 HTMC_THRESHOLD = 2.0
 
 
 @dataclass(frozen=True)
 class LevelErrors:
-    """Squared errors of a family of denoisers, all evaluated on the same images, noise levels and noise.
+    """Squared errors of K levels (cheap to expensive) on the same M images, S noise levels and noise; means over
+    channels and pixels, for images in [-1, 1]."""
 
-    K levels (cheap to expensive), M images, S noise levels. Errors are means over channels and pixels, for images in
-    [-1, 1]. Raises UserError if the shapes do not match, the FLOPs do not ascend, or a value is not finite.
-    """
-
-    widths: list[int | None]
+    widths: list[int]
     names: list[str]
     flops: np.ndarray  # [K] FLOPs per evaluation of one image, ascending
     images: list[int]  # images seen in training, per level
     logsnr: np.ndarray  # [S] noise levels
-    weights: np.ndarray  # [S] sum 1, used to pool over noise levels (denoising_errors.pooling_weights)
-    loss: np.ndarray  # [K, M, S] |f^k - x0|^2 per image, mean over channels and pixels
+    weights: np.ndarray  # [S] sum 1, used to pool over noise levels
+    loss: np.ndarray  # [K, M, S] |f^k - x0|^2 per image
     to_previous: np.ndarray  # [K-1, M, S] |f^k - f^(k-1)|^2, k = 2..K
     to_largest: np.ndarray  # [K-1, M, S] |f^k - f^K|^2, k = 1..K-1
-
-    def __post_init__(self) -> None:
-        k, m, s = len(self.names), *self.loss.shape[1:]
-        if k < 3 or m < 2:
-            raise UserError("gamma needs at least three levels (better seven) and two images.")
-        shapes = {"flops": (k,), "logsnr": (s,), "weights": (s,), "loss": (k, m, s)}
-        for name, shape in {**shapes, "to_previous": (k - 1, m, s), "to_largest": (k - 1, m, s)}.items():
-            if getattr(self, name).shape != shape or not np.isfinite(getattr(self, name)).all():
-                raise UserError(f"Level errors: {name} must have shape {shape} and finite values.")
-        if (self.weights < 0).any() or abs(self.weights.sum() - 1) > 1e-6:
-            raise UserError("Level errors: the weights over noise levels must be non-negative and sum to 1.")
-
-    def pool(self, values: np.ndarray) -> np.ndarray:
-        """Values [..., S] averaged over the noise levels: [...]."""
-        return values @ self.weights
 
     @property
     def by_form(self) -> dict[str, np.ndarray]:
@@ -54,52 +35,42 @@ class LevelErrors:
         return {"loss_fit": self.loss, "differences": self.to_previous, "to_largest": self.to_largest}
 
 
-def estimate(
-    errors: LevelErrors, *, seed: int = 0, bootstrap: int = 400, between: Mapping[str, float] | None = None
-) -> dict[str, Any]:
-    """The estimates of gamma from all laws, pooled over noise levels and at each noise level, ready for JSON.
+def estimate(errors: LevelErrors, seed: int, bootstrap: int, between: Mapping[str, float] | None = None) -> dict:
+    """The estimates of gamma by all laws, pooled over noise levels and at each noise level, ready for JSON.
 
-    Keys: unit, estimates (by law), htmc, htmc_reason, levels, points (pooled values with standard errors over images,
-    for plots), per_noise_level (without bootstrap, so its intervals are profile intervals). Amplitudes are for T in
-    GFLOP. between: for each law, the variance of a value's logarithm between training seeds
-    (`training_seeds.seed_spread`); it enters the pooled intervals.
-    """
-    pooled = {form: errors.pool(values) for form, values in errors.by_form.items()}  # [n, M]
+    Amplitudes are for T in GFLOP. per_noise_level has no bootstrap, only profile intervals. between: for each law, the
+    variance of a value's logarithm between training seeds (`training_seeds.seed_spread`), for the pooled intervals."""
+    pooled = {form: values @ errors.weights for form, values in errors.by_form.items()}  # [n, M]
     fits = {}
     for form, values in pooled.items():
         noise = {"covariance": np.cov(values) / values.shape[1], "bootstrap": bootstrap, "seed": seed}
         fits[form] = fit(form, errors.flops, values.mean(1), between=(between or {}).get(form, 0.0), **noise)
     htmc, reason = htmc_answer(fits)
+    loss = {"loss": pooled["loss_fit"].mean(1), "loss_se": standard_errors(pooled["loss_fit"])}
+    levels = {"name": errors.names, "width": errors.widths, "gflop": errors.flops / 1e9, "images": errors.images}
+    hidden = ("fitted", "falls")
     return {
         "unit": "FLOPs",
-        "estimates": {form: _as_json(found) for form, found in fits.items()},
+        "estimates": {form: {k: v for k, v in vars(f).items() if k not in hidden} for form, f in fits.items()},
         "htmc": htmc,
         "htmc_reason": reason,
-        "levels": _levels(errors, pooled["loss_fit"]),
+        "levels": pd.DataFrame({**levels, **loss}).to_dict("records"),
         "points": {form: _points(errors, form, values, fits[form].fitted) for form, values in pooled.items()},
         "per_noise_level": [_at_noise_level(errors, j) for j in range(len(errors.logsnr))],
     }
 
 
-def _levels(errors: LevelErrors, loss: np.ndarray) -> list[dict[str, Any]]:
-    keys = ("name", "width", "gflop", "images", "loss", "loss_se")
-    numbers = (errors.flops / 1e9).tolist(), errors.images, loss.mean(1).tolist(), standard_errors(loss).tolist()
-    return [dict(zip(keys, row, strict=True)) for row in zip(errors.names, errors.widths, *numbers, strict=True)]
-
-
-def _points(errors: LevelErrors, form: str, values: np.ndarray, fitted: np.ndarray | None) -> list[dict[str, Any]]:
+def _points(errors: LevelErrors, form: str, values: np.ndarray, fitted: np.ndarray | None) -> list[dict]:
     """The pooled values [n, M] of a law as points of a plot."""
     n, gflop = len(values), errors.flops / 1e9
-    columns = {"gflop": gflop[1:] if form == "differences" else gflop[:n]}
-    columns |= {"value": values.mean(1), "se": standard_errors(values)}
-    columns["fitted"] = np.full(n, None) if fitted is None else fitted
+    columns: dict[str, Any] = {"gflop": gflop[1:] if form == "differences" else gflop[:n]}
+    columns |= {"value": values.mean(1), "se": standard_errors(values), "fitted": fitted}
     if form == "loss_fit":
         # images differ far more than levels do, so levels are compared by their loss minus the mean over all levels
         columns["contrast_se"] = standard_errors(values - values.mean(0))
     if form == "differences":
         columns["gflop_previous"] = gflop[:-1]
-    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-    return [dict(zip(columns, row, strict=True)) for row in rows]
+    return pd.DataFrame(columns).to_dict("records")
 
 
 def _at_noise_level(errors: LevelErrors, j: int) -> dict[str, Any]:
@@ -108,7 +79,7 @@ def _at_noise_level(errors: LevelErrors, j: int) -> dict[str, Any]:
     return {
         "logsnr": float(errors.logsnr[j]),
         "weight": float(errors.weights[j]),
-        "estimates": {form: {"gamma": f.gamma, "interval": list(f.interval)} for form, f in fits.items()},
+        "estimates": {form: {"gamma": f.gamma, "interval": f.interval} for form, f in fits.items()},
         "loss": means["loss_fit"].tolist(),
         "to_previous": means["differences"].tolist(),
         "to_largest": means["to_largest"].tolist(),
@@ -116,13 +87,10 @@ def _at_noise_level(errors: LevelErrors, j: int) -> dict[str, Any]:
 
 
 def htmc_answer(fits: Mapping[str, Fit]) -> tuple[str, str]:
-    """Whether the problem is harder than Monte Carlo (HTMC, gamma > 2): "yes", "no" or "undetermined", and a reason.
+    """Whether the problem is harder than Monte Carlo (gamma > 2): "yes", "no" or "undetermined", and a reason.
 
-    The two estimates without L_inf decide together: "yes" if both intervals are above 2, "no" if both are below. The
-    loss fit is often too weak to decide, but it can veto by an interval on the other side, or by a loss that does not
-    fall with FLOPs. If a deciding estimate has no finite exponent (levels that do not approach each other), the answer
-    is "undetermined".
-    """
+    The two estimates without L_inf decide together. The loss fit is often too weak to decide, but it can veto: by an
+    interval on the other side, or by a loss that does not fall with FLOPs."""
     loss, deciding = fits["loss_fit"], {name: fits[name] for name in ("differences", "to_largest")}
     for name, found in deciding.items():
         if found.gamma is None:
@@ -130,7 +98,7 @@ def htmc_answer(fits: Mapping[str, Fit]) -> tuple[str, str]:
     if not loss.falls:
         reason = "The loss does not fall measurably with FLOPs, so the levels are no hierarchy of accuracy."
         return "undetermined", reason
-    intervals = "; ".join(f"{n} {_text(f.interval)}" for n, f in {**deciding, "loss_fit": loss}.items())
+    intervals = "; ".join(f"{n} {interval_text(f.interval)}" for n, f in {**deciding, "loss_fit": loss}.items())
     side, other = (_side(found) for found in deciding.values())
     if side != other or side == 0:
         return "undetermined", f"The 95% intervals do not settle on which side of 2 gamma lies: {intervals}."
@@ -147,7 +115,7 @@ def _side(found: Fit) -> int:
     return 1 if low > HTMC_THRESHOLD else -1 if high is not None and high < HTMC_THRESHOLD else 0
 
 
-def _text(interval: Interval) -> str:
+def interval_text(interval: Interval) -> str:
     high = "unbounded" if interval[1] is None else f"{interval[1]:.2f}"
     return f"[{interval[0]:.2f}, {high}]"
 
@@ -155,8 +123,3 @@ def _text(interval: Interval) -> str:
 def standard_errors(values: np.ndarray) -> np.ndarray:
     """Standard errors [...] of the means of values [..., M]."""
     return values.std(-1, ddof=1) / np.sqrt(values.shape[-1])
-
-
-def _as_json(found: Fit) -> dict[str, Any]:
-    hidden = ("fitted", "falls")
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(found).items() if k not in hidden}

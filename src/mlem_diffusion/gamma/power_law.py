@@ -1,46 +1,37 @@
-"""Error against FLOPs: the exponent gamma of a family of denoisers, with intervals.
+"""Error against FLOPs: the exponent gamma of a family of denoisers, with
 
 gamma is defined by cost(eps) ~ eps^-gamma, where eps is the root-mean-square error of the drift. A mean squared error
-therefore falls as T^-s with s = 2 / gamma, where T is the FLOPs of one evaluation. Three laws give gamma:
-
-* "loss_fit":    L_k = L_inf + a T_k^-s  (L_inf >= 0 unknown: three parameters, often weak)
-* "differences": E|f^k - f^(k-1)|^2 = a (T_(k-1)^-s - T_k^-s)  (nested levels; no L_inf)
-* "to_largest":  E|f^k - f^K|^2 = a (T_k^-s - T_K^-s)  (nested levels; no L_inf)
-
-The last two are fitted as written: a straight line through log E|f^k - f^K|^2 is biased towards small gamma, because
-its points bend down as T_k approaches T_K.
-
-Only s enters non-linearly, so the other parameters are eliminated in closed form, and the residual sum of squares (RSS)
-is profiled over a dense grid of s, then refined. Residuals are relative (logarithms for the last two).
-
-The intervals are 95% intervals for the exponent of *these* trained levels. They assume the law, with scatter that is
-independent between levels (it includes their training noise), and include the finite number of held-out images. A few
-points may be closer to the law, by chance, than repeated training would be: the spread between training seeds
-(`between`), if measured, is therefore the least scatter that an interval assumes. What all levels share (data, training
-length) and the bending of a law are not included.
+therefore falls as T^-s with s = 2 / gamma, where T is the FLOPs of one evaluation. Only s enters the three laws
+non-linearly, so the other parameters are eliminated in closed form. The 95% intervals are for *these* trained levels:
+they assume the law, with independent scatter, and do not include what all levels share (data, training length).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.optimize import brentq, minimize_scalar
 from scipy.stats import f as f_distribution
 from scipy.stats import linregress
+from scipy.stats import t as t_distribution
 
 from ..errors import UserError
-from . import intervals
-from .intervals import S_EDGE, S_MIN, Interval, s_grid
+
+S_MIN, S_MAX = 0.02, 8.0  # gamma above 2 / S_MIN = 100 counts as unbounded, below 2 / S_MAX = 0.25 as zero
+S_EDGE = 0.999 * S_MAX  # an s from this value on counts as the end of the search
+CONFIDENCE = 0.95
+
+Interval = tuple[float, float | None]  # of gamma; None: no upper bound
+RSS = Callable[[np.ndarray], np.ndarray]  # the residual sum of squares of exponents s [G]: [G]
 
 
 @dataclass(frozen=True)
 class Fit:
-    """One estimate of gamma; `interval` is the hull of the two others.
-
-    The profile interval (residual scatter with a t quantile, exact only for a linear model) ignores the measurement
-    errors. The parametric bootstrap includes both, but it is a percentile interval. The hull is rather too wide.
-    """
+    """One estimate of gamma; `interval` is the hull of the profile interval, which ignores the measurement errors, and
+    of the parametric bootstrap, so it is rather too wide."""
 
     gamma: float | None = None  # None if the best fit is at an edge of the law's range; `note` gives the reason
     interval: Interval = (0.0, None)
@@ -49,16 +40,22 @@ class Fit:
     amplitude: float | None = None  # a, for T in GFLOP
     floor: float | None = None  # L_inf; None for the laws without it
     degrees_of_freedom: int = 0
-    rms_residual: float | None = None  # relative
     fitted: np.ndarray | None = None  # values of the fitted law at the data points
     falls: bool = False  # False: no decrease with FLOPs
     note: str = ""
 
 
+def s_grid(low: float, points: int) -> np.ndarray:
+    """Values of s from low to S_MAX, dense near s = 0, where gamma is large."""
+    return 0.05 * np.sinh(np.linspace(np.arcsinh(low / 0.05), np.arcsinh(S_MAX / 0.05), points))
+
+
 class LossLaw:
     """L_k = L_inf + a tau_k^-s with L_inf >= 0 and a >= 0, for FLOPs [K] and losses [K]; residuals are relative."""
 
-    unknowns, missing, grid = 3, 0, s_grid(S_MIN / 4, 500)
+    unknowns, grid = 3, s_grid(S_MIN / 4, 500)
+    flat = "The loss does not fall measurably with FLOPs: a constant explains it as well."
+    edge = "The loss falls too fast or too slowly for a finite exponent."
 
     def __init__(self, flops: np.ndarray, loss: np.ndarray):
         self.log_tau = np.log(flops) - np.log(flops).mean()
@@ -99,7 +96,7 @@ class LossLaw:
 
     def refit(self, loss: np.ndarray) -> float:
         """The best s for other losses; NaN if a constant fits as well, so that any s does."""
-        s = intervals.grid_minimum(self.best(self.grid, loss)[2], self.grid)
+        s = grid_minimum(self.best(self.grid, loss)[2], self.grid)
         better = self.best(np.array([s]), loss)[2][0] < self.rss_of_constant(loss) * (1 - 1e-9)
         return s if better else float("nan")
 
@@ -108,27 +105,15 @@ class LossLaw:
         a, floor = (float(v[0]) for v in self.best(np.array([s]), self.loss)[:2])
         return a, floor, floor + a * np.exp(-s * self.log_tau)
 
-    def judge(self, s: float, rss: float) -> tuple[bool, str]:
-        """Whether the loss falls with FLOPs, and a note."""
-        amplitude, floor, _ = self.solve(s)
-        if amplitude <= 0 or rss >= self.rss_of_constant(self.loss) * (1 - 1e-9) or not self._falls(rss):
-            return False, "The loss does not fall measurably with FLOPs: a constant explains it as well."
-        if s >= S_EDGE:
-            return True, "The loss drops to its floor at once; the exponent is at the lower edge of the search."
-        if s <= S_MIN:
-            return True, "The loss falls so slowly that gamma is above 100: no finite exponent."
-        return True, "L_inf is at its bound of zero: a pure power law fits best." if floor == 0 else ""
-
-    def _falls(self, rss: float) -> bool:
+    def falls(self, s: float, rss: float) -> bool:
         """Whether the loss falls, given its scatter: by its slope in log FLOPs (t test) or by the law (F test)."""
-        line: Any = linregress(self.log_tau, self.loss)
-        if line.slope < 0 and line.pvalue < 1 - intervals.CONFIDENCE:
-            return True
-        dof = len(self.loss) - 3
-        if dof < 1:
+        constant, dof = self.rss_of_constant(self.loss), len(self.loss) - 3
+        if self.solve(s)[0] <= 0 or rss >= constant * (1 - 1e-9):
             return False
-        critical = float(f_distribution.ppf(intervals.CONFIDENCE, 2, dof))
-        return (self.rss_of_constant(self.loss) - rss) / 2 > critical * rss / dof
+        line: Any = linregress(self.log_tau, self.loss)
+        if line.slope < 0 and line.pvalue < 1 - CONFIDENCE:
+            return True
+        return dof > 0 and (constant - rss) / 2 > float(f_distribution.ppf(CONFIDENCE, 2, dof)) * rss / dof
 
 
 class DifferencesLaw:
@@ -136,7 +121,9 @@ class DifferencesLaw:
 
     Residuals are logarithms. Negative s (differences that grow) keeps the t interval valid at the boundary."""
 
-    unknowns, missing, grid = 2, 1, s_grid(-2.0, 800)
+    unknowns, grid = 2, s_grid(-2.0, 800)
+    flat = "The differences between levels do not fall with FLOPs: no finite exponent."
+    edge = "The differences vanish at once: no finite exponent."
     upper = slice(1, None)  # the levels with the smaller term, tau_k
 
     def __init__(self, flops: np.ndarray, values: np.ndarray):
@@ -156,29 +143,21 @@ class DifferencesLaw:
         return ((residual - residual.mean(-1, keepdims=True)) ** 2).sum(-1)
 
     def refit(self, values: np.ndarray) -> float:
-        """The best s for other values."""
         z = np.log(values)
-        return intervals.grid_minimum(((z - z.mean() - self.centred_grid) ** 2).sum(-1), self.grid)
+        return grid_minimum(((z - z.mean() - self.centred_grid) ** 2).sum(-1), self.grid)
 
     def solve(self, s: float) -> tuple[float, float | None, np.ndarray]:
-        """Amplitude (meaningless for s <= S_MIN), no L_inf, and the law's values [K-1] at s."""
+        """Amplitude, no L_inf, and the law's values [K-1] at s."""
         shape = self.log_shape(np.array([s]))[0]
         log_scale = float((self.log_values - shape).mean())  # log of a s
         return float(np.exp(log_scale)) / max(s, S_MIN), None, np.exp(log_scale + shape)
 
-    def judge(self, s: float, rss: float) -> tuple[bool, str]:
-        """Whether the differences fall with FLOPs, and a note."""
-        if s <= S_MIN:
-            return False, "The differences between levels do not fall with FLOPs: no finite exponent."
-        edge = "The differences vanish at once; the exponent is at the lower edge of the search."
-        return True, edge if s >= S_EDGE else ""
+    def falls(self, s: float, rss: float) -> bool:
+        return s > S_MIN
 
 
 class ToLargestLaw(DifferencesLaw):
-    """E|f^k - f^K|^2 = a (tau_k^-s - tau_K^-s).
-
-    All points share f^K, so their errors are correlated. The profile interval ignores this, which matters less in
-    `DifferencesLaw`."""
+    """E|f^k - f^K|^2 = a (tau_k^-s - tau_K^-s). The profile interval ignores that all points share f^K."""
 
     upper = slice(-1, None)
 
@@ -191,7 +170,6 @@ def fit(
     form: str,
     flops: np.ndarray,
     values: np.ndarray,
-    *,
     covariance: np.ndarray | None = None,
     between: float = 0.0,
     bootstrap: int = 0,
@@ -200,37 +178,33 @@ def fit(
     """Fit one of the `LAWS` to FLOPs [K] per evaluation and values [n] (n = K for loss_fit, else K - 1).
 
     covariance [n, n]: of the values over held-out images. between: the variance of each value's logarithm between
-    training seeds, if measured (training_seeds.py). bootstrap: the number of refits. The profile interval uses
-    t(K - 3)."""
-    t, y = np.asarray(flops, dtype=np.float64), np.asarray(values, dtype=np.float64)
-    kind = LAWS[form]
-    if y.shape != (len(t) - kind.missing,) or not (np.isfinite(y).all() and (y >= 0).all()):
-        raise UserError(f"A fit over {t.size} levels needs {t.size - kind.missing} finite squared errors.")
-    if not (np.isfinite(t).all() and (np.diff(t) > 0).all() and (t > 0).all()):
-        raise UserError("A fit needs positive, ascending FLOPs.")
-    dof = len(y) - kind.unknowns
-    if dof < 0 or (y == 0).any():
-        return Fit(degrees_of_freedom=max(dof, 0), note="A law needs three levels, and values above zero.")
-    law = kind(t, y)
-    s, rss = intervals.minimise(law.rss, law.grid)
+    training seeds, if measured. bootstrap: the number of refits."""
+    if not np.isfinite(values).all() or (np.diff(flops) <= 0).any():
+        raise UserError("gamma needs levels of ascending FLOPs with finite errors.")
+    dof = len(values) - LAWS[form].unknowns
+    if (values == 0).any():
+        return Fit(degrees_of_freedom=dof, note="A law needs values above zero.")
+    law = LAWS[form](flops, values)
+    s, rss = minimise(law.rss, law.grid)
     amplitude, floor, fitted = law.solve(s)
-    falls, note = law.judge(s, rss)
+    falls = law.falls(s, rss)
     proper = falls and S_MIN < s < S_EDGE
-    profile = intervals.profile_interval(law.rss, law.grid, s, rss, dof, between)
-    if not proper and dof > 0:  # the interval of a best fit at an edge includes that edge
-        low, high = profile if falls or floor is None else (0.0, None)
-        profile = (low, None) if s <= S_MIN or not falls else (0.0, high)
-    booted = None
+    profile = profile_interval(law.rss, law.grid, s, rss, dof, between)
+    if not falls and floor is not None:
+        profile = (0.0, None)
+    elif not proper:  # the interval of a best fit at an edge includes that edge
+        profile = (profile[0], None) if s <= S_MIN else (0.0, profile[1])
+    booted, interval = None, profile
     if bootstrap > 0 and dof > 0:
         rng = np.random.default_rng(seed)
         variance = rss / rng.chisquare(dof, bootstrap)  # drawn, because a few residuals determine it poorly
-        booted = intervals.bootstrap_interval(law.refit, y, fitted, variance, rng, covariance, between)
-    interval = intervals.hull(profile, booted)
-    if dof < 1:
-        note = f"{note} Too few levels for an interval.".strip()
-    elif proper and interval == (0.0, None):
-        note = f"{note} The points scatter too much to bound gamma on either side.".strip()
-    to_gflop = float(np.exp(s * (np.log(t).mean() - np.log(1e9))))  # from units of the geometric mean
+        booted = bootstrap_interval(law.refit, values, fitted, variance, rng, covariance, between)
+        highs = (profile[1], booted[1])
+        interval = (min(profile[0], booted[0]), None if None in highs else max(highs))
+    note = "L_inf is at its bound of zero: a pure power law fits best." if floor == 0 else ""
+    if not proper:
+        note = law.edge if falls else law.flat
+    to_gflop = float(np.exp(s * (np.log(flops).mean() - np.log(1e9))))  # from units of the geometric mean
     return Fit(
         gamma=2 / s if proper else None,
         interval=interval,
@@ -239,8 +213,85 @@ def fit(
         amplitude=amplitude * to_gflop if proper else None,
         floor=floor,
         degrees_of_freedom=dof,
-        rms_residual=float(np.sqrt(rss / len(fitted))),
         fitted=fitted,
         falls=falls,
         note=note,
     )
+
+
+def minimise(rss: RSS, grid: np.ndarray) -> tuple[float, float]:
+    """The s with the smallest RSS, and that RSS: the best grid point, refined between its neighbours."""
+    values = rss(grid)
+    i = int(np.argmin(values))
+    bounds = (grid[max(i - 1, 0)], grid[min(i + 1, len(grid) - 1)])
+    options = {"xatol": 1e-10}
+    found: Any = minimize_scalar(lambda s: rss(np.array([s]))[0], bounds=bounds, method="bounded", options=options)
+    return (float(found.x), float(found.fun)) if found.fun < values[i] else (float(grid[i]), float(values[i]))
+
+
+def grid_minimum(values: np.ndarray, grid: np.ndarray) -> float:
+    """Position of the minimum of values [G], by a parabola through the best grid point and its neighbours."""
+    i = int(np.argmin(values))
+    if i in (0, len(grid) - 1):
+        return float(grid[i])
+    x, y = grid[i - 1 : i + 2] - grid[i], values[i - 1 : i + 2] - values[i]
+    curvature = (y[0] / x[0] - y[2] / x[2]) / (x[0] - x[2])
+    slope = y[0] / x[0] - curvature * x[0]
+    if curvature <= 0:
+        return float(grid[i])
+    return float(grid[i]) + float(np.clip(-slope / (2 * curvature), x[0], x[2]))
+
+
+def profile_interval(rss: RSS, grid: np.ndarray, best: float, rss_min: float, dof: int, between: float) -> Interval:
+    """All s with RSS(s) <= RSS_min + t^2 v, converted to gamma; (0, None) without a degree of freedom.
+
+    v is the variance of the residuals, RSS_min / dof, but at least `between`, the variance between training seeds."""
+    if dof < 1:
+        return (0.0, None)
+    t_squared = float(t_distribution.ppf((1 + CONFIDENCE) / 2, dof)) ** 2
+    limit = rss_min * (1 + t_squared / dof) if between * dof <= rss_min else rss_min + t_squared * between
+    inside = np.append(grid[rss(grid) <= limit], best)
+
+    def excess(s: float) -> float:
+        return float(rss(np.array([s]))[0]) - limit
+
+    def end(inner: float, beyond: np.ndarray) -> float:
+        if len(beyond) == 0 or not excess(inner) < 0 < excess(beyond[0]):
+            return inner
+        return brentq(excess, inner, beyond[0])  # type: ignore[return-value]
+
+    low, high = inside.min(), inside.max()
+    return _to_gamma(float(end(low, grid[grid < low][::-1])), float(end(high, grid[grid > high])))
+
+
+def _to_gamma(s_low: float, s_high: float) -> Interval:
+    low = 0.0 if s_high >= S_EDGE else 2 / max(s_high, S_MIN)
+    return (low, None if s_low <= S_MIN else 2 / s_low)
+
+
+def bootstrap_interval(
+    refit: Callable[[np.ndarray], float],
+    observed: np.ndarray,
+    fitted: np.ndarray,
+    variance: np.ndarray,
+    rng: np.random.Generator,
+    covariance: np.ndarray | None,
+    between: float,
+) -> Interval:
+    """Percentile interval of refits to the fitted values [n] with new scatter, drawn as relative normal errors.
+
+    `refit` maps values [n] to s, or to NaN if any s fits. variance [draws]: of the scatter. The measurement covariance
+    [n, n] and the variance `between` training seeds are added, so their uncorrelated part counts twice."""
+    shape = len(variance), len(observed)
+    noise = np.minimum(np.sqrt(variance), 2.0)[:, None] * rng.standard_normal(shape)
+    if covariance is not None:
+        relative, zero = covariance / np.outer(observed, observed), np.zeros(len(observed))
+        noise += rng.multivariate_normal(zero, relative, len(variance), method="eigh", check_valid="ignore")
+    if between > 0:
+        noise += np.sqrt(between) * rng.standard_normal(shape)
+    found = np.array([refit(values) for values in fitted * np.exp(noise)])
+    # NaN: the resampled values are flat, so any exponent fits. Such a draw counts at both ends.
+    tail = (1 - CONFIDENCE) / 2
+    s_low = np.quantile(np.where(np.isnan(found), 0.0, found), tail)
+    s_high = np.quantile(np.where(np.isnan(found), S_MAX, found), 1 - tail)
+    return _to_gamma(float(s_low), float(s_high))

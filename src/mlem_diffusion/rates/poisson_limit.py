@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .problem import CHUNK, DAMPING, DIMENSION, EVENTS, ROTATION, Replicates, Run, difference
+from .problem import CHUNK, DAMPING, EVENTS, ROTATION, Replicates, Run, difference
 
 _DECAY = complex(DAMPING, -ROTATION)  # A x is -_DECAY (x_1 + i x_2): the jump process uses complex numbers
 
@@ -18,29 +18,23 @@ def jump_process(replicates: Replicates, runs: Sequence[Run]) -> np.ndarray:
     lambda_k. Between events the path follows f^0 = A x and the Brownian motion, with the exact solution
     X(t) = e^(A t) V + s Y(t). V changes only at events. Y solves dY = A Y dt + dW and does not depend on the levels.
     """
-    count = replicates.count
-    y_grid = linear_response(replicates) if replicates.noise else None
-    out = np.empty((len(runs), DIMENSION, count))
+    count, y_grid = replicates.count, linear_response(replicates)
     streams = [np.random.default_rng([*replicates.key, EVENTS, *key]) for _, key in runs]
-    v = [replicates.start[0] + 1j * replicates.start[1] for _ in runs]
-    y = [np.zeros(count, complex) for _ in runs]
-    clock = [np.zeros(count) for _ in runs]
+    v = np.tile(replicates.start[0] + 1j * replicates.start[1], (len(runs), 1))
+    y, clock = np.zeros_like(v), np.zeros(v.shape)
     running = list(range(len(runs)))
     while running:
         drawn = [draw_events(streams[s], runs[s][0], count) for s in running]
         events = [np.concatenate(column, axis=1) for column in zip(*drawn, strict=True)]
-        state = [np.concatenate([part[s] for s in running]) for part in (v, y, clock)]
+        state = [part[running].ravel() for part in (v, y, clock)]
         replicate = np.tile(np.arange(count), len(running))
         for event in zip(*events, strict=True):
             fire(replicates, y_grid, state, replicate, event)
-        for part, whole in zip((v, y, clock), state, strict=True):
-            for s, piece in zip(running, np.split(whole, len(running)), strict=True):
-                part[s] = piece
-        for s in [s for s in running if clock[s].min() >= 1]:
-            end = np.exp(-_DECAY) * v[s] + (replicates.noise * y_grid[-1] if y_grid is not None else 0)
-            out[s] = end.real, end.imag
-            running.remove(s)
-    return out
+        for part, moved in zip((v, y, clock), state, strict=True):
+            part[running] = moved.reshape(len(running), count)
+        running = [s for s in running if clock[s].min() < 1]
+    end = np.exp(-_DECAY) * v + replicates.noise * y_grid[-1]
+    return np.stack([end.real, end.imag], axis=1)
 
 
 def draw_events(rng: np.random.Generator, rates: Sequence[float] | np.ndarray, count: int) -> tuple[np.ndarray, ...]:
@@ -57,7 +51,7 @@ def draw_events(rng: np.random.Generator, rates: Sequence[float] | np.ndarray, c
 
 def fire(
     replicates: Replicates,
-    y_grid: np.ndarray | None,
+    y_grid: np.ndarray,
     state: Sequence[np.ndarray],
     replicate: np.ndarray,
     event: tuple[np.ndarray, ...],
@@ -67,17 +61,15 @@ def fire(
     t = clock + wait
     at = np.minimum(t, 1.0)
     turn = np.exp(-_DECAY * at)
-    z = turn * v
-    if y_grid is not None:
-        # Y at the event, by a Brownian bridge from the last known point in this grid cell to the end of the cell
-        cell = np.minimum((at * replicates.grid).astype(int), replicates.grid - 1)
-        left = np.maximum(np.minimum(clock, at), cell / replicates.grid)
-        y[:] = np.where(clock > cell / replicates.grid, y, y_grid[cell, replicate])
-        gap, rest = at - left, np.maximum((cell + 1) / replicates.grid - at, 0.0)
-        share = gap / np.maximum(gap + rest, 1e-300)
-        y += (y_grid[cell + 1, replicate] - y) * share + np.sqrt(share * rest) * normal
-        z = z + replicates.noise * y
-    jump = difference(replicates, level, replicate, np.stack([np.real(z), np.imag(z)]), at)
+    # Y at the event, by a Brownian bridge from the last known point in this grid cell to the end of the cell
+    cell = np.minimum((at * replicates.grid).astype(int), replicates.grid - 1)
+    left = np.maximum(np.minimum(clock, at), cell / replicates.grid)
+    y[:] = np.where(clock > cell / replicates.grid, y, y_grid[cell, replicate])
+    gap, rest = at - left, np.maximum((cell + 1) / replicates.grid - at, 0.0)
+    share = gap / np.maximum(gap + rest, 1e-300)
+    y += (y_grid[cell + 1, replicate] - y) * share + np.sqrt(share * rest) * normal
+    z = turn * v + replicates.noise * y
+    jump = difference(replicates, level, replicate, np.stack([z.real, z.imag]), at)
     v += np.where(t < 1, move, 0.0) / turn * (jump[0] + 1j * jump[1])
     clock[:] = t
 

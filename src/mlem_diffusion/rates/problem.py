@@ -14,8 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import UserError
-
 DIMENSION = 2
 FEATURES = 3  # waves per level
 DAMPING, ROTATION = 0.5, 1.5  # A = [[-DAMPING, -ROTATION], [ROTATION, -DAMPING]]
@@ -27,9 +25,7 @@ _SCALES = np.concatenate([[0.0], 0.5 ** np.arange(1, 64)])
 CHUNK = 64  # steps or events whose random numbers are drawn at a time
 _FAMILY, _PATH, _COINS, EVENTS = range(4)  # separate random streams
 
-Run = tuple[
-    Sequence[float] | np.ndarray, tuple[int, ...]
-]  # a setting: one number per level, and the key of its random numbers
+Run = tuple[Sequence[float] | np.ndarray, tuple[int, ...]]  # one number per level, and the key of the random numbers
 
 
 def remainder(x: np.ndarray, t: np.ndarray | float) -> np.ndarray:
@@ -38,12 +34,10 @@ def remainder(x: np.ndarray, t: np.ndarray | float) -> np.ndarray:
 
 
 def linear(x: np.ndarray) -> np.ndarray:
-    """A x [d, R]."""
     return np.stack([-DAMPING * x[0] - ROTATION * x[1], ROTATION * x[0] - DAMPING * x[1]])
 
 
 def true_drift(x: np.ndarray, t: float) -> np.ndarray:
-    """f(x, t) [d, R]."""
     return linear(x) + remainder(x, t)
 
 
@@ -84,8 +78,6 @@ class Replicates:
 
     def increments(self, n: int) -> np.ndarray:
         """The increments of W [n, d, P] over n equal steps; n must divide N."""
-        if self.grid % n:
-            raise UserError(f"{n} steps are not nested in the grid of {self.grid}.")
         return self.dw.reshape(n, self.grid // n, *self.dw.shape[1:]).sum(axis=1)
 
 
@@ -114,11 +106,6 @@ def solve(start: np.ndarray, dw: np.ndarray, area: np.ndarray, noise: float) -> 
         second = true_drift(x + 0.75 * h * first + 1.5 * noise / h * area[i], (i + 0.75) * h)
         x = x + h / 3 * (first + 2 * second) + noise * dw[i]
     return x
-
-
-def coarsen(dw: np.ndarray, area: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The increments and areas of the same path on a grid with half as many steps."""
-    return dw[::2] + dw[1::2], area[::2] + area[1::2] + 1 / len(dw) * dw[::2]
 
 
 def euler(replicates: Replicates, n: int, runs: Sequence[Run]) -> np.ndarray:
@@ -152,8 +139,7 @@ def euler(replicates: Replicates, n: int, runs: Sequence[Run]) -> np.ndarray:
                 for j in range(DIMENSION):  # several levels may fire on one row
                     np.add.at(drift[j], rows, jumps[j])
             x += h * drift
-            if replicates.noise:
-                x.reshape(DIMENSION, -1, count)[...] += dw[first + i][:, None, :]
+            x.reshape(DIMENSION, -1, count)[...] += dw[first + i][:, None, :]
     return x.reshape(DIMENSION, len(runs), count).swapaxes(0, 1)
 
 

@@ -1,16 +1,18 @@
-"""Settings of EM, ML-EM and its Poisson limit on the problem in problem.py: their costs, errors and selection.
+"""Settings of EM, ML-EM and its Poisson limit on the problem in problem.py: costs, simulated errors, and choice.
 
 The error is sqrt(E |X(1) - exact|^2 / d), the RMS error to the solution with the *true* drift on the same Brownian
 path. The cost is expected, in units of T_0 = 1: an evaluation of level k costs T_k = 2^(gamma k). It is counted, not
-timed, because all levels are equally cheap to simulate. Settings are chosen on one set of replicates and measured on
-another: EM by its measured frontier, ML-EM and the jump process by an error model with four constants (`calibrate`).
+timed, because all levels are equally cheap to simulate. Settings are chosen on other replicates than measured: EM by
+its measured frontier, the others by an error model, squared error = features @ constants.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
+from typing import Any
 
 import numpy as np
 from scipy.optimize import nnls
@@ -18,12 +20,14 @@ from scipy.optimize import nnls
 from ..errors import UserError
 from ..multilevel.probabilities import evaluation_probabilities
 from .poisson_limit import jump_process
-from .problem import NOISE, Replicates, coarsen, draw, euler, solve
+from .problem import NOISE, Replicates, draw, euler
 
 METHODS = ("em", "ml_em", "poisson")
 _OVER_BASE = "ml_em_over_base"  # ML-EM over f^0, with a random level 1 too; its limit is the jump process
 _FIRES = [round(2 ** (j / 2), 3) for j in range(-2, 15)]  # expected fires of the top level: 1/2, 0.7, 1, ... 128
+MIN_POINTS = 4  # fewest points in the fit of an exponent
 Measured = dict["RateSetting", np.ndarray]  # squared errors [replicates] by setting
+Choice = dict[tuple[float, str], list["RateSetting"]]  # settings by gamma and method
 
 
 @dataclass(frozen=True)
@@ -53,13 +57,6 @@ class RateSetting:
             return np.ones(self.levels)
         p = np.minimum(1.0, self.rates / self.steps)
         return p if self.method == _OVER_BASE else np.concatenate([[1.0], p[1:]])
-
-    @property
-    def c(self) -> float | None:
-        """C in p_k = min(1, C T_k^-(1/2 + 1/gamma)), or in lambda_k for the jump process; None for EM."""
-        if self.method == "em":
-            return None
-        return float(self.rates[0] * self.level_costs[0] ** (0.5 + 1 / self.gamma) / max(self.steps, 1))
 
     @cached_property
     def cost(self) -> float:
@@ -111,7 +108,7 @@ def measure(item: tuple[str, int, Sequence[RateSetting]], paths: int, levels: in
 def squared_errors(replicates: Replicates, settings: Sequence[RateSetting]) -> np.ndarray:
     """The squared error, averaged over components, of each setting on each replicate [S, P]."""
     out = np.empty((len(settings), replicates.count))
-    for n in sorted({s.steps for s in settings}):
+    for n in {s.steps for s in settings}:
         where = [i for i, s in enumerate(settings) if s.steps == n]
         group = [settings[i] for i in where]
         if n:
@@ -122,52 +119,27 @@ def squared_errors(replicates: Replicates, settings: Sequence[RateSetting]) -> n
     return out
 
 
-def reference_error(dynamics: str, seed: int, paths: int, grid: int) -> float:
-    """The RMS difference of the exact end points between grids of N = `grid` and N / 2 steps, on the same path; the
-    error on the fine grid is about half of it or less."""
-    fine = draw((seed,), paths, 1, grid, NOISE[dynamics])
-    coarse = solve(fine.start, *coarsen(fine.dw, fine.area), fine.noise)
-    return float(np.sqrt(np.mean((coarse - fine.end) ** 2)))
-
-
-# ---- choosing settings ---------------------------------------------------------------------------------------
-
-
-def step_counts(grid: int) -> list[int]:
-    """4, 6, 8, 12, ... : all 2^j and 3 2^j from 4 up that divide the grid of the Brownian path."""
+def candidates(method: str, gamma: float, grid: int, top: int) -> list[RateSetting]:
+    """A method's settings over steps (2^j and 3 2^j from 4 up that divide the grid of the path), levels and fires."""
     both = {2**j for j in range(2, 31)} | {3 * 2**j for j in range(1, 31)}
-    return sorted(n for n in both if n <= grid and grid % n == 0)
-
-
-def em_settings(gamma: float, grid: int, top: int) -> list[RateSetting]:
-    """EM with each level 1..top and each number of steps."""
-    return [RateSetting("em", gamma, k, n) for n in step_counts(grid) for k in range(1, top + 1)]
-
-
-def ml_em_settings(gamma: float, grid: int, top: int) -> list[RateSetting]:
-    """ML-EM over top levels, steps and top fires."""
-    return [RateSetting("ml_em", gamma, k, n, f) for n in step_counts(grid) for k in range(2, top + 1) for f in _FIRES]
-
-
-def poisson_settings(gamma: float, top: int, events: float) -> list[RateSetting]:
-    """The jump process over top levels and top fires, with at most `events` expected events per path."""
-    settings = [RateSetting("poisson", gamma, k, 0, f) for k in range(1, top + 1) for f in _FIRES]
-    return [s for s in settings if s.rates.sum() <= events]
+    steps = [0] if method == "poisson" else sorted(n for n in both if n <= grid and grid % n == 0)
+    levels, fires = range(2 if method == "ml_em" else 1, top + 1), [0.0] if method == "em" else _FIRES
+    return [RateSetting(method, gamma, k, n, f) for n in steps for k in levels for f in fires]
 
 
 def pilot_settings(grid: int, top: int, events: float) -> list[RateSetting]:
-    """The settings that measure EM's frontier and the constants of the error model."""
+    """The settings that measure EM's frontier (they come first) and the constants of the error model."""
     ml_em = [RateSetting("ml_em", 2.5, k, 4 * 2**k, f) for k in range(3, 11) for f in (4.0, 16.0)]
-    jumps = [s for s in poisson_settings(2.5, 6, events / 4) if s.fires in (2.0, 8.0)]
-    return [*em_settings(1.0, grid, top), *ml_em, *jumps]
+    jumps = [s for s in candidates("poisson", 2.5, grid, 6) if s.fires in (2.0, 8.0) and s.rates.sum() <= events / 4]
+    return [*candidates("em", 1.0, grid, top), *ml_em, *jumps]
 
 
-def limit_settings(grid: int) -> tuple[list[RateSetting], dict[str, list[RateSetting]]]:
+def step_size_settings() -> tuple[list[RateSetting], dict[str, list[RateSetting]]]:
     """The settings of the step-size study at gamma = 2.5: jump processes, and curves over n = 64, 128, ..., 4096.
 
     EM with a fine level, ML-EM with expected fires that do not depend on n, and ML-EM over f^0 with a random level 1
     and the rates of the jump processes."""
-    counts = [2**j for j in range(6, 13) if grid % 2**j == 0]
+    counts = [2**j for j in range(6, 13)]
     curves = {"EM, level 12": [RateSetting("em", 2.5, 12, n) for n in counts]}
     for method, name, levels in (("ml_em", "ML-EM", (4, 6, 8)), (_OVER_BASE, "ML-EM over the base", (4, 5))):
         curves |= {f"{name}, {k} levels": [RateSetting(method, 2.5, k, n, 4.0) for n in counts] for k in levels}
@@ -175,10 +147,8 @@ def limit_settings(grid: int) -> tuple[list[RateSetting], dict[str, list[RateSet
 
 
 def calibrate(settings: Sequence[RateSetting], mse: np.ndarray) -> np.ndarray:
-    """Fit the constants c [4] >= 0 of the error model, squared error = features @ c, to mean squared errors [S].
-
-    Residuals are relative; settings with fewer than 16 steps are excluded."""
-    fine = np.array([s.steps == 0 or s.steps >= 16 for s in settings])
+    """The constants [4] >= 0 of the error model that fit mean squared errors [S], by relative residuals."""
+    fine = np.array([s.steps == 0 or s.steps >= 16 for s in settings])  # the model is asymptotic
     rows = np.array([s.features for s in settings])[fine] / mse[fine, None]
     return nnls(rows, np.ones(len(rows)))[0]
 
@@ -190,17 +160,28 @@ def model_errors(settings: Sequence[RateSetting], constants: np.ndarray) -> np.n
 
 def target_errors(coarsest: float, finest: float, per_octave: int) -> np.ndarray:
     """Errors from coarsest down to finest, evenly spaced in the logarithm."""
-    if not 0 < finest < coarsest:
-        raise UserError("The target errors must fall: 0 < finest < coarsest.")
     return np.geomspace(coarsest, finest, max(2, 1 + round(per_octave * np.log2(coarsest / finest))))
 
 
-def cheapest(settings: Sequence[RateSetting], errors: np.ndarray, targets: Iterable[float]) -> list[RateSetting]:
+def cheapest(settings: Sequence[RateSetting], errors: np.ndarray, targets: np.ndarray) -> list[RateSetting]:
     """For each target the cheapest setting with an error [S] of at most the target, if there is one; each once."""
     costs = np.array([s.cost for s in settings])
-    chosen: list[RateSetting] = []
-    for target in targets:
-        able = np.flatnonzero(errors <= target)
-        if len(able) and (best := settings[able[np.argmin(costs[able])]]) not in chosen:
-            chosen.append(best)
+    able = [np.flatnonzero(errors <= target) for target in targets]
+    return list(dict.fromkeys(settings[i[np.argmin(costs[i])]] for i in able if len(i)))
+
+
+def choose(r: Any, mse: np.ndarray, constants: np.ndarray) -> Choice:
+    """The settings to measure, given the mean squared errors [S] of the pilot settings; r: configs, rates."""
+    chosen = {}
+    for gamma, method in product(r.gammas, METHODS):
+        options = candidates(method, gamma, r.grid, r.levels)
+        if method == "poisson":
+            options = [s for s in options if s.rates.sum() <= r.poisson.events]
+        errors = np.sqrt(mse[: len(options)]) if method == "em" else model_errors(options, constants)
+        targets = target_errors(r.targets.coarsest, r.targets.finest, r.targets.per_octave)
+        if method == "poisson":
+            targets = target_errors(r.poisson.coarsest, errors.min(), r.poisson.per_octave) * (1 + 1e-9)
+        chosen[gamma, method] = cheapest(options, errors, targets)
+    if min(len(settings) for settings in chosen.values()) < MIN_POINTS:
+        raise UserError(f"A fit needs {MIN_POINTS} settings: widen rates.targets or rates.poisson.")
     return chosen
