@@ -7,12 +7,12 @@ import warnings
 
 import pytest
 import torch
+from mlem_diffusion.models.torch_compile import Compiled, first_line, should_compile
 from torch import Tensor, nn
 
 from mlem_diffusion.errors import SlowPath, UserError
 from mlem_diffusion.models.compiled import FastDenoiser, cover, inference_copy
 from mlem_diffusion.models.family import build_denoiser
-from mlem_diffusion.models.torch_compile import Compiled, first_line, should_compile
 
 SHARED = torch.tensor(0.3)  # a noise level
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mlem_diffusion.gamma.snapshots import snapshot_losses
 
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.files import read_json, sha256_of, write_json
-from mlem_diffusion.gamma.snapshots import snapshot_losses
 from mlem_diffusion.models.checkpoint import save_state, save_weights
 from mlem_diffusion.models.family import build_denoiser
 from mlem_diffusion.training.levels import claim, is_trained, planned, repeated, settings

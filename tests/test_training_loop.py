@@ -209,7 +209,7 @@ def test_bad_settings_are_refused(change):
 
 
 def test_impossible_combinations_are_refused(images, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"batch = 16 does not divide over 1 processes in 3 micro-batches"):
+    with pytest.raises(UserError, match=r"batch = 16 does not divide over 1 processes and train.accumulate = 3"):
         train(images, tmp_path, replace(CONFIG, accumulate=3))
     with pytest.raises(UserError, match=r"train\.graph = 'on' needs a CUDA device"):
         train(images, tmp_path, replace(CONFIG, graph="on"))
@@ -232,7 +232,7 @@ def draw(
     images: np.ndarray, step: int, rank: int = 0, world: int = 1, process: Process = PROCESS, **change: Any
 ) -> Any:
     config = replace(CONFIG, **change)
-    return draw_batch(torch.as_tensor(images), config, process, table(process), step, rank, world)
+    return draw_batch(torch.as_tensor(images), config, table(process), step, rank, world)
 
 
 @pytest.mark.parametrize(

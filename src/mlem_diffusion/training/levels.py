@@ -40,16 +40,13 @@ def planned(cfg: Any, family: list[dict[str, Any]]) -> list[dict[str, Any]]:
         {**by_width[width], "name": repeat_name(level_name(width), seed), "train_seed": seed}
         for width, seed in repeated(cfg)
     ]
-    levels = family + again
+    levels = {level["name"]: level for level in family + again}
     if cfg.only is None:
-        return levels
+        return list(levels.values())
     only = [cfg.only] if isinstance(cfg.only, str) else list(cfg.only)
-    names = [level["name"] for level in levels]
-    missing = [name for name in only if name not in names]
-    if missing or not only:
-        what = f"there is no level {missing[0]}" if missing else "no level is named"
-        raise UserError(f"only={cfg.only}: {what}; the family has {', '.join(names)}.")
-    return [level for level in levels if level["name"] in only]
+    if not only or not levels.keys() >= set(only):
+        raise UserError(f"only={cfg.only} must name levels of the family, which has {', '.join(levels)}.")
+    return [level for name, level in levels.items() if name in only]
 
 
 def settings(train: Mapping[str, Any], level: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,8 +71,8 @@ def is_trained(folder: Path, fingerprint: str, overwrite: bool = False) -> bool:
                 return False
             check_weights(folder / weights_of(metadata)[0], metadata["weights_sha256"])
             restorable = False  # training does not pass the snapshots again
-            for file, sha256 in (weights_of(metadata, i) for i in range(len(metadata["snapshots"]))):
-                check_weights(folder / file, str(sha256), _RETRAIN)
+            for entry in metadata["snapshots"]:
+                check_weights(folder / entry["file"], entry["sha256"], _RETRAIN)
     except UserError:
         if overwrite or restorable:
             return False
