@@ -3,7 +3,7 @@
 A level denoises x = alpha x0 + sigma eps, alpha^2 = sigmoid(logsnr), sigma^2 = sigmoid(-logsnr): "vp" coordinates. "ve"
 networks see x / alpha, the image plus noise of standard deviation sigma / alpha. The predictions are
 
-    "x0" the image,  "epsilon" the noise eps,  "v" = alpha eps - sigma x0,  "score" the gradient of the log density of x.
+    "x0" the image,  "epsilon" the noise eps,  "v" = alpha eps - sigma x0,  "score" the gradient of the log density.
 
 An EDM denoiser D(y, sigma) is prediction="x0", coordinates="ve", time="sigma"; a DDPM network is prediction="epsilon",
 time="timestep" with its alphas_cumprod. At high noise, errors of "epsilon" and "score" are multiplied by 1 / alpha.
@@ -99,7 +99,7 @@ def adapt(
 def from_diffusers(name: str, unet: nn.Module, scheduler: Any, **options: Any) -> Level:
     """Return a level for a diffusers UNet (UNet2DModel, UNet2DConditionModel, ...) and its training scheduler.
 
-    The scheduler's clipping is not applied (see `clipped`). Timesteps are rounded only if the UNet embeds them by a
+    The scheduler's clipping is not applied. Timesteps are rounded only if the UNet embeds them by a
     table. options: conditioning, shape (by default the UNet's) and flops, as for `adapt`. Sample in
     Process(LinearSchedule(), *trained_range(scheduler)). Raises UserError for other schedulers, and as `adapt`.
     """
@@ -127,11 +127,6 @@ def guided(conditional: Level, unconditional: Level, scale: float, name: str | N
         return base + scale * (conditional.denoise(x, logsnr) - base)
 
     return Level(name or conditional.name, denoise, conditional.flops + unconditional.flops)
-
-
-def clipped(level: Level, limit: float = 1.0) -> Level:
-    """Return the level with denoised images clamped to [-limit, limit], as in DDPM; guide first, then clip."""
-    return Level(level.name, lambda x, logsnr: level.denoise(x, logsnr).clamp(-limit, limit), level.flops)
 
 
 def trained_range(source: Any) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import UserError, is_out_of_memory
 from ..files import Damaged, atomic_write, sha256_of
 
-AGAIN = "run make train-levels again, which repairs it if the level's state.pt is intact"
+AGAIN = "train this level again (make train-levels ARGS=overwrite=true)"
 
 
 def save_weights(path: Path, module: nn.Module, dtype: torch.dtype | None = None) -> str:

@@ -35,8 +35,7 @@ def should_compile(setting: str, device: torch.device) -> bool:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error that is not blank, shortened."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".:")[:160]
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip().rstrip(".:")[:160]
 
 
 class Compiled:
@@ -49,7 +48,7 @@ class Compiled:
 
     def __init__(self, function: Callable[..., Any], what: str, setting: str, device: torch.device, **options: Any):
         self.function, self.what, self.options = function, what, options
-        self.tried = False
+        self.tried = False  # whether it is decided that the function is compiled or not
         if device.type == "cuda":
             tuned = {"coordinate_descent_tuning": True, "max_autotune": True} if setting == "max" else {}
             self.options["options"] = {"conv_1x1_as_mm": True, "triton.cudagraphs": False, **tuned}
@@ -70,8 +69,8 @@ class Compiled:
             if is_out_of_memory(error):
                 raise
             result = work(self.function)  # raises the function's own errors
-            text = f"{self.what} runs eagerly: compilation failed ({first_line(error)})."
-            warnings.warn(text, SlowPath, stacklevel=3)
+            reason = f"compilation failed ({first_line(error)})"
+            warnings.warn(f"{self.what} runs eagerly: {reason}.", SlowPath, stacklevel=3)
         self.tried = True
         return result
 
@@ -80,9 +79,7 @@ def _prepare() -> None:
     """Keep compiled programs on disk between runs, and as many in memory as a family of levels needs."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home / "mlem-diffusion" / "compile"))
-    for name in ("recompile_limit", "cache_size_limit"):  # the second is for older versions of torch
-        if hasattr(torch._dynamo.config, name):
-            setattr(torch._dynamo.config, name, max(_PROGRAMS, getattr(torch._dynamo.config, name)))
+    torch._dynamo.config.cache_size_limit = max(_PROGRAMS, torch._dynamo.config.cache_size_limit)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns CPU users that CUDA is missing
 
 
@@ -147,9 +144,8 @@ class FastDenoiser:
     ):
         self.network, self.name, self.batch = inference_copy(denoiser, precision), name, batch
         device = next(self.network.parameters()).device
-        self.run: Callable[[Tensor, Tensor], Tensor] = self.network
-        if should_compile(compile, device):
-            self.run = Compiled(self.network, name, compile, device)
+        compiles = should_compile(compile, device)
+        self.run = Compiled(self.network, name, compile, device) if compiles else self.network
         self.graphs: dict[tuple, _Graph] | None = {} if graphs and device.type == "cuda" else None
 
     def __call__(self, x: Tensor, logsnr: Tensor) -> Tensor:
@@ -168,25 +164,23 @@ class FastDenoiser:
         parts, start = [], 0
         for count, bucket in cover(len(x), self.batch):
             piece, at = x[start : start + count], logsnr if len(logsnr) == 1 else logsnr[start : start + count]
-            graph = self._graph(bucket, tuple(x.shape[1:]), len(at) == 1, x.device)
+            graph = self._graph(bucket, x, len(at) == 1)
             parts.append(graph(piece, at) if graph is not None else self.run(piece, at).float())
             start += count
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _graph(self, bucket: int, shape: tuple[int, ...], uniform: bool, device: torch.device) -> _Graph | None:
-        if self.graphs is None:
-            return None
-        key = (bucket, *shape, uniform)
-        if key not in self.graphs:
+    def _graph(self, bucket: int, x: Tensor, uniform: bool) -> _Graph | None:
+        """Return the graph of a bucket, captured when it is first used; None if captures fail."""
+        key = (bucket, *x.shape[1:], uniform)
+        if self.graphs is not None and key not in self.graphs:
             try:
-                self.graphs[key] = _Graph(self.run, bucket, shape, 1 if uniform else bucket, device)
+                self.graphs[key] = _Graph(self.run, bucket, x.shape[1:], 1 if uniform else bucket, x.device)
             except torch.cuda.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 self.graphs = None
                 warnings.warn(f"{self.name} runs without CUDA graphs: {first_line(error)}.", SlowPath, stacklevel=4)
-                return None
-        return self.graphs[key]
+        return None if self.graphs is None else self.graphs[key]
 
 
 class _Graph:
@@ -198,7 +192,7 @@ class _Graph:
     pool: Any = None
     alive: ClassVar[weakref.WeakSet[_Graph]] = weakref.WeakSet()
 
-    def __init__(self, run: Callable[..., Tensor], bucket: int, shape: tuple[int, ...], rows: int, device: Any):
+    def __init__(self, run: Callable[..., Tensor], bucket: int, shape: torch.Size, rows: int, device: torch.device):
         if not _Graph.alive:  # the allocator frees a pool with its last graph
             _Graph.pool = torch.cuda.graph_pool_handle()
         # padding is zeros or samples of earlier calls, so it is finite

@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import parallel
 from ..diffusion.brownian import training_generator
 from ..diffusion.process import Process
-from ..errors import Interrupted, UserError, is_out_of_memory
+from ..errors import Interrupted, UserError
 from ..files import Damaged
 from ..models.checkpoint import load_state, save_state, save_weights
 from ..models.compiled import SETTINGS
@@ -232,14 +232,7 @@ class _Run:
         config = self.config
         self.lr = learning_rate(config, self.width, self.seen + config.batch // 2)  # neither first nor last is 0
         self.seen += config.batch
-        try:
-            self.step(batch, self.lr, ema_decay(config, self.seen))
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            what = f"{config.batch // self.world // config.accumulate} images at a time do not fit in the memory"
-            more = f"set train.accumulate={2 * config.accumulate}, which trains the same"
-            raise UserError(f"{what} of {self.device} at width {self.width}: {more}.") from error
+        self.step(batch, self.lr, ema_decay(config, self.seen))
 
     def log(self, report: Callable[[dict[str, Any]], None]) -> None:
         """Record the mean loss since the last log."""
