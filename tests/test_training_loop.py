@@ -270,7 +270,7 @@ def test_a_batch_depends_on_seed_and_step_and_is_sliced_by_rank(images):
 # ------------------------------------------------------------------------------------------------ processes
 
 LONG = replace(CONFIG, images=16 * 21, decay_fraction=0.0, snapshots=[1.0])
-BF16 = replace(CONFIG, images=48, snapshots=[1.0], precision="bf16")
+BF16 = replace(CONFIG, images=96, snapshots=[1.0], precision="bf16")
 
 
 def _rank(rank: int, folder: Path) -> None:
