@@ -22,7 +22,7 @@ def cost(exp: Experiment) -> list[tuple[str, dict[str, float]]]:
     for v in planned(exp.cfg, exp.describe_levels()):
         images = training_of(exp, v)["images"]
         text = f"train {v['name']} ({v['parameters']:,} parameters) on {images:,} images"
-        rows.append((text, {level_name(v["width"]): 3 * images}))  # a backward pass costs twice the forward pass
+        rows.append((text, {level_name(v["width"]): 3 * images}))  # a backward pass costs two forward passes
     return rows
 
 

@@ -30,11 +30,6 @@ def test_convolution_and_linear_by_hand() -> None:
     assert flops_per_evaluation(Wrapped(network), size) == by_hand
 
 
-def test_strided_convolution_by_hand() -> None:
-    network = nn.Conv2d(1, 4, 2, stride=2, bias=False)
-    assert flops_per_evaluation(Wrapped(network), 16, channels=1) == 2 * 4 * 4 * 8 * 8
-
-
 @pytest.mark.parametrize("channels", [16, 128])
 def test_attention_by_hand(channels: int) -> None:
     """Two 1x1 convolutions (to 3C and C) and two products of length^2 x C, whatever the number of heads."""

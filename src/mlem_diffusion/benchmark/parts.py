@@ -22,9 +22,8 @@ from ..diffusion.process import Process
 from ..diffusion.sampler import sample
 from ..diffusion.step_rules import step_rule
 from ..errors import Interrupted, SlowPath, UserError
-from ..models.compiled import FastDenoiser
+from ..models.compiled import FastDenoiser, first_line
 from ..models.flops import flops_per_evaluation
-from ..models.torch_compile import first_line
 from ..multilevel.estimators import Multilevel
 from ..multilevel.probabilities import constant_probabilities
 from ..training.step import TrainStep
