@@ -61,10 +61,8 @@ class Frontiers:
 
     def __init__(self, inputs: RuleInputs, costs: Sequence[float]):
         self.inputs, self.names = inputs, inputs.effects.names
-        planners = [
-            (steps, inputs.planner(method, steps, costs)) for method in inputs.methods for steps in inputs.grids
-        ]
-        self.planners = [(steps, planner, planner.prices(2.0)) for steps, planner in planners]
+        each = [(steps, method) for method in inputs.methods for steps in inputs.grids]
+        self.planners = [(steps, inputs.planner(method, steps, costs)) for steps, method in each]
         self.pool: dict[str, Plan] = {}
         self.planned: set[frozenset[int]] = set()
 
@@ -74,17 +72,16 @@ class Frontiers:
         if part in self.planned:
             return
         self.planned.add(part)
-        for steps, planner, prices in self.planners:
+        for steps, planner in self.planners:
             for top in part.intersection(self.inputs.tops(steps)):
-                for price in prices:
+                for price in planner.prices(2.0):
                     plan = planner.plan(top, float(price), among=part)
                     self.pool[plan.id] = self.inputs.complete(plan, top, steps)
 
     def hull(self, levels: Collection[int]) -> tuple[np.ndarray, np.ndarray]:
         """Squared errors (ascending) and costs (descending) of the lower convex hull of the plans with these levels.
 
-        A mixture of two plans, one for some images and the other for the rest, has error and cost on the line between
-        them. No such mixture beats a plan on the hull."""
+        A mixture of two plans, each for some of the images, lies on the line between them."""
         self.find(levels)
         names = {self.names[k] for k in levels}
         points = [(p.predicted or 0.0, p.cost) for p in self.pool.values() if names.issuperset(p.levels)]
@@ -136,11 +133,9 @@ def remove_levels(
 ) -> dict[str, Any]:
     """Remove the level of the lowest cost ratio (`score`), repeatedly, until every remaining level earns its place.
 
-    If cost ratios are equal, the most expensive level in FLOPs goes first. The largest level stays, since errors are
-    measured against it. progress: called before each search.
-
-    Returns "cost_ratio" {level: {rule: Ratio}} in the full family, for all but the largest level; "removed", the levels
-    with their cost ratios at removal, in order; "kept"; and "cost_ratio_among_kept".
+    Of equal ones the most expensive goes first. The largest level stays, since errors are measured against it.
+    progress: called before each search. Returns "cost_ratio" {level: {rule: Ratio}} in the full family; "removed", the
+    levels with their cost ratios at removal, in order; "kept"; and "cost_ratio_among_kept".
     """
     names = frontiers[0].names
     left, removed, first = list(range(len(names))), [], None

@@ -10,7 +10,7 @@ Calibrate on other seeds than those of the evaluation, and run a plan before you
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,14 +78,11 @@ def calibrate(
     calibrate_steps: int = 64,
     reference_steps: int = 256,
     device: torch.device | str = "cpu",
-    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Calibration:
     """Measure a family, for plans with one of these numbers of steps.
 
-    Cost per seed: about 4 calibrate_steps + reference_steps + sum(steps) evaluations of the largest level, and
-    calibrate_steps + sum(steps) of each other level. Raises UserError if the family is not ordered by cost, if the
-    largest level cannot be differentiated, or if the reference is no finer than the plans.
-    """
+    Raises UserError if the family is not ordered by cost, if the largest level cannot be differentiated, or if the
+    reference is no finer than the plans."""
     check_reference(reference_steps, steps)
     if len(seeds) < 2:
         raise UserError("calibrate: at least two seeds are needed, better 32 or more.")
@@ -103,6 +100,5 @@ def calibrate(
     for k, level in enumerate(family):
         for count in steps:
             own[k, count] = float(squared_errors(run(level, rule, count), reference).mean())
-        progress(k + 1, len(family))
     grids = {count: process.grid(count).logsnr for count in sorted(steps)}
     return Calibration(RuleInputs(effects, grids, own), spent)

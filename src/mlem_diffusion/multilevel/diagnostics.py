@@ -30,10 +30,7 @@ from .level_checks import check_contract, check_telescope, finding, telescope_fi
 
 @dataclass(frozen=True)
 class LevelStatistics:
-    """Statistics of Y_k = f^k - f^{k-1} (f^0 = 0), float64: K levels, N samples, S noise levels (ascending log-SNR).
-
-    Values are stored per sample, since the differences of one sample at different noise levels are dependent.
-    """
+    """Statistics of Y_k = f^k - f^{k-1} (f^0 = 0), float64: K levels, N samples, S noise levels (ascending log-SNR)."""
 
     names: list[str]
     flops: np.ndarray  # [K] T_k, FLOPs per evaluation of one image
@@ -78,9 +75,9 @@ def diagnose(
     check_family(family)
     if len(family) < 2 or len(path.seeds) < 2:
         raise UserError("Diagnostics need at least two levels and two seeds.")
-    names, flops = [level.name for level in family], [float(level.flops) for level in family]
-    out: dict[str, Any] = {"levels": names, "flops": flops, "dynamics": rule.dynamics, "step_rule": rule.name}
-    out |= {"samples": len(path.seeds), "telescope": None, "flops_spent": 0.0}
+    out: dict[str, Any] = {"dynamics": rule.dynamics, "step_rule": rule.name, "samples": len(path.seeds)}
+    out |= {"levels": [level.name for level in family], "flops": [float(level.flops) for level in family]}
+    out |= {"telescope": None, "flops_spent": 0.0}
     x = BrownianPath(path.seeds[: min(8, batch)], path.shape, path.device).initial()
     # states in the middle of the path are nearly standard normal too, so one set of states serves all checks
     middle = float(process.logsnr_at(np.array(0.5)))
@@ -102,10 +99,9 @@ def measure(
     batch: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[LevelStatistics, float]:
-    """Run the largest level's trajectories on `steps` noise levels; run all levels on each state. Also the FLOPs spent.
+    """Statistics of all levels on the largest level's trajectories through `steps` noise levels; and the FLOPs spent.
 
-    If a step rule evaluates twice at a noise level, the later evaluation is measured.
-    """
+    If a step rule evaluates twice at a noise level, the later evaluation is measured."""
     grid = process.grid(steps)
     program = rule.program(grid)
     visits = {e.logsnr: j for j, e in enumerate(program)}
@@ -146,7 +142,6 @@ def measure(
 
 
 def _mean(values: Tensor) -> np.ndarray:
-    """Mean over pixels, [B, ...] -> [B]."""
     return values.flatten(1).mean(1).cpu().numpy()
 
 
@@ -195,11 +190,10 @@ def best_chain(s: LevelStatistics) -> tuple[list[int], float]:
 
 def judge(s: LevelStatistics) -> list[dict[str, str]]:
     """Findings about a measured family as a hierarchy."""
-    bad = ~np.isfinite(s.square.mean(1))
-    if bad.any():
-        k = int(np.flatnonzero(bad.any(1))[0])
-        text = f"{s.names[k]} returns values that are not finite {_where(s, bad[k])}: check its divisions, or leave "
-        return [finding("error", text + "these noise levels out (process.logsnr_min, process.logsnr_max).")]
+    for k, bad in enumerate(~np.isfinite(s.square.mean(1))):
+        if bad.any():
+            text = f"{s.names[k]} returns values that are not finite {_where(s, bad)}: check its divisions, or leave "
+            return [finding("error", text + "these noise levels out (process.logsnr_min, process.logsnr_max).")]
     found = [*_not_falling(s), *_drops(s), *_growth(s)]
     if all(f["severity"] == "ok" for f in found):
         found.append(finding("ok", "The family is a good hierarchy on these trajectories."))
@@ -207,9 +201,7 @@ def judge(s: LevelStatistics) -> list[dict[str, str]]:
 
 
 def _where(s: LevelStatistics, hit: np.ndarray) -> str:
-    """The range of the noise levels in `hit` [S] as text."""
-    places = s.logsnr[hit]
-    return f"between log-SNR {places[0]:.1f} and {places[-1]:.1f}"
+    return f"between log-SNR {s.logsnr[hit][0]:.1f} and {s.logsnr[hit][-1]:.1f}"
 
 
 def _not_falling(s: LevelStatistics) -> list[dict[str, str]]:
@@ -254,13 +246,12 @@ def _growth(s: LevelStatistics) -> list[dict[str, str]]:
     se = float(standard_error((centred / v @ s.pooled[1:])[None])[0])
     figures = f"V_k falls as T_k^{slope:.2f} (s.e. {se:.2f})"
     if slope > -0.1 or slope + 2 * se > 0:
-        text = f"The differences do not measurably fall with cost: {figures}. Train all levels longer, space them wider"
-        return [finding("warning", text + ", or measure with more seeds.")]
-    verdict = "neither grows nor falls measurably with level; all levels share the cost"
-    if slope - 2 * se > -1:
-        verdict = "grows with level, harder than Monte Carlo; the largest levels dominate the cost"
-    elif slope + 2 * se < -1:
-        verdict = "falls with level, easier than Monte Carlo; the cheapest levels dominate the cost"
+        text = f"The differences do not measurably fall with cost: {figures}. Train all levels longer, or measure with "
+        return [finding("warning", text + "more seeds.")]
+    verdict = "neither grows nor falls measurably with level"
+    if abs(slope + 1) > 2 * se:
+        verdict = ("grows", "harder") if slope > -1 else ("falls", "easier")
+        verdict = "{} with level, {} than Monte Carlo".format(*verdict)
     return [finding("ok", f"{figures}, gamma about {-2 / slope:.2g}: V_k T_k {verdict}.")]
 
 

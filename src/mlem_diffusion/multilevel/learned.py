@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..diffusion.brownian import stream_seed
 from ..diffusion.estimator import weighted_estimate
 from ..diffusion.ledger import Ledger
-from ..diffusion.level import Level, check_family
+from ..diffusion.level import Level
 from ..diffusion.process import TimeGrid, expand
 from ..diffusion.sampler import advance
 from ..diffusion.step_rules import Evaluation, StepRule
@@ -64,12 +65,11 @@ def learn_probabilities(
     the same unit. The log-odds of each level above the first are piecewise linear in log-SNR between knots.
     Adam follows the gradient within the surface of equal cost; then a common shift of all log-odds restores the cost.
     Every iteration follows `paths` new Brownian paths with `draws` coins each. Raises UserError if no probabilities
-    have this cost, if `start` does not fit, or if there is only one level.
+    have this cost, or if a level has no forward derivative.
     """
-    check_family(family)
-    if len(family) < 2:
-        raise UserError("Learning probabilities needs at least two levels, since the first always runs.")
     device, program = torch.device(device), rule.program(grid)
+    for level in family:
+        _check_forward_mode(level, shape, device)
     odds = LogOdds([e.logsnr for e in program], costs or [level.flops for level in family], _KNOTS)
     phi = odds.at_cost(odds.fit(start), expected_flops)
     parameter = torch.nn.Parameter(torch.as_tensor(phi))
@@ -98,11 +98,7 @@ class LogOdds:
 
     def fit(self, start: np.ndarray) -> np.ndarray:
         """The log-odds phi nearest to the probabilities `start`, [K] or [n, K]."""
-        p = np.asarray(start, dtype=np.float64)
-        n, levels = len(self.hats), len(self.flops)
-        if p.shape not in ((levels,), (n, levels)) or not np.all((p > 0) & (p <= 1)):
-            raise UserError(f"Probabilities to start from need shape [{levels}] or [{n}, {levels}], values in (0, 1].")
-        p = np.clip(np.broadcast_to(p, (n, levels))[:, 1:], _P_MIN, 0.995)
+        p = np.clip(np.broadcast_to(start, (len(self.hats), len(self.flops)))[:, 1:], _P_MIN, 0.995)
         return np.linalg.lstsq(self.hats, np.log(p / (1 - p)), rcond=None)[0].T
 
     def _odds(self, phi: np.ndarray) -> np.ndarray:
@@ -166,8 +162,7 @@ def gradient_estimate(
     def images(j: int = 0) -> Tensor:
         return torch.randn(paths, *networks.shape, generator=normals, device=networks.device)
 
-    p, slope, count = odds.table(phi), odds.slope(phi), paths * draws
-    chances = odds.cost_slope(phi)
+    p, slope, count, chances = odds.table(phi), odds.slope(phi), paths * draws, odds.cost_slope(phi)
     chances = (1 - _EXPLORE) * chances / chances.sum() + _EXPLORE / chances.size
     running = np.cumsum(chances.ravel())
     places = (np.arange(count) + uniforms.random()) / count
@@ -231,28 +226,27 @@ def _at(state: Sequence[Tensor | None]) -> Tensor:
     return state[0]  # type: ignore[return-value]
 
 
+@dataclass
 class Networks:
     """A family's weighted estimates in a program, and their forward-mode derivatives; counts the FLOPs spent."""
 
-    def __init__(
-        self, family: Sequence[Level], program: Sequence[Evaluation], shape: tuple[int, ...], device: torch.device
-    ) -> None:
-        self.family, self.program, self.shape, self.device = list(family), program, shape, device
-        self.costs, self.flops = [level.flops for level in family], 0.0
-        for level in family:
-            _check_forward_mode(level, shape, device)
+    family: Sequence[Level]
+    program: Sequence[Evaluation]
+    shape: tuple[int, ...]
+    device: torch.device
+    flops: float = 0.0
 
-    def estimate(self, weights: np.ndarray, x: Tensor, logsnr: float) -> Tensor:
-        """sum_k w_k f^k(x) for weights [B, K]."""
-        self.flops += float((weights != 0).sum(axis=0) @ self.costs)
-        return weighted_estimate(self.family, weights, x, logsnr, Ledger(self.costs, len(x)))
+    def estimate(self, weights: np.ndarray, x: Tensor, logsnr: float, passes: int = 1) -> Tensor:
+        """sum_k w_k f^k(x) for weights [B, K]; costs `passes` evaluations."""
+        costs = [level.flops for level in self.family]
+        self.flops += passes * float((weights != 0).sum(axis=0) @ costs)
+        return weighted_estimate(self.family, weights, x, logsnr, Ledger(costs, len(x)))
 
     def derivative(self, weights: np.ndarray, x: Tensor, v: Tensor, logsnr: float) -> tuple[Tensor, Tensor]:
         """The estimate and its derivative along v [B, ...], for each row."""
-        self.flops += float((weights != 0).sum(axis=0) @ self.costs)
         # the fused attention kernels have no forward derivative
         with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
-            dual = forward_ad.unpack_dual(self.estimate(weights, forward_ad.make_dual(x, v), logsnr))
+            dual = forward_ad.unpack_dual(self.estimate(weights, forward_ad.make_dual(x, v), logsnr, passes=2))
         return dual.primal, torch.zeros_like(x) if dual.tangent is None else dual.tangent
 
 
@@ -261,9 +255,9 @@ def _check_forward_mode(level: Level, shape: tuple[int, ...], device: torch.devi
     """Raise UserError unless a forward derivative on noise agrees with a central difference within 10%."""
     generator = torch.Generator(device=device).manual_seed(0)
     x, v = torch.randn(2, 2, *shape, generator=generator, device=device)
-    u, found = torch.zeros((), device=device), None
-    with sdpa_kernel(SDPBackend.MATH), contextlib.suppress(NotImplementedError, RuntimeError):
-        found = torch.func.jvp(lambda y: level.denoise(y, u), (x,), (v,))[1]
+    u, found = torch.zeros((), device=device), torch.zeros_like(x)
+    with contextlib.suppress(NotImplementedError, RuntimeError):
+        found = Networks([level], [], shape, device).derivative(np.ones((2, 1)), x, v, 0.0)[1]
     expected = (level.denoise(x + 0.01 * v, u) - level.denoise(x - 0.01 * v, u)) / 0.02
-    if found is None or not (found - expected).norm() <= 0.1 * expected.norm():
+    if not (found - expected).norm() <= 0.1 * expected.norm():
         raise UserError(f"{level.name} has no forward derivative by x (does it leave torch, or run under no_grad?).")
