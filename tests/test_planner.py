@@ -278,7 +278,7 @@ def synthetic(levels: int, n: int = 32, decay: float = 2.0) -> RuleInputs:
     waves = np.stack([np.cos(m * np.linspace(0, 2, n)) for m in range(4)])
     values = rng.standard_normal((50, 2, levels, 4)) @ waves * decay ** -np.arange(levels)[:, None] / n
     logsnr, names = np.linspace(-9, 9, n), tuple(f"w{k}" for k in range(levels))
-    facts = (logsnr, values.astype(np.float32), np.ones((levels, n)), 0.0, 0.0)
+    facts = (logsnr, values.astype(np.float32), np.ones((levels, n)), 0.0)
     effects = Effects(names, 4.0 ** np.arange(levels), "sde", "ddpm", *facts)
     rest = [effects.difference(k, levels - 1).sum(axis=1) if k < levels - 1 else np.zeros(1) for k in range(levels)]
     return RuleInputs(effects, {n: logsnr}, {(k, n): 1e-6 + float((r**2).mean()) for k, r in enumerate(rest)})
@@ -335,8 +335,6 @@ def test_equal_levels_prices_costs_and_unknown_own_errors(method: str) -> None:
         assert method == "quadrature" or np.all(plan.table > 0)
     middle = replace(inputs, own_errors={(1, 32): 1e-3})  # of the middle level alone: the largest is never the top
     assert {p.levels[-1] for p in plans(middle, method)} == {"w1"}
-    cheap, dear = (plans(middle, method, prices=[price])[0] for price in (1e-9, 1e-1))
-    assert cheap.cost >= dear.cost and (cheap.added or 0.0) <= (dear.added or 0.0)
     for wanted in (40.0, 200.0):
         plan, within = plan_for_cost(inputs, method, wanted), [p for p in plans(inputs, method) if p.cost <= wanted]
         assert plan is not None and plan.cost <= wanted
