@@ -13,7 +13,7 @@ import torch
 
 from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.multilevel.ablation import Frontiers, ablate, score, seconds_per_image, table
+from mlem_diffusion.multilevel.ablation import Frontiers, ablate, seconds_per_image, table
 from mlem_diffusion.multilevel.gains import Effects
 from mlem_diffusion.multilevel.planner import METHODS, RuleInputs
 
@@ -84,7 +84,7 @@ def test_a_duplicate_has_cost_ratio_one(method: str) -> None:
     assert scaled.cost_ratio([0, 1, 2], without=0)["mean"] == pytest.approx(mean, rel=1e-6)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_no_cost_ratio_is_below_one_and_parts_are_never_better(seed: int) -> None:
     rng = np.random.default_rng(seed)
     costs = list(np.cumprod(rng.uniform(1.2, 5, 4)))
@@ -150,11 +150,8 @@ def test_a_level_that_one_rule_needs_is_kept() -> None:
     assert ratios["ode/ddim"]["largest"] < 1.001 < 1.1 < ratios["sde/ddpm"]["largest"] and seen[0] == (1, 6)
 
 
-def test_one_level_is_a_family_too_and_scores_count_tolerances() -> None:
+def test_one_level_is_a_family_too() -> None:
     assert ablate([smooth([1], [4])], [4])["kept"] == {"flops": ["w0"], "seconds": ["w0"]}
-    for mean, largest, expected in ((1.02, 1.05, 1), (1.00, 1.10, 1), (1.0, 1.0, 0)):
-        assert score({"a": {"mean": mean, "largest": largest}}) == pytest.approx(expected)
-    assert score({"a": {"mean": 1.04, "largest": 1.05}}, mean=0.1) < 1
 
 
 def test_seconds_are_of_one_image_and_in_proportion() -> None:

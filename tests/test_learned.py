@@ -140,7 +140,7 @@ def test_learned_probabilities_beat_constant_ones_at_the_same_cost() -> None:
         assert Multilevel(family, p).expected_flops(n) == pytest.approx(budget, rel=1e-3)
         return p
 
-    p, again = learn(12), learn(1, paths=1)
+    p, again = learn(8), learn(1, paths=1)
     assert np.array_equal(learn(1, paths=1), again) and np.allclose(learn(1, 1e-3, paths=1), again, rtol=1e-6)
     path = BrownianPath(range(10_000, 10_400), SHAPE)
     reference, _ = sample(SingleLevel(family[-1]), DDPM, grid, path)
