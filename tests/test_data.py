@@ -272,7 +272,7 @@ def test_a_second_run_reuses_the_first(tmp_path: Path, monkeypatch: pytest.Monke
     source = write(tmp_path / "a.zip", "zip", faces())
     first = prepare(source, tmp_path / "packed")
     with monkeypatch.context() as patch:
-        patch.setattr(pixels, "treat", None)  # treating anything would fail
+        patch.setattr(pixels, "decode", None)  # treating anything would fail
         assert prepare(source, tmp_path / "packed") == first
     assert prepare(source, tmp_path / "packed", size=8)["size"] == [8, 8]  # other settings
     assert data.load(tmp_path / "packed").images.shape == (12, 3, 8, 8)
