@@ -21,7 +21,7 @@ from ..diffusion.level import Level
 from ..diffusion.process import Process
 from ..diffusion.sampler import sample
 from ..diffusion.step_rules import step_rule
-from ..errors import Interrupted, SlowPath, UserError
+from ..errors import SlowPath
 from ..models.compiled import FastDenoiser
 from ..models.flops import flops_per_evaluation
 from ..models.torch_compile import first_line
@@ -29,7 +29,7 @@ from ..multilevel.estimators import Multilevel
 from ..multilevel.probabilities import constant_probabilities
 from ..training.step import TrainStep
 from .networks import denoisers
-from .table import Row, row
+from .table import Row, compared, row
 
 Part = Callable[[], Iterable[Row]]
 _ROUNDS, _WARM_UP = 3, 5  # a training step is captured as a CUDA graph in its fourth call
@@ -43,38 +43,30 @@ def parts_of(cfg: Any, process: Process, device: torch.device) -> dict[str, Part
             parts[f"forward w{width} {mode}"] = partial(forward, cfg, device, width, mode)
     for precision in cfg.train.precisions:
         parts[f"train {precision}"] = partial(train, cfg, device, precision)
-    return parts | {"noise": partial(noise, cfg, device, process), "sampler": partial(sampler, cfg, device, process)}
+    return parts | {"sampler": partial(sampler, cfg, device, process)}
 
 
 def measure(
-    parts: Mapping[str, Part],
-    finished: Iterable[Row],
-    save: Callable[[list[Row]], object],
-    should_stop: Callable[[], bool] = lambda: False,
+    parts: Mapping[str, Part], progress: Callable[[int, int], object], save: Callable[[list[Row]], object]
 ) -> list[Row]:
-    """Measure the parts that have no numbers in `finished`, and return all rows; save(rows) is called after each part.
+    """Measure the parts and return their rows; save(rows) is called after each part, progress(done, total) before it.
 
-    A part that fails, or falls back to a slow path, leaves one row that names the reason. Raises Interrupted between
-    two parts if should_stop() returns true.
+    A part that fails, or falls back to a slow path, leaves a row that names the reason.
     """
-    rows = [r for r in finished if r.get("part") in parts and r["ms"] is not None]
-    for name in [name for name in parts if name not in {r["part"] for r in rows}]:
-        if should_stop():
-            raise Interrupted(f"stopped before {name}")
+    rows: list[Row] = []
+    for done, (name, part) in enumerate(parts.items()):
+        progress(done, len(parts))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", SlowPath)
-                found = list(parts[name]())
-        except UserError:
-            raise
+                rows.extend(part())
         except Exception as error:
-            found = [row(name.split()[0], f"{name}: {first_line(error)}")]
-        rows += [{"part": name, **r} for r in found]
-        save(rows)
+            rows.append(row(name.split()[0], f"{name}: {first_line(error)}"))
+        save(compared(rows))
         torch._dynamo.reset()  # each part starts as in a new process
         gc.collect()
         torch.cuda.empty_cache()
-    return rows
+    return compared(rows)
 
 
 def timed(functions: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Measurement]:
@@ -89,7 +81,7 @@ def timed(functions: Mapping[str, Callable[[], object]], seconds: float) -> dict
 
 
 def matmul(cfg: Any, device: torch.device) -> Iterable[Row]:
-    """The product of two random square matrices: the best speed for networks of matrix products on this device."""
+    """The product of two random square matrices: the best speed for networks on this device."""
     dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
     a, b = torch.randn(2, cfg.matmul, cfg.matmul, device=device).to(dtype)
     (found,) = timed({"": lambda: a @ b}, cfg.seconds).values()
@@ -124,20 +116,10 @@ def train(cfg: Any, device: torch.device, precision: str) -> Iterable[Row]:
         yield row(f"train{kind}", precision, found, width=width, batch=batch, flops=flops[kind])
 
 
-def noise(cfg: Any, device: torch.device, process: Process) -> Iterable[Row]:
-    """The Brownian increments of a batch, on the sampler's grid and on the base grid."""
-    batch = max(cfg.batches)
-    path = BrownianPath(range(batch), (3, cfg.resolution, cfg.resolution), device)
-    for steps in (cfg.steps, process.base_steps):
-        draw = partial(path.increments, process.grid(steps), "snr")
-        (found,) = timed({"": draw}, cfg.seconds).values()
-        yield row("noise", f"{steps} steps", found, batch=batch)
-
-
 def sampler(cfg: Any, device: torch.device, process: Process) -> Iterable[Row]:
     """One step of the sampling loop with networks that cost nothing: what the loop adds to its networks.
 
-    DDIM draws no noise after the start; DDPM draws the noise of each step.
+    DDIM draws no noise after the start; DDPM draws the noise of each step: the difference is the price of the noise.
     """
     batch, flops = max(cfg.batches), (1.0, 6.0, 36.0)  # the FLOPs only decide the probabilities of the coins
     levels = [Level(f"free{k}", lambda x, logsnr: x, cost) for k, cost in enumerate(flops)]

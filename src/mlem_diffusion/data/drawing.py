@@ -6,6 +6,7 @@ Per-pixel arithmetic is limited to + - * / sqrt min max floor, which round alike
 from __future__ import annotations
 
 from functools import reduce
+from typing import Any
 
 import numpy as np
 
@@ -42,17 +43,18 @@ class Drawing:
         knots = np.array([list(bytes.fromhex(colour)) for colour in colours.split()]) / 255.0
         place = (next(self.numbers) if place is None else place) * (len(knots) - 1)
         base = np.array([np.interp(place, np.arange(len(knots)), channel) for channel in knots.T]).reshape(3)
-        return _colour(base + jitter * (2 * np.array([next(self.numbers) for _ in range(3)]) - 1))
+        moved = base + jitter * (2 * np.array([next(self.numbers) for _ in range(3)]) - 1)
+        return rgb(np.clip(moved, 0, 1))
 
     def free_colour(self, low: float, high: float, saturation: float) -> Array:
         """A colour of any hue: a grey level between low and high, moved away from grey by up to `saturation`."""
         hue, grey, amount = (next(self.numbers) for _ in range(3))
         wheel = np.cos(2 * np.pi * (hue - np.array([0.0, 1 / 3, 2 / 3])))
-        return _colour(low + (high - low) * grey + saturation * amount * wheel)
+        return rgb(np.clip(low + (high - low) * grey + saturation * amount * wheel, 0, 1))
 
     def inside(self, *distances: Array) -> Array:
         """Coverage [S,S] of the samples by the common part of shapes, from their signed distances."""
-        return np.clip(0.5 - common(*distances) / self.pixel, 0, 1)
+        return np.clip(0.5 - reduce(np.maximum, distances) / self.pixel, 0, 1)
 
     def paint(self, cover: Array, colour: Array | float, shade: Array | None = None) -> None:
         """Paint a colour [3,...], darkened or lightened by the factor shade [S,S], over the covered samples."""
@@ -61,21 +63,12 @@ class Drawing:
         self.rgb += (colour - self.rgb) * cover
 
 
-def _colour(values: Array) -> Array:
-    return np.clip(values, 0, 1).astype(np.float32).reshape(3, 1, 1)
+def rgb(channels: Any) -> Array:
+    return np.asarray(channels, np.float32).reshape(3, 1, 1)
 
 
 def cos_sin(angle: Array) -> tuple[Array, Array]:
     return np.cos(angle.astype(float)).astype(np.float32), np.sin(angle.astype(float)).astype(np.float32)
-
-
-def rgb(*channels: float) -> Array:
-    return np.array(channels, np.float32).reshape(3, 1, 1)
-
-
-def common(*distances: Array) -> Array:
-    """Signed distance to the common part of shapes."""
-    return reduce(np.maximum, distances)
 
 
 def ellipse(x: Array, y: Array, rx: Array | float, ry: Array | float) -> Array:

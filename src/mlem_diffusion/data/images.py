@@ -1,8 +1,8 @@
 """Pack images into one memory-mapped uint8 array [N,3,H,W] with a manifest, which every later stage reads.
 
-A prepared folder holds images.npy, split.npy (uint8 [N]: 0 train, 1 valid, 2 test) and manifest.json. The manifest is
-removed before the arrays are replaced, and written last: a failed run leaves an earlier data set as it was, and after
-a stop at any moment the folder is whole or has no manifest.
+A prepared folder holds images.npy, split.npy and manifest.json. The manifest is removed before the arrays are
+replaced, and written last: a failed run leaves an earlier data set as it was, and after a stop at any moment the
+folder is whole or has no manifest.
 """
 
 from __future__ import annotations
@@ -27,22 +27,18 @@ from ..files import atomic_write, locked, read_json, write_json
 from . import pixels, portraits
 from .sources import Source, attempt, download_celeba, open_source, parse_partition, reason
 
-CROPS = ("celeba", "square", "none")
-RESIZE = "Pillow bicubic, antialiased (the filter widens with the reduction), after cropping"
-DEFAULT_PORTRAITS = 8000  # drawn if no count is given
+_RESIZE = "Pillow bicubic, antialiased (the filter widens with the reduction), after cropping"
 _FORMAT = 2  # version of the prepared folder; part of the fingerprint, so a change prepares the data again
 _READ_AHEAD = 64  # files in memory at a time
 _AGAIN = "run `make data SOURCE=...` (portraits, download, or a path) to prepare it again"
 
+Progress = Callable[[int, int], None]
 Treat = Callable[[Any], tuple[np.ndarray, str]]  # what a source reads -> image [3,S,S] and what was done to it
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """A prepared data set.
-
-    images: read-only memory map, uint8 [N,3,H,W] (RGB); split: uint8 [N], 0 train, 1 valid, 2 test.
-    """
+    """Images, a read-only memory map, uint8 [N,3,H,W] (RGB), and split, uint8 [N]: 0 train, 1 valid, 2 test."""
 
     images: np.ndarray
     split: np.ndarray
@@ -67,8 +63,7 @@ def load(destination: Path) -> ImageData:
         if (images.shape, images.dtype, split.shape, split.dtype) != (shape, np.uint8, shape[:1], np.uint8):
             raise ValueError(f"the arrays do not have the manifest's shape {list(shape)}")
     except (OSError, ValueError, EOFError, LookupError, TypeError) as error:
-        text = f"The prepared data set {destination} is damaged or incomplete ({reason(error)}): {_AGAIN}."
-        raise UserError(text) from error
+        raise UserError(f"{destination} is damaged or incomplete ({reason(error)}): {_AGAIN}.") from error
     return ImageData(images, split, manifest)
 
 
@@ -83,34 +78,31 @@ def prepare(
     seed: int = 0,
     count: int | None = None,
     skip_broken: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Pack the images of `source` at size x size into `destination` and return the manifest.
 
-    source: "portraits" (embedded), "download" (CelebA through torchvision), or the path of a zip, tar or
-    folder of JPEG or PNG files, taken in the order of their names; only the first `count` are used.
-    crop: "celeba" (frames of aspect ratio 178:218 give the centred square of 148/178 of the width, others
-    their largest centred square), "square" (largest centred square) or "none" (full frame, squashed).
-    CelebA's official partition is used if its list is inside or next to the source and both the training and the
-    held-out part get images. Otherwise `holdout` images drawn with `seed` are held out, half valid and half test.
-    progress(done, total) counts images. A destination prepared from the same source and settings is reused.
-    Raises UserError for wrong input, a full disk, or a destination that cannot be written or is in use.
+    source: "portraits" (embedded), "download" (CelebA through torchvision), or the path of a zip, tar or folder of
+    JPEG or PNG files; the first `count` by name are used. crop: "celeba" (aspect ratio 178:218 gives the centred
+    square of 148/178 of the width, another the largest), "square" (largest centred square) or "none" (squashed).
+    CelebA's official partition is used if its list is inside or next to the source and both sides get images.
+    Otherwise `holdout` images drawn with `seed` are held out, half valid and half test. A destination prepared from
+    the same source and settings is reused. Raises UserError for wrong input, a full disk, or a destination in use.
     """
-    if crop not in CROPS:
-        raise UserError(f"data.crop={crop} is unknown: use one of {', '.join(CROPS)}.")
+    if crop not in ("celeba", "square", "none"):
+        raise UserError(f"data.crop={crop} is unknown: use one of celeba, square, none.")
     for key, value, least in (("size", size, 4), ("holdout", holdout, 1), ("count", count or 2, 2), ("seed", seed, 0)):
         if value < least:
             raise UserError(f"data.{key}={value} is too small: it must be at least {least}.")
     settings = {"format": _FORMAT, "name": name, "size": size, "crop": crop, "holdout": holdout, "seed": seed}
     if drawn := source == "portraits":
-        count = count or DEFAULT_PORTRAITS
+        count = count or 8000
     with _open(source, destination, count or 0, size, crop, seed) as (opened, treat):
         if count is not None and count > len(opened.images):
             raise UserError(f"data.count={count} is more than the {len(opened.images)} images in {opened.name}.")
         if not drawn:
             settings["partition"] = hashlib.sha256(opened.partition).hexdigest() if opened.partition else None
-        kind = source if source == "download" else opened.kind
-        origin = {"kind": kind, "name": opened.name, "sha256": opened.sha256}
+        origin = {"kind": source if source == "download" else opened.kind, "name": opened.name, "sha256": opened.sha256}
         names = opened.images[:count]
         split, facts = _split(names, opened.partition, holdout, seed)
         manifest = {
@@ -118,7 +110,7 @@ def prepare(
             "size": [size, size],
             "source": origin,
             "crop": crop,
-            "resize": f"none: drawn at {size}x{size}" if drawn else RESIZE,
+            "resize": f"none: drawn at {size}x{size}" if drawn else _RESIZE,
             "split": facts,
             "fingerprint": _sha256_of({**settings, "count": count, "source": origin}),
         }
@@ -191,12 +183,7 @@ def _sha256_of(value: object) -> str:
 
 
 def _fill(
-    images: np.ndarray,
-    source: Source,
-    names: list[str],
-    treat: Treat,
-    skip_broken: bool,
-    progress: Callable[[int, int], None] | None,
+    images: np.ndarray, source: Source, names: list[str], treat: Treat, skip_broken: bool, progress: Progress | None
 ) -> tuple[dict[str, int], dict[int, str]]:
     """Read and treat the named images into images [N,3,S,S]; returns counts of treatments, and broken rows' names."""
     rows = {name: row for row, name in enumerate(names)}

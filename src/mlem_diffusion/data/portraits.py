@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from .drawing import Array, Drawing, common, cos_sin, ellipse, rgb, soft, step, wave
+from .drawing import Array, Drawing, cos_sin, ellipse, rgb, soft, step, wave
 
 VERSION = "1"
 _TRAITS = 192  # uniform numbers per person; the length is fixed, so that new traits do not shift existing ones
@@ -138,7 +138,7 @@ def _head(p: Drawing, c: SimpleNamespace, u: Array, v: Array, head: Array, head_
     shade = 0.62 + 0.4 * depth + c.light * (0.55 * c.light_x * head_x + 0.45 * c.light_y * head_y)
     # Shaded skin is redder: the three channels darken at different rates.
     face = p.inside(head)
-    p.paint(face, np.clip(c.skin * (1 + rgb(0.8, 1.0, 1.1) * (shade - 1)), 0, 1))
+    p.paint(face, np.clip(c.skin * (1 + rgb([0.8, 1.0, 1.1]) * (shade - 1)), 0, 1))
     return face
 
 
@@ -156,8 +156,8 @@ def _mouth(p: Drawing, c: SimpleNamespace, u: Array, v: Array) -> None:
     """Two lips around a curved line; open smiles show teeth over a dark mouth."""
     half, smile, fullness, opening, skew = p.traits("0.12..0.22 0.35±1.1 0.022..0.062 -0.09..0.085 0±0.12")
     lipstick = p.trait("-0.6..0.8")
-    natural = c.skin * rgb(0.84, 0.6, 0.6)
-    lips = natural + (rgb(0.72, 0.16, 0.22) - natural) * np.maximum(lipstick, 0)
+    natural = c.skin * rgb([0.84, 0.6, 0.6])
+    lips = natural + (rgb([0.72, 0.16, 0.22]) - natural) * np.maximum(lipstick, 0)
     opening = np.maximum(opening, 0)
     half = half + 0.05 * np.maximum(smile, 0)
     across = u / half
@@ -169,7 +169,7 @@ def _mouth(p: Drawing, c: SimpleNamespace, u: Array, v: Array) -> None:
     ends = np.abs(u) - half
     p.paint(0.4 * soft(u, line - 0.1, half, 0.05), c.skin * 0.68)  # shadow under the lower lip
     p.paint(p.inside(-upper, lower, ends), lips, 0.92 + 1.6 * (line + 0.01))
-    gap = common(-(line + 0.5 * opening * arch), line - 0.95 * opening * arch) - 0.007
+    gap = np.maximum(-(line + 0.5 * opening * arch), line - 0.95 * opening * arch) - 0.007
     p.paint(p.inside(gap, ends + 0.012), 0.35 * lips)
     teeth = p.inside(gap, ends + 0.012, line - 0.45 * opening, ends + 0.035)
     p.paint(teeth * (opening > 0.012), 0.93)
@@ -206,7 +206,7 @@ def _eyes(p: Drawing, c: SimpleNamespace, u: Array, v: Array) -> Array:
     radius = np.minimum(half * 0.52, height * 1.1)
     for sign in (-1, 1):
         ex, ey = sign * u - gap, v + 0.07
-        p.paint(blush * soft(ex - 0.04, v - 0.17, 0.17, 0.13), c.skin * rgb(1.02, 0.66, 0.62))
+        p.paint(blush * soft(ex - 0.04, v - 0.17, 0.17, 0.13), c.skin * rgb([1.02, 0.66, 0.62]))
         p.paint(0.42 * soft(ex, ey + 0.02, half * 1.7, half * 1.25), c.skin * 0.62)  # socket
         p.paint(np.maximum(made_up, 0) * soft(ex, ey + 0.04, half * 1.5, half), shadow)
         ey = ey + slant * ex * 0.7
@@ -253,8 +253,9 @@ def _glasses(p: Drawing, c: SimpleNamespace, u: Array, v: Array, gap: Array) -> 
     lens = (power - 1) * radius * flat
     p.paint(worn * (dark * opacity + (1 - dark) * 0.06) * p.inside(lens), tint)
     p.paint(worn * dark * 0.35 * p.inside(lens) * soft(gx + 0.3, gy + 0.5, 0.7, 0.4), 1)
-    bridge = common(np.abs(v + 0.085) - thick * 0.6, across - gap + radius * 0.95)
-    arms = common(np.abs(v + 0.09) - thick * 0.6, gap + radius * 0.95 - across, across - c.width * 1.02)
+    bridge = np.maximum(np.abs(v + 0.085) - thick * 0.6, across - gap + radius * 0.95)
+    arms = np.maximum(gap + radius * 0.95 - across, across - c.width * 1.02)
+    arms = np.maximum(arms, np.abs(v + 0.09) - thick * 0.6)
     p.paint(worn * p.inside(np.minimum(np.abs(lens) - thick, np.minimum(bridge, arms))), frame)
 
 
