@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is no
 
 NAMES = ["train-levels", "measure-gamma", "optimise", "sample-compare", "report", "sample", "publish"]
 STAGES = {"data": "prepare_data"} | {name: name.replace("-", "_") for name in NAMES}
-OWN = "EXPERIMENT SEEDS SOURCE ARGS DRY_RUN NPROC VENV PYTHON MAKEFLAGS MAKEOVERRIDES MFLAGS".split()
+OWN = "EXPERIMENT SEEDS SOURCE ARGS DRY_RUN NPROC VENV PYTHON MAKEFLAGS MAKEOVERRIDES MFLAGS".split()  # noqa: SIM905
 
 
 def commands(*arguments: str, **environment: str) -> list[list[str]]:

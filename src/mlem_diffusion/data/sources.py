@@ -27,11 +27,9 @@ Opened = tuple[list[str], Callable[[str], bytes]]  # names of files, in the orde
 
 @dataclass(frozen=True)
 class Source:
-    """Where images come from.
+    """Where images come from: files are all names in the order of reading, images those of images, sorted.
 
-    kind: "zip", "tar", "folder", ...; name: for messages and the manifest; files: names in the order of reading;
-    images: the images among them, sorted; read(name): what a file holds; sha256: of the whole source;
-    partition: CelebA's partition list inside or next to the source, else None.
+    name: for messages and the manifest; sha256: of the whole; partition: CelebA's list inside or beside, else None.
     """
 
     kind: str
@@ -100,7 +98,7 @@ def _open_zip(path: Path, stack: ExitStack) -> Opened:
 
 
 def _open_tar(path: Path, stack: ExitStack) -> Opened:
-    archive: Any = stack.enter_context(tarfile.open(path))
+    archive: Any = stack.enter_context(tarfile.open(path))  # noqa: SIM115
     # Links are followed inside the archive. Of members that share a name, the last counts, as when unpacking.
     members = {member.name: member for member in archive if member.isreg() or member.issym() or member.islnk()}
     archive.fileobj.seek(archive.offset)
