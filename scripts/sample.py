@@ -4,7 +4,7 @@ from mlem_diffusion.comparison.drawing import draw, parse_seeds
 from mlem_diffusion.comparison.planned import unweighted
 from mlem_diffusion.comparison.settings import SamplerSetting, setting_from
 from mlem_diffusion.comparison.table import describe
-from mlem_diffusion.experiment.runs import made_with
+from mlem_diffusion.experiment.runs import check_levels
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.figures.image_grid import image_grid
 from mlem_diffusion.files import expect_content
@@ -19,7 +19,7 @@ def chosen(exp: Experiment) -> tuple[SamplerSetting, float]:
         return setting_from(given), float(given.get("gamma", 2.5))
     if path.is_file():
         best = exp.read("best.json", "run make sample-compare again")
-        made_with(exp, path, best, "make sample-compare")
+        check_levels(exp, "best.json", best, "make sample-compare")
         with expect_content(path, "run make sample-compare again"):
             return setting_from(best), float(best["gamma"])
     exp.print("sample: no comparison has been run, so the sampler is DPM-Solver++(2M), 20 steps of the largest level.")

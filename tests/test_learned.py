@@ -51,7 +51,7 @@ class Enumerated:
         state: list[Tensor | None] = [self.x] + [None] * (len(self.program[0].update) - 1)
         for j, e in enumerate(self.program):
             x, u = state[0], torch.tensor(e.logsnr)
-            estimate = sum(w * level.denoise(x, u) for w, level in zip(weights[j], self.family, strict=True))  # type: ignore
+            estimate = sum(w * level.denoise(x, u) for w, level in zip(weights[j], self.family, strict=True))
             state = advance(e, state, estimate, None if e.noise is None else self.z[j])  # type: ignore[arg-type]
         assert state[0] is not None
         return state[0]

@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 from pipeline import Place, strict
 
-WIDTHS = "family.widths=[2,3,4]"
-TIMES = re.compile(r"second|finished|date|timing|commit|device")
+WIDTHS = "family.widths=[2,4,6]"
+TIMES = re.compile(r"second|finished|date|timing|commit|device|^config$")  # a level also records its configuration
 WRITTEN = {
     "train_levels": "checkpoints/*/w[234]/*.*",
     "measure_gamma": "results/*/gamma.json",

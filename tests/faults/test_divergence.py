@@ -28,7 +28,7 @@ def leaves(value: Any) -> Iterator[torch.Tensor]:
 def test_training_that_diverges_keeps_a_finite_state_and_can_begin_again(done, here, tmp_path, lr):
     place = done[0].copy_to(tmp_path, "data")
     run = here("train_levels", place, WIDTHS, f"train.lr={lr}", "train.save_every=0", "train.log_every=64", "workers=1")
-    assert run.code == 2 and re.search(r"step \d+ .*(noise level|log-SNR)", run.complaint), run.err
+    assert run.code == 2 and re.search(r"step \d+, .*(noise level|log-SNR)", run.complaint), run.err
     for path in place.checkpoints.rglob("state.pt"):
         assert all(torch.isfinite(tensor).all() for tensor in leaves(load_state(path)))
     again = here("train_levels", place, WIDTHS, "overwrite=true")  # as the sentence says
@@ -72,7 +72,10 @@ def test_samplers_that_diverge_are_rows_without_an_error(analytic, here):
 
 @pytest.mark.parametrize(
     ("stage", "broken", "sentence"),
-    [("sample_compare", 3, "f4"), ("optimise", 1, "f2 returns values that are not finite at log-SNR")],
+    [
+        ("sample_compare", 3, "The reference of the SDE"),
+        ("optimise", 1, "f2 returns values that are not finite at log-SNR"),
+    ],
 )
 def test_a_reference_or_a_plan_that_needs_the_failing_level_is_refused(analytic, here, stage, broken, sentence):
     run = here(stage, analytic, "+family.callable.above=0", f"family.callable.broken={broken}")

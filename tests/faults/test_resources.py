@@ -120,4 +120,5 @@ def test_wandb_fails_and_the_records_are_complete(tmp_path: Path, mode: str, fau
     assert run.code == 0 and "finished" in run.out, run.err
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["images"] for line in lines] == list(range(RECORDS))
-    assert run.err.count("SlowPath") == 1 and "metrics.jsonl" in run.err and "Traceback" not in run.err, run.err
+    ours = run.err.split("Exception ignored in atexit")[0]  # W&B's own words at the end of a run without its service
+    assert ours.count("SlowPath") == 1 and "metrics.jsonl" in ours and "Traceback" not in ours, run.err

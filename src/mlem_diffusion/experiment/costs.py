@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from tqdm import tqdm
 
 from ..models.family import build_denoiser
-from .environment import device_model, duration
+from .environment import device_model
 
 BATCH = 16  # images per timed evaluation; fewer of large networks on a CPU
 
@@ -20,14 +21,12 @@ def estimate(exp: Any, cost: Callable[[Any], list[tuple[str, Mapping[str, float]
     lines = [OmegaConf.to_yaml(OmegaConf.create(exp.plain()))]
     if cost is None:
         return "\n".join([*lines, f"estimated cost of {exp.name}: no network is evaluated; seconds to minutes."])
-    rows, (flops, seconds), total = cost(exp), priced(exp), [0.0, 0.0]
-    for text, counts in rows:
-        spent = [sum(per[name] * count for name, count in counts.items()) for per in (flops, seconds)]
-        lines.append(f"{text:<44} {spent[0] / 1e12:12.3f} TFLOP  about {duration(spent[1])}")
-        total = [a + b for a, b in zip(total, spent, strict=True)]
-    what = f"estimated cost of {exp.name}"
-    where = device_model(exp.device)
-    return "\n".join([*lines, f"{what:<44} {total[0] / 1e12:12.3f} TFLOP  about {duration(total[1])} on {where}"])
+    rows, (flops, seconds) = cost(exp), priced(exp)
+    total = {name: sum(counts.get(name, 0) for _, counts in rows) for name in flops}
+    for text, counts in [*rows, (f"estimated cost of {exp.name}", total)]:
+        tera, time_ = (sum(per[name] * count for name, count in counts.items()) for per in (flops, seconds))
+        lines.append(f"{text:<44} {tera / 1e12:12.3f} TFLOP  about {tqdm.format_interval(time_)}")
+    return "\n".join(lines) + f" on {device_model(exp.device)}"
 
 
 def priced(exp: Any) -> tuple[dict[str, float], dict[str, float]]:

@@ -14,7 +14,7 @@ import torch
 from ..errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
-PACKAGES = ("mlem-diffusion", "torch", "torchvision", "torch-fidelity", "hydra-core", "numpy", "scipy", "pandas")
+PACKAGES = ("torch", "torchvision", "torch-fidelity", "hydra-core", "numpy", "scipy", "pandas")
 
 
 def usable_device(name: str) -> torch.device:
@@ -92,9 +92,3 @@ def machine(device: torch.device) -> dict[str, Any]:
 def shown(path: Path) -> Path:
     """A path for messages: relative to the repository's root if it is inside."""
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-
-
-def duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +15,10 @@ from ..comparison.runner import Runner
 from ..comparison.settings import SamplerSetting
 from ..diffusion.level import Level
 from ..errors import Interrupted, SlowPath, UserError
-from ..files import Damaged, cached, expect_content, read_json
+from ..files import Damaged, cached, expect_content
 from ..models.family import load_family
 from ..models.gaussian import fit_gaussian, load_gaussian
 from ..multilevel.plan import Plan, load_plans
-from .environment import shown
 from .progress import bar
 
 GAUSSIAN = "gauss"  # name of the linear Gaussian denoiser among the levels
@@ -88,18 +86,13 @@ def check_enough(extractor: Extractor, n: int, shape: Sequence[int]) -> None:
         )
 
 
-def made_with(exp: Any, path: Path, content: dict[str, Any], target: str) -> None:
-    """Raise UserError if an artefact was made with other levels, or with levels trained on other images."""
-    if exp.identity is None or content.get("made_with") == exp.identity:
-        return
-    what, again = shown(path), f"run {target} EXPERIMENT={exp.cfg.name} again"
-    with expect_content(path, again):
-        noted = content["made_with"]
-        same = noted["data"] == exp.identity["data"]
-        names = [name for name, sha256 in exp.identity["levels"].items() if noted["levels"].get(name) != sha256]
-    if not same:
-        raise UserError(f"{what} was made with levels that were trained on other images: {again}.")
-    raise UserError(f"{what} was made with other levels than the current ones ({', '.join(names)} differ): {again}.")
+def check_levels(exp: Any, name: str, content: dict[str, Any], target: str) -> None:
+    """Raise UserError if an artefact was not made with the current levels."""
+    if exp.identity is not None and (noted := content.get("made_with")) != exp.identity:
+        known = (noted or {}).get("levels", {})
+        names = [level for level, sha256 in exp.identity["levels"].items() if known.get(level) != sha256]
+        what = f"other levels than the current ones ({', '.join(names)} differ)" if names else "other images"
+        raise UserError(f"{name} was made with {what}: run {target} EXPERIMENT={exp.cfg.name} again.")
 
 
 def used_gamma(exp: Any) -> float:
@@ -110,10 +103,9 @@ def used_gamma(exp: Any) -> float:
         except ValueError as error:
             raise UserError(f"compare.gamma = {exp.cfg.compare.gamma} is neither a number nor auto.") from error
     hint = "run make measure-gamma with the same EXPERIMENT first, or set compare.gamma"
-    path = exp.results / "gamma.json"
-    content = read_json(path, hint)
-    made_with(exp, path, content, "make measure-gamma")
-    with expect_content(path, hint):
+    content = exp.read("gamma.json", hint)
+    check_levels(exp, "gamma.json", content, "make measure-gamma")
+    with expect_content(exp.results / "gamma.json", hint):
         found = [content["estimates"][name]["gamma"] for name in ("differences", "to_largest", "loss_fit")]
     finite = [float(gamma) for gamma in found if gamma is not None]
     if not finite:
@@ -127,44 +119,30 @@ def known_plans(exp: Any) -> dict[str, Plan]:
     if exp.cfg.compare.plans == "none" or not path.is_file():
         return {}
     plans, content = load_plans(path)
-    made_with(exp, path, content, "make optimise")
+    check_levels(exp, "plans.json", content, "make optimise")
     return plans
 
 
 def make_runner(exp: Any, select: bool) -> Runner:
     """The runner on the seeds of the comparison, or (select) on those that select plans, without distances."""
-    cfg, levels = exp.cfg, exp.levels()
+    c, o, levels = exp.cfg.compare, exp.cfg.optimise, exp.levels()
     extractor = None if select else make_extractor(exp)
-    images = exp.images_if_needed()
-    if extractor is not None and images is None and not has_moments(exp, extractor):
-        extractor = None  # nothing to compare with
+    if extractor is not None and exp.images_if_needed() is None:  # for functions there is nothing to compare with
+        moments = (exp.published or {}).get("statistics") or {}
+        extractor = extractor if moments.get("name") == extractor.name else None
     if extractor is not None:
-        check_enough(extractor, cfg.compare.num_samples, exp.shape)
-    # the selection of plans runs no setting with constant probabilities
-    gamma = 2.5 if select else used_gamma(exp)
-    first, count = (
-        (cfg.optimise.seed, cfg.optimise.num_select) if select else (cfg.compare.seed, cfg.compare.num_samples)
-    )
-    facts = {
-        "levels": exp.identity or exp.plain("family"),
-        "gaussian": levels[GAUSSIAN].flops if GAUSSIAN in levels else None,
-        "extractor": extractor.key if extractor else None,
-    }
+        check_enough(extractor, c.num_samples, exp.shape)
+    first, count = (o.seed, o.num_select) if select else (c.seed, c.num_samples)
+    costs = {name: level.flops for name, level in levels.items()}  # that of the Gaussian level depends on its rank
+    facts = {"levels": exp.identity or exp.plain("family"), "costs": costs, "device": exp.device.type}
+    key = exp.fingerprint(("process", "precision"), **facts, extractor=extractor and extractor.key)
     return Runner(
-        levels=levels, process=exp.process, gamma=gamma, shape=exp.shape, seeds=list(range(first, first + count)),
-        num_reference=count if select else min(cfg.compare.num_reference, count), batch=cfg.compare.batch,
-        device=exp.device, extractor=extractor, cache=exp.results / "cache", grid_images=cfg.compare.grid_images,
-        key=exp.fingerprint(("process", "precision"), **facts, device=exp.device.type),
-        plans={} if select else known_plans(exp),
-        reference_steps=cfg.optimise.reference_steps if select else None, made_with=exp.identity,
-    )  # fmt: skip
-
-
-def has_moments(exp: Any, extractor: Extractor) -> bool:
-    """Whether the published family has moments of the training images by this extractor."""
-    found = (exp.published or {}).get("statistics")
-    return found is not None and (found["name"], found["identity"]) == (
-        extractor.name, extractor.identity or extractor.key,
+        levels=levels, process=exp.process, shape=exp.shape, seeds=list(range(first, first + count)),
+        gamma=2.5 if select else used_gamma(exp),  # the selection runs no setting with constant probabilities
+        num_reference=count if select else min(c.num_reference, count), batch=c.batch, device=exp.device,
+        extractor=extractor, cache=exp.results / "cache", key=key, grid_images=c.grid_images,
+        plans={} if select else known_plans(exp), reference_steps=o.reference_steps if select else None,
+        made_with=exp.identity,
     )  # fmt: skip
 
 
@@ -185,18 +163,14 @@ def worker_count(exp: Any, tasks: int) -> int:
 def run_all(exp: Any, runner: Runner, settings: Sequence[SamplerSetting], label: str) -> list[Any]:
     """Run all settings and return the results in order; damaged files are made again."""
     found: dict[SamplerSetting, Any] = {}
-    for attempt in range(3):
-        run_missing(exp, runner, [s for s in dict.fromkeys(settings) if s not in found], label)
-        for setting in settings:
+    while missing := [s for s in dict.fromkeys(settings) if s not in found]:
+        run_missing(exp, runner, missing, label)
+        for setting in missing:
             try:
-                found[setting] = found.get(setting) or runner.read(setting)
+                found[setting] = runner.read(setting)
             except Damaged as error:
-                if attempt == 2:
-                    raise
                 error.path.unlink(missing_ok=True)
                 warnings.warn(f"{error.path} was damaged, so it is computed again.", SlowPath, stacklevel=2)
-        if len(found) == len(set(settings)):
-            break
     return [found[setting] for setting in settings]
 
 
