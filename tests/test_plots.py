@@ -7,11 +7,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pytest
 import torch
 from PIL import Image
 
-from mlem_diffusion.errors import UserError
 from mlem_diffusion.figures import style
 from mlem_diffusion.figures.ablation import plot_ablation
 from mlem_diffusion.figures.comparison import plot_compare
