@@ -25,7 +25,7 @@ def unfinished(done: Place, stage: str, folder: Path) -> Place:
     return place
 
 
-@pytest.mark.parametrize(("stage", "write"), [("train_levels", 2), ("train_levels", 7), ("sample_compare", 9)])
+@pytest.mark.parametrize(("stage", "write"), [("train_levels", 4), ("sample_compare", 9)])
 def test_a_write_that_finds_the_disk_full(done, here, monkeypatch, tmp_path, stage, write):
     place, count, fsync = unfinished(done[0], stage, tmp_path), 0, os.fsync
 
@@ -72,7 +72,7 @@ def test_a_disk_that_is_really_full(done, here, tmp_path):
         assert outputs(place, "train_levels") == outputs(done[0], "train_levels")
 
 
-@pytest.mark.parametrize("stage", ["train_levels", "sample_compare", "report"])
+@pytest.mark.parametrize("stage", ["sample_compare", "report"])
 def test_a_folder_in_use_is_refused(done, here, tmp_path, stage):
     place = done[0].copy_to(tmp_path)
     before = place.digest()

@@ -12,7 +12,7 @@ import pandas as pd
 
 from ..diffusion.step_rules import STEP_RULES
 from ..errors import UserError
-from ..files import write_text
+from ..files import expect_content, write_text
 
 # fmt: off
 COLUMNS = [
@@ -65,7 +65,7 @@ def read(path: Path) -> pd.DataFrame:
     """The frame that `write` wrote; UserError if the file is missing, lacks a column or has a bad number."""
     if not path.is_file():
         raise UserError(f"{path} does not exist.")
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8") as file, expect_content(path, "run make sample-compare again"):
         header, *rows = [*csv.reader(file)] or [[]]
     if any(len(row) != len(header) for row in rows):  # pandas would fill them up
         raise UserError(f"{path.name} has rows with a wrong number of fields.")
