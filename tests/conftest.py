@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 
 import pytest
+from filelock import FileLock
 from hydra.core.global_hydra import GlobalHydra
 from pipeline import Here, Place, apart
 
@@ -23,10 +25,15 @@ def here(capsys, monkeypatch, tmp_path_factory) -> Iterator[Here]:
 
 @pytest.fixture(scope="session")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, str]:
-    """The finished pipeline, which no test may change, and what it printed."""
-    place = Place(tmp_path_factory.mktemp("pipeline"))
-    scripts = [(stage, *(["seeds='0-2,5'"] if stage == "sample" else [])) for stage in STAGES]
-    finished = apart(place, *scripts)
-    assert finished.code == 0, f"{finished.out}\n{finished.err}"
-    assert "Traceback" not in finished.err and "Warning" not in finished.err, finished.err
-    return place, finished.out
+    """The finished pipeline, which no test may change, and what it printed; one for all of xdist's workers."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    place, printed = Place(shared / "pipeline"), shared / "pipeline.txt"
+    with FileLock(shared / "pipeline.lock"):
+        if not printed.is_file():
+            scripts = [(stage, *(["seeds='0-2,5'"] if stage == "sample" else [])) for stage in STAGES]
+            finished = apart(place, *scripts)
+            assert finished.code == 0, f"{finished.out}\n{finished.err}"
+            assert "Traceback" not in finished.err and "Warning" not in finished.err, finished.err
+            printed.write_text(finished.out)
+    return place, printed.read_text()

@@ -89,6 +89,7 @@ def run(
             yield index, function(item)
             _check(should_stop, len(items) - index - 1)
         return
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # it reports what killed workers left
     threads = max(1, torch.get_num_threads() // workers)
     tasks = [delayed(_work)(function, index, item, threads, os.getpid()) for index, item in enumerate(items)]
     watch = threading.Thread(target=_pass_on, args=(should_stop, done := threading.Event()), daemon=True)
@@ -105,8 +106,10 @@ def run(
             "A worker process was killed, perhaps because memory ran out: run the same command again to continue, "
             "with ARGS=workers=1 if memory is short."
         ) from error
-    except BaseException:
-        get_reusable_executor().shutdown(wait=False, kill_workers=True)  # safe: they write files atomically
+    except BaseException as error:
+        _ask_to_stop()
+        # killing is safe: they write files atomically
+        get_reusable_executor().shutdown(wait=True, kill_workers=isinstance(error, KeyboardInterrupt))
         raise
     finally:
         done.set()
@@ -121,10 +124,14 @@ def _pass_on(should_stop: Callable[[], bool], done: threading.Event) -> None:
     """Ask the workers to stop when this process should stop."""
     while not done.wait(0.2):
         if should_stop():
-            for worker in multiprocessing.active_children():
-                if worker.pid:
-                    os.kill(worker.pid, signal.SIGTERM)
+            _ask_to_stop()
             return
+
+
+def _ask_to_stop() -> None:
+    for worker in multiprocessing.active_children():
+        if worker.pid:
+            os.kill(worker.pid, signal.SIGTERM)
 
 
 def _work(function: Callable[[Any], Any], index: int, item: Any, threads: int, parent: int) -> tuple[int, Any]:
