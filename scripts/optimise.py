@@ -3,8 +3,6 @@
 Plans are selected on seeds that the comparison does not use.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from mlem_diffusion import parallel
@@ -52,11 +50,9 @@ def main(exp: Experiment) -> None:
     facts = plan_search.ledger(exp, runner, search, tried, diagnosed)
     if parallel.is_main():
         save_plans(exp.results / "plans.json", chosen, **facts, timing=timing)
-    exp.note("plans.json")
-    exp.note("plans.npz")
+    exp.note("plans.json", "plans.npz")
     exp.figure("gains.png", plot_gains([rule.effects for rule in search.rules], title))
     exp.log({"plans": len(chosen), "calibration_pflops": facts["calibration"]["flops"] / 1e15})
-    exp.facts["plans"] = len(chosen)
     exp.print(f"{len(chosen)} of {len(tried)} plans selected.")
 
 

@@ -4,8 +4,6 @@ On a CPU several levels are trained side by side. On GPUs all ranks train one le
 every batch: torchrun --nproc-per-node 8 scripts/train_levels.py experiment=celeba64
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from mlem_diffusion import parallel

@@ -1,7 +1,5 @@
 """Ablations with a known answer: duplicate levels, needed levels, and levels that are cheap only in FLOPs."""
 
-from __future__ import annotations
-
 import json
 import time
 from dataclasses import replace

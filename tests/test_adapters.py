@@ -1,7 +1,5 @@
 """Adapted networks against the denoiser that they wrap, in every convention; diffusers UNets against schedulers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """The analytic family: its posterior mean is exact, and its levels have the stated errors and costs."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import pytest

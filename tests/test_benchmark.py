@@ -1,7 +1,5 @@
 """The benchmark: fair networks, right units, comparisons, parts that fail or are measured already."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Calibration in one call: its plans have the predicted errors and costs."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import numpy as np

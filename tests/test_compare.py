@@ -1,7 +1,5 @@
 """The comparison: configured settings, the table, cached measurements, plans and the best setting."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

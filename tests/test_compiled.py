@@ -1,7 +1,5 @@
 """The fast path of a network: the same function in every mode and for every batch, and its fallbacks."""
 
-from __future__ import annotations
-
 import shutil
 import warnings
 

@@ -1,7 +1,5 @@
 """Diagnostics: statistics of differences against known answers, broken contracts and telescopes, and findings."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from itertools import combinations, pairwise

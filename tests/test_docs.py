@@ -3,8 +3,6 @@
 `python tests/test_docs.py` writes the tables into README.md, docs/results.md and docs/speed.md.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

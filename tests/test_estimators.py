@@ -1,7 +1,5 @@
 """Estimators: weights, one multilevel step against the top level's, expected and realised cost."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Gains: the adjoint sweep against finite differences and real changes of images."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Learned probabilities: the gradient against exact enumeration, memory, cost, and the benefit of learning."""
 
-from __future__ import annotations
-
 import gc
 from itertools import product
 

@@ -1,7 +1,5 @@
 """FLOPs per evaluation against counts by hand, and the ledger."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """The Makefile's targets, tested with make -n: which commands run, with which arguments."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

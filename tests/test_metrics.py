@@ -1,7 +1,5 @@
 """Distances against an independent formula and torch-fidelity, and features on known distortions."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError

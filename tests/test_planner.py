@@ -1,7 +1,5 @@
 """Plans from gains: each part against a brute-force answer, and predicted errors against measured errors."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import lru_cache
 

@@ -1,7 +1,5 @@
 """Plans: their ids, the estimators they build, their files, and the selection of candidates."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

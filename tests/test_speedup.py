@@ -1,7 +1,5 @@
 """Speed-ups of synthetic samplers whose true speed-up is known."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

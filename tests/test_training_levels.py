@@ -1,7 +1,5 @@
 """Which levels are trained, with which settings, and when a level's folder counts as trained."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

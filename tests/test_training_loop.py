@@ -1,7 +1,5 @@
 """Training: interruptions and processes do not change the result, and every noise level is trained."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta

@@ -1,7 +1,5 @@
 """One training step: a reference loop, micro-batches, precisions, rates on the device, compilation, CUDA graphs."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import warnings

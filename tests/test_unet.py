@@ -1,7 +1,5 @@
 """UNet: shapes, cost and attention follow the configuration; the denoiser's inputs and targets have unit variance."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Conclusions from synthetic comparisons with known answers."""
 
-from __future__ import annotations
-
 import json
 import math
 from typing import Any

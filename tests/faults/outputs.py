@@ -1,7 +1,5 @@
 """What a stage writes, in a form that two runs can be compared by."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

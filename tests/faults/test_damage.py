@@ -1,7 +1,5 @@
 """Damaged, foreign and hostile files: the undisturbed result or one sentence, and no code from data."""
 
-from __future__ import annotations
-
 import ast
 import io
 import os

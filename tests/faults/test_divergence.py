@@ -1,7 +1,5 @@
 """Numbers that are not finite are reported: training stops, and a diverging sampler is a row without an error."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

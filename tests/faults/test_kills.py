@@ -1,7 +1,5 @@
 """A stage that was killed or stopped ends with the files of an undisturbed one when it is run again."""
 
-from __future__ import annotations
-
 import shutil
 import signal
 import time

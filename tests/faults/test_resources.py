@@ -1,7 +1,5 @@
 """A full disk, a folder in use, and W&B down or killed: one sentence or warning, and nothing is lost."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

@@ -1,7 +1,5 @@
 """The networks that are timed: this repository's, and diffusers' UNet2DModel of the same widths and blocks."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any

@@ -3,8 +3,6 @@
 cfg: one size of the configuration, `benchmark.full` or `benchmark.small`.
 """
 
-from __future__ import annotations
-
 import copy
 import gc
 import warnings

@@ -1,7 +1,5 @@
 """Rows of a benchmark, and a Markdown table of them; values that were not measured are blank."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Pictures of chosen sample seeds with one sampler."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 

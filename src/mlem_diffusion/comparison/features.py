@@ -4,8 +4,6 @@ Only `inception` gives the distance that the literature calls FID (Heusel et al.
 have their own names.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace

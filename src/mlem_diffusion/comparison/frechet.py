@@ -4,8 +4,6 @@ The Frechet distance between Gaussians fitted to features is |m1 - m2|^2 + tr(S1
 (Dowson & Landau 1982; Heusel et al. 2017). Its value depends on n: report n and `distance_floor` with it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """The optimiser's plans in the comparison: settings that run them, and what plans add to the rows of compare.csv."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -4,8 +4,6 @@ Every batch of a reference and every finished setting is one npz file under a ha
 stopped comparison can resume.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Sampler settings, from the configuration to compare.csv, and what was measured of each."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product

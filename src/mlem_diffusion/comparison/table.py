@@ -1,7 +1,5 @@
 """compare.csv as a DataFrame: a row a setting. Costs are per image (GFLOPs, not GMACs; seconds of wall clock)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any

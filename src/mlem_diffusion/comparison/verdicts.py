@@ -1,7 +1,5 @@
 """Speed-ups of the optimiser's plans by method, and the windows of errors in which they hold."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 Per-pixel arithmetic is limited to + - * / sqrt min max floor, which round alike everywhere.
 """
 
-from __future__ import annotations
-
 from functools import reduce
 from typing import Any
 

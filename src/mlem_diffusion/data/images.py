@@ -5,8 +5,6 @@ replaced, and written last: a failed run leaves an earlier data set as it was, a
 folder is whole or has no manifest.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

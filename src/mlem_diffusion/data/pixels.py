@@ -1,7 +1,5 @@
 """From the bytes of an image file to pixels of one size, and from 8-bit pixels to numbers in [-1, 1] and back."""
 
-from __future__ import annotations
-
 import io
 
 import numpy as np

@@ -4,8 +4,6 @@ Each person is a vector of uniform numbers keyed by (seed, index). Drawing evalu
 grid and averages it down. An image depends on neither machine nor batch, and shows the same person at every size.
 """
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import numpy as np

@@ -3,8 +3,6 @@
 Archives are never unpacked to disk, so the names inside are only names: files are read into memory, one at a time.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

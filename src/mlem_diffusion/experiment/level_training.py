@@ -1,7 +1,5 @@
 """The levels of an experiment in training: which are left, and one of them with its previews, records and metadata."""
 
-from __future__ import annotations
-
 import time
 from contextlib import nullcontext
 from pathlib import Path

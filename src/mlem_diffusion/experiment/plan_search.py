@@ -1,7 +1,5 @@
 """The measurements of make optimise, made once on rank 0 and then read from the cache; and the plans made from them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """One self-contained HTML page per experiment, from the artefacts in its results folder."""
 
-from __future__ import annotations
-
 import base64
 from dataclasses import dataclass, field
 from itertools import product

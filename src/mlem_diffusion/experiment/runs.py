@@ -1,7 +1,5 @@
 """Levels and runner of an experiment, and its settings run by several ranks or workers."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The decorator of every script: Hydra, device, lock, finished work, provenance, signals and one-sentence errors."""
 
-from __future__ import annotations
-
 import functools
 import os
 import sys

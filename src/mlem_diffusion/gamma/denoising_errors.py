@@ -1,7 +1,5 @@
 """Denoising errors of a family on held-out images; all levels get the same images, noise levels and noise."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import numpy as np

@@ -9,8 +9,6 @@ An EDM denoiser D(y, sigma) is prediction="x0", coordinates="ve", time="sigma"; 
 time="timestep" with its alphas_cumprod. At high noise, errors of "epsilon" and "score" are multiplied by 1 / alpha.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -54,8 +52,7 @@ def adapt(
     in the network's coordinates; "timestep", the index into the falling alphas_cumprod [T], fractional (linear in
     log-SNR) unless round_timesteps; or a function of logsnr [B]. logsnr_range: lowest and highest log-SNR in training,
     by default those of alphas_cumprod; with a range, each call waits for the device. conditioning: keyword arguments;
-    tensors [1, ...], also nested, are expanded to the batch. flops: of one evaluation of one image; by default counted,
-    for an nn.Module and `shape` [C,H,W].
+    tensors [1, ...], also nested, are expanded to the batch. flops: of one image; counted for a Module and `shape`.
 
     Raises UserError for an unknown convention, conditioning of several rows, or FLOPs that cannot be counted; the level
     does so for a noise level outside the trained range and for an output of another shape.

@@ -3,8 +3,6 @@
 Costs are declared, not counted: the method's claim concerns error against any given cost.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Files of one level: weights (safetensors) and the state from which training resumes; no pickles are read."""
 
-from __future__ import annotations
-
 import zipfile
 from pathlib import Path
 from typing import Any

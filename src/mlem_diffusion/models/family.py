@@ -3,8 +3,6 @@
 A published family (published.py) has the same form, with weights in bf16.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ best linear denoiser of any data with that mean and covariance. C = U diag(l) U^
 directions and one variance for all others (probabilistic PCA, Tipping and Bishop 1999): two thin matrix products.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from pathlib import Path

@@ -5,8 +5,6 @@ checkpoints/<experiment>/published/ contains, for each level, <level>/ema-bf16.s
 in later stages. family.json describes the folder, README.md is the model card. Training never writes into this folder.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A UNet of variable width in the style of ADM (Dhariwal and Nichol 2021), and the denoiser that uses it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any

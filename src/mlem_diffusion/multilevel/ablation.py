@@ -4,8 +4,6 @@ If several levels can replace each other, no single one of them is needed. So le
 cost ratio first, until every remaining level earns its place.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import statistics

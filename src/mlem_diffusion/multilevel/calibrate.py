@@ -8,8 +8,6 @@
 Calibrate on other seeds than those of the evaluation, and run a plan before you rely on its predicted error.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 

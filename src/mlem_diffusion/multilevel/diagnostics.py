@@ -5,8 +5,6 @@ In a diffusion model the differences depend on the state and the noise level, so
 level's own trajectories.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

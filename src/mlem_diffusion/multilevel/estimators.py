@@ -1,7 +1,5 @@
 """Multilevel estimators: random telescopes of level differences (ML-EM), and fixed quadratures of them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

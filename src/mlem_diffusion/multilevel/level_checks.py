@@ -1,8 +1,7 @@
 """Checks of a family before it is used: the contract of each level, and the telescope of the multilevel estimate."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -130,3 +129,42 @@ def telescope_finding(check: dict[str, Any]) -> dict[str, str]:
     elif check["rounding"] > ROUNDING_TOLERANCE:
         why = f"the differences sum to the largest level only within {check['rounding']:.1e}: outputs are imprecise"
     return finding("error", f"The telescope does not hold: {figures}; {why}.")
+
+
+def rise(earlier: np.ndarray, later: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over images [N, ...] of later - earlier, and its standard error; above two of these, values rise."""
+    change = later - earlier
+    return change.mean(0), change.std(0, ddof=1) / np.sqrt(len(change))
+
+
+def differences_fall(errors: Any) -> dict[str, Any]:
+    """Whether the differences fall from each level to the next, pooled and at each noise level; ready for JSON.
+
+    errors: names [K], logsnr and weights [S], and the squared differences per held-out image [K-1, M, S]
+    E|f^k - f^K|^2 (to_largest) and E|f^k - f^(k-1)|^2 (to_previous). "pairs", per kind: the levels whose values are
+    compared (for to_previous, the upper levels of the two differences). "ratio" [pairs][S]: later value / earlier
+    value, below 1 if the value falls. "violations": rises by more than two standard errors over the same held-out
+    images (logsnr None: pooled).
+    """
+    kinds: dict[str, Any] = {}
+    violations, checks = [], 0
+    for kind, array, labels in (
+        ("to_largest", errors.to_largest, errors.names[:-1]),
+        ("to_previous", errors.to_previous, errors.names[1:]),
+    ):
+        pairs, ratios = [list(pair) for pair in pairwise(labels)], []
+        for pair, before, after in zip(pairs, array[:-1], array[1:], strict=True):
+            ratios.append((after.mean(0) / np.maximum(before.mean(0), 1e-300)).tolist())
+            places = [(None, before @ errors.weights, after @ errors.weights)]
+            places += [(float(u), before[:, j], after[:, j]) for j, u in enumerate(errors.logsnr)]
+            for logsnr, earlier, later in places:
+                checks += 1
+                mean, se = rise(earlier, later)
+                unit = max(float(earlier.mean()), 1e-300)
+                if mean > 2 * se:
+                    where = {"kind": kind, "levels": pair, "logsnr": logsnr}
+                    violations.append({**where, "ratio": float(later.mean()) / unit, "ratio_se": float(se) / unit})
+        kinds[kind] = {"pairs": pairs, "ratio": ratios}
+    criterion = "a rise by more than two standard errors, over the same held-out images, is a violation"
+    facts = {"criterion": criterion, "noise_levels": errors.logsnr.tolist(), "checks": checks}
+    return {**facts, **kinds, "violations": violations}

@@ -1,7 +1,5 @@
 """Ways to estimate level differences: the best probabilities or weights for a price or a number of firings."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Plans (which levels, how many steps, which probabilities or weights) and their files."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -5,8 +5,6 @@ probability p_k, else 0; level 1 always fires (p_1 = 1). Collecting the terms of
 with w_k = B_k / p_k - B_{k+1} / p_{k+1}. Only networks with w_k != 0 are evaluated.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import numpy as np

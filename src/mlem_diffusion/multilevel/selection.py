@@ -4,8 +4,6 @@ Probabilities or weights are optimal for the predicted error (planner.py), or fo
 differences, constant in time (probabilities.measured_probabilities), or are learned by SGD (learned.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any

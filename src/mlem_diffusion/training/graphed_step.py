@@ -1,7 +1,5 @@
 """A training step as a CUDA graph: one launch instead of thousands."""
 
-from __future__ import annotations
-
 import gc
 import warnings
 from collections.abc import Callable, Sequence

@@ -4,8 +4,6 @@ A folder holds state.pt (to resume), ema.safetensors, ema-<images>.safetensors a
 trained here) and, once the level is fully trained, metadata.json.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

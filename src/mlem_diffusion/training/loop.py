@@ -4,8 +4,6 @@ The random numbers of a step depend on (seed, step), are drawn for the full batc
 run equals an uninterrupted one, and the number of processes does not change the result.
 """
 
-from __future__ import annotations
-
 import copy
 import time
 from collections.abc import Callable

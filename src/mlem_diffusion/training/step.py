@@ -8,8 +8,6 @@ operations to bf16, group norm stays float32); "bf16" (the forward and backward 
 network). The preconditioning and the loss are float32 in each.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 from collections.abc import Callable, Sequence
