@@ -25,15 +25,11 @@ BATCH = 64  # images per call
 
 @dataclass(frozen=True)
 class Extractor:
-    """A map from images to features.
+    """A map from images to features."""
 
-    name: of the distance, in tables and figures. key: identifies weights and settings, in caches and for published
-    moments. compute: uint8 [N, 3, H, W] on the CPU to [N, D] on any device.
-    """
-
-    name: str
-    key: str
-    compute: Callable[[Tensor], Any]
+    name: str  # of the distance, in tables and figures
+    key: str  # of weights and settings, in caches and for published moments
+    compute: Callable[[Tensor], Any]  # uint8 [N, 3, H, W] on the CPU to [N, D] on any device
 
     @torch.no_grad()
     def features(self, images: Tensor | np.ndarray) -> Tensor:
@@ -58,10 +54,9 @@ _FLOOR = 0.02  # in image units [-1, 1]: below about 2.5 grey levels, detail and
 def light(dim: int = 64, seed: int = 0, device: str = "cpu") -> Extractor:
     """Extractor of `dim` random-convolution features: no download, the same weights on every machine.
 
-    Two layers of random zero-mean 3x3 filters at three scales (full, half and quarter resolution) are rectified. A
-    fixed random matrix projects the logarithm of the mean response per quadrant, and the mean colour per quadrant, to
-    `dim` numbers. Logarithms make a relative loss of fine detail (blur) as visible as a change of contrast. This
-    project designed the features to compare samplers with one another; the distances are not FIDs.
+    Two layers of random zero-mean 3x3 filters are rectified at three scales. A fixed random matrix projects the
+    logarithm of the mean response and the mean colour, per quadrant, to `dim` numbers. Logarithms make a relative loss
+    of fine detail (blur) as visible as a change of contrast.
     """
     if dim < 1:
         raise UserError(f"The light extractor needs dim >= 1, but dim is {dim}.")
@@ -107,8 +102,7 @@ def inception(weights: str | None = None, device: str = "cpu") -> Extractor:
     """torch-fidelity's InceptionV3 (TF-2015 weights), 2048 pooled features: the distance is FID.
 
     `weights` is a local copy of weights-inception-2015-12-05-6726825d.pth; without it, the file is downloaded to the
-    torch hub folder. About 3 images per second on two CPU cores. Raises UserError for a wrong file or a failed
-    download.
+    torch hub folder. UserError for a wrong file or a failed download. About 3 images per second on two CPU cores.
     """
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as URL
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3

@@ -97,7 +97,7 @@ def distance_floor(features: np.ndarray, n: int, seed: int, repeats: int = 3) ->
 def write_features(
     path: Path, extractor: Extractor, images: np.ndarray, rows: np.ndarray, progress: Callable[[int, int], object]
 ) -> None:
-    """Write the features of rows of packed images, uint8 [N, 3, H, W]; Inception needs hours for them on a CPU."""
+    """Write the features of rows of packed images, uint8 [N, 3, H, W]."""
     parts = []
     for chunk in np.array_split(rows, range(1024, len(rows), 1024)):
         parts.append(extractor.features(images[chunk]).numpy())

@@ -26,7 +26,7 @@ class Planned:
     plans: Mapping[str, Plan] = field(default_factory=dict)
     settings: Sequence[SamplerSetting] = ()  # those that run the plans
     facts: Mapping[SamplerSetting, Row] = field(default_factory=dict)  # further columns, also of single levels
-    flops: float | None = None  # cost of the calibration
+    flops: float = 0.0  # cost of the calibration
     unit: str = "flops"  # the cost that plans minimise, "flops" or "seconds"
 
 
@@ -96,9 +96,8 @@ def complete(
 
 
 def examples(measured: Iterable[Measurement], dynamics: str, runner: Runner) -> list[tuple[str, Any]]:
-    """(label, images) of the reference, and of three baselines on their frontier, each with the best ML-EM setting of
-    no higher cost."""
-    rows = [m.row | {"images": m.images} for m in measured if m.row["dynamics"] == dynamics]
+    """(label, images) of the reference, and of three baselines on their frontier with the best ML-EM as cheap."""
+    rows: list[Row] = [m.row | {"images": m.images} for m in measured if m.row["dynamics"] == dynamics]
     multilevel = [row for row in rows if row["estimator"] not in BASELINES]
     base = frontier([row for row in rows if row["estimator"] in BASELINES], "gflops_realised", "error")
     found: list[tuple[str, Any]] = []

@@ -79,17 +79,13 @@ class SamplerSetting:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured of a setting: its row of compare.csv (costs per image), and its values per image.
+    """What was measured of a setting, with the same seeds in all settings; no features and images without distances."""
 
-    errors [n]: squared error of each seed, same seeds and order in all settings. clusters [N]: id of the coin draw of
-    each seed. features [N, D], images uint8 [M, 3, H, W]: of the first samples; None without distances.
-    """
-
-    row: Row
-    errors: np.ndarray
-    clusters: np.ndarray | None = None
-    features: np.ndarray | None = None
-    images: np.ndarray | None = None
+    row: Row  # of compare.csv, costs per image
+    errors: np.ndarray  # squared error of each seed [n]
+    clusters: np.ndarray | None = None  # id of the coin draw of each seed [N]
+    features: np.ndarray | None = None  # [N, D]
+    images: np.ndarray | None = None  # of the first samples, uint8 [M, 3, H, W]
 
 
 def setting_of(plan: Plan, dynamics: str, step_rule: str) -> SamplerSetting:
@@ -111,7 +107,8 @@ def setting_from(values: Any) -> SamplerSetting:
     levels = tuple(names.split("+") if isinstance(names, str) else names)
     more: dict[str, Any] = {key: str(values.get(key) or "") for key in ("probabilities", "coins", "plan")}
     more |= {key: None if values.get(key) in (None, "") else float(values[key]) for key in ("c", "switch")}
-    return SamplerSetting(*map(str, given), levels, int(steps), **more)
+    dynamics, rule, estimator = map(str, given)
+    return SamplerSetting(dynamics, rule, estimator, levels, int(steps), **more)
 
 
 def _choose(names: Sequence[str], which: Any) -> tuple[str, ...]:
@@ -138,12 +135,12 @@ def settings_of(config: Any, names: Sequence[str], base_steps: int) -> list[Samp
             out.append(SamplerSetting(sweep["dynamics"], sweep["step_rule"], "single", (name,), steps))
     for sweep in config["stitched"]:
         for pair, steps, switch in product(sweep["pairs"], sweep["steps"], sweep["switch"]):
-            levels, more = _choose(names, pair), {"switch": float(switch)}
-            out.append(SamplerSetting(sweep["dynamics"], sweep["step_rule"], "stitched", levels, steps, **more))
+            kind = (sweep["dynamics"], sweep["step_rule"], "stitched", _choose(names, pair))
+            out.append(SamplerSetting(*kind, steps, switch=float(switch)))
     for sweep in config["ml_em"]:
         for family, steps, coins, c in product(sweep["families"], sweep["steps"], sweep["coins"], sweep["c"]):
-            levels, more = _choose(names, family), ("constant", coins, float(c))
-            out.append(SamplerSetting(sweep["dynamics"], sweep["step_rule"], "ml_em", levels, steps, *more))
+            kind = (sweep["dynamics"], sweep["step_rule"], "ml_em", _choose(names, family))
+            out.append(SamplerSetting(*kind, steps, "constant", coins, float(c)))
     for setting in out:
         step_rule(setting.dynamics, setting.step_rule)  # raises UserError if it is unknown
         if not 2 <= setting.steps <= base_steps:

@@ -89,9 +89,9 @@ def _table(rows: Any, columns: list[str] | None = None) -> str:
 
 
 def _speedups(content: dict[str, Any]) -> Section:
-    rows, dynamics_run = [], [name for name, _ in content.items() if name in DYNAMICS_NAMES]
-    for dynamics, method, measure, unit in product(dynamics_run, _METHODS, ("error", "distance"), _UNITS):
-        entry = content[dynamics][method].get(measure, {}).get(unit)
+    rows = []
+    for dynamics, method, measure, unit in product(DYNAMICS_NAMES, _METHODS, ("error", "distance"), _UNITS):
+        entry = content.get(dynamics, {}).get(method, {}).get(measure, {}).get(unit)
         if entry is not None:
             row: Any = {"dynamics": dynamics, "method": _METHODS[method], "equal": measure, "counted in": _UNITS[unit]}
             row |= {"speed-up": entry["max"], "95% lower bound": entry["lower95"], "at": entry["at"]}
