@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from mlem_diffusion.diffusion.level import Level
-from mlem_diffusion.errors import UserError
 from mlem_diffusion.multilevel.ablation import Frontiers, ablate, seconds_per_image, table
 from mlem_diffusion.multilevel.gains import Effects
 from mlem_diffusion.multilevel.planner import METHODS, RuleInputs
@@ -100,11 +99,6 @@ def test_no_cost_ratio_is_below_one_and_parts_are_never_better(seed: int) -> Non
     assert np.all(np.interp(at, *found.hull(range(4))) <= np.interp(at, *part) * (1 + 1e-9))
 
 
-def test_without_own_errors_there_is_no_frontier() -> None:
-    with pytest.raises(UserError, match="No plan for sde/ddpm can be made"):
-        Frontiers(replace(smooth([1, 0.4], [1, 4]), own_errors={}), [1, 4]).cost_ratio([0, 1], without=0)
-
-
 def removed(found: dict[str, Any], unit: str) -> list[str]:
     return [entry["name"] for entry in found["removed"][unit]]
 
@@ -146,10 +140,6 @@ def test_a_level_that_one_rule_needs_is_kept() -> None:
     ratios = found["levels"][1]["cost_ratio_flops"]
     assert "w1" in found["kept"]["flops"] and set(ratios) == {"sde/ddpm", "ode/ddim"}
     assert ratios["ode/ddim"]["largest"] < 1.001 < 1.1 < ratios["sde/ddpm"]["largest"] and seen[0] == (1, 6)
-
-
-def test_one_level_is_a_family_too() -> None:
-    assert ablate([smooth([1], [4])], [4])["kept"] == {"flops": ["w0"], "seconds": ["w0"]}
 
 
 def test_seconds_are_of_one_image_and_in_proportion() -> None:

@@ -236,17 +236,18 @@ class Networks:
     device: torch.device
     flops: float = 0.0
 
-    def estimate(self, weights: np.ndarray, x: Tensor, logsnr: float, passes: int = 1) -> Tensor:
-        """sum_k w_k f^k(x) for weights [B, K]; costs `passes` evaluations."""
+    def estimate(self, weights: np.ndarray, x: Tensor, logsnr: float) -> Tensor:
+        """sum_k w_k f^k(x) for weights [B, K]."""
         costs = [level.flops for level in self.family]
-        self.flops += passes * float((weights != 0).sum(axis=0) @ costs)
+        self.flops += float((weights != 0).sum(axis=0) @ costs)
         return weighted_estimate(self.family, weights, x, logsnr, Ledger(costs, len(x)))
 
     def derivative(self, weights: np.ndarray, x: Tensor, v: Tensor, logsnr: float) -> tuple[Tensor, Tensor]:
-        """The estimate and its derivative along v [B, ...], for each row."""
+        """The estimate and its derivative along v [B, ...], for each row; it costs two estimates."""
+        self.flops += float((weights != 0).sum(axis=0) @ [level.flops for level in self.family])
         # the fused attention kernels have no forward derivative
         with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
-            dual = forward_ad.unpack_dual(self.estimate(weights, forward_ad.make_dual(x, v), logsnr, passes=2))
+            dual = forward_ad.unpack_dual(self.estimate(weights, forward_ad.make_dual(x, v), logsnr))
         return dual.primal, torch.zeros_like(x) if dual.tangent is None else dual.tangent
 
 
