@@ -20,8 +20,8 @@ def real_images(exp: Experiment, extractor: frechet.Extractor) -> frechet.RealIm
             lambda path: read_arrays(path, "run make sample-compare again")["features"],
             lambda path: frechet.write_features(path, extractor, images.images, rows, progress),
         )  # fmt: skip
-    floor = frechet.distance_floor(features, n, seed)
-    return frechet.RealImages(extractor.name, frechet.feature_moments(features), floor)
+    moments, floor = frechet.feature_moments(features), frechet.distance_floor(features, n, seed)
+    return frechet.RealImages(extractor.name, moments, floor)
 
 
 def cost(exp: Experiment) -> list[tuple[str, dict[str, float]]]:
@@ -52,9 +52,8 @@ def main(exp: Experiment) -> None:
         exp.save("best.json", best_setting(m.row for m in sound) | made)
         for name in result:
             exp.figure(f"grids/{name}.png", comparison_grid(planned.examples(sound, name, runner)))
-    for row in (m.row for m in measured if "diverged" in m.row):
-        exp.print(f"{table.describe(row)}: {row['diverged']} samples diverged.")
-    exp.print(speedup.summary(result))
+    exp.log({"settings": len(measured), "diverged": len(measured) - len(sound)})
+    exp.print("\n".join([*planned.divergence(measured), speedup.summary(result)]))
 
 
 if __name__ == "__main__":

@@ -95,6 +95,12 @@ def complete(
     return out
 
 
+def divergence(measured: Iterable[Measurement]) -> list[str]:
+    """A line for each setting with samples that diverged."""
+    rows = [m.row for m in measured if "diverged" in m.row]
+    return [f"{describe(row)}: {row['diverged']} samples diverged." for row in rows]
+
+
 def examples(measured: Iterable[Measurement], dynamics: str, runner: Runner) -> list[tuple[str, Any]]:
     """(label, images) of the reference, and of three baselines on their frontier with the best ML-EM as cheap."""
     rows: list[Row] = [m.row | {"images": m.images} for m in measured if m.row["dynamics"] == dynamics]
