@@ -134,13 +134,14 @@ def settings_of(config: Any, names: Sequence[str], base_steps: int) -> list[Samp
         for name, steps in product(alone, sweep["steps"]):
             out.append(SamplerSetting(sweep["dynamics"], sweep["step_rule"], "single", (name,), steps))
     for sweep in config["stitched"]:
+        rule = (sweep["dynamics"], sweep["step_rule"])
         for pair, steps, switch in product(sweep["pairs"], sweep["steps"], sweep["switch"]):
-            kind = (sweep["dynamics"], sweep["step_rule"], "stitched", _choose(names, pair))
-            out.append(SamplerSetting(*kind, steps, switch=float(switch)))
+            out.append(SamplerSetting(*rule, "stitched", _choose(names, pair), steps, switch=float(switch)))
     for sweep in config["ml_em"]:
+        rule = (sweep["dynamics"], sweep["step_rule"])
         for family, steps, coins, c in product(sweep["families"], sweep["steps"], sweep["coins"], sweep["c"]):
-            kind = (sweep["dynamics"], sweep["step_rule"], "ml_em", _choose(names, family))
-            out.append(SamplerSetting(*kind, steps, "constant", coins, float(c)))
+            levels = _choose(names, family)
+            out.append(SamplerSetting(*rule, "ml_em", levels, steps, "constant", coins, float(c)))
     for setting in out:
         step_rule(setting.dynamics, setting.step_rule)  # raises UserError if it is unknown
         if not 2 <= setting.steps <= base_steps:

@@ -86,7 +86,7 @@ def note(ax: Any, text: str) -> None:
 
 def save(figure: Figure | Image.Image, path: Path) -> None:
     """Save a PNG, atomically; a plot in 256 colours: a third of the bytes, and no visible loss in drawings of lines."""
-    picture = figure
+    picture: Any = figure
     if isinstance(figure, Figure):
         figure.savefig(content := io.BytesIO(), dpi=figure.dpi, format="png")
         picture = Image.open(content).convert("RGB").quantize(256, dither=Image.Dither.NONE)
