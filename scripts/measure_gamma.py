@@ -1,7 +1,5 @@
 """Trained levels -> gamma.json, gamma.png: error against FLOPs, and the exponent."""
 
-from __future__ import annotations
-
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.figures.gamma import plot_gamma
 from mlem_diffusion.gamma.measurement import measure, summary

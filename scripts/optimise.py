@@ -3,10 +3,9 @@
 Plans are selected on seeds that the comparison does not use.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
+from mlem_diffusion import parallel
 from mlem_diffusion.comparison.settings import setting_of
 from mlem_diffusion.experiment import plan_search
 from mlem_diffusion.experiment.stage import Experiment, stage
@@ -14,6 +13,7 @@ from mlem_diffusion.figures.ablation import plot_ablation
 from mlem_diffusion.figures.diagnostics import plot_diagnostics
 from mlem_diffusion.figures.gains import plot_gains
 from mlem_diffusion.multilevel import ablation, diagnostics, selection
+from mlem_diffusion.multilevel.plan import save_plans
 
 OUTPUTS = ["plans.json", "plans.npz", "gains.png", "diagnostics.json", "ablation.json", "ablation.png"]
 
@@ -48,12 +48,12 @@ def main(exp: Experiment) -> None:
             facts = {"dynamics": key[0], "step_rule": key[1], "selected_error": errors[plan.id]}
             chosen.append((selection.priced(plan, list(runner.levels.values()), timing["seconds"]), facts))
     facts = plan_search.ledger(exp, runner, search, tried, diagnosed)
-    plan_search.save(exp, chosen, **facts, timing=timing)
+    if parallel.is_main():
+        save_plans(exp.results / "plans.json", chosen, **facts, timing=timing)
+    exp.note("plans.json", "plans.npz")
     exp.figure("gains.png", plot_gains([rule.effects for rule in search.rules], title))
     exp.log({"plans": len(chosen), "calibration_pflops": facts["calibration"]["flops"] / 1e15})
-    exp.facts["plans"] = len(chosen)
-    spent = f"calibration and selection cost {facts['calibration']['flops'] / 1e12:.3g} TFLOP"
-    exp.print(f"{len(chosen)} of {len(tried)} plans selected; {spent}.")
+    exp.print(f"{len(chosen)} of {len(tried)} plans selected.")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """A trained family -> checkpoints/<experiment>/published/: bf16 weights, statistics of the images, model card."""
 
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,16 @@ def statistics(exp: Experiment, path: Path) -> dict[str, Any] | None:
         return None
     save_moments(path, real.moments)
     floor = {"num_samples": exp.cfg.compare.num_samples, "seed": exp.cfg.compare.seed, "distance": real.floor}
-    return {"file": path.name, "name": extractor.name, "identity": extractor.identity or extractor.key, "floor": floor}
+    return {"file": path.name, "name": extractor.name, "identity": extractor.key, "floor": floor}
 
 
 @stage(trained=True)
 def main(exp: Experiment) -> None:
     images, metadata, folder = exp.images(), exp.metadata(), exp.checkpoints / published.FOLDER
-    there = [v for v in repeated(exp.cfg) if (exp.checkpoints / repeat_name(level_name(v[0]), v[1])).is_dir()]
+    again = [v for v in repeated(exp.cfg) if (exp.checkpoints / repeat_name(level_name(v[0]), v[1])).is_dir()]
     noted = exp.read("provenance.json", "train the levels (make train-levels)")["stages"]["train_levels"]
     facts: dict[str, Any] = {"experiment": exp.cfg.name, "title": exp.cfg.title, "data": images.manifest}
     facts["training"] = {key: noted.get(key) for key in ("commit", "finished", "device", "overrides")}
-    facts["published"] = {"commit": environment.commit(), "date": time.strftime("%Y-%m-%d", time.gmtime())}
     shutil.rmtree(folder, ignore_errors=True)
     facts["gaussian"] = None
     if exp.cfg.family.gaussian:
@@ -41,10 +39,8 @@ def main(exp: Experiment) -> None:
         denoiser.save(folder / published.GAUSSIAN)
         facts["gaussian"] = {"file": published.GAUSSIAN, "asked_rank": exp.cfg.family.gaussian_rank}
     facts["statistics"] = statistics(exp, folder / published.STATISTICS)
-    published.publish(exp.checkpoints, folder, metadata, read_repeats(exp.checkpoints, there), facts)
-    exp.print(
-        f"publish: {len(metadata)} levels in {environment.shown(folder)}/; its {published.CARD} is the model card."
-    )
+    published.publish(exp.checkpoints, folder, metadata, read_repeats(exp.checkpoints, again), facts)
+    exp.print(f"publish: {len(metadata)} levels and the model card in {environment.shown(folder)}/.")
 
 
 if __name__ == "__main__":

@@ -42,11 +42,11 @@ def cost(exp: Experiment) -> list[tuple[str, dict[str, float]]]:
     reads=["levels", "best.json", "plans.npz"], cost=cost,
 )  # fmt: skip
 def main(exp: Experiment) -> None:
-    seeds, batch, (setting, gamma) = parse_seeds(exp.cfg.seeds), exp.cfg.compare.batch, chosen(exp)
+    seeds, (setting, gamma) = parse_seeds(exp.cfg.seeds), chosen(exp)
     estimator, grid = setting.build(exp.levels(), gamma, plans_of(exp, setting)), exp.process.grid(setting.steps)
     with exp.progress("sample", len(seeds)) as progress:
         where = (exp.shape, exp.device, exp.results / "samples", progress)
-        total, pixels = draw(estimator, setting.rule, grid, seeds, batch, *where)
+        total, pixels = draw(estimator, setting.rule, grid, seeds, exp.cfg.compare.batch, *where)
     for seed in seeds:
         exp.note(f"samples/{seed:06d}.png")
     exp.figure("samples/grid.png", image_grid(pixels))

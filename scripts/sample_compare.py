@@ -5,6 +5,7 @@ from mlem_diffusion.comparison.settings import best_setting
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.figures.comparison import plot_compare
 from mlem_diffusion.figures.image_grid import comparison_grid
+from mlem_diffusion.files import read_arrays
 
 
 def real_images(exp: Experiment, extractor: frechet.Extractor) -> frechet.RealImages | None:
@@ -15,10 +16,12 @@ def real_images(exp: Experiment, extractor: frechet.Extractor) -> frechet.RealIm
     rows = images.train()
     with exp.progress("features of the real images", len(rows)) as progress:
         features = exp.cached(
-            "real.npz", [images.manifest["sha256"], extractor.key], frechet.read_features,
+            "real.npz", [images.manifest["sha256"], extractor.key],
+            lambda path: read_arrays(path, "run make sample-compare again")["features"],
             lambda path: frechet.write_features(path, extractor, images.images, rows, progress),
         )  # fmt: skip
-    return frechet.RealImages.of(extractor.name, features, n, seed)
+    moments, floor = frechet.feature_moments(features), frechet.distance_floor(features, n, seed)
+    return frechet.RealImages(extractor.name, moments, floor)
 
 
 def cost(exp: Experiment) -> list[tuple[str, dict[str, float]]]:
@@ -39,9 +42,7 @@ def main(exp: Experiment) -> None:
     measured = planned.complete(settings, exp.run(runner, settings, "compare"), runner.seeds, real, plans)
     frame, sound = table.frame_of(m.row for m in measured), [m for m in measured if "diverged" not in m.row]
     result = speedup.speedups(sound, real and real.moments, cfg.bootstrap, cfg.distance_bootstrap, cfg.seed)
-    exp.facts["left_out"] = {dynamics: entry.pop("left_out") for dynamics, entry in result.items()}
-    made = {"gamma": runner.gamma, "made_with": runner.made_with}
-    exp.facts |= made
+    exp.facts |= (made := {"gamma": runner.gamma, "made_with": exp.identity})
     exp.save("compare.csv", table.to_text(frame))
     exp.figure("compare.png", plot_compare(table.for_figures(frame), exp.cfg.title))
     exp.save("speedup.json", result)
@@ -51,9 +52,8 @@ def main(exp: Experiment) -> None:
         exp.save("best.json", best_setting(m.row for m in sound) | made)
         for name in result:
             exp.figure(f"grids/{name}.png", comparison_grid(planned.examples(sound, name, runner)))
-    for row in (m.row for m in measured if "diverged" in m.row):
-        exp.print(f"{table.describe(row)}: no error, {row['diverged']} of {row['num_samples']} samples diverged.")
-    exp.print(speedup.summary(result))
+    exp.log({"settings": len(measured), "diverged": len(measured) - len(sound)})
+    exp.print("\n".join([*planned.divergence(measured), speedup.summary(result)]))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,6 @@ On a CPU several levels are trained side by side. On GPUs all ranks train one le
 every batch: torchrun --nproc-per-node 8 scripts/train_levels.py experiment=celeba64
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from mlem_diffusion import parallel
@@ -22,7 +20,7 @@ def cost(exp: Experiment) -> list[tuple[str, dict[str, float]]]:
     for v in planned(exp.cfg, exp.describe_levels()):
         images = training_of(exp, v)["images"]
         text = f"train {v['name']} ({v['parameters']:,} parameters) on {images:,} images"
-        rows.append((text, {level_name(v["width"]): 3 * images}))  # a backward pass costs twice the forward pass
+        rows.append((text, {level_name(v["width"]): 3 * images}))  # a backward pass costs two forward passes
     return rows
 
 

@@ -1,7 +1,5 @@
 """A problem with a known answer -> results/rates/: exponents of cost against error for EM, ML-EM and jump process."""
 
-from __future__ import annotations
-
 import os
 
 from mlem_diffusion.experiment.stage import Experiment, stage

@@ -1,7 +1,5 @@
 """The miniature pipeline, run once for all tests that need its files."""
 
-from __future__ import annotations
-
 import os
 import signal
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Exact power laws of error against FLOPs, and families of levels that follow them."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from mlem_diffusion.gamma.estimate import LevelErrors

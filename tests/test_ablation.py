@@ -1,7 +1,5 @@
 """Ablations with a known answer: duplicate levels, needed levels, and levels that are cheap only in FLOPs."""
 
-from __future__ import annotations
-
 import json
 import time
 from dataclasses import replace
@@ -12,8 +10,7 @@ import pytest
 import torch
 
 from mlem_diffusion.diffusion.level import Level
-from mlem_diffusion.errors import UserError
-from mlem_diffusion.multilevel.ablation import Frontiers, ablate, score, seconds_per_image, table
+from mlem_diffusion.multilevel.ablation import Frontiers, ablate, seconds_per_image, table
 from mlem_diffusion.multilevel.gains import Effects
 from mlem_diffusion.multilevel.planner import METHODS, RuleInputs
 
@@ -26,7 +23,7 @@ def effects_of(values: np.ndarray, flops: list[float]) -> Effects:
     levels, n = values.shape[2:]
     names = tuple(f"w{k}" for k in range(levels))
     where, squares = np.linspace(-9, 9, n), np.ones((levels, n))
-    return Effects(names, np.array(flops), "sde", "ddpm", where, values.astype(np.float32), squares, 0.0, 0.0)
+    return Effects(names, np.array(flops), "sde", "ddpm", where, values.astype(np.float32), squares, 0.0)
 
 
 def smooth(sizes: list[float], flops: list[float], seed: int = 0, methods: tuple[str, ...] = TWO) -> RuleInputs:
@@ -84,7 +81,7 @@ def test_a_duplicate_has_cost_ratio_one(method: str) -> None:
     assert scaled.cost_ratio([0, 1, 2], without=0)["mean"] == pytest.approx(mean, rel=1e-6)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_no_cost_ratio_is_below_one_and_parts_are_never_better(seed: int) -> None:
     rng = np.random.default_rng(seed)
     costs = list(np.cumprod(rng.uniform(1.2, 5, 4)))
@@ -102,11 +99,6 @@ def test_no_cost_ratio_is_below_one_and_parts_are_never_better(seed: int) -> Non
     assert np.all(np.interp(at, *found.hull(range(4))) <= np.interp(at, *part) * (1 + 1e-9))
 
 
-def test_without_own_errors_there_is_no_frontier() -> None:
-    with pytest.raises(UserError, match="No plan for sde/ddpm can be made"):
-        Frontiers(replace(smooth([1, 0.4], [1, 4]), own_errors={}), [1, 4]).cost_ratio([0, 1], without=0)
-
-
 def removed(found: dict[str, Any], unit: str) -> list[str]:
     return [entry["name"] for entry in found["removed"][unit]]
 
@@ -122,7 +114,7 @@ def test_a_level_that_is_cheap_in_flops_alone_is_not_kept_in_seconds() -> None:
     assert first["cost_ratio_flops"]["sde/ddpm"]["mean"] > 1.1 and last["cost_ratio_flops"] is None
     assert first["cost_ratio_seconds"]["sde/ddpm"]["largest"] < 1.001
     assert found["cost_ratio_among_kept"]["seconds"].keys() == {"w1"}
-    assert "In seconds w1 + w2 earn their place; removed, in order: w0." in table(found)
+    assert "Levels that pay off in seconds: w1 + w2." in table(found)
 
 
 def test_of_two_near_duplicates_exactly_one_is_kept() -> None:
@@ -150,27 +142,15 @@ def test_a_level_that_one_rule_needs_is_kept() -> None:
     assert ratios["ode/ddim"]["largest"] < 1.001 < 1.1 < ratios["sde/ddpm"]["largest"] and seen[0] == (1, 6)
 
 
-def test_one_level_is_a_family_too_and_scores_count_tolerances() -> None:
-    assert ablate([smooth([1], [4])], [4])["kept"] == {"flops": ["w0"], "seconds": ["w0"]}
-    for mean, largest, expected in ((1.02, 1.05, 1), (1.00, 1.10, 1), (1.0, 1.0, 0)):
-        assert score({"a": {"mean": mean, "largest": largest}}) == pytest.approx(expected)
-    assert score({"a": {"mean": 1.04, "largest": 1.05}}, mean=0.1) < 1
-
-
 def test_seconds_are_of_one_image_and_in_proportion() -> None:
-    calls = dict.fromkeys(("quick", "slow"), 0)
-
     def level(name: str, pause: float, flops: float) -> Level:
         def denoise(x: torch.Tensor, logsnr: torch.Tensor) -> torch.Tensor:
             assert x.shape == (4, 3, 2, 2) and logsnr.ndim == 0
-            calls[name] += 1
-            time.sleep(0.2 if calls[name] == 1 else pause)  # a first call that compiles
+            time.sleep(pause)
             return x
 
         return Level(name, denoise, flops)
 
     family = [level("quick", 0.004, 1), level("slow", 0.02, 2)]
-    quick, slow = seconds_per_image(family, (3, 2, 2), batch=4, runs=5, warm_up=1, at_least=0.0)
-    assert calls == {"quick": 6, "slow": 6} and 0.001 <= quick < 0.005 <= slow < 0.03
-    seconds_per_image(family[:1], (3, 2, 2), batch=4, runs=1, warm_up=0, at_least=0.1)
-    assert calls["quick"] > 6 + 5  # as many as fit
+    quick, slow = seconds_per_image(family, (3, 2, 2), 4, torch.device("cpu"), at_least=0.0)
+    assert 0.001 <= quick < 0.005 <= slow < 0.03

@@ -1,7 +1,5 @@
 """Random streams keyed by the sample's seed, and one Brownian path shared by all grids."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Files of a level: what is written is read back, and any fault of a file is reported in one sentence."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

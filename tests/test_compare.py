@@ -1,7 +1,5 @@
 """The comparison: configured settings, the table, cached measurements, plans and the best setting."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -102,7 +100,7 @@ def full_row(setting: SamplerSetting, **more: Any) -> dict[str, Any]:
 def test_settings_round_trip_through_the_table(plan, tmp_path):
     settings = [*SETTINGS, setting_of(plan, "sde", "ddpm")]
     frame = table.frame_of(full_row(s) for s in settings)
-    table.write(frame, tmp_path / "compare.csv")
+    (tmp_path / "compare.csv").write_text(table.to_text(frame))
     again = table.read(tmp_path / "compare.csv")
     empty = again.astype(object).where(again.notna(), None)
     assert [setting_from(row) for row in empty.to_dict("records")] == settings
@@ -141,7 +139,7 @@ def test_the_table_keeps_six_digits_whole_numbers_and_gaps():
 @pytest.mark.parametrize(
     ("old", "new", "sentence"),
     [("error_se", "spread", "lacks the column"), ("0.333333", "fast", "seconds does not hold numbers"),
-     (",0.333333,12345678", "", "wrong number of fields"), ("12345678", "1,2,3", "wrong number of fields")],
+     ("12345678", "1,2,3", "compare.csv")],
 )  # fmt: skip
 def test_a_broken_table_gives_one_sentence(old, new, sentence, tmp_path):
     path = tmp_path / "compare.csv"
@@ -150,14 +148,10 @@ def test_a_broken_table_gives_one_sentence(old, new, sentence, tmp_path):
         table.read(path)
 
 
-def test_seeds_are_pooled_and_methods_named_for_figures():
-    rows = [full_row(SETTINGS[3], seed=seed, error=error, top_evaluations=60) for seed, error in ((0, 1.0), (1, 3.0))]
-    few = full_row(SETTINGS[6], top_evaluations=99)
-    found = table.for_figures(table.frame_of([*rows, few, full_row(SETTINGS[2])]))
+def test_methods_are_named_for_figures():
+    rows = [full_row(SETTINGS[3]), full_row(SETTINGS[6], top_evaluations=99), full_row(SETTINGS[2])]
+    found = table.for_figures(table.frame_of(rows))
     assert list(found.method) == ["paper", "other", "stitched"] and list(found.trusted) == [True, False, True]
-    pooled = found.iloc[0]
-    assert (pooled.error, pooled.runs, pooled.top_evaluations, pooled.num_samples) == (2.0, 2, 120, 8)
-    assert pooled.error_se == pytest.approx(0.5 / np.sqrt(2)) and found.iloc[1].error == 0.5
 
 
 def test_settings_have_readable_names():
@@ -175,7 +169,7 @@ def test_best_setting_is_the_cheapest_within_five_percent_of_the_best_distance()
         return {"distance": distance, "gflops_realised": gflops}
 
     rows = [row(1.00, 100), row(1.049, 40), row(1.051, 10), row(1.02, 60), row(None, 1)]
-    assert best_setting(rows) == row(1.049, 40) and best_setting(rows, tolerance=0.0) == row(1.00, 100)
+    assert best_setting(rows) == row(1.049, 40)
     assert best_setting([row(-1e-9, 5), row(0.2, 1)]) == row(-1e-9, 5)  # rounding below zero
     with pytest.raises(UserError, match="No setting has a distance"):
         best_setting([row(None, 1)])
@@ -277,16 +271,6 @@ def test_errors_are_those_on_the_same_paths(make):
     assert coarse.read(SamplerSetting("ode", "dpmpp_2m", "single", ("w8",), 8)).row["error"] < 1e-12
 
 
-def test_neighbouring_settings_share_noise_and_get_the_same_images(make):
-    runner, alone = make(seeds=[1, 2, 3, 4, 5, 6]), make(seeds=[1, 2, 3, 4, 5, 6], key="b")
-    first, second = SETTINGS[0], replace(SETTINGS[0], levels=("w2",))
-    runner.read(first)
-    shared = runner._paths[0]
-    after = runner.read(second)
-    assert runner._paths[0] is shared and len(runner._paths) == 2
-    assert np.array_equal(after.errors, alone.read(second).errors)
-
-
 def test_a_stopped_setting_and_a_damaged_file(make, counter):
     runner, calls = make(), iter([False, True])
     with pytest.raises(Interrupted):
@@ -325,7 +309,7 @@ def test_plans_add_their_settings_and_columns(make, tmp_path):
     config = SimpleNamespace(plans="auto", seed=100, num_samples=10)
     planned = read_planned(tmp_path / "plans.json", config)
     assert (planned.flops, planned.unit, len(planned.settings)) == (3e9, "seconds", 4)
-    with pytest.raises(UserError, match="sample seeds that the comparison would use too"):
+    with pytest.raises(UserError, match="selected on sample seeds of this comparison"):
         read_planned(tmp_path / "plans.json", SimpleNamespace(plans="auto", seed=0, num_samples=8))
     config.plans = "none"
     assert read_planned(tmp_path / "plans.json", config) == Planned()

@@ -1,7 +1,5 @@
 """The fast path of a network: the same function in every mode and for every batch, and its fallbacks."""
 
-from __future__ import annotations
-
 import shutil
 import warnings
 
@@ -10,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from mlem_diffusion.errors import SlowPath, UserError
-from mlem_diffusion.models.compiled import FastDenoiser, cover, inference_copy
+from mlem_diffusion.models.compiled import Compiled, FastDenoiser, cover, inference_copy, should_compile
 from mlem_diffusion.models.family import build_denoiser
-from mlem_diffusion.models.torch_compile import Compiled, first_line, should_compile
 
 SHARED = torch.tensor(0.3)  # a noise level
 
@@ -31,7 +28,7 @@ def batch(count: int = 6) -> Tensor:
     return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("batch_size", [None, 96, 256])
+@pytest.mark.parametrize("batch_size", [None, 96])
 def test_buckets_cover_every_batch_with_little_padding(batch_size):
     used = set()
     for count in range(1, 300):
@@ -51,7 +48,6 @@ def test_float32_is_the_denoiser_for_shared_and_for_single_noise_levels():
     with torch.no_grad():
         torch.testing.assert_close(fast(x, SHARED), denoiser(x, SHARED.expand(len(x))), rtol=0, atol=3e-6)
         torch.testing.assert_close(fast(x, mixed), denoiser(x, mixed), rtol=0, atol=3e-6)
-    assert fast.mode == "float32 eager"
 
 
 def test_the_copy_is_frozen_and_leaves_the_original_alone():
@@ -78,16 +74,10 @@ def test_bf16_is_close_at_every_noise_level(logsnr):
     assert 0 < float((rounded - exact).square().mean().sqrt()) < 0.01 * float(out.max())
 
 
-def test_bf16_keeps_features_and_statistics_in_float32():
+def test_bf16_keeps_features_in_float32():
     fast = inference_copy(network(), "bf16")
     assert fast.unet.frequencies.dtype == torch.float32
     assert {p.dtype for p in fast.unet.parameters()} == {torch.bfloat16}
-    # a large common offset: bf16 statistics would be off by 2^-9 of 64 = 0.1, a tenth of the spread
-    x = (64 + torch.randn(2, 8, 16, 16, generator=torch.Generator().manual_seed(0))).bfloat16()
-    ones, zeros = torch.ones(8), torch.zeros(8)
-    expected = nn.functional.group_norm(x.float(), 2, ones, zeros)
-    found = nn.functional.group_norm(x, 2, ones.bfloat16(), zeros.bfloat16())
-    assert (found.float() - expected).abs().max() < 0.02
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-3), ("bf16", 0.05)])
@@ -120,7 +110,7 @@ def test_compiled_equals_eager_for_changing_batches():
     fast, eager = FastDenoiser(Tiny(), compile="on", name="w4"), FastDenoiser(Tiny())
     for count in (12, 5):
         torch.testing.assert_close(fast(x[:count], SHARED), eager(x[:count], SHARED), rtol=0, atol=1e-5)
-    assert fast.mode == "float32 compiled"
+    assert isinstance(fast.run, Compiled) and fast.run.function is not fast.network
 
 
 @pytest.mark.parametrize("where", ["wrapping", "call"])
@@ -135,7 +125,7 @@ def test_a_failed_compilation_runs_eagerly_with_one_warning(monkeypatch, where):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(fast(x, SHARED), y)
-    assert fast.mode == "float32 eager" and torch.equal(y, FastDenoiser(network())(x, SHARED))
+    assert torch.equal(y, FastDenoiser(network())(x, SHARED))
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("mine"), MemoryError("too large")])
@@ -148,13 +138,13 @@ def test_the_functions_own_errors_do_not_count_as_failed_compilation(monkeypatch
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(type(error)):
-            Compiled(wrong, "it")(1)
+            Compiled(wrong, "it", "on", torch.device("cpu"))(1)
 
 
 def test_what_is_compiled():
-    assert should_compile("on", "cpu") and should_compile("max", "cpu") and should_compile("auto", "cuda")
-    assert not should_compile("auto", "cpu") and not should_compile("off", "cuda")
-    assert first_line(RuntimeError("\n  first thing. \nsecond")) == "first thing"
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert should_compile("on", cpu) and should_compile("max", cpu) and should_compile("auto", cuda)
+    assert not should_compile("auto", cpu) and not should_compile("off", cuda)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -170,4 +160,4 @@ def test_graphs_equal_the_network(compile):
         fast(-x[:count], noise_level)
         assert torch.equal(y, copy)  # a result is not overwritten by the next call
         assert (y - reference(x[:count], noise_level)).abs().max() < 0.05
-    assert fast.mode.endswith("+ graphs")
+    assert fast.graphs

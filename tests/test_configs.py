@@ -1,7 +1,5 @@
 """The configuration composes and instantiates for every experiment and every option of each group."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import hashlib
 import io
 import json
@@ -83,7 +81,7 @@ def assert_refused(source: Path | str, destination: Path, *words: str, **setting
 # ------------------------------------------------------------------------------------------- sources
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "tar.xz", "mislabelled"])
+@pytest.mark.parametrize("kind", [*KINDS, "tar.xz"])
 def test_every_kind_of_source_gives_the_same_array(tmp_path: Path, kind: str) -> None:
     files = dict(reversed(faces().items())) | {
         "readme.txt": b"text",
@@ -91,8 +89,7 @@ def test_every_kind_of_source_gives_the_same_array(tmp_path: Path, kind: str) ->
         "img_align_celeba/._000001.png": b"resource fork",
         ".hidden/1.jpg": b"x",
     }
-    true_kind = "tar" if kind == "mislabelled" else kind  # recognised by content
-    source = write(tmp_path / ("images.zip" if kind == "mislabelled" else f"images.{kind}"), true_kind, files)
+    source = write(tmp_path / "images.zip", kind, files)  # the kind is recognised by content
     calls = []
     manifest = prepare(source, tmp_path / "packed", progress=lambda *call: calls.append((call, threading.get_ident())))
     loaded = data.load(tmp_path / "packed")
@@ -106,7 +103,7 @@ def test_every_kind_of_source_gives_the_same_array(tmp_path: Path, kind: str) ->
     assert manifest["sha256"] == hashlib.sha256(expected.tobytes()).hexdigest()
     assert manifest["split_sha256"] == hashlib.sha256(loaded.split.tobytes()).hexdigest()
     assert manifest["source"]["name"] == source.name and str(tmp_path) not in json.dumps(manifest)
-    assert manifest["source"]["kind"] == true_kind.partition(".")[0]
+    assert manifest["source"]["kind"] == kind.partition(".")[0]
     if kind != "folder":
         assert manifest["source"]["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
     train = expected[loaded.train()] / 127.5 - 1
@@ -118,15 +115,16 @@ def test_a_folders_hash_follows_names_and_contents(tmp_path: Path) -> None:
     source, found = write(tmp_path / "images", "folder", faces(6, "")), []
     changes = (
         lambda: (source / "notes.txt").write_text("not an image"),
-        lambda: (source / "000001.png").rename(source / "000013.png"),
-        lambda: (source / "000002.png").write_bytes(encode(noise(99))),
+        lambda: (source / "000001.png").rename(tmp_path / "moved.png"),
+        lambda: (source / "000000.png").symlink_to(tmp_path / "moved.png"),  # links to images are followed
         lambda: None,
     )
     for change in changes:
         found.append(prepare(source, tmp_path / "packed")["source"]["sha256"])
         change()
     assert found[0] == found[1] and len(set(found)) == 3
-    assert np.array_equal(packed(tmp_path / "packed")[0], noise(99))  # and so a changed source is packed again
+    # and so a changed source is packed again
+    assert np.array_equal(packed(tmp_path / "packed"), np.stack([noise(i) for i in range(1, 7)]))
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -136,14 +134,6 @@ def test_the_last_of_members_that_share_a_name_counts(tmp_path: Path, kind: str)
     write(source, kind, {"000001.png": encode(noise(77))}, mode="a")
     assert prepare(source, tmp_path / "packed")["count"] == 5
     assert np.array_equal(packed(tmp_path / "packed")[0], noise(77))
-
-
-def test_links_to_images_are_followed(tmp_path: Path) -> None:
-    write(tmp_path / "there", "folder", faces(5, ""))
-    (tmp_path / "linked").mkdir()
-    for name in faces(5, ""):
-        (tmp_path / "linked" / name).symlink_to(tmp_path / "there" / name)
-    assert prepare(tmp_path / "linked", tmp_path / "packed")["count"] == 5
 
 
 def test_portraits(tmp_path: Path) -> None:
@@ -174,7 +164,6 @@ def test_celeba_crop_keeps_exactly_the_centred_square(width: int, height: int, s
     ("crop", "height", "width", "words"),
     [
         ("celeba", 40, 60, "other aspect ratio: largest centred square, reduced to 16x16"),
-        ("celeba", 218, 200, "other aspect ratio: largest centred square, reduced to 16x16"),
         ("celeba", 40, 40, "square: whole frame, reduced to 16x16"),
         ("celeba", 10, 14, "other aspect ratio: largest centred square, enlarged to 16x16"),
         ("square", 109, 89, "largest centred square, reduced to 16x16"),
@@ -272,7 +261,7 @@ def test_a_second_run_reuses_the_first(tmp_path: Path, monkeypatch: pytest.Monke
     source = write(tmp_path / "a.zip", "zip", faces())
     first = prepare(source, tmp_path / "packed")
     with monkeypatch.context() as patch:
-        patch.setattr(pixels, "treat", None)  # treating anything would fail
+        patch.setattr(pixels, "decode", lambda *_, **__: 1 / 0)
         assert prepare(source, tmp_path / "packed") == first
     assert prepare(source, tmp_path / "packed", size=8)["size"] == [8, 8]  # other settings
     assert data.load(tmp_path / "packed").images.shape == (12, 3, 8, 8)
@@ -327,10 +316,9 @@ def test_load_refuses_damaged_data(tmp_path: Path, damage: str) -> None:
         ({"notes.txt": b""}, {}, "no JPEG or PNG image"),
         ({"1.jpg": b"x", "2.jpg": b"x", "3.jpg": b"x"}, {"skip_broken": True, "holdout": 1}, "All 3 images"),
         (faces(), {"holdout": 6}, "data.holdout=6 is half"),
-        (faces(), {"holdout": 0}, "data.holdout=0"),
+        (faces(), {"seed": -1}, "data.seed=-1"),
         (faces(), {"count": 13}, "data.count=13 is more than the 12 images"),
         (faces(), {"count": 1}, "data.count=1"),
-        (faces(), {"size": 2}, "data.size=2"),
         (faces(), {"crop": "round"}, "data.crop=round"),
         (None, {}, "source does not exist"),
     ],
@@ -342,7 +330,7 @@ def test_wrong_input(tmp_path: Path, files: Files | None, settings: dict, words:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "folder"])
-@pytest.mark.parametrize("keep", [0, 0.1, 0.5, 0.9, 512 * 9])
+@pytest.mark.parametrize("keep", [0, 0.5, 512 * 9])
 def test_a_truncated_archive(tmp_path: Path, kind: str, keep: float) -> None:
     source = write(tmp_path / f"images.{kind}", kind, faces())
     end = int(source.stat().st_size * keep) if keep < 1 else int(keep)  # a tar has 1536 bytes for each of these files
@@ -350,20 +338,22 @@ def test_a_truncated_archive(tmp_path: Path, kind: str, keep: float) -> None:
     assert_refused(source, tmp_path / "packed", f"images.{kind}", "truncated", "download it again")
 
 
-@pytest.mark.parametrize("name", ["/x.png", "C:\\x.png", "../x.png", "a/../../x.png", "..\\x.png", "../notes.txt"])
 @pytest.mark.parametrize("kind", ["zip", "tar"])
-def test_paths_that_lead_out_of_an_archive(tmp_path: Path, kind: str, name: str) -> None:
-    source = write(tmp_path / "evil", kind, faces() | {name: b"x"})
-    assert_refused(source, tmp_path / "packed", repr(name), "leads out of the archive")
-
-
-@pytest.mark.parametrize("what", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
-def test_links_and_devices_in_a_tar(tmp_path: Path, what: bytes) -> None:
-    source = write(tmp_path / "evil.tar", "tar", faces())
-    with tarfile.open(source, "a") as archive:
-        add(archive, "img_align_celeba", type=tarfile.DIRTYPE)  # harmless
-        add(archive, "x.png", type=what, linkname="img_align_celeba/000001.png")
-    assert_refused(source, tmp_path / "packed", "x.png", "a link, a device or a pipe")
+def test_names_and_links_inside_an_archive_lead_nowhere(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "secret.png").write_bytes(encode(noise(1)))
+    outside = ["../x.png", "a/../../x.png", "/x.png", "C:\\x.png"]
+    source = write(tmp_path / "evil", kind, faces(8, "") | {name: encode(noise(50)) for name in outside})
+    if kind == "tar":
+        with tarfile.open(source, "a") as archive:
+            add(archive, "within.png", type=tarfile.SYMTYPE, linkname="000003.png")
+            add(archive, "without.png", type=tarfile.SYMTYPE, linkname="../secret.png")
+            add(archive, "pipe.png", type=tarfile.FIFOTYPE)
+    manifest = prepare(source, tmp_path / "packed", skip_broken=True)
+    assert manifest["skipped"] == (["without.png"] if kind == "tar" else [])
+    assert manifest["count"] == 12 + (kind == "tar")
+    assert sorted(os.listdir(tmp_path)) == ["evil", "packed", "secret.png"] and not Path("/x.png").exists()
+    if kind == "tar":
+        assert np.array_equal(packed(tmp_path / "packed")[-1], noise(3))
 
 
 LARGE = encode(Image.new("1", (20000, 10000)))  # 200 megapixels, above Pillow's limit

@@ -1,7 +1,5 @@
 """Denoising errors of a family: definitions, common noise, independence of the batch size."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,12 +1,8 @@
 """Diagnostics: statistics of differences against known answers, broken contracts and telescopes, and findings."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import combinations, pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,9 +19,8 @@ from mlem_diffusion.diffusion.sampler import sample
 from mlem_diffusion.diffusion.step_rules import STEP_RULES
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.multilevel import estimators
-from mlem_diffusion.multilevel.diagnostics import diagnose, differences_fall, table
-from mlem_diffusion.multilevel.findings import best_chain, judge
-from mlem_diffusion.multilevel.level_checks import LevelStatistics, check_contract, check_telescope, kurtosis, measure
+from mlem_diffusion.multilevel.diagnostics import LevelStatistics, _moments, best_chain, diagnose, judge, measure, table
+from mlem_diffusion.multilevel.level_checks import check_contract, check_telescope
 
 PATH, DDPM = BrownianPath(range(12), SHAPE), STEP_RULES["sde/ddpm"]
 GOOD = ([1.0, 4e-3, 1e-3, 2.5e-4], [1, 16, 256, 4096])
@@ -36,7 +31,7 @@ def run(family: Sequence[Level], key: str = "sde/ddpm", path: BrownianPath = PAT
     return diagnose(family, process(), STEP_RULES[key], path, **{"steps": 8, **options})
 
 
-def statistics(pooled: Sequence[float], flops: Sequence[float], samples: int = 40, **changes) -> LevelStatistics:
+def statistics(pooled: Sequence[float], flops: Sequence[float], samples: int = 40) -> LevelStatistics:
     """A family of independent differences with these mean squares, equal at 6 noise levels, 5% noise over samples."""
     k, s = len(flops), 6
     noise = 1 + 0.05 * np.random.default_rng(0).standard_normal((k, samples, s))
@@ -45,12 +40,9 @@ def statistics(pooled: Sequence[float], flops: Sequence[float], samples: int = 4
     for low in range(k):
         for high in range(low, k):
             pairs[low, high] = square[low : high + 1].sum(0)
-    made = LevelStatistics(
-        names=[f"n{i}" for i in range(k)], flops=np.array(flops, dtype=float), seconds=np.array(flops, dtype=float),
-        logsnr=np.linspace(-9, 9, s), weights=np.full(s, 1 / s), pairs=pairs, signed=np.zeros((k, samples, s)),
-        spread=square.mean(1), top_spread=np.full(s, 1.0),
-    )  # fmt: skip
-    return replace(made, **changes)
+    names, zero = [f"n{i}" for i in range(k)], np.zeros((k, samples, s))
+    logsnr, weights = np.linspace(-9, 9, s), np.full(s, 1 / s)
+    return LevelStatistics(names, np.array(flops, dtype=float), logsnr, weights, pairs, zero, np.ones((k + 1, s)))
 
 
 def texts(found: LevelStatistics | dict[str, Any], severity: str = "warning") -> list[str]:
@@ -61,15 +53,15 @@ def texts(found: LevelStatistics | dict[str, Any], severity: str = "warning") ->
 def test_differences_of_linear_levels_are_exact() -> None:
     """For f^k = c_k x every statistic follows from the states x of the largest level's sampler."""
     family = [Level(f"l{i}", lambda x, u, c=c: c * x, 4.0**i) for i, c in enumerate([0.5, 0.7, 0.8])]
-    s, _ = measure(family, process(), DDPM, PATH, steps=8)
+    s, _ = measure(family, process(), DDPM, PATH, 8, 12)
     x2 = s.square[0] / 0.25
     np.testing.assert_allclose(s.square[1], 0.2**2 * x2, rtol=1e-5)
     np.testing.assert_allclose(s.square[2], 0.1**2 * x2, rtol=1e-4)
     np.testing.assert_allclose(s.pairs[1, 2], 0.3**2 * x2, rtol=1e-5)
     np.testing.assert_allclose(s.signed[1], 0.4 * s.signed[0], rtol=1e-3, atol=1e-6)
-    np.testing.assert_allclose(s.top_spread, s.spread[0] * (0.8 / 0.5) ** 2, rtol=1e-5)
-    assert np.all(s.spread[0] <= s.mean_square[0] * 12 / 11 + 1e-12)
-    np.testing.assert_allclose(s.firing_costs, [1, 4, 16 + 4])
+    np.testing.assert_allclose(s.spread[3], s.spread[0] * (0.8 / 0.5) ** 2, rtol=1e-5)
+    assert np.all(s.spread[0] <= s.square[0].mean(0) * 12 / 11 + 1e-12)
+    assert [s.firing_cost(k - 1, k) for k in range(3)] == [1, 4, 16 + 4]
 
 
 @pytest.mark.parametrize(("key", "spent"), [("ode/heun", 12 * (8 * 21 + 7 * 16)), ("sde/ddpm", 12 * 8 * 21)])
@@ -86,23 +78,20 @@ def test_states_are_those_of_the_largest_level_alone_and_batches_do_not_matter(k
 
 def test_kurtosis_is_that_of_random_projections() -> None:
     rng = np.random.default_rng(0)
-    y = rng.choice([0.1, 2.0], 400, p=[0.95, 0.05])[:, None] * rng.standard_normal((400, 1000))
-    projected = y @ rng.standard_normal((1000, 4000))
+    y = rng.choice([0.1, 2.0], 400, p=[0.95, 0.05])[:, None] * rng.standard_normal((400, 500))
+    projected = y @ rng.standard_normal((500, 2000))
     direct = (projected**4).mean() / (projected**2).mean() ** 2
-    assert float(kurtosis((y**2).mean(1)[None])[0]) == pytest.approx(direct, rel=0.05)
-    assert float(kurtosis(np.ones((1, 9)))[0]) == 3
+    assert _moments(y[None, :, 0], (y**2).mean(1)[None])["kurtosis"][0] == pytest.approx(direct, rel=0.05)
+    assert _moments(np.ones((1, 9)), np.ones((1, 9)))["kurtosis"][0] == 3
 
 
 def test_a_sound_family_passes_and_its_table_shows_its_numbers() -> None:
-    found = run(toy_family(), p=np.array([1.0, 0.5, 0.25]))
+    found = run(toy_family())
     json.dumps(found, allow_nan=False)
     assert not texts(found, "error") and found["telescope"]["holds"] and found["telescope"]["gather"] < 1e-6
     assert any("telescope holds" in text for text in texts(found, "ok"))
-    assert found["firings"] == pytest.approx([8, 4, 2])
-    assert found["evaluations"] == pytest.approx([8, 8 * (0.75 - 0.125), 2])
-    assert run(toy_family(), p=np.full((20, 3), [1.0, 0.5, 0.25]))["firings"] == pytest.approx([20, 10, 5])
     row = next(line for line in table(found).splitlines() if line.startswith("w2")).split()
-    assert float(row[3]) == pytest.approx(found["pooled"]["mean_square"][2], rel=0.01) and row[-2:] == ["2", "2"]
+    assert float(row[2]) == pytest.approx(found["pooled"]["mean_square"][2], rel=0.01) and float(row[1]) == 16e-6
     assert all(f["text"] in table(found) for f in found["findings"])
     assert np.array(found["per_noise_level"]["kurtosis"]).shape == (3, 8)
     same = run([gaussian_level(0.5, 1.0), Level("same", gaussian_level(0.5).denoise, 4.0)])
@@ -136,7 +125,7 @@ BROKEN = {
 def test_broken_contracts_are_named(message: str) -> None:
     found = run([toy_family()[0], Level("mine", BROKEN[message], 4.0)])
     assert message in texts(found, "error")[0] and "mine" in texts(found, "error")[0] and "error" in table(found)
-    assert found.get("best_levels") is None and ("pooled" in found) == (message == "9.0")
+    assert ("pooled" in found) == (message == "9.0")
     json.dumps(found, allow_nan=False)
 
 
@@ -178,38 +167,20 @@ def test_differences_that_grow_are_located() -> None:
     s = statistics(*GOOD)
     s.pairs[2, 2, :, 2:4] *= 8  # n2 - n1 in the middle of the range
     (text,) = [t for t in texts(s) if "more than" in t]
-    assert text.startswith("n2 differs from n1 more than n1 from n0 at log-SNR -1.8 to 1.8 (")
+    assert text.startswith("n2 differs from n1 more than n1 from n0 between log-SNR -1.8 and 1.8 (")
     one = statistics(*GOOD)
     one.pairs[2, 2, :, 3] *= 8  # a single noise level
     assert not [t for t in texts(one) if "more than" in t]
-
-
-def test_differences_fall_pooled_and_at_each_noise_level() -> None:
-    """The second difference rises at one of two noise levels, by a factor of 4; pooled it falls."""
-    size = np.array([[4.0, 1.0], [1.0, 4.0], [0.5, 2.0]])[:, None] * np.random.default_rng(0).uniform(
-        0.9, 1.1, (3, 50, 2)
-    )
-    names, places = list("abcd"), np.array([-1.0, 1.0])
-    found = differences_fall(
-        SimpleNamespace(names=names, logsnr=places, weights=np.array([0.9, 0.1]), to_largest=size, to_previous=size)
-    )
-    assert found["checks"] == 12 and found["to_largest"]["pairs"] == [["a", "b"], ["b", "c"]]
-    assert found["to_previous"]["pairs"] == [["b", "c"], ["c", "d"]] and found["noise_levels"] == [-1.0, 1.0]
-    assert [(v["kind"], v["levels"], v["logsnr"]) for v in found["violations"]] == [
-        ("to_largest", ["a", "b"], 1.0), ("to_previous", ["b", "c"], 1.0)
-    ]  # fmt: skip
-    assert found["violations"][0]["ratio"] == pytest.approx(4, rel=0.05)
 
 
 def test_levels_that_do_not_repay_their_cost_are_dropped() -> None:
     """n1 is no better than n0: n2 differs from n1 as much as from n0."""
     s = statistics([1.0, 1e-2, 1e-2], [1, 8, 64])
     s.pairs[1, 2] = s.pairs[2, 2]
-    chain, change, se = best_chain(s)
-    before, after = np.sqrt(1e-2 * 8) + np.sqrt(1e-2 * 72), np.sqrt(1e-2 * 64)
-    assert chain == [0, 2] and change < -5 * se and change == pytest.approx(after - before, rel=0.02)
+    ratio = (np.sqrt(1e-2 * 64) / (np.sqrt(1e-2 * 8) + np.sqrt(1e-2 * 72))) ** 2
+    assert best_chain(s) == ([0, 2], pytest.approx(ratio, rel=0.02))
     (text,) = [t for t in texts(s) if t.startswith("Drop")]
-    assert text.startswith("Drop n1: with n0 + n2") and f"{100 * (1 - (after / before) ** 2):.0f}%" in text
+    assert text.startswith("Drop n1: with n0 + n2") and f"{100 * (1 - ratio):.0f}%" in text
 
 
 def test_the_chain_is_the_best_of_all_subsets() -> None:
@@ -225,36 +196,25 @@ def test_the_chain_is_the_best_of_all_subsets() -> None:
         assert tuple(best_chain(s)[0]) == subsets[int(np.argmin(sums))], trial
 
 
-@pytest.mark.parametrize(("s", "text"), [
-    (statistics([1.0, 4e-3, 1e-3], [1, 16, 20]), "n2 costs 1.25 times the FLOPs of n1: too close"),
-    (statistics([1.0, 4e-3, 1e-3], [1, 16, 1600]), "n2 costs 100 times the FLOPs of n1: a wide gap"),
-    (statistics([1.0, 4e-3, 1e-3], [1, 16, 256], seconds=np.array([1.0, 1.1, 9.0])),
-     "n0 saves nothing against n1 (1.1 times the seconds, 16 the FLOPs)."),
-    (statistics([1.0, 4e-3, 1e-3], [1, 2, 4]), "n0 runs at every step and costs 25% of n2"),
-    (statistics([1.0, 1e-3, 1e-3], [1, 16, 256]), "hardly fall with cost"),
-    (statistics([1.0, 1e-3, 1e-3 * 0.25], [1, 16, 256]), "harder than Monte Carlo: "),
-    (statistics([1.0, 1e-3, 1e-3 / 64], [1, 16, 256]), "easier than Monte Carlo: "),
-    (statistics([1.0, 1e-3, 2.5e-4], [1, 16, 256]), "gamma about 4"),  # V falls 4 times per 16 times the cost
-    (statistics([1.0, 4e-3, 1e-3], [1, 16, 256], top_spread=np.array([1e-3, 1e-3, 1, 1, 1, 1])),
-     "while the outputs of n2 vary by 0.032 over samples"),
+@pytest.mark.parametrize(("last", "text"), [
+    (1e-3, "do not measurably fall with cost"), (1e-3 / 4, "grows with level, harder than Monte Carlo"),
+    (1e-3 / 64, "falls with level, easier than Monte Carlo"),
+    (1e-3 / 4, "gamma about 4"),  # V falls 4 times per 16 times the cost
 ])  # fmt: skip
-def test_costs_base_growth_and_high_noise(s: LevelStatistics, text: str) -> None:
+def test_growth_of_variance_with_cost(last: float, text: str) -> None:
+    s = statistics([1.0, 1e-3, last], [1, 16, 256])
     assert any(text in found for found in [*texts(s), *texts(s, "ok")])
 
 
-def test_tails_and_growth_that_few_samples_cannot_decide() -> None:
-    heavy = statistics([1.0, 4e-3, 1e-3], [1, 16, 256])
-    heavy.pairs[2, 2, 0, 4] *= 1000
-    (text,) = [t for t in texts(heavy) if "kurtosis" in t]
-    assert "n2 - n1 at log-SNR 5.4" in text
+def test_growth_that_few_samples_cannot_decide() -> None:
     unsure = statistics([1.0, 1e-3, 6e-4], [1, 16, 256], samples=4)
     unsure.pairs[2, 2] *= np.array([2.5, 0.1, 0.1, 0.1])[:, None]
-    assert any("cannot be decided" in t for t in texts(unsure))
+    assert any("do not measurably fall" in t for t in texts(unsure))
 
 
 @pytest.mark.parametrize(("family", "options", "message"), [
     (toy_family(1), {}, "at least two levels"), (toy_family(), {"path": BrownianPath([1], SHAPE)}, "two seeds"),
-    (toy_family()[::-1], {}, "ordered by cost"), (toy_family(), {"p": np.array([1.0, 0.5])}, "do not fit"),
+    (toy_family()[::-1], {}, "ordered by cost"),
 ])  # fmt: skip
 def test_bad_input_is_reported(family: tuple[Level, ...], options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -1,7 +1,5 @@
 """Step rules against diffusers' schedulers, on the same noise levels, noise and denoiser."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

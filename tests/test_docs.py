@@ -3,8 +3,6 @@
 `python tests/test_docs.py` writes the tables into README.md, docs/results.md and docs/speed.md.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mlem_diffusion.benchmark.table import summary
+from mlem_diffusion.benchmark.table import report
 
 ROOT = Path(__file__).resolve().parents[1]
 README, RESULTS, SPEED = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "speed.md"
@@ -140,7 +138,7 @@ def verdict_table() -> str:
 
 def benchmark_tables() -> str:
     paths = sorted((ROOT / "results" / "benchmark").glob("*.json"))
-    return "\n\n".join(summary(json.loads(path.read_text())) for path in paths)
+    return "\n\n".join(report(json.loads(path.read_text())) for path in paths)
 
 
 TABLES = {

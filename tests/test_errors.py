@@ -1,7 +1,5 @@
 """Out-of-memory errors are distinguished from other failures."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

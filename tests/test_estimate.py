@@ -1,7 +1,5 @@
 """Estimates from a family's errors: content, the test of gamma > 2, pooling, and warnings."""
 
-from __future__ import annotations
-
 import copy
 import json
 

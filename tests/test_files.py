@@ -1,7 +1,5 @@
 """Files that are complete or absent, read without pickles, and locked folders."""
 
-from __future__ import annotations
-
 import errno
 import os
 import pickle

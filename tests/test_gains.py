@@ -1,6 +1,4 @@
-"""Gains: the adjoint sweep against forward derivatives and real changes of images."""
-
-from __future__ import annotations
+"""Gains: the adjoint sweep against finite differences and real changes of images."""
 
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from mlem_diffusion.diffusion.sampler import sample
 from mlem_diffusion.diffusion.step_rules import STEP_RULES
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.models.analytic import analytic_family
-from mlem_diffusion.multilevel.gains import Effects, forward_gains, measure_effects
+from mlem_diffusion.multilevel.gains import Effects, measure_effects
 
 SHAPE, PROCESS, FAMILY = (1, 4, 4), Process(LinearSchedule(), base_steps=65), analytic_family(levels=3)
 
@@ -26,16 +24,33 @@ def effects(steps: int = 9, key: str = "sde/ddpm", seeds: int = 6, **options) ->
     return measure_effects(FAMILY, STEP_RULES[key], PROCESS.grid(steps), path, **options)
 
 
+def gains_by_difference(key: str, k: int, at: int, h: float = 1e-2) -> np.ndarray:
+    """Gains [2] of level k's difference at one evaluation: central differences of final images, for seeds 0 and 1."""
+
+    def images(size: float) -> torch.Tensor:
+        calls = iter(range(1000))
+
+        def denoise(x: torch.Tensor, logsnr: torch.Tensor) -> torch.Tensor:
+            out = FAMILY[-1].denoise(x, logsnr)
+            if next(calls) == at:
+                below = FAMILY[k - 1].denoise(x, logsnr) if k else 0.0
+                out = out + size * (FAMILY[k].denoise(x, logsnr) - below)
+            return out
+
+        estimator = SingleLevel(Level("moved", denoise, 1.0))
+        return sample(estimator, STEP_RULES[key], PROCESS.grid(5), BrownianPath(range(2), SHAPE))[0].double()
+
+    return (((images(h) - images(-h)) / (2 * h)) ** 2).mean(dim=(1, 2, 3)).numpy()
+
+
 @pytest.mark.parametrize("key", STEP_RULES)
-def test_adjoint_agrees_with_forward_derivatives(key: str) -> None:
-    """The mean over 200 directions is within 5 of its standard errors for two seeds, first, middle and last pairs."""
+def test_adjoint_agrees_with_finite_differences(key: str) -> None:
+    """The mean over 200 directions is within 5 of its standard errors and 1% for first, middle and last pairs."""
     measured = effects(5, key, 2, probes=200).values.astype(np.float64) ** 2
-    at = [(0, 0), (1, 2), (2, 1), (2, measured.shape[-1] - 1)]
-    exact = forward_gains(FAMILY, STEP_RULES[key], PROCESS.grid(5), BrownianPath(range(2), SHAPE), at)
-    for column, (k, j) in enumerate(at):
-        per_direction = measured[:, :, k, j]
+    for k, j in [(0, 0), (1, 2), (2, 1), (2, measured.shape[-1] - 1)]:
+        exact, per_direction = gains_by_difference(key, k, j), measured[:, :, k, j]
         error = per_direction.std(axis=1) / 200**0.5
-        assert np.all(np.abs(per_direction.mean(axis=1) - exact[:, column]) < 5 * error + 1e-7 * exact[:, column])
+        assert np.all(np.abs(per_direction.mean(axis=1) - exact) < 5 * error + 1e-2 * exact)
 
 
 @pytest.mark.parametrize("key", STEP_RULES)
@@ -60,7 +75,7 @@ def test_levels_merge_and_seeds_do_not_depend_on_the_batch() -> None:
 
 def test_effects_transfer_to_other_grids() -> None:
     """From 33 to 65 points, the summed effect of a difference agrees to 15%, each gain to 30% of the largest."""
-    coarse, fine = (effects(steps, seeds=24, probes=4) for steps in (33, 65))
+    coarse, fine = (effects(steps, seeds=16, probes=4) for steps in (33, 65))
     moved = coarse.on(fine.logsnr)
     for k in (1, 2):
         sums = [np.sqrt((e.difference(k - 1, k).sum(axis=1) ** 2).mean()) for e in (moved, fine)]
@@ -81,5 +96,5 @@ def test_effects_round_trip_through_files(tmp_path: Path) -> None:
 
 def test_a_level_without_derivatives_is_refused() -> None:
     dead = Level("dead", torch.no_grad()(FAMILY[0].denoise), 1.0)
-    with pytest.raises(UserError, match="differentiated"):
+    with pytest.raises(UserError, match="no derivative"):
         measure_effects([dead], STEP_RULES["ode/ddim"], PROCESS.grid(5), BrownianPath(range(2), SHAPE))

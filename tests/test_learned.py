@@ -1,7 +1,5 @@
 """Learned probabilities: the gradient against exact enumeration, memory, cost, and the benefit of learning."""
 
-from __future__ import annotations
-
 import gc
 from itertools import product
 
@@ -77,43 +75,35 @@ class Enumerated:
 def test_one_coin_at_a_time_gives_the_exact_gradient(key: str) -> None:
     """-E[D_c] equals dE[L]/dp_c to 1e-6 for each of 6 coins, in float64 along 2 paths.
 
-    E averages over every outcome of the other coins with its exact probability. Also p l(1/p) + (1 - p) l(0) averages
-    to E[L].
+    E averages over every outcome of the other coins with its exact probability.
     """
     n, paths, exact = 3, 2, Enumerated(key, 3, paths=2)
     p, table = toy_p(n), np.stack(outcomes(n, 3))  # [64, n, K]
     chance = np.where(table, p, 1 - p)[..., 1:].reshape(len(table), -1).prod(axis=1)
-    expected, loss = exact.gradient(p), float(exact.loss(torch.tensor(p)).mean())
+    expected = exact.gradient(p)
     for step, level in product(range(n), (1, 2)):
         rows = np.full(paths * len(table), step), np.full(paths * len(table), level)
-        out = follow_coins(
+        divergence = follow_coins(
             exact.networks, p, *rows, exact.x, lambda j: exact.z[j], lambda j: np.tile(table[:, j], (paths, 1))
         )
         # probabilities of the other coins' outcomes; each occurs twice, once per value of the followed coin
         other = chance / np.where(table[:, step, level], p[step, level], 1 - p[step, level]) / 2
-        fired, unfired, divergence = (np.tile(other, paths) @ values / paths for values in out)
-        assert -divergence == pytest.approx(expected[step, level], rel=1e-6)
-        assert p[step, level] * fired + (1 - p[step, level]) * unfired == pytest.approx(loss, rel=1e-6)
+        assert -np.tile(other, paths) @ divergence / paths == pytest.approx(expected[step, level], rel=1e-6)
 
 
-def test_batches_of_random_coins_estimate_the_gradient_and_the_loss() -> None:
-    """The mean of 120 independent batches is within 4.5 standard errors of the enumerated gradient and loss.
+def test_batches_of_random_coins_estimate_the_gradient() -> None:
+    """The mean of 40 independent batches is within 4.5 standard errors of the enumerated gradient at all 4 knots.
 
-    The gradient is by the log-odds at all 4 knots. The enumeration averages 400 other paths; the tolerance includes
-    their error (2%).
+    The enumeration averages 400 other paths; the tolerance includes their error (2%).
     """
     exact = Enumerated("sde/ddpm", 3, paths=400)
     odds = LogOdds([e.logsnr for e in exact.program], FLOPS, knots=2)
     phi = odds.fit(toy_p(3))
-    p = odds.table(phi)
-    expected = (exact.gradient(p)[:, 1:] * odds.slope(phi)).T @ odds.hats
-    batches = [gradient_estimate(exact.networks, odds, phi, seed, 4, 8) for seed in range(120)]
-    found, losses = np.array([g for g, _ in batches]), np.array([loss.mean() for _, loss in batches])
-    se = found.std(axis=0, ddof=1) / 120**0.5
+    expected = (exact.gradient(odds.table(phi))[:, 1:] * odds.slope(phi)).T @ odds.hats
+    found = np.array([gradient_estimate(exact.networks, odds, phi, seed, 12, 8) for seed in range(40)])
+    se = found.std(axis=0, ddof=1) / 40**0.5
     assert np.all(se < 0.08 * np.abs(expected))
     assert np.all(np.abs(found.mean(axis=0) - expected) < 4.5 * np.hypot(se, 0.02 * np.abs(expected)))
-    loss = float(exact.loss(torch.tensor(p)).mean())
-    assert abs(losses.mean() - loss) < 4.5 * np.hypot(losses.std(ddof=1) / 120**0.5, 0.02 * loss)
 
 
 def uneven_family() -> tuple[Level, ...]:
@@ -132,29 +122,25 @@ def uneven_family() -> tuple[Level, ...]:
 def test_learned_probabilities_beat_constant_ones_at_the_same_cost() -> None:
     """On gains that vary strongly in time, the learned probabilities have less than 0.8 of the constant ones' error.
 
-    On 800 other seeds the paired difference exceeds 4 standard errors. The expected cost agrees to 0.1% at every
-    iteration. Learning again gives the same probabilities, and so do other units of cost.
+    On 400 other seeds the paired difference exceeds 4 standard errors. The expected cost agrees to 0.1%. Learning again
+    gives the same probabilities, and so do other units of cost.
     """
     family, grid, n = uneven_family(), process(spacing="logsnr").grid(12), 12
     constant = constant_probabilities([f.flops for f in family], 2.5, 2.0)
     budget = Multilevel(family, constant).expected_flops(n)
 
-    def learn(iterations: int, unit: float = 1.0) -> np.ndarray:
-        learned = learn_probabilities(
-            family, DDPM, grid, SHAPE, expected_flops=unit * budget, start=constant, iterations=iterations, paths=4,
-            knots=7, costs=[unit * f.flops for f in family], progress=lambda *at: seen.append(at),
+    def learn(iterations: int, unit: float = 1.0, paths: int = 4) -> np.ndarray:
+        p, flops = learn_probabilities(
+            family, DDPM, grid, SHAPE, expected_flops=unit * budget, start=constant, iterations=iterations, paths=paths,
+            costs=[unit * f.flops for f in family],
         )  # fmt: skip
-        assert learned.p.shape == (n, 3) and np.all(learned.p[:, 0] == 1) and learned.flops > 0
-        assert learned.cost == pytest.approx(np.full(iterations, unit * budget), rel=1e-3)
-        return learned.p
+        assert p.shape == (n, 3) and np.all(p[:, 0] == 1) and flops > 0
+        assert Multilevel(family, p).expected_flops(n) == pytest.approx(budget, rel=1e-3)
+        return p
 
-    seen: list[tuple[int, int]] = []
-    p = learn(15)
-    assert seen == [(i + 1, 15) for i in range(15)]
-    assert np.array_equal(learn(2), learn(2)) and np.allclose(learn(2, 1e-3), learn(2), rtol=1e-6)
-    assert Multilevel(family, p).expected_flops(n) == pytest.approx(budget, rel=1e-3)
-
-    path = BrownianPath(range(10_000, 10_800), SHAPE)
+    p, again = learn(8), learn(1, paths=1)
+    assert np.array_equal(learn(1, paths=1), again) and np.allclose(learn(1, 1e-3, paths=1), again, rtol=1e-6)
+    path = BrownianPath(range(10_000, 10_400), SHAPE)
     reference, _ = sample(SingleLevel(family[-1]), DDPM, grid, path)
     errors = []
     for table in (constant, p):
@@ -166,9 +152,9 @@ def test_learned_probabilities_beat_constant_ones_at_the_same_cost() -> None:
 
 
 def test_memory_does_not_grow_with_the_number_of_steps() -> None:
-    """The peak bytes of live tensors for 128 steps are less than 1.2 times those for 16 steps.
+    """The peak bytes of live tensors for 64 steps are less than 1.2 times those for 8 steps.
 
-    The peak is taken over about 16 network calls along a run. A stored trajectory would need 8 times the bytes.
+    The peak is taken over about 8 network calls along a run. A stored trajectory would need 8 times the bytes.
     """
 
     def peak(steps: int) -> int:
@@ -177,7 +163,7 @@ def test_memory_does_not_grow_with_the_number_of_steps() -> None:
         def watch(x: Tensor, logsnr: Tensor) -> Tensor:
             nonlocal most, calls
             calls += 1
-            if calls % (steps // 8) == 0:
+            if calls % (steps // 4) == 0:
                 alive = {t.data_ptr(): t.numel() * t.element_size() for t in gc.get_objects() if type(t) is Tensor}
                 most = max(most, sum(alive.values()))
             return nonlinear_denoise(x, logsnr)
@@ -190,16 +176,14 @@ def test_memory_does_not_grow_with_the_number_of_steps() -> None:
         )  # fmt: skip
         return most
 
-    first, second = peak(16), peak(128)
+    first, second = peak(8), peak(64)
     assert first > 4 * 16 * 3 * 8 * 8 * 4  # four images in each of 16 rows: the counter works
     assert second < 1.2 * first
 
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"expected_flops": 1.0}, "FLOPs per image"), ({"expected_flops": 1e9}, "FLOPs per image"),
-    ({"start": np.array([1.0, 0.5])}, "start from"), ({"start": np.array([1.0, 0.5, 0.0])}, "start from"),
-    ({"knots": 1}, "knots"), ({"family": toy_family(1)}, "two levels"),
-    ({"family": (*toy_family(2), Level("dead", lambda x, u: x.detach(), 16.0))}, "dead has no"),
+    ({"family": (*toy_family(2), Level("dead", lambda x, u: x.detach(), 16.0))}, "dead has no forward"),
 ])  # fmt: skip
 def test_bad_input_gives_one_sentence(change: dict, message: str) -> None:
     options = {"family": toy_family(), "expected_flops": 40.0, "start": np.array([1.0, 0.3, 0.1]), "iterations": 1}

@@ -1,7 +1,5 @@
 """Work shared by workers on a CPU and by torchrun's ranks."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The scripts end to end on the miniature experiment: artefacts, formats, reuse of finished work, and wrong input."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

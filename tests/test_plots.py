@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,11 +5,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pytest
 import torch
 from PIL import Image
 
-from mlem_diffusion.errors import UserError
 from mlem_diffusion.figures import style
 from mlem_diffusion.figures.ablation import plot_ablation
 from mlem_diffusion.figures.comparison import plot_compare
@@ -82,14 +78,6 @@ def test_comparison_without_some_numbers() -> None:
     assert figure.axes[1].get_yscale() == "log" and texts(figure).count("not computed") == 3
 
 
-@pytest.mark.parametrize("column", ["num_samples", "distance_name"])
-def test_rows_that_cannot_share_an_axis_are_refused(column: str) -> None:
-    frame = frame_of().astype({column: object})
-    frame.loc[3, column] = "other"
-    with pytest.raises(UserError, match=f"differ in {column}.*other"):
-        plot_compare(frame)
-
-
 # ---- gamma ----
 
 
@@ -112,15 +100,14 @@ def test_gamma_shows_fits_intervals_and_training_lengths() -> None:
     assert len(arrows) > 1 and np.allclose(arrows, 0.97 * lengths.get_ylim()[1])
 
 
-def test_gamma_of_one_training_length_without_a_finite_value() -> None:
+def test_gamma_without_a_finite_value() -> None:
     result = content("demo/gamma.json")
-    for name in ("training_lengths", "differences_fall"):
-        del result[name]
+    del result["training_lengths"][1:]
     for entry in [result, *result["per_noise_level"]]:
         for estimate in entry["estimates"].values():
             estimate |= {"gamma": None, "amplitude": None, "floor": None}
     figure = plot_gamma(result)
-    assert len(figure.axes) == 4 and len(figure.axes[2].get_xticks()) == 1
+    assert len(figure.axes[2].get_xticks()) == 1
     assert figure.axes[0].get_legend_handles_labels()[1][0].startswith("loss:  no finite γ")
 
 
@@ -153,9 +140,6 @@ def test_diagnostics_show_differences_against_noise_and_cost() -> None:
     assert any(np.array_equal(line, expected) for line in points(left))
     pooled = points(right, marker="s")[0]
     assert pooled[:, 1].tolist() == found["pooled"]["mean_square"][1:]
-    del found["pooled"]
-    with pytest.raises(UserError, match=r"nothing to plot: .*differs from"):
-        plot_diagnostics(found)
 
 
 def test_gains_are_rates_per_unit_of_logsnr() -> None:
@@ -192,18 +176,6 @@ def test_figures_are_saved_as_small_pngs(tmp_path: Path) -> None:
     assert 50 < orange.sum() < 5000
 
 
-def test_log_axes_have_plain_numbers() -> None:
-    ax = style.new_figure(3, 2).subplots()
-    ax.set(yscale="log", ylim=(0.01, 2e6))
-    style.plain_ticks(ax.yaxis)
-    named = [ax.yaxis.get_major_formatter()(value) for value in (1e-5, 0.01, 1, 1000, 1e6)]
-    assert named == ["1e-5", "0.01", "1", "1000", "1e6"]
-    assert 2.0 not in ax.yaxis.get_majorticklocs()
-    ax.set_ylim(0.5, 3)
-    style.plain_ticks(ax.yaxis)
-    assert {0.5, 1.0, 1.5, 2.0} <= {round(tick, 6) for tick in ax.yaxis.get_majorticklocs()}
-
-
 # ---- grids ----
 
 
@@ -211,11 +183,11 @@ def test_image_grid_places_and_enlarges_pixels() -> None:
     images = np.zeros((3, 3, 4, 5), np.uint8)
     images[1, 0] = 200  # the second image is red
     images[2, 2, 0, 0] = 255  # the third has one blue corner
-    grid = np.asarray(image_grid(images, columns=2, scale=3, pad=2))
-    assert grid.shape == (2 * (4 * 3 + 2) + 2, 2 * (5 * 3 + 2) + 2, 3)
-    assert (grid[2:14, 19:34] == (200, 0, 0)).all()
-    assert (grid[16:19, 2:5] == (0, 0, 255)).all() and (grid[19, 2:17] == 0).all()
-    assert (grid[16:, 19:] == 255).all() and (grid[:2] == 255).all()  # the empty place and the rim are white
+    grid = np.asarray(image_grid(images, columns=2, pad=2))
+    assert grid.shape == (2 * (64 + 2) + 2, 2 * (80 + 2) + 2, 3)  # blocks of 16 x 16
+    assert (grid[2:66, 84:164] == (200, 0, 0)).all()
+    assert (grid[68:84, 2:18] == (0, 0, 255)).all() and (grid[84, 2:82] == 0).all()
+    assert (grid[68:, 84:] == 255).all() and (grid[:2] == 255).all()  # the empty place and the rim are white
     large = image_grid(torch.zeros(9, 3, 16, 16, dtype=torch.uint8))  # nearly square, readable
     assert large.size == (3 * 65 + 1, 3 * 65 + 1)
 

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np
@@ -18,14 +16,6 @@ def test_the_images_are_those_of_version_1(size: int, seed: int, digest: str) ->
     assert hashlib.sha256(images.tobytes()).hexdigest().startswith(digest)
 
 
-@pytest.mark.parametrize("size", [17, 64])
-def test_an_image_depends_on_seed_and_index_only(size: int) -> None:
-    together = render(20, size, seed=5)
-    assert np.array_equal(together[7:8], render(1, size, seed=5, start=7))
-    assert np.array_equal(together[15:], render(5, size, seed=5, start=15))
-    assert not np.array_equal(together[:4], render(4, size, seed=6))
-
-
 def test_same_person_at_every_size_with_smooth_edges() -> None:
     large, small = render(24, 64, seed=1).astype(float), render(24, 16, seed=1).astype(float)
     assert all(len(np.unique(image)) > 100 for image in large)  # a drawing with hard edges has few distinct values
@@ -36,18 +26,11 @@ def test_same_person_at_every_size_with_smooth_edges() -> None:
 
 
 def test_portraits_vary_in_many_directions() -> None:
-    drawn = render(120, 16, seed=2)
+    drawn = render(100, 16, seed=2)
     assert drawn.min() < 60 and drawn.max() > 190  # dark and light both occur
-    images = drawn.reshape(120, -1).astype(float) / 255
-    assert len(np.unique(images, axis=0)) == 120
+    images = drawn.reshape(100, -1).astype(float) / 255
+    assert len(np.unique(images, axis=0)) == 100
     assert images.std(0).min() > 0.08  # every pixel varies
     spectrum = np.linalg.svd(images - images.mean(0), compute_uv=False) ** 2
     # Not a low-dimensional family: twenty linear components leave a good part of the variance.
     assert 0.05 < spectrum[20:].sum() / spectrum.sum() < 0.5
-
-
-@pytest.mark.parametrize("wrong", [{"count": -1}, {"size": 2}, {"seed": -1}, {"start": -1}])
-def test_wrong_arguments(wrong: dict[str, int]) -> None:
-    assert render(0, 16).shape == (0, 3, 16, 16)
-    with pytest.raises(ValueError):
-        render(**{"count": 1, "size": 16} | wrong)

@@ -1,7 +1,5 @@
 """gamma is recovered from synthetic laws in all three forms, with intervals of the stated coverage."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from laws import AMPLITUDE, FLOOR, FORMS, contains, flops_of, law

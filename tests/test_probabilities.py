@@ -1,7 +1,5 @@
 """Coins and weights: unbiased at every step, with the expected cost, and evenly spread if systematic."""
 
-from __future__ import annotations
-
 from itertools import product
 
 import numpy as np

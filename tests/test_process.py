@@ -1,7 +1,5 @@
 """Noise schedules, log-SNR, grids, forward noising."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A published family: rounded weights that load as float32, the committed family, and refusals."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

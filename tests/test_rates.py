@@ -1,7 +1,5 @@
 """The problem with a known solution: its integrators, the expected costs, the choice of settings and the exponents."""
 
-from __future__ import annotations
-
 import json
 from contextlib import nullcontext
 from dataclasses import replace

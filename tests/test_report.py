@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import html
 import json
 import re
@@ -38,22 +36,17 @@ def test_page_is_self_contained_and_complete(results: Path) -> None:
     page = text_of(page)
     assert "A <title>" in page and "Warning" not in page
     for words in (
-        "ODE, paper's ML-EM, FLOPs at equal error: up to 1.36 times cheaper than the cheapest baseline "
-        "(95% lower bound 0.691, not established).",
-        "SDE, paper's ML-EM, seconds at equal error: slower than the cheapest baseline (speed-up at most 0.949).",
-        "Harder than Monte Carlo (γ above 2): undetermined.",
-        "γ by the largest level: – (3.33 and above).",
-        "Levels that pay off in FLOPs: gauss + w4 + w16.",
         "SDE, warning: w12 differs from w8",
+        "ode paper's ML-EM error FLOPs 1.36 0.691",
+        "Harder than Monte Carlo (γ above 2): undetermined.",
+        "γ by the largest level: – (95% interval 3.33 and above).",
+        "Levels that pay off in FLOPs: gauss + w4 + w16.",
         "quadrature gauss+w6, DDPM ancestral, 32 steps",
-        "90 plans were tried",
-        "sample_compare 495 2026-11-28",
-        "name: demo",
     ):
         assert words in page, words
 
 
-@pytest.mark.parametrize("keep", ["gamma.json", "speedup.json", "compare.csv", "provenance.json", "training.png"])
+@pytest.mark.parametrize("keep", ["gamma.json", "speedup.json", "compare.csv", "training.png"])
 def test_one_artefact_is_enough(results: Path, keep: str) -> None:
     for path in results.rglob("*"):
         if path.is_file() and path.name != keep:
@@ -65,7 +58,7 @@ def test_one_artefact_is_enough(results: Path, keep: str) -> None:
         render(results, "x")
 
 
-@pytest.mark.parametrize("name", ["gamma.json", "speedup.json", "compare.csv", "compare.png", "provenance.json"])
+@pytest.mark.parametrize("name", ["gamma.json", "speedup.json", "compare.csv", "compare.png"])
 @pytest.mark.parametrize("content", [b'{"estimates": ', b"[1, 2]", b"a,b\n1,2\n"])
 def test_damaged_artefacts_give_one_sentence(results: Path, name: str, content: bytes) -> None:
     (results / name).write_bytes(content)
@@ -77,17 +70,11 @@ def test_damaged_artefacts_give_one_sentence(results: Path, name: str, content: 
 def test_content_is_escaped(results: Path) -> None:
     evil = "<script>alert('x')</script>"
     change(results / "gamma.json", htmc_reason=evil, warnings=[evil])
-    change(results / "provenance.json", device=evil)
     (results / "config.yaml").write_text(f"</pre>{evil}")
     table = results / "compare.csv"
     table.write_text(table.read_text().replace("w16", evil))
     page = render(results, evil)
     assert "<script" not in page and page.count(html.escape("<script>")) > 20
-
-
-def test_gamma_of_other_levels_is_a_warning(results: Path) -> None:
-    change(results / "gamma.json", made_with={"levels": {}})
-    assert "Warning: gamma.json and the comparison were made with different levels" in render(results, "x")
 
 
 def test_numbers_have_three_digits() -> None:

@@ -1,7 +1,5 @@
 """The sampling loop and its step rules: programs, reductions, reproducibility, orders of convergence."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -1,7 +1,5 @@
 """How repeated levels widen gamma's intervals, for synthetic families with a known spread between seeds."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 
 import numpy as np

@@ -1,14 +1,11 @@
 """UNet: shapes, cost and attention follow the configuration; the denoiser's inputs and targets have unit variance."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from mlem_diffusion.diffusion.process import add_noise
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.models.flops import flops_per_evaluation
 from mlem_diffusion.models.unet import Attention, Denoiser, UNet
 
 TARGETS = ("v", "epsilon", "x0")
@@ -39,9 +36,7 @@ def randomised(net: nn.Module, seed: int = 0) -> nn.Module:
 @pytest.mark.parametrize(
     ("width", "size", "multipliers", "blocks", "attention"),
     [
-        (2, 8, (1, 2), 1, (4,)),
         (3, 8, (1, 2), 1, (8,)),
-        (4, 16, (1, 2, 2), 1, (8,)),
         (6, 16, (1, 1, 2), 2, ()),
         (8, 32, (1, 2, 2, 2), 2, (16, 8)),
     ],
@@ -51,11 +46,6 @@ def test_the_output_has_the_shape_of_the_input(width, size, multipliers, blocks,
     x = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
     assert net(x, torch.tensor([-9.0, 0.0, 9.0])).shape == x.shape
     assert torch.count_nonzero(net(x, torch.zeros(3))) == 0  # at initialisation
-
-
-def test_flops_of_the_reference_architecture():
-    # the comment in configs/unet/adm.yaml gives 0.23 GFLOP at width 8
-    assert flops_per_evaluation(UNet(8, 64, (1, 2, 2, 2), 2, (16,)), 64) == pytest.approx(0.23e9, rel=0.03)
 
 
 @pytest.mark.parametrize(
@@ -160,12 +150,3 @@ def test_a_perfect_network_denoises_perfectly(target, value):
     denoiser = Denoiser(Fake(answer), rms, target)
     assert torch.allclose(denoiser(x, logsnr), x0, atol=2e-4)  # epsilon is divided by alpha = 0.011 at the noisy end
     assert float(denoiser.loss(x, x0, logsnr).max()) < 1e-8
-
-
-def test_v_is_v_prediction_for_data_of_unit_rms():
-    generator = torch.Generator().manual_seed(7)
-    x0, noise = torch.randn(2, 2, 3, 8, 8, generator=generator)
-    logsnr = torch.tensor([-2.0, 3.0])
-    alpha, sigma = (torch.sigmoid(v * logsnr).sqrt()[:, None, None, None] for v in (1, -1))
-    answer = sigma * x0 - alpha * noise  # minus Salimans and Ho's v
-    assert float(Denoiser(Fake(answer), 1.0, "v").loss(add_noise(x0, noise, logsnr), x0, logsnr).max()) < 1e-9

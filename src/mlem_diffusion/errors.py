@@ -1,7 +1,5 @@
 """Exceptions and warnings for users; their texts are sentences."""
 
-from __future__ import annotations
-
 import errno
 
 import torch

@@ -1,7 +1,5 @@
 """Files that are complete or absent: atomic writes, strict JSON, npz without pickles, locks on folders."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

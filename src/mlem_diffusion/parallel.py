@@ -4,8 +4,6 @@ Under torchrun every rank runs the whole program. Rank i of n takes the items i,
 meet at a barrier. Batches and seeds do not depend on the number of ranks, and so neither do the results.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

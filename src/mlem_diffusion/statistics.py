@@ -3,8 +3,6 @@
 Errors are mean squared differences over channels and pixels, for unclipped images on the scale [-1, 1].
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The analytic family with one level that fails. Configurations name it as family.callable."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -1,7 +1,5 @@
 """Scripts in processes that fork from a prepared one, so that they start within milliseconds and can be killed."""
 
-from __future__ import annotations
-
 import importlib
 import multiprocessing
 import os

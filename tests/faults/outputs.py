@@ -1,7 +1,5 @@
 """What a stage writes, in a form that two runs can be compared by."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any
@@ -9,10 +7,9 @@ from typing import Any
 import pandas as pd
 from pipeline import Place, strict
 
-WIDTHS = "family.widths=[2,4,6]"
 TIMES = re.compile(r"second|finished|date|timing|commit|device|^config$")  # a level also records its configuration
 WRITTEN = {
-    "train_levels": "checkpoints/*/w[234]/*.*",
+    "train_levels": "checkpoints/*/w*/*.*",
     "measure_gamma": "results/*/gamma.json",
     "sample_compare": "results/*/compare.csv",
     "sample": "results/*/samples/*.png",

@@ -1,7 +1,5 @@
 """Damaged, foreign and hostile files: the undisturbed result or one sentence, and no code from data."""
 
-from __future__ import annotations
-
 import ast
 import io
 import os
@@ -13,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from outputs import WIDTHS, outputs
+from outputs import outputs
 from pipeline import ROOT, Place
 
 FORCE = "force=true"
@@ -47,24 +45,23 @@ def damaged(path: Path, kind: str, executed: Path) -> bytes:
     return out.getvalue()
 
 
+BOTH, SEEDS = ("truncated", "hostile"), "seeds='0-2,5'"
 FILES = [
-    ("data/images.npy", "measure_gamma", [FORCE, "data.source=???"]),
-    ("data/manifest.json", "measure_gamma", [FORCE, "data.source=???"]),
-    ("checkpoints/smoke/w4/ema-0000000640.safetensors", "measure_gamma", [FORCE]),
-    ("checkpoints/smoke/w4/metadata.json", "measure_gamma", [FORCE]),
-    ("checkpoints/smoke/w4/state.pt", "train_levels", [WIDTHS]),
-    ("results/smoke/gamma.json", "sample_compare", [FORCE]),
-    ("results/smoke/plans.json", "sample_compare", [FORCE]),
-    ("results/smoke/plans.npz", "sample_compare", [FORCE]),
-    ("results/smoke/cache/setting-*.npz", "sample_compare", [FORCE]),
-    ("results/smoke/cache/reference-*.npz", "sample_compare", [FORCE]),
-    ("results/smoke/cache/gauss-*.safetensors", "sample", [FORCE, "seeds='0-2,5'"]),
-    ("results/smoke/best.json", "sample", [FORCE, "seeds='0-2,5'"]),
-    ("results/smoke/compare.csv", "report", []),
+    ("data/images.npy", "measure_gamma", [FORCE, "data.source=???"], BOTH),
+    ("data/manifest.json", "measure_gamma", [FORCE, "data.source=???"], BOTH[:1]),
+    ("checkpoints/smoke/w4/ema-0000000640.safetensors", "measure_gamma", [FORCE], BOTH),
+    ("checkpoints/smoke/w4/metadata.json", "measure_gamma", [FORCE], BOTH[:1]),
+    ("checkpoints/smoke/w4/state.pt", "train_levels", [], BOTH),
+    ("results/smoke/gamma.json", "sample_compare", [FORCE], BOTH[:1]),
+    ("results/smoke/plans.json", "sample_compare", [FORCE], BOTH[:1]),
+    ("results/smoke/plans.npz", "sample_compare", [FORCE], BOTH),
+    ("results/smoke/cache/setting-*.npz", "sample_compare", [FORCE], BOTH[1:]),
+    ("results/smoke/cache/reference-*.npz", "sample_compare", [FORCE], BOTH[:1]),
+    ("results/smoke/cache/gauss-*.safetensors", "sample", [FORCE, SEEDS], BOTH[1:]),
+    ("results/smoke/best.json", "sample", [FORCE, SEEDS], BOTH[:1]),
+    ("results/smoke/compare.csv", "report", [], BOTH),
 ]
-CASES = [
-    (*case, kind) for case in FILES for kind in ("truncated", "hostile") if kind == "truncated" or "json" not in case[0]
-]
+CASES = [(*case, kind) for *case, kinds in FILES for kind in kinds]
 
 
 @pytest.mark.parametrize(("pattern", "stage", "more", "kind"), CASES)

@@ -1,7 +1,5 @@
 """Numbers that are not finite are reported: training stops, and a diverging sampler is a row without an error."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from outputs import WIDTHS, outputs
+from outputs import outputs
 from pipeline import Place
 
 from mlem_diffusion.models.checkpoint import load_state
@@ -24,14 +22,13 @@ def leaves(value: Any) -> Iterator[torch.Tensor]:
             yield from leaves(item)
 
 
-@pytest.mark.parametrize("lr", ["1e30", "1e39"])
-def test_training_that_diverges_keeps_a_finite_state_and_can_begin_again(done, here, tmp_path, lr):
+def test_training_that_diverges_keeps_a_finite_state_and_can_begin_again(done, here, tmp_path):
     place = done[0].copy_to(tmp_path, "data")
-    run = here("train_levels", place, WIDTHS, f"train.lr={lr}", "train.save_every=0", "train.log_every=64", "workers=1")
+    run = here("train_levels", place, "train.lr=1e30", "train.save_every=0", "train.log_every=64", "workers=1")
     assert run.code == 2 and re.search(r"step \d+, .*(noise level|log-SNR)", run.complaint), run.err
     for path in place.checkpoints.rglob("state.pt"):
         assert all(torch.isfinite(tensor).all() for tensor in leaves(load_state(path)))
-    again = here("train_levels", place, WIDTHS, "overwrite=true")  # as the sentence says
+    again = here("train_levels", place, "overwrite=true")  # as the sentence says
     assert again.code == 0, again.err
     assert outputs(place, "train_levels") == outputs(done[0], "train_levels")
 

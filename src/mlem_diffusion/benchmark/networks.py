@@ -1,7 +1,5 @@
 """The networks that are timed: this repository's, and diffusers' UNet2DModel of the same widths and blocks."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -9,16 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
 from ..models.family import build_denoiser
 from ..models.unet import Denoiser
 
 
 class DiffusersUNet(nn.Module):
-    """diffusers' UNet2DModel as the network of a `Denoiser`: [B,3,S,S], logsnr [B] or [1] -> [B,3,S,S].
+    """diffusers' UNet2DModel as the network of a `Denoiser`: [B,3,S,S], logsnr [B] or 0-dim -> [B,3,S,S].
 
-    It has the same base width, multipliers, residual blocks, attention (heads of 64 channels, in the middle too),
-    conditioning by scale and shift, and resampling inside residual blocks as `unet.UNet`. Needs the package diffusers.
+    As in `unet.UNet`: base width, multipliers, residual blocks, attention (heads of 64 channels, in the middle too),
+    conditioning by scale and shift, and resampling inside residual blocks.
     """
 
     def __init__(self, width: int, size: int, multipliers: Sequence[int], blocks: int, attention: Sequence[int]):
@@ -51,14 +48,9 @@ class DiffusersUNet(nn.Module):
 
 
 def denoisers(width: int, size: int, unet: Mapping[str, Any], device: torch.device) -> dict[str, Denoiser]:
-    """Denoisers on the device with random weights: "" is ours, "_diffusers" theirs, if it is installed (test extra).
-
-    Raises UserError if diffusers' UNet lacks an option.
-    """
+    """Denoisers on the device with random weights: "" is ours, "_diffusers" theirs, if it is installed (test extra)."""
     found = {"": build_denoiser(width, size, 0.5, unet, "v")}
     if find_spec("diffusers"):
-        if extra := sorted(set(unet) - {"multipliers", "blocks", "attention"}):
-            raise UserError(f"diffusers' UNet has no option {', '.join(extra)}: compare networks without it.")
         found["_diffusers"] = Denoiser(DiffusersUNet(width, size, **unet), 0.5, "v")
     for denoiser in found.values():
         for parameter in denoiser.parameters():

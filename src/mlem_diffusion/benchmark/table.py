@@ -1,7 +1,5 @@
 """Rows of a benchmark, and a Markdown table of them; values that were not measured are blank."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,35 +13,35 @@ HEADINGS = {
 }  # fmt: skip
 
 
-def row(what: str, mode: str, found: Measurement | None = None, repeats: int = 1, **shape: Any) -> Row:
+def row(
+    what: str, mode: str, found: Measurement | None = None, width: int | None = None, batch: int | None = None,
+    flops: float | None = None, repeats: int = 1,
+) -> Row:  # fmt: skip
     """One row; None marks a value that was not measured or has no meaning. mode begins with the precision, if any.
 
-    found: the time of `repeats` repetitions. shape: width, batch, and flops per image, or in total without a batch.
-    spread: interquartile range over median.
+    found: the time of `repeats` repetitions; flops: per image, or in total without a batch; spread: interquartile
+    range over median.
     """
-    width, batch, flops = (shape.get(name) for name in ("width", "batch", "flops"))
-    ms = None if found is None else 1e3 * found.median / repeats
-    out: Row = {"what": what, "width": width, "batch": batch, "mode": mode, "ms": ms}
-    out["spread"] = None if found is None else found.iqr / found.median
-    out["tflops"] = None if ms is None or flops is None else flops * (batch or 1) / ms * 1e-9
-    out["images_per_s"] = None if ms is None or flops is None or batch is None else 1e3 * batch / ms
+    out: Row = {"what": what, "width": width, "batch": batch, "mode": mode, "ms": None}
+    if found is not None:
+        out.update(ms=1e3 * found.median / repeats, spread=found.iqr / found.median)
+        if flops is not None:
+            out["tflops"] = flops * (batch or 1) / out["ms"] * 1e-9
+            out["images_per_s"] = batch and 1e3 * batch / out["ms"]
     return out
 
 
 def compared(rows: Sequence[Row]) -> list[Row]:
     """The rows with fraction_of_matmul, in the same precision (autocast multiplies in bf16), and ratio_to_diffusers."""
-    peaks = {precision_of(r): r["tflops"] for r in rows if r["what"] == "matmul" and r["tflops"]}
-    theirs = {(r["what"], r["width"], r["batch"], r["mode"]): r["ms"] for r in rows}
+    peaks = {precision_of(r): r.get("tflops") for r in rows if r["what"] == "matmul"}
+    times = {(r["what"], r["width"], r["batch"], r["mode"]): r["ms"] for r in rows}
     out = []
     for r in rows:
-        peak = peaks.get(precision_of(r))
-        other = theirs.get((f"{r['what']}_diffusers", r["width"], r["batch"], r["mode"]))
-        r = r | {"fraction_of_matmul": None, "ratio_to_diffusers": None}
-        if peak and r["tflops"]:
-            r["fraction_of_matmul"] = r["tflops"] / peak
-        if other and r["ms"]:
-            r["ratio_to_diffusers"] = other / r["ms"]
-        out.append(r)
+        peak, ours = peaks.get(precision_of(r)), r.get("tflops")
+        theirs = times.get((f"{r['what']}_diffusers", r["width"], r["batch"], r["mode"]))
+        fraction = ours / peak if ours and peak else None
+        ratio = theirs / r["ms"] if theirs and r["ms"] else None
+        out.append({**r, "fraction_of_matmul": fraction, "ratio_to_diffusers": ratio})
     return out
 
 
@@ -53,20 +51,20 @@ def precision_of(r: Row) -> str:
 
 
 def cell(column: str, value: Any) -> str:
-    if value is None:
-        return ""
-    if column in ("fraction_of_matmul", "spread"):
-        return f"{100 * value:.0f}%" if value >= 0.1 else f"{100 * value:.1f}%"
-    if not isinstance(value, float):
-        return str(value)
-    if value >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.4f}" if abs(value) < 0.01 else f"{value:.3g}"
+    if column in ("fraction_of_matmul", "spread") and value is not None:
+        return f"{value:.1%}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+    return "" if value is None else str(value)
 
 
 def report(document: Mapping[str, Any]) -> str:
-    """A line about the device, and the rows as a table without columns that are empty in all rows."""
-    rows = document["rows"]
+    """A line about the device, and the rows as a table, without diffusers' rows and columns that are empty.
+
+    Of each kind of row, those with the largest batch are shown.
+    """
+    rows = [r for r in document["rows"] if not r["what"].endswith("_diffusers")]
+    rows = [r for r in rows if r["batch"] in (None, max(o["batch"] or 0 for o in rows if o["what"] == r["what"]))]
     columns = [c for c in HEADINGS if any(r.get(c) is not None for r in rows)]
     lines = [[HEADINGS[c] for c in columns], ["---"] * len(columns)]
     lines += [[cell(c, r.get(c)) for c in columns] for r in rows]
@@ -76,12 +74,3 @@ def report(document: Mapping[str, Any]) -> str:
         f"({document['resolution']}x{document['resolution']} images); {document['timing']}."
     )
     return "\n".join([head, "", *(f"| {' | '.join(line)} |" for line in lines)])
-
-
-def summary(document: Mapping[str, Any]) -> str:
-    """The report without diffusers' rows, and with the largest batch of each kind only, as docs/speed.md shows it."""
-    rows = [r for r in document["rows"] if not r["what"].endswith("_diffusers")]
-    largest: dict[str, int] = {}
-    for r in rows:
-        largest[r["what"]] = max(largest.get(r["what"], 0), r["batch"] or 0)
-    return report({**document, "rows": [r for r in rows if r["batch"] in (None, largest[r["what"]])]})

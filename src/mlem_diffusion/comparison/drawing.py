@@ -1,7 +1,5 @@
 """Pictures of chosen sample seeds with one sampler."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -44,7 +42,7 @@ def draw(
     """
     if shape[0] != 3:
         raise UserError(f"Samples of shape {list(shape)} are not pictures in RGB.")
-    starts, found, done = parallel.mine(range(0, len(seeds), batch)), {}, 0
+    starts, found = parallel.mine(range(0, len(seeds), batch)), {}
     for start in starts:
         own = seeds[start : start + batch]
         images, ledger = sample(estimator, rule, grid, BrownianPath(own, shape, device))
@@ -53,8 +51,7 @@ def draw(
             picture = Image.fromarray(image.permute(1, 2, 0).numpy())
             atomic_write(folder / f"{seed:06d}.png", lambda path, p=picture: p.save(path, format="PNG"))
         found[start] = ledger, pixels[: max(0, GRID - start)]
-        done += len(own)
-        progress(done, min(len(starts) * batch, len(seeds)))
+        progress(len(found) * batch, len(starts) * batch)
     total, parts = Ledger([level.flops for level in estimator.levels]), []
     for ledger, pixels in parallel.gather(found).values():
         total.add(ledger)

@@ -1,10 +1,8 @@
 """Feature extractors for the Frechet distance: a light one without download, Inception, and any callable.
 
-All take uint8 images [N, 3, H, W] and return float32 features [N, D] on the CPU. Only `inception` gives the
-distance that the literature calls FID (Heusel et al. 2017, arXiv:1706.08500). The others have their own names.
+Only `inception` gives the distance that the literature calls FID (Heusel et al. 2017, arXiv:1706.08500). The others
+have their own names.
 """
-
-from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
@@ -22,71 +20,48 @@ from ..files import sha256_of
 
 # Hash of the file that torch-fidelity downloads. It is a pickle, so only this exact content is ever loaded.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+BATCH = 64  # images per call
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """A named map from images to features.
+    """A map from images to features."""
 
-    `name` is the name of the distance in tables and figures. `key` identifies weights and settings in caches.
-    `compute` maps uint8 [N, 3, H, W] on the CPU to [N, D] on any device, with `batch` images per call. `identity`
-    is a key that is the same on every device, for published statistics; if it is empty, `key` is used.
-    """
-
-    name: str
-    key: str
-    compute: Callable[[Tensor], Any]
-    batch: int = 256
-    identity: str = ""
+    name: str  # of the distance, in tables and figures
+    key: str  # of weights and settings, in caches and for published moments
+    compute: Callable[[Tensor], Any]  # uint8 [N, 3, H, W] on the CPU to [N, D] on any device
 
     @torch.no_grad()
     def features(self, images: Tensor | np.ndarray) -> Tensor:
-        """Float32 features [N, D] on the CPU of uint8 images [N, 3, H, W], such as a memory map.
-
-        Raises UserError for no images, for images of another type or shape, and for features that are not finite
-        [N, D] numbers.
-        """
-        if images.ndim != 4 or images.shape[1] != 3 or images.dtype not in (torch.uint8, np.uint8) or not len(images):
-            raise UserError(f"Distances need uint8 images [N, 3, H, W], but got {images.dtype} {tuple(images.shape)}.")
-        parts: list[Tensor] = []
-        for start in range(0, len(images), self.batch):
-            chunk = images[start : start + self.batch]
-            chunk = chunk.cpu() if isinstance(chunk, Tensor) else torch.from_numpy(np.array(chunk))
-            out = torch.as_tensor(self.compute(chunk)).detach().to("cpu", torch.float32)
+        """Float32 features [N, D] on the CPU of uint8 images [N, 3, H, W]; UserError if they are not finite [N, D]."""
+        parts = []
+        for start in range(0, len(images), BATCH):
+            chunk = torch.as_tensor(images[start : start + BATCH])
+            out = torch.as_tensor(self.compute(chunk)).to("cpu", torch.float32)
             if out.ndim != 2 or len(out) != len(chunk) or not bool(torch.isfinite(out).all()):
-                found = (
-                    f"but it returned shape {tuple(out.shape)} for {len(chunk)} images, or values that are not finite"
-                )
-                raise UserError(f"{self.name}: the extractor must return finite features [N, D], {found}.")
+                raise UserError(f"{self.name}: the extractor must return finite features [N, D], not {out.shape}.")
             parts.append(out)
         return torch.cat(parts)
 
 
 # ------------------------------------------------------------------------------------------------ light
 
-
-def light(dim: int = 64, seed: int = 0, device: str = "cpu", batch: int = 64) -> Extractor:
-    """Extractor of `dim` random-convolution features: no download, the same weights on every machine.
-
-    Two layers of random zero-mean 3x3 filters at three scales (full, half and quarter resolution) are rectified. A
-    fixed random matrix projects the logarithm of the mean response per quadrant, and the mean colour per quadrant, to
-    `dim` numbers. Logarithms make a relative loss of fine detail (blur) as visible as a change of contrast. This
-    project designed the features to compare samplers with one another; the distances are not FIDs.
-    """
-    if dim < 1:
-        raise UserError(f"The light extractor needs dim >= 1, but dim is {dim}.")
-    weights = _light_weights(dim, seed)
-    digest = hashlib.sha256(f"random-conv-1/{dim}/{seed}/{torch.device(device).type}".encode())
-    for array in weights:
-        digest.update(array.tobytes())
-    tensors = [torch.from_numpy(array).to(device) for array in weights]
-    key, identity = digest.hexdigest()[:16], f"random-conv-1/{dim}/{seed}"
-    return Extractor("FD-random-conv", key, lambda images: _light_features(images, tensors), batch, identity)
-
-
 _FIRST, _SECOND, _SCALES, _CELLS = 16, 32, 3, 4
 _COLOURS = 3 * _CELLS
 _FLOOR = 0.02  # in image units [-1, 1]: below about 2.5 grey levels, detail and rounding look alike
+
+
+def light(dim: int = 64, seed: int = 0, device: str = "cpu") -> Extractor:
+    """Extractor of `dim` random-convolution features: no download, the same weights on every machine.
+
+    Two layers of random zero-mean 3x3 filters are rectified at three scales. A fixed random matrix projects the
+    logarithm of the mean response and the mean colour, per quadrant, to `dim` numbers. Logarithms make a relative loss
+    of fine detail (blur) as visible as a change of contrast.
+    """
+    if dim < 1:
+        raise UserError(f"The light extractor needs dim >= 1, but dim is {dim}.")
+    weights = [torch.from_numpy(array).to(device) for array in _light_weights(dim, seed)]
+    return Extractor("FD-random-conv", f"random-conv-1/{dim}/{seed}", lambda images: _light_features(images, *weights))
 
 
 def _light_weights(dim: int, seed: int) -> list[np.ndarray]:
@@ -105,8 +80,7 @@ def _light_weights(dim: int, seed: int) -> list[np.ndarray]:
     return [*arrays, projection.astype(np.float32)]
 
 
-def _light_features(images: Tensor, weights: list[Tensor]) -> Tensor:
-    first, second, projection = weights
+def _light_features(images: Tensor, first: Tensor, second: Tensor, projection: Tensor) -> Tensor:
     x = images.to(first.device).float() / 127.5 - 1
     colour = F.adaptive_avg_pool2d(x, 2).flatten(1)
     columns = []
@@ -121,63 +95,43 @@ def _light_features(images: Tensor, weights: list[Tensor]) -> Tensor:
     return torch.cat([*columns, colour], 1) @ projection
 
 
-# -------------------------------------------------------------------------------------------- inception
+# ------------------------------------------------------------------------------------ inception, custom
 
 
-def inception(weights: str | None = None, device: str = "cpu", batch: int = 64) -> Extractor:
+def inception(weights: str | None = None, device: str = "cpu") -> Extractor:
     """torch-fidelity's InceptionV3 (TF-2015 weights), 2048 pooled features: the distance is FID.
 
-    `weights` is a local copy of weights-inception-2015-12-05-6726825d.pth; without it, torch-fidelity's file is
-    downloaded and stored in the torch hub folder. In both cases the file's SHA-256 is checked before it is opened.
-    Speed: about 3 images per second on two CPU cores. Raises UserError for a wrong file or a failed download.
+    `weights` is a local copy of weights-inception-2015-12-05-6726825d.pth; without it, the file is downloaded to the
+    torch hub folder. UserError for a wrong file or a failed download. About 3 images per second on two CPU cores.
     """
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as URL
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    path = Path(weights) if weights else _downloaded(URL_INCEPTION_V3)
-    if not path.is_file():
-        raise UserError(f"The Inception weights {path} do not exist.")
-    if (found := sha256_of(path)) != INCEPTION_SHA256:
-        raise UserError(
-            f"{path} is not weights-inception-2015-12-05-6726825d.pth: its SHA-256 starts with "
-            f"{found[:8]} instead of {INCEPTION_SHA256[:8]}."
-        )
-    network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
-    network = network.to(device).eval()
-    key = f"inception-{INCEPTION_SHA256[:12]}-{torch.device(device).type}"
-    identity = f"inception-{INCEPTION_SHA256}"
-    return Extractor("FID", key, lambda images: network(images.to(device))[0], batch, identity)
-
-
-def _downloaded(url: str) -> Path:
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-    if not path.is_file():
+    path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / URL.rsplit("/", 1)[1])
+    if not weights and not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # This downloads to a temporary file, compares the hash, then renames: no partial file is left.
-            torch.hub.download_url_to_file(url, str(path), INCEPTION_SHA256, progress=False)
+            # to a temporary file, which is renamed if its hash is right
+            torch.hub.download_url_to_file(URL, str(path), INCEPTION_SHA256, progress=False)
         except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
-            raise UserError(
-                f"The Inception weights could not be downloaded ({getattr(error, 'reason', None) or error}); fetch "
-                f"{url} on another machine and give its path as `weights`, or use the light extractor."
-            ) from error
-    return path
+            raise UserError(f"Download {URL} and give its path as metrics.weights, for it failed: {error}.") from error
+    if not path.is_file() or sha256_of(path) != INCEPTION_SHA256:
+        raise UserError(f"The Inception weights {path} do not exist, or their SHA-256 is not {INCEPTION_SHA256}.")
+    network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
+    network = network.to(device).eval()
+    return Extractor("FID", f"inception-{INCEPTION_SHA256}", lambda images: network(images.to(device))[0])
 
 
-# ----------------------------------------------------------------------------------------------- custom
-
-
-def custom(callable: Callable[[Tensor], Any], name: str, key: str = "", batch: int = 256) -> Extractor:
+def custom(callable: Callable[[Tensor], Any], name: str, key: str = "") -> Extractor:
     """Extractor from any map of uint8 images [N, 3, H, W] to [N, D] features, with its own name.
 
-    From Hydra: `callable: {_target_: package.Class, ...}`. `key` is a hash of weights and settings. Without it, a key
-    is computed from the callable's output on a few fixed images, so that changed weights never use an old cache.
-    Raises UserError for no name, the name FID (reserved for Inception's TF-2015 weights), or no callable.
+    From Hydra: `callable: {_target_: package.Class, ...}`. Without a key, one is computed from the features of a few
+    fixed images, so that changed weights never use an old cache. UserError for the name FID, which is Inception's.
     """
-    if not name.strip() or name.strip().upper() == "FID":
+    name = name.strip()
+    if name.upper() in ("", "FID"):
         raise UserError("A custom extractor needs a name for its distance, and this name must not be FID.")
-    if not hasattr(callable, "__call__"):  # noqa: B004  the builtin is shadowed by the argument
-        raise UserError(f"The extractor {name} is not callable: {type(callable).__name__}.")
-    extractor = Extractor(name.strip(), key, callable, batch)
+    extractor = Extractor(name, key, callable)
     if key:
         return extractor
     images = np.random.RandomState(0).randint(0, 256, (4, 3, 64, 64)).astype(np.uint8)  # see _light_weights

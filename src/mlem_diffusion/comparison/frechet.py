@@ -4,8 +4,6 @@ The Frechet distance between Gaussians fitted to features is |m1 - m2|^2 + tr(S1
 (Dowson & Landau 1982; Heusel et al. 2017). Its value depends on n: report n and `distance_floor` with it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +14,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError
-from ..files import expect_content, read_arrays, write_arrays
+from ..files import read_arrays, write_arrays
 from .features import Extractor
 
 _DOUBLE = 512  # the largest number of features for which moments are stored in float64
@@ -24,11 +22,10 @@ _DOUBLE = 512  # the largest number of features for which moments are stored in 
 
 @dataclass(frozen=True, eq=False)
 class FeatureMoments:
-    """Mean [D] and unbiased covariance [D, D] of the features of n images, float64."""
+    """Mean [D] and unbiased covariance [D, D] of features, float64."""
 
     mean: np.ndarray
     cov: np.ndarray
-    n: int
 
     @cached_property
     def root(self) -> np.ndarray:
@@ -37,58 +34,39 @@ class FeatureMoments:
         return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
 
 
-def _as_float64(features: Any) -> np.ndarray:
-    """An array or CPU tensor [N, D] with N >= 2 finite rows; UserError for anything else."""
-    array = np.asarray(features, dtype=np.float64)
-    if array.ndim != 2 or len(array) < 2:
-        raise UserError(f"A Frechet distance needs features [N, D] of at least 2 images, but got {array.shape}.")
-    if not np.isfinite(array).all():
-        raise UserError("The features contain NaN or infinite values, so their distance is undefined.")
-    return array
+class RealImages(NamedTuple):
+    """What samples are compared with: the name of the distance, moments of real images, and `distance_floor`."""
+
+    name: str
+    moments: FeatureMoments
+    floor: float | None
 
 
 def feature_moments(features: Any) -> FeatureMoments:
     """Mean and covariance of features [N, D], by torch-fidelity in float64."""
     from torch_fidelity.metric_fid import fid_features_to_statistics  # slow import
 
-    array = _as_float64(features)
-    out = fid_features_to_statistics(torch.from_numpy(array))
-    return FeatureMoments(out["mu"], np.atleast_2d(out["sigma"]), len(array))
+    out = fid_features_to_statistics(torch.from_numpy(np.asarray(features, dtype=np.float64)))
+    return FeatureMoments(out["mu"], np.atleast_2d(out["sigma"]))
 
 
-def frechet_distance(x: Any, y: Any) -> float:
-    """Frechet distance of two sets of features [N, D] (or their FeatureMoments), by torch-fidelity in float64.
-
-    Raises UserError for fewer than 2 images on a side, NaN features, or different feature sizes.
-    """
+def frechet_distance(features: Any, reference: FeatureMoments) -> float:
+    """Frechet distance of features [N, D] to the reference, by torch-fidelity in float64."""
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric  # slow import
 
-    a, b = (s if isinstance(s, FeatureMoments) else feature_moments(s) for s in (x, y))
-    _check_sizes(len(a.mean), len(b.mean))
-    stats = [{"mu": s.mean.astype(np.float64), "sigma": s.cov.astype(np.float64)} for s in (a, b)]
+    stats = [{"mu": s.mean, "sigma": s.cov} for s in (feature_moments(features), reference)]
     return float(fid_statistics_to_metric(*stats, verbose=False)[KEY_METRIC_FID])
 
 
-def _check_sizes(one: int, other: int) -> None:
-    if one != other:
-        raise UserError(f"Features of {one} and of {other} numbers cannot be compared.")
-
-
-def fast_frechet(
-    x: np.ndarray, reference: FeatureMoments, counts: np.ndarray | None = None, projected: np.ndarray | None = None
-) -> float:
-    """Frechet distance, faster for many bootstrap replicates: features [n, D], row i counted counts[i] times.
+def fast_frechet(x: np.ndarray, reference: FeatureMoments, counts: np.ndarray, projected: np.ndarray) -> float:
+    """Frechet distance for bootstrap replicates: features [n, D], float64, row i counted counts[i] times.
 
     With S2 the reference covariance, tr (S1 S2)^(1/2) is the sum of the singular values of the centred
     features times S2^(1/2), divided by sqrt(n - 1). This is an n x n or D x D symmetric eigenvalue problem,
-    whichever is smaller. Pass `projected` = x @ reference.root [n, D] to share that product between replicates.
+    whichever is smaller. `projected` = x @ reference.root [n, D] is shared by the replicates.
     """
-    x = _as_float64(x)
-    _check_sizes(x.shape[1], len(reference.mean))
-    y = x @ reference.root if projected is None else projected
-    weights = np.ones(len(x)) if counts is None else np.asarray(counts, dtype=np.float64)
-    drawn = weights > 0
-    x, y, weights = x[drawn], y[drawn], weights[drawn]
+    drawn = counts > 0
+    x, y, weights = x[drawn], projected[drawn], counts[drawn]
     n = weights.sum()
     mean = weights @ x / n
     square = np.sqrt(weights / (n - 1))[:, None]
@@ -100,84 +78,56 @@ def fast_frechet(
     return float(shift @ shift + trace + np.trace(reference.cov) - 2 * singular)
 
 
-def distance_floor(features_of_real: Any, n: int, seed: int, repeats: int = 3) -> float:
+def distance_floor(features: np.ndarray, n: int, seed: int, repeats: int = 3) -> float:
     """Real against real: the mean distance of n random real images to the moments of all *other* real ones.
 
-    `features_of_real` is [N, D] with N >= n + 2; the mean is over `repeats` draws. No sampler is expected to
-    go below it with n images. Raises UserError for too few images or NaN features.
+    features: [N, D]. No sampler is expected to go below it with n images. Raises UserError unless N >= n + 2.
     """
-    features = _as_float64(features_of_real)
     if len(features) < n + 2:
-        raise UserError(
-            f"The floor at n = {n} needs at least {n + 2} real images, but there are {len(features)}: "
-            "lower compare.num_samples."
-        )
+        raise UserError(f"compare.num_samples={n} needs {n + 2} real images, but there are {len(features)}.")
     rng = np.random.default_rng(seed)
     orders = [rng.permutation(len(features)) for _ in range(repeats)]
-    return float(np.mean([frechet_distance(features[order[:n]], features[order[n:]]) for order in orders]))
+    found = [frechet_distance(features[order[:n]], feature_moments(features[order[n:]])) for order in orders]
+    return float(np.mean(found))
 
 
-# ------------------------------------------------------------------------------------------------ real images
-
-
-class RealImages(NamedTuple):
-    """What samples are compared with: the name of the distance, moments of real images, and `distance_floor`."""
-
-    name: str
-    moments: FeatureMoments
-    floor: float | None
-
-    @classmethod
-    def of(cls, name: str, features: np.ndarray, n: int, seed: int) -> RealImages:
-        """From features [N, D] of all real images, for comparisons of n samples."""
-        return cls(name, feature_moments(features), distance_floor(features, n, seed))
+# ------------------------------------------------------------------------------------------------ files
 
 
 def write_features(
     path: Path, extractor: Extractor, images: np.ndarray, rows: np.ndarray, progress: Callable[[int, int], object]
 ) -> None:
-    """Write the features of rows of packed images, uint8 [N, 3, H, W]; Inception needs hours for them on a CPU."""
-    parts, chunk = [], 1024
-    for start in range(0, len(rows), chunk):
-        parts.append(extractor.features(images[rows[start : start + chunk]]).numpy())
-        progress(min(start + chunk, len(rows)), len(rows))
+    """Write the features of rows of packed images, uint8 [N, 3, H, W]."""
+    parts = []
+    for chunk in np.array_split(rows, range(1024, len(rows), 1024)):
+        parts.append(extractor.features(images[chunk]).numpy())
+        progress(sum(map(len, parts)), len(rows))
     write_arrays(path, {"features": np.concatenate(parts)}, compress=False)
 
 
-def read_features(path: Path) -> np.ndarray:
-    """The features [len(rows), D], float32, that `write_features` wrote."""
-    arrays = read_arrays(path, "run the same command again")
-    with expect_content(path, "run the same command again"):
-        return arrays["features"]
-
-
 def save_moments(path: Path, moments: FeatureMoments) -> None:
-    """Write mean [D], upper triangle of the covariance and number of images as npz; float32 for many features."""
+    """Write the mean [D] and the upper triangle of the covariance as npz; float32 for many features."""
     kind = np.float64 if len(moments.mean) <= _DOUBLE else np.float32
     upper = moments.cov[np.triu_indices(len(moments.mean))]
-    write_arrays(path, {"mean": moments.mean.astype(kind), "upper": upper.astype(kind), "n": moments.n})
+    write_arrays(path, {"mean": moments.mean.astype(kind), "upper": upper.astype(kind)})
 
 
 def load_moments(path: Path) -> FeatureMoments:
     """The moments that `save_moments` wrote, in float64."""
-    arrays = read_arrays(path, "restore it (git checkout), or publish the family again (make publish)")
-    mean, upper, n = arrays["mean"].astype(np.float64), arrays["upper"].astype(np.float64), int(arrays["n"])
+    arrays = read_arrays(path, "publish the family again (make publish)")
+    mean, upper = arrays["mean"].astype(np.float64), arrays["upper"].astype(np.float64)
     cov = np.zeros((len(mean), len(mean)))
     cov[np.triu_indices(len(mean))] = upper
-    return FeatureMoments(mean, cov + np.triu(cov, 1).T, n)
+    return FeatureMoments(mean, cov + np.triu(cov, 1).T)
 
 
 def published_images(
     index: Mapping[str, Any] | None, folder: Path, extractor: Extractor, n: int, seed: int
 ) -> RealImages | None:
-    """The published moments of the training images' features; None if no moments by this extractor are published.
-
-    index: content of the family.json in `folder`. The floor is None unless it was published for n images and this seed.
-    """
+    """The moments by this extractor that a family.json (`index`) names, if any; without a floor for other n or seed."""
     found = (index or {}).get("statistics")
-    if found is None or (found["name"], found["identity"]) != (extractor.name, extractor.identity or extractor.key):
+    if found is None or (found["name"], found["identity"]) != (extractor.name, extractor.key):
         return None
     same = (found["floor"]["num_samples"], found["floor"]["seed"]) == (n, seed)
-    return RealImages(
-        extractor.name, load_moments(folder / found["file"]), found["floor"]["distance"] if same else None
-    )
+    floor = found["floor"]["distance"] if same else None
+    return RealImages(extractor.name, load_moments(folder / found["file"]), floor)

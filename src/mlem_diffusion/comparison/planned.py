@@ -1,7 +1,5 @@
 """The optimiser's plans in the comparison: settings that run them, and what plans add to the rows of compare.csv."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,7 +26,7 @@ class Planned:
     plans: Mapping[str, Plan] = field(default_factory=dict)
     settings: Sequence[SamplerSetting] = ()  # those that run the plans
     facts: Mapping[SamplerSetting, Row] = field(default_factory=dict)  # further columns, also of single levels
-    flops: float | None = None  # cost of the calibration
+    flops: float = 0.0  # cost of the calibration
     unit: str = "flops"  # the cost that plans minimise, "flops" or "seconds"
 
 
@@ -40,7 +38,7 @@ def read_planned(path: Path, config: Any) -> Planned:
         return Planned()
     plans, content = load_plans(path)
     with expect_content(path, "run make optimise again"):
-        settings, facts, used = [], {}, set(map(int, content["seeds_used"]))
+        settings, facts = [], {}
         for e in content["alone"]:
             setting = SamplerSetting(e["dynamics"], e["step_rule"], "single", (e["level"],), e["steps"])
             facts[setting] = {"selected_error": e["selected_error"]}
@@ -50,13 +48,9 @@ def read_planned(path: Path, config: Any) -> Planned:
             more = {"predicted": plan.predicted, "largest_effect": plan.largest_effect} if setting.plan else {}
             facts[setting] = more | {"selected_error": e["selected_error"]}
             settings.append(setting)
-        planned = Planned(plans, settings, facts, content["calibration"]["flops"], content.get("cost_unit", "flops"))
-    if used & set(range(config.seed, config.seed + config.num_samples)):
-        raise UserError(
-            "The plans were selected on sample seeds that the comparison would use too: change compare.seed or "
-            "compare.num_samples."
-        )
-    return planned
+        if not set(content["seeds_used"]).isdisjoint(range(config.seed, config.seed + config.num_samples)):
+            raise UserError("The plans were selected on sample seeds of this comparison: change compare.seed.")
+        return Planned(plans, settings, facts, content["calibration"]["flops"], content["cost_unit"])
 
 
 def all_settings(config: Any, names: Iterable[str], base_steps: int, planned: Planned) -> list[SamplerSetting]:
@@ -101,18 +95,22 @@ def complete(
     return out
 
 
+def divergence(measured: Iterable[Measurement]) -> list[str]:
+    """A line for each setting with samples that diverged."""
+    rows = [m.row for m in measured if "diverged" in m.row]
+    return [f"{describe(row)}: {row['diverged']} samples diverged." for row in rows]
+
+
 def examples(measured: Iterable[Measurement], dynamics: str, runner: Runner) -> list[tuple[str, Any]]:
-    """(label, images) of the reference, and of three baselines on their frontier, each with the best ML-EM setting of
-    no higher cost."""
-    images = {id(m.row): m.images for m in measured}
-    rows = [m.row for m in measured if m.row["dynamics"] == dynamics]
+    """(label, images) of the reference, and of three baselines on their frontier with the best ML-EM as cheap."""
+    rows: list[Row] = [m.row | {"images": m.images} for m in measured if m.row["dynamics"] == dynamics]
+    multilevel = [row for row in rows if row["estimator"] not in BASELINES]
     base = frontier([row for row in rows if row["estimator"] in BASELINES], "gflops_realised", "error")
-    chosen: list[Row] = []
+    found: list[tuple[str, Any]] = []
     for i in sorted({len(base) // 4, len(base) // 2, (3 * len(base)) // 4}) if base else ():
-        limit = 1.02 * base[i]["gflops_realised"]
-        ours = [row for row in rows if row["estimator"] not in BASELINES and row["gflops_realised"] <= limit]
-        chosen += [base[i], *sorted(ours, key=lambda row: row["error"])[:1]]
-    label, reference = "{}\n{:.3g} GFLOP, error {:.2g}", to_uint8(runner.reference(dynamics)[: runner.grid_images])
-    labels = [label.format(describe(row), row["gflops_realised"], row["error"]) for row in chosen]
-    found = zip(labels, (images[id(row)] for row in chosen), strict=True)
+        ours = [row for row in multilevel if row["gflops_realised"] <= 1.02 * base[i]["gflops_realised"]]
+        for row in (base[i], *sorted(ours, key=lambda row: row["error"])[:1]):
+            label = f"{describe(row)}\n{row['gflops_realised']:.3g} GFLOP, error {row['error']:.2g}"
+            found.append((label, row["images"]))
+    reference = to_uint8(runner.reference(dynamics)[: runner.grid_images])
     return [("reference: largest level, finest grid", reference), *found]

@@ -4,11 +4,9 @@ Every batch of a reference and every finished setting is one npz file under a ha
 stopped comparison can resume.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,9 +51,8 @@ class Runner:
     cache: Path
     key: str  # hash of the weights, process and extractor
     grid_images: int = 12
-    plans: Mapping[str, Plan] = field(default_factory=dict)
+    plans: dict[str, Plan] = field(default_factory=dict)
     reference_steps: int | None = None  # None: the base grid
-    made_with: Mapping[str, Any] | None = None  # family.identity_of the levels; artefacts record it
     _paths: dict[int, BrownianPath] = field(default_factory=dict, init=False, repr=False)
     _references: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
@@ -106,13 +103,12 @@ class Runner:
             parts = []
             for i, file in enumerate(self._reference_files(dynamics)):
                 parts.append(cached(file, _read, lambda i=i: self.measure_reference(dynamics, i))["images"])
-            images = np.concatenate(parts)
-            if not np.isfinite(images).all():
+            images = torch.from_numpy(np.concatenate(parts))
+            if not images.isfinite().all():
                 raise UserError(
-                    f"The reference of the {dynamics.upper()}, the largest level on the finest grid, is not finite, so "
-                    "nothing can be compared with it: train the largest level longer or with a lower train.lr."
+                    f"The reference of the {dynamics.upper()} is not finite: train its largest level longer."
                 )
-            self._references[dynamics] = torch.from_numpy(images)
+            self._references[dynamics] = images
         return self._references[dynamics]
 
     # -------------------------------------------------------------------------------------------- settings
@@ -121,9 +117,7 @@ class Runner:
         return self._file("setting", setting.row).is_file()
 
     def measure(self, setting: SamplerSetting, should_stop: Callable[[], bool] = never) -> None:
-        """Run all batches of a setting and write its file; raises Interrupted between batches.
-
-        Its seconds per image are summed over the batches and divided by the number of images."""
+        """Run all batches of a setting and write its file; raises Interrupted between batches."""
         estimator, parts = self.build(setting), []
         total = Ledger([level.flops for level in estimator.levels])
         for start in range(0, len(self.seeds), self.batch):
@@ -133,33 +127,10 @@ class Runner:
             parts.append(arrays)
             total.add(ledger)
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        costs = self._costs(setting, estimator, total, arrays)
-        del arrays["diverged"]
-        write_arrays(self._file("setting", setting.row), {"costs": json.dumps(costs), **arrays})
-
-    def _batch(self, setting: SamplerSetting, estimator: Estimator, start: int) -> tuple[dict[str, Any], Ledger]:
-        path, grid = self._path(start), self.process.grid(setting.steps)
-        images, ledger = sample(estimator, setting.rule, grid, path)
-        images, reference = images.cpu(), self.reference(setting.dynamics)[start : start + len(path.seeds)]
-        out = {
-            "diverged": diverged(images),
-            "errors": squared_errors(images[: len(reference)], reference) if len(reference) else np.empty(0),
-            "clusters": np.array(estimator.clusters(path.seeds)),
-        }
-        if self.extractor is not None:
-            pixels = to_uint8(images.nan_to_num())
-            out["features"] = self.extractor.features(pixels).numpy()
-            out["images"] = pixels[: max(0, self.grid_images - start)].numpy()
-        return out, ledger
-
-    def _costs(
-        self, setting: SamplerSetting, estimator: Estimator, total: Ledger, arrays: Mapping[str, np.ndarray]
-    ) -> dict[str, Any]:
-        """The measured columns of compare.csv; the mean error is undefined if a sample has diverged."""
-        errors, lost = arrays["errors"], int(arrays["diverged"].sum())
-        spread = float("nan") if lost else standard_error(errors, arrays["clusters"][: len(errors)])
+        errors, lost = arrays["errors"], int(arrays.pop("diverged").sum())
+        spread = np.nan if lost else standard_error(errors, arrays["clusters"][: len(errors)])
         costs = {
-            "error": None if lost else float(errors.mean()),
+            "error": None if lost else float(errors.mean()),  # undefined if a sample has diverged
             "error_se": spread if np.isfinite(spread) else None,  # not finite if all samples share one coin draw
             "network_calls": total.calls_per_image,
             "gflops_expected": estimator.expected_flops(setting.evaluations(self.process)) / 1e9,
@@ -168,7 +139,23 @@ class Runner:
             # only in the samples that the error averages
             "top_evaluations": int(total.per_sample[: len(errors), -1].sum()),
         }
-        return costs | {"diverged": lost} if lost else costs
+        costs |= {"diverged": lost} if lost else {}
+        write_arrays(self._file("setting", setting.row), {"costs": json.dumps(costs), **arrays})
+
+    def _batch(self, setting: SamplerSetting, estimator: Estimator, start: int) -> tuple[dict[str, Any], Ledger]:
+        path = self._path(start)
+        images, ledger = sample(estimator, setting.rule, self.process.grid(setting.steps), path)
+        images, reference = images.cpu(), self.reference(setting.dynamics)[start : start + len(path.seeds)]
+        out = {
+            "diverged": diverged(images),
+            "errors": squared_errors(images[: len(reference)], reference),
+            "clusters": np.array(estimator.clusters(path.seeds)),
+        }
+        if self.extractor is not None:
+            pixels = to_uint8(images.nan_to_num())
+            out["features"] = self.extractor.features(pixels).numpy()
+            out["images"] = pixels[: max(0, self.grid_images - start)].numpy()
+        return out, ledger
 
     def read(self, setting: SamplerSetting) -> Measurement:
         """A finished setting; it is measured again if its file is missing or damaged."""
@@ -183,11 +170,9 @@ class Runner:
             self._paths[start] = BrownianPath(self.seeds[start : start + self.batch], self.shape, self.device)
         return self._paths[start]
 
-    def _file(self, kind: str, what: Mapping[str, Any]) -> Path:
-        asked = [
-            kind, what, self.key, self.seeds[0], len(self.seeds), self.num_reference, self.gamma, self.grid_images,
-            self.batch, self.reference_steps,
-        ]  # fmt: skip
+    def _file(self, kind: str, what: Any) -> Path:
+        sizes = [self.seeds[0], len(self.seeds), self.num_reference]
+        asked = [kind, what, self.key, *sizes, self.gamma, self.grid_images, self.batch, self.reference_steps]
         digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
         return self.cache / f"{kind}-{digest[:20]}.npz"
 

@@ -1,7 +1,5 @@
 """Sampler settings, from the configuration to compare.csv, and what was measured of each."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -47,10 +45,10 @@ class SamplerSetting:
         row = asdict(self) | {"levels": "+".join(self.levels)}
         return row if self.plan else {key: value for key, value in row.items() if key != "plan"}
 
-    def build(self, levels: Mapping[str, Level], gamma: float, plans: Mapping[str, Plan] | None = None) -> Estimator:
+    def build(self, levels: Mapping[str, Level], gamma: float, plans: Mapping[str, Plan]) -> Estimator:
         """The estimator of this setting. Raises UserError for unknown levels, kinds or plans."""
         if self.plan:
-            if plans is None or self.plan not in plans:
+            if self.plan not in plans:
                 raise UserError(f"There is no plan {self.plan}; run make optimise again.")
             return plans[self.plan].build(levels.values())
         missing = [name for name in self.levels if name not in levels]
@@ -81,17 +79,13 @@ class SamplerSetting:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured of a setting: its row of compare.csv (costs per image), and its values per image.
+    """What was measured of a setting, with the same seeds in all settings; no features and images without distances."""
 
-    errors [n]: squared error of each seed, same seeds and order in all settings. clusters [N]: id of the coin draw of
-    each seed. features [N, D], images uint8 [M, 3, H, W]: of the first samples; None without distances.
-    """
-
-    row: Row
-    errors: np.ndarray
-    clusters: np.ndarray | None = None
-    features: np.ndarray | None = None
-    images: np.ndarray | None = None
+    row: Row  # of compare.csv, costs per image
+    errors: np.ndarray  # squared error of each seed [n]
+    clusters: np.ndarray | None = None  # id of the coin draw of each seed [N]
+    features: np.ndarray | None = None  # [N, D]
+    images: np.ndarray | None = None  # of the first samples, uint8 [M, 3, H, W]
 
 
 def setting_of(plan: Plan, dynamics: str, step_rule: str) -> SamplerSetting:
@@ -99,8 +93,7 @@ def setting_of(plan: Plan, dynamics: str, step_rule: str) -> SamplerSetting:
     if len(plan.levels) == 1:
         return SamplerSetting(dynamics, step_rule, "single", plan.levels, plan.steps)
     kind, coins = ("quadrature", "") if plan.method == "quadrature" else ("ml_em", plan.method)
-    more: dict[str, Any] = {"probabilities": plan.probabilities, "coins": coins, "plan": plan.id}
-    return SamplerSetting(dynamics, step_rule, kind, plan.levels, plan.steps, **more)
+    return SamplerSetting(dynamics, step_rule, kind, plan.levels, plan.steps, plan.probabilities, coins, plan=plan.id)
 
 
 def setting_from(values: Any) -> SamplerSetting:
@@ -136,21 +129,18 @@ def settings_of(config: Any, names: Sequence[str], base_steps: int) -> list[Samp
     """
     names, beside = [n for n in names if n != GAUSSIAN], [n for n in names if n == GAUSSIAN]
     out: list[SamplerSetting] = []
-
-    def add(sweep: Any, estimator: str, levels: tuple[str, ...], steps: int, *more: Any) -> None:
-        out.append(SamplerSetting(sweep["dynamics"], sweep["step_rule"], estimator, levels, steps, *more))
-
     for sweep in config["baselines"]:
-        extra = beside if sweep["levels"] == "all" else []
-        for name in (*extra, *_choose(names, sweep["levels"])):
-            for steps in sweep["steps"]:
-                add(sweep, "single", (name,), steps)
+        alone = [*(beside if sweep["levels"] == "all" else []), *_choose(names, sweep["levels"])]
+        for name, steps in product(alone, sweep["steps"]):
+            out.append(SamplerSetting(sweep["dynamics"], sweep["step_rule"], "single", (name,), steps))
     for sweep in config["stitched"]:
         for pair, steps, switch in product(sweep["pairs"], sweep["steps"], sweep["switch"]):
-            add(sweep, "stitched", _choose(names, pair), steps, "", "", None, float(switch))
+            kind = (sweep["dynamics"], sweep["step_rule"], "stitched", _choose(names, pair))
+            out.append(SamplerSetting(*kind, steps, switch=float(switch)))
     for sweep in config["ml_em"]:
         for family, steps, coins, c in product(sweep["families"], sweep["steps"], sweep["coins"], sweep["c"]):
-            add(sweep, "ml_em", _choose(names, family), steps, "constant", coins, float(c))
+            kind = (sweep["dynamics"], sweep["step_rule"], "ml_em", _choose(names, family))
+            out.append(SamplerSetting(*kind, steps, "constant", coins, float(c)))
     for setting in out:
         step_rule(setting.dynamics, setting.step_rule)  # raises UserError if it is unknown
         if not 2 <= setting.steps <= base_steps:
@@ -158,12 +148,12 @@ def settings_of(config: Any, names: Sequence[str], base_steps: int) -> list[Samp
     return list(dict.fromkeys(out))
 
 
-def best_setting(rows: Iterable[Row], tolerance: float = 0.05) -> Row:
-    """The cheapest row (FLOPs) whose distance is within `tolerance` of the smallest distance, without its seed."""
-    measured = [row for row in rows if row.get("distance") is not None]
+def best_setting(rows: Iterable[Row]) -> Row:
+    """The cheapest row (FLOPs) whose distance is within 5% of the smallest distance, without its seed."""
+    measured = [row for row in rows if row["distance"] is not None]
     if not measured:
         raise UserError("No setting has a distance, so none can be called best.")
     best = min(row["distance"] for row in measured)
-    limit = best + tolerance * abs(best)  # rounding can make a zero distance negative
+    limit = best + 0.05 * abs(best)  # rounding can make a zero distance negative
     found = min((row for row in measured if row["distance"] <= limit), key=lambda row: row["gflops_realised"])
     return {key: value for key, value in found.items() if key != "seed"}

@@ -1,11 +1,9 @@
 """Pack images into one memory-mapped uint8 array [N,3,H,W] with a manifest, which every later stage reads.
 
-A prepared folder holds images.npy, split.npy (uint8 [N]: 0 train, 1 valid, 2 test) and manifest.json. The manifest is
-removed before the arrays are replaced, and written last: a failed run leaves an earlier data set as it was, and after
-a stop at any moment the folder is whole or has no manifest.
+A prepared folder holds images.npy, split.npy and manifest.json. The manifest is removed before the arrays are
+replaced, and written last: a failed run leaves an earlier data set as it was, and after a stop at any moment the
+folder is whole or has no manifest.
 """
-
-from __future__ import annotations
 
 import hashlib
 import io
@@ -22,28 +20,23 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError, is_out_of_memory
-from ..files import Damaged, atomic_write, locked, read_json, write_json
+from ..errors import UserError
+from ..files import atomic_write, locked, read_json, write_json
 from . import pixels, portraits
-from .sources import Source, download_celeba, open_source, parse_partition, reason
+from .sources import Source, attempt, download_celeba, open_source, parse_partition, reason
 
-CROPS = ("celeba", "square", "none")
-RESIZE = "Pillow bicubic, antialiased (the filter widens with the reduction), after cropping"
-DEFAULT_PORTRAITS = 8000  # number of images that the embedded source draws if `count` is not given
+_RESIZE = "Pillow bicubic, antialiased (the filter widens with the reduction), after cropping"
 _FORMAT = 2  # version of the prepared folder; part of the fingerprint, so a change prepares the data again
 _READ_AHEAD = 64  # files in memory at a time
-_THREADS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 _AGAIN = "run `make data SOURCE=...` (portraits, download, or a path) to prepare it again"
 
 Progress = Callable[[int, int], None]
+Treat = Callable[[Any], tuple[np.ndarray, str]]  # what a source reads -> image [3,S,S] and what was done to it
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """A prepared data set.
-
-    images: read-only memory map, uint8 [N,3,H,W] (RGB); split: uint8 [N], 0 train, 1 valid, 2 test.
-    """
+    """Images, a read-only memory map, uint8 [N,3,H,W] (RGB), and split, uint8 [N]: 0 train, 1 valid, 2 test."""
 
     images: np.ndarray
     split: np.ndarray
@@ -59,11 +52,7 @@ class ImageData:
 
 
 def load(destination: Path) -> ImageData:
-    """Open a prepared folder; the images stay on disk, memory-mapped.
-
-    Raises UserError if it is missing, incomplete or damaged, or if its arrays do not have the manifest's shapes.
-    """
-    destination = Path(destination)
+    """Open a prepared folder; the images stay on disk. Raises UserError if it is missing, incomplete or damaged."""
     manifest = read_json(destination / "manifest.json", _AGAIN)
     try:
         images = np.load(destination / "images.npy", mmap_mode="r", allow_pickle=False)
@@ -72,8 +61,7 @@ def load(destination: Path) -> ImageData:
         if (images.shape, images.dtype, split.shape, split.dtype) != (shape, np.uint8, shape[:1], np.uint8):
             raise ValueError(f"the arrays do not have the manifest's shape {list(shape)}")
     except (OSError, ValueError, EOFError, LookupError, TypeError) as error:
-        text = f"The prepared data set {destination} is damaged or incomplete ({reason(error)}): {_AGAIN}."
-        raise Damaged(destination / "images.npy", text) from error
+        raise UserError(f"{destination} is damaged or incomplete ({reason(error)}): {_AGAIN}.") from error
     return ImageData(images, split, manifest)
 
 
@@ -92,32 +80,27 @@ def prepare(
 ) -> dict[str, Any]:
     """Pack the images of `source` at size x size into `destination` and return the manifest.
 
-    source: "portraits" (embedded), "download" (CelebA through torchvision), or the path of a zip, tar or
-    folder of JPEG or PNG files, taken in the order of their names; only the first `count` are used.
-    crop: "celeba" (frames of aspect ratio 178:218 give the centred square of 148/178 of the width, others
-    their largest centred square), "square" (largest centred square) or "none" (full frame, squashed).
-    CelebA's official partition is used if its list is inside or next to the source and both the training and the
-    held-out part get images. Otherwise `holdout` images drawn with `seed` are held out, half valid and half test.
-    progress(done, total) counts images and is called in the calling thread.
-    A destination prepared from the same source with the same settings is reused.
-    Raises UserError for wrong input, a full disk, or a destination that cannot be written or is in use.
+    source: "portraits" (embedded), "download" (CelebA through torchvision), or the path of a zip, tar or folder of
+    JPEG or PNG files; the first `count` by name are used. crop: "celeba" (aspect ratio 178:218 gives the centred
+    square of 148/178 of the width, another the largest), "square" (largest centred square) or "none" (squashed).
+    CelebA's official partition is used if its list is inside or next to the source and both sides get images.
+    Otherwise `holdout` images drawn with `seed` are held out, half valid and half test. A destination prepared from
+    the same source and settings is reused. Raises UserError for wrong input, a full disk, or a destination in use.
     """
-    destination = Path(destination).resolve()
-    if crop not in CROPS:
-        raise UserError(f"data.crop={crop} is unknown: use one of {', '.join(CROPS)}.")
-    for key, value, least in (("size", size, 4), ("holdout", holdout, 1), ("count", count or 2, 2)):
+    if crop not in ("celeba", "square", "none"):
+        raise UserError(f"data.crop={crop} is unknown: use one of celeba, square, none.")
+    for key, value, least in (("size", size, 4), ("holdout", holdout, 1), ("count", count or 2, 2), ("seed", seed, 0)):
         if value < least:
             raise UserError(f"data.{key}={value} is too small: it must be at least {least}.")
-    drawn = source == "portraits"
-    count = count or DEFAULT_PORTRAITS if drawn else count
     settings = {"format": _FORMAT, "name": name, "size": size, "crop": crop, "holdout": holdout, "seed": seed}
+    if drawn := source == "portraits":
+        count = count or 8000
     with _open(source, destination, count or 0, size, crop, seed) as (opened, treat):
-        kind = source if source == "download" else opened.kind
-        origin = {"kind": kind, "name": opened.name, "sha256": opened.sha256}
-        if not drawn:
-            settings["partition"] = hashlib.sha256(opened.partition).hexdigest() if opened.partition else None
         if count is not None and count > len(opened.images):
             raise UserError(f"data.count={count} is more than the {len(opened.images)} images in {opened.name}.")
+        if not drawn:
+            settings["partition"] = hashlib.sha256(opened.partition).hexdigest() if opened.partition else None
+        origin = {"kind": source if source == "download" else opened.kind, "name": opened.name, "sha256": opened.sha256}
         names = opened.images[:count]
         split, facts = _split(names, opened.partition, holdout, seed)
         manifest = {
@@ -125,15 +108,15 @@ def prepare(
             "size": [size, size],
             "source": origin,
             "crop": crop,
-            "resize": f"none: drawn at {size}x{size}" if drawn else RESIZE,
+            "resize": f"none: drawn at {size}x{size}" if drawn else _RESIZE,
             "split": facts,
             "fingerprint": _sha256_of({**settings, "count": count, "source": origin}),
         }
         fill = partial(_fill, source=opened, names=names, treat=treat, skip_broken=skip_broken, progress=progress)
-        return _pack(destination, manifest, names, split, fill, skip_broken)
-
-
-Treat = Callable[[Any], tuple[np.ndarray, str]]  # what a source reads -> image [3,S,S] and what was done to it
+        if not (finished := _finished(destination, manifest, skip_broken)):
+            with locked(destination, "prepare_data"):  # in the meantime another process may have prepared it
+                finished = _finished(destination, manifest, skip_broken) or _pack(destination, manifest, split, fill)
+        return finished
 
 
 @contextmanager
@@ -144,93 +127,77 @@ def _open(
         names = [f"{i:06d}" for i in range(count)]
         sha256 = _sha256_of([portraits.VERSION, count, size, seed])
         drawn = Source(source, f"portraits, version {portraits.VERSION}", names, names, int, sha256)
-        yield drawn, lambda i: (portraits.render(1, size, seed, i)[0], f"drawn at {size}x{size}")
+        yield drawn, lambda i: (portraits.portrait(i, size, seed), f"drawn at {size}x{size}")
         return
     path = download_celeba(destination.parent / "celeba-download") if source == "download" else Path(source)
     with open_source(path.expanduser()) as opened:
         yield opened, partial(pixels.decode, size=size, crop=crop)
 
 
-def _pack(
-    destination: Path, manifest: dict, names: list[str], split: np.ndarray, fill: Callable, skip_broken: bool
-) -> dict[str, Any]:
-    """Write the three files, unless they are there already; returns the manifest.
+def _finished(destination: Path, manifest: dict[str, Any], skip_broken: bool) -> dict[str, Any] | None:
+    """The manifest of an earlier preparation with the same result, or None."""
+    try:
+        earlier = load(destination).manifest
+    except UserError:
+        return None
+    same = earlier.get("fingerprint") == manifest["fingerprint"]
+    return earlier if same and (skip_broken or not earlier.get("skipped")) else None
 
-    manifest: what is known before; fill(images [N,3,S,S]) writes the images and returns the counts of their treatments
-    and the rows of broken ones, which are left out.
-    """
+
+def _pack(destination: Path, manifest: dict[str, Any], split: np.ndarray, fill: Callable) -> dict[str, Any]:
+    """Write the three files and return the complete manifest; fill(images): see `_fill`."""
 
     def write(path: Path) -> None:
-        images = _create(path, len(split), manifest["size"][0])
+        images = np.lib.format.open_memmap(path, "w+", np.uint8, (len(split), 3, *manifest["size"]))
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error now; later, in the memory map, it kills
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         treatment, skipped = fill(images)
         images.flush()
+        kept = np.delete(split, list(skipped))
         if skipped:
-            images = np.delete(images, skipped, axis=0)  # in memory
+            images = np.delete(images, list(skipped), axis=0)  # in memory
             with path.open("wb") as file:
                 np.save(file, images)
-        kept = np.delete(split, skipped)
         manifest["split"].update(zip(("train", "valid", "test"), np.bincount(kept, minlength=3).tolist(), strict=True))
         manifest.update(
             count=len(images),
-            treatment=dict(sorted(treatment.items())),
+            treatment=treatment,
             split_sha256=hashlib.sha256(kept.tobytes()).hexdigest(),
-            skipped=[names[row] for row in skipped],
+            skipped=list(skipped.values()),
             **_statistics(images, kept),
         )
         np.save(buffer := io.BytesIO(), kept)  # numpy's own writing to a file hides the error of a full disk
         (destination / "manifest.json").unlink(missing_ok=True)
         atomic_write(destination / "split.npy", lambda path: path.write_bytes(buffer.getvalue()))
 
-    if (finished := _finished(destination, manifest["fingerprint"], skip_broken)) is not None:
-        return finished
-    with locked(destination, "prepare_data"):
-        if (finished := _finished(destination, manifest["fingerprint"], skip_broken)) is not None:
-            return finished  # another process has prepared it in the meantime
-        atomic_write(destination / "images.npy", write)
-        write_json(destination / "manifest.json", manifest)
+    atomic_write(destination / "images.npy", write)
+    write_json(destination / "manifest.json", manifest)
     return manifest
-
-
-def _finished(destination: Path, fingerprint: str, skip_broken: bool) -> dict[str, Any] | None:
-    """The manifest of an earlier preparation with the same result, or None."""
-    try:
-        manifest = load(destination).manifest
-    except UserError:
-        return None
-    same = manifest.get("fingerprint") == fingerprint
-    return manifest if same and (skip_broken or not manifest.get("skipped")) else None
 
 
 def _sha256_of(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _create(path: Path, count: int, size: int) -> np.memmap:
-    images = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(count, 3, size, size))
-    if hasattr(os, "posix_fallocate"):  # a full disk is an error now; later, in the memory map, it kills the process
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    return images
-
-
 def _fill(
     images: np.ndarray, source: Source, names: list[str], treat: Treat, skip_broken: bool, progress: Progress | None
-) -> tuple[Counter[str], list[int]]:
-    """Read and treat the named images into images [N,3,S,S]; returns counts of treatments and rows of broken images."""
+) -> tuple[dict[str, int], dict[int, str]]:
+    """Read and treat the named images into images [N,3,S,S]; returns counts of treatments, and broken rows' names."""
     rows = {name: row for row, name in enumerate(names)}
     order = [name for name in source.files if name in rows]
     treatment: Counter[str] = Counter()
-    skipped: list[int] = []
-    with ThreadPoolExecutor(_THREADS) as pool:  # Pillow and numpy release the interpreter lock
+    skipped: dict[int, str] = {}
+    with ThreadPoolExecutor(8) as pool:  # Pillow and numpy release the interpreter lock
         for start in range(0, len(order), _READ_AHEAD):
             chunk = order[start : start + _READ_AHEAD]
-            results = pool.map(partial(_treated, treat), map(source.read, chunk))
-            for name, result in zip(chunk, results, strict=True):
+            contents = map(partial(attempt, source.read), chunk)  # by this thread alone: archives are one stream
+            for name, result in zip(chunk, pool.map(partial(attempt, treat), contents), strict=True):
                 if not isinstance(result, Exception):
                     images[rows[name]], done = result
                     treatment[done] += 1
                 elif skip_broken:
-                    skipped.append(rows[name])
+                    skipped[rows[name]] = name
                 else:
                     raise UserError(
                         f"{name!r} in {source.name} is broken ({reason(result)}): replace it, "
@@ -240,16 +207,7 @@ def _fill(
                     progress(treatment.total() + len(skipped), len(names))
     if len(skipped) == len(names):
         raise UserError(f"All {len(names)} images in {source.name} are broken.")
-    return treatment, sorted(skipped)
-
-
-def _treated(treat: Treat, content: Any) -> tuple[np.ndarray, str] | Exception:
-    try:
-        return content if isinstance(content, Exception) else treat(content)
-    except Exception as error:  # damaged images raise almost any exception
-        if is_out_of_memory(error):
-            raise
-        return error
+    return dict(sorted(treatment.items())), dict(sorted(skipped.items()))
 
 
 def _split(names: list[str], partition: bytes | None, holdout: int, seed: int) -> tuple[np.ndarray, dict[str, Any]]:

@@ -1,7 +1,5 @@
 """From the bytes of an image file to pixels of one size, and from 8-bit pixels to numbers in [-1, 1] and back."""
 
-from __future__ import annotations
-
 import io
 
 import numpy as np
@@ -11,19 +9,14 @@ from torch import Tensor
 
 from ..errors import UserError
 
-_ASPECT = 178 / 218  # width : height of aligned CelebA images
-
 
 def decode(content: bytes, size: int, crop: str) -> tuple[np.ndarray, str]:
-    """A JPEG or PNG file -> uint8 [3,size,size] and a description of the treatment.
-
-    A damaged file raises almost any exception, and Pillow refuses images of absurd size.
-    """
+    """A JPEG or PNG file -> uint8 [3,size,size] and what was done to it. A damaged file raises almost any exception."""
     try:
         image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
     except UnidentifiedImageError:
         raise ValueError("not a readable JPEG or PNG image") from None
-    treated, done = treat(_to_rgb(image), size, crop)
+    treated, done = _treat(_to_rgb(image), size, crop)
     return np.asarray(treated).transpose(2, 0, 1), done
 
 
@@ -38,24 +31,24 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def treat(image: Image.Image, size: int, crop: str) -> tuple[Image.Image, str]:
-    """Crop and resize an RGB image to size x size; returns it with a description of the treatment.
-
-    An image that already has the target size is returned unchanged. Fractional offsets are rounded down.
-    """
+def _treat(image: Image.Image, size: int, crop: str) -> tuple[Image.Image, str]:
+    """Crop and resize an RGB image, unless it has the target size; fractional offsets are rounded down."""
     width, height = image.size
     if (width, height) == (size, size):
         return image, f"already {size}x{size}: unchanged"
-    if crop == "none" and width != height:
+    side = 0  # of a square to crop
+    if width == height:
+        done = "square: whole frame"
+    elif crop == "none":
         done = "whole frame squashed to a square"
     elif crop == "celeba" and _celeba_shaped(width, height):
-        done = "aspect ratio 178:218: centred square of 148/178 of the width"
-        image = _centre(image, round(width * 148 / 178))
-    elif width == height:
-        done = "square: whole frame"
+        done, side = "aspect ratio 178:218: centred square of 148/178 of the width", round(width * 148 / 178)
     else:
-        done = "largest centred square" if crop == "square" else "other aspect ratio: largest centred square"
-        image = _centre(image, min(width, height))
+        done, side = "largest centred square", min(width, height)
+        done = done if crop == "square" else f"other aspect ratio: {done}"
+    if side:
+        left, top = (width - side) // 2, (height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
     if image.size == (size, size):
         return image, f"{done}, not resized"
     verb = "enlarged" if min(image.size) < size else "reduced"
@@ -64,21 +57,13 @@ def treat(image: Image.Image, size: int, crop: str) -> tuple[Image.Image, str]:
 
 def _celeba_shaped(width: int, height: int) -> bool:
     """True if the ratio is 178:218 within 0.6%, or if rounding a scaled 178x218 to integers can give this size."""
-    if abs(width / height / _ASPECT - 1) <= 0.006:
-        return True
     low, high = max((width - 0.5) / 178, (height - 0.5) / 218), min((width + 0.5) / 178, (height + 0.5) / 218)
-    return low <= high and width != height
+    return abs(width / height / (178 / 218) - 1) <= 0.006 or low <= high
 
 
-def _centre(image: Image.Image, side: int) -> Image.Image:
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
-
-
-def to_float(images: np.ndarray | Tensor, device: torch.device | str = "cpu") -> Tensor:
+def to_float(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
     """uint8 [N,3,H,W] -> float32 in [-1, 1] on the device."""
-    pixels = torch.as_tensor(np.array(images) if isinstance(images, np.ndarray) else images)
-    return pixels.to(device).float() / 127.5 - 1
+    return torch.as_tensor(np.array(images)).to(device).float() / 127.5 - 1
 
 
 def to_uint8(x: Tensor) -> Tensor:

@@ -1,18 +1,14 @@
 """Procedural portraits: the embedded data set, drawn with numpy alone, so that nothing has to be downloaded.
 
-Each person is a vector of uniform numbers keyed by (seed, index). Drawing evaluates signed distances on a
-supersampled grid and averages it down. Per-pixel arithmetic is limited to + - * / sqrt min max floor, which
-round alike everywhere. An image therefore does not depend on the machine or the batch. It shows the same person
-at every size.
+Each person is a vector of uniform numbers keyed by (seed, index). Drawing evaluates signed distances on a supersampled
+grid and averages it down. An image depends on neither machine nor batch, and shows the same person at every size.
 """
-
-from __future__ import annotations
 
 from types import SimpleNamespace
 
 import numpy as np
 
-from .drawing import Array, Drawing, common, ellipse, rgb, soft, step, wave
+from .drawing import Array, Drawing, cos_sin, ellipse, rgb, soft, step, wave
 
 VERSION = "1"
 _TRAITS = 192  # uniform numbers per person; the length is fixed, so that new traits do not shift existing ones
@@ -22,35 +18,23 @@ _HAIR = "161212 301e16 5c3820 964622 c48e4a e4c480 b0aca8 eceae6"
 _IRIS = "3a2214 68401e 627438 427c8c 5c94ce 808c96"
 
 
-def render(count: int, size: int, seed: int = 0, start: int = 0) -> Array:
-    """Portraits start .. start+count-1 of a seed as uint8 [count, 3, size, size] (RGB).
-
-    Image i of a seed does not depend on the batch and shows the same person at every size.
-    Raises ValueError if count, start or seed is negative or size < 4.
-    """
-    if count < 0 or start < 0 or seed < 0 or size < 4:
-        raise ValueError("count, start and seed must not be negative, and size must be at least 4")
-    factor = max(2, -(-64 // size))
-    chunk = max(1, 2**16 // (size * factor) ** 2)
-    images = np.empty((count, 3, size, size), np.uint8)
-    for first in range(0, count, chunk):
-        people = range(start + first, start + min(first + chunk, count))
-        uniform = np.stack([np.random.default_rng([seed, i]).random(_TRAITS) for i in people])
-        images[first : first + len(people)] = _draw(uniform, size, factor)
-    return images
+def render(count: int, size: int, seed: int = 0) -> Array:
+    """The first portraits of a seed as uint8 [count,3,size,size] (RGB)."""
+    return np.stack([portrait(i, size, seed) for i in range(count)])
 
 
-def _draw(uniform: Array, size: int, factor: int) -> Array:
-    """Draw one batch of people (uniform numbers [n, _TRAITS]) as uint8 [n,3,size,size]."""
-    side = size * factor
-    axis = ((np.arange(side) + 0.5) * (2 / side) - 1).astype(np.float32)
-    p = Drawing(uniform, 2 / side)
+def portrait(index: int, size: int, seed: int) -> Array:
+    """A person's portrait as uint8 [3,size,size] (RGB)."""
+    factor = max(2, -(-64 // size))  # samples per pixel and axis
+    pixel = 2 / (size * factor)
+    axis = ((np.arange(size * factor) + 0.5) * pixel - 1).astype(np.float32)
+    p = Drawing(np.random.default_rng([seed, index]).random(_TRAITS), pixel)
     c = _character(p)
-    _background(p, axis[None, None, :], axis[None, :, None])
+    _background(p, axis, axis[:, None])
 
     # Head coordinates (u, v): shifted, scaled, and turned about the neck.
-    x, y = (axis[None, None, :] - c.shift_x) / c.scale, (axis[None, :, None] - c.shift_y) / c.scale
-    cos, sin = np.cos(c.tilt.astype(float)).astype(np.float32), np.sin(c.tilt.astype(float)).astype(np.float32)
+    x, y = (axis - c.shift_x) / c.scale, (axis[:, None] - c.shift_y) / c.scale
+    cos, sin = cos_sin(c.tilt)
     u, v = cos * x + sin * (y - 0.6), cos * (y - 0.6) - sin * x + 0.6
     narrowing = 1 - c.jaw * step((v + 0.1) / 0.9)
     head_x, head_y = u / (c.width * narrowing), v / c.height
@@ -69,58 +53,54 @@ def _draw(uniform: Array, size: int, factor: int) -> Array:
     _glasses(p, c, fu, fv, eye_gap)
     _hat(p, c, u, v, head)
 
-    exposure, warmth = p.between(0.88, 1.1), p.between(-0.05, 0.05)
-    tint = np.concatenate([1 + warmth, np.ones_like(warmth), 1 - warmth], 1)[..., None]
-    image = np.clip(p.rgb * (exposure[:, None] * tint), 0, 1)
+    exposure, warmth = p.traits("0.88..1.1 -0.05..0.05")
+    tint = np.stack([1 + warmth, np.ones_like(warmth), 1 - warmth])
+    image = np.clip(p.rgb * (exposure * tint), 0, 1)
     total = np.float32(0)
-    for row in range(factor):
-        for column in range(factor):
-            total = total + image[:, :, row::factor, column::factor]
+    for row, column in np.ndindex(factor, factor):  # numpy's own mean adds in another order
+        total = total + image[:, row::factor, column::factor]
     return np.floor(total * np.float32(255 / factor**2) + 0.5).astype(np.uint8)
 
 
 def _character(p: Drawing) -> SimpleNamespace:
     """The traits that several parts share: they are drawn first and in a fixed order."""
     c = SimpleNamespace()
-    c.light_x, c.light_y, c.light = p.between(-1, 1), p.between(-0.9, 0.25), p.between(0.18, 0.55)
-    depth = p.between(0, 1)  # of the skin colour; dark skin mostly has dark hair, unless the hair is grey
+    c.light_x, c.light_y, c.light, depth = p.traits("-1..1 -0.9..0.25 0.18..0.55 0..1")
     c.skin = p.palette(_SKIN, 0.018, depth)
-    grey = p.chance(0.12)
-    c.hair = p.palette(_HAIR, 0.03, grey * p.between(0.8, 1) + (1 - grey) * p.between(0, 0.76) * (1 - 0.8 * depth**2))
-    dyed = p.chance(0.06)[:, None]
+    # Dark skin mostly has dark hair, unless the hair is grey.
+    grey, grey_tone, tone = p.traits("12% 0.8..1 0..0.76")
+    c.hair = p.palette(_HAIR, 0.03, grey * grey_tone + (1 - grey) * tone * (1 - 0.8 * depth**2))
+    dyed = p.trait("6%")
     c.hair = c.hair * (1 - dyed) + p.free_colour(0.3, 0.6, 0.35) * dyed
-    c.shift_x, c.shift_y, c.scale = p.bell(0, 0.16), p.bell(0.04, 0.12), p.bell(1.16, 0.2)
-    c.tilt, c.yaw, c.pitch = p.bell(0, 0.42), p.bell(0, 1.0), p.bell(0, 1.0)
-    c.width, c.height, c.jaw = p.between(0.43, 0.54), p.between(0.56, 0.68), p.between(0.0, 0.34)
-    c.long_hair, c.volume = p.between(-0.8, 1), p.between(0.02, 0.17)
-    c.bald, c.hat = p.chance(0.07), p.chance(0.13)
-    c.strands, c.strand_phase, c.wavy = p.between(3, 7), p.between(0, 1), p.between(0, 1)
+    c.shift_x, c.shift_y, c.scale, c.tilt, c.yaw, c.pitch = p.traits("0±0.16 0.04±0.12 1.16±0.2 0±0.42 0±1 0±1")
+    c.width, c.height, c.jaw, c.long_hair, c.volume = p.traits("0.43..0.54 0.56..0.68 0..0.34 -0.8..1 0.02..0.17")
+    c.bald, c.hat, c.strands, c.strand_phase, c.wavy = p.traits("7% 13% 3..7 0..1 0..1")
     return c
 
 
 def _background(p: Drawing, x: Array, y: Array) -> None:
     """Two colours blended along a direction, out-of-focus discs, and darker corners."""
     one, two = p.free_colour(0.2, 0.9, 0.25), p.free_colour(0.15, 0.85, 0.25)
-    angle, sharp = p.between(0, 2 * np.pi).astype(float), p.between(0.35, 1.6)
-    across = np.cos(angle).astype(np.float32) * x + np.sin(angle).astype(np.float32) * y
-    p.rgb = one + (two - one) * step(0.5 + 0.5 * sharp * across)[:, None]
+    angle, sharp = p.traits(f"0..{2 * np.pi} 0.35..1.6")
+    cos, sin = cos_sin(angle)
+    p.rgb = one + (two - one) * step(0.5 + 0.5 * sharp * (cos * x + sin * y))
     for _ in range(2):
-        cx, cy, radius = p.between(-1.1, 1.1), p.between(-1.1, 0.6), p.between(0.2, 0.7)
-        colour, amount = p.free_colour(0.3, 1.0, 0.3), p.between(-0.2, 0.6)
+        cx, cy, radius = p.traits("-1.1..1.1 -1.1..0.6 0.2..0.7")
+        colour, amount = p.free_colour(0.3, 1.0, 0.3), p.trait("-0.2..0.6")
         edge = step((radius - ellipse(x - cx, y - cy, 1.0, 1.0) - 1) / 0.25)
         p.paint(edge * np.maximum(amount, 0), colour)
-    corner = 1 - p.between(0, 0.14) * (x * x + y * y)
-    p.rgb *= corner[:, None]
+    corner = p.trait("0..0.14")
+    p.rgb *= 1 - corner * (x * x + y * y)
 
 
 def _hair_behind(p: Drawing, c: SimpleNamespace, u: Array, v: Array) -> Array:
-    """Hair of a random length behind the head, with strands along it; returns its colour [n,3,S,S]."""
+    """Hair of a random length behind the head, with strands along it; returns its colour [3,S,S]."""
     bend = np.minimum(v + 0.3, 0.5)
     flow = u + 0.5 * (u - 0.4 * c.light_x * u) * bend + c.wavy * 0.05 * wave(2.2 * v + c.strand_phase)
     strand = 0.6 * wave(c.strands * flow + c.strand_phase) + 0.4 * wave(2.3 * c.strands * flow - c.strand_phase)
     gloss = soft(u - 0.35 * c.light_x, v + 0.48 + 0.1 * u * u, 0.55, 0.22)
     sheen = 0.97 + 0.1 * strand + (0.3 + 0.25 * strand) * gloss - 0.2 * step(v + 0.3) + 0.2 * c.light_x * u
-    hair_rgb = np.clip(c.hair * sheen[:, None], 0, 1)
+    hair_rgb = np.clip(c.hair * sheen, 0, 1)
     drop, flare = np.maximum(c.long_hair, 0) * 0.95, 1 + 0.25 * c.long_hair * step(v)
     below = np.where(v > -0.1, np.maximum(v + 0.1 - drop, 0), v + 0.1)
     back = ellipse(u / flare, below, c.width + c.volume, c.height - 0.1 + c.volume)
@@ -133,10 +113,9 @@ def _body(p: Drawing, c: SimpleNamespace, x: Array, y: Array, u: Array, v: Array
     neck = np.abs(x) - c.width * 0.52 - 0.1 * step((y - 0.62) / 0.4)
     shadow = 0.86 - 0.3 * soft(u + 0.08 * c.light_x, v - 0.52, 0.5, 0.36) + 0.1 * c.light_x * x
     p.paint(p.inside(neck, 0.2 - y, y - 1.5), c.skin, shadow)
-    wide, top, opening = p.between(0.8, 1.15), p.between(0.72, 0.9), p.between(0.2, 0.42)
-    pointed = p.chance(0.5)
+    wide, top, opening, pointed = p.traits("0.8..1.15 0.72..0.9 0.2..0.42 50%")
     cloth, second = p.free_colour(0.1, 0.85, 0.35), p.free_colour(0.1, 0.9, 0.3)
-    stripes, period = p.chance(0.2), p.between(2, 5)
+    stripes, period = p.traits("20% 2..5")
     shoulders = ellipse(x, y - top - 0.55, wide, 0.58)
     round_cut = ellipse(x, y - top + 0.05, opening, opening * 0.75)
     vee_cut = np.abs(x) * 0.85 + (y - top - opening * 0.9) * 0.55
@@ -144,11 +123,11 @@ def _body(p: Drawing, c: SimpleNamespace, x: Array, y: Array, u: Array, v: Array
     fold = 0.88 + 0.2 * c.light_x * x + 0.08 * wave(1.3 * x + 0.5 * y)
     pattern = stripes * step(3 * wave(period * y) + 0.5)
     cut = pointed * vee_cut + (1 - pointed) * round_cut
-    p.paint(p.inside(shoulders, -cut), cloth + (second - cloth) * pattern[:, None], fold)
+    p.paint(p.inside(shoulders, -cut), cloth + (second - cloth) * pattern, fold)
 
 
 def _head(p: Drawing, c: SimpleNamespace, u: Array, v: Array, head: Array, head_x: Array, head_y: Array) -> Array:
-    """Ears and the shaded face; returns the coverage [n,S,S] of the face."""
+    """Ears and the shaded face; returns the coverage [S,S] of the face."""
     for sign in (-1, 1):
         ear = ellipse(u - sign * c.width * 0.98, v - 0.02, 0.075, 0.14)
         inner = 0.82 - 0.22 * soft(u - sign * c.width, v - 0.02, 0.05, 0.1) + 0.15 * sign * c.light_x
@@ -157,28 +136,27 @@ def _head(p: Drawing, c: SimpleNamespace, u: Array, v: Array, head: Array, head_
     shade = 0.62 + 0.4 * depth + c.light * (0.55 * c.light_x * head_x + 0.45 * c.light_y * head_y)
     # Shaded skin is redder: the three channels darken at different rates.
     face = p.inside(head)
-    p.paint(face, np.clip(c.skin * (1 + rgb(0.8, 1.0, 1.1) * (shade[:, None] - 1)), 0, 1))
+    p.paint(face, np.clip(c.skin * (1 + rgb([0.8, 1.0, 1.1]) * (shade - 1)), 0, 1))
     return face
 
 
 def _beard(p: Drawing, c: SimpleNamespace, u: Array, v: Array, face: Array) -> None:
-    amount = np.clip(p.between(-2.6, 1.25), 0, 0.95)
-    line, chin_only = p.between(0.16, 0.32), p.chance(0.35)
+    amount, line, chin_only = p.traits("-2.6..1.25 0.16..0.32 35%")
     edge = step((v - line + 0.55 * (0.3 - np.abs(u) / c.width) * (1 - chin_only)) / 0.12)
     edge = edge * (1 - chin_only * step((np.abs(u) - 0.17) / 0.06))
     moustache = step(1.4 - ((u / 0.2) ** 2 + ((v - 0.235) / 0.055) ** 2))
     lips = 1 - step(1.5 - ((u / 0.17) ** 2 + ((v - 0.32) / 0.07) ** 2))
-    grain = 0.85 + 0.12 * wave(7 * u + 2 * v)
-    p.paint(face * amount * np.maximum(edge * lips, moustache), np.clip(c.hair * grain[:, None] * 0.9, 0, 1))
+    cover = face * np.clip(amount, 0, 0.95) * np.maximum(edge * lips, moustache)
+    p.paint(cover, np.clip(c.hair * (0.85 + 0.12 * wave(7 * u + 2 * v)) * 0.9, 0, 1))
 
 
 def _mouth(p: Drawing, c: SimpleNamespace, u: Array, v: Array) -> None:
     """Two lips around a curved line; open smiles show teeth over a dark mouth."""
-    half, smile = p.between(0.12, 0.22), p.bell(0.35, 1.1)
-    fullness, opening, skew = p.between(0.022, 0.062), np.maximum(p.between(-0.09, 0.085), 0), p.bell(0, 0.12)
-    lipstick = p.between(-0.6, 0.8)
-    natural = c.skin * rgb(0.84, 0.6, 0.6)
-    lips = natural + (rgb(0.72, 0.16, 0.22) - natural) * np.maximum(lipstick, 0)[:, None]
+    half, smile, fullness, opening, skew = p.traits("0.12..0.22 0.35±1.1 0.022..0.062 -0.09..0.085 0±0.12")
+    lipstick = p.trait("-0.6..0.8")
+    natural = c.skin * rgb([0.84, 0.6, 0.6])
+    lips = natural + (rgb([0.72, 0.16, 0.22]) - natural) * np.maximum(lipstick, 0)
+    opening = np.maximum(opening, 0)
     half = half + 0.05 * np.maximum(smile, 0)
     across = u / half
     arch = np.maximum(1 - across * across, 0)
@@ -189,7 +167,7 @@ def _mouth(p: Drawing, c: SimpleNamespace, u: Array, v: Array) -> None:
     ends = np.abs(u) - half
     p.paint(0.4 * soft(u, line - 0.1, half, 0.05), c.skin * 0.68)  # shadow under the lower lip
     p.paint(p.inside(-upper, lower, ends), lips, 0.92 + 1.6 * (line + 0.01))
-    gap = common(-(line + 0.5 * opening * arch), line - 0.95 * opening * arch) - 0.007
+    gap = np.maximum(-(line + 0.5 * opening * arch), line - 0.95 * opening * arch) - 0.007
     p.paint(p.inside(gap, ends + 0.012), 0.35 * lips)
     teeth = p.inside(gap, ends + 0.012, line - 0.45 * opening, ends + 0.035)
     p.paint(teeth * (opening > 0.012), 0.93)
@@ -197,7 +175,7 @@ def _mouth(p: Drawing, c: SimpleNamespace, u: Array, v: Array) -> None:
 
 def _nose(p: Drawing, c: SimpleNamespace, u: Array, v: Array) -> None:
     """A lit bridge, a shaded side away from the light, a tip, and nostrils."""
-    length, wing = p.between(0.13, 0.22), p.between(0.055, 0.1)
+    length, wing = p.traits("0.13..0.22 0.055..0.1")
     u = u - 0.05 * c.yaw * step((v + 0.15) / 0.3)
     side = np.where(c.light_x > 0, -1.0, 1.0).astype(np.float32)
     reach = 0.02 + wing * step((v + 0.2) / (length + 0.2))
@@ -214,34 +192,34 @@ def _nose(p: Drawing, c: SimpleNamespace, u: Array, v: Array) -> None:
 
 
 def _eyes(p: Drawing, c: SimpleNamespace, u: Array, v: Array) -> Array:
-    """Eyes, lids, brows and cheeks, mirrored; returns the distance [n,1,1] from the middle to an eye."""
-    gap, half, opened = p.between(0.165, 0.215), p.between(0.075, 0.105), p.between(0.3, 0.62)
-    slant, gaze_x, gaze_y = p.bell(0, 0.28), p.bell(0, 0.55), p.bell(0, 0.35)
+    """Eyes, lids, brows and cheeks, mirrored; returns the distance [1,1] from the middle to an eye."""
+    gap, half, opened = p.traits("0.165..0.215 0.075..0.105 0.3..0.62")
+    slant, gaze_x, gaze_y = p.traits("0±0.28 0±0.55 0±0.35")
     iris = p.palette(_IRIS, 0.03)
-    lash, shadow = p.between(0.1, 1), p.free_colour(0.25, 0.6, 0.25)
-    made_up = np.maximum(p.between(-1.2, 0.6), 0)
-    brow_y, brow_arch, brow_tilt = p.between(0.11, 0.165), p.between(0.0, 0.06), p.bell(0, 0.3)
-    brow_thick, brow_dark = p.between(0.012, 0.034), p.between(0.5, 1.0)
-    blush = p.between(0, 0.35)
+    lash = p.trait("0.1..1")
+    shadow = p.free_colour(0.25, 0.6, 0.25)
+    made_up, brow_y, brow_arch, brow_tilt = p.traits("-1.2..0.6 0.11..0.165 0..0.06 0±0.3")
+    brow_thick, brow_dark, blush = p.traits("0.012..0.034 0.5..1 0..0.35")
     height = half * opened
     radius = np.minimum(half * 0.52, height * 1.1)
     for sign in (-1, 1):
         ex, ey = sign * u - gap, v + 0.07
-        p.paint(blush * soft(ex - 0.04, v - 0.17, 0.17, 0.13), c.skin * rgb(1.02, 0.66, 0.62))
+        p.paint(blush * soft(ex - 0.04, v - 0.17, 0.17, 0.13), c.skin * rgb([1.02, 0.66, 0.62]))
         p.paint(0.42 * soft(ex, ey + 0.02, half * 1.7, half * 1.25), c.skin * 0.62)  # socket
-        p.paint(made_up * soft(ex, ey + 0.04, half * 1.5, half), shadow)
+        p.paint(np.maximum(made_up, 0) * soft(ex, ey + 0.04, half * 1.5, half), shadow)
         ey = ey + slant * ex * 0.7
         arch = np.maximum(1 - (ex / half) ** 2, 0)
-        cover = p.inside(-(ey + height * arch), ey - 0.75 * height * arch, np.abs(ex) - half)
+        upper = ey + height * arch
+        cover = p.inside(-upper, ey - 0.75 * height * arch, np.abs(ex) - half)
         p.paint(cover, 0.8 + 0.15 * c.skin)
         gx, gy = ex - sign * gaze_x * half * 0.6, ey + gaze_y * height * 0.5
         p.paint(cover * p.inside(ellipse(gx, gy, radius, radius)), iris)
         p.paint(cover * p.inside(ellipse(gx, gy, radius * 0.5, radius * 0.5)), iris * 0.12)
         spark = ellipse(gx + sign * 0.35 * radius, gy + 0.35 * radius, radius * 0.24, radius * 0.24)
         p.paint(0.9 * cover * p.inside(spark), 1)
-        lid = p.inside(np.abs(ey + height * arch) - 0.008 - 0.009 * lash, np.abs(ex) - half * (1 + 0.12 * lash))
+        lid = p.inside(np.abs(upper) - 0.008 - 0.009 * lash, np.abs(ex) - half * (1 + 0.12 * lash))
         p.paint((0.45 + 0.5 * lash) * lid, c.skin * 0.18)
-        crease = p.inside(np.abs(ey + height * arch + 0.032) - 0.005, np.abs(ex) - half * 0.9)
+        crease = p.inside(np.abs(upper + 0.032) - 0.005, np.abs(ex) - half * 0.9)
         p.paint(0.4 * crease, c.skin * 0.5)
         along = (ex - 0.01) / (half * 1.45)
         middle = v + 0.07 + brow_y + brow_arch * (1 - along**2) + brow_tilt * (ex - 0.02) * 0.7
@@ -253,39 +231,37 @@ def _eyes(p: Drawing, c: SimpleNamespace, u: Array, v: Array) -> Array:
 
 def _hair_front(p: Drawing, c: SimpleNamespace, v: Array, fu: Array, fv: Array, head: Array, hair_rgb: Array) -> None:
     """The cap of hair above a hairline with a parting; long hair also frames the cheeks."""
-    line, curve, part = p.between(-0.56, -0.28), p.between(0.4, 3.2), p.bell(0, 0.34)
-    sweep, jag = p.bell(0, 0.6), p.between(0, 0.03)
+    line, curve, part, sweep, jag = p.traits("-0.56..-0.28 0.4..3.2 0±0.34 0±0.6 0..0.03")
     away = fu - part
     hairline = line + curve * away * away * 0.9 + sweep * away * 0.4 + jag * wave(3.3 * fu + part)
     hairline = np.minimum(hairline, 0.02 + 0.42 * np.maximum(c.long_hair, -0.3))
-    lift = c.volume * step(0.75 - 1.1 * v)
-    shadow = 0.28 * p.inside(head, fv - hairline - 0.05)
-    p.paint(shadow * (1 - c.bald), hair_rgb * 0.45)
+    p.paint(0.28 * p.inside(head, fv - hairline - 0.05) * (1 - c.bald), hair_rgb * 0.45)
     rim = 1 - 0.22 * step(1 - np.abs(fv - hairline) / 0.06) - 0.3 * step(1 - np.abs(away) / 0.03) * (v < line)
+    lift = c.volume * step(0.75 - 1.1 * v)
     p.paint(p.inside(head - lift, fv - hairline) * (1 - c.bald), hair_rgb, rim)
 
 
 def _glasses(p: Drawing, c: SimpleNamespace, u: Array, v: Array, gap: Array) -> None:
-    worn, dark, square = p.chance(0.2), p.chance(0.25), p.chance(0.5)
-    radius, flat, thick = p.between(0.115, 0.15), p.between(0.7, 1.0), p.between(0.011, 0.026)
+    worn, dark, square, radius, flat, thick = p.traits("20% 25% 50% 0.115..0.15 0.7..1 0.011..0.026")
     frame, tint = p.free_colour(0.05, 0.5, 0.3), p.free_colour(0.05, 0.25, 0.1)
-    opacity = dark * p.between(0.6, 0.95) + (1 - dark) * 0.06
+    opacity = p.trait("0.6..0.95")
     across = np.abs(u)
     gx, gy = (across - gap) / radius, (v + 0.06) / (radius * flat)
     power = square * np.sqrt(np.sqrt((gx * gx) ** 2 + (gy * gy) ** 2)) + (1 - square) * np.sqrt(gx**2 + gy**2)
     lens = (power - 1) * radius * flat
-    p.paint(worn * opacity * p.inside(lens), tint)
+    p.paint(worn * (dark * opacity + (1 - dark) * 0.06) * p.inside(lens), tint)
     p.paint(worn * dark * 0.35 * p.inside(lens) * soft(gx + 0.3, gy + 0.5, 0.7, 0.4), 1)
-    bridge = common(np.abs(v + 0.085) - thick * 0.6, across - gap + radius * 0.95)
-    arms = common(np.abs(v + 0.09) - thick * 0.6, gap + radius * 0.95 - across, across - c.width * 1.02)
+    bridge = np.maximum(np.abs(v + 0.085) - thick * 0.6, across - gap + radius * 0.95)
+    arms = np.maximum(gap + radius * 0.95 - across, across - c.width * 1.02)
+    arms = np.maximum(arms, np.abs(v + 0.09) - thick * 0.6)
     p.paint(worn * p.inside(np.minimum(np.abs(lens) - thick, np.minimum(bridge, arms))), frame)
 
 
 def _hat(p: Drawing, c: SimpleNamespace, u: Array, v: Array, head: Array) -> None:
     """A knitted hat, or one with a brim."""
-    line, brimmed, puff = p.between(-0.36, -0.22), p.chance(0.5), p.between(0.05, 0.12)
+    line, brimmed, puff = p.traits("-0.36..-0.22 50% 0.05..0.12")
     colour, band = p.free_colour(0.15, 0.8, 0.4), p.free_colour(0.1, 0.9, 0.4)
-    ribs = p.between(4, 9)
+    ribs = p.trait("4..9")
     bend = v - line + 0.12 * u * u
     shade = 0.92 + 0.3 * c.light_x * u + 0.1 * (1 - brimmed) * wave(ribs * u)
     p.paint(c.hat * p.inside(head - puff, bend), colour, shade)

@@ -1,9 +1,7 @@
 """Image sources: a zip, tar or folder of JPEG and PNG files, recognised by content, or CelebA by torchvision.
 
-Archives are never unpacked to disk: files are read into memory, one at a time.
+Archives are never unpacked to disk, so the names inside are only names: files are read into memory, one at a time.
 """
-
-from __future__ import annotations
 
 import hashlib
 import os
@@ -11,29 +9,25 @@ import re
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, is_out_of_memory
 from ..files import sha256_of
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 PARTITION_NAMES = ("list_eval_partition.txt", "list_eval_partition.csv")
-_CELEBA_PAGE = "http://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
-
-# An opened archive or folder: names of its files, in the order in which they are read fastest; read(name); close()
-Opened = tuple[list[str], Callable[[str], bytes], Callable[[], object]]
+Opened = tuple[list[str], Callable[[str], bytes]]  # names of files, in the order of fastest reading, and read(name)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where images come from.
+    """Where images come from: files are all names in the order of reading, images those of images, sorted.
 
-    kind: "zip", "tar", "folder", ...; name: for messages and the manifest; files: names in the order of reading;
-    images: the images among them, sorted; read(name): the content of a file, or the exception if it is damaged;
-    sha256: of the whole source; partition: CelebA's partition list inside or next to the source, else None.
+    name: for messages and the manifest; sha256: of the whole; partition: CelebA's list inside or beside, else None.
     """
 
     kind: str
@@ -47,38 +41,39 @@ class Source:
 
 @contextmanager
 def open_source(path: Path) -> Iterator[Source]:
-    """Open a zip, tar or folder. Raises UserError if it is missing, damaged or hostile, or has no image inside."""
+    """Open a zip, tar or folder. Raises UserError if it is missing or damaged, or has no image inside."""
     kind = _kind_of(path)
-    try:
-        files, read, close = {"zip": _open_zip, "tar": _open_tar, "folder": _open_folder}[kind](path)
-    except UserError:
-        raise
-    except Exception as error:  # damaged archives raise almost any exception
-        what = "cannot be read" if kind == "folder" else f"is no archive, or a truncated or damaged {kind} archive"
-        raise UserError(f"{path.name} {what} ({reason(error)}): copy or download it again.") from error
-
-    def read_or_error(name: str) -> bytes | Exception:
+    with ExitStack() as stack:
         try:
-            return read(name)
-        except Exception as error:
-            return error
-
-    try:
+            files, read = {"zip": _open_zip, "tar": _open_tar, "folder": _open_folder}[kind](path, stack)
+        except Exception as error:  # damaged archives raise almost any exception
+            what = "cannot be read" if kind == "folder" else f"is no archive, or a truncated or damaged {kind} archive"
+            raise UserError(f"{path.name} {what} ({reason(error)}): copy or download it again.") from error
         visible = [name for name in files if not _is_hidden(name)]
         images = sorted(name for name in visible if name.lower().endswith(IMAGE_SUFFIXES))
         if not images:
             raise UserError(f"{path.name} holds no JPEG or PNG image (files seen: {len(visible)}).")
         lists = sorted(name for name in visible if PurePosixPath(name).name in PARTITION_NAMES)
         partition = _partition(path, lists, read)
-        sha256 = _folder_sha256(sorted(images + lists), read_or_error) if kind == "folder" else sha256_of(path)
-        yield Source(kind, path.resolve().name, visible, images, read_or_error, sha256, partition)
-    finally:
-        close()
+        sha256 = _folder_sha256(sorted(images + lists), read) if kind == "folder" else sha256_of(path)
+        yield Source(kind, path.resolve().name, visible, images, read, sha256, partition)
 
 
 def reason(error: BaseException) -> str:
     """The text of an exception on one line."""
     return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
+
+
+def attempt(function: Callable[[Any], Any], argument: Any) -> Any:
+    """function(argument), or the exception that it raises; an exception as the argument is passed on."""
+    if isinstance(argument, Exception):
+        return argument
+    try:
+        return function(argument)
+    except Exception as error:  # damaged files raise almost any exception
+        if is_out_of_memory(error):
+            raise
+        return error
 
 
 def _kind_of(path: Path) -> str:
@@ -91,34 +86,27 @@ def _kind_of(path: Path) -> str:
 
 
 def _is_hidden(name: str) -> bool:
-    parts = [part for part in name.split("/") if part not in (".", "..")]
-    return any(part == "__MACOSX" or part.startswith(".") for part in parts)
+    return any(part == "__MACOSX" or (part.startswith(".") and part not in (".", "..")) for part in name.split("/"))
 
 
-def _open_zip(path: Path) -> Opened:
-    archive = zipfile.ZipFile(path)
-    for info in archive.infolist():
-        _check_member(path, info.filename)
+def _open_zip(path: Path, stack: ExitStack) -> Opened:
+    archive = stack.enter_context(zipfile.ZipFile(path))
     files = dict.fromkeys(name for name in archive.namelist() if not name.endswith("/"))
-    return list(files), archive.read, archive.close  # of members that share a name, read gives the last
+    return list(files), archive.read  # of members that share a name, read gives the last
 
 
-def _open_tar(path: Path) -> Opened:
-    archive = tarfile.open(path)  # noqa: SIM115
-    file: Any = archive.fileobj
-    members: dict[str, Any] = {}
-    for member in archive:
-        _check_member(path, member.name, member.isreg() or member.isdir())
-        if member.isreg():
-            members[member.name] = member  # of members that share a name, the last counts, as when unpacking
-    file.seek(archive.offset)
-    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes a cut between two files for the end
-        raise tarfile.ReadError("its end marker is missing")
+def _open_tar(path: Path, stack: ExitStack) -> Opened:
+    archive: Any = stack.enter_context(tarfile.open(path))  # noqa: SIM115
+    # Links are followed inside the archive. Of members that share a name, the last counts, as when unpacking.
+    members = {member.name: member for member in archive if member.isreg() or member.issym() or member.islnk()}
+    archive.fileobj.seek(archive.offset)
+    if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("its end marker is missing")  # tarfile takes a cut between two files for the end
     files = sorted(members, key=lambda name: members[name].offset)  # one pass over a compressed tar
-    return files, lambda name: archive.extractfile(members[name]).read(), archive.close  # type: ignore
+    return files, lambda name: archive.extractfile(members[name]).read()
 
 
-def _open_folder(path: Path) -> Opened:
+def _open_folder(path: Path, stack: ExitStack) -> Opened:
     def refuse(error: OSError) -> None:
         raise error
 
@@ -127,29 +115,18 @@ def _open_folder(path: Path) -> Opened:
             raise OSError("not a regular file or a link to one")
         return (path / name).read_bytes()
 
-    files = []
-    for folder, _, names in os.walk(path, onerror=refuse):
-        files += [(Path(folder) / name).relative_to(path).as_posix() for name in names]
-    return sorted(files), read, lambda: None
+    walk = os.walk(path, onerror=refuse)
+    return sorted(
+        (Path(folder, name)).relative_to(path).as_posix() for folder, _, names in walk for name in names
+    ), read
 
 
-def _check_member(path: Path, name: str, plain: bool = True) -> None:
-    outside = name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:[/\\]", name) or ".." in re.split(r"[/\\]", name)
-    if outside or not plain:
-        what = "a path that leads out of the archive" if outside else "a link, a device or a pipe"
-        raise UserError(f"{path.name} holds {name!r}, {what}: pack plain image files under relative names.")
-
-
-def _folder_sha256(names: list[str], read: Callable[[str], Any]) -> str:
+def _folder_sha256(names: list[str], read: Callable[[str], bytes]) -> str:
     digest = hashlib.sha256()
-    for name in names:
-        content = read(name)
+    for name, content in zip(names, map(partial(attempt, read), names), strict=True):
         known = b"unreadable" if isinstance(content, Exception) else f"{len(content)}\0".encode() + content
         digest.update(f"{name}\0".encode("utf-8", "surrogateescape") + known)
     return digest.hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------- CelebA
 
 
 def _partition(path: Path, inside: list[str], read: Callable[[str], bytes]) -> bytes | None:
@@ -160,10 +137,8 @@ def _partition(path: Path, inside: list[str], read: Callable[[str], bytes]) -> b
             return read(inside[0])
         return beside[0].read_bytes() if beside else None
     except Exception as error:  # a seeded split instead would give another data set
-        raise UserError(
-            f"{(inside or beside)[0]} of {path.name} is broken ({reason(error)}): fetch it again, "
-            "or remove it for a seeded split."
-        ) from error
+        where = f"{(inside or beside)[0]} of {path.name} is broken ({reason(error)})"
+        raise UserError(f"{where}: fetch it again, or remove it for a seeded split.") from error
 
 
 def parse_partition(content: bytes, names: list[str]) -> list[int] | None:
@@ -176,20 +151,20 @@ def parse_partition(content: bytes, names: list[str]) -> list[int] | None:
         fields = re.split(r"[,\s]+", line.strip())
         if len(fields) >= 2 and fields[1] in ("0", "1", "2"):
             listed[PurePosixPath(fields[0]).stem] = int(fields[1])
-    split = {name: listed[stem] for name in names if (stem := PurePosixPath(name).stem) in listed}
-    if 0 < len(split) < len(names):
-        missing = next(name for name in names if name not in split)
+    split = [listed.get(PurePosixPath(name).stem) for name in names]
+    found = [part for part in split if part is not None]
+    if 0 < len(found) < len(names):
         raise UserError(
-            f"The partition list has only {len(split)} of {len(names)} images, not {missing!r}: "
+            f"The partition list has only {len(found)} of {len(names)} images, not {names[split.index(None)]!r}: "
             "fetch list_eval_partition.txt again, or remove it for a seeded split."
         )
-    return list(split.values()) or None
+    return found or None
 
 
 def download_celeba(folder: Path) -> Path:
-    """Fetch CelebA's aligned images and partition list, with torchvision's addresses and checksums.
+    """Fetch CelebA's aligned images and partition list, unless they are there, with torchvision's checksums.
 
-    Files that are there already are not fetched again. Returns the path of the zip. Raises UserError on any failure.
+    Returns the path of the zip. Raises UserError on any failure.
     """
     wanted = ("img_align_celeba.zip", "list_eval_partition.txt")
     try:
@@ -202,6 +177,7 @@ def download_celeba(folder: Path) -> Path:
     except Exception as error:  # a quota page, no network, no gdown: the remedy is the same
         raise UserError(
             f"CelebA could not be downloaded ({reason(error).rstrip('.')}): fetch {' and '.join(wanted)} from "
-            f"{_CELEBA_PAGE} in a browser, and run `make data SOURCE=path/to/{wanted[0]}` (the list beside it)."
+            "http://mmlab.ie.cuhk.edu.hk/projects/CelebA.html in a browser, and run "
+            f"`make data SOURCE=path/to/{wanted[0]}` (the list beside it)."
         ) from error
     return folder / wanted[0]

@@ -5,8 +5,6 @@ and steps do not matter. The increments of every coarse grid are sums over the i
 grids share one Brownian path per sample (Giles 2015, section 2, applied over log-SNR).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -5,8 +5,6 @@ A single level, a stitched schedule and the multilevel estimator (ML-EM) differ 
 estimator and not a sampler, so every step rule can use it.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Levels: denoisers of increasing accuracy and cost. Any callable can be a level; a family is a list of levels."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise

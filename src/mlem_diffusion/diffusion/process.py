@@ -5,8 +5,6 @@ logsnr = log(alpha^2 / sigma^2), so alpha^2 = sigmoid(logsnr) and sigma^2 = sigm
 computed in float64.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from functools import cached_property

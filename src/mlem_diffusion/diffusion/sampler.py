@@ -1,7 +1,5 @@
 """One sampling loop for all step rules (step_rules.py) and all estimators (estimator.py)."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 

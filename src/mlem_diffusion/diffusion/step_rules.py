@@ -10,8 +10,6 @@ is always evaluated at state 0. The last evaluation is the final denoising: its 
 Notation: a step leads from noise level s to t, h = (logsnr_t - logsnr_s) / 2 > 0, and "denoised" is the estimate.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The configuration as plain values, objects and fingerprints."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

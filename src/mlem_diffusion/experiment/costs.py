@@ -1,7 +1,5 @@
 """What a stage would cost: FLOPs, and seconds from one timed evaluation of each level."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping
 from typing import Any

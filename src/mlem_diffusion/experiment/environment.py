@@ -1,7 +1,5 @@
 """Where a run takes place: device, machine, versions of the code and of its packages."""
 
-from __future__ import annotations
-
 import os
 import platform
 import subprocess

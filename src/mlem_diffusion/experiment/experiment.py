@@ -1,7 +1,5 @@
 """An experiment as its scripts see it: configuration, images, levels, settings to run, and files to write."""
 
-from __future__ import annotations
-
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -214,10 +212,9 @@ class Experiment:
             files.write_text(path, text)
         self.note(name)
 
-    def note(self, name: str) -> None:
-        """Count a file that was written by other means among this stage's outputs."""
-        if name not in self.written:
-            self.written.append(name)
+    def note(self, *names: str) -> None:
+        """Count files that were written by other means among this stage's outputs."""
+        self.written += [name for name in names if name not in self.written]
 
     def read(self, name: str, hint: str) -> Any:
         """The content of a JSON file of the results folder; UserError if it is missing. hint: what to run."""

@@ -1,7 +1,5 @@
 """The measurements of make optimise, made once on rank 0 and then read from the cache; and the plans made from them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import parallel
 from ..comparison.runner import Runner
 from ..comparison.settings import SamplerSetting
 from ..diffusion.brownian import BrownianPath
@@ -23,9 +20,8 @@ from ..multilevel.calibrate import check_reference
 from ..multilevel.diagnostics import diagnose
 from ..multilevel.gains import Effects, measure_effects
 from ..multilevel.learned import learn_probabilities
-from ..multilevel.plan import Plan, save_plans
+from ..multilevel.plan import Plan
 from ..multilevel.planner import RuleInputs
-from ..multilevel.probabilities import constant_probabilities
 from .environment import device_model
 
 
@@ -38,11 +34,11 @@ def check(exp: Any) -> None:
     check_reference(o.reference_steps or exp.process.base_steps, steps, "optimise.reference_steps")
 
 
-def read(path: Path) -> Any:
+def _read(path: Path) -> Any:
     return read_json(path, "run make optimise again")
 
 
-def seeds(exp: Any, count: int) -> BrownianPath:
+def _seeds(exp: Any, count: int) -> BrownianPath:
     """The first seeds of the calibration; the comparison uses others."""
     first = exp.cfg.optimise.seed
     return BrownianPath(range(first, first + count), exp.shape, exp.device)
@@ -59,28 +55,24 @@ def timing(exp: Any, levels: dict[str, Level]) -> dict[str, Any]:
         seconds = ablation.seconds_per_image(family, exp.shape, batch, exp.device)
         write_json(path, {"seconds": dict(zip(levels, seconds, strict=True)), **where})
 
-    return exp.cached("seconds.json", where, read, make)
+    return exp.cached("seconds.json", where, _read, make)
 
 
 def diagnostics(exp: Any, levels: dict[str, Level]) -> dict[str, dict[str, Any]]:
     """The diagnostics of the family for the first rule of each dynamics; UserError if a value is not finite."""
-    o, family, rules = exp.cfg.optimise, list(levels.values()), {}
-    p = constant_probabilities([level.flops for level in family], gamma=2.5, c=1.0)  # for the table's column of fires
-    for r in o.rules:
-        rules.setdefault(r.dynamics, step_rule(r.dynamics, r.step_rule))
+    o, found = exp.cfg.optimise, {}
+    for dynamics in dict.fromkeys(r.dynamics for r in o.rules):
+        rule = step_rule(dynamics, next(r.step_rule for r in o.rules if r.dynamics == dynamics))
 
-    def make(path: Path, rule: StepRule) -> None:
-        with exp.progress(f"diagnose {rule.dynamics}", None) as progress:
-            part, batch = seeds(exp, o.diagnose.seeds), exp.cfg.compare.batch
-            write_json(path, diagnose(family, exp.process, rule, part, o.diagnose.steps, batch, p, progress))
+        def make(path: Path, rule: StepRule = rule) -> None:
+            family, path_, batch = list(levels.values()), _seeds(exp, o.diagnose.seeds), exp.cfg.compare.batch
+            with exp.progress(f"diagnose {rule.dynamics}", None) as progress:
+                write_json(path, diagnose(family, exp.process, rule, path_, o.diagnose.steps, batch, progress))
 
-    found = {}
-    for dynamics, rule in rules.items():
-        facts = [o.seed, dict(o.diagnose), rule.key]
-        found[dynamics] = exp.cached("diagnostics.json", facts, read, lambda path, rule=rule: make(path, rule))
-        texts = [f["text"] for f in found[dynamics]["findings"] if f["severity"] == "error"]
-        if lost := [text for text in texts if "not finite" in text]:
-            raise UserError(lost[0])
+        found[dynamics] = exp.cached("diagnostics.json", [o.seed, dict(o.diagnose), rule.key], _read, make)
+        for f in found[dynamics]["findings"]:
+            if f["severity"] == "error" and "not finite" in f["text"]:
+                raise UserError(f["text"])
     return found
 
 
@@ -90,7 +82,7 @@ def effects(exp: Any, levels: dict[str, Level], rule: StepRule) -> Effects:
 
     def make(path: Path) -> None:
         with exp.progress(f"gains {rule.key}", o.calibrate) as progress:
-            grid, part, batch = exp.process.grid(o.calibrate_steps), seeds(exp, o.calibrate), exp.cfg.compare.batch
+            grid, part, batch = exp.process.grid(o.calibrate_steps), _seeds(exp, o.calibrate), exp.cfg.compare.batch
             measure_effects(list(levels.values()), rule, grid, part, o.probes, batch, progress).save(path)
 
     return exp.cached("effects.npz", [o.seed, o.calibrate, o.probes, o.calibrate_steps, rule.key], Effects.load, make)
@@ -124,18 +116,19 @@ def candidates(exp: Any, runner: Runner, seconds: dict[str, float]) -> Search:
     o, names, levels = exp.cfg.optimise, list(runner.levels), runner.levels
     costs = np.array([level.flops if o.cost == "flops" else seconds[name] for name, level in levels.items()])
     search = Search(errors_alone(exp, runner))
-    for r in (r for r in o.rules if r.get("methods", o.methods)):
-        rule = step_rule(r.dynamics, r.step_rule)
+    for r in o.rules:
+        methods, rule, spent = list(r.get("methods", o.methods)), step_rule(r.dynamics, r.step_rule), [0.0]
+        if not methods:
+            continue
         own = {(names.index(s.levels[0]), s.steps): e for s, e in search.alone.items() if s.rule == rule}
         grids = {n: exp.process.grid(n).logsnr for n in r.steps}
-        inputs = RuleInputs(effects(exp, levels, rule), grids, own, list(r.get("methods", o.methods)))
-        spent: list[float] = []
+        inputs = RuleInputs(effects(exp, levels, rule), grids, own, methods)
         learn = learner(exp, levels, rule, costs, spent) if r.get("learn", False) else None
         with exp.progress(f"plan {rule.key}", None, "grid") as progress:
             found = selection.candidates(inputs, exp.process, o, costs, learn, progress)
         search.rules.append(inputs)
         search.groups[rule.dynamics, rule.name] = found
-        search.learning.append(sum(spent, 0.0))
+        search.learning.append(sum(spent))
     return search
 
 
@@ -149,13 +142,13 @@ def learner(
     def learn(cost: float, start: Plan) -> np.ndarray:
         def make(path: Path) -> None:
             with exp.progress(f"learn {rule.key}, cost {cost:g}", options["iterations"], "iteration") as progress:
-                found = learn_probabilities(
+                p, flops = learn_probabilities(
                     list(levels.values()), rule, grid, exp.shape, exp.device, expected_flops=cost * costs[-1],
                     start=start.table[0].astype(np.float64), costs=costs.tolist(), progress=progress, **numbers,
                 )  # fmt: skip
-            write_json(path, {"p": found.p.tolist(), "flops": found.flops})
+            write_json(path, {"p": p.tolist(), "flops": flops})
 
-        content = exp.cached("learned.json", [options, rule.key, cost, start.id, costs.tolist()], read, make)
+        content = exp.cached("learned.json", [options, rule.key, cost, start.id, costs.tolist()], _read, make)
         spent.append(content["flops"])
         return np.array(content["p"])
 
@@ -181,12 +174,12 @@ def ledger(
         spent += rule.effects.flops_spent + learning
     runs = [*search.alone, *tried]
     spent += sum(runner.build(s).expected_flops(s.evaluations(runner.process)) for s in runs) * images
-    spent += len({r.dynamics for r in o.rules}) * len(runner.reference_grid.logsnr) * largest.flops * images
-    gains = float(sum(rule.effects.flops_spent for rule in search.rules))
+    spent += len(diagnosed) * len(runner.reference_grid.logsnr) * largest.flops * images
     alone = [
         {"dynamics": s.dynamics, "step_rule": s.step_rule, "level": s.levels[0], "steps": s.steps, "selected_error": e}
         for s, e in search.alone.items()
     ]
+    gains = float(sum(rule.effects.flops_spent for rule in search.rules))
     return {
         "calibration": {"flops": float(spent), "gains_flops": gains},
         "seeds_used": sorted({*range(o.seed, o.seed + max(o.calibrate, o.diagnose.seeds)), *runner.seeds}),
@@ -197,33 +190,24 @@ def ledger(
     }
 
 
-def save(exp: Any, chosen: list[tuple[Plan, dict[str, Any]]], **facts: Any) -> None:
-    """Write plans.json and plans.npz."""
-    if parallel.is_main():
-        save_plans(exp.results / "plans.json", chosen, **facts)
-    exp.note("plans.json")
-    exp.note("plans.npz")
-
-
 def cost(exp: Any) -> list[tuple[str, dict[str, float]]]:
     """Rows (text, {level: evaluations}) for a dry run.
 
-    The cost of candidate plans is not known before they are made: it is estimated as a quarter of the largest level at
-    every step of the middle grid."""
+    Candidate plans are assumed to cost a quarter of the largest level at every step of the middle grid."""
     check(exp)
-    o, family = exp.cfg.optimise, exp.cfg.family
+    o, family, rows = exp.cfg.optimise, exp.cfg.family, []
     names = [level_name(w) for w in family.widths]
     if family.callable is not None:
         names = [level.name for level in exp.build(family.callable)]
-    finest, points, rows = o.reference_steps or exp.process.base_steps, o.calibrate * o.calibrate_steps, []
+    finest, points = o.reference_steps or exp.process.base_steps, o.calibrate * o.calibrate_steps
     for dynamics in dict.fromkeys(rule.dynamics for rule in o.rules):
         rows.append((f"{dynamics}: diagnostics", dict.fromkeys(names, o.diagnose.seeds * o.diagnose.steps)))
         rows.append((f"{dynamics}: reference", {names[-1]: finest * o.num_select}))
     for rule in o.rules:
         methods, name = rule.get("methods", o.methods), f"{rule.dynamics}/{rule.step_rule}"
-        if methods:
-            rows.append((f"{name}: gains", dict.fromkeys(names, points) | {names[-1]: points * (3 + o.probes)}))
-        rows.append((f"{name}: levels alone", dict.fromkeys(names, sum(rule.steps) * o.num_select)))
+        gains = dict.fromkeys(names, points) | {names[-1]: points * (3 + o.probes)}
         count = len(methods) * len(o.bases) * o.plans * o.num_select * sorted(rule.steps)[len(rule.steps) // 2] / 4
+        rows.append((f"{name}: gains", gains if methods else {}))
+        rows.append((f"{name}: levels alone", dict.fromkeys(names, sum(rule.steps) * o.num_select)))
         rows.append((f"{name}: candidate plans, roughly", {names[-1]: count}))
     return rows

@@ -1,7 +1,5 @@
 """Levels and runner of an experiment, and its settings run by several ranks or workers."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -142,7 +140,6 @@ def make_runner(exp: Any, select: bool) -> Runner:
         num_reference=count if select else min(c.num_reference, count), batch=c.batch, device=exp.device,
         extractor=extractor, cache=exp.results / "cache", key=key, grid_images=c.grid_images,
         plans={} if select else known_plans(exp), reference_steps=o.reference_steps if select else None,
-        made_with=exp.identity,
     )  # fmt: skip
 
 

@@ -1,7 +1,5 @@
 """Ctrl-C and SIGTERM set a flag; the work saves its state and stops, or is ended after a few seconds."""
 
-from __future__ import annotations
-
 import signal
 import threading
 import time

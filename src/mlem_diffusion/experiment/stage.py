@@ -1,7 +1,5 @@
 """The decorator of every script: Hydra, device, lock, finished work, provenance, signals and one-sentence errors."""
 
-from __future__ import annotations
-
 import functools
 import os
 import sys
@@ -114,8 +112,8 @@ def report(name: str, error: BaseException) -> int:
         text = f"{SYSTEM_ERRORS[error.errno]}{where}: fix this and run the same command again."
     elif is_out_of_memory(error):
         text = (
-            "there is not enough memory: use smaller batches (compare.batch, gamma.batch, train.batch) or fewer "
-            "workers (ARGS=workers=1)."
+            "there is not enough memory: use smaller batches (compare.batch, gamma.batch), more parts of a batch "
+            "(train.accumulate=2 trains the same) or fewer workers (ARGS=workers=1)."
         )
     else:
         traceback.print_exception(error)

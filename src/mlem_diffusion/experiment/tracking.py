@@ -1,7 +1,5 @@
 """Records of a run: always metrics.jsonl, and a copy in Weights & Biases if it is installed and not disabled."""
 
-from __future__ import annotations
-
 import json
 import math
 import threading

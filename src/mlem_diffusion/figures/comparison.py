@@ -8,18 +8,12 @@ from matplotlib.lines import Line2D
 from pandas import DataFrame
 
 from ..diffusion.step_rules import DYNAMICS_NAMES, STEP_RULE_NAMES
-from ..errors import UserError
 from ..statistics import frontier
 from . import style
 
 _COSTS = {"gflops_realised": "compute (GFLOP per image, realised)", "seconds": "time (seconds per image)"}
-_DASHED = dict(ls=(0, (5, 1.5)), marker="s")
-_RULES = {
-    "em": dict(ls="-", marker="o"),
-    "ddpm": _DASHED,
-    "ddim": _DASHED,
-    "dpmpp_2m": dict(ls=(0, (1, 1.2)), marker="^"),
-}
+_RULES = {"em": dict(ls="-", marker="o"), "dpmpp_2m": dict(ls=(0, (1, 1.2)), marker="^")}
+_RULES["ddpm"] = _RULES["ddim"] = dict(ls=(0, (5, 1.5)), marker="s")
 _OTHER_RULE = dict(ls="-.", marker="v")
 _METHODS = {
     "stitched": dict(color="#1a9a8a", marker="D", ms=4.5, ls="none"),
@@ -39,20 +33,16 @@ _THICK: dict[str, Any] = dict(lw=3.2, alpha=0.55)
 def plot_compare(frame: DataFrame, title: str = "") -> Figure:
     """Draw compare.csv, one column of panels per dynamics: distance and error against compute, error against time.
 
-    frame: the columns of compare.csv with the seeds pooled, and the columns "method" (single, stitched, paper or other)
-    and "trusted". Costs are per image. Errors are mean squared errors to the reference with bars of two standard
-    errors. Points that are not positive are left out, because log axes cannot show them. Settings with too few
-    evaluations of the top level (not trusted) are hollow and on no frontier. Raises UserError for rows with different
-    sample counts or different distances, which cannot share an axis.
+    frame: from `table.for_figures`. Errors have bars of two standard errors. Points that are not positive are left out,
+    because log axes cannot show them. Settings that are not trusted are hollow and on no frontier.
     """
-    measured: Any = frame[frame.distance.notna()]
-    n, distance = _one_value(frame, "num_samples"), _one_value(measured, "distance_name")
     panels = [("distance", "gflops_realised"), ("error", "gflops_realised"), ("error", "seconds")]
-    if measured.empty:
+    if frame.distance.isna().all():
         panels = panels[1:]  # a family without images has no distances
     # A distance seldom spans decades, and a log axis would hide its zero. Both dynamics use the same kind of axis.
-    wide = measured.distance.max() > 8 * measured.distance.min()
-    labels = {"distance": f"{distance}  (n = {n})", "error": "error (MSE to the reference)"}
+    wide = frame.distance.max() > 8 * frame.distance.min()
+    distance = f"{frame.distance_name.iloc[0]}  (n = {frame.num_samples.iloc[0]})"
+    labels = {"distance": distance, "error": "error (MSE to the reference)"}
     dynamics = [name for name in DYNAMICS_NAMES if (frame.dynamics == name).any()]
     blues = _level_shades(frame)
     figure = style.new_figure(4.9 * len(dynamics) + 2.9, 3.7 * len(panels), title)
@@ -102,9 +92,8 @@ def _draw_panel(ax: Any, frame: Any, cost: str, measure: str, blues: dict[str, A
 
 
 def _draw_points(ax: Any, frame: Any, cost: str, measure: str, **looks: Any) -> None:
-    bars = None
-    if measure == "error":
-        bars = style.error_bars(frame.error.to_numpy(), frame.error_se.fillna(0.0).to_numpy())
+    bars = style.error_bars(frame.error.to_numpy(), frame.error_se.fillna(0.0).to_numpy())
+    bars = bars if measure == "error" else None
     ax.errorbar(frame[cost], frame[measure], yerr=bars, elinewidth=0.8, capsize=1.5, capthick=0.7, **looks)
 
 
@@ -139,10 +128,3 @@ def _legend(frame: Any, blues: dict[str, Any]) -> list[Line2D]:
         handles.append(Line2D([], [], ls="none", label=r"$\bf{" + name.replace(" ", r"\ ") + "}$"))
         handles += [Line2D([], [], label=label, **{"color": "#55606e", **looks}) for label, looks in entries.items()]
     return handles
-
-
-def _one_value(frame: Any, column: str) -> Any:
-    values = sorted(set(frame[column].dropna()) - {""}, key=str)
-    if len(values) > 1:
-        raise UserError(f"Rows that differ in {column} cannot share a figure: {', '.join(map(str, values))}.")
-    return values[0] if values else None

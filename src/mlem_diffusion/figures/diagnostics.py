@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..errors import UserError
 from .style import BLUE, GFLOP, LOGSNR, MARKERS, ORANGE, error_bars, more_room, new_figure, plain_ticks, shades, styled
 
 
@@ -14,10 +13,8 @@ def plot_diagnostics(content: dict[str, Any], title: str = "") -> Figure:
     """Draw the mean square differences of levels, for one of the dynamics in diagnostics.json.
 
     Left: against log-SNR, with bands of two standard errors. Right: the pooled value V, and V times the cost of one
-    firing, against the level's FLOPs. Raises UserError if there are no statistics.
+    firing, against the level's FLOPs.
     """
-    if "pooled" not in content:
-        raise UserError(f"There is nothing to plot: {content['findings'][0]['text']}")
     names = content["levels"]
     where = f"{content['samples']} trajectories of {names[-1]}, {content['dynamics'].upper()}, {content['step_rule']}"
     figure = new_figure(13, 4.8, f"{title}: {where}" if title else where)

@@ -20,16 +20,10 @@ _NOTE = "Arrow: the interval goes on. No marker: no finite γ, or beyond the axi
 
 @style.styled
 def plot_gamma(result: dict[str, Any], title: str = "") -> Figure:
-    """Draw the content of gamma.json.
-
-    `result` is the result of `gamma.estimate.estimate`, with an optional list "training_lengths" of {"fraction",
-    "images", "estimates", "levels", "points"}, in order of training. Without the list, the two lower panels show a
-    single training length. If `result` has "differences_fall", a third row shows it.
-    """
-    lengths = result.get("training_lengths") or [{**result, "fraction": 1.0}]
-    falls = result.get("differences_fall")
-    figure = style.new_figure(13, 14.25 if falls else 9.5, title)
-    axes = figure.subplots(3 if falls else 2, 2)
+    """Draw the content of gamma.json."""
+    lengths = result["training_lengths"]
+    figure = style.new_figure(13, 14.25, title)
+    axes = figure.subplots(3, 2)
     _draw_fits(axes[0, 0], result)
     _draw_gammas(axes[0, 1], [row["logsnr"] for row in result["per_noise_level"]], result["per_noise_level"])
     axes[0, 1].set(xlabel=style.LOGSNR, title="γ per noise level (95% profile intervals)")
@@ -38,7 +32,7 @@ def plot_gamma(result: dict[str, Any], title: str = "") -> Figure:
     axes[1, 0].set(xlabel="training length", title="γ at several training lengths, pooled (95% intervals)")
     axes[1, 0].set_xlim(-0.6, len(lengths) - 0.4)
     _draw_losses(axes[1, 1], lengths)
-    for ax, kind in zip(axes[2:].flat, _FALLS, strict=False):
+    for ax, kind in zip(axes[2], _FALLS, strict=True):
         _draw_ratios(ax, result["differences_fall"], kind)
     handles, labels = axes[1, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, title=_NOTE)
@@ -56,14 +50,15 @@ def _draw_fits(ax: Any, result: dict[str, Any]) -> None:
         y = np.array([point["value"] for point in points]) - floor
         show = y > 0
         lowest = min(lowest, *y[show])
-        looks = dict(fmt=marker, color=colour, lw=1, label=f"{label}:  {_text(fit)}")
-        ax.errorbar(x[show], y[show], yerr=style.error_bars(y, _contrasts(points))[:, show], **looks)
-        if not fit["amplitude"]:
-            continue
-        if name == "differences":  # the law is for pairs of levels, so it is defined at the points only
+        low, high = fit["interval"]
+        gamma = "no finite γ" if fit["gamma"] is None else f"γ = {fit['gamma']:.2f}"
+        label += f":  {gamma} [{low:.2f}, {'∞' if high is None else f'{high:.2f}'}]"
+        bars = style.error_bars(y, _contrasts(points))[:, show]
+        ax.errorbar(x[show], y[show], yerr=bars, fmt=marker, color=colour, lw=1, label=label)
+        if name == "differences" and fit["amplitude"]:  # the law is for pairs of levels: defined at the points only
             before = np.array([point["gflop_previous"] for point in points])
             ax.plot(x, _law(fit, before) - _law(fit, x), color=colour, ls="--")
-        else:
+        elif fit["amplitude"]:
             dense = np.geomspace(x[0], x[-1], 200)
             limit = _law(fit, result["levels"][-1]["gflop"]) if name == "to_largest" else 0.0
             ax.plot(dense, _law(fit, dense) - limit, color=colour)
@@ -82,12 +77,6 @@ def _law(fit: dict[str, Any], gflops: Any) -> Any:
 def _contrasts(points: list[dict[str, Any]]) -> np.ndarray:
     """Standard errors; those of the contrast if known, because levels are compared on the same images."""
     return np.array([point.get("contrast_se", point["se"]) for point in points])
-
-
-def _text(fit: dict[str, Any]) -> str:
-    low, high = fit["interval"]
-    interval = f"[{low:.2f}, {'∞' if high is None else f'{high:.2f}'}]"
-    return f"no finite γ {interval}" if fit["gamma"] is None else f"γ = {fit['gamma']:.2f} {interval}"
 
 
 def _draw_gammas(ax: Any, x: Sequence[float], entries: list[dict[str, Any]]) -> None:
@@ -112,10 +101,10 @@ def _draw_gammas(ax: Any, x: Sequence[float], entries: list[dict[str, Any]]) -> 
 
 def _draw_losses(ax: Any, lengths: list[dict[str, Any]]) -> None:
     for i, entry in enumerate(lengths):
-        colour = style.COLOURS[::-1][i % len(style.COLOURS)] if len(lengths) > 1 else style.BLUE
+        colour = style.COLOURS[::-1][i % len(style.COLOURS)]
         fit = entry["estimates"]["loss_fit"]
         x, losses = np.array([(level["gflop"], level["loss"]) for level in entry["levels"]]).T
-        looks = dict(fmt=style.MARKERS[i % len(style.MARKERS)], color=colour, lw=1, label=_length_label(entry))
+        looks = dict(fmt=style.MARKERS[i % 8], color=colour, lw=1, label=_length_label(entry))
         ax.errorbar(x, losses, yerr=2 * _contrasts(entry["points"]["loss_fit"]), **looks)
         if fit["amplitude"]:
             dense = np.geomspace(x[0], x[-1], 200)
@@ -131,11 +120,11 @@ def _draw_losses(ax: Any, lengths: list[dict[str, Any]]) -> None:
 def _draw_ratios(ax: Any, falls: dict[str, Any], kind: str) -> None:
     """Draw ratios of neighbouring squared differences by noise level; crosses mark rises beyond two standard errors."""
     x, rows = falls["noise_levels"], falls[kind]
-    bad = {(*v["levels"], v["logsnr"]): v["ratio"] for v in falls["violations"] if v["kind"] == kind}
-    colours = style.shades(len(rows["pairs"]))
-    for pair, ratio, colour in zip(rows["pairs"], rows["ratio"], colours, strict=True):
+    for pair, ratio, colour in zip(rows["pairs"], rows["ratio"], style.shades(len(rows["pairs"])), strict=True):
         ax.plot(x, ratio, "o-", color=colour, ms=4, label=f"{pair[1]} / {pair[0]}")
-    ax.plot([key[-1] for key in bad], list(bad.values()), "x", color=style.ORANGE, ms=10, mew=2)
+    rises = [rise for rise in falls["violations"] if rise["kind"] == kind]
+    places, ratios = [rise["logsnr"] for rise in rises], [rise["ratio"] for rise in rises]
+    ax.plot(places, ratios, "x", color=style.ORANGE, ms=10, mew=2)
     ax.axhline(1.0, color="0.25", lw=1, zorder=0)
     ax.set(yscale="log", xlabel=style.LOGSNR, ylabel="later level / earlier level")
     ax.set_title(f"Does {_FALLS[kind]} fall with the level? (crosses: it rises, beyond 2 s.e.)")
@@ -144,6 +133,5 @@ def _draw_ratios(ax: Any, falls: dict[str, Any], kind: str) -> None:
 
 
 def _length_label(entry: dict[str, Any]) -> str:
-    images = entry.get("images") or [level["images"] for level in entry["levels"]]
-    span = " to ".join(dict.fromkeys(style.thousands(n) for n in (min(images), max(images))))
+    span = " to ".join(dict.fromkeys(style.thousands(n) for n in (min(entry["images"]), max(entry["images"]))))
     return f"{100 * entry['fraction']:.0f}%, {span} images"

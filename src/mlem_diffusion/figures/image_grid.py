@@ -9,26 +9,21 @@ from PIL import Image, ImageDraw, ImageFont
 from torchvision.utils import make_grid
 
 
-def image_grid(images: Any, columns: int | None = None, scale: int | None = None, pad: int = 1) -> Image.Image:
-    """Tile uint8 images [N, 3, H, W] (tensor or array) row by row on white, in a nearly square grid by default.
+def image_grid(images: Any, columns: int | None = None, pad: int = 1) -> Image.Image:
+    """Tile images (tensor or array) row by row on white, in a nearly square grid by default.
 
-    `scale` enlarges each pixel to a scale x scale block, without smoothing; None picks the smallest whole number that
-    makes images at least 64 pixels high. `pad` is the gap in pixels, also around the grid.
+    Each pixel becomes a block of pixels, so that images are at least 64 high. `pad` is the gap, also around the grid.
     """
     images = torch.as_tensor(images).cpu()
     columns = columns or math.ceil(math.sqrt(len(images)))
-    scale = scale or math.ceil(64 / images.shape[2])
+    scale = math.ceil(64 / images.shape[2])
     large = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     return Image.fromarray(make_grid(large, columns, pad, pad_value=255).permute(1, 2, 0).numpy())
 
 
-def comparison_grid(rows: list[tuple[str, Any]], scale: int | None = None, pad: int = 2) -> Image.Image:
-    """One row of images per setting, with its label at the left; `scale` and `pad` as in `image_grid`.
-
-    All rows must have the same seeds in the same order, so that a column is one seed under all settings. Long labels
-    wrap, and line breaks in labels stay. Rows may have different lengths.
-    """
-    strips = [image_grid(images, len(images), scale, pad) for _, images in rows]
+def comparison_grid(rows: list[tuple[str, Any]]) -> Image.Image:
+    """One row of images per setting, with its label at the left; a column is one seed under all settings."""
+    strips = [image_grid(images, len(images), pad=2) for _, images in rows]
     labels = ["\n".join(textwrap.fill(line, 26) for line in label.split("\n")) for label, _ in rows]
     size = max(12, min(18, strips[0].height // 6))
     font, margin = ImageFont.load_default(size), size // 2

@@ -74,7 +74,7 @@ def plain_ticks(axis: Any) -> None:
 
 
 def more_room(ax: Any, below: float = 0.0, above: float = 0.0) -> None:
-    """Widen a log axis by these shares of its height, for a legend."""
+    """Widen a log axis by these shares, for a legend."""
     low, high = ax.get_ylim()
     ax.set_ylim(low / (high / low) ** below, high * (high / low) ** above)
 

@@ -13,8 +13,7 @@ from .style import LOGSNR, new_figure, note, plain_ticks, shades, styled, thousa
 def plot_training(levels: Sequence[dict[str, Any]], title: str = "") -> Figure:
     """Training loss against images seen and held-out denoising error against log-SNR, one line per level.
 
-    levels, cheap to expensive: {"name", "history": [{"images", "loss"}, ...], "held_out": {"logsnr": [...], "loss":
-    [...]}}, as in the levels' metadata; history and held_out may be empty.
+    levels: their metadata, cheap to expensive; "history" and "held_out" may be empty.
     """
     figure = new_figure(11.5, 4.4, title)
     left, right = figure.subplots(1, 2)

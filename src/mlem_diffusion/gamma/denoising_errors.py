@@ -1,11 +1,6 @@
 """Denoising errors of a family on held-out images; all levels get the same images, noise levels and noise."""
 
-from __future__ import annotations
-
-import copy
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -14,8 +9,6 @@ from torch import Tensor
 from ..diffusion.brownian import initial_noise
 from ..diffusion.level import Level
 from ..diffusion.process import Process, add_noise
-from ..models.checkpoint import load_weights
-from ..models.family import as_level
 
 Pair = tuple[int, int | None]  # two levels, by index; None is the clean image
 
@@ -61,24 +54,3 @@ def squared_differences(
                 out[i, part, j] = (outputs[first] - other).double().square().flatten(1).mean(1).cpu().numpy()
         progress(j + 1, s)
     return out
-
-
-def snapshot_losses(
-    denoiser: torch.nn.Module,
-    files: Mapping[Path, str],
-    held_out: Tensor,
-    logsnr: np.ndarray,
-    weights: np.ndarray,
-    precision: str = "float32",
-) -> list[dict[str, Any]]:
-    """The held-out loss of each snapshot of a training, on the same images and noise, pooled by weights [S].
-
-    files: ema-<images>.safetensors with their SHA-256. held_out [M,3,H,W] in [-1, 1], log-SNRs [S]."""
-    entries, network = [], copy.deepcopy(denoiser)
-    for file, sha256 in files.items():
-        load_weights(file, network, sha256)
-        level = as_level(file.stem, network, 1.0, precision, compile="off")
-        loss = squared_differences([level], family_pairs(1), held_out, logsnr, seed=1)[0] @ weights
-        images = int(file.stem.removeprefix("ema-"))
-        entries.append({"images": images, "file": file.name, "sha256": sha256, "held_out_loss": float(loss.mean())})
-    return entries

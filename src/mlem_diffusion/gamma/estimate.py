@@ -1,7 +1,5 @@
 """Gamma with intervals from the measured errors of a family, and the answer to gamma > 2."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """The content of gamma.json: errors and estimates of a trained family at all its training lengths."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain, combinations
@@ -14,7 +12,7 @@ from ..diffusion.level import Level
 from ..diffusion.process import Process
 from ..errors import UserError
 from ..models.family import identity_of
-from ..multilevel.diagnostics import differences_fall
+from ..multilevel.level_checks import differences_fall
 from .denoising_errors import family_pairs, noise_levels, squared_differences
 from .estimate import LevelErrors, estimate, interval_text, standard_errors
 from .training_seeds import Repeat, repeat_pairs, seed_spread

@@ -6,8 +6,6 @@ non-linearly, so the other parameters are eliminated in closed form. The 95% int
 they assume the law, with independent scatter, and do not include what all levels share (data, training length).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

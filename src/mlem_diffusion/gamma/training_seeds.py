@@ -4,8 +4,6 @@ Only a few levels are repeated, usually the cheapest, and their spread stands fo
 the logarithm of each value that a law is fitted to. It excludes effects that all seeds share (data, recipe).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,23 +1,14 @@
 """Adapters that turn other denoising networks into levels: declare a network's inputs and prediction, get a `Level`.
 
-A level denoises x = alpha x0 + sigma eps, alpha^2 = sigmoid(logsnr) and sigma^2 = sigmoid(-logsnr). Networks differ in
-the coordinates of their input ("vp": x; "ve": x / alpha, the image plus noise of standard deviation sigma / alpha), in
-their noise-level input, in further inputs such as an embedded text, and in their prediction:
+A level denoises x = alpha x0 + sigma eps, alpha^2 = sigmoid(logsnr), sigma^2 = sigmoid(-logsnr): "vp" coordinates. "ve"
+networks see x / alpha, the image plus noise of standard deviation sigma / alpha. The predictions are
 
-    prediction     output of the network                     denoised image
-    "x0"           the image D                               D
-    "epsilon"      the noise eps                             (x - sigma eps) / alpha
-    "v"            alpha eps - sigma x0                      alpha x - sigma v
-    "score"        gradient of the log density of its input  (x + sigma^2 score) / alpha, in VP coordinates
+    "x0" the image,  "epsilon" the noise eps,  "v" = alpha eps - sigma x0,  "score" the gradient of the log density.
 
 An EDM denoiser D(y, sigma) is prediction="x0", coordinates="ve", time="sigma"; a DDPM network is prediction="epsilon",
-time="timestep" with its alphas_cumprod. At high noise, predictions of noise and score lose digits: their errors are
-multiplied by 1 / alpha.
+time="timestep" with its alphas_cumprod. At high noise, errors of "epsilon" and "score" are multiplied by 1 / alpha.
 """
 
-from __future__ import annotations
-
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ..diffusion.level import Level
 from ..diffusion.process import expand
 from ..errors import UserError
+from .compiled import first_line
 from .flops import count_flops
 
 KNOWN = {
@@ -55,20 +47,22 @@ def adapt(
 ) -> Level:
     """Return a level for a network that is called as network(input [B,C,H,W], time [B], **conditioning).
 
-    prediction, coordinates: see the table above. The network returns a tensor, a tuple that starts with one, or an
-    object with one in `.sample`; of twice the channels of x (learned variances), the first half is used.
-    time: "logsnr"; "sigma", the noise's standard deviation in the network's coordinates; "timestep", the index into the
-    falling alphas_cumprod [T], fractional between two (linear in log-SNR); or a function of logsnr [B] (EDM's
-    ln(sigma) / 4 is `lambda logsnr: -logsnr / 8`). round_timesteps: for networks that need integers; the level then
-    denoises at the nearest trained noise level, with x unchanged. logsnr_range: lowest and highest log-SNR in training,
-    by default those of alphas_cumprod; with a range, each call waits for the device.
-    conditioning: keyword arguments; tensors [1, ...], also nested, are expanded to the batch. flops: of one evaluation
-    of one image; by default counted, for an nn.Module and `shape` [C,H,W].
+    The network returns a tensor, a tuple that starts with one, or an object with one in `.sample`; of twice the
+    channels of x (learned variances), the first half is used. time: "logsnr"; "sigma", the noise's standard deviation
+    in the network's coordinates; "timestep", the index into the falling alphas_cumprod [T], fractional (linear in
+    log-SNR) unless round_timesteps; or a function of logsnr [B]. logsnr_range: lowest and highest log-SNR in training,
+    by default those of alphas_cumprod; with a range, each call waits for the device. conditioning: keyword arguments;
+    tensors [1, ...], also nested, are expanded to the batch. flops: of one image; counted for a Module and `shape`.
 
     Raises UserError for an unknown convention, conditioning of several rows, or FLOPs that cannot be counted; the level
     does so for a noise level outside the trained range and for an output of another shape.
     """
-    _check_conventions(name, prediction, coordinates, time, alphas_cumprod is not None)
+    given = {"prediction": prediction, "coordinates": coordinates, "time": "logsnr" if callable(time) else time}
+    for what, value in given.items():
+        if value not in KNOWN[what]:
+            raise UserError(f"{name}: {what} = {value!r} is unknown; expected one of {', '.join(KNOWN[what])}.")
+    if (alphas_cumprod is not None) != (time == "timestep"):
+        raise UserError(f"{name}: time='timestep' and the alphas_cumprod of the network's training belong together.")
     table = None if alphas_cumprod is None else _timestep_table(alphas_cumprod)
     limits = logsnr_range or (None if table is None else trained_range(alphas_cumprod))
     inputs = dict(conditioning or {})
@@ -102,36 +96,28 @@ def adapt(
 def from_diffusers(name: str, unet: nn.Module, scheduler: Any, **options: Any) -> Level:
     """Return a level for a diffusers UNet (UNet2DModel, UNet2DConditionModel, ...) and its training scheduler.
 
-    prediction_type and alphas_cumprod are read from the scheduler; its clipping is not applied (see `clipped`).
-    Timesteps are rounded only if the UNet embeds them by a table. options: conditioning, shape (by default the UNet's)
-    and flops, as for `adapt`. Sample in Process(LinearSchedule(), *trained_range(scheduler)).
-
-    Raises UserError for a scheduler without alphas_cumprod or with an unknown prediction type, for a UNet that takes
-    sigma (Fourier embedding), and as `adapt`.
+    The scheduler's clipping is not applied. Timesteps are rounded only if the UNet embeds them by a
+    table. options: conditioning, shape (by default the UNet's) and flops, as for `adapt`. Sample in
+    Process(LinearSchedule(), *trained_range(scheduler)). Raises UserError for other schedulers, and as `adapt`.
     """
     predicts = getattr(getattr(scheduler, "config", None), "prediction_type", None)
     prediction = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}.get(str(predicts))
     if prediction is None:
         raise UserError(f"{name}: the scheduler's prediction type {predicts!r} is unknown; use adapt().")
-    config = getattr(unet, "config", None)
-    embedding, size = getattr(config, "time_embedding_type", None), getattr(config, "sample_size", None)
-    if embedding == "fourier":
-        raise UserError(f"{name}: this UNet takes sigma, not timesteps; use adapt() with time='sigma'.")
-    if options.get("shape") is None and size is not None:
-        height, width = (size, size) if isinstance(size, int) else size
-        options["shape"] = getattr(config, "in_channels", 3), height, width
-    options |= {"time": "timestep", "alphas_cumprod": scheduler, "round_timesteps": embedding == "learned"}
+    config: Any = unet.config
+    if "shape" not in options:
+        size = config.sample_size
+        options["shape"] = (config.in_channels, *((size, size) if isinstance(size, int) else size))
+    rounded = getattr(config, "time_embedding_type", None) == "learned"
+    options |= {"time": "timestep", "alphas_cumprod": scheduler, "round_timesteps": rounded}
     return adapt(name, unet, prediction=prediction, **options)
 
 
 def guided(conditional: Level, unconditional: Level, scale: float, name: str | None = None) -> Level:
     """Return classifier-free guidance as one level: D_u + scale (D_c - D_u), at the sum of their FLOPs.
 
-    See Ho and Salimans 2022, with scale = 1 + w. The second level may also be a weaker network (autoguidance). The name
-    defaults to that of the conditional level.
+    See Ho and Salimans 2022, with scale = 1 + w. The second level may also be a weaker network (autoguidance).
     """
-    if not math.isfinite(scale):
-        raise UserError(f"The guidance scale {scale} is not a finite number.")
 
     def denoise(x: Tensor, logsnr: Tensor) -> Tensor:
         base = unconditional.denoise(x, logsnr)
@@ -140,26 +126,10 @@ def guided(conditional: Level, unconditional: Level, scale: float, name: str | N
     return Level(name or conditional.name, denoise, conditional.flops + unconditional.flops)
 
 
-def clipped(level: Level, limit: float = 1.0) -> Level:
-    """Return the level with denoised images clamped to [-limit, limit], as in DDPM; guide first, then clip."""
-    if not limit > 0:
-        raise UserError(f"{level.name}: images cannot be clipped to [-{limit}, {limit}].")
-    return Level(level.name, lambda x, logsnr: level.denoise(x, logsnr).clamp(-limit, limit), level.flops)
-
-
 def trained_range(source: Any) -> tuple[float, float]:
     """Return the lowest and highest trained log-SNR of a diffusers scheduler or of alphas_cumprod, for Process."""
     logsnr, _ = _timestep_table(source)
     return float(logsnr[0]), float(logsnr[-1])
-
-
-def _check_conventions(name: str, prediction: str, coordinates: str, time: Any, has_timesteps: bool) -> None:
-    given = {"prediction": prediction, "coordinates": coordinates, "time": "logsnr" if callable(time) else time}
-    for what, value in given.items():
-        if value not in KNOWN[what]:
-            raise UserError(f"{name}: {what} = {value!r} is unknown; expected one of {', '.join(KNOWN[what])}.")
-    if has_timesteps != (time == "timestep"):
-        raise UserError(f"{name}: time='timestep' and the alphas_cumprod of the network's training belong together.")
 
 
 def _timestep_table(source: Any) -> tuple[Tensor, Tensor]:
@@ -176,7 +146,7 @@ def _timestep_table(source: Any) -> tuple[Tensor, Tensor]:
 
 
 def _timestep(logsnr: Tensor, table: tuple[Tensor, Tensor], to_integer: bool) -> tuple[Tensor, Tensor]:
-    """Return the network's timestep [B] and its log-SNR [B]."""
+    """Return the network's timestep [B] and its log-SNR [B]: that of the nearest trained timestep if to_integer."""
     known, last = table[0].to(logsnr), int(table[1][0])
     above = torch.searchsorted(known, logsnr.detach().contiguous()).clamp(1, len(known) - 1)
     part = ((logsnr - known[above - 1]) / (known[above] - known[above - 1])).clamp(0, 1)
@@ -233,5 +203,4 @@ def _count(name: str, network: Any, shape: Any, conditioning: dict[str, Any], ti
     try:
         return count_flops(network, x, when, **tree_map_only(Tensor, lambda tensor: tensor.to("meta"), conditioning))
     except (RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{name}: FLOPs could not be counted ({reason}); give flops.") from error
+        raise UserError(f"{name}: FLOPs could not be counted ({first_line(error)}); give flops.") from error

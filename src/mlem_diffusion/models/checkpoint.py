@@ -1,8 +1,5 @@
 """Files of one level: weights (safetensors) and the state from which training resumes; no pickles are read."""
 
-from __future__ import annotations
-
-import hashlib
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,19 +11,16 @@ from torch import nn
 from ..errors import UserError, is_out_of_memory
 from ..files import Damaged, atomic_write, sha256_of
 
-AGAIN = "run make train-levels again, which repairs it if the level's state.pt is intact"
+AGAIN = "train this level again (make train-levels ARGS=overwrite=true)"
 
 
 def save_weights(path: Path, module: nn.Module, dtype: torch.dtype | None = None) -> str:
-    """Write parameters and buffers of an uncompiled module as safetensors; return the file's SHA-256.
-
-    dtype: parameters, but not buffers, are rounded to it; `load_weights` converts them to the module's dtype.
-    """
-    kinds = {} if dtype is None else {name: dtype for name, _ in module.named_parameters()}
+    """Write a module's parameters and buffers as safetensors; return the file's SHA-256. dtype: of the parameters."""
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in module.state_dict().items()}
-    content = save({name: value.to(kinds.get(name, value.dtype)) for name, value in tensors.items()})
-    atomic_write(path, lambda p: p.write_bytes(content))
-    return hashlib.sha256(content).hexdigest()
+    for name, _ in module.named_parameters():
+        tensors[name] = tensors[name].to(dtype or tensors[name].dtype)
+    atomic_write(path, lambda p: p.write_bytes(save(tensors)))
+    return sha256_of(path)
 
 
 def check_weights(path: Path, sha256: str, hint: str = AGAIN) -> None:
@@ -38,7 +32,7 @@ def check_weights(path: Path, sha256: str, hint: str = AGAIN) -> None:
 
 
 def load_weights(path: Path, module: nn.Module, sha256: str, hint: str = AGAIN) -> None:
-    """Load safetensors of this SHA-256 into the module; hint: what to do about a damaged file.
+    """Load safetensors of this SHA-256 into the module, in the module's dtype; hint: what to do about a damaged file.
 
     Raises UserError if the file is missing, has another hash or does not fit.
     """
@@ -46,7 +40,7 @@ def load_weights(path: Path, module: nn.Module, sha256: str, hint: str = AGAIN) 
     try:
         module.load_state_dict(load_file(path))
     except Exception as error:
-        raise explained(error, path, f"does not fit the configured network ({{}}): {hint}") from error
+        raise explained(error, path, f"does not fit the configured network: {hint}") from error
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -55,10 +49,7 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any] | None:
-    """Return the resume state, or None if the file does not exist; raise Damaged if it cannot be read.
-
-    It is loaded with weights_only, so no code in the file can run.
-    """
+    """Return the resume state, or None without a file; Damaged if it cannot be read. No code in the file can run."""
     if not path.is_file():
         return None
     try:
@@ -67,10 +58,9 @@ def load_state(path: Path) -> dict[str, Any] | None:
                 raise ValueError(f"the checksum of {part} differs")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise explained(error, path, "cannot be read ({}): delete it to train this level again") from error
+        raise explained(error, path, "cannot be read: delete it to train this level again") from error
 
 
 def explained(error: Exception, path: Path, text: str) -> Exception:
-    """Return Damaged with the first sentence of torch's paragraphs; lack of memory is not the file's fault."""
-    line = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0].strip().rstrip(".:")
-    return error if is_out_of_memory(error) else Damaged(path, f"{path} {text.format(line)}.")
+    """Return Damaged with this text, but lack of memory is not the file's fault."""
+    return error if is_out_of_memory(error) else Damaged(path, f"{path} {text}.")

@@ -3,21 +3,90 @@
 from __future__ import annotations
 
 import copy
+import logging
+import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..errors import SlowPath, UserError
-from .torch_compile import Compiled, first_line, options, should_compile
+from ..errors import SlowPath, UserError, is_out_of_memory
 from .unet import Denoiser, UNet
 
+T = TypeVar("T")
+
+SETTINGS = ("auto", "on", "off", "max")
+_PROGRAMS = 256  # programs that dynamo may cache per function: each level of a family needs its own
 _SMALLEST, _WASTE = 8, 0.25  # smallest bucket; largest padding as a fraction of the samples
+
+
+def should_compile(setting: str, device: torch.device) -> bool:
+    """Return whether to compile ("on" and "max": yes, "off": no, "auto": on CUDA); UserError for other settings."""
+    if setting not in SETTINGS:
+        raise UserError(f"compile = {setting!r} is unknown; expected one of {', '.join(SETTINGS)}.")
+    return setting in ("on", "max") or (setting == "auto" and device.type == "cuda")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error that is not blank, shortened."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip().rstrip(".:")[:160]
+
+
+class Compiled:
+    """A function or module that torch.compile compiles when it is first used; compiled programs are kept on disk.
+
+    setting "max" tunes kernels, which takes minutes. CUDA graphs are left to the callers, who know which buffers are
+    fixed. If the first use fails but works with the eager function, the function stays eager, with one SlowPath warning
+    that begins with `what`. Out-of-memory errors, and errors after the first use, are raised.
+    """
+
+    def __init__(self, function: Callable[..., Any], what: str, setting: str, device: torch.device, **options: Any):
+        self.function, self.what, self.options = function, what, options
+        self.tried = False  # whether it is decided that the function is compiled or not
+        if device.type == "cuda":
+            tuned = {"coordinate_descent_tuning": True, "max_autotune": True} if setting == "max" else {}
+            self.options["options"] = {"conv_1x1_as_mm": True, "triton.cudagraphs": False, **tuned}
+
+    def __call__(self, *args: Any) -> Any:
+        return self.use(lambda function: function(*args))
+
+    def use(self, work: Callable[[Callable[..., Any]], T]) -> T:
+        """Return work(function); its first call also decides whether the function is compiled."""
+        if self.tried:
+            return work(self.function)
+        try:
+            _prepare()
+            fast = torch.compile(self.function, **self.options)
+            result = work(fast)
+            self.function = fast
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            result = work(self.function)  # raises the function's own errors
+            reason = f"compilation failed ({first_line(error)})"
+            warnings.warn(f"{self.what} runs eagerly: {reason}.", SlowPath, stacklevel=3)
+        self.tried = True
+        return result
+
+
+def _prepare() -> None:
+    """Keep compiled programs on disk between runs, and as many in memory as a family of levels needs."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home / "mlem-diffusion" / "compile"))
+    torch._dynamo.config.cache_size_limit = max(_PROGRAMS, torch._dynamo.config.cache_size_limit)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns CPU users that CUDA is missing
+
+
+def to_bf16(module: nn.Module) -> None:
+    """Round a module's parameters to bf16 in place; its buffers (noise-level frequencies) keep float32."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def inference_copy(denoiser: nn.Module, precision: str = "float32") -> nn.Module:
@@ -30,13 +99,11 @@ def inference_copy(denoiser: nn.Module, precision: str = "float32") -> nn.Module
         raise UserError(f"precision = {precision!r} is unknown; expected 'float32' or 'bf16'.")
     network = copy.deepcopy(denoiser).eval().requires_grad_(False)
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if not isinstance(network, Denoiser):
-        return network
-    if precision == "bf16":
-        for parameter in network.unet.parameters():  # not the frequencies of the features, which need float32
-            parameter.data = parameter.data.to(torch.bfloat16)
-    if isinstance(network.unet, UNet):
-        network.unet.join_conditioning()
+    if isinstance(network, Denoiser):
+        if precision == "bf16":
+            to_bf16(network.unet)
+        if isinstance(network.unet, UNet):
+            network.unet.join_conditioning()
     return network
 
 
@@ -75,24 +142,17 @@ class FastDenoiser:
         batch: int | None = None,
         graphs: bool = True,
     ):
-        self.network, self.precision, self.name = inference_copy(denoiser, precision), precision, name
-        self.batch = batch
+        self.network, self.name, self.batch = inference_copy(denoiser, precision), name, batch
         device = next(self.network.parameters()).device
-        self.run: Callable[[Tensor, Tensor], Tensor] = self.network
-        if should_compile(compile, device):
-            self.run = Compiled(self.network, name, **options(compile, device))
+        compiles = should_compile(compile, device)
+        self.run = Compiled(self.network, name, compile, device) if compiles else self.network
         self.graphs: dict[tuple, _Graph] | None = {} if graphs and device.type == "cuda" else None
-
-    @property
-    def mode(self) -> str:
-        """The precision, and the current mode of execution: eager or compiled, with or without CUDA graphs."""
-        is_compiled = isinstance(self.run, Compiled) and not self.run.failed
-        return f"{self.precision} {'compiled' if is_compiled else 'eager'}{'' if self.graphs is None else ' + graphs'}"
 
     def __call__(self, x: Tensor, logsnr: Tensor) -> Tensor:
         if logsnr.ndim == 0:  # shared by all samples, so it is embedded once
             logsnr = logsnr.reshape(1)
-        if _forward_mode(x):
+        # forward derivatives or another functorch transform
+        if forward_ad._current_level >= 0 or torch._C._functorch.is_functorch_wrapped_tensor(x):  # pyright: ignore
             with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no forward derivative
                 return self.network(x, logsnr).float()
         if torch.is_grad_enabled() and x.requires_grad:
@@ -104,30 +164,23 @@ class FastDenoiser:
         parts, start = [], 0
         for count, bucket in cover(len(x), self.batch):
             piece, at = x[start : start + count], logsnr if len(logsnr) == 1 else logsnr[start : start + count]
-            graph = self._graph(bucket, tuple(x.shape[1:]), len(at) == 1, x.device)
+            graph = self._graph(bucket, x, len(at) == 1)
             parts.append(graph(piece, at) if graph is not None else self.run(piece, at).float())
             start += count
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _graph(self, bucket: int, shape: tuple[int, ...], uniform: bool, device: torch.device) -> _Graph | None:
-        if self.graphs is None:
-            return None
-        key = (bucket, *shape, uniform)
-        if key not in self.graphs:
+    def _graph(self, bucket: int, x: Tensor, uniform: bool) -> _Graph | None:
+        """Return the graph of a bucket, captured when it is first used; None if captures fail."""
+        key = (bucket, *x.shape[1:], uniform)
+        if self.graphs is not None and key not in self.graphs:
             try:
-                self.graphs[key] = _Graph(self.run, bucket, shape, 1 if uniform else bucket, device)
+                self.graphs[key] = _Graph(self.run, bucket, x.shape[1:], 1 if uniform else bucket, x.device)
             except torch.cuda.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 self.graphs = None
                 warnings.warn(f"{self.name} runs without CUDA graphs: {first_line(error)}.", SlowPath, stacklevel=4)
-                return None
-        return self.graphs[key]
-
-
-def _forward_mode(x: Tensor) -> bool:
-    """Whether forward derivatives or another functorch transform pass through x."""
-    return forward_ad._current_level >= 0 or torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore
+        return None if self.graphs is None else self.graphs[key]
 
 
 class _Graph:
@@ -139,7 +192,7 @@ class _Graph:
     pool: Any = None
     alive: ClassVar[weakref.WeakSet[_Graph]] = weakref.WeakSet()
 
-    def __init__(self, run: Callable[..., Tensor], bucket: int, shape: tuple[int, ...], rows: int, device: Any):
+    def __init__(self, run: Callable[..., Tensor], bucket: int, shape: torch.Size, rows: int, device: torch.device):
         if not _Graph.alive:  # the allocator frees a pool with its last graph
             _Graph.pool = torch.cuda.graph_pool_handle()
         # padding is zeros or samples of earlier calls, so it is finite

@@ -1,16 +1,13 @@
-"""A trained family on disk: checkpoints/<experiment>/<level>/ with EMA weights, resume state, config and metadata.
+"""A trained family on disk: checkpoints/<experiment>/<level>/ with EMA weights, resume state and metadata.
 
 A published family (published.py) has the same form, with weights in bf16.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..diffusion.level import Level, check_family
 from ..errors import UserError
@@ -38,14 +35,12 @@ def at_width(settings: Mapping[str, Any], width: int) -> dict[str, Any]:
     settings["narrow"] lists changes for narrow levels, such as {upto: 32, images: 500000}. The entry with the smallest
     `upto` that is at least the width applies. Raises UserError for an entry without `upto`.
     """
-    plain = {key: value for key, value in settings.items() if key != "narrow"}
     entries: Any = settings.get("narrow") or ()
     if any(not isinstance(entry, Mapping) or "upto" not in entry for entry in entries):
         raise UserError("Every entry of a list `narrow` needs `upto`, the largest width that it applies to.")
-    for entry in sorted(entries, key=lambda entry: entry["upto"]):
-        if width <= entry["upto"]:
-            return plain | {key: value for key, value in entry.items() if key != "upto"}
-    return plain
+    fitting = [entry for entry in entries if width <= entry["upto"]]
+    changes = min(fitting, key=lambda entry: entry["upto"], default={})
+    return {key: value for key, value in {**settings, **changes}.items() if key not in ("narrow", "upto")}
 
 
 def build_denoiser(
@@ -64,14 +59,6 @@ def describe(width: int, size: int, data_rms: float, unet: Mapping[str, Any], ta
     parameters = sum(p.numel() for p in denoiser.parameters())
     flops = flops_per_evaluation(denoiser, size)
     return {**asked, "unet": at_width(unet, width), "parameters": parameters, "flops": flops}
-
-
-def as_level(name: str, denoiser: nn.Module, flops: float, precision: str = "float32", **options: Any) -> Level:
-    """Return a Level that evaluates a frozen copy of the denoiser on its device.
-
-    options: compile, and batch, the usual batch size (`compiled.FastDenoiser`).
-    """
-    return Level(name, FastDenoiser(denoiser, precision, name=name, **options), flops)
 
 
 def read_metadata(directory: Path, widths: Sequence[int]) -> list[dict[str, Any]]:
@@ -93,7 +80,7 @@ def _read_level(folder: Path) -> dict[str, Any]:
 
 
 def weights_of(metadata: Mapping[str, Any], snapshot: int | None = None) -> tuple[str, str]:
-    """Return file name and SHA-256 of a level's final weights, or of those at a training length."""
+    """Return file name and SHA-256 of a level's final weights, or of those at a training length (an index)."""
     if snapshot is None:
         return metadata.get("weights_file", "ema.safetensors"), metadata["weights_sha256"]
     return metadata["snapshots"][snapshot]["file"], metadata["snapshots"][snapshot]["sha256"]
@@ -106,10 +93,9 @@ def identity_of(metadata: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def load_denoiser(folder: Path, metadata: Mapping[str, Any], snapshot: int | None = None) -> Denoiser:
-    """Return a level's trained denoiser, in float32 on the CPU.
+    """Return a level's trained denoiser, in float32 on the CPU; snapshot: as in `weights_of`.
 
-    snapshot: index of a training length, or None for the last. Raises UserError if the weights are missing, do not fit,
-    or are not those of the metadata (by SHA-256).
+    Raises UserError if the weights are missing, do not fit, or are not those of the metadata (by SHA-256).
     """
     hint = RESTORE if "trained_weights_sha256" in metadata else AGAIN
     with expect_content(folder / "metadata.json", hint):
@@ -128,14 +114,13 @@ def load_level(
     snapshot: int | None = None,
     **options: Any,
 ) -> Level:
-    """Load one trained level for sampling; snapshot: see `load_denoiser`; options: see `as_level`."""
-    denoiser = load_denoiser(folder, metadata, snapshot).to(device)
-    return as_level(metadata["name"], denoiser, float(metadata["flops"]), precision, **options)
+    """Load one trained level for sampling; options: compile and batch, as for `FastDenoiser`."""
+    denoiser, name = load_denoiser(folder, metadata, snapshot).to(device), metadata["name"]
+    return Level(name, FastDenoiser(denoiser, precision, name=name, **options), float(metadata["flops"]))
 
 
 def load_family(directory: Path, widths: Sequence[int], *where: Any, **options: Any) -> list[Level]:
     """Load the levels of a trained family, in the order of `widths`; further arguments: see `load_level`."""
-    metadata = read_metadata(directory, widths)
-    levels = [load_level(directory / m["name"], m, *where, **options) for m in metadata]
+    levels = [load_level(directory / m["name"], m, *where, **options) for m in read_metadata(directory, widths)]
     check_family(levels)
     return levels

@@ -1,7 +1,5 @@
 """FLOPs of one evaluation of a network, counted on the meta device."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

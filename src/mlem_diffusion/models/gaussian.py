@@ -5,8 +5,6 @@ best linear denoiser of any data with that mean and covariance. C = U diag(l) U^
 directions and one variance for all others (probabilistic PCA, Tipping and Bishop 1999): two thin matrix products.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +20,7 @@ from ..errors import UserError
 from .checkpoint import explained, save_weights
 
 Images = np.ndarray | Tensor
+CHUNK = 1024  # images at a time
 DENSE_LIMIT = 1024  # up to this many dimensions the covariance of all images is diagonalised exactly
 SUBSET_VALUES = 100_000_000  # above DENSE_LIMIT: float32 values in the images that are decomposed (400 MB)
 # The default rank explains this share of the variance. On the 16x16 portraits this is rank 58, which is as near to a
@@ -44,8 +43,6 @@ class GaussianDenoiser(nn.Module):
 
     def __init__(self, mean: Tensor, basis: Tensor, variances: Tensor, residual: float | Tensor):
         super().__init__()
-        if basis.shape != (mean.numel(), len(variances)):
-            raise UserError(f"A basis of shape {list(basis.shape)} does not fit {mean.numel()} x {len(variances)}.")
         self.register_buffer("mean", mean)
         self.register_buffer("basis", basis.contiguous())
         self.register_buffer("variances", variances)
@@ -59,8 +56,6 @@ class GaussianDenoiser(nn.Module):
 
     def forward(self, x: Tensor, logsnr: Tensor) -> Tensor:
         """x [B,C,H,W] noised, logsnr [B] or 0-dim -> denoised image [B,C,H,W] in the dtype of the buffers."""
-        if x.shape[1:] != self.mean.shape:
-            raise UserError(f"Images {list(x.shape[1:])} do not fit a Gaussian of {list(self.mean.shape)}.")
         u = logsnr.expand(len(x)).to(self.mean.dtype)[:, None]
         alpha, alpha2, sigma2 = torch.sigmoid(u).sqrt(), torch.sigmoid(u), torch.sigmoid(-u)
         # the gain alpha C / (alpha^2 C + sigma^2) along the basis [B, r], and along all other directions [B, 1]
@@ -79,25 +74,21 @@ class GaussianDenoiser(nn.Module):
 
 
 def load_gaussian(path: Path, device: torch.device | str = "cpu") -> GaussianDenoiser:
-    """Load a denoiser that `save` wrote; UserError if the file is missing, Damaged if it cannot be read."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing: fit the Gaussian level first.")
+    """Load a denoiser that `save` wrote; Damaged if it cannot be read."""
     try:  # copied, because rounding depends on where a tensor begins in memory
         return GaussianDenoiser(**{name: value.clone() for name, value in load_file(path).items()}).to(device)
     except Exception as error:  # damaged files raise nearly anything
-        raise explained(error, path, "is not a saved Gaussian denoiser ({}): fit it again") from error
+        raise explained(error, path, "is not a saved Gaussian denoiser: fit it again") from error
 
 
-def fit_gaussian(images: Images, rank: int | None = None, flips: bool = True, seed: int = 0) -> GaussianDenoiser:
+def fit_gaussian(images: Images, rank: int | None = None, flips: bool = True) -> GaussianDenoiser:
     """Fit a Gaussian denoiser to images [N,C,H,W], uint8 or float in [-1, 1]; a memory map is read in pieces.
 
     rank: number of principal directions; None: the fewest that explain 95% of the variance, at most 256 and D / 8.
     flips: include mirror images, as in training. Up to 1024 dimensions the decomposition is exact. Above, it is
-    randomised (Halko et al. 2011) and uses at most 400 MB of images drawn with `seed`, which for a moment take twice
-    that memory. Raises UserError for fewer than two images and for a rank outside 1..D.
+    randomised (Halko et al. 2011) and uses at most 400 MB of images, which for a moment take twice that memory.
+    Raises UserError for a rank outside 1..D.
     """
-    if images.ndim != 4 or len(images) < 2:
-        raise UserError(f"A Gaussian needs images [N,C,H,W], at least two, not {list(images.shape)}.")
     shape, d = images.shape[1:], math.prod(images.shape[1:])
     if rank is not None and not 1 <= rank <= d:
         raise UserError(f"rank = {rank} is outside 1..{d}, the number of values of an image.")
@@ -106,22 +97,21 @@ def fit_gaussian(images: Images, rank: int | None = None, flips: bool = True, se
         mean, basis, variances, total = _dense(images, flips, most)
     else:
         limit = max(2, SUBSET_VALUES // (d * (2 if flips else 1)))
-        chosen = np.sort(np.random.default_rng(seed).permutation(len(images))[:limit])
+        chosen = np.sort(np.random.default_rng(0).permutation(len(images))[:limit])
         rows = torch.cat(list(_chunks(images, chosen, flips)))
-        mean, basis, variances, total = _truncated(rows, min(most, len(rows) - 1), seed)
+        mean, basis, variances, total = _truncated(rows, min(most, len(rows) - 1))
     if rank is None:
         needed = int((variances.cumsum(0) < DEFAULT_SHARE * total).sum()) + 1
         basis, variances = basis[:, :needed], variances[:needed]
     others = d - len(variances)
     residual = max(0.0, float(total - variances.sum())) / others if others else 0.0
-    mean = mean.float().reshape(*shape)
-    return GaussianDenoiser(mean, basis.float(), variances.float(), residual)
+    return GaussianDenoiser(mean.float().reshape(*shape), basis.float(), variances.float(), residual)
 
 
-def _chunks(images: Images, chosen: np.ndarray, flips: bool, size: int = 1024) -> Iterator[Tensor]:
+def _chunks(images: Images, chosen: np.ndarray, flips: bool) -> Iterator[Tensor]:
     """Yield the chosen images in chunks of float rows [n, D] in [-1, 1], followed by their mirror images."""
-    for start in range(0, len(chosen), size):
-        own = images[chosen[start : start + size]]
+    for start in range(0, len(chosen), CHUNK):
+        own = images[chosen[start : start + CHUNK]]
         part = own if isinstance(own, Tensor) else torch.as_tensor(np.asarray(own))
         part = part.float() / 127.5 - 1 if part.dtype == torch.uint8 else part.float()
         yield (torch.cat([part, part.flip(-1)]) if flips else part).flatten(1)
@@ -142,12 +132,12 @@ def _dense(images: Images, flips: bool, rank: int) -> tuple[Tensor, Tensor, Tens
     return mean, vectors[:, -rank:].flip(1), values[-rank:].flip(0).clamp(min=0), covariance.trace()
 
 
-def _truncated(rows: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _truncated(rows: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the results of `_dense` from rows [n, D] by a randomised decomposition; centres the rows in place."""
     mean = rows.mean(0)
     rows -= mean
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         _, values, basis = torch.svd_lowrank(rows, q=min(rank + 16, *rows.shape), niter=4)
     # in parts: the squares of all rows would double the memory
     total = sum((row.square().sum() for row in rows.split(256)), rows.new_zeros(())) / len(rows)

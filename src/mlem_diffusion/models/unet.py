@@ -1,7 +1,5 @@
 """A UNet of variable width in the style of ADM (Dhariwal and Nichol 2021), and the denoiser that uses it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,13 +12,10 @@ from ..diffusion.process import expand
 from ..errors import UserError
 
 
-def _groups(channels: int) -> int:
-    """Return the largest divisor of `channels`, up to 32, with at least 4 channels per group; otherwise 1."""
-    return max(g for g in range(1, 33) if channels % g == 0 and (channels // g >= 4 or g == 1))
-
-
 def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(_groups(channels), channels, eps=1e-5)
+    """The number of groups is the largest divisor, up to 32, with at least 4 channels per group; otherwise 1."""
+    groups = max(g for g in range(1, 33) if channels % g == 0 and (channels // g >= 4 or g == 1))
+    return nn.GroupNorm(groups, channels, eps=1e-5)
 
 
 def _zero(layer: nn.Conv2d) -> nn.Conv2d:
@@ -132,9 +127,8 @@ class UNet(nn.Module):
                 down.append(stage(current, width * multiplier, size in attention))
                 current = width * multiplier
                 skips.append(current)
-        self.middle = nn.ModuleList(
-            [stage(current, current, size <= max(attention, default=0)), stage(current, current)]
-        )
+        attends = size <= max(attention, default=0)
+        self.middle = nn.ModuleList([stage(current, current, attends), stage(current, current)])
         for i, multiplier in reversed(list(enumerate(multipliers))):
             for _ in range(blocks + 1):
                 up.append(stage(current + skips.pop(), width * multiplier, size in attention))
@@ -144,16 +138,15 @@ class UNet(nn.Module):
                 size *= 2
         self.down, self.up = nn.ModuleList(down), nn.ModuleList(up)
         self.leave = nn.Sequential(_norm(current), nn.SiLU(), _zero(nn.Conv2d(current, channels, 3, padding=1)))
-        self.joined_weight: Tensor | None = None
-        self.joined_bias: Tensor | None = None
+        self.joined_weight: Tensor | None
+        self.register_buffer("joined_weight", None, persistent=False)
+        self.register_buffer("joined_bias", None, persistent=False)
 
     def join_conditioning(self) -> None:
         """For inference: join all blocks' conditioning layers into one matrix product (a copy of the weights)."""
         layers = self._affine_layers()
-        weight, bias = torch.cat([v.weight for v in layers]), torch.cat([v.bias for v in layers])
-        del self.joined_weight, self.joined_bias
-        self.register_buffer("joined_weight", weight.detach(), persistent=False)
-        self.register_buffer("joined_bias", bias.detach(), persistent=False)
+        self.joined_weight = torch.cat([v.weight for v in layers]).detach()
+        self.joined_bias = torch.cat([v.bias for v in layers]).detach()
 
     def _affine_layers(self) -> list[nn.Linear]:
         stages: list[Any] = [*self.down, *self.middle, *self.up]

@@ -1,12 +1,8 @@
-"""Ablation of levels: how much more the same predicted error costs without each level.
+"""Ablation of levels: how much more the same predicted error costs without each level, in FLOPs and in seconds.
 
-The predicted frontier of all plans (planner.py) is compared with the frontier of the plans that do not use a level, in
-FLOPs and in seconds. Plans may always skip a level, so a cost ratio is never below 1. If several levels can replace
-each other, no single one of them is needed. So levels are also removed one by one, lowest cost ratio first, until every
-remaining level earns its place.
+If several levels can replace each other, no single one of them is needed. So levels are also removed one by one, lowest
+cost ratio first, until every remaining level earns its place.
 """
-
-from __future__ import annotations
 
 import itertools
 import math
@@ -27,55 +23,44 @@ from .planner import RuleInputs
 MEAN, LARGEST = 0.02, 0.10  # savings with which a level earns its place: on geometric average, or at one error
 _ABOVE_LOWEST = 1.1  # the comparison starts at this times the lowest error: below, only the finest grid counts
 _POINTS = 97  # number of errors at which frontiers are compared
+_WARM_UP, _RUNS = 2, 9
 # cost without a level over the cost with it, at equal predicted error: {"mean": geometric, "largest", "errors": range}
 Ratio = dict[str, Any]
 
 
 @torch.no_grad()
 def seconds_per_image(
-    family: Sequence[Level],
-    shape: tuple[int, ...],
-    batch: int,
-    device: torch.device | str = "cpu",
-    runs: int = 9,
-    warm_up: int = 2,
-    at_least: float = 1.0,
+    family: Sequence[Level], shape: tuple[int, ...], batch: int, device: torch.device, at_least: float = 1.0
 ) -> list[float]:
     """Seconds per image of one evaluation of each level on `batch` images of this shape.
 
-    They are medians of at least `runs` runs after a warm-up; runs go on until `at_least` seconds have passed. The
-    levels take turns, so that a short load on the machine slows all of them; run nothing else meanwhile. If a coin
-    fires for few images of a batch, the level runs on a smaller batch, which costs more per image on a GPU.
+    They are medians of runs after a warm-up, at least `_RUNS` and `at_least` seconds of them. The levels take turns, so
+    that a short load on the machine slows all of them.
     """
-    device = torch.device(device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(device)
     logsnr, times = torch.zeros((), device=device), [[] for _ in family]
-    run, began = 0, time.perf_counter()
-    while run < warm_up + runs or time.perf_counter() - began < at_least:
+    began = time.perf_counter()
+    while len(times[-1]) < _WARM_UP + _RUNS or time.perf_counter() - began < at_least:
         for k, level in enumerate(family):
             wait()
             started = time.perf_counter()
             level.denoise(x, logsnr)
             wait()
             times[k].append(time.perf_counter() - started)
-        run += 1
-    return [statistics.median(each[warm_up:]) / batch for each in times]
+    return [statistics.median(each[_WARM_UP:]) / batch for each in times]
 
 
 class Frontiers:
     """Predicted frontiers of a family and of its subsets, for one step rule and one unit of cost.
 
-    Plans are cached. A plan of a subset is also a plan of each larger set, so the frontier of a subset is never below
-    that of a larger set.
+    Plans are cached. A plan of a subset is also a plan of each larger set, so no cost ratio is below 1.
     """
 
     def __init__(self, inputs: RuleInputs, costs: Sequence[float]):
         self.inputs, self.names = inputs, inputs.effects.names
-        planners = [
-            (steps, inputs.planner(method, steps, costs)) for method in inputs.methods for steps in inputs.grids
-        ]
-        self.planners = [(steps, planner, planner.prices(2.0)) for steps, planner in planners]
+        each = [(steps, method) for method in inputs.methods for steps in inputs.grids]
+        self.planners = [(steps, inputs.planner(method, steps, costs)) for steps, method in each]
         self.pool: dict[str, Plan] = {}
         self.planned: set[frozenset[int]] = set()
 
@@ -85,17 +70,16 @@ class Frontiers:
         if part in self.planned:
             return
         self.planned.add(part)
-        for steps, planner, prices in self.planners:
+        for steps, planner in self.planners:
             for top in part.intersection(self.inputs.tops(steps)):
-                for price in prices:
+                for price in planner.prices(2.0):
                     plan = planner.plan(top, float(price), among=part)
                     self.pool[plan.id] = self.inputs.complete(plan, top, steps)
 
     def hull(self, levels: Collection[int]) -> tuple[np.ndarray, np.ndarray]:
         """Squared errors (ascending) and costs (descending) of the lower convex hull of the plans with these levels.
 
-        A mixture of two plans, one for some images and the other for the rest, has error and cost on the line between
-        them. No such mixture beats a plan on the hull."""
+        A mixture of two plans, each for some of the images, lies on the line between them."""
         self.find(levels)
         names = {self.names[k] for k in levels}
         points = [(p.predicted or 0.0, p.cost) for p in self.pool.values() if names.issuperset(p.levels)]
@@ -114,9 +98,8 @@ class Frontiers:
     def cost_ratio(self, levels: Collection[int], without: int) -> Ratio:
         """The cost ratio of the level `without` among `levels`, over errors weighted evenly in their logarithm.
 
-        The errors start a tenth above the lowest. They end at that of the largest level alone on the coarsest grid, the
-        largest error of interest. If this is below the start, for example with a single grid, they end at the error of
-        the cheapest plan."""
+        The errors end at that of the largest level alone on the coarsest grid, or, if this is below their start (a
+        single grid), at that of the cheapest plan."""
         rest = [k for k in levels if k != without]
         self.find(rest)
         whole, part = self.hull(levels), self.hull(rest)
@@ -126,11 +109,8 @@ class Frontiers:
             high = max(1.01 * low, whole[0][-1])
         errors = np.geomspace(low, high, _POINTS)
         ratio = np.interp(errors, *part) / np.interp(errors, *whole)
-        return {
-            "mean": float(np.exp(np.log(ratio).mean())),
-            "largest": float(ratio.max()),
-            "errors": [float(low), float(high)],
-        }
+        mean, largest = float(np.exp(np.log(ratio).mean())), float(ratio.max())
+        return {"mean": mean, "largest": largest, "errors": [float(low), float(high)]}
 
 
 def _turns_up(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
@@ -139,7 +119,7 @@ def _turns_up(a: tuple[float, float], b: tuple[float, float], c: tuple[float, fl
 
 
 def score(by_rule: Mapping[str, Ratio], mean: float = MEAN, largest: float = LARGEST) -> float:
-    """1 or more if a level earns its place for some rule; 0 if it saves nothing."""
+    """1 or more if a level saves more than `mean` on geometric average, or `largest` at one error, for some rule."""
     return max(
         max(math.log(r["mean"]) / math.log1p(mean), math.log(r["largest"]) / math.log1p(largest))
         for r in by_rule.values()
@@ -147,19 +127,13 @@ def score(by_rule: Mapping[str, Ratio], mean: float = MEAN, largest: float = LAR
 
 
 def remove_levels(
-    frontiers: Sequence[Frontiers],
-    mean: float = MEAN,
-    largest: float = LARGEST,
-    progress: Callable[[], object] = lambda: None,
+    frontiers: Sequence[Frontiers], mean: float, largest: float, progress: Callable[[], object]
 ) -> dict[str, Any]:
-    """Remove the level of the lowest cost ratio, repeatedly, until every remaining level earns its place.
+    """Remove the level of the lowest cost ratio (`score`), repeatedly, until every remaining level earns its place.
 
-    A level earns its place if, for some step rule, it saves more than `mean` of the cost on geometric average, or more
-    than `largest` at one error. If cost ratios are equal, the most expensive level in FLOPs goes first. The largest
-    level stays, since errors are measured against it. progress: called before each search.
-
-    Returns "cost_ratio" {level: {rule: Ratio}} in the full family, for all but the largest level; "removed", the levels
-    with their cost ratios at removal, in order; "kept"; and "cost_ratio_among_kept".
+    Of equal ones the most expensive goes first. The largest level stays, since errors are measured against it.
+    progress: called before each search. Returns "cost_ratio" {level: {rule: Ratio}} in the full family; "removed", the
+    levels with their cost ratios at removal, in order; "kept"; and "cost_ratio_among_kept".
     """
     names = frontiers[0].names
     left, removed, first = list(range(len(names))), [], None
@@ -184,16 +158,14 @@ def ablate(
     seconds: Sequence[float],
     mean: float = MEAN,
     largest: float = LARGEST,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """The content of ablation.json: `remove_levels` in FLOPs and in seconds; seconds [K]: per image, of one evaluation.
-
-    The caller adds how seconds were measured."""
+    """The content of ablation.json: `remove_levels` in FLOPs and seconds. seconds [K]: per image, of one evaluation."""
     names, costs = rules[0].effects.names, {"flops": rules[0].effects.flops.tolist(), "seconds": list(seconds)}
     found, searches = {}, itertools.count(1)
-    report = (lambda: progress(next(searches), 2 * len(names))) if progress else (lambda: None)
     for unit in costs:
-        found[unit] = remove_levels([Frontiers(rule, costs[unit]) for rule in rules], mean, largest, report)
+        frontiers = [Frontiers(rule, costs[unit]) for rule in rules]
+        found[unit] = remove_levels(frontiers, mean, largest, lambda: progress(next(searches), 2 * len(names)))
     levels = []
     for k, name in enumerate(names):
         entry: dict[str, Any] = {"name": name} | {unit: float(c[k]) for unit, c in costs.items()}
@@ -207,20 +179,14 @@ def ablate(
 
 
 def table(content: Mapping[str, Any]) -> str:
-    """ablation.json as text, with the cost ratio of each level for the step rule that it helps most."""
+    """ablation.json as text; ratios are geometric means (largest) for the step rule that a level helps most."""
     rows = []
     for e in content["levels"]:
         row = {"level": e["name"], "MFLOP": f"{e['flops'] / 1e6:.4g}", "us/image": f"{1e6 * e['seconds']:.4g}"}
         for unit in ("flops", "seconds"):
             ratios = (e[f"cost_ratio_{unit}"] or {}).values()
             row[f"ratio, {unit}"] = max((f"{r['mean']:.3f} ({r['largest']:.2f})" for r in ratios), default="-")
-            row[f"kept, {unit}"] = "yes" if e[f"kept_{unit}"] else "no"
         rows.append(row)
     lines = [pd.DataFrame(rows).to_string(index=False)]
-    lines += [
-        "ratio: cost at equal predicted error without the level, over the cost with it: geometric mean (largest)."
-    ]
-    for unit, kept in content["kept"].items():
-        gone = ", ".join(entry["name"] for entry in content["removed"][unit]) or "none"
-        lines.append(f"In {unit} {' + '.join(kept)} earn their place; removed, in order: {gone}.")
+    lines += [f"Levels that pay off in {unit}: {' + '.join(kept)}." for unit, kept in content["kept"].items()]
     return "\n".join(lines)

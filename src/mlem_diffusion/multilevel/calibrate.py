@@ -5,13 +5,10 @@
     plan = calibration.plan("quadrature", cost=10 * family[-1].flops)
     images, ledger = sample(plan.build(family), rule, process.grid(plan.steps), BrownianPath(seeds, shape))
 
-Calibrate on other seeds than those of the evaluation. A plan's predicted error is first order in the effect of a single
-firing (Plan.largest_effect). So run a plan before you rely on it; the experiment scripts run all candidates.
+Calibrate on other seeds than those of the evaluation, and run a plan before you rely on its predicted error.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,14 +26,10 @@ from .gains import measure_effects
 from .plan import Plan, choose
 from .planner import RuleInputs, plan_for_cost, plans
 
-SEEDS = range(10**6, 10**6 + 32)
-
 
 @dataclass(frozen=True)
 class Calibration:
-    """Measured effects of a family's level differences, and the squared error of each level alone.
-
-    inputs.own_errors are against the largest level with reference_steps. flops_spent: of the calibration."""
+    """Measured effects of a family's level differences, the squared error of each level alone, and the FLOPs spent."""
 
     inputs: RuleInputs
     flops_spent: float
@@ -44,8 +37,7 @@ class Calibration:
     def plans(self, method: str, costs: Sequence[float] | None = None) -> list[Plan]:
         """The predicted frontier of a method (planner.METHODS), from cheap to expensive.
 
-        costs: cost per evaluation of each level, for example in seconds, in place of FLOPs; Plan.cost has the same
-        unit."""
+        costs [K]: cost per evaluation, for example in seconds, in place of FLOPs; Plan.cost has the same unit."""
         return plans(self.inputs, method, costs)
 
     def plan(
@@ -80,18 +72,15 @@ def calibrate(
     shape: tuple[int, ...],
     *,
     steps: Sequence[int] = (8, 16, 32, 64, 128),
-    seeds: Sequence[int] = SEEDS,
+    seeds: Sequence[int] = range(10**6, 10**6 + 32),
     calibrate_steps: int = 64,
     reference_steps: int = 256,
     device: torch.device | str = "cpu",
-    progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
     """Measure a family, for plans with one of these numbers of steps.
 
-    Cost per seed: about 4 calibrate_steps + reference_steps + sum(steps) evaluations of the largest level, and
-    calibrate_steps + sum(steps) of each other level; see `Calibration.flops_spent`. Raises UserError if the family is
-    not ordered by cost, if the largest level cannot be differentiated, or if the reference is no finer than the plans.
-    """
+    Raises UserError if the family is not ordered by cost, if the largest level cannot be differentiated, or if the
+    reference is no finer than the plans."""
     check_reference(reference_steps, steps)
     if len(seeds) < 2:
         raise UserError("calibrate: at least two seeds are needed, better 32 or more.")
@@ -109,7 +98,5 @@ def calibrate(
     for k, level in enumerate(family):
         for count in steps:
             own[k, count] = float(squared_errors(run(level, rule, count), reference).mean())
-        if progress:
-            progress(k + 1, len(family))
     grids = {count: process.grid(count).logsnr for count in sorted(steps)}
     return Calibration(RuleInputs(effects, grids, own), spent)

@@ -1,7 +1,5 @@
 """Multilevel estimators: random telescopes of level differences (ML-EM), and fixed quadratures of them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,8 +18,8 @@ class Multilevel(Estimator):
 
     B_k is a coin: 1 with probability p_k, else 0. f^0 = 0. Networks whose total weight is zero are not run.
 
-    p: [K], or [n, K] with one row per network evaluation; p_1 = 1. coins: "independent", "systematic" or "nested", see
-    probabilities.draw_coins. shared: one set of coins for all samples of a batch, keyed by its first seed.
+    p: [K], or [n, K] with one row per network evaluation; p_1 = 1. coins: see probabilities.draw_coins. shared: one set
+    of coins for all samples of a batch, keyed by its first seed.
     """
 
     family: tuple[Level, ...]
@@ -61,9 +59,8 @@ class Multilevel(Estimator):
 class Quadrature(Estimator):
     """The estimate f^1 + sum_{k>1} W_k (f^k - f^{k-1}) with fixed weights W [n, K]; W_1 = 1, most others are zero.
 
-    This is a deterministic quadrature of the level differences along the trajectory: a difference that is evaluated at
-    one step also stands for the neighbouring steps. The estimate is biased. The weights `table` are W; they come from
-    measured effects (planner.quadrature_options), and the error is measured.
+    A difference that is evaluated at one step also stands for the neighbouring steps. The estimate is biased. table: W,
+    from measured effects (options.quadrature_options).
     """
 
     family: tuple[Level, ...]

@@ -1,31 +1,15 @@
 """Gains: how much a level difference at one network evaluation moves the final image.
 
-Let F_j be the largest level's estimate at evaluation j, and X the final image of its run. A run that uses F_j + e_j
-instead of F_j ends, to first order, at X + sum_j (dX/dF_j) e_j. For the estimators of this project,
-
-    e_j = sum_k (w_kj - 1) delta_kj
-
-with the level differences delta_kj = (f^k - f^{k-1})(x_j) and their weights w_kj, such as B_kj / p_kj. So the *effects*
-(dX/dF_j) delta_kj determine the error to first order.
-
-One backward sweep along a trajectory projects the effects of all j and k on a random direction v:
-
-    s_kj = <v, (dX/dF_j) delta_kj>
-
-If the entries of v are random signs over sqrt(dimension), then E s_kj^2 = A_kj with the *gain*
-
-    A_kj = E |(dX/dF_j) delta_kj|^2 / dimension
-
-Step rules are matrices (diffusion/step_rules.py). The sweep transposes them and needs one vector-Jacobian product of
-the network per evaluation and direction. `forward_gains` checks the sweep by forward derivatives; it needs one run to
-the end for each pair (k, j).
+A run that uses F_j + e_j instead of the largest level's estimates F_j ends, to first order, at X + sum_j (dX/dF_j) e_j.
+Here e_j = sum_k (w_kj - 1) delta_kj, with differences delta_kj = (f^k - f^{k-1})(x_j) and weights w_kj, such as
+B_kj / p_kj. One backward sweep projects the *effects* of all j and k on a random direction v, random signs over
+sqrt(dimension): s_kj = <v, (dX/dF_j) delta_kj>. E s_kj^2 is the *gain* A_kj = E |(dX/dF_j) delta_kj|^2 / dimension.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +23,7 @@ from ..diffusion.brownian import BrownianPath, stream_seed
 from ..diffusion.estimator import SingleLevel
 from ..diffusion.level import Level, check_family
 from ..diffusion.process import TimeGrid
-from ..diffusion.sampler import advance, combine, sample
+from ..diffusion.sampler import combine, sample
 from ..diffusion.step_rules import Evaluation, StepRule
 from ..errors import UserError
 from ..files import expect_content, read_arrays, write_arrays
@@ -50,8 +34,7 @@ class Effects:
     """Projected effects of all level differences along the largest level's own trajectories, and their cost.
 
     values [S, P, K, n]: s_kj for each seed, random direction, level k and evaluation j; f^0 = 0. squares [K, n]:
-    E |delta_kj|^2 / dimension of the differences themselves. logsnr [n]: noise level of each evaluation. flops [K]: per
-    evaluation of one image. flops_spent, seconds: totals of the measurement.
+    E |delta_kj|^2 / dimension. logsnr [n]. flops [K]: per evaluation of one image. flops_spent: in all.
     """
 
     names: tuple[str, ...]
@@ -62,7 +45,6 @@ class Effects:
     values: np.ndarray
     squares: np.ndarray
     flops_spent: float
-    seconds: float
 
     def gains(self) -> tuple[np.ndarray, np.ndarray]:
         """The gains A_kj [K, n] and their standard errors over seeds [K, n]."""
@@ -77,8 +59,7 @@ class Effects:
     def on(self, logsnr: np.ndarray) -> Effects:
         """These effects on another grid with the same ends; both grids need one evaluation per interval.
 
-        An effect is proportional to the log-SNR step that its evaluation starts. So the effect per unit of log-SNR is
-        interpolated. The effect at the final denoising does not change."""
+        The effect per unit of log-SNR is interpolated; that of the final denoising does not change."""
         if len(logsnr) == len(self.logsnr) and np.allclose(logsnr, self.logsnr):
             return self
         if np.any(np.diff(self.logsnr) <= 0) or np.any(np.diff(logsnr) <= 0):
@@ -98,7 +79,7 @@ class Effects:
     def save(self, path: Path) -> None:
         """Write one npz file without pickled objects."""
         facts = {"names": self.names, "dynamics": self.dynamics, "step_rule": self.step_rule}
-        facts |= {"flops_spent": self.flops_spent, "seconds": self.seconds}
+        facts |= {"flops_spent": self.flops_spent}
         arrays = {"flops": self.flops, "logsnr": self.logsnr, "values": self.values, "squares": self.squares}
         write_arrays(path, {"facts": json.dumps(facts), **arrays})
 
@@ -108,7 +89,8 @@ class Effects:
         arrays: dict[str, Any] = read_arrays(path, "measure the gains again")
         with expect_content(path, "measure the gains again"):
             facts: dict[str, Any] = json.loads(str(arrays.pop("facts")))
-            return Effects(names=tuple(facts.pop("names")), **facts, **arrays)
+            more = {key: facts[key] for key in ("dynamics", "step_rule", "flops_spent")}
+            return Effects(names=tuple(facts["names"]), **more, **arrays)
 
 
 def _interpolation(known: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -124,33 +106,28 @@ def measure_effects(
     path: BrownianPath,
     probes: int = 2,
     batch: int = 64,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Effects:
     """Measure the effects of a family on a grid: one forward run and one backward sweep per batch of the path's seeds.
 
-    `probes` is the number of random directions per seed. Memory: one image per evaluation and sample of a batch. Cost
-    per seed and evaluation of the grid: each level once, the largest level two more times, and `probes` backward passes
-    of it. A backward pass counts as one evaluation, since weights need no gradient. Raises UserError if the largest
-    level cannot be differentiated with respect to x.
+    probes: random directions per seed. Memory: one image per evaluation and sample of a batch. Cost per seed and
+    evaluation: each level once, the largest two more times, and `probes` backward passes of it, which count as one
+    evaluation each. Raises UserError if the largest level cannot be differentiated.
     """
     check_family(family)
-    program, started = rule.program(grid), time.perf_counter()
-    values, squares = [], np.zeros((len(family), len(program)))
+    program, values = rule.program(grid), []
+    squares = np.zeros((len(family), len(program)))
     for start in range(0, len(path.seeds), batch):
         part = BrownianPath(path.seeds[start : start + batch], path.shape, path.device)
         points = _trajectory(family[-1], rule, grid, part)
         value, square = _sweep(family, program, points, part.seeds, probes)
         values.append(value)
         squares += square * len(part.seeds) / len(path.seeds)
-        if progress:
-            progress(start + len(part.seeds), len(path.seeds))
+        progress(start + len(part.seeds), len(path.seeds))
     flops = np.array([level.flops for level in family], dtype=np.float64)
     spent = len(path.seeds) * len(program) * (flops.sum() + (2 + probes) * flops[-1])
     names, logsnr = tuple(level.name for level in family), np.array([e.logsnr for e in program])
-    return Effects(
-        names, flops, rule.dynamics, rule.name, logsnr, np.concatenate(values), squares,
-        float(spent), time.perf_counter() - started,
-    )  # fmt: skip
+    return Effects(names, flops, rule.dynamics, rule.name, logsnr, np.concatenate(values), squares, float(spent))
 
 
 def _trajectory(level: Level, rule: StepRule, grid: TimeGrid, path: BrownianPath) -> list[Tensor]:
@@ -165,10 +142,6 @@ def _trajectory(level: Level, rule: StepRule, grid: TimeGrid, path: BrownianPath
     return points
 
 
-def _noise_level(evaluation: Evaluation, x: Tensor) -> Tensor:
-    return torch.full((), evaluation.logsnr, dtype=torch.float32, device=x.device)
-
-
 def _sweep(
     family: Sequence[Level], program: Sequence[Evaluation], points: Sequence[Tensor], seeds: Sequence[int], probes: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -178,18 +151,15 @@ def _sweep(
     squares = np.zeros((len(family), n))
     adjoint: list[Tensor | None] = [_directions(seeds, probes, points[0])] + [None] * (m - 1)
     for j in reversed(range(n)):
-        update, noise_level = program[j].update, _noise_level(program[j], points[j])
+        update, x = program[j].update, points[j].detach().requires_grad_(True)
+        noise_level = torch.full((), program[j].logsnr, dtype=torch.float32, device=x.device)
         of_estimate = combine(update[:, m], adjoint)
         before = [combine(update[:, i], adjoint) for i in range(m)]
         if of_estimate is not None:
-            x = points[j].detach().requires_grad_(True)
             with torch.enable_grad():
                 top = family[-1].denoise(x, noise_level)
             if not top.requires_grad:
-                raise UserError(
-                    f"{family[-1].name} cannot be differentiated with respect to x (does it run under no_grad?), "
-                    f"so gains cannot be measured."
-                )
+                raise UserError(f"{family[-1].name} has no derivative with respect to x (does it run under no_grad?).")
             values[..., j], squares[:, j] = _projections(family, points[j], noise_level, top.detach(), of_estimate)
             back = torch.stack([torch.autograd.grad(top, x, v, retain_graph=True)[0] for v in of_estimate])
             before[0] = back if before[0] is None else before[0] + back
@@ -214,31 +184,3 @@ def _directions(seeds: Sequence[int], probes: int, like: Tensor) -> Tensor:
     rows = [np.random.default_rng(stream_seed(seed, 977)).integers(0, 2, (probes, dim)) for seed in seeds]
     signs = torch.as_tensor(np.stack(rows, axis=1) * 2.0 - 1.0, dtype=like.dtype, device=like.device)
     return (signs / math.sqrt(dim)).reshape(probes, len(seeds), *like.shape[1:])
-
-
-@torch.no_grad()
-def forward_gains(
-    family: Sequence[Level], rule: StepRule, grid: TimeGrid, path: BrownianPath, at: Sequence[tuple[int, int]]
-) -> np.ndarray:
-    """Gains A_kj of the (level k, evaluation j) pairs `at`, per seed [S, len(at)], as a check of `measure_effects`.
-
-    Each pair needs its own run to the end, by forward derivatives of the largest level.
-    """
-    program, top = rule.program(grid), family[-1]
-    points, out = _trajectory(top, rule, grid, path), []
-    for k, start in at:
-        x, noise_level = points[start], _noise_level(program[start], points[start])
-        difference = family[k].denoise(x, noise_level)
-        if k > 0:
-            difference = difference - family[k - 1].denoise(x, noise_level)
-        # steps are linear except for the network, so it is enough to propagate the change of the state
-        change = advance(program[start], [None] * len(program[0].update), difference, None)
-        for j in range(start + 1, len(program)):
-            moved = None
-            if change[0] is not None:
-                noise_level = _noise_level(program[j], points[j])
-                moved = torch.func.jvp(lambda y, t=noise_level: top.denoise(y, t), (points[j],), (change[0],))[1]
-            change = advance(program[j], change, moved, None)
-        end = torch.zeros_like(x) if change[0] is None else change[0]
-        out.append((end.flatten(1).double() ** 2).mean(dim=1).cpu().numpy())
-    return np.stack(out, axis=1)

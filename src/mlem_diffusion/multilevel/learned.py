@@ -1,22 +1,16 @@
 """Inclusion probabilities learned by stochastic gradient descent, as functions of the noise level (arXiv:2603.24594).
 
-The loss is L = |X - X_ref|^2 / dim for the multilevel sample X with independent coins, and the sample X_ref of the
-largest level on the same grid and path. L is minimised over the log-odds of p at a fixed expected cost.
+The loss L = |X - X_ref|^2 / dim of the multilevel sample X with independent coins, against the sample X_ref of the
+largest level on the same grid and path, is minimised over the log-odds of p at a fixed expected cost.
 
-Gradient. Take one coin c, and let l(r) be the loss if its ratio B_c / p_c is r and everything else is fixed. The
-gradient has two terms: the score (B_c - p_c) / (p_c (1 - p_c)) times (l - baseline), and the derivative through the
-weight B_c / p_c. The baseline is l(0), the loss if the coin does not fire. The two terms sum to
+Let l(r) be the loss if the ratio B_c / p_c of one coin c is r and everything else is fixed. The score term with
+baseline l(0) and the derivative through the weight B_c / p_c sum to an unbiased gradient, for any levels:
 
-    (B_c / p_c) [l(1/p_c) - l(0) - l'(1/p_c) / p_c],    whose mean over B_c gives    dE[L]/dp_c = -E[D_c],
-    D_c = l(0) - l(1/p_c) + l'(1/p_c) / p_c = |d|^2 - 2 <e, d - a / p_c>
+    dE[L]/dp_c = -E[D_c],    D_c = l(0) - l(1/p_c) + l'(1/p_c) / p_c = (|d|^2 - 2 <e, d - a / p_c>) / dim
 
-(both products divided by dim). e is the error if the coin fires, d is the change of the final image by its firing, and
-a = dX/dr is the forward-mode tangent. If X is linear in r, D_c is |a|^2 / p_c^2: the noise of the other coins, which
-each of the two terms contains, cancels. There is no approximation: the estimate is unbiased for any levels.
-
-Every draw follows one random coin through three runs (fired, not fired, reference) and the tangent, forward in time, so
-memory does not grow with the number of steps. Coins are drawn in proportion to the derivative of the cost by their
-log-odds, to which the derivative of the error is proportional at the optimum.
+e is the error if the coin fires, d the change of the final image by its firing, and a = dX/dr the forward-mode tangent.
+The noise of the other coins cancels. Every draw follows one random coin through three runs (fired, not fired,
+reference) and the tangent, forward in time, so memory does not grow with the number of steps.
 """
 
 from __future__ import annotations
@@ -34,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..diffusion.brownian import stream_seed
 from ..diffusion.estimator import weighted_estimate
 from ..diffusion.ledger import Ledger
-from ..diffusion.level import Level, check_family
+from ..diffusion.level import Level
 from ..diffusion.process import TimeGrid, expand
 from ..diffusion.sampler import advance
 from ..diffusion.step_rules import Evaluation, StepRule
@@ -46,17 +40,8 @@ _P_MIN, _CERTAIN = 1e-4, 0.99  # larger probabilities become 1: almost no extra 
 # bounds of log-odds; the upper one is close enough to _CERTAIN that a coin can become uncertain again
 _FLOOR, _CEILING = float(np.log(_P_MIN / (1 - _P_MIN))), 5.0
 _COST_FLOOR = 0.01  # share of the mean knot's cost that is added to the cost of each knot
+_KNOTS = 10  # evenly spaced in log-SNR
 _EXPLORE = 0.2  # share of the draws that is uniform over all coins
-
-
-@dataclass(frozen=True)
-class LearnedProbabilities:
-    """Learned p [n, K] for the n evaluations of a run; loss and expected cost before each iteration; FLOPs spent."""
-
-    p: np.ndarray
-    loss: np.ndarray
-    cost: np.ndarray
-    flops: float
 
 
 def learn_probabilities(
@@ -71,32 +56,28 @@ def learn_probabilities(
     iterations: int = 60,
     paths: int = 8,
     draws: int = 16,
-    knots: int = 10,
     costs: Sequence[float] | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
-) -> LearnedProbabilities:
-    """Learn p [n, K] for independent coins at a given expected cost in FLOPs per image, from `start` ([K] or [n, K]).
+) -> tuple[np.ndarray, float]:
+    """Learned p [n, K] of independent coins at an expected cost in FLOPs per image, and the FLOPs of learning.
 
-    costs [K]: cost per evaluation in place of the levels' FLOPs, for example in seconds; then the unit of
-    `expected_flops` too. The log-odds of each level above the first are piecewise linear in log-SNR between `knots`
-    evenly spaced values. Adam follows the gradient within the surface of equal cost; then a common shift of all
-    log-odds restores the cost exactly. Every iteration follows `paths` new Brownian paths with `draws` coins each.
-    Raises UserError if no probabilities have this cost, if `start` does not fit, or if there is only one level.
+    start: [K] or [n, K]. costs [K]: cost per evaluation in place of FLOPs, for example in seconds; `expected_flops` has
+    the same unit. The log-odds of each level above the first are piecewise linear in log-SNR between knots.
+    Adam follows the gradient within the surface of equal cost; then a common shift of all log-odds restores the cost.
+    Every iteration follows `paths` new Brownian paths with `draws` coins each. Raises UserError if no probabilities
+    have this cost, or if a level has no forward derivative.
     """
-    check_family(family)
-    if len(family) < 2:
-        raise UserError("Learning probabilities needs at least two levels, since the first always runs.")
     device, program = torch.device(device), rule.program(grid)
-    odds = LogOdds([e.logsnr for e in program], costs or [level.flops for level in family], knots)
+    for level in family:
+        _check_forward_mode(level, shape, device)
+    odds = LogOdds([e.logsnr for e in program], costs or [level.flops for level in family], _KNOTS)
     phi = odds.at_cost(odds.fit(start), expected_flops)
     parameter = torch.nn.Parameter(torch.as_tensor(phi))
     optimiser = torch.optim.Adam([parameter], lr=0.2, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.1, total_iters=max(1, iterations))
-    networks, history = Networks(family, program, shape, device), []
+    networks = Networks(family, program, shape, device)
     for i in range(iterations):
-        seed = stream_seed(_LEARN, 0, i)
-        gradient, loss = gradient_estimate(networks, odds, phi, seed, paths, draws)
-        history.append((loss.mean(), odds.cost(phi)))
+        gradient = gradient_estimate(networks, odds, phi, stream_seed(_LEARN, 0, i), paths, draws)
         parameter.grad = torch.as_tensor(odds.direction(phi, gradient))
         optimiser.step()
         schedule.step()
@@ -104,27 +85,20 @@ def learn_probabilities(
         with torch.no_grad():
             parameter.copy_(torch.as_tensor(phi))
         progress(i + 1, iterations)
-    losses, cost = np.array(history).reshape(-1, 2).T
-    return LearnedProbabilities(odds.table(phi), losses, cost, networks.flops)
+    return odds.table(phi), networks.flops
 
 
 class LogOdds:
     """Probabilities [n, K] from the log-odds phi [K-1, knots] of the levels above the first, and their cost."""
 
     def __init__(self, logsnr: Sequence[float], flops: Sequence[float], knots: int) -> None:
-        if knots < 2:
-            raise UserError(f"Learning probabilities needs at least 2 knots, not {knots}.")
         places = np.linspace(min(logsnr), max(logsnr), knots)
         self.hats = np.stack([np.interp(logsnr, places, row) for row in np.eye(knots)], axis=1)  # [n, knots]
         self.flops = np.asarray(flops, dtype=np.float64)
 
     def fit(self, start: np.ndarray) -> np.ndarray:
         """The log-odds phi nearest to the probabilities `start`, [K] or [n, K]."""
-        p = np.asarray(start, dtype=np.float64)
-        n, levels = len(self.hats), len(self.flops)
-        if p.shape not in ((levels,), (n, levels)) or not np.all((p > 0) & (p <= 1)):
-            raise UserError(f"Probabilities to start from need shape [{levels}] or [{n}, {levels}], values in (0, 1].")
-        p = np.clip(np.broadcast_to(p, (n, levels))[:, 1:], _P_MIN, 0.995)
+        p = np.clip(np.broadcast_to(start, (len(self.hats), len(self.flops)))[:, 1:], _P_MIN, 0.995)
         return np.linalg.lstsq(self.hats, np.log(p / (1 - p)), rcond=None)[0].T
 
     def _odds(self, phi: np.ndarray) -> np.ndarray:
@@ -140,7 +114,7 @@ class LogOdds:
         return self._odds(phi) * (1 - self._odds(phi))
 
     def cost(self, phi: np.ndarray) -> float:
-        """Expected FLOPs per image, exact."""
+        """Expected cost per image, exact."""
         return float(evaluation_probabilities(self.table(phi)).sum(axis=0) @ self.flops)
 
     def cost_slope(self, phi: np.ndarray) -> np.ndarray:
@@ -150,10 +124,7 @@ class LogOdds:
         return self.slope(phi) * (self.flops[1:] * (1 - above) + self.flops[:-1] * (1 - p[:, :-1]))
 
     def direction(self, phi: np.ndarray, gradient: np.ndarray) -> np.ndarray:
-        """Ascent direction [K-1, knots] of the loss within the surface of equal cost.
-
-        Every knot's gradient is divided by its share of the cost: 1 - (gain per cost) / (common gain per cost). It is 1
-        for a knot that costs but gains nothing."""
+        """Ascent direction [K-1, knots] of the loss within the surface of equal cost, relative to each knot's cost."""
         cost = self.cost_slope(phi).T @ self.hats
         metric = 1 / (cost + _COST_FLOOR * cost.mean())
         price = -(metric * cost * gradient).sum() / (metric * cost**2).sum()
@@ -162,13 +133,14 @@ class LogOdds:
         return metric * (gradient / price + cost)
 
     def at_cost(self, phi: np.ndarray, wanted: float) -> np.ndarray:
-        """phi plus the smallest common shift that gives the expected cost `wanted`; several may, since the cost falls
-        again when a level becomes certain and lower levels no longer run."""
+        """phi plus the smallest common shift that gives the expected cost `wanted`.
+
+        Several may: the cost falls again when a level becomes certain and lower levels no longer run."""
         shifts = np.linspace(_FLOOR - phi.max(), _CEILING - phi.min(), 200)
         costs = np.array([self.cost(phi + s) for s in shifts])
         crossings = np.flatnonzero((costs[:-1] <= wanted) & (costs[1:] >= wanted))
         if len(crossings) == 0:
-            reach = f"shifts of these probabilities reach {costs.min():g} to {costs.max():g}"
+            reach = f"they reach {costs.min():g} to {costs.max():g}"
             raise UserError(f"No probabilities from {_P_MIN:g} to 1 cost {wanted:g} FLOPs per image; {reach}.")
         low, high = shifts[crossings[0]], shifts[crossings[0] + 1]
         for _ in range(60):
@@ -179,44 +151,41 @@ class LogOdds:
 
 def gradient_estimate(
     networks: Networks, odds: LogOdds, phi: np.ndarray, seed: int, paths: int, draws: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Unbiased estimates of the gradient of E[L] by phi [K-1, knots], not projected on equal cost, and of E[L] [paths].
+) -> np.ndarray:
+    """An unbiased estimate of the gradient of E[L] by phi [K-1, knots], not projected on equal cost.
 
-    They come from paths * draws coins, which are chosen by systematic sampling."""
+    Coins are drawn by systematic sampling, mostly in proportion to the derivative of the cost by their log-odds, to
+    which the derivative of the error is proportional at the optimum."""
     normals = torch.Generator(device=networks.device).manual_seed(seed)
     uniforms = np.random.default_rng(seed)
 
     def images(j: int = 0) -> Tensor:
         return torch.randn(paths, *networks.shape, generator=normals, device=networks.device)
 
-    p, slope, count = odds.table(phi), odds.slope(phi), paths * draws
-    chances = odds.cost_slope(phi)
+    p, slope, count, chances = odds.table(phi), odds.slope(phi), paths * draws, odds.cost_slope(phi)
     chances = (1 - _EXPLORE) * chances / chances.sum() + _EXPLORE / chances.size
     running = np.cumsum(chances.ravel())
     places = (np.arange(count) + uniforms.random()) / count
     chosen = np.minimum(np.searchsorted(running, places * running[-1], side="right"), chances.size - 1)
     step, level = np.unravel_index(uniforms.permutation(chosen), chances.shape)
-    fired, unfired, divergence = follow_coins(
+    divergence = follow_coins(
         networks, p, step, level + 1, images(), images, lambda j: uniforms.random((count, p.shape[1])) < p[j]
     )
-    chance = p[step, level + 1]
-    loss = (chance * fired + (1 - chance) * unfired).reshape(paths, draws).mean(axis=1)
     gradient = np.zeros_like(phi)
     each = -divergence * slope[step, level] / (count * chances[step, level])
     np.add.at(gradient, level, each[:, None] * odds.hats[step])
-    return gradient, loss
+    return gradient
 
 
 @torch.no_grad()
 def follow_coins(
     networks: Networks, p: np.ndarray, step: np.ndarray, level: np.ndarray,
     x: Tensor, noise: Callable[[int], Tensor], coins: Callable[[int], np.ndarray],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
-    """Run each row r with coin (step[r], level[r]) fired and not fired, all else equal, and the reference of its path.
+) -> np.ndarray:  # fmt: skip
+    """D_c [R]: run each row r with coin (step[r], level[r]) fired and not, all else equal, and its path's reference.
 
     step, level: [R]; level 0 is the first level, which has no coin. Rows are ordered by path, with equally many per
-    path. x: starts [paths, ...]. noise(j): standardised increments at evaluation j [paths, ...]. coins(j): coins of
-    evaluation j [R, K]. Returns the loss if the coin fires, the loss if not, and D_c, each [R].
+    path. x: starts [paths, ...]. noise(j): increments of evaluation j [paths, ...]. coins(j): its coins [R, K].
     """
     each, levels, program = len(step) // len(x), p.shape[1], networks.program
     empty: list[Tensor | None] = [None] * (len(program[0].update) - 1)
@@ -250,34 +219,32 @@ def follow_coins(
     error = (_at(fired) - _at(reference).repeat_interleave(each, 0)).double()
     change = (_at(fired) - _at(unfired)).double()
     bent = change - _at(tangent).double() / chance.double()
-    squares = (error**2, (error - change) ** 2, change**2 - 2 * error * bent)
-    fired_loss, unfired_loss, divergence = (s.flatten(1).mean(dim=1).cpu().numpy() for s in squares)
-    return fired_loss, unfired_loss, divergence
+    return (change**2 - 2 * error * bent).flatten(1).mean(dim=1).cpu().numpy()
 
 
 def _at(state: Sequence[Tensor | None]) -> Tensor:
     return state[0]  # type: ignore[return-value]
 
 
+@dataclass
 class Networks:
     """A family's weighted estimates in a program, and their forward-mode derivatives; counts the FLOPs spent."""
 
-    def __init__(
-        self, family: Sequence[Level], program: Sequence[Evaluation], shape: tuple[int, ...], device: torch.device
-    ) -> None:
-        self.family, self.program, self.shape, self.device = list(family), program, shape, device
-        self.costs, self.flops = [level.flops for level in family], 0.0
-        for level in family:
-            _check_forward_mode(level, shape, device)
+    family: Sequence[Level]
+    program: Sequence[Evaluation]
+    shape: tuple[int, ...]
+    device: torch.device
+    flops: float = 0.0
 
     def estimate(self, weights: np.ndarray, x: Tensor, logsnr: float) -> Tensor:
         """sum_k w_k f^k(x) for weights [B, K]."""
-        self.flops += float((weights != 0).sum(axis=0) @ self.costs)
-        return weighted_estimate(self.family, weights, x, logsnr, Ledger(self.costs, len(x)))
+        costs = [level.flops for level in self.family]
+        self.flops += float((weights != 0).sum(axis=0) @ costs)
+        return weighted_estimate(self.family, weights, x, logsnr, Ledger(costs, len(x)))
 
     def derivative(self, weights: np.ndarray, x: Tensor, v: Tensor, logsnr: float) -> tuple[Tensor, Tensor]:
-        """The estimate and its derivative along v [B, ...], for each row."""
-        self.flops += float((weights != 0).sum(axis=0) @ self.costs)
+        """The estimate and its derivative along v [B, ...], for each row; it costs two estimates."""
+        self.flops += float((weights != 0).sum(axis=0) @ [level.flops for level in self.family])
         # the fused attention kernels have no forward derivative
         with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
             dual = forward_ad.unpack_dual(self.estimate(weights, forward_ad.make_dual(x, v), logsnr))
@@ -289,12 +256,9 @@ def _check_forward_mode(level: Level, shape: tuple[int, ...], device: torch.devi
     """Raise UserError unless a forward derivative on noise agrees with a central difference within 10%."""
     generator = torch.Generator(device=device).manual_seed(0)
     x, v = torch.randn(2, 2, *shape, generator=generator, device=device)
-    u, found = torch.zeros((), device=device), None
-    with sdpa_kernel(SDPBackend.MATH), contextlib.suppress(NotImplementedError, RuntimeError):
-        found = torch.func.jvp(lambda y: level.denoise(y, u), (x,), (v,))[1]
+    u, found = torch.zeros((), device=device), torch.zeros_like(x)
+    with contextlib.suppress(NotImplementedError, RuntimeError):
+        found = Networks([level], [], shape, device).derivative(np.ones((2, 1)), x, v, 0.0)[1]
     expected = (level.denoise(x + 0.01 * v, u) - level.denoise(x - 0.01 * v, u)) / 0.02
-    if found is None or not (found - expected).norm() <= 0.1 * expected.norm():
-        raise UserError(
-            f"{level.name} has no forward-mode derivative with respect to x (does it leave torch, or run under "
-            f"no_grad?), so probabilities cannot be learned."
-        )
+    if not (found - expected).norm() <= 0.1 * expected.norm():
+        raise UserError(f"{level.name} has no forward derivative by x (does it leave torch, or run under no_grad?).")

@@ -1,7 +1,5 @@
 """Ways to estimate level differences: the best probabilities or weights for a price or a number of firings."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,10 +35,8 @@ def fill(density: np.ndarray, total: float) -> np.ndarray:
 def densities(effects: np.ndarray) -> list[np.ndarray]:
     """Candidate densities of firings [n] for the effects [R, n] of one difference, smoothed and bounded away from zero.
 
-    The candidates: uniform; the root-mean-square effect sqrt(A) (optimal for independent coins); its square root; and
-    the square root of its rate of change (optimal for jittered quadrature of a smooth function). The predicted error
-    decides.
-    """
+    Uniform; the rms effect (optimal for independent coins); its square root; and the square root of its rate of change
+    (optimal for jittered quadrature of a smooth function). The predicted error decides."""
     gain = _smooth(np.sqrt((effects**2).mean(axis=0)))
     change = _smooth(np.sqrt((np.gradient(effects, axis=1) ** 2).mean(axis=0)))
     return [np.ones(effects.shape[1]), gain, np.sqrt(gain), np.sqrt(change)]
@@ -76,10 +72,8 @@ def _systematic_error(effects: np.ndarray, total: np.ndarray, p: np.ndarray) -> 
 def quadrature_options(effects: np.ndarray, counts: Sequence[int], groups: int) -> list[Option]:
     """Fixed evaluations with least-squares weights, and tails: weight 1 at each evaluation from some point on.
 
-    The evaluations are the midpoints of equal parts of a candidate density. The weights minimise the predicted error.
-    The reported error is cross-validated over two halves of the seeds. groups: number of seeds; rows are ordered by
-    seed.
-    """
+    The evaluations are the midpoints of equal parts of a candidate density. The error is cross-validated over two
+    halves of the seeds. groups: number of seeds; rows are ordered by seed."""
     n, total, out = effects.shape[1], effects.sum(axis=1), []
     half = np.repeat(np.arange(groups) % 2 == 0, len(effects) // groups)
     masses = [np.cumsum(shape) / shape.sum() for shape in densities(effects)]
@@ -111,16 +105,14 @@ def _residual(chosen: np.ndarray, total: np.ndarray, fit: np.ndarray) -> float:
 
 
 def independent_probabilities(gains: np.ndarray, costs: np.ndarray, price: float) -> np.ndarray:
-    """p [n, K] that minimise sum_kj A_kj (1/p_kj - 1) + price * expected cost, with p_1 = 1.
+    """p [n, K] that minimise sum_kj A_kj (1/p_kj - 1) + price * expected cost, with p_1 = 1; A [K, n], costs T [K].
 
-    gains: A [K, n]. costs: T [K]. If coins k and k+1 both fire, they share network k, and its cost counts once. So the
-    optimal p_k depends on its neighbours:
+    If coins k and k+1 both fire, they share network k, so p_k depends on its neighbours:
 
         p_k = min(1, sqrt(A_k / (price [T_k (1 - p_{k+1}) + T_{k-1} (1 - p_{k-1})])))
 
-    This equation is iterated from several starts, and each evaluation takes the best fixed point. In each start the
-    levels up to some m always fire, so that of these levels only f^m is run.
-    """
+    This is iterated from several starts, in which the levels up to some m always fire, so that of these only f^m runs;
+    each evaluation takes the best fixed point."""
     levels, n = gains.shape
     # a measured gain of zero is not trusted, since few seeds may miss a small gain
     gains = np.maximum(gains, 1e-3 * gains.mean(axis=1, keepdims=True))
@@ -141,10 +133,9 @@ def independent_probabilities(gains: np.ndarray, costs: np.ndarray, price: float
 
 
 def nested_probabilities(squares: np.ndarray, costs: np.ndarray, price: float) -> np.ndarray:
-    """p [n, K] for nested coins that minimise added error + price * cost; p decreases in k, and p_1 = 1.
+    """p [n, K] of nested coins that minimise sum_k (1/p_k - 1/p_{k-1}) D_k + price * sum_k p_k T_k, decreasing from 1.
 
-    The added error is sum_k (1/p_k - 1/p_{k-1}) D_k, and the cost is sum_k p_k T_k. `squares` is D [K, n]: D_k is the
-    gain of f^K - f^{k-1}, and D_1 is not used. Pool-adjacent-violators on the square-root law makes p decrease."""
+    squares: D [K, n], the gain of f^K - f^{k-1}; D_1 is not used. Pool-adjacent-violators on the square-root law."""
     levels, n = squares.shape
     drop = squares - np.concatenate([squares[1:], np.zeros((1, n))])
     drop, out = np.maximum(drop, 1e-4 * squares.max(axis=1, keepdims=True)), np.ones((n, levels))

@@ -1,7 +1,5 @@
 """Plans (which levels, how many steps, which probabilities or weights) and their files."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,12 +23,10 @@ class Plan:
     """One way to sample with a family.
 
     method: kind of coins, or "quadrature" for fixed weights. probabilities: origin of the table ("optimal", "measured",
-    "learned"). levels: names, cheap to expensive. steps: noise levels of the grid. table [n, K]: probabilities p, or
-    weights W, for n evaluations. cost: expected cost per image, in the unit of the planning (FLOPs by default;
-    plans.json has FLOPs). added: predicted squared error beyond that of the plan's largest level at these steps.
-    predicted: the sum of both. largest_effect: largest root-mean-square effect of one coin's firing on the final image;
-    predictions are first order in it. seconds: expected seconds per image of the networks alone in full batches; None
-    if levels were not timed.
+    "learned"). levels: names, cheap to expensive. table [n, K]: probabilities p, or weights W, for n evaluations. cost:
+    expected cost per image (plans.json: FLOPs). added: predicted squared error beyond that of the plan's largest level
+    at these steps. predicted: the sum of both. largest_effect: largest rms effect of one coin's firing on the final
+    image; predictions are first order in it. seconds: expected seconds per image of the networks in full batches.
     """
 
     method: str
@@ -51,10 +47,9 @@ class Plan:
         return hashlib.sha256(text + np.ascontiguousarray(self.table, dtype=np.float32).tobytes()).hexdigest()[:12]
 
     def build(self, family: Iterable[Level]) -> Estimator:
-        """The estimator of this plan. Raises UserError if the family lacks one of its levels."""
+        """The estimator of this plan; UserError if the family lacks one of its levels."""
         known = {level.name: level for level in family}
-        missing = [name for name in self.levels if name not in known]
-        if missing:
+        if missing := [name for name in self.levels if name not in known]:
             raise UserError(f"A plan needs the level {missing[0]}; the family has {', '.join(known)}.")
         used = tuple(known[name] for name in self.levels)
         if len(used) == 1:
@@ -66,8 +61,7 @@ class Plan:
 
 def frontier(found: Iterable[Plan], error: Callable[[Plan], float | None]) -> list[Plan]:
     """The plans with a smaller error than all plans of equal or lower cost, from cheap to expensive."""
-    out: list[Plan] = []
-    lowest = np.inf
+    out, lowest = [], np.inf
     known = [(value, p) for p in found if (value := error(p)) is not None]
     for value, plan in sorted(known, key=lambda pair: (pair[1].cost, pair[0])):
         if value < lowest:
@@ -83,18 +77,14 @@ def choose(found: Sequence[Plan], *, cost: float | None = None, error: float | N
     """
     if (cost is None) == (error is None):
         raise UserError("Give either the cost or the error that a plan may have.")
-    known = [(p.cost, p.predicted, p) for p in found if p.predicted is not None]
-    if cost is not None:
-        within = [(e, p) for c, e, p in known if c <= cost]
-        least = min((c for c, _, _ in known), default=float("nan"))
-        refusal = f"No plan costs {cost:.4g} per image or less; the cheapest costs {least:.4g}."
-    else:
-        within = [(c, p) for c, e, p in known if error is not None and e <= error]
-        least = min((e for _, e, _ in known), default=float("nan"))
-        refusal = f"No plan is predicted to reach a squared error of {error:.4g}; the best is {least:.4g}."
+    limited, wanted, limit = ("cost", "predicted", cost) if error is None else ("predicted", "cost", error)
+    known = [(getattr(p, limited), getattr(p, wanted), p) for p in found if p.predicted is not None]
+    within = [entry for entry in known if entry[0] <= limit]
     if not within:
-        raise UserError(refusal)
-    return min(within, key=lambda pair: pair[0])[1]
+        words = "cost per image" if error is None else "predicted squared error"
+        least = min((entry[0] for entry in known), default=float("nan"))
+        raise UserError(f"No plan has a {words} of {limit:.4g} or less; the least is {least:.4g}.")
+    return min(within, key=lambda entry: entry[1])[2]
 
 
 def save_plans(path: Path, plans: Sequence[tuple[Plan, Mapping[str, Any]]], **facts: Any) -> None:
@@ -108,7 +98,7 @@ def save_plans(path: Path, plans: Sequence[tuple[Plan, Mapping[str, Any]]], **fa
 
 
 def load_plans(path: Path) -> tuple[dict[str, Plan], dict[str, Any]]:
-    """{id: plan} and the content of plans.json. Raises UserError if a file is missing or the two do not match."""
+    """{id: plan} and the content of plans.json; UserError if a file is missing or the two do not match."""
     content, tables = read_json(path, AGAIN), read_arrays(path.with_suffix(".npz"), AGAIN)
     names = [field.name for field in fields(Plan) if field.name != "table"]
     out = {}

@@ -1,18 +1,15 @@
 """Plans from measured gains: which levels to use, at which evaluations, with which probabilities or weights.
 
-The predicted squared error of a plan has two parts: the own error of its largest level, measured alone on that grid,
-and the error added by coins or omitted evaluations. To first order in the effects s_kj and gains A_kj (gains.py) the
-second part is
+The predicted squared error of a plan is the own error of its largest level, measured alone on that grid, plus the error
+added by coins or omitted evaluations. To first order in the effects s_kj and gains A_kj (gains.py) this is
 
     independent coins   sum_kj A_kj (1/p_kj - 1)
     any coins           E (sum_kj (B_kj/p_kj - 1) s_kj)^2
     quadrature          E (sum_kj (W_kj - 1) s_kj)^2        fixed weights W, most of them zero
 
-k runs over the differences of neighbouring *used* levels. A plan minimises (added error + price * cost) for a price per
-FLOP. Both terms are sums over these differences, except for shared evaluations. So the best levels for a price are a
-shortest path from "nothing" to the largest used level. The length of an edge (a, b) is the smallest sum of both terms
-over all estimates of f^b - f^a. Single levels, plain EM and stitched schedules (a difference that is used from some
-step on) are such paths too.
+over the differences k of neighbouring *used* levels. A plan minimises (added error + price * cost). Both are sums over
+these differences, except for shared evaluations. So the best levels for a price are a shortest path from "nothing" to
+the largest used level, whose edge (a, b) is as long as the best estimate of f^b - f^a.
 """
 
 from __future__ import annotations
@@ -20,21 +17,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
 
 from ..errors import UserError
+from . import options as ways
 from .gains import Effects
-from .options import (
-    LEAST,
-    Option,
-    independent_probabilities,
-    nested_probabilities,
-    quadrature_options,
-    systematic_options,
-    used,
-)
 from .plan import Plan, frontier
 from .probabilities import evaluation_probabilities
 
@@ -79,33 +69,30 @@ def plans(
     inputs: RuleInputs,
     method: str,
     costs: Sequence[float] | np.ndarray | None = None,
-    prices: Sequence[float] | None = None,
     base: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[Plan]:
     """The plans on the predicted frontier of a method (see METHODS), from cheap to expensive.
 
-    costs [K]: FLOPs per evaluation (default) or seconds; Plan.cost has the same unit. prices: squared error per unit of
-    cost; each gives one plan per grid and largest level. base: the level that runs at every evaluation; None for the
-    best one.
+    costs [K]: FLOPs per evaluation (default) or seconds; Plan.cost has the same unit. base: the level that runs at
+    every evaluation; None for the best one.
     """
     out: list[Plan] = []
     for done, steps in enumerate(inputs.grids):
         planner = inputs.planner(method, steps, costs)
         for top in inputs.tops(steps, base):
-            for price in planner.prices() if prices is None else prices:
+            for price in planner.prices():
                 out.append(inputs.complete(planner.plan(top, float(price), base), top, steps))
-        if progress:
-            progress(done + 1, len(inputs.grids))
+        progress(done + 1, len(inputs.grids))
     return frontier(out, lambda plan: plan.predicted)
 
 
 def plan_for_cost(
     inputs: RuleInputs, method: str, wanted: float, costs: Sequence[float] | np.ndarray | None = None
 ) -> Plan | None:
-    """The plan of smallest predicted error that costs at most `wanted` per image, or None if all plans cost more.
+    """The plan of smallest predicted error that costs at most `wanted` per image, or None; costs as in `plans`.
 
-    The price is found by bisection for every grid and every largest level. costs: as in `plans`."""
+    The price is found by bisection for every grid and every largest level."""
     found: list[Plan] = []
     for steps in inputs.grids:
         planner = inputs.planner(method, steps, costs)
@@ -126,21 +113,19 @@ def plan_for_cost(
 class Planner:
     """Plans on one grid; caches the options of each pair of levels, and the plan of each choice of levels.
 
-    costs [K]: of one evaluation of each level; FLOPs by default."""
+    costs [K]: of one evaluation of each level."""
 
     def __init__(self, effects: Effects, method: str, costs: np.ndarray):
         if method not in METHODS:
             raise UserError(f"method = {method!r} is unknown; expected one of {', '.join(METHODS)}.")
         self.effects, self.method, self.costs, self.n = effects, method, costs, len(effects.logsnr)
-        self.gains: dict[tuple[int, int], np.ndarray] = {}
-        self.options: dict[tuple[int, int], list[Option]] = {}
-        self.edges: dict[tuple[int, int, float, bool], tuple[float, Option | None]] = {}
-        self.finished: dict[tuple[tuple[int, ...], float], Plan] = {}
+        self.gain, self.options = cache(self._gain), cache(self._options)
+        self.edge, self.finish = cache(self._edge), cache(self._finish)
 
     def priced(self, costs: np.ndarray) -> Planner:
         """A planner with other costs; it shares all cached values that do not depend on costs."""
         other = Planner(self.effects, self.method, costs)
-        other.gains, other.options = self.gains, self.options
+        other.gain, other.options = self.gain, self.options
         return other
 
     def prices(self, ratio: float = 4.0) -> np.ndarray:
@@ -151,34 +136,23 @@ class Planner:
         return scale * 4.0**3 * ratio ** -np.arange(count, dtype=np.float64)
 
     def _gain(self, low: int, high: int) -> np.ndarray:
-        if (low, high) not in self.gains:
-            self.gains[low, high] = (self.effects.difference(low, high) ** 2).mean(axis=0)
-        return self.gains[low, high]
+        return (self.effects.difference(low, high) ** 2).mean(axis=0)
 
-    def _options(self, low: int, high: int) -> list[Option]:
-        if (low, high) not in self.options:
-            difference, counts = self.effects.difference(low, high), [c for c in _COUNTS if c <= self.n // 2]
-            if self.method == "systematic":
-                self.options[low, high] = systematic_options(difference, counts)
-            else:
-                self.options[low, high] = quadrature_options(difference, counts, len(self.effects.values))
-        return self.options[low, high]
+    def _options(self, low: int, high: int) -> list[ways.Option]:
+        difference, counts = self.effects.difference(low, high), [c for c in _COUNTS if c <= self.n // 2]
+        if self.method == "systematic":
+            return ways.systematic_options(difference, counts)
+        return ways.quadrature_options(difference, counts, len(self.effects.values))
 
-    def _edge(self, low: int, high: int, price: float, base: bool) -> tuple[float, Option | None]:
+    def _edge(self, low: int, high: int, price: float, base: bool) -> tuple[float, ways.Option | None]:
         """Smallest (error + price * cost) of f^high - f^low, and its option. base: f^low runs at every evaluation."""
-        key = (low, high, price, base)
-        if key not in self.edges:
-            self.edges[key] = self._priced_edge(*key)
-        return self.edges[key]
-
-    def _priced_edge(self, low: int, high: int, price: float, base: bool) -> tuple[float, Option | None]:
         unit = self.costs[high] + (0.0 if base else self.costs[low])
         if self.method in ("independent", "nested"):
-            gain = self._gain(low, high)
-            p = np.minimum(1.0, np.sqrt(gain / (price * unit)) + LEAST)
+            gain = self.gain(low, high)
+            p = np.minimum(1.0, np.sqrt(gain / (price * unit)) + ways.LEAST)
             return float((gain * (1 / p - 1)).sum() + price * unit * p.sum()), None
         # if f^low is the base, a certain option does not run it at its firings
-        saved, options = self.costs[low] if base else 0.0, self._options(low, high)
+        saved, options = self.costs[low] if base else 0.0, self.options(low, high)
         totals = [o.added + price * o.fires * (unit - saved * o.certain) for o in options]
         best = int(np.argmin(totals))
         return totals[best], options[best]
@@ -194,13 +168,11 @@ class Planner:
             cost_to: dict[int, tuple[float, tuple[int, ...]]] = {base: (alone, (base,))}
             for high in (k for k in allowed if k > base):
                 cost_to[high] = min(
-                    (before + self._edge(low, high, price, low == base)[0], (*path, high))
+                    (before + self.edge(low, high, price, low == base)[0], (*path, high))
                     for low, (before, path) in cost_to.items()
                 )
             best = min(best, cost_to[top])
-        if (best[1], price) not in self.finished:
-            self.finished[best[1], price] = self._finish(best[1], price)
-        return self.finished[best[1], price]
+        return self.finish(best[1], price)
 
     def _table(self, levels: tuple[int, ...], gains: np.ndarray, price: float) -> tuple[np.ndarray, float, np.ndarray]:
         """The table [n, K], the added error and the expected evaluations [n, K] of a path."""
@@ -208,21 +180,21 @@ class Planner:
         if len(levels) == 1:
             return np.ones((self.n, 1)), 0.0, np.ones((self.n, 1))
         if self.method == "independent":
-            table = independent_probabilities(gains, costs, price)
+            table = ways.independent_probabilities(gains, costs, price)
             return table, float((gains.T * (1 / table - 1)).sum()), evaluation_probabilities(table)
         if self.method == "nested":
-            to_top = np.stack([np.zeros(self.n)] + [self._gain(a, levels[-1]) for a in levels[:-1]])
-            table = nested_probabilities(to_top, costs, price)
+            to_top = np.stack([np.zeros(self.n)] + [self.gain(a, levels[-1]) for a in levels[:-1]])
+            table = ways.nested_probabilities(to_top, costs, price)
             added = float((to_top[1:].T * np.diff(1 / table, axis=1)).sum())
             return table, added, evaluation_probabilities(table, nested=True)
-        chosen = [self._edge(a, b, price, i == 0)[1] for i, (a, b) in enumerate(pairwise(levels))]
+        chosen = [self.edge(a, b, price, i == 0)[1] for i, (a, b) in enumerate(pairwise(levels))]
         options = [option for option in chosen if option is not None]
         table = np.stack([np.ones(self.n), *(o.table for o in options)], axis=1)
-        evaluations = evaluation_probabilities(table) if self.method == "systematic" else used(table)
+        evaluations = evaluation_probabilities(table) if self.method == "systematic" else ways.used(table)
         return table, sum(o.added for o in options), evaluations
 
     def _finish(self, levels: tuple[int, ...], price: float) -> Plan:
-        gains = np.stack([np.zeros(self.n)] + [self._gain(a, b) for a, b in pairwise(levels)])
+        gains = np.stack([np.zeros(self.n)] + [self.gain(a, b) for a, b in pairwise(levels)])
         table, added, evaluations = self._table(levels, gains, price)
         # leading differences with weight 1 at every evaluation: lower levels never run
         certain = int(np.cumprod(np.all(table == 1, axis=0)).sum()) - 1

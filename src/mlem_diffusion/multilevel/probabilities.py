@@ -5,8 +5,6 @@ probability p_k, else 0; level 1 always fires (p_1 = 1). Collecting the terms of
 with w_k = B_k / p_k - B_{k+1} / p_{k+1}. Only networks with w_k != 0 are evaluated.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -18,12 +16,10 @@ COINS = ("independent", "systematic", "nested")
 
 
 def constant_probabilities(flops: Sequence[float], gamma: float, c: float) -> np.ndarray:
-    """p_k = min(1, C (T_k / T_1)^-(1/2 + 1/gamma)) [K], with p_1 = 1, for costs T_k in FLOPs per image.
+    """p_k = min(1, C (T_k / T_1)^-(1/2 + 1/gamma)) [K], with p_1 = 1, for costs T_k; C trades cost against error.
 
     This is the square-root law p_k ~ sqrt(V_k / T_k), V_k = E|f^k - f^{k-1}|^2, if the error of level k is proportional
-    to T_k^(-1/gamma). The argument `c` is C, the one number that trades cost against error.
-
-    Raises UserError unless gamma and c are positive and the costs increase.
+    to T_k^(-1/gamma). Raises UserError unless gamma and c are positive and the costs increase.
     """
     costs = np.asarray(flops, dtype=np.float64)
     if not (gamma > 0 and c > 0):
@@ -38,8 +34,7 @@ def constant_probabilities(flops: Sequence[float], gamma: float, c: float) -> np
 def measured_probabilities(squares: Sequence[float] | np.ndarray, flops: Sequence[float], c: float) -> np.ndarray:
     """p_k = min(1, C sqrt(V_k / T_k) / sqrt(V_2 / T_2)) [K], with p_1 = 1, from measured V_k = E|f^k - f^{k-1}|^2.
 
-    This is the square-root law without a power law for the errors. squares: V [K], V_1 is not used. Raises UserError
-    unless c and V_2, ..., V_K are positive.
+    squares: V [K]; V_1 is not used. Raises UserError unless c and V_2, ..., V_K are positive.
     """
     v, costs = np.asarray(squares, dtype=np.float64), np.asarray(flops, dtype=np.float64)
     if not (c > 0 and np.all(v[1:] > 0)):
@@ -83,11 +78,9 @@ def telescope_weights(p: np.ndarray, coins: np.ndarray) -> np.ndarray:
 
 
 def evaluation_probabilities(p: np.ndarray, nested: bool = False) -> np.ndarray:
-    """P(w_k != 0) [n, K]: the probability that network k is evaluated at a step.
+    """P(w_k != 0) [n, K] for nested coins, or coins that are independent between levels.
 
-    nested: whether coins are nested; else they are independent between levels. Network k runs if coin k or coin k+1
-    fires, unless both fire and p_k = p_{k+1}: then the two terms of w_k cancel.
-    """
+    Network k runs if coin k or k+1 fires, unless both fire and p_k = p_{k+1}: then the two terms of w_k cancel."""
     following = np.concatenate([p[:, 1:], np.zeros_like(p[:, :1])], axis=1)
     both = np.minimum(p, following) if nested else p * following
     return p + following - both - np.where(p == following, both, 0.0)
@@ -96,9 +89,7 @@ def evaluation_probabilities(p: np.ndarray, nested: bool = False) -> np.ndarray:
 def probabilities_for_cost(
     table: Callable[[float], np.ndarray], flops: Sequence[float], evaluations: int, wanted: float
 ) -> np.ndarray | None:
-    """The probabilities table(c) [K] with expected cost `wanted` per image, or None if no c gives this cost.
-
-    The cost is summed over `evaluations` evaluations. It grows with c, so c is found by bisection."""
+    """The probabilities table(c) [K] with expected cost `wanted` per image of `evaluations`, by bisection, or None."""
     costs = np.asarray(flops, dtype=np.float64)
 
     def cost(c: float) -> float:

@@ -1,10 +1,8 @@
 """Candidate plans for one step rule, and the choice among them by measured errors.
 
-Three origins of probabilities or weights: optimal for the predicted error (planner.py), the square-root law from
-measured differences, constant in time (probabilities.measured_probabilities), and learned by SGD (learned.py).
+Probabilities or weights are optimal for the predicted error (planner.py), or follow the square-root law from measured
+differences, constant in time (probabilities.measured_probabilities), or are learned by SGD (learned.py).
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -20,13 +18,11 @@ from .probabilities import evaluation_probabilities, measured_probabilities, pro
 
 Candidates = dict[str, list[Plan]]  # keys "method, probabilities"
 Learn = Callable[[float, Plan], np.ndarray]  # cost in evaluations of the largest level, plan to start from -> p [n, K]
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], object]
 
 
 def steps_alone(level: Level, largest: Level, steps: Sequence[int]) -> list[int]:
-    """The grids on which a level is run alone: a plan's error is at least that of its largest level alone.
-
-    Fine grids leave out the cheap levels, which cost much there and add nothing."""
+    """The grids on which a level is run alone; fine grids leave out the cheap levels, which add nothing there."""
     return [n for n in steps if n <= 600 or level.flops > 0.5 * largest.flops]
 
 
@@ -36,13 +32,11 @@ def candidates(
     options: Any,
     costs: np.ndarray,
     learn: Learn | None = None,
-    progress: Progress | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> Candidates:
     """Thinned predicted frontiers of all methods for one rule.
 
-    options: the node `optimise` of the configuration. costs [K]: of one evaluation of each level, in the unit that
-    plans minimise. learn: learns probabilities, if wanted.
-    """
+    options: the node `optimise` of the configuration. costs [K]: of one evaluation of each level, to be minimised."""
     found: Candidates = {}
     top = len(costs) - 1
     for method in inputs.methods:
@@ -114,7 +108,5 @@ def priced(plan: Plan, family: Sequence[Level], seconds: Mapping[str, float]) ->
     """The plan with expected FLOPs as its cost, and expected seconds. seconds: of one evaluation of each level."""
     estimator = plan.build(family)
     counts = estimator.expected_evaluations(len(plan.table))
-    flops, seconds_ = (
-        [of(level) for level in estimator.levels] for of in (lambda v: v.flops, lambda v: seconds[v.name])
-    )
-    return replace(plan, cost=float(np.dot(counts, flops)), seconds=float(np.dot(counts, seconds_)))
+    flops = float(np.dot(counts, [level.flops for level in estimator.levels]))
+    return replace(plan, cost=flops, seconds=float(np.dot(counts, [seconds[level.name] for level in estimator.levels])))

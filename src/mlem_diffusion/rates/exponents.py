@@ -1,7 +1,5 @@
 """Exponents of cost against error with intervals, compared with the claimed ones: the content of rates.json."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial

@@ -1,7 +1,5 @@
 """The Poisson limit of ML-EM as an integrator with events instead of time steps, for the problem in problem.py."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -7,8 +7,6 @@ Level 0 is the nearly free linear part, f^0 = A x. Each replicate draws its own 
 so replicates are independent. States are arrays [d, R]; a row r is one setting on one replicate.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

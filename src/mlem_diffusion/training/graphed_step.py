@@ -1,7 +1,5 @@
 """A training step as a CUDA graph: one launch instead of thousands."""
 
-from __future__ import annotations
-
 import gc
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SlowPath
-from ..models.torch_compile import first_line
+from ..models.compiled import first_line
 
 _WARMUP = 3  # steps before the capture, for compilation, tuning and allocation, which a capture does not allow
 

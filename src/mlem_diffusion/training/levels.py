@@ -4,8 +4,6 @@ A folder holds state.pt (to resume), ema.safetensors, ema-<images>.safetensors a
 trained here) and, once the level is fully trained, metadata.json.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from ..models.checkpoint import AGAIN, check_weights, load_state
 from ..models.family import at_width, level_name, repeat_name, weights_of
 
 STATE, CLAIM, METADATA = "state.pt", "claim.json", "metadata.json"
-_RETRAIN = "train this level anew (ARGS=overwrite=true)"
 
 
 def repeated(cfg: Any) -> list[tuple[int, int]]:
@@ -40,16 +37,13 @@ def planned(cfg: Any, family: list[dict[str, Any]]) -> list[dict[str, Any]]:
         {**by_width[width], "name": repeat_name(level_name(width), seed), "train_seed": seed}
         for width, seed in repeated(cfg)
     ]
-    levels = family + again
+    levels = {level["name"]: level for level in family + again}
     if cfg.only is None:
-        return levels
+        return list(levels.values())
     only = [cfg.only] if isinstance(cfg.only, str) else list(cfg.only)
-    names = [level["name"] for level in levels]
-    missing = [name for name in only if name not in names]
-    if missing or not only:
-        what = f"there is no level {missing[0]}" if missing else "no level is named"
-        raise UserError(f"only={cfg.only}: {what}; the family has {', '.join(names)}.")
-    return [level for level in levels if level["name"] in only]
+    if not only or not levels.keys() >= set(only):
+        raise UserError(f"only={cfg.only} must name levels of the family, which has {', '.join(levels)}.")
+    return [level for name, level in levels.items() if name in only]
 
 
 def settings(train: Mapping[str, Any], level: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,27 +53,22 @@ def settings(train: Mapping[str, Any], level: Mapping[str, Any]) -> dict[str, An
 
 
 def is_trained(folder: Path, fingerprint: str, overwrite: bool = False) -> bool:
-    """Whether the level was fully trained with this configuration and its files are unchanged.
-
-    False if a damaged file can be restored from the training state. UserError for other damage, unless overwrite.
-    """
+    """Whether the level was fully trained with this configuration; UserError for damaged files, unless overwrite."""
     path = folder / METADATA
     if not path.is_file():
         return False
-    restorable = (folder / STATE).is_file()
     try:
         metadata = read_json(path, AGAIN)
         with expect_content(path, AGAIN):
             if metadata["fingerprint"] != fingerprint:
                 return False
-            check_weights(folder / weights_of(metadata)[0], metadata["weights_sha256"])
-            restorable = False  # training does not pass the snapshots again
-            for file, sha256 in (weights_of(metadata, i) for i in range(len(metadata["snapshots"]))):
-                check_weights(folder / file, str(sha256), _RETRAIN)
+            files = [weights_of(metadata), *(weights_of(metadata, i) for i in range(len(metadata["snapshots"])))]
+        for file, sha256 in files:
+            check_weights(folder / file, sha256)
     except UserError:
-        if overwrite or restorable:
-            return False
-        raise
+        if not overwrite:
+            raise
+        return False
     return True
 
 
@@ -88,25 +77,20 @@ def claim(folder: Path, fingerprint: str, overwrite: bool = False) -> None:
 
     With overwrite, files of another level and damaged files give way. The caller holds the folder's lock.
     """
-    if overwrite and not _can_go_on(folder, fingerprint):
+    marker = folder / CLAIM
+    try:
+        if marker.is_file() and read_json(marker, AGAIN)["fingerprint"] != fingerprint:
+            raise UserError(
+                f"{folder} holds a level of another configuration or data set; "
+                "give this run another name (name=...), or ARGS=overwrite=true to train it anew."
+            )
+        if overwrite:  # what training resumes from
+            for file, sha256 in (load_state(folder / STATE) or {}).get("snapshots", {}).items():
+                check_weights(folder / file, sha256)
+    except UserError:
+        if not overwrite:
+            raise
         for file in folder.iterdir():
             if file.name != ".lock":
                 file.unlink()
-    marker = folder / CLAIM
-    if marker.is_file() and read_json(marker, _RETRAIN)["fingerprint"] != fingerprint:
-        raise UserError(
-            f"{folder} holds a level of another configuration or data set; "
-            "give this run another name (name=...), or ARGS=overwrite=true to train it anew."
-        )
     write_json(marker, {"fingerprint": fingerprint})
-
-
-def _can_go_on(folder: Path, fingerprint: str) -> bool:
-    """Whether the folder belongs to this configuration and its state and snapshots are undamaged."""
-    try:
-        state = load_state(folder / STATE) or {}
-        for file, sha256 in state.get("snapshots", {}).items():
-            check_weights(folder / file, sha256)
-        return read_json(folder / CLAIM, _RETRAIN)["fingerprint"] == fingerprint
-    except UserError:
-        return False

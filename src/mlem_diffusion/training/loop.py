@@ -4,12 +4,10 @@ The random numbers of a step depend on (seed, step), are drawn for the full batc
 run equals an uninterrupted one, and the number of processes does not change the result.
 """
 
-from __future__ import annotations
-
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +19,10 @@ from torch import Tensor
 from .. import parallel
 from ..diffusion.brownian import training_generator
 from ..diffusion.process import Process
-from ..errors import Interrupted, UserError, is_out_of_memory
+from ..errors import Interrupted, UserError
 from ..files import Damaged
 from ..models.checkpoint import load_state, save_state, save_weights
-from ..models.torch_compile import SETTINGS
+from ..models.compiled import SETTINGS
 from ..models.unet import Denoiser
 from .step import GRAPHS, PRECISIONS, TrainStep, has_dropout
 
@@ -78,11 +76,12 @@ def learning_rate(config: TrainConfig, width: int, images: int) -> float:
 
 
 def draw_batch(
-    data: Tensor, config: TrainConfig, process: Process, level_table: Tensor, step: int, rank: int, world: int
+    data: Tensor, config: TrainConfig, level_table: Tensor, step: int, rank: int = 0, world: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return this rank's slice of the batch of one step: x0 in [-1, 1], noise, log-SNR.
 
-    Noise levels are stratified: batch element i falls in the i-th of `batch` equal parts of the sampler's path.
+    level_table: log-SNRs at equal distances on the sampler's path. Noise levels are stratified: batch element i falls
+    in the i-th of `batch` equal parts of the path.
     """
     device, b = level_table.device, config.batch
     generator = training_generator(device, config.seed, step)
@@ -105,16 +104,16 @@ def draw_batch(
 
 def train_level(
     denoiser: Denoiser,
-    images: np.ndarray | Tensor,
+    images: np.ndarray,
     process: Process,
     config: TrainConfig,
     directory: Path,
     *,
     width: int,
     device: torch.device | str = "cpu",
-    report: Callable[[dict[str, Any]], None] | None = None,
-    snapshot: Callable[[int, Denoiser], None] | None = None,
-    should_stop: Callable[[], bool] | None = None,
+    report: Callable[[dict[str, Any]], None] = lambda record: None,
+    snapshot: Callable[[int, Denoiser], None] = lambda images, ema: None,
+    should_stop: Callable[[], bool] = parallel.never,
     identity: str = "",
 ) -> Denoiser:
     """Train one level and return its EMA denoiser.
@@ -139,13 +138,15 @@ def train_level(
         if dropout:  # its masks come from torch's global generator
             generator = training_generator(torch.device("cpu"), config.seed, number, run.rank)
             torch.manual_seed(generator.initial_seed())
-        run.advance(draw_batch(data, config, process, level_table, number, run.rank, run.world))
+        run.advance(draw_batch(data, config, level_table, number, run.rank, run.world))
         finished = run.seen >= config.images
-        if run.seen - run.progress.last_log >= config.log_every or finished:
+        if run.seen - run.last_log >= config.log_every or finished:
             run.log(report)
         if any(run.seen - config.batch < fraction * config.images <= run.seen for fraction in config.snapshots):
             run.take_snapshot(snapshot)
-        if not finished and run.must_stop(should_stop):
+        # all ranks stop at the same step, and asking them costs a synchronisation
+        asks = run.world == 1 or run.seen // config.batch % 20 == 0
+        if not finished and asks and parallel.agree(should_stop()):
             run.save()
             raise Interrupted(f"width {width} stopped after {run.seen} of {config.images} images; its state is saved")
         if time.monotonic() - last_save > config.save_every:
@@ -157,23 +158,12 @@ def train_level(
     return run.ema
 
 
-def _to_device(images: np.ndarray | Tensor, device: torch.device) -> Tensor:
+def _to_device(images: np.ndarray, device: torch.device) -> Tensor:
     """A gather on the device is faster than any loader; a data set that does not fit stays on the host."""
-    data = torch.as_tensor(np.asarray(images) if isinstance(images, np.ndarray) else images)
+    data = torch.as_tensor(np.asarray(images))
     if device.type != "cuda" or data.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]:
         return data.to(device)
     return data
-
-
-@dataclass
-class _Progress:
-    """What the saved state holds besides the tensors and the sums of the step."""
-
-    images: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)  # {"images", "loss"} of every log
-    counted: int = 0  # steps since the last log
-    last_log: int = 0  # images at the last log
-    snapshots: dict[str, str] = field(default_factory=dict)  # file -> SHA-256
 
 
 class _Run:
@@ -184,11 +174,11 @@ class _Run:
     ):
         self.rank, self.world = parallel.rank(), parallel.world()
         if config.batch % (self.world * config.accumulate):
-            micro = f" in {config.accumulate} micro-batches each" if config.accumulate > 1 else ""
-            raise UserError(f"train.batch = {config.batch} does not divide over {self.world} processes{micro}.")
+            parts = f"{self.world} processes and train.accumulate = {config.accumulate}"
+            raise UserError(f"train.batch = {config.batch} does not divide over {parts}.")
         self.config, self.directory, self.width, self.device = config, directory, width, device
-        self.state = directory / "state.pt"
-        self.identity, self.progress = identity, _Progress()
+        self.state, self.identity = directory / "state.pt", identity
+        self.seen, self.history, self.snapshots = 0, [], {}  # images; {"images", "loss"} of every log; file -> SHA-256
         self.denoiser = denoiser.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = copy.deepcopy(self.denoiser).eval().requires_grad_(False)
         self.step = TrainStep(
@@ -197,38 +187,36 @@ class _Run:
         )  # fmt: skip
 
     @property
-    def seen(self) -> int:
-        return self.progress.images
-
-    # ---- state on disk
+    def last_log(self) -> int:
+        return self.history[-1]["images"] if self.history else 0
 
     def resume(self) -> None:
         """Continue from the saved state, if there is one."""
         state = load_state(self.state)
         if state is None:
             return
-        foreign = f"{self.state} is not the state of this network; delete it to train this level again."
-        if state.get("identity", "") != self.identity:
-            raise Damaged(self.state, foreign)
         try:
+            if state["identity"] != self.identity:
+                raise ValueError
             self.step.load_state_dict(state)
-            self.progress = _Progress(**{name: state[name] for name in asdict(self.progress)})
+            self.seen, self.history, self.snapshots = state["images"], state["history"], state["snapshots"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise Damaged(self.state, foreign) from error
+            text = f"{self.state} is not the state of this network; delete it to train this level again."
+            raise Damaged(self.state, text) from error
 
     def save(self) -> None:
         self.check(self.step.is_finite())
         if self.rank == 0:
-            save_state(self.state, {**self.step.state_dict(), **asdict(self.progress), "identity": self.identity})
+            progress = {"images": self.seen, "history": self.history, "snapshots": self.snapshots}
+            save_state(self.state, {**self.step.state_dict(), **progress, "identity": self.identity})
 
-    def take_snapshot(self, snapshot: Callable[[int, Denoiser], None] | None) -> None:
+    def take_snapshot(self, snapshot: Callable[[int, Denoiser], None]) -> None:
         """Save the weights' moving average, at the first step at or past a fraction of the training."""
         self.check(self.step.is_finite())
         if self.rank == 0:
             file = f"ema-{self.seen:010d}.safetensors"
-            self.progress.snapshots[file] = save_weights(self.directory / file, self.ema)
-            if snapshot is not None:
-                snapshot(self.seen, self.ema)
+            self.snapshots[file] = save_weights(self.directory / file, self.ema)
+            snapshot(self.seen, self.ema)
 
     def check(self, finite: bool) -> None:
         """Raise UserError, with step and noise level, if a loss or weight is not finite."""
@@ -237,39 +225,22 @@ class _Run:
             saved = f"; the last finite state is in {self.state}" if self.state.is_file() else ""
             raise UserError(f"{what}{saved}: lower train.lr and train again (ARGS='overwrite=true train.lr=...').")
 
-    # ---- steps
-
     def advance(self, batch: tuple[Tensor, Tensor, Tensor]) -> None:
         """Take one step."""
-        config, progress = self.config, self.progress
+        config = self.config
         self.lr = learning_rate(config, self.width, self.seen + config.batch // 2)  # neither first nor last is 0
-        progress.images += config.batch
-        progress.counted += 1
-        try:
-            self.step(batch, self.lr, ema_decay(config, self.seen))
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            what = f"{config.batch // self.world // config.accumulate} images at a time do not fit in the memory"
-            more = f"set train.accumulate={2 * config.accumulate}, which trains the same"
-            raise UserError(f"{what} of {self.device} at width {self.width}: {more}.") from error
+        self.seen += config.batch
+        self.step(batch, self.lr, ema_decay(config, self.seen))
 
-    def log(self, report: Callable[[dict[str, Any]], None] | None) -> None:
+    def log(self, report: Callable[[dict[str, Any]], None]) -> None:
         """Record the mean loss since the last log."""
-        running, progress = self.step.running, self.progress
+        running = self.step.running
         if self.world > 1:
             dist.all_reduce(running, op=dist.ReduceOp.AVG if self.device.type == "cuda" else dist.ReduceOp.SUM)
             running /= 1 if self.device.type == "cuda" else self.world
-        mean = float(running) / progress.counted
+        mean = float(running) / ((self.seen - self.last_log) // self.config.batch)
         self.check(np.isfinite(mean))
-        progress.history.append({"images": self.seen, "loss": mean})
-        if report is not None and self.rank == 0:
+        self.history.append({"images": self.seen, "loss": mean})
+        if self.rank == 0:
             report({"images": self.seen, "loss": mean, "lr": self.lr})
         running.zero_()
-        progress.counted, progress.last_log = 0, self.seen
-
-    def must_stop(self, should_stop: Callable[[], bool] | None) -> bool:
-        """Whether to stop; all ranks stop at the same step, and asking them costs a synchronisation."""
-        if should_stop is None or (self.world > 1 and self.seen // self.config.batch % 20):
-            return False
-        return parallel.agree(should_stop())

@@ -8,8 +8,6 @@ operations to bf16, group norm stays float32); "bf16" (the forward and backward 
 network). The preconditioning and the loss are float32 in each.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 from collections.abc import Callable, Sequence
@@ -21,7 +19,7 @@ from torch import Tensor, nn
 
 from ..diffusion.process import add_noise
 from ..errors import UserError
-from ..models.torch_compile import Compiled, options, should_compile
+from ..models.compiled import Compiled, should_compile, to_bf16
 from ..models.unet import Denoiser
 from .graphed_step import GraphedStep
 
@@ -30,11 +28,8 @@ GRAPHS = ("auto", "on", "off")
 
 
 def choose_precision(setting: str, device: torch.device) -> str:
-    """Return the precision that "auto" selects on this device; other settings are returned unchanged.
-
-    On CUDA it is bf16, since the losses of the three precisions agree to about a percent (tests/test_training_step.py).
-    GPUs before compute capability 8 have no bf16 arithmetic.
-    """
+    """Return the precision that "auto" selects: bf16 where the device has its arithmetic, since the losses of the three
+    precisions agree to about a percent (tests/test_training_step.py)."""
     if setting != "auto":
         return setting
     return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8 else "float32"
@@ -63,14 +58,6 @@ class LossModule(nn.Module):
         return self.denoiser.loss(add_noise(x0, noise, logsnr), x0, logsnr)
 
 
-def bf16_copy(denoiser: Denoiser) -> Denoiser:
-    """Return a copy with the network's weights in bf16; buffers (noise-level frequencies) stay float32."""
-    working = copy.deepcopy(denoiser)
-    for parameter in working.unet.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
-    return working
-
-
 def _distributed(module: nn.Module) -> nn.Module:
     """Average gradients over processes (DDP). Buffers never change, so they are not broadcast."""
     wrap: Any = nn.parallel.DistributedDataParallel
@@ -83,8 +70,7 @@ class TrainStep:
 
     batch: this process's x0 [B,3,S,S] in [-1, 1], noise [B,3,S,S], log-SNR [B] on the device. B is the same in each
     call and a multiple of `accumulate`, the number of micro-batches whose gradients are added. lr: learning rate.
-    decay: of the moving average. `loss` is the mean loss of the last step, until the next step; `running` is the sum
-    over steps. Both are on the device.
+    decay: of the moving average. `running` is the sum of the steps' mean losses, on the device.
     clip: largest norm of the gradient. precision, compile, graph: as in TrainConfig. world: number of processes; with
     several, gradients are averaged (DistributedDataParallel). rates_on_device: learning rate and decay are tensors, as
     a CUDA graph needs (the default if one is used). name: start of the sentences of warnings.
@@ -111,20 +97,12 @@ class TrainStep:
         self.device = self.masters[0].device
         self.precision = choose_precision(precision, self.device)
         self.running = torch.zeros((), device=self.device)
-        self.loss = self.running.clone()
         # the first step with a loss that is not finite: its number, the share of the batch, and the log-SNR of the
         # first such image; stored on the device, so that the host does not wait
         self._steps = torch.zeros((), device=self.device, dtype=torch.int64)
         self._trouble = torch.full((3,), -1.0, device=self.device, dtype=torch.float64)
         graphed = should_capture(graph, denoiser, self.device, world)
         self.rates_on_device = graphed if rates_on_device is None else rates_on_device
-        self._make_optimiser(graphed)
-        self._make_forward(compile, world, name)
-        self._take: Callable[[Sequence[Tensor]], None] = self.take
-        if graphed:
-            self._take = GraphedStep(self.take, self.device, name)
-
-    def _make_optimiser(self, capturable: bool) -> None:
         self.lr = 0.0
         self._rates = torch.zeros(2, device=self.device)  # learning rate, 1 - decay
         self._new_weight: Any = self._rates[1] if self.rates_on_device else 1.0
@@ -133,24 +111,29 @@ class TrainStep:
             lr=self._rates[0] if self.rates_on_device else 0.0,
             betas=(0.9, 0.99),
             fused=self.device.type in ("cuda", "cpu"),
-            capturable=capturable,
+            capturable=graphed,
         )
+        self._make_forward(compile, world, name)
+        self._take: Callable[[Sequence[Tensor]], None] = self.take
+        if graphed:
+            self._take = GraphedStep(self.take, self.device, name)
 
     def _make_forward(self, compile: str, world: int, name: str) -> None:
-        working = bf16_copy(self.denoiser) if self.precision == "bf16" else self.denoiser
-        self.has_copy = working is not self.denoiser
-        self.working: list[Tensor] = list(working.parameters())
+        self.has_copy, working = self.precision == "bf16", self.denoiser
         self.gradients: list[Tensor] = []  # of the masters, unless autograd stores them
         if self.has_copy:
+            working = copy.deepcopy(self.denoiser)
+            to_bf16(working.unet)
             self.gradients = [torch.zeros_like(p, requires_grad=False) for p in self.masters]
             for parameter, gradient in zip(self.masters, self.gradients, strict=True):
                 parameter.grad = gradient
+        self.working: list[Tensor] = list(working.parameters())
         self.forward: Any = LossModule(working)
         self.parallel: Any = _distributed(self.forward) if world > 1 else None
         self.forward = self.parallel or self.forward  # DDP wraps the module before compilation
         self.compiled: Compiled | None = None
         if should_compile(compile, self.device):
-            self.compiled = Compiled(self.forward, name, dynamic=False, **options(compile, self.device))
+            self.compiled = Compiled(self.forward, name, compile, self.device, dynamic=False)
 
     def __call__(self, batch: Sequence[Tensor], lr: float, decay: float) -> None:
         self._set_rates(lr, decay)
@@ -180,7 +163,6 @@ class TrainStep:
             self._refresh_copy()
             self.running += loss
             self._steps += 1
-        self.loss = loss
 
     def _gradients_of(self, batch: Sequence[Tensor]) -> Tensor:
         """Accumulate the gradients of the full batch in the masters' .grad and return the mean loss."""
@@ -226,7 +208,7 @@ class TrainStep:
         self._trouble.copy_(torch.where(first, found, self._trouble))
 
     def trouble(self, what: str) -> str:
-        """Return the sentence on where the loss (or else a weight) was first not finite; waits for the device."""
+        """Return the sentence on where the loss (or else a weight) was first not finite."""
         step, share, logsnr = self._trouble.tolist()
         if step < 0:
             return f"The weights of {what} are not finite at step {int(self._steps)}, at every noise level"
@@ -234,7 +216,7 @@ class TrainStep:
         return f"The loss of {what} is not finite at step {int(step)}, {where}"
 
     def is_finite(self) -> bool:
-        """Return whether losses since the last log, weights and moments are all finite; waits for the device."""
+        """Return whether losses since the last log, weights and moments are all finite."""
         moments = [t for state in self.optimiser.state.values() for t in state.values() if isinstance(t, Tensor)]
         tensors = [self.running, *self.masters, *self.averages, *moments]
         return bool(torch.stack([torch.isfinite(t).all() for t in tensors]).all())
