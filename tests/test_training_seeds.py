@@ -57,7 +57,7 @@ def test_coverage_improves_where_seeds_scatter(form):
         y = law(flops, gamma)[form] * np.exp(noise)
         measured = SCATTER**2 * rng.chisquare(2) / 2  # two levels, two seeds each: two degrees of freedom
         for name, between in (("without", 0.0), ("with", measured)):
-            found = fit(form, flops, y, between=between, bootstrap=60, seed=i)
+            found = fit(form, flops, y, between=between, bootstrap=40, seed=i)
             covered[name] += contains(found.bootstrap_interval, gamma)
     assert covered["with"] > covered["without"] + 1
     assert covered["with"] >= 0.92 * repeats

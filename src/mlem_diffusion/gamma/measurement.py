@@ -78,7 +78,7 @@ def level_errors(
     errors = LevelErrors(widths, names, flops, images, logsnr, weights, loss, to_previous, to_largest)
     values = np.split(rest, np.cumsum([len(group) for group in own]))
     seeds = [m["train_seed"] for m in again]
-    return errors, list(zip(repeated, seeds, values, strict=False))
+    return errors, [(k, seed, list(group)) for k, seed, group in zip(repeated, seeds, values, strict=False)]
 
 
 def _estimates(errors: LevelErrors, repeats: Sequence[Repeat], settings: Any) -> dict[str, Any]:

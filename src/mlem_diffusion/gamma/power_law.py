@@ -197,8 +197,8 @@ def fit(
         rng = np.random.default_rng(seed)
         variance = rss / rng.chisquare(dof, bootstrap)  # drawn, because a few residuals determine it poorly
         booted = bootstrap_interval(law.refit, values, fitted, variance, rng, covariance, between)
-        highs = (profile[1], booted[1])
-        interval = (min(profile[0], booted[0]), None if None in highs else max(highs))
+        high = None if profile[1] is None or booted[1] is None else max(profile[1], booted[1])
+        interval = (min(profile[0], booted[0]), high)
     note = "L_inf is at its bound of zero: a pure power law fits best." if floor == 0 else ""
     if not proper:
         note = law.edge if falls else law.flat

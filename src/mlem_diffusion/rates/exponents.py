@@ -81,7 +81,7 @@ def simulate(
     for index in sorted(results):
         own = found[items[index][0]]
         for setting, squared in results[index].items():
-            own[setting] = np.concatenate([own.get(setting, squared[:0]), squared])
+            own[setting] = np.append(own[setting], squared) if setting in own else squared
     return found
 
 
