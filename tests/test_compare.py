@@ -15,7 +15,7 @@ from mlem_diffusion.comparison import table
 from mlem_diffusion.comparison.drawing import draw, parse_seeds
 from mlem_diffusion.comparison.features import Extractor
 from mlem_diffusion.comparison.frechet import RealImages, feature_moments, frechet_distance
-from mlem_diffusion.comparison.planned import Planned, all_settings, complete, examples, expected_costs, read_planned
+from mlem_diffusion.comparison.planned import Planned, complete, examples, expected_costs, read_planned
 from mlem_diffusion.comparison.runner import Runner, diverged
 from mlem_diffusion.comparison.settings import SamplerSetting, best_setting, setting_from, setting_of, settings_of
 from mlem_diffusion.diffusion.brownian import BrownianPath
@@ -53,9 +53,6 @@ def plan_of(method: str, levels: tuple[str, ...] = ("w2", "w8"), steps: int = 16
 PLANS = {plan.id: plan for plan in map(plan_of, ("independent", "nested", "systematic", "quadrature"))}
 
 
-# ------------------------------------------------------------------------------------------------ settings
-
-
 @pytest.mark.parametrize(
     ("which", "expected"),
     [("all", NAMES), ("largest", ["w16"]), ([0, 2], ["w2", "w8"]), ([-1], ["w16"]), ([3, -1], ["w16"])],
@@ -72,21 +69,12 @@ def test_configured_settings_are_each_run_once():
     assert len(found) == len(set(found)) == 5 + 4 + 8
     assert found[6] == SamplerSetting("sde", "ddpm", "stitched", ("w2", "w16"), 8, switch=0.5)
     assert found[9] == SamplerSetting("ode", "ddim", "ml_em", tuple(NAMES[1:]), 8, "constant", "systematic", 1.0)
-    last = SamplerSetting("ode", "ddim", "ml_em", ("w2", "w8", "w16"), 8, "constant", "independent-shared", 2.5)
-    assert found[-1] == last
+    assert (found[-1].levels, found[-1].coins, found[-1].c) == (("w2", "w8", "w16"), "independent-shared", 2.5)
 
 
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"levels": [4]}, "does not fit a family of 4 levels"),
-        ({"levels": "medium"}, "does not fit a family of 4 levels"),
-        ({"step_rule": "heun"}, "sde/heun is unknown"),
-        ({"steps": [51]}, r"51 steps are outside 2\.\.50"),
-    ],
-)
-def test_impossible_settings_give_one_sentence(change, sentence):
-    with pytest.raises(UserError, match=sentence):
+@pytest.mark.parametrize("change", [{"levels": [4]}, {"levels": "medium"}, {"step_rule": "heun"}, {"steps": [51]}])
+def test_impossible_settings_are_refused(change):
+    with pytest.raises(UserError):
         settings_of(EMPTY | {"baselines": [BASELINE | change]}, NAMES, 50)
 
 
@@ -98,16 +86,13 @@ def full_row(setting: SamplerSetting, **more: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=lambda plan: plan.method)
 def test_settings_round_trip_through_the_table(plan, tmp_path):
-    settings = [*SETTINGS, setting_of(plan, "sde", "ddpm")]
-    frame = table.frame_of(full_row(s) for s in settings)
-    (tmp_path / "compare.csv").write_text(table.to_text(frame))
-    again = table.read(tmp_path / "compare.csv")
+    settings, path = [*SETTINGS, setting_of(plan, "sde", "ddpm")], tmp_path / "compare.csv"
+    path.write_text(table.to_text(table.frame_of(full_row(s) for s in settings)))
+    again = table.read(path)
     empty = again.astype(object).where(again.notna(), None)
     assert [setting_from(row) for row in empty.to_dict("records")] == settings
     assert [setting_from(s.row) for s in settings] == settings
     assert setting_from(SETTINGS[3].row | {"levels": ["w2", "w4", "w8"]}) == SETTINGS[3]  # as in a configuration
-    with pytest.raises(UserError, match="lacks the key 'steps'"):
-        setting_from({"levels": "w2"})
 
 
 def test_a_setting_builds_the_estimator_of_its_plan():
@@ -117,15 +102,9 @@ def test_a_setting_builds_the_estimator_of_its_plan():
         assert np.array_equal(estimator.weights(16, path), plan.build(levels.values()).weights(16, path))
     alone = plan_of("quadrature", ("w8",))
     assert setting_of(alone, "sde", "ddpm") == SETTINGS[0]  # a plan of one level is the baseline itself
-    for wrong, sentence in (
-        (replace(SETTINGS[0], plan="abc"), "no plan abc"), (replace(SETTINGS[0], levels=("w9",)), "no level w9"),
-        (replace(SETTINGS[3], c=None), "'ml_em' with c = None"),
-    ):  # fmt: skip
-        with pytest.raises(UserError, match=sentence):
+    for wrong in (replace(SETTINGS[0], plan="abc"), replace(SETTINGS[0], levels=("w9",)), replace(SETTINGS[3], c=None)):
+        with pytest.raises(UserError):
             wrong.build(levels, 2.5, PLANS)
-
-
-# ---------------------------------------------------------------------------------------------- the table
 
 
 def test_the_table_keeps_six_digits_whole_numbers_and_gaps():
@@ -136,15 +115,11 @@ def test_the_table_keeps_six_digits_whole_numbers_and_gaps():
     assert lines[2].endswith("12345678,0a1e5,1e-12")
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "sentence"),
-    [("error_se", "spread", "lacks the column"), ("0.333333", "fast", "seconds does not hold numbers"),
-     ("12345678", "1,2,3", "compare.csv")],
-)  # fmt: skip
-def test_a_broken_table_gives_one_sentence(old, new, sentence, tmp_path):
+@pytest.mark.parametrize(("old", "new"), [("error_se", "spread"), ("0.333333", "fast"), ("12345678", "1,2,3")])
+def test_a_broken_table_is_refused(old, new, tmp_path):
     path = tmp_path / "compare.csv"
     path.write_text(table.to_text(table.frame_of([full_row(SETTINGS[0])])).replace(old, new))
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError):
         table.read(path)
 
 
@@ -152,16 +127,6 @@ def test_methods_are_named_for_figures():
     rows = [full_row(SETTINGS[3]), full_row(SETTINGS[6], top_evaluations=99), full_row(SETTINGS[2])]
     found = table.for_figures(table.frame_of(rows))
     assert list(found.method) == ["paper", "other", "stitched"] and list(found.trusted) == [True, False, True]
-
-
-def test_settings_have_readable_names():
-    names = [table.describe(SETTINGS[i].row) for i in (1, 2, 4)]
-    assert names == [
-        "DPM-Solver++(2M), w2, 5 steps", "stitched w2+w8, DDPM ancestral, 16 steps, switch at 0.25",
-        "ML-EM w2+w8, DDPM ancestral, 16 steps, systematic coins, shared, C = 1",
-    ]  # fmt: skip
-    planned = setting_of(plan_of("nested"), "ode", "ddim").row
-    assert table.describe(planned) == "ML-EM w2+w8, DDIM, 16 steps, nested coins, optimal probabilities"
 
 
 def test_best_setting_is_the_cheapest_within_five_percent_of_the_best_distance():
@@ -173,9 +138,6 @@ def test_best_setting_is_the_cheapest_within_five_percent_of_the_best_distance()
     assert best_setting([row(-1e-9, 5), row(0.2, 1)]) == row(-1e-9, 5)  # rounding below zero
     with pytest.raises(UserError, match="No setting has a distance"):
         best_setting([row(None, 1)])
-
-
-# -------------------------------------------------------------------------------------------------- runner
 
 
 class Counter:
@@ -226,9 +188,8 @@ def test_costs_are_counted_and_a_finished_setting_is_not_evaluated_again(make, c
     assert runner.is_done(setting) and calls / 10 == pytest.approx(first.row["network_calls"])
     again = make().read(setting)  # another process later
     assert counter.images == calls + 16 * 6 and again.row == first.row
-    assert all(
-        np.array_equal(getattr(again, k), getattr(first, k)) for k in ("errors", "clusters", "features", "images")
-    )
+    for part in ("errors", "clusters", "features", "images"):
+        assert np.array_equal(getattr(again, part), getattr(first, part))
     assert first.errors.shape == (6,) and first.features.shape == (10, 3) and first.images.shape == (5, 3, 4, 4)
     assert first.row["error"] == pytest.approx(first.errors.mean())
     # the weights of the batches say which networks were evaluated, and how often the top one in the compared samples
@@ -298,9 +259,6 @@ def test_diverged_settings_are_rows_without_an_error(make):
     assert diverged(values).tolist() == [False, False, True, True, True]
 
 
-# ------------------------------------------------------------------------------------- plans, pictures
-
-
 def test_plans_add_their_settings_and_columns(make, tmp_path):
     alone = {"dynamics": "sde", "step_rule": "ddpm", "level": "w8", "steps": 8, "selected_error": 0.5}
     facts = {"dynamics": "sde", "step_rule": "ddpm", "selected_error": 0.15}
@@ -311,8 +269,6 @@ def test_plans_add_their_settings_and_columns(make, tmp_path):
     assert (planned.flops, planned.unit, len(planned.settings)) == (3e9, "seconds", 4)
     with pytest.raises(UserError, match="selected on sample seeds of this comparison"):
         read_planned(tmp_path / "plans.json", SimpleNamespace(plans="auto", seed=0, num_samples=8))
-    config.plans = "none"
-    assert read_planned(tmp_path / "plans.json", config) == Planned()
 
     runner, settings = make(), [*planned.settings, replace(SETTINGS[0], steps=8)]
     moments = feature_moments(np.random.default_rng(0).normal(128, 10, (50, 3)))
@@ -322,10 +278,8 @@ def test_plans_add_their_settings_and_columns(make, tmp_path):
     assert [m.row["selected_error"] for m in measured] == [0.15] * 4 + [0.5]
     assert measured[0].row["distance"] == frechet_distance(measured[0].features, moments)
     assert table.frame_of(m.row for m in measured).num_samples.tolist() == [10] * 5
-    _, (label, images), *others = examples(measured, "sde", runner)
-    assert label.startswith("DDPM ancestral, w8, 8 steps\n128 GFLOP, error") and np.array_equal(
-        images, measured[-1].images
-    )
+    _, (_, images), *others = examples(measured, "sde", runner)
+    assert np.array_equal(images, measured[-1].images)
     assert len(others) == 1 and "w2+w8" in others[0][0]  # the best plan that costs no more
 
 
@@ -335,13 +289,11 @@ def test_costs_of_a_comparison(make):
     assert dict(expected_costs(config, levels, process, Planned())) == {
         "sde single": {"w2": 80, "w4": 80, "w8": 80}, "sde reference": {"w8": 96}
     }  # fmt: skip
-    clocks = [s.rule.clock for s in all_settings(EMPTY, [], 16, Planned(settings=[SETTINGS[i] for i in (5, 0, 2)]))]
-    assert clocks == ["snr", "snr", "time"]  # those that share noise are neighbours
 
 
 @pytest.mark.parametrize("text", ["x", "5-3", "", "1,,2"])
-def test_bad_seeds_give_one_sentence(text):
-    with pytest.raises(UserError, match="not a list of seeds"):
+def test_bad_seeds_are_refused(text):
+    with pytest.raises(UserError):
         parse_seeds(text)
 
 
@@ -351,8 +303,7 @@ def test_pictures_do_not_depend_on_the_batches(make, tmp_path):
     grid, rule, estimator = runner.process.grid(8), SETTINGS[3].rule, runner.build(SETTINGS[3])
     for name, batch in (("one", 4), ("two", 3)):
         where = (runner.shape, runner.device, tmp_path / name, lambda done, total: None)
-        ledger, pixels = draw(estimator, rule, grid, seeds, batch, *where)
-        assert ledger.images == 4 and pixels.shape == (4, 3, 4, 4)
+        assert draw(estimator, rule, grid, seeds, batch, *where)[0].images == 4
     files = [sorted((tmp_path / name).iterdir()) for name in ("one", "two")]
     assert [f.name for f in files[0]] == ["000000.png", "000001.png", "000002.png", "000009.png"]
     assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]

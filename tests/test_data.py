@@ -3,20 +3,17 @@ import io
 import json
 import os
 import tarfile
-import threading
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from filelock import FileLock
 from PIL import Image
 
-from mlem_diffusion import files
 from mlem_diffusion.data import images as data
 from mlem_diffusion.data import pixels
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.files import locked, read_json
+from mlem_diffusion.files import read_json
 
 Files = dict[str, bytes]
 KINDS = ("zip", "tar", "tar.gz", "folder")
@@ -68,17 +65,11 @@ def packed(folder: Path) -> np.ndarray:
     return data.load(folder).images.transpose(0, 2, 3, 1)
 
 
-def assert_refused(source: Path | str, destination: Path, *words: str, **settings) -> None:
-    """Check that preparation fails in one sentence with these words and leaves no file but the lock."""
-    with pytest.raises(UserError) as caught:
+def assert_refused(source: Path | str, destination: Path, words: str, **settings) -> None:
+    """Check that preparation fails with these words and leaves no file but the lock."""
+    with pytest.raises(UserError, match=words):
         prepare(source, destination, **settings)
-    text = str(caught.value)
-    assert "\n" not in text and " object at " not in text and text.endswith(".")
-    assert [word for word in words if word not in text] == [], text
     assert [path.name for path in destination.rglob("*")] in ([], [".lock"])
-
-
-# ------------------------------------------------------------------------------------------- sources
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "tar.xz"])
@@ -90,22 +81,19 @@ def test_every_kind_of_source_gives_the_same_array(tmp_path: Path, kind: str) ->
         ".hidden/1.jpg": b"x",
     }
     source = write(tmp_path / "images.zip", kind, files)  # the kind is recognised by content
-    calls = []
-    manifest = prepare(source, tmp_path / "packed", progress=lambda *call: calls.append((call, threading.get_ident())))
+    manifest = prepare(source, tmp_path / "packed")
     loaded = data.load(tmp_path / "packed")
     expected = np.stack([noise(i).transpose(2, 0, 1) for i in range(1, 13)])
     assert isinstance(loaded.images, np.memmap) and not loaded.images.flags.writeable
     assert np.array_equal(loaded.images, expected)  # sorted by name, unchanged byte for byte
     assert loaded.manifest == manifest == read_json(tmp_path / "packed/manifest.json", "")
-    assert calls == [((i, 12), threading.get_ident()) for i in range(1, 13)]
     assert manifest["count"] == 12 and manifest["size"] == [16, 16] and manifest["skipped"] == []
     assert manifest["treatment"] == {"already 16x16: unchanged": 12}
     assert manifest["sha256"] == hashlib.sha256(expected.tobytes()).hexdigest()
     assert manifest["split_sha256"] == hashlib.sha256(loaded.split.tobytes()).hexdigest()
     assert manifest["source"]["name"] == source.name and str(tmp_path) not in json.dumps(manifest)
     assert manifest["source"]["kind"] == kind.partition(".")[0]
-    if kind != "folder":
-        assert manifest["source"]["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
+    assert kind == "folder" or manifest["source"]["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
     train = expected[loaded.train()] / 127.5 - 1
     assert manifest["mean"] == pytest.approx(train.mean(), abs=1e-12)
     assert manifest["rms"] == pytest.approx(np.sqrt((train**2).mean()), abs=1e-12)
@@ -140,75 +128,45 @@ def test_portraits(tmp_path: Path) -> None:
     manifest = prepare("portraits", tmp_path / "packed", count=20, holdout=5, seed=3)
     loaded = data.load(tmp_path / "packed")
     assert np.array_equal(loaded.images, data.portraits.render(20, 16, seed=3))
-    assert manifest["source"]["kind"] == "portraits" and manifest["treatment"] == {"drawn at 16x16": 20}
-    assert len(loaded.train()) == 15 and len(loaded.held_out()) == 5
+    assert manifest["source"]["kind"] == "portraits" and len(loaded.train()) == 15
 
 
-# ---------------------------------------------------------------------------------- crop and resize
+CELEBA = [(178, 218, 148), (89, 109, 74), (356, 436, 296), (64, 78, 53), (36, 44, 30)]  # 148/178 of the width is kept
+OTHERS = [("celeba", 60, 40, 40), ("celeba", 14, 10, 10), ("square", 89, 109, 89), ("none", 89, 109, 109)]
 
 
-@pytest.mark.parametrize(
-    ("width", "height", "side"), [(178, 218, 148), (89, 109, 74), (356, 436, 296), (64, 78, 53), (36, 44, 30)]
-)
-def test_celeba_crop_keeps_exactly_the_centred_square(width: int, height: int, side: int) -> None:
-    picture = np.full((height, width, 3), 255, np.uint8)  # white outside the square that the crop must keep
+@pytest.mark.parametrize(("crop", "width", "height", "side"), [*(("celeba", *sizes) for sizes in CELEBA), *OTHERS])
+def test_the_centred_square_is_kept_and_resized(crop: str, width: int, height: int, side: int) -> None:
+    picture = Image.fromarray(noise(4, height, width))
     left, top = (width - side) // 2, (height - side) // 2
-    inner = noise(1, side, side) // 2
-    picture[top : top + side, left : left + side] = inner
-    result, words = pixels.decode(encode(picture), side, "celeba")
-    assert np.array_equal(result.transpose(1, 2, 0), inner)
-    assert "178:218" in words and "148/178" in words and "not resized" in words
+    square = picture if crop == "none" else picture.crop((left, top, left + side, top + side))
+    for size in (16, side):
+        result, _ = pixels.decode(encode(picture), size, crop)
+        expected = np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
+        assert np.array_equal(result.transpose(1, 2, 0), expected)
 
 
-@pytest.mark.parametrize(
-    ("crop", "height", "width", "words"),
-    [
-        ("celeba", 40, 60, "other aspect ratio: largest centred square, reduced to 16x16"),
-        ("celeba", 40, 40, "square: whole frame, reduced to 16x16"),
-        ("celeba", 10, 14, "other aspect ratio: largest centred square, enlarged to 16x16"),
-        ("square", 109, 89, "largest centred square, reduced to 16x16"),
-        ("none", 109, 89, "whole frame squashed to a square, reduced to 16x16"),
-    ],
-)
-def test_crops(crop: str, height: int, width: int, words: str) -> None:
-    result, treatment = pixels.decode(encode(noise(4, height, width)), 16, crop)
-    side = min(height, width)
-    left, top = (width - side) // 2, (height - side) // 2
-    image = Image.fromarray(noise(4, height, width))
-    image = image if crop == "none" else image.crop((left, top, left + side, top + side))
-    assert treatment == words
-    assert np.array_equal(result.transpose(1, 2, 0), np.asarray(image.resize((16, 16), Image.Resampling.BICUBIC)))
-
-
-def test_every_colour_mode_becomes_upright_rgb(tmp_path: Path) -> None:
-    grey, alpha, exif = noise(1)[..., 0], noise(2)[..., 0], Image.Exif()
-    alpha[0, 0], alpha[0, 1] = 0, 255
+def test_every_colour_mode_becomes_upright_rgb() -> None:
+    grey, colour, opaque, exif = noise(1)[..., 0], noise(2), noise(3)[..., :1] > 127, Image.Exif()
     exif[0x0112] = 6  # shown turned by a quarter to the right
-    palette = Image.fromarray(noise(3)).quantize(16)
-    frames = [Image.fromarray(noise(i)) for i in range(3)]
-    files = [
-        encode(grey),
-        encode(np.dstack([noise(4), alpha])),
-        encode(palette),
-        encode(grey.astype(np.uint16) * 256),
-        encode(np.dstack([grey, alpha])),
-        encode(noise(5), exif=exif),
-        encode(frames[0], save_all=True, append_images=frames[1:]),
-        encode(noise(6, 40, 40), "JPEG"),
+    upright, jpeg = np.repeat(grey[..., None], 3, 2), encode(colour, "JPEG")
+    alpha, palette = (255 * opaque).astype(np.uint8), Image.fromarray(colour).quantize(16)
+    cases = [
+        (encode(grey), upright),
+        (encode(grey.astype(np.uint16) * 256), upright),
+        (encode(np.dstack([grey, alpha])), np.where(opaque, upright, 255)),  # over white
+        (encode(np.dstack([colour, alpha])), np.where(opaque, colour, 255)),
+        (encode(palette), np.asarray(palette.convert("RGB"))),
+        (encode(colour, exif=exif), np.rot90(colour, -1)),
+        (
+            encode(colour, save_all=True, append_images=[Image.fromarray(noise(3))]),
+            colour,
+        ),  # the first frame of an animation
+        (jpeg, np.asarray(Image.open(io.BytesIO(jpeg)))),
     ]
-    treated = write(tmp_path / "a", "folder", {f"{i}.png": content for i, content in enumerate(files)})
-    manifest, images = prepare(treated, tmp_path / "packed"), packed(tmp_path / "packed")
-    assert np.array_equal(images[0], np.repeat(grey[..., None], 3, 2))
-    assert (images[1][0, 0] == 255).all() and np.array_equal(images[1][0, 1], noise(4)[0, 1])  # over white
-    assert np.array_equal(images[2], np.asarray(palette.convert("RGB")))
-    assert np.array_equal(images[3], images[0])
-    assert (images[4][0, 0] == 255).all() and (images[4][0, 1] == grey[0, 1]).all()
-    assert np.array_equal(images[5], np.rot90(noise(5), -1))
-    assert np.array_equal(images[6], noise(0))  # the first frame of an animation
-    assert sorted(manifest["treatment"].values()) == [1, 7]
+    for content, expected in cases:
+        assert np.array_equal(pixels.decode(content, 16, "celeba")[0].transpose(1, 2, 0), expected)
 
-
-# -------------------------------------------------------------------------------------------- split
 
 LIST = "list_eval_partition.txt"
 PARTITION = "".join(f"{i:06d}.jpg {(i > 8) + (i > 10)}\n" for i in range(1, 30)).encode()
@@ -238,10 +196,10 @@ def test_a_partition_that_does_not_fit(tmp_path: Path) -> None:
     split = prepare(source, tmp_path / "other")["split"]
     assert split["method"] == "seeded" and "other images" in split["note"]
     (tmp_path / LIST).write_bytes(PARTITION[:50])
-    assert_refused(source, tmp_path / "part", LIST, "of 12 images")
+    assert_refused(source, tmp_path / "part", "of 12 images")
     write(source, "zip", faces() | {LIST: PARTITION})
     source.write_bytes(source.read_bytes().replace(b"000007.jpg 0", b"000007.jpg 1"))  # its checksum does not fit
-    assert_refused(source, tmp_path / "broken", LIST, "broken", "fetch it again")
+    assert_refused(source, tmp_path / "broken", f"{LIST}.*broken")
 
 
 def test_a_seeded_split_of_the_first_names(tmp_path: Path) -> None:
@@ -254,9 +212,6 @@ def test_a_seeded_split_of_the_first_names(tmp_path: Path) -> None:
     assert np.array_equal(packed(tmp_path / "a"), np.stack([noise(i) for i in range(1, 13)]))
 
 
-# -------------------------------------------------------------------- again, interrupted, replaced
-
-
 def test_a_second_run_reuses_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write(tmp_path / "a.zip", "zip", faces())
     first = prepare(source, tmp_path / "packed")
@@ -265,9 +220,6 @@ def test_a_second_run_reuses_the_first(tmp_path: Path, monkeypatch: pytest.Monke
         assert prepare(source, tmp_path / "packed") == first
     assert prepare(source, tmp_path / "packed", size=8)["size"] == [8, 8]  # other settings
     assert data.load(tmp_path / "packed").images.shape == (12, 3, 8, 8)
-    with locked(tmp_path / "packed", "another"), pytest.raises(UserError, match="in use by another run"):
-        monkeypatch.setattr(files, "FileLock", lambda path, timeout: FileLock(path, timeout=0))
-        prepare(source, tmp_path / "packed")
 
 
 def test_an_interruption_leaves_the_earlier_data_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,19 +259,13 @@ def test_load_refuses_damaged_data(tmp_path: Path, damage: str) -> None:
         data.load(tmp_path / "packed")
 
 
-# ------------------------------------------------------------------------------------ wrong inputs
-
-
 @pytest.mark.parametrize(
     ("files", "settings", "words"),
     [
         ({"notes.txt": b""}, {}, "no JPEG or PNG image"),
         ({"1.jpg": b"x", "2.jpg": b"x", "3.jpg": b"x"}, {"skip_broken": True, "holdout": 1}, "All 3 images"),
-        (faces(), {"holdout": 6}, "data.holdout=6 is half"),
-        (faces(), {"seed": -1}, "data.seed=-1"),
-        (faces(), {"count": 13}, "data.count=13 is more than the 12 images"),
-        (faces(), {"count": 1}, "data.count=1"),
-        (faces(), {"crop": "round"}, "data.crop=round"),
+        (faces(), {"holdout": 6}, "holdout=6 is half"),
+        (faces(), {"count": 13}, "more than the 12 images"),
         (None, {}, "source does not exist"),
     ],
 )
@@ -335,7 +281,7 @@ def test_a_truncated_archive(tmp_path: Path, kind: str, keep: float) -> None:
     source = write(tmp_path / f"images.{kind}", kind, faces())
     end = int(source.stat().st_size * keep) if keep < 1 else int(keep)  # a tar has 1536 bytes for each of these files
     os.truncate(source, end)
-    assert_refused(source, tmp_path / "packed", f"images.{kind}", "truncated", "download it again")
+    assert_refused(source, tmp_path / "packed", "truncated")
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
@@ -370,37 +316,10 @@ def test_a_broken_image_among_good_ones(tmp_path: Path, kind: str, damage: str) 
         os.mkfifo(source / name)  # to read it would block
     elif damage == "damaged" and kind == "zip":
         source.write_bytes(source.read_bytes().replace(content, b"checkSUM"))
-    assert_refused(source, tmp_path / "packed", "'new\\nline.jpg' in images", "broken", "data.skip_broken=true")
+    assert_refused(source, tmp_path / "packed", r"'new\\nline.jpg' in images.* is broken")
     manifest = prepare(source, tmp_path / "packed", skip_broken=True)
     assert manifest["skipped"] == [name] and manifest["count"] == 12 == len(data.load(tmp_path / "packed").split)
     assert np.array_equal(packed(tmp_path / "packed"), np.stack([noise(i) for i in range(1, 13)]))
     assert prepare(source, tmp_path / "packed", skip_broken=True) == manifest
     with pytest.raises(UserError, match="is broken"):  # the result without the broken image is not reused
         prepare(source, tmp_path / "packed")
-
-
-def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(data.os, "posix_fallocate", full, raising=False)
-    assert_refused(write(tmp_path / "a.zip", "zip", faces()), tmp_path / "packed", "is full")
-
-
-@pytest.mark.parametrize("works", [True, False])
-def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, works: bool) -> None:
-    utils = pytest.importorskip("torchvision.datasets.utils")
-
-    def fetch(file_id: str, root: str, filename: str, md5: str) -> None:
-        if not works:
-            raise RuntimeError("File not found or corrupted.")
-        write(Path(root), "folder", {LIST: PARTITION})
-        write(Path(root) / "img_align_celeba.zip", "zip", faces())
-
-    monkeypatch.setattr(utils, "download_file_from_google_drive", fetch)
-    if works:
-        manifest = prepare("download", tmp_path / "packed")
-        assert manifest["split"]["method"] == "official"
-        assert (manifest["source"]["kind"], manifest["source"]["name"]) == ("download", "img_align_celeba.zip")
-    else:
-        assert_refused("download", tmp_path / "packed", "not found", LIST, "SOURCE=path/to/img_align_celeba.zip")
