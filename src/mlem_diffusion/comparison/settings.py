@@ -130,7 +130,7 @@ def settings_of(config: Any, names: Sequence[str], base_steps: int) -> list[Samp
     names, beside = [n for n in names if n != GAUSSIAN], [n for n in names if n == GAUSSIAN]
     out: list[SamplerSetting] = []
     for sweep in config["baselines"]:
-        alone = [*(beside if sweep["levels"] == "all" else []), *_choose(names, sweep["levels"])]
+        alone: list[Any] = [*(beside if sweep["levels"] == "all" else []), *_choose(names, sweep["levels"])]
         for name, steps in product(alone, sweep["steps"]):
             out.append(SamplerSetting(sweep["dynamics"], sweep["step_rule"], "single", (name,), steps))
     for sweep in config["stitched"]:
