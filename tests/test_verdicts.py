@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mlem_diffusion.comparison.foresight import chosen_blindly, prediction
 from mlem_diffusion.comparison.settings import Measurement
 from mlem_diffusion.comparison.verdicts import verdicts, window
 
@@ -90,3 +91,46 @@ def test_dynamics_and_rules_are_separate_and_no_plan_gives_no_verdict() -> None:
     assert out["ode/dpmpp_2m"]["against_em"] == {}
     assert out["ode/dpmpp_2m"]["against_all_baselines"]["quadrature"]["max"] == pytest.approx(2)
     assert out["sde/ddpm"]["against_em"]["nested, optimal p"]["max"] == pytest.approx(4)
+
+
+def test_blind_choices_are_made_by_the_selection_seeds_and_judged_on_others() -> None:
+    theirs = singles((1, 1.0), (2, 1.5), (4, 0.25), (16, 0.0625))  # (2, 1.5) is not on the frontier
+    ours = [
+        setting("single", 2, 0.5, selected_error=0.6), setting("ml_em", 3, 0.5, selected_error=0.2),
+        setting("ml_em", 4, 0.01), setting("ml_em", 15, 0.03, selected_error=0.3),
+        setting("ml_em", 16.01, 0.05, selected_error=0.1),
+    ]  # fmt: skip
+    found = chosen_blindly(ours, theirs)
+    # at cost 4 the choice is the best on the selection seeds, with 0.5 on these seeds, although another is better
+    assert found["points"] == 2 and found["unserved"] == 1 and found["never_above"] is False
+    assert found["worst"] == {"gflops": 4, "ratio": pytest.approx(2), "lower95": pytest.approx(2)}
+    assert chosen_blindly(ours[3:], theirs)["worst"]["ratio"] == pytest.approx(0.8)  # within a thousandth of the cost
+    for empty in (chosen_blindly([], theirs), chosen_blindly(ours, []), chosen_blindly([], [])):
+        assert empty["never_above"] is None and empty["points"] == 0
+
+
+def predicted(largest_effect: float, ratio: float, coins: str = "independent", error_se: float = 0.0) -> dict[str, Any]:
+    kind = {"estimator": "ml_em" if coins else "quadrature", "coins": coins, "largest_effect": largest_effect}
+    return kind | {"predicted": 0.01, "error": 0.01 * ratio, "error_se": error_se}
+
+
+def test_predictions_agree_up_to_some_largest_effect() -> None:
+    rows = [
+        predicted(0.3, 1.5), predicted(0.01, 1.0), predicted(0.1, 0.8), predicted(0.05, 1.24), predicted(0.5, 1.1),
+        predicted(0.02, 3.0, "nested"), predicted(0.01, 0.9, ""), {"estimator": "single", "coins": "", "error": 1.0},
+    ]  # fmt: skip
+    found = prediction(rows)
+    assert list(found) == ["independent", "nested", "quadrature"]
+    assert found["independent"] == {
+        "rows": 5, "within": 4, "rows_up_to_it": 3, "largest_effect": 0.5, "largest_effect_up_to_which_all_agree": 0.1,
+        "measured_over_predicted": pytest.approx([0.8, 1.1, 1.5]),
+    }  # fmt: skip
+    assert found["nested"]["largest_effect_up_to_which_all_agree"] is None and found["nested"]["rows_up_to_it"] == 0
+    assert found["quadrature"]["largest_effect_up_to_which_all_agree"] == 0.01  # all agree: the largest
+
+
+@pytest.mark.parametrize(("ratio", "agrees"), [(1.25, True), (1.27, False), (0.75, True), (0.73, False)])
+def test_the_tolerance_is_of_the_squared_error_beyond_two_standard_errors(ratio: float, agrees: bool) -> None:
+    # two standard errors of 0.9e-4 are 1.8% of the prediction, which is not enough
+    within = [prediction([predicted(0.1, ratio, error_se=se)])["independent"]["within"] for se in (0, 0.9e-4, 2e-4)]
+    assert within == [agrees, agrees, True]

@@ -47,7 +47,7 @@ def speedups(
         result[dynamics] = {"paper": {}, "any": {}}
         paper = [m for m in multilevel if method_of(m.row) == "paper"]
         for method, ours in (("paper", paper), ("any", multilevel)):
-            values = {"error": _errors([*base, *ours], replicates, seed)}
+            values = {"error": errors_of([*base, *ours], replicates, seed)}
             if reference is not None:
                 values["distance"] = _distances([*base, *ours], reference, distance_replicates, seed, memo)
             for kind, value in values.items():
@@ -59,7 +59,7 @@ def speedups(
 
 def equal_error(base: Sequence[Measurement], ours: Sequence[Measurement], cost: str, seed: int = 0) -> dict[str, Any]:
     """The "max", "lower95", ... of `speedups` at equal error, for two groups of settings and a column of costs."""
-    entry = _compare(base, ours, _errors([*base, *ours], 200, seed), cost, "error")
+    entry = _compare(base, ours, errors_of([*base, *ours], 200, seed), cost, "error")
     del entry["error_ratio_at_equal_cost"]
     return entry
 
@@ -77,7 +77,7 @@ def summary(result: dict[str, Any]) -> str:
 # --------------------------------------------------------------------------------------- resampled values
 
 
-def _errors(settings: Sequence[Measurement], replicates: int, seed: int) -> np.ndarray:
+def errors_of(settings: Sequence[Measurement], replicates: int, seed: int) -> np.ndarray:
     """Mean squared errors [S, 1 + R]: first on all seeds, then on each paired bootstrap resample of them."""
     if not settings:
         return np.zeros((0, 1))
@@ -88,7 +88,7 @@ def _errors(settings: Sequence[Measurement], replicates: int, seed: int) -> np.n
 def _distances(
     settings: Sequence[Measurement], reference: FeatureMoments, replicates: int, seed: int, memo: dict[Any, np.ndarray]
 ) -> np.ndarray:
-    """Distances [S, 1 + R] to the reference, in the manner of `_errors`."""
+    """Distances [S, 1 + R] to the reference, in the manner of `errors_of`."""
     if not settings:
         return np.zeros((0, 1))
     features = [np.asarray(m.features, dtype=np.float64) for m in settings]

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from .foresight import chosen_blindly, prediction
 from .settings import Measurement
 from .speedup import equal_error
 from .table import BASELINES, MIN_FIRES
@@ -19,16 +20,18 @@ def verdicts(
 ) -> dict[str, Any]:
     """{"dynamics/rule": entry} for each dynamics and step rule for which an optimiser's plans were run.
 
-    An entry compares each method with the first-order baselines of the same dynamics and with all of them. Speed-ups
-    are at equal squared error, in expected FLOPs, or in measured seconds if the plans were made for seconds (`unit`).
+    An entry compares each method with the first-order baselines of the same dynamics and with all of them, and judges
+    the optimiser's foresight. Speed-ups are at equal squared error, in expected FLOPs, or in measured seconds if the
+    plans were made for seconds (`unit`).
     """
     cost = {"flops": "gflops_expected", "seconds": "seconds"}[unit]
     out: dict[str, Any] = {}
     for dynamics, rule in dict.fromkeys((m.row["dynamics"], m.row["step_rule"]) for m in settings if m.row.get("plan")):
         here = [m for m in settings if m.row["dynamics"] == dynamics]
         base = [m for m in here if m.row["estimator"] in BASELINES]
-        ours = [m for m in here if m.row["estimator"] not in BASELINES and m.row["step_rule"] == rule]
-        methods = _by_method([m for m in ours if m.row["top_evaluations"] >= MIN_FIRES])
+        ours = [m for m in here if m.row["estimator"] not in BASELINES and m.row["top_evaluations"] >= MIN_FIRES]
+        planned = [m for m in ours if m.row["step_rule"] == rule]
+        methods = _by_method(planned)
         first_order = [m for m in base if m.row["step_rule"] in FIRST_ORDER]
         entry: dict[str, Any] = {"unit": unit, "against_em": {}, "against_all_baselines": {}}
         for against, theirs in (("against_em", first_order), ("against_all_baselines", base)):
@@ -40,6 +43,8 @@ def verdicts(
                     saved = (found["baseline"]["gflops_realised"] - found["ours"]["gflops_realised"]) * 1e9
                     found["images_to_repay_calibration"] = calibration_flops / saved
                 entry[against][name] = found
+        entry["optimiser_against_em"] = chosen_blindly([*base, *ours], first_order, cost, seed)
+        entry["predicted_error"] = prediction(m.row for m in planned)
         out[f"{dynamics}/{rule}"] = entry
     return out
 
