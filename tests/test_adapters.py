@@ -1,7 +1,6 @@
 """Adapted networks against the denoiser that they wrap, in every convention; diffusers UNets against schedulers."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,13 +12,10 @@ from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.diffusion.process import expand
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.models.adapters import adapt, from_diffusers, guided, trained_range
-from mlem_diffusion.models.flops import flops_per_evaluation
-from mlem_diffusion.models.unet import Denoiser, UNet
 
 SHAPE = (3, 4, 4)
 ALPHAS_CUMPROD = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
 TABLE = torch.logit(ALPHAS_CUMPROD)  # log-SNR of every timestep, falling
-PREDICTIONS = ["epsilon", "v", "x0", "score"]
 
 
 def exact(x: Tensor, logsnr: Tensor, variance: float = 0.3) -> Tensor:
@@ -43,25 +39,19 @@ def logsnr_from(given: Tensor, coordinates: str, time: Any) -> Tensor:
     return -8 * given  # EDM's ln(sigma) / 4
 
 
-def network_of(
-    prediction: str, coordinates: str, time: Any, denoise: Callable[[Tensor, Tensor], Tensor] = exact
-) -> Any:
+def network_of(prediction: str, coordinates: str, time: Any) -> Any:
     """The denoiser in a foreign training convention; it computes in float64."""
 
     def network(inputs: Tensor, given: Tensor) -> Tensor:
         logsnr = logsnr_from(given, coordinates, time).double()
         alpha, sigma = (expand(v, inputs) for v in (logsnr.sigmoid().sqrt(), (-logsnr).sigmoid().sqrt()))
         x = inputs.double() * (alpha if coordinates == "ve" else 1)
-        x0 = denoise(x, logsnr)
+        x0 = exact(x, logsnr)
         eps = (x - alpha * x0) / sigma
         scale = sigma if coordinates == "vp" else sigma / alpha
         return {"epsilon": eps, "v": alpha * eps - sigma * x0, "x0": x0, "score": -eps / scale}[prediction].to(inputs)
 
     return network
-
-
-def edm_time(logsnr: Tensor) -> Tensor:
-    return -logsnr / 8
 
 
 def adapted(prediction: str, coordinates: str = "vp", time: Any = "logsnr", **settings: Any) -> Level:
@@ -76,9 +66,9 @@ def points(lowest: float, highest: float, dtype: torch.dtype, count: int = 41) -
     return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=dtype), logsnr
 
 
-@pytest.mark.parametrize("time", ["logsnr", "sigma", "timestep", edm_time])
+@pytest.mark.parametrize("time", ["logsnr", "sigma", "timestep", lambda logsnr: -logsnr / 8])
 @pytest.mark.parametrize("coordinates", ["vp", "ve"])
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0", "score"])
 def test_every_convention_is_the_same_denoiser(prediction: str, coordinates: str, time: Any) -> None:
     """To 1e-8 in float64, and to 1e-5 in float32 (times 1/alpha where the network predicts noise)."""
     level = adapted(prediction, coordinates, time)
@@ -109,31 +99,26 @@ def test_rounded_timesteps_are_the_nearest_trained_denoiser() -> None:
     """The network gets integers only; the level is its denoiser at that noise level."""
     x, logsnr = points(-9, 9, torch.float64)
     nearest = np.round(np.interp(logsnr.numpy(), TABLE.numpy()[::-1], np.arange(1000)[::-1])).astype(int)
-    expected = exact(x, TABLE[torch.as_tensor(nearest)])
-    assert (expected - exact(x, logsnr)).abs().max() > 1e-3
-    network, seen = network_of("epsilon", "vp", "timestep"), []
+    network = network_of("epsilon", "vp", "timestep")
 
-    def recorded(inputs: Tensor, given: Tensor) -> Tensor:
-        seen.append(given)
+    def checked(inputs: Tensor, given: Tensor) -> Tensor:
+        assert given.dtype == torch.long and given.tolist() == nearest.tolist()
         return network(inputs, given.double())
 
     rounded = {"time": "timestep", "alphas_cumprod": ALPHAS_CUMPROD, "round_timesteps": True}
-    level = adapt("toy", recorded, prediction="epsilon", flops=1, **rounded)
-    torch.testing.assert_close(level.denoise(x, logsnr), expected, rtol=1e-8, atol=1e-8)
-    assert seen[0].dtype == torch.long and seen[0].tolist() == nearest.tolist()
+    level = adapt("toy", checked, prediction="epsilon", flops=1, **rounded)
+    torch.testing.assert_close(level.denoise(x, logsnr), exact(x, TABLE[nearest]), rtol=1e-8, atol=1e-8)
 
 
 def test_trained_range() -> None:
     lowest, highest = trained_range(ALPHAS_CUMPROD)
     assert (lowest, highest) == pytest.approx((float(TABLE[-1]), float(TABLE[0])))
     level, x = adapted("v", time="timestep"), torch.zeros(1, *SHAPE)
-    for inside in (lowest, highest, lowest - 5e-4, highest + 5e-4):
+    for inside in (lowest - 5e-4, highest + 5e-4):
         assert level.denoise(x, torch.tensor(inside)).isfinite().all()
     for outside in (lowest - 0.01, highest + 0.01, float("nan")):
-        with pytest.raises(UserError, match=r"toy: a log-SNR of .* is outside -10\.12 \.\. 9\.21"):
+        with pytest.raises(UserError, match="is outside"):
             level.denoise(x, torch.tensor([outside]))
-    with pytest.raises(UserError, match=r"outside -2 \.\. 2"):
-        adapted("x0", "ve", "sigma", logsnr_range=(-2, 2)).denoise(x, torch.tensor(2.1))
     zero = torch.cat([ALPHAS_CUMPROD[:-1], torch.zeros(1)])  # the last timestep is pure noise and has no log-SNR
     assert trained_range(zero)[0] == pytest.approx(float(TABLE[-2]))
 
@@ -168,40 +153,18 @@ def test_conditioning_and_guidance() -> None:
         both = guided(one, other, scale)
         torch.testing.assert_close(both.denoise(x, logsnr), expected + 0.5 * (scale - 1))
         assert both.flops == 2 * one.flops and both.name == "net"
-    with pytest.raises(UserError, match="conditioning must have one row"):
-        level(torch.zeros(2, 3))
     network.bfloat16()
     half = level(torch.zeros(1, 3)).denoise(x, logsnr)
     assert half.dtype == torch.float32 and 0 < (half - (expected - 0.5)).abs().max() < 0.05
-    unet = Denoiser(UNet(4, 16))
-    assert adapt("own", unet, prediction="x0", shape=(3, 16, 16)).flops == flops_per_evaluation(unet, 16)
 
 
 @pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"prediction": "noise"}, "prediction = 'noise' is unknown; expected one of epsilon, v, x0, score"),
-        ({"prediction": "v", "time": "timestep"}, "belong together"),
-        ({"prediction": "v", "time": "timestep", "alphas_cumprod": [0.1, 0.9]}, "must fall from timestep to timestep"),
-        ({"prediction": "v", "time": "timestep", "alphas_cumprod": object()}, "object has no alphas_cumprod"),
-        ({"prediction": "v", "flops": None}, "give flops, or shape"),
-        ({"prediction": "v", "flops": None, "network": Conditioned(), "shape": SHAPE}, "FLOPs could not be counted"),
-        ({"prediction": "v", "network": lambda x, t: x[:, :1]}, r"returned shape \[2, 1, 4, 4\] for an input of"),
-        ({"prediction": "v", "network": lambda x, t: {"out": x}}, "returned a dict"),
-    ],
+    "settings", [{"time": "timestep", "alphas_cumprod": [0.1, 0.9]}, {"network": lambda x, t: x[:, :1]}]
 )
-def test_bad_settings_and_networks(settings: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
-        adapt(**{"name": "net", "network": exact, "flops": 1.0, **settings}).denoise(*points(0, 1, torch.float32, 2))
-
-
-def tiny_unet(**settings: Any) -> Any:
-    """A randomly initialised UNet2DModel on 8x8 images."""
-    diffusers: Any = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
-    size = {"sample_size": 8, "layers_per_block": 1, "block_out_channels": (8, 16), "norm_num_groups": 4}
-    return diffusers.UNet2DModel(**blocks, **size, **settings).eval()
+def test_bad_settings_and_networks_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError):
+        settings = {"name": "net", "network": exact, "prediction": "v", "flops": 1.0, **settings}
+        adapt(**settings).denoise(*points(0, 1, torch.float32, 2))
 
 
 @pytest.mark.parametrize(
@@ -210,10 +173,15 @@ def tiny_unet(**settings: Any) -> Any:
 )
 def test_diffusers_unet_agrees_with_its_scheduler(prediction: str, embedding: str, outputs: int) -> None:
     """At integer timesteps, with learned variances too: pred_original_sample of DDPM to 1e-4 of its largest value."""
-    learned = {"num_train_timesteps": 1000} if embedding == "learned" else {}
-    unet = tiny_unet(time_embedding_type=embedding, out_channels=outputs, **learned)
-    variance = "learned_range" if outputs == 6 else "fixed_small"
     diffusers: Any = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"num_train_timesteps": 1000} if embedding == "learned" else {}
+    unet = diffusers.UNet2DModel(
+        sample_size=8, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4, out_channels=outputs,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        time_embedding_type=embedding, **settings,
+    ).eval()  # fmt: skip
+    variance = "learned_range" if outputs == 6 else "fixed_small"
     scheduler = diffusers.DDPMScheduler(prediction_type=prediction, clip_sample=False, variance_type=variance)
     level = from_diffusers("tiny", unet, scheduler)
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -222,12 +190,3 @@ def test_diffusers_unet_agrees_with_its_scheduler(prediction: str, embedding: st
             theirs = scheduler.step(unet(x, t).sample, t, x).pred_original_sample
             ours = level.denoise(x, torch.logit(scheduler.alphas_cumprod[t].double()).float())
         assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
-
-
-def test_diffusers_that_do_not_fit() -> None:
-    unet = tiny_unet()
-    diffusers: Any = pytest.importorskip("diffusers")
-    with pytest.raises(UserError, match="tiny: the scheduler's prediction type None is unknown"):
-        from_diffusers("tiny", unet, diffusers.FlowMatchEulerDiscreteScheduler())
-    with pytest.raises(UserError, match="EDMEulerScheduler has no alphas_cumprod"):
-        from_diffusers("tiny", unet, diffusers.EDMEulerScheduler())

@@ -1,14 +1,13 @@
 """The fast path of a network: the same function in every mode and for every batch, and its fallbacks."""
 
 import shutil
-import warnings
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from mlem_diffusion.errors import SlowPath, UserError
-from mlem_diffusion.models.compiled import Compiled, FastDenoiser, cover, inference_copy, should_compile
+from mlem_diffusion.errors import SlowPath
+from mlem_diffusion.models.compiled import Compiled, FastDenoiser, cover
 from mlem_diffusion.models.family import build_denoiser
 
 SHARED = torch.tensor(0.3)  # a noise level
@@ -52,19 +51,18 @@ def test_float32_is_the_denoiser_for_shared_and_for_single_noise_levels():
 
 def test_the_copy_is_frozen_and_leaves_the_original_alone():
     denoiser, x = network(), batch()
-    names = set(denoiser.state_dict())
     fast = FastDenoiser(denoiser, "bf16")
     y = fast(x, SHARED)
     for parameter in denoiser.parameters():
         parameter.data.zero_()
     assert torch.equal(fast(x, SHARED), y)  # later training of the original has no effect
     assert not any(p.requires_grad for p in fast.network.parameters())
-    assert set(fast.network.state_dict()) == names  # layers joined for inference are not saved
-    with pytest.raises(UserError, match="'fp8' is unknown"):
-        FastDenoiser(denoiser, "fp8")
+    assert set(fast.network.state_dict()) == set(denoiser.state_dict())  # layers joined for inference are not saved
+    unet = fast.network.unet
+    assert unet.frequencies.dtype == torch.float32 and {p.dtype for p in unet.parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("logsnr", [-9.0, -3.0, 0.0, 3.0, 9.0])
+@pytest.mark.parametrize("logsnr", [-9.0, 0.0, 9.0])
 def test_bf16_is_close_at_every_noise_level(logsnr):
     denoiser, x, noise_level = network(), batch(), torch.tensor(logsnr)
     exact, rounded = FastDenoiser(denoiser)(x, noise_level), FastDenoiser(denoiser, "bf16")(x, noise_level)
@@ -72,12 +70,6 @@ def test_bf16_is_close_at_every_noise_level(logsnr):
     # the network's output has unit variance; its share in the image is `out`
     _, _, out = denoiser._coefficients(x, noise_level.expand(len(x)))
     assert 0 < float((rounded - exact).square().mean().sqrt()) < 0.01 * float(out.max())
-
-
-def test_bf16_keeps_features_in_float32():
-    fast = inference_copy(network(), "bf16")
-    assert fast.unet.frequencies.dtype == torch.float32
-    assert {p.dtype for p in fast.unet.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-3), ("bf16", 0.05)])
@@ -92,59 +84,36 @@ def test_derivatives_pass_through_every_precision(precision, tolerance):
     assert abs(float((backward * v).sum() - (forward * v).sum())) < tolerance * float(forward.norm() * v.norm())
 
 
-# ------------------------------------------------------------------------------------------------ compilation
-
-
 class Tiny(nn.Module):
+    """The smallest network: it compiles in seconds."""
+
     def __init__(self):
         super().__init__()
-        self.gain = nn.Parameter(torch.tensor(1.5))
+        self.layer = nn.Conv2d(3, 3, 1)
 
     def forward(self, x: Tensor, logsnr: Tensor) -> Tensor:
-        return torch.tanh(self.gain * x) * torch.sigmoid(logsnr)[:, None, None, None]
+        return torch.tanh(self.layer(x)) * torch.sigmoid(logsnr)[:, None, None, None]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++")
 def test_compiled_equals_eager_for_changing_batches():
-    x = batch(12)
-    fast, eager = FastDenoiser(Tiny(), compile="on", name="w4"), FastDenoiser(Tiny())
+    x, tiny = batch(12), Tiny()
+    fast, eager = FastDenoiser(tiny, compile="on", name="w4"), FastDenoiser(tiny)
     for count in (12, 5):
         torch.testing.assert_close(fast(x[:count], SHARED), eager(x[:count], SHARED), rtol=0, atol=1e-5)
     assert isinstance(fast.run, Compiled) and fast.run.function is not fast.network
 
 
-@pytest.mark.parametrize("where", ["wrapping", "call"])
-def test_a_failed_compilation_runs_eagerly_with_one_warning(monkeypatch, where):
+def test_a_failed_compilation_runs_eagerly_with_one_warning(monkeypatch):
     def fail(*_, **__):
-        raise RuntimeError("\nno compiler here. \nand a long story")
+        raise RuntimeError("no compiler here")
 
-    monkeypatch.setattr(torch, "compile", fail if where == "wrapping" else lambda function: fail)
+    monkeypatch.setattr(torch, "compile", lambda function: fail)
     fast, x = FastDenoiser(network(), compile="on", name="w8"), batch()
-    with pytest.warns(SlowPath, match=r"^w8 runs eagerly: compilation failed \(no compiler here\)\.$"):
-        y = fast(x, SHARED)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert torch.equal(fast(x, SHARED), y)
-    assert torch.equal(y, FastDenoiser(network())(x, SHARED))
-
-
-@pytest.mark.parametrize("error", [ZeroDivisionError("mine"), MemoryError("too large")])
-def test_the_functions_own_errors_do_not_count_as_failed_compilation(monkeypatch, error):
-    monkeypatch.setattr(torch, "compile", lambda function: function)
-
-    def wrong(x):
-        raise error
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(type(error)):
-            Compiled(wrong, "it", "on", torch.device("cpu"))(1)
-
-
-def test_what_is_compiled():
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert should_compile("on", cpu) and should_compile("max", cpu) and should_compile("auto", cuda)
-    assert not should_compile("auto", cpu) and not should_compile("off", cuda)
+    with pytest.warns(SlowPath) as caught:
+        assert torch.equal(fast(x, SHARED), FastDenoiser(network())(x, SHARED))
+        fast(x, SHARED)
+    assert len(caught) == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -12,17 +12,14 @@ from mlem_diffusion.diffusion.estimator import SingleLevel
 from mlem_diffusion.diffusion.process import LinearSchedule, Process
 from mlem_diffusion.diffusion.sampler import sample
 from mlem_diffusion.diffusion.step_rules import REFERENCE_RULE, STEP_RULES, StepRule
-from mlem_diffusion.errors import UserError
 from mlem_diffusion.models.analytic import analytic_family
 from mlem_diffusion.multilevel.gains import Effects, measure_effects
 from mlem_diffusion.multilevel.options import (
-    densities,
     fill,
     independent_probabilities,
     nested_probabilities,
     quadrature_options,
     systematic_options,
-    used,
 )
 from mlem_diffusion.multilevel.plan import Plan
 from mlem_diffusion.multilevel.planner import METHODS, Planner, RuleInputs, plan_for_cost, plans
@@ -135,7 +132,6 @@ def test_added_error_of_systematic_coins_matches_drawn_coins() -> None:
         per_seed = (((coins / option.table[:, None] - 1).T @ effects.T) ** 2).mean(axis=1)
         slack = 0.05 * option.added + 4 * per_seed.std() / np.sqrt(1500)
         assert abs(per_seed.mean() - option.added) < slack and option.fires == pytest.approx(option.table.sum())
-    assert all(shape.shape == (40,) and np.all(shape > 0) for shape in densities(effects))
     # a constant effect and even coins: hardly any error at all
     constant = systematic_options(np.ones((10, 40)) * np.arange(10)[:, None], [8])[0]
     assert np.allclose(constant.table, 0.2) and constant.added < 1e-12
@@ -149,8 +145,7 @@ def test_quadratures_are_least_squares_fits_and_tails_stitched_schedules() -> No
         nodes = np.flatnonzero(option.table)
         error = ((effects @ option.table - total) ** 2).mean()
         assert option.fires == len(nodes)
-        assert error < ((effects[:, nodes].sum(axis=1) * 40 / len(nodes) - total) ** 2).mean()  # of equal weights
-        # nor does a fit that is free of the trace of ridge do much better
+        # a fit that is free of the trace of ridge is not much better
         free = np.linalg.lstsq(effects[:, nodes], total, rcond=None)[0]
         assert error <= 1.01 * ((effects[:, nodes] @ free - total) ** 2).mean() + 1e-4 * (total**2).mean()
     tails = [o for o in options if o.certain]
@@ -164,11 +159,6 @@ def test_quadratures_are_least_squares_fits_and_tails_stitched_schedules() -> No
     option = quadrature_options(constant, [1], 30)[0]
     assert option.table.sum() == pytest.approx(40, rel=2e-3)
     assert option.added < 1e-5 * (constant.sum(axis=1) ** 2).mean()
-
-
-def test_networks_needed_by_a_table_of_weights() -> None:
-    table = np.array([[1, 1.0, 0], [1, 0, 0], [1, 2, 0], [1, 1, 1], [1, 0.5, 3]])
-    assert np.array_equal(used(table), [[0, 1, 0], [1, 0, 0], [1, 1, 0], [0, 0, 1], [1, 1, 1]])
 
 
 # --------------------------------------------------------------------------------------------------- whole plans
@@ -266,16 +256,11 @@ def test_other_costs_make_other_plans(method: str) -> None:
     one, other = (plans(inputs, method, c) for c in (None, 1e-9 * inputs.effects.flops))
     assert [(p.levels, p.id) for p in one] == [(p.levels, p.id) for p in other]
     assert np.allclose([p.cost for p in other], [1e-9 * p.cost for p in one])
-    # the base level can be named
-    assert {p.levels[0] for p in plans(inputs, method, base=1)} <= {"w1", "w2"}
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_subset_of_the_levels_plans_like_a_family_of_them(method: str) -> None:
-    """The best path among some levels is the best path of a family in which the other levels are merged away.
-
-    A planner given other costs returns what a new planner returns.
-    """
+    """The best path among some levels is the best path of a family in which the other levels are merged away."""
     effects, costs = synthetic(4).effects, np.array([1.0, 3.0, 5.0, 90.0])
     v, kept = effects.values, [0, 2, 3]
     merged = replace(
@@ -293,19 +278,14 @@ def test_a_subset_of_the_levels_plans_like_a_family_of_them(method: str) -> None
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_equal_levels_prices_costs_and_unknown_own_errors(method: str) -> None:
+def test_equal_levels_and_a_wanted_cost(method: str) -> None:
     inputs = synthetic(3)
     values = inputs.effects.values.copy()
     values[:, :, 1] = 0  # two levels with the same output
     for plan in plans(replace(inputs, effects=replace(inputs.effects, values=values)), method):
         assert np.isfinite([plan.cost, plan.predicted or np.nan]).all() and np.isfinite(plan.table).all()
-        assert method == "quadrature" or np.all(plan.table > 0)
-    middle = replace(inputs, own_errors={(1, 32): 1e-3})  # of the middle level alone: the largest is never the top
-    assert {p.levels[-1] for p in plans(middle, method)} == {"w1"}
     for wanted in (40.0, 200.0):
         plan, within = plan_for_cost(inputs, method, wanted), [p for p in plans(inputs, method) if p.cost <= wanted]
         assert plan is not None and plan.cost <= wanted
         assert plan.predicted <= min(p.predicted for p in within) * 1.05  # type: ignore[operator, type-var]
-    assert plan_for_cost(inputs, method, 1.0) is None and plans(replace(inputs, own_errors={}), method) == []
-    with pytest.raises(UserError, match="method = 'magic' is unknown"):
-        plans(inputs, "magic")
+    assert plan_for_cost(inputs, method, 1.0) is None

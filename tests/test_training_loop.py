@@ -1,5 +1,6 @@
 """Training: interruptions and processes do not change the result, and every noise level is trained."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -13,11 +14,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mlem_diffusion import parallel
 from mlem_diffusion.data.portraits import render
 from mlem_diffusion.diffusion.process import CosineSchedule, LinearSchedule, Process
 from mlem_diffusion.errors import Interrupted, UserError
-from mlem_diffusion.models.checkpoint import load_state, save_state
+from mlem_diffusion.models.checkpoint import load_state
 from mlem_diffusion.models.family import build_denoiser
 from mlem_diffusion.training.loop import TrainConfig, draw_batch, ema_decay, learning_rate, train_level
 
@@ -42,14 +42,8 @@ def train(images: Any, folder: Path, config: TrainConfig = CONFIG, unet: Any = U
 
 def stop_at(*calls: int) -> Callable[[], bool]:
     """A should_stop that returns true at these calls, which are counted over all resumptions: one after each step."""
-    count = 0
-
-    def should_stop() -> bool:
-        nonlocal count
-        count += 1
-        return count in calls
-
-    return should_stop
+    counter = itertools.count(1)
+    return lambda: next(counter) in calls
 
 
 def state_of(folder: Path) -> dict[str, Any]:
@@ -60,18 +54,14 @@ def state_of(folder: Path) -> dict[str, Any]:
 
 def assert_same(a: Any, b: Any, where: str = "state") -> None:
     """Check that two values are bit-identical, through nested dictionaries and lists."""
-    if isinstance(a, Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
+    if isinstance(a, list | tuple):
+        a, b = dict(enumerate(a)), dict(enumerate(b))
+    if isinstance(a, dict):
         assert a.keys() == b.keys(), where
         for key in a:
             assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{where}[{i}]")
     else:
-        assert a == b, where
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b, where
 
 
 def assert_same_folder(a: Path, b: Path) -> None:
@@ -89,49 +79,32 @@ def whole(images: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# ------------------------------------------------------------------------------------------------ resuming
-
-
 @pytest.mark.parametrize(
-    ("change", "dropout", "calls"),
-    [
-        ({}, 0.0, (1, 5, 11)),
-        ({"precision": "bf16", "accumulate": 2}, 0.0, (4,)),
-        ({}, 0.3, (5,)),
-    ],
+    ("change", "dropout", "calls"), [({}, 0.3, (1, 3)), ({"precision": "bf16", "accumulate": 2}, 0.0, (2,))]
 )
 def test_interrupted_training_equals_uninterrupted(images, tmp_path, change, dropout, calls):
-    config, unet = replace(CONFIG, **change), {**UNET, "dropout": dropout}
-    train(images, tmp_path / "a", config=config, unet=unet)
+    config, unet = replace(CONFIG, images=16 * 4, snapshots=[0.5, 1.0], **change), {**UNET, "dropout": dropout}
+    train(images, tmp_path / "a", config, unet)
     should_stop = stop_at(*calls)
     for stops in range(len(calls)):  # each time like a new process
         torch.manual_seed(1000 + stops)  # the global generator must not matter
         with pytest.raises(Interrupted):
-            train(images, tmp_path / "b", config=config, unet=unet, should_stop=should_stop)
-    train(images, tmp_path / "b", config=config, unet=unet)
+            train(images, tmp_path / "b", config, unet, should_stop=should_stop)
+    train(images, tmp_path / "b", config, unet)
     assert_same_folder(tmp_path / "a", tmp_path / "b")
 
 
 def test_a_killed_run_resumes_from_its_last_saved_state(images, whole, tmp_path):
-    class Killed(Exception):
-        pass
-
     def die(record: dict[str, Any]) -> None:
         if record["images"] == 96:
-            raise Killed
+            raise ZeroDivisionError
 
-    with pytest.raises(Killed):  # in the middle of a step: logged, but not saved
+    with pytest.raises(ZeroDivisionError):  # in the middle of a step: logged, but not saved
         train(images, tmp_path, replace(CONFIG, save_every=0.0), report=die)
     assert state_of(tmp_path)["images"] == 80
     train(images, tmp_path)
+    ema = train(images, tmp_path, report=die, should_stop=lambda: True)  # a finished run is not trained further
     assert_same_folder(whole, tmp_path)
-
-
-def test_a_finished_run_is_not_trained_further(images, whole):
-    before = (whole / "ema.safetensors").read_bytes()
-    reports: list[Any] = []
-    ema = train(images, whole, report=reports.append)
-    assert reports == [] and (whole / "ema.safetensors").read_bytes() == before
     assert_same(load_file(whole / "ema.safetensors"), {k: v.contiguous() for k, v in ema.state_dict().items()})
 
 
@@ -144,28 +117,17 @@ def test_snapshots_hold_the_average_of_their_moment(images, whole, tmp_path):
     assert_same(average, load_file(whole / "ema-0000000096.safetensors"))
     train(images, tmp_path, config, snapshot=lambda seen, ema: taken.append(seen))
     assert taken == [48, 64, 96, 192]  # at the first step at or past 48, 57.6, 96 and 192 images
-    assert state_of(tmp_path)["snapshots"].keys() == {f"ema-{seen:010d}.safetensors" for seen in taken}
-
-
-@pytest.mark.parametrize("foreign", [{"something": 1}, {"model": {}, "ema": {}, "optimiser": {}, "images": 0}])
-def test_a_foreign_state_is_refused(images, tmp_path, foreign):
-    save_state(tmp_path / "state.pt", foreign)
-    with pytest.raises(UserError, match="is not the state of this network"):
-        train(images, tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step_and_noise_level(images, tmp_path):
-    with pytest.raises(UserError, match=r"The loss of width 4 is not finite at step 2, at every noise level"):
+    with pytest.raises(UserError, match=r"not finite at step 2, at every noise level"):
         train(images, tmp_path, replace(CONFIG, lr=1e30, warmup_images=0))
     denoiser = build_denoiser(WIDTH, SIZE, RMS, UNET, "v", 5)
     exact = denoiser.loss
     denoiser.loss = lambda x, x0, logsnr: exact(x, x0, logsnr) / (logsnr < 5)  # inf at the clean end
-    with pytest.raises(UserError, match=r"at step \d+, for \d+\.\d% of the batch, first at log-SNR [5-8]\."):
+    with pytest.raises(UserError, match=r"% of the batch, first at log-SNR [5-8]\."):
         train_level(denoiser, images, PROCESS, CONFIG, tmp_path, width=WIDTH)
     assert not list(tmp_path.iterdir())
-
-
-# ---------------------------------------------------------------------------------------- rates and decays
 
 
 def test_the_average_has_the_ramped_half_life():
@@ -175,37 +137,19 @@ def test_the_average_has_the_ramped_half_life():
     assert ema_decay(config, 20_000) == ema_decay(config, 10**9) == pytest.approx(0.5 ** (32 / 1000))
 
 
-def test_learning_rate_warms_up_holds_and_decays_to_zero(images, tmp_path):
+def test_learning_rate_warms_up_holds_and_decays_to_zero():
     config = replace(CONFIG, images=10_000, lr=1e-2, reference_width=16, warmup_images=1000, decay_fraction=0.4)
     expected = {100: 1e-3, 1000: 1e-2, 6000: 1e-2, 8000: 0.5e-2, 10_000: 0, 10_100: 0}
     assert {n: learning_rate(config, 16, n) for n in expected} == pytest.approx(expected)
     assert learning_rate(config, 4, 5000) == pytest.approx(2e-2)  # narrower networks take larger steps
-    records: list[dict[str, Any]] = []
-    train(images, tmp_path, replace(CONFIG, images=64, log_every=16), report=records.append)
-    config = replace(CONFIG, images=64)
-    assert [r["lr"] for r in records] == [learning_rate(config, WIDTH, 16 * i + 8) for i in range(4)]
 
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        *({"snapshots": []}, {"snapshots": [0.0, 1.0]}, {"snapshots": [1.0, 1.5]}),
-        *({"precision": "fp8"}, {"graph": "yes"}, {"compile": "yes"}, {"accumulate": 0}),
-    ],
+    "change", [{"snapshots": [1.0, 1.5]}, {"precision": "fp8"}, {"accumulate": 3}, {"graph": "on"}]
 )
-def test_bad_settings_are_refused(change):
+def test_impossible_settings_are_refused(images, tmp_path, change):
     with pytest.raises(UserError, match=next(iter(change))):
-        replace(CONFIG, **change)
-
-
-def test_impossible_combinations_are_refused(images, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"batch = 16 does not divide over 1 processes and train.accumulate = 3"):
-        train(images, tmp_path, replace(CONFIG, accumulate=3))
-    with pytest.raises(UserError, match=r"train\.graph = 'on' needs a CUDA device"):
-        train(images, tmp_path, replace(CONFIG, graph="on"))
-    monkeypatch.setattr(parallel, "world", lambda: 3)
-    with pytest.raises(UserError, match=r"batch = 16 does not divide over 3 processes"):
-        train(images, tmp_path)
+        train(images, tmp_path, replace(CONFIG, **change))
 
 
 # --------------------------------------------------------------------------------------------- noise levels
@@ -215,20 +159,13 @@ def table(process: Process) -> Tensor:
     return torch.as_tensor(process.logsnr_at(np.linspace(0, 1, 4097)), dtype=torch.float32)
 
 
-def draw(
-    images: np.ndarray, step: int, rank: int = 0, world: int = 1, process: Process = PROCESS, **change: Any
-) -> Any:
+def draw(images: Any, step: int, rank: int = 0, world: int = 1, process: Process = PROCESS, **change: Any) -> Any:
     config = replace(CONFIG, **change)
     return draw_batch(torch.as_tensor(images), config, table(process), step, rank, world)
 
 
 @pytest.mark.parametrize(
-    "process",
-    [
-        PROCESS,
-        Process(CosineSchedule(), base_steps=50, spacing="logsnr"),
-    ],
-    ids=["linear", "cosine"],
+    "process", [PROCESS, Process(CosineSchedule(), base_steps=50, spacing="logsnr")], ids=["linear", "cosine"]
 )
 def test_every_noise_level_that_the_sampler_visits_is_trained(images, process):
     drawn = torch.stack([draw(images, step, process=process, batch=32)[2] for step in range(150)])
@@ -267,8 +204,9 @@ def test_a_batch_depends_on_seed_and_step_and_is_sliced_by_rank(images):
 
 # ------------------------------------------------------------------------------------------------ processes
 
-LONG = replace(CONFIG, images=16 * 21, decay_fraction=0.0, snapshots=[1.0])
-BF16 = replace(CONFIG, images=96, snapshots=[1.0], precision="bf16")
+LONG = replace(CONFIG, images=4 * 21, batch=4, decay_fraction=0.0, snapshots=[1.0])
+BF16 = replace(LONG, images=4 * 4, warmup_images=0, precision="bf16")
+SMALL = {**UNET, "attention": []}
 
 
 def _rank(rank: int, folder: Path) -> None:
@@ -277,8 +215,8 @@ def _rank(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=2, timeout=limit)
     pictures = render(96, SIZE, seed=1)
     with pytest.raises(Interrupted):  # only one process gets the stop; all must stop
-        train(pictures, folder / "stopped", LONG, should_stop=lambda: rank == 1)
-    train(pictures, folder / "bf16", replace(BF16, accumulate=2))
+        train(pictures, folder / "stopped", LONG, SMALL, should_stop=lambda: rank == 1)
+    train(pictures, folder / "bf16", replace(BF16, accumulate=2), SMALL)
     dist.destroy_process_group()
 
 
@@ -292,9 +230,9 @@ def test_two_processes_train_the_network_of_one(images, tmp_path):
     other.join(60)
     assert other.exitcode == 0
     with pytest.raises(Interrupted):
-        train(images, one / "stopped", LONG, should_stop=stop_at(20))  # two processes ask at every 20th step
-    train(images, one / "bf16", BF16)
-    start = build_denoiser(WIDTH, SIZE, RMS, UNET, "v", 5).state_dict()
+        train(images, one / "stopped", LONG, SMALL, should_stop=stop_at(20))  # two processes ask at every 20th step
+    train(images, one / "bf16", BF16, SMALL)
+    start = build_denoiser(WIDTH, SIZE, RMS, SMALL, "v", 5).state_dict()
     for name, tolerance in (("stopped", 1e-4), ("bf16", 2e-2)):
         a, b = state_of(one / name), state_of(two / name)
         assert a["images"] == b["images"]

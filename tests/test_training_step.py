@@ -1,5 +1,6 @@
 """One training step: a reference loop, micro-batches, precisions, rates on the device, compilation, CUDA graphs."""
 
+import contextlib
 import copy
 import functools
 import warnings
@@ -11,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_compiled import Tiny
 from test_training_loop import CONFIG, PROCESS, RMS, SIZE, UNET, WIDTH, assert_same, state_of, stop_at, table, train
 from test_training_loop import images as images  # a fixture
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlem_diffusion.data.pixels import to_float
 from mlem_diffusion.data.portraits import render
@@ -24,21 +25,10 @@ from mlem_diffusion.models.family import build_denoiser
 from mlem_diffusion.models.unet import Denoiser
 from mlem_diffusion.training.graphed_step import GraphedStep
 from mlem_diffusion.training.loop import draw_batch, ema_decay, learning_rate
-from mlem_diffusion.training.step import TrainStep, choose_precision, should_capture
+from mlem_diffusion.training.step import TrainStep, should_capture
 
 CPU = torch.device("cpu")
 SHORT = replace(CONFIG, images=16 * 8, snapshots=[1.0], log_every=32)
-
-
-class Tiny(nn.Module):
-    """The smallest network: it compiles in seconds."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Conv2d(3, 3, 1)
-
-    def forward(self, x: Tensor, logsnr: Tensor) -> Tensor:
-        return torch.tanh(self.layer(x)) * torch.sigmoid(logsnr)[:, None, None, None]
 
 
 def pair(device: torch.device = CPU, unet: nn.Module | None = None) -> tuple[Denoiser, Denoiser]:
@@ -68,10 +58,6 @@ def distance(a: nn.Module, b: nn.Module) -> float:
     return float((x - y).norm() / x.norm())
 
 
-def slow_paths(caught: list[warnings.WarningMessage]) -> list[str]:
-    return [str(w.message) for w in caught if issubclass(w.category, SlowPath)]
-
-
 def test_training_equals_the_reference_loop_bit_for_bit(images, tmp_path):
     """The reference loop is written out: float32 on a CPU, Adam, clipping, average, in this order."""
     denoiser, average = pair()
@@ -98,13 +84,13 @@ def test_training_equals_the_reference_loop_bit_for_bit(images, tmp_path):
 
 
 def test_rates_on_the_device_train_the_same_and_resume(images):
-    drawn = batches(images, 6)
+    drawn = batches(images, 4)
     reference, tensors = (stepped(drawn, rates_on_device=on) for on in (False, True))
     assert distance(reference.denoiser, tensors.denoiser) < 1e-5 and distance(reference.ema, tensors.ema) < 1e-5
     assert float(tensors.running) == pytest.approx(float(reference.running), rel=1e-5)
     resumed = TrainStep(*pair(), compile="off", rates_on_device=True)
-    resumed.load_state_dict(stepped(drawn[:4], rates_on_device=True).state_dict())
-    assert_same(tensors.state_dict(), run(resumed, drawn[4:], first=4).state_dict())
+    resumed.load_state_dict(stepped(drawn[:2], rates_on_device=True).state_dict())
+    assert_same(tensors.state_dict(), run(resumed, drawn[2:], first=2).state_dict())
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("bf16", 2e-2)])
@@ -128,29 +114,19 @@ def test_all_precisions_reach_the_same_loss(images):
             step(batch, 8e-3, 0.8)
         with torch.no_grad():
             losses[precision] = float(step.ema.loss(x, held_out, logsnr).mean())  # type: ignore[operator]
-        moments = [m for state in step.state_dict()["optimiser"]["state"].values() for m in state.values()]
-        assert all(t.dtype == torch.float32 for t in [*step.masters, *step.averages, *moments])
         for copied, master in zip(step.working, step.masters, strict=True):
             assert torch.equal(copied, master.to(copied.dtype))  # the bf16 copy follows the masters
-        assert step.forward.denoiser.unet.frequencies.dtype == torch.float32
     assert len(set(losses.values())) == 3
     assert losses["float32"] < 0.95 * float(pair()[1].loss(x, held_out, logsnr).mean())
     for precision in ("autocast", "bf16"):
         assert losses[precision] == pytest.approx(losses["float32"], rel=0.02)
 
 
-def test_what_auto_means(monkeypatch):
-    assert choose_precision("auto", CPU) == "float32" and choose_precision("autocast", CPU) == "autocast"
-    for major, expected in ((7, "float32"), (8, "bf16")):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, major=major: (major, 0))
-        assert choose_precision("auto", torch.device("cuda")) == expected
+def test_what_auto_captures():
     plain, cuda = nn.Linear(1, 1), torch.device("cuda")
-    assert should_capture("auto", plain, cuda, 1) and not should_capture("off", plain, cuda, 1)
+    assert should_capture("auto", plain, cuda, 1)
     for module, device, world in ((plain, cuda, 2), (nn.Dropout(0.1), cuda, 1), (plain, CPU, 1)):
         assert not should_capture("auto", module, device, world)
-
-
-# ----------------------------------------------------------------------------------------------- compilation
 
 
 def test_compiled_training_equals_eager_training(images, monkeypatch):
@@ -173,15 +149,14 @@ class FailingBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        raise RuntimeError("no compiler\nmore of it")
+        raise RuntimeError("no compiler")
 
 
-def test_a_failing_compilation_of_the_backward_pass_trains_eagerly_with_one_warning(images, monkeypatch):
+def test_a_failing_compilation_of_the_backward_pass_trains_eagerly(images, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda module, **_: lambda *args: FailingBackward.apply(module(*args)))
-    drawn = batches(images, 3)
-    with pytest.warns(SlowPath) as caught:
-        fallen = stepped(drawn, compile="on", accumulate=2, name="Training of width 4")
-    assert slow_paths(list(caught)) == ["Training of width 4 runs eagerly: compilation failed (no compiler)."]
+    drawn = batches(images, 2)
+    with pytest.warns(SlowPath):
+        fallen = stepped(drawn, compile="on", accumulate=2)
     assert_same(stepped(drawn, accumulate=2).state_dict(), fallen.state_dict())
 
 
@@ -194,7 +169,7 @@ def test_every_call_of_a_graphed_step_is_one_step(images, monkeypatch, works):
 
     def capture(self: GraphedStep) -> Any:
         if not works:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+            raise RuntimeError("operation not permitted when stream is capturing")
         self.replay = lambda: self.step(self.buffers)  # as a graph: the same work on the buffers' current content
         return self  # a capture records and runs nothing
 
@@ -204,32 +179,10 @@ def test_every_call_of_a_graphed_step_is_one_step(images, monkeypatch, works):
     untouched = copy.deepcopy(drawn)
     graphed = TrainStep(*pair(), compile="off", rates_on_device=True)
     graphed._take = GraphedStep(graphed.take, CPU, "Training of width 4")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with contextlib.nullcontext() if works else pytest.warns(SlowPath):
         run(graphed, drawn)
     assert_same(stepped(drawn, rates_on_device=True).state_dict(), graphed.state_dict())
     assert_same(untouched, drawn)  # it has buffers of its own
-    expected = "Training of width 4 runs without a CUDA graph: CUDA graph capture failed (operation not permitted"
-    assert [m.startswith(expected) for m in slow_paths(caught)] == ([] if works else [True])
-
-
-class NoReads(TorchDispatchMode):
-    """Raises where a number of a tensor is read on the host: a CUDA graph cannot record that."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
-            raise RuntimeError(f"{func} reads a tensor on the host")
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("precision", ["float32", "autocast", "bf16"])
-def test_no_step_reads_a_tensor_on_the_host(images, precision):
-    step = TrainStep(*pair(), compile="off", precision=precision, accumulate=2, rates_on_device=True)
-    with NoReads():
-        run(step, batches(images, 2))
-        with pytest.raises(RuntimeError, match="on the host"):
-            float(step.running)
-    assert torch.isfinite(step.running)
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
