@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 # even less than the miniature: three levels, nothing learned, fewer plans
 RULES = "{dynamics: sde, step_rule: ddpm, steps: [6, 12]}, {dynamics: ode, step_rule: dpmpp_2m, steps: [5]}"
 SMALLER = (
-    "family.widths=[2,4,6]", "train.images=640", "gamma.bootstrap=10", "compare.num_samples=24",
+    "family.widths=[2,3,6]", "train.images=640", "gamma.bootstrap=10", "compare.num_samples=24",
     "optimise.methods=[independent,quadrature]", "optimise.bases=[null]", "optimise.learned.costs=[]",
     f"optimise.rules=[{RULES}]",
 )  # fmt: skip

@@ -52,7 +52,7 @@ def test_format_of_gamma_json(done):
         assert entry["gamma"] is None or isinstance(entry["gamma"], float)
         assert isinstance(entry["interval"], list) and len(entry["interval"]) == 2
     assert gamma["htmc"] in ("yes", "no", "undetermined")
-    assert [level["width"] for level in gamma["levels"]] == [2, 4, 6]
+    assert [level["width"] for level in gamma["levels"]] == [2, 3, 6]
     assert len(gamma["per_noise_level"]) == 5 and gamma["made_with"]["levels"].keys() >= {"w2", "w6"}
     assert [entry["images"] for entry in gamma["training_lengths"]] == [[n] * 3 for n in (192, 320, 640)]
 
@@ -63,7 +63,7 @@ def test_format_of_compare_csv(done):
     kinds = {"single", "ml_em", "stitched", "quadrature"}
     assert set(zip(rows.dynamics, rows.estimator, strict=True)) == {(d, k) for d in ("sde", "ode") for k in kinds}
     # the Gaussian denoiser of the training images is a level, and alone a baseline
-    assert set(rows.levels[rows.estimator == "single"]) == {"gauss", "w2", "w4", "w6"}
+    assert set(rows.levels[rows.estimator == "single"]) == {"gauss", "w2", "w3", "w6"}
     for name in ("error", "error_se", "network_calls", "gflops_expected", "gflops_realised", "seconds"):
         assert (rows[name].astype(float) > 0).all(), name
     assert (rows.distance.astype(float) >= 0).all() and "FID" not in set(rows.distance_name)
@@ -89,7 +89,7 @@ def test_records_of_every_stage(done):
     assert p["data"]["source"]["name"] and p["commit"] and p["device"] and p["packages"]["torch"]
     lines = [json.loads(line) for line in (done[0].results / "metrics.jsonl").read_text().splitlines()]
     assert set(RECORDED) <= {r["stage"] for r in lines}
-    assert {r["level"] for r in lines if "loss" in r} == {"w2", "w4", "w6"}
+    assert {r["level"] for r in lines if "loss" in r} == {"w2", "w3", "w6"}
 
 
 # ------------------------------------------------------------------------------------------ done stays done
@@ -115,7 +115,7 @@ def test_force_and_changed_settings_run_again(done, here, tmp_path):
 
 
 def test_interrupted_training_resumes_to_the_same_weights(done, here, tmp_path):
-    place, widths = done[0].copy_to(tmp_path, "data"), "family.widths=[2,4]"
+    place, widths = done[0].copy_to(tmp_path, "data"), "family.widths=[2,3]"
     run = here("train_levels", place, widths, "max_minutes=0")
     assert run.code == 75 and "run the same command again" in run.complaint
     assert not (place.checkpoints / "w2" / "metadata.json").exists()
@@ -151,9 +151,9 @@ def test_a_family_of_functions_needs_no_images_and_no_training(here, tmp_path, s
 def test_workers_train_the_same_levels_and_draw_the_same_samples(done, tmp_path):
     """Two workers instead of one process: equal weights, and an equal table."""
     place = done[0].copy_to(tmp_path, "data")
-    run = python("scripts/train_levels.py", *place.overrides("family.widths=[2,4]", "workers=2"))
+    run = python("scripts/train_levels.py", *place.overrides("family.widths=[2,3]", "workers=2"))
     assert run.code == 0, run.err
-    for level in ("w2", "w4"):
+    for level in ("w2", "w3"):
         files = [p.checkpoints / level / "ema.safetensors" for p in (done[0], place)]
         assert files[0].read_bytes() == files[1].read_bytes()
     place = done[0].copy_to(tmp_path / "compare")
@@ -180,7 +180,7 @@ def test_ranks_draw_the_same_samples(done, tmp_path):
 
 def test_an_error_in_a_worker_is_one_line_and_exit_status_2(done, tmp_path):
     place = done[0].copy_to(tmp_path, "data")
-    more = ["family.widths=[2,4]", "workers=2", "train.lr=1e20", "train.log_every=64"]
+    more = ["family.widths=[2,3]", "workers=2", "train.lr=1e20", "train.log_every=64"]
     run = python("scripts/train_levels.py", *place.overrides(*more))
     assert run.code == 2 and re.match(r"train_levels: The loss of .* is not finite at step \d+", run.complaint)
     assert not list(place.checkpoints.rglob("metadata.json"))
@@ -229,8 +229,8 @@ def test_wrong_input_is_one_line_and_exit_status_2(here, tmp_path, stage, more, 
     ("stage", "more", "sentence"),
     [
         ("train_levels", ["train.lr=0.1"], "overwrite=true"),
-        ("measure_gamma", ["family.widths=[2,4,6,9]"], "w9"),
-        ("measure_gamma", ["family.widths=[2,4]"], "at least three levels"),
+        ("measure_gamma", ["family.widths=[2,3,6,9]"], "w9"),
+        ("measure_gamma", ["family.widths=[2,3]"], "at least three levels"),
         ("sample_compare", ["compare.gamma=often"], "neither a number nor auto"),
         ("sample_compare", ["compare.num_samples=1"], ""),
         ("sample_compare", ["compare.seed=499999"], "were selected on sample seeds that"),
@@ -262,10 +262,10 @@ def test_artefacts_of_other_levels_are_refused(done, here, tmp_path):
     place = done[0].copy_to(tmp_path)
     for name in ("plans.json", "gamma.json"):
         content = strict(place.results / name)
-        content["made_with"]["levels"]["w4"] = "0" * 64
+        content["made_with"]["levels"]["w3"] = "0" * 64
         write_json(place.results / name, content)
         run = here("sample_compare", place)
-        assert run.code == 2 and "made with other levels" in run.complaint and "w4" in run.complaint
+        assert run.code == 2 and "made with other levels" in run.complaint and "w3" in run.complaint
 
 
 def test_overwrite_trains_again(done, here, tmp_path):
@@ -305,7 +305,7 @@ def test_samples_are_keyed_by_their_seed_and_reproducible(done, here, tmp_path):
 @pytest.mark.parametrize("kind", ["named", "quadrature", "independent"])
 def test_the_sampler_may_be_named_or_a_plan(done, here, tmp_path, kind):
     place = done[0].copy_to(tmp_path)
-    more = ["sampler={dynamics: ode, step_rule: ddim, estimator: ml_em, levels: w2+w4+w6, steps: 8, c: 4, "
+    more = ["sampler={dynamics: ode, step_rule: ddim, estimator: ml_em, levels: w2+w3+w6, steps: 8, c: 4, "
             "coins: systematic}"]  # fmt: skip
     if kind != "named":
         plans = strict(place.results / "plans.json")["plans"]

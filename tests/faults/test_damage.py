@@ -49,9 +49,9 @@ BOTH, SEEDS = ("truncated", "hostile"), "seeds='0-2,5'"
 FILES = [
     ("data/images.npy", "measure_gamma", [FORCE, "data.source=???"], BOTH),
     ("data/manifest.json", "measure_gamma", [FORCE, "data.source=???"], BOTH[:1]),
-    ("checkpoints/smoke/w4/ema-0000000640.safetensors", "measure_gamma", [FORCE], BOTH),
-    ("checkpoints/smoke/w4/metadata.json", "measure_gamma", [FORCE], BOTH[:1]),
-    ("checkpoints/smoke/w4/state.pt", "train_levels", [], BOTH),
+    ("checkpoints/smoke/w3/ema-0000000640.safetensors", "measure_gamma", [FORCE], BOTH),
+    ("checkpoints/smoke/w3/metadata.json", "measure_gamma", [FORCE], BOTH[:1]),
+    ("checkpoints/smoke/w3/state.pt", "train_levels", [], BOTH),
     ("results/smoke/gamma.json", "sample_compare", [FORCE], BOTH[:1]),
     ("results/smoke/plans.json", "sample_compare", [FORCE], BOTH[:1]),
     ("results/smoke/plans.npz", "sample_compare", [FORCE], BOTH),
@@ -83,23 +83,23 @@ def test_a_damaged_file_gives_the_same_result_or_one_sentence(done, here, tmp_pa
 
 def weights_of_another_level(place: Place) -> None:
     name = "ema-0000000640.safetensors"
-    shutil.copy(place.checkpoints / "w2" / name, place.checkpoints / "w4" / name)
+    shutil.copy(place.checkpoints / "w2" / name, place.checkpoints / "w3" / name)
 
 
 def metadata_of_another_level(place: Place) -> None:
-    shutil.copy(place.checkpoints / "w2" / "metadata.json", place.checkpoints / "w4" / "metadata.json")
+    shutil.copy(place.checkpoints / "w2" / "metadata.json", place.checkpoints / "w3" / "metadata.json")
 
 
 def state_of_another_level(place: Place) -> None:
-    (place.checkpoints / "w4" / "metadata.json").unlink()
-    shutil.copy(place.checkpoints / "w2" / "state.pt", place.checkpoints / "w4" / "state.pt")
+    (place.checkpoints / "w3" / "metadata.json").unlink()
+    shutil.copy(place.checkpoints / "w2" / "state.pt", place.checkpoints / "w3" / "state.pt")
 
 
 @pytest.mark.parametrize(
     ("make", "stage", "words"),
     [
         (weights_of_another_level, "measure_gamma", "not the file named in its level's metadata.json"),
-        (metadata_of_another_level, "measure_gamma", "does not describe the level w4"),
+        (metadata_of_another_level, "measure_gamma", "does not describe the level w3"),
         (state_of_another_level, "train_levels", "is not the state of this network"),
     ],
 )
@@ -107,7 +107,7 @@ def test_files_of_another_level_are_refused(done, here, tmp_path, make, stage, w
     place = done[0].copy_to(tmp_path)
     make(place)
     run = here(stage, place, FORCE, "workers=1")
-    assert run.code == 2 and words in run.complaint and "w4" in run.complaint
+    assert run.code == 2 and words in run.complaint and "w3" in run.complaint
 
 
 # ------------------------------------------------------------------------------------- readers that run no code
