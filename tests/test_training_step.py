@@ -16,6 +16,7 @@ from test_compiled import Tiny
 from test_training_loop import CONFIG, PROCESS, RMS, SIZE, UNET, WIDTH, assert_same, state_of, stop_at, table, train
 from test_training_loop import images as images  # a fixture
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlem_diffusion.data.pixels import to_float
 from mlem_diffusion.data.portraits import render
@@ -235,3 +236,22 @@ def test_compiled_and_captured_training_on_a_device(images, monkeypatch):
         warnings.simplefilter("error", SlowPath)
         fast = stepped(drawn, compile="on", graph="on", precision="float32")
     assert distance(stepped(drawn, graph="off", precision="float32").denoiser, fast.denoiser) < 1e-3
+
+
+class NoReads(TorchDispatchMode):
+    """Raises where a number of a tensor is read on the host: a CUDA graph cannot record that."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            raise RuntimeError(f"{func} reads a tensor on the host")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["float32", "autocast", "bf16"])
+def test_no_step_reads_a_tensor_on_the_host(images, precision):
+    step = TrainStep(*pair(), compile="off", precision=precision, accumulate=2, rates_on_device=True)
+    with NoReads():
+        run(step, batches(images, 2))
+        with pytest.raises(RuntimeError, match="on the host"):
+            float(step.running)
+    assert torch.isfinite(step.running)
