@@ -101,7 +101,7 @@ def path_increments(
 
 
 class BrownianPath:
-    """The randomness of one batch of samples: starting points, Brownian increments and coins, one stream per seed.
+    """The randomness of one batch of samples, one stream per seed: starting points and Brownian increments.
 
     seeds: one per sample. shape: of one sample. `increment` draws a window of about `window_bytes` at a time and keeps
     the last one, so settings with the same grid and clock share one draw if they share the path.
@@ -140,10 +140,6 @@ class BrownianPath:
             self._window = self.increments(grid, clock, self._steps)
             self._grid = (grid.key, clock)
         return self._window[step - self._steps.start]
-
-    def uniforms(self, level: int, count: int) -> np.ndarray:
-        """Uniforms [B, count] in [0, 1) for the coins of one level; the streams of levels and seeds are independent."""
-        return coin_uniforms(self.seeds, level, count)
 
 
 def coin_uniforms(seeds: Sequence[int], level: int, count: int) -> np.ndarray:
