@@ -94,9 +94,10 @@ def run(
     watch.start()
     left = len(items)
     try:
-        for found in Parallel(workers, return_as="generator_unordered", batch_size=1, pre_dispatch=workers)(tasks):
+        options: Any = {"return_as": "generator_unordered", "batch_size": 1, "pre_dispatch": workers}
+        for found in Parallel(workers, **options)(tasks):
             left -= 1
-            yield found
+            yield found  # pyright: ignore[reportReturnType]
             _check(should_stop, left)
     except TerminatedWorkerError as error:
         _check(should_stop, left)

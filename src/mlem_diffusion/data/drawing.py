@@ -39,8 +39,8 @@ class Drawing:
     def palette(self, colours: str, jitter: float, place: Array | None = None) -> Array:
         """A colour [3,1,1] on the piecewise linear path through `colours`, moved by at most `jitter`."""
         knots = np.array([list(bytes.fromhex(colour)) for colour in colours.split()]) / 255.0
-        place = (next(self.numbers) if place is None else place) * (len(knots) - 1)
-        base = np.array([np.interp(place, np.arange(len(knots)), channel) for channel in knots.T]).reshape(3)
+        at: Any = (next(self.numbers) if place is None else place) * (len(knots) - 1)
+        base = np.array([np.interp(at, np.arange(len(knots)), channel) for channel in knots.T]).reshape(3)
         moved = base + jitter * (2 * np.array([next(self.numbers) for _ in range(3)]) - 1)
         return rgb(np.clip(moved, 0, 1))
 

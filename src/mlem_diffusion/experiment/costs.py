@@ -1,7 +1,7 @@
 """What a stage would cost: FLOPs, and seconds from one timed evaluation of each level."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from .environment import device_model
 BATCH = 16  # images per timed evaluation; fewer of large networks on a CPU
 
 
-def estimate(exp: Any, cost: Callable[[Any], list[tuple[str, Mapping[str, float]]]] | None) -> str:
+def estimate(exp: Any, cost: Callable[[Any], list[tuple[str, Any]]] | None) -> str:
     """The resolved configuration and the estimated cost. cost(exp): rows (text, {level: evaluations})."""
     lines = [OmegaConf.to_yaml(OmegaConf.create(exp.plain()))]
     if cost is None:

@@ -26,7 +26,7 @@ from .experiment import Experiment
 
 __all__ = ["Experiment", "stage"]
 
-Cost = Callable[[Experiment], list[tuple[str, dict[str, float]]]]
+Cost = Callable[[Experiment], list[tuple[str, Any]]]
 
 
 def stage(

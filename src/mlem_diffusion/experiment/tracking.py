@@ -20,7 +20,8 @@ class Tracker:
 
     def __init__(self, folder: Path, stage: str, config: dict[str, Any], mode: str, project: str):
         self.folder, self.stage, self.config, self.project = folder, stage, config, project
-        self.path, self.mode, self.run, self.sent = folder / "metrics.jsonl", mode, None, None
+        self.path, self.run, self.sent = folder / "metrics.jsonl", None, None
+        self.mode: Any = mode
         if mode != "disabled":  # what earlier runs of a stage have logged stays in their own W&B runs
             self.sent = self.path.stat().st_size if self.path.is_file() else 0
 
