@@ -8,7 +8,7 @@ import pytest
 
 from mlem_diffusion.comparison.frechet import FeatureMoments, fast_frechet
 from mlem_diffusion.comparison.settings import Measurement
-from mlem_diffusion.comparison.speedup import _errors, equal_error, speedups, summary
+from mlem_diffusion.comparison.speedup import equal_error, errors_of, speedups, summary
 
 N = 400
 COSTS = [1.0, 2.0, 4.0, 8.0, 16.0]
@@ -132,7 +132,7 @@ def test_targets_and_errors_are_resampled() -> None:
     # a cheap baseline reaches the target on half of the resamples
     entry = flops([scaled(cheap, 1.0001 * dear.errors.mean()), dear, setting("ml_em", 1.0, 0.5)])
     assert entry["max"] == pytest.approx(4) and entry["lower95"] == pytest.approx(1)
-    values = _errors([dear, Measurement({}, 2 * dear.errors)], replicates=50, seed=3)
+    values = errors_of([dear, Measurement({}, 2 * dear.errors)], replicates=50, seed=3)
     assert values.shape == (2, 51) and np.allclose(values[1], 2 * values[0])  # paired
     assert 0.3 < values[0, 1:].std() / (0.3 / np.sqrt(N)) < 1.6
 

@@ -1,4 +1,4 @@
-"""A full disk, a folder in use, and W&B down or killed: one sentence or warning, and nothing is lost."""
+"""A full disk, a folder in use, and W&B down: one sentence or warning, and nothing is lost."""
 
 import contextlib
 import errno
@@ -83,38 +83,27 @@ def test_a_folder_in_use_is_refused(done, here, tmp_path, stage):
 
 RECORDS = 60
 CHILD = f"""
-import json, os, signal, sys, time
+import sys
 from pathlib import Path
 from mlem_diffusion.experiment import tracking
 
 tracking.TIMEOUT, tracking.PATIENCE = 3.0, 3.0
-folder, mode, fault = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-
-def service():
-    for process in Path("/proc").glob("[0-9]*/cmdline"):
-        parent = (process.parent / "stat").read_text().rsplit(")", 1)[1].split()[1]
-        if parent == str(os.getpid()) and b"wandb" in process.read_bytes():
-            yield int(process.parent.name)
-
-tracker = tracking.Tracker(folder, "train", {{"name": "fault"}}, mode=mode, project="test")
+folder = Path(sys.argv[1])
+tracker = tracking.Tracker(folder, "train", {{"name": "fault"}}, mode="online", project="test")
 for k in range({RECORDS}):
     tracker.log({{"images": k}})
     tracker.mirror()
-    if fault == "killed" and k == {RECORDS // 2}:
-        (pid,) = service()
-        os.kill(pid, signal.SIGKILL)
 tracker.finish()
 print("finished")
 """
 
 
-@pytest.mark.parametrize(("mode", "fault"), [("online", "down"), ("offline", "killed")])
-def test_wandb_fails_and_the_records_are_complete(tmp_path: Path, mode: str, fault: str):
+def test_wandb_is_down_and_the_records_are_complete(tmp_path: Path):
     pytest.importorskip("wandb")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"  # closed from here on
     own = {f"WANDB_{name}_DIR": str(tmp_path / name.lower()) for name in ("CACHE", "CONFIG", "DATA")}
-    run = python("-c", CHILD, str(tmp_path / "run"), mode, fault, WANDB_BASE_URL=address, WANDB_API_KEY="a" * 40, **own)
+    run = python("-c", CHILD, str(tmp_path / "run"), WANDB_BASE_URL=address, WANDB_API_KEY="a" * 40, **own)
     assert run.code == 0 and "finished" in run.out, run.err
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["images"] for line in lines] == list(range(RECORDS))
