@@ -23,8 +23,8 @@ def unfinished(done: Place, stage: str, folder: Path) -> Place:
     return place
 
 
-@pytest.mark.parametrize(("stage", "write"), [("train_levels", 4), ("sample_compare", 9)])
-def test_a_write_that_finds_the_disk_full(done, here, monkeypatch, tmp_path, stage, write):
+def test_a_write_that_finds_the_disk_full(done, here, monkeypatch, tmp_path):
+    stage, write = "sample_compare", 9
     place, count, fsync = unfinished(done[0], stage, tmp_path), 0, os.fsync
 
     def full(handle: int) -> None:
