@@ -1,9 +1,9 @@
 """Levels -> PNGs and a grid, one image per sample seed, with the best sampler of the comparison or a given one."""
 
 from mlem_diffusion.comparison.drawing import draw, parse_seeds
-from mlem_diffusion.comparison.planned import unweighted
 from mlem_diffusion.comparison.settings import SamplerSetting, setting_from
 from mlem_diffusion.comparison.table import describe
+from mlem_diffusion.experiment.costs import unweighted
 from mlem_diffusion.experiment.runs import check_levels
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.figures.image_grid import image_grid
@@ -31,9 +31,8 @@ def plans_of(exp: Experiment, setting: SamplerSetting) -> dict[str, Plan]:
 
 
 def cost(exp: Experiment) -> list[tuple[str, dict[str, float]]]:
-    (setting, gamma), count, family = chosen(exp), len(parse_seeds(exp.cfg.seeds)), exp.cfg.family
-    levels = exp.levels() if family.callable is not None else unweighted(exp.describe_levels(), family.gaussian)
-    one = setting.expected_evaluations(levels, gamma, plans_of(exp, setting), exp.process)
+    (setting, gamma), count = chosen(exp), len(parse_seeds(exp.cfg.seeds))
+    one = setting.expected_evaluations(unweighted(exp), gamma, plans_of(exp, setting), exp.process)
     return [(f"sample with {name}", {name: evaluations * count}) for name, evaluations in one.items()]
 
 

@@ -2,6 +2,7 @@
 
 from mlem_diffusion.comparison import frechet, planned, speedup, table, verdicts
 from mlem_diffusion.comparison.settings import best_setting
+from mlem_diffusion.experiment.costs import unweighted
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.figures.comparison import plot_compare
 from mlem_diffusion.figures.image_grid import comparison_grid
@@ -25,9 +26,8 @@ def real_images(exp: Experiment, extractor: frechet.Extractor) -> frechet.RealIm
 
 
 def cost(exp: Experiment) -> list[tuple[str, dict[str, float]]]:
-    family, plans = exp.cfg.family, planned.read_planned(exp.results / "plans.json", exp.cfg.compare)
-    levels = exp.levels() if family.callable is not None else planned.unweighted(exp.describe_levels(), family.gaussian)
-    return planned.expected_costs(exp.cfg.compare, levels, exp.process, plans)
+    plans = planned.read_planned(exp.results / "plans.json", exp.cfg.compare)
+    return planned.expected_costs(exp.cfg.compare, unweighted(exp), exp.process, plans)
 
 
 @stage(

@@ -26,7 +26,7 @@ def cost(exp: Experiment) -> list[tuple[str, dict[str, float]]]:
 
 @stage(trained=True, cost=cost, shared=lambda cfg: cfg.only is not None)
 def main(exp: Experiment) -> None:
-    if are_published(exp, planned(exp.cfg, exp.describe_levels())):
+    if are_published(exp, planned(exp.cfg, [{"width": w, "name": level_name(w)} for w in exp.cfg.family.widths])):
         exp.print("train_levels: the levels are already published (ARGS=overwrite=true trains them anew).")
         return
     levels = planned(exp.cfg, exp.describe_levels(exp.images().manifest["rms"]))

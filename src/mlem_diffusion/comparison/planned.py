@@ -15,7 +15,7 @@ from ..multilevel.plan import Plan, load_plans
 from ..statistics import frontier
 from .frechet import RealImages, frechet_distance
 from .runner import Runner
-from .settings import GAUSSIAN, Measurement, Row, SamplerSetting, setting_of, settings_of
+from .settings import Measurement, Row, SamplerSetting, setting_of, settings_of
 from .table import BASELINES, describe
 
 
@@ -57,12 +57,6 @@ def all_settings(config: Any, names: Iterable[str], base_steps: int, planned: Pl
     """The configured settings and the plans; those that share noise increments are neighbours."""
     settings = dict.fromkeys([*settings_of(config, list(names), base_steps), *planned.settings])
     return sorted(settings, key=lambda s: (s.dynamics, s.rule.clock or "", s.steps))
-
-
-def unweighted(described: Iterable[Mapping[str, Any]], gaussian: bool) -> dict[str, Level]:
-    """Levels with these names and costs that cannot be evaluated, for estimates; a Gaussian level costs nothing."""
-    flops = ({GAUSSIAN: 1.0} if gaussian else {}) | {level["name"]: level["flops"] for level in described}
-    return {name: Level(name, lambda x, logsnr: x, cost) for name, cost in flops.items()}
 
 
 def expected_costs(

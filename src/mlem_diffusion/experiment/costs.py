@@ -8,6 +8,8 @@ import torch
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
+from ..comparison.settings import GAUSSIAN
+from ..diffusion.level import Level
 from ..models.family import build_denoiser
 from .environment import device_model
 
@@ -27,9 +29,19 @@ def estimate(exp: Any, cost: Callable[[Any], list[tuple[str, Any]]] | None) -> s
     return "\n".join(lines) + f" on {device_model(exp.device)}"
 
 
+def unweighted(exp: Any) -> dict[str, Level]:
+    """The levels by name with their costs, networks without weights; a Gaussian level costs nothing."""
+    if exp.cfg.family.callable is not None:
+        return exp.levels()
+    flops = ({GAUSSIAN: 1.0} if exp.cfg.family.gaussian else {}) | {
+        v["name"]: v["flops"] for v in exp.describe_levels()
+    }
+    return {name: Level(name, lambda x, logsnr: x, cost) for name, cost in flops.items()}
+
+
 def priced(exp: Any) -> tuple[dict[str, float], dict[str, float]]:
     """FLOPs and seconds per image of one evaluation of each level; the Gaussian denoiser counts as free."""
-    flops, seconds = {"gauss": 0.0}, {"gauss": 0.0}
+    flops, seconds = {GAUSSIAN: 0.0}, {GAUSSIAN: 0.0}
     for name, (evaluate, cost) in _levels(exp).items():
         batch = BATCH if exp.device.type != "cpu" else max(1, min(BATCH, int(20e9 / cost)))
         flops[name], seconds[name] = cost, _seconds(evaluate, (batch, *exp.shape), exp.device) / batch

@@ -178,11 +178,7 @@ class Experiment:
         """
         levels = self.identity or self.plain("family")
         key = self.fingerprint(("process", "precision"), levels=levels, facts=facts, device=self.device.type)[:20]
-        path = self.results / "cache" / f"{Path(stem).stem}-{key}{Path(stem).suffix}"
-        if parallel.is_main():
-            files.cached(path, read, lambda: make(path))
-        parallel.barrier()
-        return read(path)
+        return runs.made_once(self.results / "cache" / f"{Path(stem).stem}-{key}{Path(stem).suffix}", read, make)
 
     def progress(self, label: str, total: int | None, unit: str = "img") -> bar:
         """A progress bar, which is also a callback (done, total) that raises Interrupted if the stage should stop."""

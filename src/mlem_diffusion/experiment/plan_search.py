@@ -8,13 +8,12 @@ import numpy as np
 import torch
 
 from ..comparison.runner import Runner
-from ..comparison.settings import SamplerSetting
+from ..comparison.settings import GAUSSIAN, SamplerSetting
 from ..diffusion.brownian import BrownianPath
 from ..diffusion.level import Level
 from ..diffusion.step_rules import StepRule, step_rule
 from ..errors import UserError
 from ..files import read_json, write_json
-from ..models.family import level_name
 from ..multilevel import ablation, selection
 from ..multilevel.calibrate import check_reference
 from ..multilevel.diagnostics import diagnose
@@ -22,6 +21,7 @@ from ..multilevel.gains import Effects, measure_effects
 from ..multilevel.learned import learn_probabilities
 from ..multilevel.plan import Plan
 from ..multilevel.planner import RuleInputs
+from .costs import unweighted
 from .environment import device_model
 
 
@@ -195,10 +195,7 @@ def cost(exp: Any) -> list[tuple[str, dict[str, float]]]:
 
     Candidate plans are assumed to cost a quarter of the largest level at every step of the middle grid."""
     check(exp)
-    o, family, rows = exp.cfg.optimise, exp.cfg.family, []
-    names = [level_name(w) for w in family.widths]
-    if family.callable is not None:
-        names = [level.name for level in exp.build(family.callable)]
+    o, names, rows = exp.cfg.optimise, [name for name in unweighted(exp) if name != GAUSSIAN], []
     finest, points = o.reference_steps or exp.process.base_steps, o.calibrate * o.calibrate_steps
     for dynamics in dict.fromkeys(rule.dynamics for rule in o.rules):
         rows.append((f"{dynamics}: diagnostics", dict.fromkeys(names, o.diagnose.seeds * o.diagnose.steps)))

@@ -1,25 +1,25 @@
 """Levels and runner of an experiment, and its settings run by several ranks or workers."""
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from .. import parallel
 from ..comparison.features import Extractor
 from ..comparison.runner import Runner
-from ..comparison.settings import SamplerSetting
+from ..comparison.settings import GAUSSIAN, SamplerSetting
 from ..diffusion.level import Level
-from ..errors import Interrupted, SlowPath, UserError
-from ..files import Damaged, cached, expect_content
+from ..errors import Interrupted, UserError
+from ..files import cached, expect_content
 from ..models.family import load_family
 from ..models.gaussian import fit_gaussian, load_gaussian
 from ..multilevel.plan import Plan, load_plans
 from .progress import bar
 
-GAUSSIAN = "gauss"  # name of the linear Gaussian denoiser among the levels
+T = TypeVar("T")
 
 
 # ------------------------------------------------------------------------------------------------------- levels
@@ -53,13 +53,19 @@ def gaussian_level(exp: Any) -> Level:
         )
     path = exp.results / "cache" / f"gauss-{images.manifest['sha256'][:12]}-{rank}.safetensors"
 
-    def fit() -> None:
-        fit_gaussian(images.images[images.train()], rank).save(path)
+    found = made_once(
+        path,
+        lambda p: load_gaussian(p, exp.device),
+        lambda p: fit_gaussian(images.images[images.train()], rank).save(p),
+    )
+    return found.as_level(GAUSSIAN)
 
-    if parallel.is_main():
-        cached(path, lambda p: load_gaussian(p, exp.device), fit)
+
+def made_once(path: Path, read: Callable[[Path], T], make: Callable[[Path], object]) -> T:
+    """read(path) on every rank; rank 0 makes the file first if it is missing or damaged."""
+    found = cached(path, read, lambda: make(path)) if parallel.is_main() else None
     parallel.barrier()
-    return load_gaussian(path, exp.device).as_level(GAUSSIAN)
+    return read(path) if found is None else found
 
 
 # ------------------------------------------------------------------------------------------------------- runner
@@ -158,16 +164,9 @@ def worker_count(exp: Any, tasks: int) -> int:
 
 
 def run_all(exp: Any, runner: Runner, settings: Sequence[SamplerSetting], label: str) -> list[Any]:
-    """Run all settings and return the results in order; damaged files are made again."""
-    found: dict[SamplerSetting, Any] = {}
-    while missing := [s for s in dict.fromkeys(settings) if s not in found]:
-        run_missing(exp, runner, missing, label)
-        for setting in missing:
-            try:
-                found[setting] = runner.read(setting)
-            except Damaged as error:
-                error.path.unlink(missing_ok=True)
-                warnings.warn(f"{error.path} was damaged, so it is computed again.", SlowPath, stacklevel=2)
+    """Run all settings and return the results in order; Runner.read measures damaged ones again."""
+    run_missing(exp, runner, list(dict.fromkeys(settings)), label)
+    found = {setting: runner.read(setting) for setting in dict.fromkeys(settings)}
     return [found[setting] for setting in settings]
 
 
@@ -179,13 +178,15 @@ def run_missing(exp: Any, runner: Runner, settings: Sequence[SamplerSetting], la
     if worker_count(exp, len(missing)) > 1 or parallel.world() > 1:  # for an even end
         missing.sort(key=lambda s: -runner.expected_flops(s))
     missing = parallel.mine(missing)
+    parallel.barrier()  # all ranks have looked, from the same files, before one of them writes
     batches = max(1, -(-runner.num_reference // runner.batch))
     costs = [[runner.reference_flops(d) / batches for d, _ in references], [runner.expected_flops(s) for s in missing]]
     done, total = 0.0, sum(map(sum, costs)) / 1e9
     with bar(label, int(total), unit="GFLOP") as progress:
         for tasks, prices in zip((references, missing), costs, strict=True):
             workers = worker_count(exp, len(tasks))
-            items = [(exp, _for_worker(runner, task) if workers > 1 else runner, task) for task in tasks]
+            distances = runner.extractor is not None
+            items = [(exp, _for_worker(runner, task) if workers > 1 else runner, task, distances) for task in tasks]
             if items and workers == 1:
                 runner.warm_up()
             for index, _ in parallel.run(run_task, items, workers, exp.should_stop):
@@ -194,13 +195,13 @@ def run_missing(exp: Any, runner: Runner, settings: Sequence[SamplerSetting], la
             parallel.barrier()
 
 
-def run_task(item: tuple[Any, Runner, Any]) -> None:
-    """Measure one setting, or one batch of a reference given as (dynamics, number)."""
-    exp, runner, task = item
+def run_task(item: tuple[Any, Runner, Any, bool]) -> None:
+    """Measure one setting, or one batch of a reference given as (dynamics, number); with or without distances."""
+    exp, runner, task, distances = item
     if exp.should_stop():
         raise Interrupted("stopped; finished work is saved")
     if not runner.levels:  # in a worker
-        runner = _rebuilt(exp, runner)
+        runner = _rebuilt(exp, runner, distances)
     if isinstance(task, SamplerSetting):
         runner.measure(task, exp.should_stop)
     else:
@@ -213,12 +214,12 @@ def _for_worker(runner: Runner, task: Any) -> Runner:
     return replace(runner, levels={}, extractor=None, plans={plan: runner.plans[plan]} if plan else {})
 
 
-def _rebuilt(exp: Any, small: Runner) -> Runner:
+def _rebuilt(exp: Any, small: Runner, distances: bool) -> Runner:
     """The runner with levels and extractor again; the worker keeps it for its next task."""
     key = (exp.results, exp.name, small.key)
     if key not in _in_worker:
         _in_worker.clear()
-        extractor = make_extractor(exp) if exp.name == "sample_compare" else None
+        extractor = make_extractor(exp) if distances else None
         _in_worker[key] = replace(small, levels=exp.levels(), extractor=extractor, plans={})
         _in_worker[key].warm_up()
     _in_worker[key].plans.update(small.plans)
