@@ -17,15 +17,18 @@ from typing import Any
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from matplotlib.figure import Figure
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 
-# even less than the miniature: three levels, nothing learned, fewer plans
+# even less than the miniature: three shallow levels, nothing learned, fewer plans
 RULES = "{dynamics: sde, step_rule: ddpm, steps: [6, 12]}, {dynamics: ode, step_rule: dpmpp_2m, steps: [5]}"
 SMALLER = (
-    "family.widths=[2,3,6]", "train.images=640", "gamma.bootstrap=10", "compare.num_samples=24",
+    "family.widths=[2,3,6]", "unet.multipliers=[1]", "unet.attention=[8]", "train.images=640",
+    "gamma.bootstrap=10", "compare.num_samples=24",
     "optimise.methods=[independent,quadrature]", "optimise.bases=[null]", "optimise.learned.costs=[]",
     f"optimise.rules=[{RULES}]",
 )  # fmt: skip
@@ -80,13 +83,8 @@ class Run:
         return lines[0]
 
 
-DRIVER = """
-import json, runpy, sys
-sys.path.insert(0, "scripts")
-for script, arguments in json.loads(sys.argv[1]):
-    sys.argv = [f"scripts/{script}.py", *arguments]
-    runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+BLANK = Image.new("RGB", (9, 9))
+RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 def python(*arguments: str, **environment: str) -> Run:
@@ -97,18 +95,21 @@ def python(*arguments: str, **environment: str) -> Run:
     return Run(done.returncode, done.stdout, done.stderr)
 
 
-def apart(place: Place, *scripts: tuple[str, ...]) -> Run:
-    """Run scripts one after another in one new process."""
-    return python("-c", DRIVER, json.dumps([[script, place.overrides(*more)] for script, *more in scripts]))
+def apart(place: Place, *scripts: tuple[str, ...], before: tuple[str, ...] = ()) -> Run:
+    """Run scripts one after another in one new process, or in several (before=RANKS)."""
+    arguments = [[script, place.overrides(*more)] for script, *more in scripts]
+    return python(*before, str(ROOT / "tests" / "driver.py"), json.dumps(arguments))
 
 
 class Here:
-    """Runs a script's main in this process, which has imported torch already."""
+    """Runs a script's main in this process, which has imported torch already, with empty figures."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path):
         self.capsys, self.monkeypatch = capsys, monkeypatch
         monkeypatch.chdir(folder)
         monkeypatch.setenv("WANDB_MODE", "disabled")
+        # drawing takes half of a miniature stage; the pipeline that `done` runs, and test_plots.py, draw
+        monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: BLANK.save(file, "PNG"))
 
     def __call__(self, script: str, place: Place, *more: str) -> Run:
         module = importlib.import_module(script)

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from conftest import STAGES
 from PIL import Image
-from pipeline import Place, python, strict
+from pipeline import RANKS, Place, apart, strict
 from safetensors.torch import load_file
 
 from mlem_diffusion.comparison.table import COLUMNS
@@ -148,17 +148,17 @@ def test_a_family_of_functions_needs_no_images_and_no_training(here, tmp_path, s
 # --------------------------------------------------------------------------------------------- side by side
 
 
-def test_workers_train_the_same_levels_and_draw_the_same_samples(done, tmp_path):
+def test_workers_train_the_same_levels_and_draw_the_same_samples(done, here, tmp_path):
     """Two workers instead of one process: equal weights, and an equal table."""
     place = done[0].copy_to(tmp_path, "data")
-    run = python("scripts/train_levels.py", *place.overrides("family.widths=[2,3]", "workers=2"))
+    run = here("train_levels", place, "family.widths=[2,3]", "workers=2")
     assert run.code == 0, run.err
     for level in ("w2", "w3"):
         files = [p.checkpoints / level / "ema.safetensors" for p in (done[0], place)]
         assert files[0].read_bytes() == files[1].read_bytes()
     place = done[0].copy_to(tmp_path / "compare")
     shutil.rmtree(place.results / "cache")
-    run = python("scripts/sample_compare.py", *place.overrides("workers=2", "force=true"))
+    run = here("sample_compare", place, "workers=2", "force=true")
     assert run.code == 0, run.err
     pd.testing.assert_frame_equal(table(place).drop(columns="seconds"), table(done[0]).drop(columns="seconds"))
 
@@ -168,20 +168,17 @@ def test_ranks_draw_the_same_samples(done, tmp_path):
     place = done[0].copy_to(tmp_path)
     shutil.rmtree(place.results / "samples")
     shutil.rmtree(place.results / "cache")
-    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run = python(*ranks, "scripts/sample.py", *place.overrides("seeds='0-2,5'", "compare.batch=2"))
+    scripts = ("sample", "seeds='0-2,5'", "compare.batch=2"), ("sample_compare", "force=true")
+    run = apart(place, *scripts, before=RANKS)
     assert run.code == 0, run.err
     for name in ("000000.png", "000005.png"):
         assert (place.results / "samples" / name).read_bytes() == (done[0].results / "samples" / name).read_bytes()
-    run = python(*ranks, "scripts/sample_compare.py", *place.overrides("force=true"))
-    assert run.code == 0, run.err
     pd.testing.assert_frame_equal(table(place).drop(columns="seconds"), table(done[0]).drop(columns="seconds"))
 
 
-def test_an_error_in_a_worker_is_one_line_and_exit_status_2(done, tmp_path):
+def test_an_error_in_a_worker_is_one_line_and_exit_status_2(done, here, tmp_path):
     place = done[0].copy_to(tmp_path, "data")
-    more = ["family.widths=[2,3]", "workers=2", "train.lr=1e20", "train.log_every=64"]
-    run = python("scripts/train_levels.py", *place.overrides(*more))
+    run = here("train_levels", place, "family.widths=[2,3]", "workers=2", "train.lr=1e20", "train.log_every=64")
     assert run.code == 2 and re.match(r"train_levels: The loss of .* is not finite at step \d+", run.complaint)
     assert not list(place.checkpoints.rglob("metadata.json"))
 
