@@ -13,7 +13,7 @@ from torch.utils.benchmark import Measurement
 from torch.utils.benchmark.utils.common import TaskSpec
 
 from mlem_diffusion.benchmark import parts, table
-from mlem_diffusion.benchmark.networks import denoisers
+from mlem_diffusion.benchmark.parts import denoisers
 from mlem_diffusion.diffusion.process import LinearSchedule, Process
 from mlem_diffusion.errors import Interrupted
 from mlem_diffusion.models.flops import flops_per_evaluation

@@ -80,8 +80,7 @@ def run(
     """Yield (index, function(item)) as they finish, from this process or from `workers` processes side by side.
 
     function must be importable; long work in it should look at `stop_requested`. The first error stops all. Raises
-    Interrupted between items if should_stop() is true, UserError if a worker was killed.
-    """
+    Interrupted between items if should_stop() is true, UserError if a worker was killed."""
     if workers <= 1:
         for index, item in enumerate(items):
             yield index, function(item)

@@ -19,9 +19,7 @@ def row(
 ) -> Row:  # fmt: skip
     """One row; None marks a value that was not measured or has no meaning. mode begins with the precision, if any.
 
-    found: the time of `repeats` repetitions; flops: per image, or in total without a batch; spread: interquartile
-    range over median.
-    """
+    found: the time of `repeats` repetitions. flops: per image, or in total without a batch."""
     out: Row = {"what": what, "width": width, "batch": batch, "mode": mode, "ms": None}
     if found is not None:
         out.update(ms=1e3 * found.median / repeats, spread=found.iqr / found.median)
@@ -33,21 +31,20 @@ def row(
 
 def compared(rows: Sequence[Row]) -> list[Row]:
     """The rows with fraction_of_matmul, in the same precision (autocast multiplies in bf16), and ratio_to_diffusers."""
-    peaks = {precision_of(r): r.get("tflops") for r in rows if r["what"] == "matmul"}
+
+    def precision(r: Row) -> str:
+        return r["mode"].split(" ")[0].replace("autocast", "bf16")
+
+    peaks = {precision(r): r.get("tflops") for r in rows if r["what"] == "matmul"}
     times = {(r["what"], r["width"], r["batch"], r["mode"]): r["ms"] for r in rows}
     out = []
     for r in rows:
-        peak, ours = peaks.get(precision_of(r)), r.get("tflops")
+        peak, ours = peaks.get(precision(r)), r.get("tflops")
         theirs = times.get((f"{r['what']}_diffusers", r["width"], r["batch"], r["mode"]))
         fraction = ours / peak if ours and peak else None
         ratio = theirs / r["ms"] if theirs and r["ms"] else None
         out.append({**r, "fraction_of_matmul": fraction, "ratio_to_diffusers": ratio})
     return out
-
-
-def precision_of(r: Row) -> str:
-    first = r["mode"].split(" ")[0]
-    return "bf16" if first == "autocast" else first
 
 
 def cell(column: str, value: Any) -> str:
@@ -59,18 +56,12 @@ def cell(column: str, value: Any) -> str:
 
 
 def report(document: Mapping[str, Any]) -> str:
-    """A line about the device, and the rows as a table, without diffusers' rows and columns that are empty.
-
-    Of each kind of row, those with the largest batch are shown.
-    """
+    """A line about the device, and the rows of the largest batch as a table, without diffusers' and empty columns."""
     rows = [r for r in document["rows"] if not r["what"].endswith("_diffusers")]
     rows = [r for r in rows if r["batch"] in (None, max(o["batch"] or 0 for o in rows if o["what"] == r["what"]))]
     columns = [c for c in HEADINGS if any(r.get(c) is not None for r in rows)]
     lines = [[HEADINGS[c] for c in columns], ["---"] * len(columns)]
     lines += [[cell(c, r.get(c)) for c in columns] for r in rows]
+    head = "{device}, torch {torch}{cuda}, {date:.10}, size {size} ({resolution}x{resolution} images); {timing}."
     cuda = f", CUDA {document['cuda']}" if document["cuda"] else ""
-    head = (
-        f"{document['device']}, torch {document['torch']}{cuda}, {document['date'][:10]}, size {document['size']} "
-        f"({document['resolution']}x{document['resolution']} images); {document['timing']}."
-    )
-    return "\n".join([head, "", *(f"| {' | '.join(line)} |" for line in lines)])
+    return "\n".join([head.format_map({**document, "cuda": cuda}), "", *(f"| {' | '.join(line)} |" for line in lines)])

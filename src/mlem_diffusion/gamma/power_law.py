@@ -1,4 +1,4 @@
-"""Error against FLOPs: the exponent gamma of a family of denoisers, with
+"""Error against FLOPs: the exponent gamma of a family of denoisers, with intervals.
 
 gamma is defined by cost(eps) ~ eps^-gamma, where eps is the root-mean-square error of the drift. A mean squared error
 therefore falls as T^-s with s = 2 / gamma, where T is the FLOPs of one evaluation. Only s enters the three laws
@@ -34,12 +34,10 @@ class Fit:
     gamma: float | None = None  # None if the best fit is at an edge of the law's range; `note` gives the reason
     interval: Interval = (0.0, None)
     profile_interval: Interval = (0.0, None)
-    bootstrap_interval: Interval | None = None  # None without repeats or degrees of freedom
+    bootstrap_interval: Interval | None = None  # None without refits or degrees of freedom
     amplitude: float | None = None  # a, for T in GFLOP
     floor: float | None = None  # L_inf; None for the laws without it
-    degrees_of_freedom: int = 0
-    fitted: np.ndarray | None = None  # values of the fitted law at the data points
-    falls: bool = False  # False: no decrease with FLOPs
+    falls: bool = False  # with FLOPs
     note: str = ""
 
 
@@ -69,21 +67,14 @@ class LossLaw:
         slope = ((loss * w) @ centred.T) / (centred**2 * w).sum(-1)
         amplitude = slope / s
         floor = mean_loss - slope * mean_basis - amplitude
-        without_floor = ((loss * w) @ power.T) / (power**2 * w).sum(-1)
-        flat, zero = np.full_like(s, mean_loss), np.zeros_like(s)
-
-        def rss(a: np.ndarray, constant: np.ndarray) -> np.ndarray:
-            return (((loss - (constant[:, None] + a[:, None] * power)) * self.relative) ** 2).sum(-1)
-
-        # if the free optimum violates a bound, the best point is on one of the two edges
+        # if this optimum violates a bound, the best point is on an edge: without a floor, or flat
         free = (floor >= 0) & (amplitude > 0)
-        rss_edge, rss_flat = rss(without_floor, zero), rss(zero, flat)
-        edge = rss_edge < rss_flat
-        return (
-            np.where(free, amplitude, np.where(edge, without_floor, zero)),
-            np.where(free, floor, np.where(edge, zero, flat)),
-            np.where(free, rss(amplitude, floor), np.minimum(rss_edge, rss_flat)),
-        )
+        without_floor = ((loss * w) @ power.T) / (power**2 * w).sum(-1)
+        a, constant = np.where(free, amplitude, without_floor), np.where(free, floor, 0.0)
+        rss = (((loss - (constant[:, None] + a[:, None] * power)) * self.relative) ** 2).sum(-1)
+        rss_flat = self.rss_of_constant(loss)
+        flat = ~free & (rss >= rss_flat)
+        return np.where(flat, 0.0, a), np.where(flat, mean_loss, constant), np.where(flat, rss_flat, rss)
 
     def rss(self, s: np.ndarray) -> np.ndarray:
         return self.best(s, self.loss)[2]
@@ -93,7 +84,7 @@ class LossLaw:
         return float((((loss - mean) * self.relative) ** 2).sum())
 
     def refit(self, loss: np.ndarray) -> float:
-        """The best s for other losses; NaN if a constant fits as well, so that any s does."""
+        """The best s for other losses [K]; NaN if a constant fits as well, so that any s does."""
         s = grid_minimum(self.best(self.grid, loss)[2], self.grid)
         better = self.best(np.array([s]), loss)[2][0] < self.rss_of_constant(loss) * (1 - 1e-9)
         return s if better else float("nan")
@@ -179,10 +170,10 @@ def fit(
     training seeds, if measured. bootstrap: the number of refits."""
     if not np.isfinite(values).all() or (np.diff(flops) <= 0).any():
         raise UserError("gamma needs levels of ascending FLOPs with finite errors.")
-    dof = len(values) - LAWS[form].unknowns
     if (values == 0).any():
-        return Fit(degrees_of_freedom=dof, note="A law needs values above zero.")
+        return Fit(note="A law needs values above zero.")
     law = LAWS[form](flops, values)
+    dof = len(values) - law.unknowns
     s, rss = minimise(law.rss, law.grid)
     amplitude, floor, fitted = law.solve(s)
     falls = law.falls(s, rss)
@@ -199,22 +190,11 @@ def fit(
         booted = bootstrap_interval(law.refit, values, fitted, variance, rng, covariance, between)
         high = None if profile[1] is None or booted[1] is None else max(profile[1], booted[1])
         interval = (min(profile[0], booted[0]), high)
-    note = "L_inf is at its bound of zero: a pure power law fits best." if floor == 0 else ""
     if not proper:
-        note = law.edge if falls else law.flat
+        return Fit(None, interval, profile, booted, None, floor, falls, law.edge if falls else law.flat)
     to_gflop = float(np.exp(s * (np.log(flops).mean() - np.log(1e9))))  # from units of the geometric mean
-    return Fit(
-        gamma=2 / s if proper else None,
-        interval=interval,
-        profile_interval=profile,
-        bootstrap_interval=booted,
-        amplitude=amplitude * to_gflop if proper else None,
-        floor=floor,
-        degrees_of_freedom=dof,
-        fitted=fitted,
-        falls=falls,
-        note=note,
-    )
+    note = "L_inf is at its bound of zero: a pure power law fits best." if floor == 0 else ""
+    return Fit(2 / s, interval, profile, booted, amplitude * to_gflop, floor, falls, note)
 
 
 def minimise(rss: RSS, grid: np.ndarray) -> tuple[float, float]:
@@ -235,8 +215,6 @@ def grid_minimum(values: np.ndarray, grid: np.ndarray) -> float:
     x, y = grid[i - 1 : i + 2] - grid[i], values[i - 1 : i + 2] - values[i]
     curvature = (y[0] / x[0] - y[2] / x[2]) / (x[0] - x[2])
     slope = y[0] / x[0] - curvature * x[0]
-    if curvature <= 0:
-        return float(grid[i])
     return float(grid[i]) + float(np.clip(-slope / (2 * curvature), x[0], x[2]))
 
 
@@ -290,6 +268,5 @@ def bootstrap_interval(
     found = np.array([refit(values) for values in fitted * np.exp(noise)])
     # NaN: the resampled values are flat, so any exponent fits. Such a draw counts at both ends.
     tail = (1 - CONFIDENCE) / 2
-    s_low = np.quantile(np.where(np.isnan(found), 0.0, found), tail)
-    s_high = np.quantile(np.where(np.isnan(found), S_MAX, found), 1 - tail)
-    return _to_gamma(float(s_low), float(s_high))
+    low = float(np.quantile(np.nan_to_num(found, nan=0.0), tail))
+    return _to_gamma(low, float(np.quantile(np.nan_to_num(found, nan=S_MAX), 1 - tail)))

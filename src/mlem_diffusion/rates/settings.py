@@ -19,8 +19,7 @@ from scipy.optimize import nnls
 
 from ..errors import UserError
 from ..multilevel.probabilities import evaluation_probabilities
-from .poisson_limit import jump_process
-from .problem import NOISE, Replicates, draw, euler
+from .problem import NOISE, Replicates, draw, euler, jump_process
 
 METHODS = ("em", "ml_em", "poisson")
 _OVER_BASE = "ml_em_over_base"  # ML-EM over f^0, with a random level 1 too; its limit is the jump process
@@ -99,30 +98,28 @@ def predicted_exponent(method: str, gamma: float) -> float:
 
 
 def measure(item: tuple[str, int, Sequence[RateSetting]], paths: int, levels: int, grid: int) -> Measured:
-    """The `squared_errors` [P] of settings on the `paths` replicates of one seed; item: dynamics, seed, settings."""
+    """The `squared_errors` of settings on the `paths` replicates of one seed; item: dynamics, seed, settings."""
     dynamics, seed, settings = item
-    replicates = draw((seed,), paths, levels, grid, NOISE[dynamics])
-    return dict(zip(settings, squared_errors(replicates, settings), strict=True))
+    return squared_errors(draw((seed,), paths, levels, grid, NOISE[dynamics]), settings)
 
 
-def squared_errors(replicates: Replicates, settings: Sequence[RateSetting]) -> np.ndarray:
-    """The squared error, averaged over components, of each setting on each replicate [S, P]."""
-    out = np.empty((len(settings), replicates.count))
+def squared_errors(replicates: Replicates, settings: Sequence[RateSetting]) -> Measured:
+    """The squared error [P] of each setting on each replicate, averaged over components."""
+    found = {}
     for n in {s.steps for s in settings}:
-        where = [i for i, s in enumerate(settings) if s.steps == n]
-        group = [settings[i] for i in where]
+        group = [s for s in settings if s.steps == n]
         if n:
             end = euler(replicates, n, [((1.0, *s.p), s.key) for s in group])
         else:
             end = jump_process(replicates, [(s.rates, s.key) for s in group])
-        out[where] = ((end - replicates.end) ** 2).mean(axis=1)
-    return out
+        found.update(zip(group, ((end - replicates.end) ** 2).mean(axis=1), strict=True))
+    return found
 
 
 def candidates(method: str, gamma: float, grid: int, top: int) -> list[RateSetting]:
     """A method's settings over steps (2^j and 3 2^j from 4 up that divide the grid of the path), levels and fires."""
-    both = {2**j for j in range(2, 31)} | {3 * 2**j for j in range(1, 31)}
-    steps = [0] if method == "poisson" else sorted(n for n in both if n <= grid and grid % n == 0)
+    both = {factor * 2**j for factor in (1, 3) for j in range(31)}
+    steps = [0] if method == "poisson" else sorted(n for n in both if n >= 4 and grid % n == 0)
     levels, fires = range(2 if method == "ml_em" else 1, top + 1), [0.0] if method == "em" else _FIRES
     return [RateSetting(method, gamma, k, n, f) for n in steps for k in levels for f in fires]
 
@@ -175,12 +172,12 @@ def choose(r: Any, mse: np.ndarray, constants: np.ndarray) -> Choice:
     chosen = {}
     for gamma, method in product(r.gammas, METHODS):
         options = candidates(method, gamma, r.grid, r.levels)
-        if method == "poisson":
-            options = [s for s in options if s.rates.sum() <= r.poisson.events]
-        errors = np.sqrt(mse[: len(options)]) if method == "em" else model_errors(options, constants)
         targets = target_errors(r.targets.coarsest, r.targets.finest, r.targets.per_octave)
         if method == "poisson":
-            targets = target_errors(r.poisson.coarsest, errors.min(), r.poisson.per_octave) * (1 + 1e-9)
+            options = [s for s in options if s.rates.sum() <= r.poisson.events]
+            finest = model_errors(options, constants).min()
+            targets = target_errors(r.poisson.coarsest, finest, r.poisson.per_octave) * (1 + 1e-9)
+        errors = np.sqrt(mse[: len(options)]) if method == "em" else model_errors(options, constants)
         chosen[gamma, method] = cheapest(options, errors, targets)
     if min(len(settings) for settings in chosen.values()) < MIN_POINTS:
         raise UserError(f"A fit needs {MIN_POINTS} settings: widen rates.targets or rates.poisson.")
