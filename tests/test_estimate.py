@@ -62,12 +62,9 @@ def test_warnings_name_the_bad_pairs_only():
     bad.loss[3] = 1.02 * bad.loss[2]
     bad.to_previous[4] *= 10
     text = hierarchy_warnings(bad)
-    assert any(line.startswith("w32 is not measurably better than w24 in loss pooled") for line in text)
-    assert any("and worse pooled" in line and "6 of 6 noise levels" in line for line in text)
+    assert "w32 is not measurably better than w24 in loss." in text
     assert any(line.startswith("w40 and w48 differ by more than twice") for line in text)
     assert not any(line.startswith(("w8 ", "w16 ")) for line in text)  # the good pairs stay unmentioned
-    good.loss[1, :, 0] = good.loss[0, :, 0]
-    assert any("at log-SNR -6.0 (1 of 6 noise levels)" in line for line in hierarchy_warnings(good))
 
 
 def test_overfitting_is_reported_once_per_level():

@@ -66,12 +66,8 @@ def never() -> bool:
 
 # ----------------------------------------------------------------------------------------- workers on a CPU
 
-_stop = threading.Event()  # in a worker: set when the parent asks it to save and stop
-
-
-def stop_requested() -> bool:
-    """In a worker: whether its parent asked it to stop."""
-    return _stop.is_set()
+_stop = threading.Event()
+stop_requested = _stop.is_set  # in a worker: whether its parent asked it to save and stop
 
 
 def run(

@@ -134,30 +134,20 @@ def summary(result: Mapping[str, Any]) -> str:
 
 def hierarchy_warnings(errors: LevelErrors) -> list[str]:
     """Sentences about neighbours whose loss does not fall, or whose E|f^k - f^(k-1)|^2 is more than twice the drop in
-    loss (nested levels: equal to it), beyond two standard errors over the same images."""
-    found = []
-    for k in range(1, len(errors.names)):
-        low, high, drop = errors.names[k - 1], errors.names[k], errors.loss[k - 1] - errors.loss[k]
-        if where := _where(errors, drop, positive=False):
-            worse = _where(errors, -drop, positive=True)
-            text = f"{high} is not measurably better than {low} in loss {where}"
-            found.append(f"{text}, and worse {worse}." if worse else f"{text}.")
-        if where := _where(errors, errors.to_previous[k - 1] - 2 * drop, positive=True):
-            found.append(f"{low} and {high} differ by more than twice the drop in loss {where}: they are not nested.")
+    loss (nested levels: equal to it); pooled, beyond two standard errors over the same images."""
+    found, drops = [], -np.diff(errors.loss @ errors.weights, axis=0)  # [K-1, M]
+    for k, (drop, difference) in enumerate(zip(drops, errors.to_previous @ errors.weights, strict=True)):
+        low, high = errors.names[k : k + 2]
+        if not _is_positive(drop):
+            found.append(f"{high} is not measurably better than {low} in loss.")
+        if _is_positive(difference - 2 * drop):
+            found.append(f"{low} and {high} differ by more than twice the drop in loss: they are not nested.")
     return found
 
 
-def _where(errors: LevelErrors, values: np.ndarray, *, positive: bool) -> str:
-    """The noise levels where the mean over images of values [M, S] is (not) above two standard errors, as text."""
-
-    def hit(x: np.ndarray) -> np.ndarray:
-        return (x.mean(0) > 2 * standard_errors(x.T)) == positive
-
-    places = [f"{value:.1f}" for value in errors.logsnr[hit(values)]]
-    parts = ["pooled"] if hit(values @ errors.weights) else []
-    if places:
-        parts.append(f"at log-SNR {', '.join(places)} ({len(places)} of {len(errors.logsnr)} noise levels)")
-    return " and ".join(parts)
+def _is_positive(values: np.ndarray) -> bool:
+    """Whether the mean of values [M] is above two standard errors."""
+    return bool(values.mean() > 2 * standard_errors(values))
 
 
 def overfitting_warnings(
@@ -167,14 +157,11 @@ def overfitting_warnings(
     standard errors over the same images; the largest rise of each. images [lengths][K]; losses [lengths][K, M]."""
     found = []
     for k, name in enumerate(names):
-        rises = []
-        for i, j in combinations(range(len(losses)), 2):
-            rise = losses[j][k] - losses[i][k]
-            mean, se = float(rise.mean()), float(standard_errors(rise))
-            if mean > 2 * se:
-                rises.append((mean, se, images[j][k], images[i][k]))
+        pairs = combinations(range(len(losses)), 2)
+        rises = [(losses[j][k] - losses[i][k], images[j][k], images[i][k]) for i, j in pairs]
+        rises = [(rise.mean(), later, earlier) for rise, later, earlier in rises if _is_positive(rise)]
         if rises:
-            mean, se, later, earlier = max(rises)
-            text = f"{later:,} images is above that after {earlier:,} by {mean:.3g} (s.e. {se:.1g})"
+            mean, later, earlier = max(rises)
+            text = f"{later:,} images is above that after {earlier:,} by {mean:.3g}"
             found.append(f"The held-out loss of {name} after {text}: it overfits, or its learning rate is too high.")
     return found

@@ -47,7 +47,7 @@ def s_grid(low: float, points: int) -> np.ndarray:
 
 
 class LossLaw:
-    """L_k = L_inf + a tau_k^-s with L_inf >= 0 and a >= 0, for FLOPs [K] and losses [K]; residuals are relative."""
+    """L_k = L_inf + a tau_k^-s with L_inf, a >= 0, for FLOPs [K] and losses [K]; residuals are relative."""
 
     unknowns, grid = 3, s_grid(S_MIN / 4, 500)
     flat = "The loss does not fall measurably with FLOPs: a constant explains it as well."
@@ -97,7 +97,7 @@ class LossLaw:
     def falls(self, s: float, rss: float) -> bool:
         """Whether the loss falls, given its scatter: by its slope in log FLOPs (t test) or by the law (F test)."""
         constant, dof = self.rss_of_constant(self.loss), len(self.loss) - 3
-        if self.solve(s)[0] <= 0 or rss >= constant * (1 - 1e-9):
+        if rss >= constant * (1 - 1e-9):
             return False
         line: Any = linregress(self.log_tau, self.loss)
         if line.slope < 0 and line.pvalue < 1 - CONFIDENCE:
@@ -185,9 +185,8 @@ def fit(
         profile = (profile[0], None) if s <= S_MIN else (0.0, profile[1])
     booted, interval = None, profile
     if bootstrap > 0 and dof > 0:
-        rng = np.random.default_rng(seed)
-        variance = rss / rng.chisquare(dof, bootstrap)  # drawn, because a few residuals determine it poorly
-        booted = bootstrap_interval(law.refit, values, fitted, variance, rng, covariance, between)
+        scatter = relative_scatter(values, rss, dof, covariance, between, bootstrap, seed)
+        booted = bootstrap_interval([law.refit(drawn) for drawn in fitted * np.exp(scatter)])
         high = None if profile[1] is None or booted[1] is None else max(profile[1], booted[1])
         interval = (min(profile[0], booted[0]), high)
     if not proper:
@@ -201,9 +200,8 @@ def minimise(rss: RSS, grid: np.ndarray) -> tuple[float, float]:
     """The s with the smallest RSS, and that RSS: the best grid point, refined between its neighbours."""
     values = rss(grid)
     i = int(np.argmin(values))
-    bounds = (grid[max(i - 1, 0)], grid[min(i + 1, len(grid) - 1)])
-    options = {"xatol": 1e-10}
-    found: Any = minimize_scalar(lambda s: rss(np.array([s]))[0], bounds=bounds, method="bounded", options=options)
+    search: Any = {"bounds": (grid[max(i - 1, 0)], grid[min(i + 1, len(grid) - 1)]), "options": {"xatol": 1e-10}}
+    found: Any = minimize_scalar(lambda s: rss(np.array([s]))[0], method="bounded", **search)
     return (float(found.x), float(found.fun)) if found.fun < values[i] else (float(grid[i]), float(values[i]))
 
 
@@ -245,28 +243,26 @@ def _to_gamma(s_low: float, s_high: float) -> Interval:
     return (low, None if s_low <= S_MIN else 2 / s_low)
 
 
-def bootstrap_interval(
-    refit: Callable[[np.ndarray], float],
-    observed: np.ndarray,
-    fitted: np.ndarray,
-    variance: np.ndarray,
-    rng: np.random.Generator,
-    covariance: np.ndarray | None,
-    between: float,
-) -> Interval:
-    """Percentile interval of refits to the fitted values [n] with new scatter, drawn as relative normal errors.
+def relative_scatter(
+    values: np.ndarray, rss: float, dof: int, covariance: np.ndarray | None, between: float, draws: int, seed: int
+) -> np.ndarray:
+    """Normal errors [draws, n] of the logarithms of the values [n].
 
-    `refit` maps values [n] to s, or to NaN if any s fits. variance [draws]: of the scatter. The measurement covariance
-    [n, n] and the variance `between` training seeds are added, so their uncorrelated part counts twice."""
-    shape = len(variance), len(observed)
+    The measurement covariance [n, n] and the variance `between` training seeds are added to the scatter, so their
+    uncorrelated part counts twice."""
+    rng, shape = np.random.default_rng(seed), (draws, len(values))
+    variance = rss / rng.chisquare(dof, draws)  # drawn, because a few residuals determine it poorly
     noise = np.minimum(np.sqrt(variance), 2.0)[:, None] * rng.standard_normal(shape)
     if covariance is not None:
-        relative, zero = covariance / np.outer(observed, observed), np.zeros(len(observed))
-        noise += rng.multivariate_normal(zero, relative, len(variance), method="eigh", check_valid="ignore")
+        relative, zero = covariance / np.outer(values, values), np.zeros(len(values))
+        noise += rng.multivariate_normal(zero, relative, draws, method="eigh", check_valid="ignore")
     if between > 0:
         noise += np.sqrt(between) * rng.standard_normal(shape)
-    found = np.array([refit(values) for values in fitted * np.exp(noise)])
-    # NaN: the resampled values are flat, so any exponent fits. Such a draw counts at both ends.
+    return noise
+
+
+def bootstrap_interval(found: list[float]) -> Interval:
+    """Percentile interval of refitted s. NaN: any exponent fits; such a draw counts at both ends."""
     tail = (1 - CONFIDENCE) / 2
     low = float(np.quantile(np.nan_to_num(found, nan=0.0), tail))
     return _to_gamma(low, float(np.quantile(np.nan_to_num(found, nan=S_MAX), 1 - tail)))

@@ -13,7 +13,6 @@ from ..errors import UserError
 from . import settings as rates
 from .settings import Measured, RateSetting
 
-TOLERANCE = 0.35  # largest deviation of an exponent from its prediction in a finite range of errors
 Item = tuple[str, int, list[RateSetting]]  # dynamics, seed, settings
 Bar = Callable[[str, int, str], AbstractContextManager[Any]]
 
@@ -72,10 +71,9 @@ def simulate(
             results[index] = measured
             progress(len(results), len(items))
     found: dict[str, Measured] = {d: {} for d in r.dynamics}
-    for index in sorted(results):
-        own = found[items[index][0]]
+    for index, (dynamics, _, _) in enumerate(items):
         for setting, squared in results[index].items():
-            own[setting] = np.append(own[setting], squared) if setting in own else squared
+            found[dynamics][setting] = np.append(found[dynamics].get(setting, []), squared)
     return found
 
 
@@ -134,13 +132,12 @@ def _point(s: RateSetting, squared: Measured) -> dict[str, Any]:
 
 
 def summary(result: Mapping[str, Any]) -> str:
-    """The exponents of rates.json and whether they are as claimed, as lines of text."""
+    """The exponents of rates.json, measured, predicted in the limit, and expected in the range, as lines of text."""
     lines = []
     for d in result["step_size"]:
         for gamma, entries in result[d].items():
             for method, e in entries.items():
                 low, high = e["interval"]
                 text = f"{d}, gamma {gamma}, {method}: exponent {e['exponent']:.2f} [{low:.2f}, {high:.2f}]"
-                claim = "as claimed" if abs(e["exponent"] - e["predicted"]) <= TOLERANCE else "not as claimed"
-                lines.append(f"{text}, limit {e['predicted']:.2f}: {claim}; model {e['expected_in_range']:.2f}")
+                lines.append(f"{text}, limit {e['predicted']:.2f}, model {e['expected_in_range']:.2f}")
     return "\n".join(lines)

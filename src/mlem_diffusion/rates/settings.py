@@ -26,7 +26,6 @@ _OVER_BASE = "ml_em_over_base"  # ML-EM over f^0, with a random level 1 too; its
 _FIRES = [round(2 ** (j / 2), 3) for j in range(-2, 15)]  # expected fires of the top level: 1/2, 0.7, 1, ... 128
 MIN_POINTS = 4  # fewest points in the fit of an exponent
 Measured = dict["RateSetting", np.ndarray]  # squared errors [replicates] by setting
-Choice = dict[tuple[float, str], list["RateSetting"]]  # settings by gamma and method
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,7 @@ class RateSetting:
     fires: float = 0.0  # of the top level over [0, 1]; the square-root law gives the rates of the other levels
 
     @cached_property
-    def level_costs(self) -> np.ndarray:
-        """T_k [K]."""
+    def level_costs(self) -> np.ndarray:  # T_k [K]
         return 2.0 ** (self.gamma * np.arange(1, self.levels + 1))
 
     @cached_property
@@ -52,9 +50,7 @@ class RateSetting:
     @cached_property
     def p(self) -> np.ndarray:
         """Inclusion probabilities p_k [K] = min(1, lambda_k h), with p_1 = 1."""
-        if self.method == "em":
-            return np.ones(self.levels)
-        p = np.minimum(1.0, self.rates / self.steps)
+        p = np.ones(self.levels) if self.method == "em" else np.minimum(1.0, self.rates / self.steps)
         return p if self.method == _OVER_BASE else np.concatenate([[1.0], p[1:]])
 
     @cached_property
@@ -167,8 +163,8 @@ def cheapest(settings: Sequence[RateSetting], errors: np.ndarray, targets: np.nd
     return list(dict.fromkeys(settings[i[np.argmin(costs[i])]] for i in able if len(i)))
 
 
-def choose(r: Any, mse: np.ndarray, constants: np.ndarray) -> Choice:
-    """The settings to measure, given the mean squared errors [S] of the pilot settings; r: configs, rates."""
+def choose(r: Any, mse: np.ndarray, constants: np.ndarray) -> dict[tuple[float, str], list[RateSetting]]:
+    """The settings to measure by gamma and method, given the mean squared errors [S] of the pilot settings."""
     chosen = {}
     for gamma, method in product(r.gammas, METHODS):
         options = candidates(method, gamma, r.grid, r.levels)

@@ -1,6 +1,7 @@
-"""What is timed, in parts that return rows; torch.utils.benchmark repeats the calls and waits for the device.
+"""Speed of this repository on a device: networks, training, noise and the sampling loop, as rows of one table.
 
-cfg: one size of the configuration, `benchmark.full` or `benchmark.small`.
+Parts return rows; torch.utils.benchmark repeats the calls and waits for the device. cfg: one size of the configuration,
+`benchmark.full` or `benchmark.small`. Values of a row that were not measured, or have no meaning, are None.
 """
 
 import copy
@@ -15,23 +16,28 @@ import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Measurement, Timer
 
-from ..diffusion.brownian import BrownianPath
-from ..diffusion.estimator import SingleLevel
-from ..diffusion.level import Level
-from ..diffusion.process import Process
-from ..diffusion.sampler import sample
-from ..diffusion.step_rules import step_rule
-from ..errors import SlowPath
-from ..models.compiled import FastDenoiser, first_line
-from ..models.family import build_denoiser
-from ..models.flops import flops_per_evaluation
-from ..models.unet import Denoiser
-from ..multilevel.estimators import Multilevel
-from ..multilevel.probabilities import constant_probabilities
-from ..training.step import TrainStep
-from .table import Row, compared, row
+from .diffusion.brownian import BrownianPath
+from .diffusion.estimator import SingleLevel
+from .diffusion.level import Level
+from .diffusion.process import Process
+from .diffusion.sampler import sample
+from .diffusion.step_rules import step_rule
+from .errors import SlowPath
+from .models.compiled import FastDenoiser, first_line
+from .models.family import build_denoiser
+from .models.flops import flops_per_evaluation
+from .models.unet import Denoiser
+from .multilevel.estimators import Multilevel
+from .multilevel.probabilities import constant_probabilities
+from .training.step import TrainStep
 
+Row = dict[str, Any]
 Part = Callable[[], Iterable[Row]]
+HEADINGS = {
+    "what": "what", "width": "width", "batch": "batch", "mode": "mode", "ms": "ms", "spread": "IQR",
+    "tflops": "TFLOP/s", "fraction_of_matmul": "of matmul", "images_per_s": "images/s",
+    "ratio_to_diffusers": "diffusers / ours",
+}  # fmt: skip
 _ROUNDS, _WARM_UP = 3, 5  # a training step is captured as a CUDA graph in its fourth call
 
 
@@ -178,3 +184,56 @@ def denoisers(width: int, size: int, unet: Mapping[str, Any], device: torch.devi
                 nn.init.normal_(parameter, std=0.02)
         denoiser.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return found
+
+
+def row(
+    what: str, mode: str, found: Measurement | None = None, width: int | None = None, batch: int | None = None,
+    flops: float | None = None, repeats: int = 1,
+) -> Row:  # fmt: skip
+    """One row. mode begins with the precision, if any. found: the time of `repeats` repetitions.
+    flops: per image, or in total without a batch."""
+    out: Row = {"what": what, "width": width, "batch": batch, "mode": mode, "ms": None}
+    if found is not None:
+        out.update(ms=1e3 * found.median / repeats, spread=found.iqr / found.median)
+        if flops is not None:
+            out["tflops"] = flops * (batch or 1) / out["ms"] * 1e-9
+            out["images_per_s"] = batch and 1e3 * batch / out["ms"]
+    return out
+
+
+def compared(rows: Sequence[Row]) -> list[Row]:
+    """The rows with fraction_of_matmul, in the same precision (autocast multiplies in bf16), and ratio_to_diffusers."""
+
+    def precision(r: Row) -> str:
+        return r["mode"].split(" ")[0].replace("autocast", "bf16")
+
+    peaks = {precision(r): r.get("tflops") for r in rows if r["what"] == "matmul"}
+    times = {(r["what"], r["width"], r["batch"], r["mode"]): r["ms"] for r in rows}
+    out = []
+    for r in rows:
+        peak, ours = peaks.get(precision(r)), r.get("tflops")
+        theirs = times.get((f"{r['what']}_diffusers", r["width"], r["batch"], r["mode"]))
+        fraction = ours / peak if ours and peak else None
+        ratio = theirs / r["ms"] if theirs and r["ms"] else None
+        out.append({**r, "fraction_of_matmul": fraction, "ratio_to_diffusers": ratio})
+    return out
+
+
+def cell(column: str, value: Any) -> str:
+    if column in ("fraction_of_matmul", "spread") and value is not None:
+        return f"{value:.1%}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+    return "" if value is None else str(value)
+
+
+def report(document: Mapping[str, Any]) -> str:
+    """A line about the device, and the rows of the largest batch as a table, without diffusers' and empty columns."""
+    rows = [r for r in document["rows"] if not r["what"].endswith("_diffusers")]
+    rows = [r for r in rows if r["batch"] in (None, max(o["batch"] or 0 for o in rows if o["what"] == r["what"]))]
+    columns = [c for c in HEADINGS if any(r.get(c) is not None for r in rows)]
+    lines = [[HEADINGS[c] for c in columns], ["---"] * len(columns)]
+    lines += [[cell(c, r.get(c)) for c in columns] for r in rows]
+    head = "{device}, torch {torch}{cuda}, {date:.10}, size {size} ({resolution}x{resolution} images); {timing}."
+    cuda = f", CUDA {document['cuda']}" if document["cuda"] else ""
+    return "\n".join([head.format_map({**document, "cuda": cuda}), "", *(f"| {' | '.join(line)} |" for line in lines)])
