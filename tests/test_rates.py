@@ -58,7 +58,7 @@ def test_the_reference_is_of_order_one_and_a_half_and_negligible():
 
 def test_certain_coins_are_euler_maruyama(replicates):
     n, k = 12, 3
-    x, dw = replicates.start, replicates.increments(n)
+    x, dw = replicates.start, replicates.dw.reshape(n, -1, 2, 60).sum(axis=1)
     for i in range(n):
         x = x + level_drift(replicates, k, x, i / n) / n + replicates.noise * dw[i]
     assert np.allclose(problem.euler(replicates, n, [((1.0,) * (k + 1), ())])[0], x, atol=1e-12)

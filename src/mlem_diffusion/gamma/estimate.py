@@ -9,8 +9,6 @@ import pandas as pd
 
 from .power_law import Fit, Interval, fit
 
-HTMC_THRESHOLD = 2.0
-
 
 @dataclass(frozen=True)
 class LevelErrors:
@@ -116,7 +114,7 @@ def htmc_answer(fits: Mapping[str, Fit]) -> tuple[str, str]:
 def _side(found: Fit) -> int:
     """1 if the interval is above 2, -1 if below, 0 if it contains 2."""
     low, high = found.interval
-    return 1 if low > HTMC_THRESHOLD else -1 if high is not None and high < HTMC_THRESHOLD else 0
+    return 1 if low > 2 else -1 if high is not None and high < 2 else 0
 
 
 def interval_text(interval: Interval) -> str:

@@ -93,14 +93,9 @@ def noise_levels(process: Process, count: int) -> np.ndarray:
 
 @torch.no_grad()
 def squared_differences(
-    levels: Sequence[Level],
-    pairs: Sequence[Pair],
-    images: Tensor,
-    logsnr: np.ndarray,
-    seed: int = 0,
-    batch: int = 128,
+    levels: Sequence[Level], pairs: Sequence[Pair], images: Tensor, logsnr: np.ndarray, seed: int = 0, batch: int = 128,
     progress: Progress = lambda done, total: None,
-) -> np.ndarray:
+) -> np.ndarray:  # fmt: skip
     """Per-image mean squared differences [pairs, M, S] of the levels' outputs, means over channels and pixels.
 
     images [M,C,H,W] in [-1, 1], log-SNRs [S]. Each level is evaluated once for all pairs, on the same noise."""

@@ -156,14 +156,9 @@ LAWS = {"loss_fit": LossLaw, "differences": DifferencesLaw, "to_largest": ToLarg
 
 
 def fit(
-    form: str,
-    flops: np.ndarray,
-    values: np.ndarray,
-    covariance: np.ndarray | None = None,
-    between: float = 0.0,
-    bootstrap: int = 0,
-    seed: int = 0,
-) -> Fit:
+    form: str, flops: np.ndarray, values: np.ndarray, covariance: np.ndarray | None = None, between: float = 0.0,
+    bootstrap: int = 0, seed: int = 0,
+) -> Fit:  # fmt: skip
     """Fit one of the `LAWS` to FLOPs [K] per evaluation and values [n] (n = K for loss_fit, else K - 1).
 
     covariance [n, n]: of the values over held-out images. between: the variance of each value's logarithm between

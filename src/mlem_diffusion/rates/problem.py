@@ -77,10 +77,6 @@ class Replicates:
         """The parameters [2 + 2 d, FEATURES, R] of levels [R] of replicates [R]."""
         return np.take(self.parameters, level * self.count + replicate, axis=2)
 
-    def increments(self, n: int) -> np.ndarray:
-        """The increments of W [n, d, P] over n equal steps; n must divide N."""
-        return self.dw.reshape(n, self.grid // n, *self.dw.shape[1:]).sum(axis=1)
-
 
 def draw(key: Sequence[int], count: int, levels: int, grid: int, noise: float) -> Replicates:
     """Draw `count` replicates with levels 1..`levels`, a Brownian grid of `grid` steps, and s = `noise`."""
@@ -110,7 +106,7 @@ def solve(start: np.ndarray, dw: np.ndarray, area: np.ndarray, noise: float) -> 
 
 
 def euler(replicates: Replicates, n: int, runs: Sequence[Run]) -> np.ndarray:
-    """X(1) [S, d, P] by ML-EM with n steps, for S runs on the replicates' Brownian paths.
+    """X(1) [S, d, P] by ML-EM with n steps (a divisor of N), for S runs on the replicates' Brownian paths.
 
     A run has probabilities p of levels 0..K with p_0 = 1; if all are 1, it is EM with level K. One step is
     X' = X + h sum_k (B_k / p_k) (f^k - f^{k-1})(X) + s dW with f^{-1} = 0 and independent coins B_k."""
@@ -123,7 +119,7 @@ def euler(replicates: Replicates, n: int, runs: Sequence[Run]) -> np.ndarray:
     nonlinear = (base > 0).astype(float)
     streams = [np.random.default_rng([*replicates.key, _COINS, n, *key]) for _, key in runs]
     coins = [(s, k, p[k]) for s, (p, _) in enumerate(runs) for k in range(always[s] + 1, len(p))]
-    dw = replicates.noise * replicates.increments(n)
+    dw = replicates.noise * replicates.dw.reshape(n, -1, DIMENSION, count).sum(axis=1)  # over n equal steps
     x = np.tile(replicates.start, len(runs))
     for first in range(0, n, CHUNK):
         length = min(CHUNK, n - first)
