@@ -59,10 +59,10 @@ def measure(
         count = f"{len(falls['violations'])} of {falls['checks']} checks"
         warnings.append(f"Squared differences between levels rise with the level in {count} (differences_fall).")
     warnings += overfitting_warnings(names, [e["images"] for e in lengths], losses)
-    facts = {"made_with": identity_of(family), "held_out_images": len(held_out), "training_lengths": lengths}
+    facts: dict[str, Any] = {"made_with": identity_of(family), "held_out_images": len(held_out)}
     if again:  # standard deviations of the logarithm of a root-mean-square error: half those for the squared error
         facts["between_seeds"] = {"log_error_sd": {form: float(np.sqrt(v)) / 2 for form, v in between.items()}}
-    return {**result, "differences_fall": falls, "warnings": warnings, **facts}
+    return {**result, "differences_fall": falls, "warnings": warnings, **facts, "training_lengths": lengths}
 
 
 def family_pairs(levels: int) -> list[Pair]:
