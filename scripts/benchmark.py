@@ -5,8 +5,7 @@ import time
 
 import torch
 
-from mlem_diffusion.benchmark.parts import measure, parts_of
-from mlem_diffusion.benchmark.table import report
+from mlem_diffusion.benchmark import measure, parts_of, report
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.experiment.environment import commit, device_model, package_version
 from mlem_diffusion.experiment.stage import Experiment, stage

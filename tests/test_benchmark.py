@@ -12,8 +12,8 @@ import torch
 from torch.utils.benchmark import Measurement
 from torch.utils.benchmark.utils.common import TaskSpec
 
-from mlem_diffusion.benchmark import parts, table
-from mlem_diffusion.benchmark.networks import denoisers
+from mlem_diffusion import benchmark
+from mlem_diffusion.benchmark import denoisers, row
 from mlem_diffusion.diffusion.process import LinearSchedule, Process
 from mlem_diffusion.errors import Interrupted
 from mlem_diffusion.models.flops import flops_per_evaluation
@@ -34,12 +34,12 @@ def took(seconds: float) -> Measurement:
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[table.Row]:
-    found = parts.measure(parts.parts_of(CFG, PROCESS, CPU), lambda done, total: None, bool)
+def rows() -> list[benchmark.Row]:
+    found = benchmark.measure(benchmark.parts_of(CFG, PROCESS, CPU), lambda done, total: None, bool)
     return json.loads(json.dumps(found, allow_nan=False))
 
 
-def test_a_complete_run(rows: list[table.Row]) -> None:
+def test_a_complete_run(rows: list[benchmark.Row]) -> None:
     ours = [(r["what"], r["width"], r["batch"]) for r in rows if not r["what"].endswith("_diffusers")]
     networks = [("forward", 4, 2), ("forward", 4, 1), ("train", 4, 4)]
     assert ours == [("matmul", None, None), *networks, *[("sampler", None, 2)] * 4]
@@ -53,8 +53,8 @@ def test_a_complete_run(rows: list[table.Row]) -> None:
 
 
 def test_failed_parts_leave_a_reason_and_rows_are_saved_after_each_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken() -> Iterator[table.Row]:
-        yield table.row("forward", "float32 bad", took(0.5))
+    def broken() -> Iterator[benchmark.Row]:
+        yield row("forward", "float32 bad", took(0.5))
         raise RuntimeError("out of memory\nmore")
 
     def stop(done: int, total: int) -> None:
@@ -62,10 +62,10 @@ def test_failed_parts_leave_a_reason_and_rows_are_saved_after_each_part(monkeypa
             raise Interrupted("asked")
 
     monkeypatch.delattr(torch, "compile")  # an eager network is not reported as compiled
-    saved: list[list[table.Row]] = []
-    todo = {"bad": broken, "forward w4 compiled": lambda: parts.forward(CFG, CPU, 4, "compiled"), "never": broken}
+    saved: list[list[benchmark.Row]] = []
+    todo = {"bad": broken, "forward w4 compiled": lambda: benchmark.forward(CFG, CPU, 4, "compiled"), "never": broken}
     with pytest.raises(Interrupted):
-        parts.measure(todo, stop, saved.append)
+        benchmark.measure(todo, stop, saved.append)
     assert [len(rows) for rows in saved] == [2, 3] and [r["ms"] for r in saved[-1]] == [500, None, None]
     assert saved[-1][1]["mode"] == "bad: out of memory" and "compilation failed" in saved[-1][2]["mode"]
 
@@ -81,20 +81,29 @@ def test_diffusers_network_has_the_same_flops_and_parameters(unet: dict[str, Any
 
 
 def test_fractions_and_ratios_take_equal_precisions_and_shapes() -> None:
-    rows = [table.row("matmul", "float32", took(1e-3), flops=1e9), table.row("matmul", "bf16", took(1e-3), flops=4e9)]
-    rows += [table.row("train", "autocast", took(1e-3), batch=1, flops=1e9), table.row("sampler", "ddpm", took(1.0))]
-    rows += [table.row("train_diffusers", "autocast", took(3e-3), batch=1), table.row("train", "bf16", batch=1)]
-    found = table.compared(rows)
+    rows = [
+        row("matmul", "float32", took(1e-3), flops=1e9),
+        row("matmul", "bf16", took(1e-3), flops=4e9),
+    ]
+    rows += [
+        row("train", "autocast", took(1e-3), batch=1, flops=1e9),
+        row("sampler", "ddpm", took(1.0)),
+    ]
+    rows += [row("train_diffusers", "autocast", took(3e-3), batch=1), row("train", "bf16", batch=1)]
+    found = benchmark.compared(rows)
     assert [r["fraction_of_matmul"] for r in found] == [1, 1, 0.25, None, None, None]
     assert [r["ratio_to_diffusers"] for r in found] == [None, None, pytest.approx(3), None, None, None]
 
 
-def test_the_table(rows: list[table.Row]) -> None:
-    text = table.report({**HEAD, "timing": "median", "rows": rows})
+def test_the_table(rows: list[benchmark.Row]) -> None:
+    text = benchmark.report({**HEAD, "timing": "median", "rows": rows})
     assert text.startswith("a card, torch 2, CUDA 13, 2026-01-02, size small (16x16 images); median.\n\n| what |")
     assert "_diffusers" not in text and re.findall(r"\| forward \| 4 \| (\d+) ", text) == ["2"]
-    peak, failed = table.row("matmul", "bf16", took(1.5e-3), flops=2.0 * 8192**3), table.row("forward", "f", width=8)
-    lines = table.report({**HEAD, "timing": "", "rows": [peak, failed]}).splitlines()
+    peak, failed = (
+        row("matmul", "bf16", took(1.5e-3), flops=2.0 * 8192**3),
+        row("forward", "f", width=8),
+    )
+    lines = benchmark.report({**HEAD, "timing": "", "rows": [peak, failed]}).splitlines()
     assert lines[2] == "| what | width | mode | ms | IQR | TFLOP/s |"
     assert lines[4:] == ["| matmul |  | bf16 | 1.5 | 0.0% | 733 |", "| forward | 8 | f |  |  |  |"]
 
@@ -103,5 +112,5 @@ def test_the_table(rows: list[table.Row]) -> None:
 def test_committed_files_are_readable(name: str) -> None:
     document = json.loads((ROOT / "results" / "benchmark" / f"{name}.json").read_text())
     ratios = [r["ratio_to_diffusers"] for r in document["rows"]]
-    assert "| matmul |" in table.report(document)
-    assert [r["ratio_to_diffusers"] for r in table.compared(document["rows"])] == pytest.approx(ratios)
+    assert "| matmul |" in benchmark.report(document)
+    assert [r["ratio_to_diffusers"] for r in benchmark.compared(document["rows"])] == pytest.approx(ratios)

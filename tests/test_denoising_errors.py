@@ -7,7 +7,7 @@ from toys import gaussian_level, gaussian_variance, process, toy_family
 
 from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.diffusion.process import alpha_sigma
-from mlem_diffusion.gamma.denoising_errors import family_pairs, noise_levels, squared_differences
+from mlem_diffusion.gamma.measurement import family_pairs, noise_levels, squared_differences
 
 IMAGES = 0.5 * torch.randn(10, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LOGSNR = np.array([-6.0, -1.0, 0.5, 7.0])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mlem_diffusion.benchmark.table import report
+from mlem_diffusion.benchmark import report
 
 ROOT = Path(__file__).resolve().parents[1]
 README, RESULTS, SPEED = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "speed.md"

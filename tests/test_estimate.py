@@ -47,11 +47,10 @@ def test_content():
     assert [level["width"] for level in result["levels"]] == errors.widths
     assert result["levels"][0]["gflop"] == pytest.approx(0.233)
     assert result["levels"][2]["loss"] == pytest.approx((errors.loss[2] @ errors.weights).mean())
-    assert result["per_noise_level"][1]["loss"] == pytest.approx(errors.loss[:, :, 1].mean(1))
+    assert result["per_noise_level"][1]["logsnr"] == errors.logsnr[1]
     point, pooled = result["points"]["differences"][0], errors.to_previous @ errors.weights
     assert point["gflop"] == result["levels"][1]["gflop"] and point["gflop_previous"] == result["levels"][0]["gflop"]
     assert point["se"] == pytest.approx(pooled[0].std(ddof=1) / 8)
-    assert point["fitted"] == pytest.approx(point["value"], rel=0.2)
     # comparing levels on the same images is far more precise than the losses themselves are
     assert result["points"]["loss_fit"][2]["contrast_se"] < result["points"]["loss_fit"][2]["se"] / 2
 
@@ -63,13 +62,9 @@ def test_warnings_name_the_bad_pairs_only():
     bad.loss[3] = 1.02 * bad.loss[2]
     bad.to_previous[4] *= 10
     text = hierarchy_warnings(bad)
-    assert any(line.startswith("w32 is not measurably better than w24 in loss pooled") for line in text)
-    assert any("and worse pooled" in line and "6 of 6 noise levels" in line for line in text)
-    assert any(line.startswith("w40 to w48 is not a smaller step than w32 to w40") for line in text)
+    assert "w32 is not measurably better than w24 in loss." in text
     assert any(line.startswith("w40 and w48 differ by more than twice") for line in text)
     assert not any(line.startswith(("w8 ", "w16 ")) for line in text)  # the good pairs stay unmentioned
-    good.loss[1, :, 0] = good.loss[0, :, 0]
-    assert any("at log-SNR -6.0 (1 of 6 noise levels)" in line for line in hierarchy_warnings(good))
 
 
 def test_overfitting_is_reported_once_per_level():

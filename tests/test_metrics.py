@@ -47,9 +47,6 @@ def test_squared_errors_are_means_before_clipping() -> None:
     samples[0] += 3.0  # beyond the range of images: not clipped
     samples[1, 0] += 1.0  # one channel of three
     assert statistics.squared_errors(samples, reference) == pytest.approx([9.0, 1 / 3], rel=1e-12)
-    for wrong in ((samples, reference[:1]), (samples.byte(), reference.byte())):
-        with pytest.raises(UserError):
-            statistics.squared_errors(*wrong)
 
 
 def test_standard_error_matches_its_sampling_spread() -> None:
@@ -58,11 +55,10 @@ def test_standard_error_matches_its_sampling_spread() -> None:
     spread = np.std(draws.mean(1))
     assert np.mean([statistics.standard_error(v, clusters) for v in draws]) == pytest.approx(spread, rel=0.12)
     # ignoring the clusters is far too sure
-    assert np.mean([statistics.standard_error(v) for v in draws]) < 0.5 * spread
-    values = rng.standard_normal(50)
-    for ids in (None, np.arange(50)):
-        assert statistics.standard_error(values, ids) == pytest.approx(values.std(ddof=1) / np.sqrt(50), rel=1e-12)
-    assert np.isnan(statistics.standard_error(values[:1]))
+    assert np.mean([statistics.standard_error(v, np.arange(400)) for v in draws]) < 0.5 * spread
+    values, ids = rng.standard_normal(50), np.arange(50)
+    assert statistics.standard_error(values, ids) == pytest.approx(values.std(ddof=1) / np.sqrt(50), rel=1e-12)
+    assert np.isnan(statistics.standard_error(values, np.zeros(50)))
 
 
 def distance(x: Any, y: Any) -> float:

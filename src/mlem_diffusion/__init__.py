@@ -4,34 +4,20 @@ This package exports all that you need to sample with your own networks. Trainin
 sub-packages of their own.
 """
 
-from .diffusion.brownian import BrownianPath
-from .diffusion.estimator import SingleLevel, Stitched
-from .diffusion.level import Level
-from .diffusion.process import CosineSchedule, LinearSchedule, Process
-from .diffusion.sampler import sample
-from .diffusion.step_rules import step_rule
-from .errors import UserError
-from .models.adapters import adapt, from_diffusers, guided
-from .multilevel.calibrate import calibrate
-from .multilevel.estimators import Multilevel, Quadrature
-from .multilevel.probabilities import constant_probabilities
-
-__all__ = [
-    "BrownianPath",
-    "CosineSchedule",
-    "Level",
-    "LinearSchedule",
-    "Multilevel",
-    "Process",
-    "Quadrature",
-    "SingleLevel",
-    "Stitched",
-    "UserError",
-    "adapt",
-    "calibrate",
-    "constant_probabilities",
-    "from_diffusers",
-    "guided",
-    "sample",
-    "step_rule",
-]
+from .diffusion.brownian import BrownianPath as BrownianPath
+from .diffusion.estimator import SingleLevel as SingleLevel
+from .diffusion.estimator import Stitched as Stitched
+from .diffusion.level import Level as Level
+from .diffusion.process import CosineSchedule as CosineSchedule
+from .diffusion.process import LinearSchedule as LinearSchedule
+from .diffusion.process import Process as Process
+from .diffusion.sampler import sample as sample
+from .diffusion.step_rules import step_rule as step_rule
+from .errors import UserError as UserError
+from .models.adapters import adapt as adapt
+from .models.adapters import from_diffusers as from_diffusers
+from .models.adapters import guided as guided
+from .multilevel.calibrate import calibrate as calibrate
+from .multilevel.estimators import Multilevel as Multilevel
+from .multilevel.estimators import Quadrature as Quadrature
+from .multilevel.probabilities import constant_probabilities as constant_probabilities

@@ -24,28 +24,14 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     if isinstance(error, RuntimeError):
-        return str(error) in _EXACT or any(word in str(error) for word in _WORDS)
+        return str(error) in _EXACT or any(word in str(error) for word in _PART)
     return isinstance(error, ImportError) and "failed to map segment" in str(error)  # a library loaded on first use
 
 
-_WORDS = (
-    "can't allocate memory",
-    "std::bad_alloc",
-    "not enough memory",
-    "CUDA out of memory",
-    "can't start new thread",
-)
+_PART = ("can't allocate memory", "std::bad_alloc", "not enough memory", "CUDA out of memory", "can't start new thread")
 # oneDNN; its messages for unsupported operations begin alike but are longer
 _EXACT = ("could not create a primitive", "could not execute a primitive")
 
-# messages for errors of the operating system
-SYSTEM_ERRORS = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EROFS: "the disk cannot be written",
-    errno.EACCES: "a file may not be read or written",
-    errno.EPERM: "a file may not be read or written",
-    errno.EIO: "the disk has an input/output error",
-    errno.EMFILE: "too many files are open",
-    errno.ENFILE: "too many files are open",
-}
+# errors of the operating system that the user can mend: disk full or read-only, no permission, too many open files
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+SYSTEM_ERRORS = (*_DISK, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)

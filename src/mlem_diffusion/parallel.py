@@ -66,12 +66,8 @@ def never() -> bool:
 
 # ----------------------------------------------------------------------------------------- workers on a CPU
 
-_stop = threading.Event()  # in a worker: set when the parent asks it to save and stop
-
-
-def stop_requested() -> bool:
-    """In a worker: whether its parent asked it to stop."""
-    return _stop.is_set()
+_stop = threading.Event()
+stop_requested = _stop.is_set  # in a worker: whether its parent asked it to save and stop
 
 
 def run(
@@ -80,8 +76,7 @@ def run(
     """Yield (index, function(item)) as they finish, from this process or from `workers` processes side by side.
 
     function must be importable; long work in it should look at `stop_requested`. The first error stops all. Raises
-    Interrupted between items if should_stop() is true, UserError if a worker was killed.
-    """
+    Interrupted between items if should_stop() is true, UserError if a worker was killed."""
     if workers <= 1:
         for index, item in enumerate(items):
             yield index, function(item)

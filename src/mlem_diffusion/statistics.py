@@ -9,36 +9,20 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .errors import UserError
-
 
 def squared_errors(samples: Tensor, reference: Tensor) -> np.ndarray:
     """Mean squared difference of each image, float64 [N], for two float stacks [N, 3, H, W] (unclipped)."""
-    if samples.shape != reference.shape or samples.ndim != 4:
-        raise UserError(
-            f"Samples {tuple(samples.shape)} and reference {tuple(reference.shape)} must be stacks of the same shape."
-        )
-    if not (samples.is_floating_point() and reference.is_floating_point()):
-        raise UserError("Squared errors need unclipped float images, not 8-bit images.")
     difference = samples.detach().cpu().double() - reference.detach().cpu().double()
     return difference.square().flatten(1).mean(1).numpy()
 
 
-def standard_error(values: np.ndarray, clusters: np.ndarray | None = None) -> float:
-    """Standard error of the mean of values [N]; NaN with fewer than two values or clusters.
+def standard_error(values: np.ndarray, clusters: np.ndarray) -> float:
+    """Standard error of the mean of values [N]; NaN with fewer than two clusters.
 
     `clusters` [N] has an id per value, one id per shared coin draw. Values of one cluster count as dependent (the usual
-    cluster-robust formula with the factor G / (G - 1)).
-    """
-    values = np.asarray(values, dtype=np.float64)
-    residual = values - values.mean() if values.size else values
-    if clusters is None:
-        sums = residual
-    else:
-        if len(clusters) != len(values):
-            raise UserError(f"{len(values)} values need as many cluster ids, not {len(clusters)}.")
-        _, index = np.unique(np.asarray(clusters), return_inverse=True)
-        sums = np.bincount(index.ravel(), weights=residual)
+    cluster-robust formula with the factor G / (G - 1))."""
+    _, index = np.unique(clusters, return_inverse=True)
+    sums = np.bincount(index.ravel(), weights=values - values.mean())
     groups = len(sums)
     if groups < 2:
         return float("nan")
@@ -48,8 +32,7 @@ def standard_error(values: np.ndarray, clusters: np.ndarray | None = None) -> fl
 def frontier(rows: Iterable[dict[str, Any]], cost: str, measure: str) -> list[dict[str, Any]]:
     """The lower-left frontier, cheapest first: the rows with a smaller `measure` than all rows of equal or lower cost.
 
-    Rows with a missing or non-positive cost or measure are left out, such as the reference compared with itself.
-    """
+    Rows with a missing or non-positive cost or measure are left out, such as the reference compared with itself."""
     usable = [r for r in rows if (r.get(cost) or 0) > 0 and (r.get(measure) or 0) > 0]
     best: list[dict[str, Any]] = []
     for row in sorted(usable, key=lambda r: (r[cost], r[measure])):

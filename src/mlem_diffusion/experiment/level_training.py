@@ -15,7 +15,7 @@ from ..diffusion.step_rules import step_rule
 from ..figures import style
 from ..figures.image_grid import image_grid
 from ..files import locked, sha256_of, write_json
-from ..gamma.denoising_errors import noise_levels, squared_differences
+from ..gamma.measurement import noise_levels, squared_differences
 from ..models import published
 from ..models.checkpoint import load_state
 from ..models.compiled import FastDenoiser

@@ -109,7 +109,7 @@ def report(name: str, error: BaseException) -> int:
         status = signals.STOPPED
     elif isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
         where = f" ({error.filename})" if error.filename else ""
-        text = f"{SYSTEM_ERRORS[error.errno]}{where}: fix this and run the same command again."
+        text = f"{error.strerror}{where}: fix this and run the same command again."
     elif is_out_of_memory(error):
         text = (
             "there is not enough memory: use smaller batches (compare.batch, gamma.batch), more parts of a batch "

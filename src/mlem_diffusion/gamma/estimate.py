@@ -1,15 +1,13 @@
 """Gamma with intervals from the measured errors of a family, and the answer to gamma > 2."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from .power_law import LAWS, Fit, Interval, fit
-
-HTMC_THRESHOLD = 2.0
+from .power_law import Fit, Interval, fit
 
 
 @dataclass(frozen=True)
@@ -36,52 +34,58 @@ class LevelErrors:
 def estimate(errors: LevelErrors, seed: int, bootstrap: int, between: Mapping[str, float] | None = None) -> dict:
     """The estimates of gamma by all laws, pooled over noise levels and at each noise level, ready for JSON.
 
-    Amplitudes are for T in GFLOP. per_noise_level has no bootstrap, only profile intervals. between: for each law, the
-    variance of a value's logarithm between training seeds (`training_seeds.seed_spread`), for the pooled intervals."""
-    pooled = {form: values @ errors.weights for form, values in errors.by_form.items()}  # [n, M]
-    fits = {}
-    for form, values in pooled.items():
-        noise = {"covariance": np.cov(values) / values.shape[1], "bootstrap": bootstrap, "seed": seed}
-        fits[form] = fit(form, errors.flops, values.mean(1), between=(between or {}).get(form, 0.0), **noise)
+    Amplitudes are for T in GFLOP. per_noise_level has no bootstrap, only profile intervals. between: the variances of
+    `seed_variances`, for the pooled intervals."""
+    fits, points = {}, {}
+    for form, values in errors.by_form.items():
+        pooled = values @ errors.weights  # [n, M]
+        covariance = np.cov(pooled) / pooled.shape[1]
+        variance = (between or {}).get(form, 0.0)
+        fits[form] = fit(form, errors.flops, pooled.mean(1), covariance, variance, bootstrap, seed)
+        points[form] = _points(errors.flops / 1e9, form, pooled)
     htmc, reason = htmc_answer(fits)
-    loss = {"loss": pooled["loss_fit"].mean(1), "loss_se": standard_errors(pooled["loss_fit"])}
     levels = {"name": errors.names, "width": errors.widths, "gflop": errors.flops / 1e9, "images": errors.images}
-    hidden = ("fitted", "falls")
+    levels["loss"] = (errors.loss @ errors.weights).mean(1)
     return {
-        "unit": "FLOPs",
-        "estimates": {form: {k: v for k, v in vars(f).items() if k not in hidden} for form, f in fits.items()},
+        "estimates": {form: {k: v for k, v in vars(f).items() if k != "falls"} for form, f in fits.items()},
         "htmc": htmc,
         "htmc_reason": reason,
-        "levels": pd.DataFrame({**levels, **loss}).to_dict("records"),
-        "points": {form: _points(errors, form, values, fits[form].fitted) for form, values in pooled.items()},
-        "per_noise_level": [_at_noise_level(errors, j) for j in range(len(errors.logsnr))],
+        "levels": pd.DataFrame(levels).to_dict("records"),
+        "points": points,
+        "per_noise_level": [
+            {"logsnr": float(value), "estimates": _at_noise_level(errors, j)} for j, value in enumerate(errors.logsnr)
+        ],
     }
 
 
-def _points(errors: LevelErrors, form: str, values: np.ndarray, fitted: np.ndarray | None) -> list[dict]:
+def _points(gflop: np.ndarray, form: str, values: np.ndarray) -> list[dict]:
     """The pooled values [n, M] of a law as points of a plot."""
-    n, gflop = len(values), errors.flops / 1e9
-    columns: dict[str, Any] = {"gflop": gflop[1:] if form == "differences" else gflop[:n]}
-    columns |= {"value": values.mean(1), "se": standard_errors(values), "fitted": fitted}
+    columns = {"gflop": gflop[: len(values)], "value": values.mean(1), "se": standard_errors(values)}
     if form == "loss_fit":
         # images differ far more than levels do, so levels are compared by their loss minus the mean over all levels
         columns["contrast_se"] = standard_errors(values - values.mean(0))
     if form == "differences":
-        columns["gflop_previous"] = gflop[:-1]
+        columns |= {"gflop": gflop[1:], "gflop_previous": gflop[:-1]}
     return pd.DataFrame(columns).to_dict("records")
 
 
 def _at_noise_level(errors: LevelErrors, j: int) -> dict[str, Any]:
-    means = {form: values[:, :, j].mean(1) for form, values in errors.by_form.items()}
-    fits = {form: fit(form, errors.flops, means[form]) for form in LAWS}
-    return {
-        "logsnr": float(errors.logsnr[j]),
-        "weight": float(errors.weights[j]),
-        "estimates": {form: {"gamma": f.gamma, "interval": f.interval} for form, f in fits.items()},
-        "loss": means["loss_fit"].tolist(),
-        "to_previous": means["differences"].tolist(),
-        "to_largest": means["to_largest"].tolist(),
-    }
+    fits = {form: fit(form, errors.flops, values[:, :, j].mean(1)) for form, values in errors.by_form.items()}
+    return {form: {"gamma": f.gamma, "interval": f.interval} for form, f in fits.items()}
+
+
+def seed_variances(groups: Sequence[tuple[str, Sequence[np.ndarray]]], weights: np.ndarray) -> dict[str, float]:
+    """The variance of a value's logarithm between training seeds, by law; it excludes what they share (data, recipe).
+
+    Each group holds one value of a law per seed, as squared errors [M, S], for a level that was trained again. Usually
+    these are the cheapest levels, and their spread stands for that of all. Two separately trained levels enter a value
+    of `differences`, so its variance is twice that of retraining one of them."""
+    squares, dof = {}, {}
+    for form, values in groups:
+        logs = np.log([float((value @ weights).mean()) for value in values])
+        squares[form] = squares.get(form, 0.0) + float(((logs - logs.mean()) ** 2).sum())
+        dof[form] = dof.get(form, 0) + len(logs) - 1
+    return {form: (2 if form == "differences" else 1) * squares[form] / dof[form] for form in dof}
 
 
 def htmc_answer(fits: Mapping[str, Fit]) -> tuple[str, str]:
@@ -110,7 +114,7 @@ def htmc_answer(fits: Mapping[str, Fit]) -> tuple[str, str]:
 def _side(found: Fit) -> int:
     """1 if the interval is above 2, -1 if below, 0 if it contains 2."""
     low, high = found.interval
-    return 1 if low > HTMC_THRESHOLD else -1 if high is not None and high < HTMC_THRESHOLD else 0
+    return 1 if low > 2 else -1 if high is not None and high < 2 else 0
 
 
 def interval_text(interval: Interval) -> str:

@@ -1,26 +1,27 @@
-"""The content of gamma.json: errors and estimates of a trained family at all its training lengths."""
+"""Denoising errors of a family on held-out images, and the content of gamma.json."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from itertools import chain, combinations
+from itertools import combinations
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from ..diffusion.brownian import initial_noise
 from ..diffusion.level import Level
-from ..diffusion.process import Process
+from ..diffusion.process import Process, add_noise
 from ..errors import UserError
 from ..models.family import identity_of
 from ..multilevel.level_checks import differences_fall
-from .denoising_errors import family_pairs, noise_levels, squared_differences
-from .estimate import LevelErrors, estimate, interval_text, standard_errors
-from .training_seeds import Repeat, repeat_pairs, seed_spread
+from .estimate import LevelErrors, estimate, interval_text, seed_variances, standard_errors
 
-POOLING = "mean squared error of the drift in log-SNR: weights alpha^2 d(logsnr) over the sampler's range"
 Metadata = Sequence[Mapping[str, Any]]
 Load = Callable[[Mapping[str, Any], int], Level]
-Bar = Callable[[str, int, str], AbstractContextManager[Any]]
+Progress = Callable[[int, int], object]
+Bar = Callable[[str, int, str], AbstractContextManager[Progress]]
+Pair = tuple[int, int | None]  # two levels, by index; None is the clean image
 
 
 def measure(
@@ -33,67 +34,87 @@ def measure(
     value is called with (done, total)."""
     if len(family) < 3:
         raise UserError("gamma needs at least three levels (family.widths), better seven.")
-    lengths, losses = [], []
-    count = min(len(m["snapshots"]) for m in [*family, *again])
-    for i in range(count):  # counted from the end: the last snapshot of every level is its final one
-        levels = [load(m, i - count) for m in [*family, *again]]
-        images = [m["snapshots"][i - count]["images"] for m in family]
-        with bar(f"training length {i + 1}", settings.noise_levels, "noise level") as progress:
-            errors, repeats = level_errors(family, again, levels, images, held_out, process, settings, progress)
-        losses.append(errors.loss @ errors.weights)
-        fraction = round(images[0] / family[0]["images"], 3)
-        lengths.append({"fraction": fraction, "images": images, **_estimates(errors, repeats, settings)})
-    result = {k: v for k, v in lengths[-1].items() if k not in ("fraction", "images")}
-    overfitting = overfitting_warnings([m["name"] for m in family], [e["images"] for e in lengths], losses)
-    return result | {
-        "warnings": [*result["warnings"], *overfitting],
-        "pooling": POOLING,
-        "weights_used": "EMA",
-        "made_with": identity_of(family),
-        "held_out_images": len(held_out),
-        "training_lengths": [{k: v for k, v in e.items() if k != "per_noise_level"} for e in lengths],
-    }
-
-
-def level_errors(
-    family: Metadata,
-    again: Metadata,
-    levels: Sequence[Level],
-    images: list[int],
-    held_out: Tensor,
-    process: Process,
-    settings: Any,
-    progress: Callable[[int, int], object],
-) -> tuple[LevelErrors, list[Repeat]]:
-    """Errors of the family's levels and of those trained again, which follow them; images: seen in training."""
-    k, widths = len(family), [m["width"] for m in family]
-    repeated = [widths.index(m["width"]) for m in again]
-    own = repeat_pairs(k, repeated)
-    pairs = [*family_pairs(k), *chain(*own)]
+    k, every, widths = len(family), [*family, *again], [m["width"] for m in family]
+    groups = seed_pairs(k, [widths.index(m["width"]) for m in again])
+    pairs = list(dict.fromkeys([*family_pairs(k), *(pair for _, own in groups for pair in own)]))
     logsnr = noise_levels(process, settings.noise_levels)
-    found = squared_differences(levels, pairs, held_out, logsnr, settings.seed, settings.batch, progress)
-    loss, to_previous, to_largest, rest = np.split(found, [k, 2 * k - 1, 3 * k - 2])
-    flops = np.array([m["flops"] for m in family], dtype=np.float64)
     weights, names = process.drift_weights(logsnr), [m["name"] for m in family]
-    errors = LevelErrors(widths, names, flops, images, logsnr, weights, loss, to_previous, to_largest)
-    values = np.split(rest, np.cumsum([len(group) for group in own]))
-    seeds = [m["train_seed"] for m in again]
-    return errors, [(k, seed, list(group)) for k, seed, group in zip(repeated, seeds, values, strict=False)]
-
-
-def _estimates(errors: LevelErrors, repeats: Sequence[Repeat], settings: Any) -> dict[str, Any]:
-    """gamma at one training length, including the spread between training seeds, and checks of the hierarchy."""
-    found = estimate(errors, settings.seed, settings.bootstrap)
-    if repeats:
-        without, (variance, entry) = found["estimates"], seed_spread(errors, repeats)
-        found = estimate(errors, settings.seed, settings.bootstrap, variance) | {"between_seeds": entry}
-        for name, one in found["estimates"].items():
-            one["interval_without_seeds"] = without[name]["interval"]
+    flops = np.array([m["flops"] for m in family], dtype=np.float64)
+    lengths, losses = [], []
+    count = min(len(m["snapshots"]) for m in every)
+    for i in range(-count, 0):  # counted from the end: the last snapshot of every level is its final one
+        levels, images = [load(m, i) for m in every], [m["snapshots"][i]["images"] for m in family]
+        with bar(f"training length {i + count + 1}", settings.noise_levels, "noise level") as progress:
+            found = squared_differences(levels, pairs, held_out, logsnr, settings.seed, settings.batch, progress)
+        loss, to_previous, to_largest, _ = np.split(found, [k, 2 * k - 1, 3 * k - 2])
+        errors = LevelErrors(widths, names, flops, images, logsnr, weights, loss, to_previous, to_largest)
+        of_pair = dict(zip(pairs, found, strict=True))
+        between = seed_variances([(form, [of_pair[p] for p in own]) for form, own in groups], weights)
+        result = estimate(errors, settings.seed, settings.bootstrap, between)
+        drawn = {key: result[key] for key in ("estimates", "levels", "points")}
+        lengths.append({"fraction": round(images[0] / family[0]["images"], 3), "images": images, **drawn})
+        losses.append(loss @ weights)
     falls, warnings = differences_fall(errors), hierarchy_warnings(errors)
     if falls["violations"]:
         count = f"{len(falls['violations'])} of {falls['checks']} checks"
         warnings.append(f"Squared differences between levels rise with the level in {count} (differences_fall).")
-    return {**found, "differences_fall": falls, "warnings": warnings}
+    warnings += overfitting_warnings(names, [e["images"] for e in lengths], losses)
+    facts: dict[str, Any] = {"made_with": identity_of(family), "held_out_images": len(held_out)}
+    if again:  # standard deviations of the logarithm of a root-mean-square error: half those for the squared error
+        facts["between_seeds"] = {"log_error_sd": {form: float(np.sqrt(v)) / 2 for form, v in between.items()}}
+    return {**result, "differences_fall": falls, "warnings": warnings, **facts, "training_lengths": lengths}
+
+
+def family_pairs(levels: int) -> list[Pair]:
+    """The pairs of a family: each level with the clean image, with the level below, and with the largest level."""
+    loss: list[Pair] = [(k, None) for k in range(levels)]
+    return loss + [(k, k - 1) for k in range(1, levels)] + [(k, levels - 1) for k in range(levels - 1)]
+
+
+def seed_pairs(levels: int, repeated: Sequence[int]) -> list[tuple[str, list[Pair]]]:
+    """Values of the laws that differ by training seed: a law, and one pair per seed.
+
+    repeated: the index k of each level trained again; these follow the family's `levels` in the list of levels."""
+    groups: list[tuple[str, list[Pair]]] = []
+    for k in sorted(set(repeated)):
+        own = [k, *(i for i, level in enumerate(repeated, start=levels) if level == k)]
+        groups += [("loss_fit", [(i, None) for i in own]), ("to_largest", [(i, levels - 1) for i in own])]
+        groups.append(("differences", [(k + 1, i) for i in own]))
+        if k > 0:
+            groups.append(("differences", [(i, k - 1) for i in own]))
+    return groups
+
+
+def noise_levels(process: Process, count: int) -> np.ndarray:
+    """`count` ascending log-SNRs: the midpoints of equal parts of the sampler's path, and its two ends."""
+    inner = process.logsnr_at((np.arange(count - 2) + 0.5) / (count - 2))
+    return np.concatenate([[process.logsnr_min], inner, [process.logsnr_max]])
+
+
+@torch.no_grad()
+def squared_differences(
+    levels: Sequence[Level], pairs: Sequence[Pair], images: Tensor, logsnr: np.ndarray, seed: int = 0, batch: int = 128,
+    progress: Progress = lambda done, total: None,
+) -> np.ndarray:  # fmt: skip
+    """Per-image mean squared differences [pairs, M, S] of the levels' outputs, means over channels and pixels.
+
+    images [M,C,H,W] in [-1, 1], log-SNRs [S]. Each level is evaluated once for all pairs, on the same noise."""
+    m, s = len(images), len(logsnr)
+    out = np.zeros((len(pairs), m, s))
+    for j, value in enumerate(logsnr):
+        level_logsnr = torch.tensor(float(value), dtype=torch.float32, device=images.device)
+        for start in range(0, m, batch):
+            part = slice(start, min(start + batch, m))
+            x0 = images[part]
+            # the noise of image i at noise level j does not depend on the batch size
+            seeds = [seed * 1_000_003 + j * m + i for i in range(m)[part]]
+            x = add_noise(x0, initial_noise(seeds, tuple(x0.shape[1:]), x0.device), level_logsnr)
+            outputs = [level.denoise(x, level_logsnr).float() for level in levels]
+            for i, (first, second) in enumerate(pairs):
+                other = x0 if second is None else outputs[second]
+                out[i, part, j] = (outputs[first] - other).double().square().flatten(1).mean(1).cpu().numpy()
+        progress(j + 1, s)
+    return out
 
 
 def summary(result: Mapping[str, Any]) -> str:
@@ -107,36 +128,21 @@ def summary(result: Mapping[str, Any]) -> str:
 
 
 def hierarchy_warnings(errors: LevelErrors) -> list[str]:
-    """Sentences about neighbouring levels that do not get better or closer as assumed, beyond two standard errors over
-    the same images: the loss falls; E|f^k - f^(k-1)|^2 per unit of log FLOPs falls from one pair to the next (a power
-    law is convex in log FLOPs); and it is at most twice the drop in loss (nested levels: equal to it)."""
-    found, names = [], errors.names
-    per_log = errors.to_previous / np.log(errors.flops[1:] / errors.flops[:-1])[:, None, None]
-    for k in range(1, len(names)):
-        low, high = names[k - 1], names[k]
-        drop = errors.loss[k - 1] - errors.loss[k]
-        if where := _where(errors, drop, positive=False):
-            worse = _where(errors, -drop, positive=True)
-            text = f"{high} is not measurably better than {low} in loss {where}"
-            found.append(f"{text}, and worse {worse}." if worse else f"{text}.")
-        if k >= 2 and (where := _where(errors, per_log[k - 2] - per_log[k - 1], positive=False)):
-            found.append(f"{low} to {high} is not a smaller step than {names[k - 2]} to {low} {where}.")
-        if where := _where(errors, errors.to_previous[k - 1] - 2 * drop, positive=True):
-            found.append(f"{low} and {high} differ by more than twice the drop in loss {where}: they are not nested.")
+    """Sentences about neighbours whose loss does not fall, or whose E|f^k - f^(k-1)|^2 is more than twice the drop in
+    loss (nested levels: equal to it); pooled, beyond two standard errors over the same images."""
+    found, drops = [], -np.diff(errors.loss @ errors.weights, axis=0)  # [K-1, M]
+    for k, (drop, difference) in enumerate(zip(drops, errors.to_previous @ errors.weights, strict=True)):
+        low, high = errors.names[k : k + 2]
+        if not _is_positive(drop):
+            found.append(f"{high} is not measurably better than {low} in loss.")
+        if _is_positive(difference - 2 * drop):
+            found.append(f"{low} and {high} differ by more than twice the drop in loss: they are not nested.")
     return found
 
 
-def _where(errors: LevelErrors, values: np.ndarray, *, positive: bool) -> str:
-    """The noise levels where the mean over images of values [M, S] is (not) above two standard errors, as text."""
-
-    def hit(x: np.ndarray) -> np.ndarray:
-        return (x.mean(0) > 2 * standard_errors(x.T)) == positive
-
-    places = [f"{value:.1f}" for value in errors.logsnr[hit(values)]]
-    parts = ["pooled"] if hit(values @ errors.weights) else []
-    if places:
-        parts.append(f"at log-SNR {', '.join(places)} ({len(places)} of {len(errors.logsnr)} noise levels)")
-    return " and ".join(parts)
+def _is_positive(values: np.ndarray) -> bool:
+    """Whether the mean of values [M] is above two standard errors."""
+    return bool(values.mean() > 2 * standard_errors(values))
 
 
 def overfitting_warnings(
@@ -146,14 +152,11 @@ def overfitting_warnings(
     standard errors over the same images; the largest rise of each. images [lengths][K]; losses [lengths][K, M]."""
     found = []
     for k, name in enumerate(names):
-        rises = []
-        for i, j in combinations(range(len(losses)), 2):
-            rise = losses[j][k] - losses[i][k]
-            mean, se = float(rise.mean()), float(standard_errors(rise))
-            if mean > 2 * se:
-                rises.append((mean, se, images[j][k], images[i][k]))
+        pairs = combinations(range(len(losses)), 2)
+        rises = [(losses[j][k] - losses[i][k], images[j][k], images[i][k]) for i, j in pairs]
+        rises = [(rise.mean(), later, earlier) for rise, later, earlier in rises if _is_positive(rise)]
         if rises:
-            mean, se, later, earlier = max(rises)
-            text = f"{later:,} images is above that after {earlier:,} by {mean:.3g} (s.e. {se:.1g})"
+            mean, later, earlier = max(rises)
+            text = f"{later:,} images is above that after {earlier:,} by {mean:.3g}"
             found.append(f"The held-out loss of {name} after {text}: it overfits, or its learning rate is too high.")
     return found

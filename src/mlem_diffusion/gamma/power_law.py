@@ -1,4 +1,4 @@
-"""Error against FLOPs: the exponent gamma of a family of denoisers, with
+"""Error against FLOPs: the exponent gamma of a family of denoisers, with intervals.
 
 gamma is defined by cost(eps) ~ eps^-gamma, where eps is the root-mean-square error of the drift. A mean squared error
 therefore falls as T^-s with s = 2 / gamma, where T is the FLOPs of one evaluation. Only s enters the three laws
@@ -34,12 +34,10 @@ class Fit:
     gamma: float | None = None  # None if the best fit is at an edge of the law's range; `note` gives the reason
     interval: Interval = (0.0, None)
     profile_interval: Interval = (0.0, None)
-    bootstrap_interval: Interval | None = None  # None without repeats or degrees of freedom
+    bootstrap_interval: Interval | None = None  # None without refits or degrees of freedom
     amplitude: float | None = None  # a, for T in GFLOP
     floor: float | None = None  # L_inf; None for the laws without it
-    degrees_of_freedom: int = 0
-    fitted: np.ndarray | None = None  # values of the fitted law at the data points
-    falls: bool = False  # False: no decrease with FLOPs
+    falls: bool = False  # with FLOPs
     note: str = ""
 
 
@@ -49,7 +47,7 @@ def s_grid(low: float, points: int) -> np.ndarray:
 
 
 class LossLaw:
-    """L_k = L_inf + a tau_k^-s with L_inf >= 0 and a >= 0, for FLOPs [K] and losses [K]; residuals are relative."""
+    """L_k = L_inf + a tau_k^-s with L_inf, a >= 0, for FLOPs [K] and losses [K]; residuals are relative."""
 
     unknowns, grid = 3, s_grid(S_MIN / 4, 500)
     flat = "The loss does not fall measurably with FLOPs: a constant explains it as well."
@@ -69,21 +67,14 @@ class LossLaw:
         slope = ((loss * w) @ centred.T) / (centred**2 * w).sum(-1)
         amplitude = slope / s
         floor = mean_loss - slope * mean_basis - amplitude
-        without_floor = ((loss * w) @ power.T) / (power**2 * w).sum(-1)
-        flat, zero = np.full_like(s, mean_loss), np.zeros_like(s)
-
-        def rss(a: np.ndarray, constant: np.ndarray) -> np.ndarray:
-            return (((loss - (constant[:, None] + a[:, None] * power)) * self.relative) ** 2).sum(-1)
-
-        # if the free optimum violates a bound, the best point is on one of the two edges
+        # if this optimum violates a bound, the best point is on an edge: without a floor, or flat
         free = (floor >= 0) & (amplitude > 0)
-        rss_edge, rss_flat = rss(without_floor, zero), rss(zero, flat)
-        edge = rss_edge < rss_flat
-        return (
-            np.where(free, amplitude, np.where(edge, without_floor, zero)),
-            np.where(free, floor, np.where(edge, zero, flat)),
-            np.where(free, rss(amplitude, floor), np.minimum(rss_edge, rss_flat)),
-        )
+        without_floor = ((loss * w) @ power.T) / (power**2 * w).sum(-1)
+        a, constant = np.where(free, amplitude, without_floor), np.where(free, floor, 0.0)
+        rss = (((loss - (constant[:, None] + a[:, None] * power)) * self.relative) ** 2).sum(-1)
+        rss_flat = self.rss_of_constant(loss)
+        flat = ~free & (rss >= rss_flat)
+        return np.where(flat, 0.0, a), np.where(flat, mean_loss, constant), np.where(flat, rss_flat, rss)
 
     def rss(self, s: np.ndarray) -> np.ndarray:
         return self.best(s, self.loss)[2]
@@ -93,7 +84,7 @@ class LossLaw:
         return float((((loss - mean) * self.relative) ** 2).sum())
 
     def refit(self, loss: np.ndarray) -> float:
-        """The best s for other losses; NaN if a constant fits as well, so that any s does."""
+        """The best s for other losses [K]; NaN if a constant fits as well, so that any s does."""
         s = grid_minimum(self.best(self.grid, loss)[2], self.grid)
         better = self.best(np.array([s]), loss)[2][0] < self.rss_of_constant(loss) * (1 - 1e-9)
         return s if better else float("nan")
@@ -106,7 +97,7 @@ class LossLaw:
     def falls(self, s: float, rss: float) -> bool:
         """Whether the loss falls, given its scatter: by its slope in log FLOPs (t test) or by the law (F test)."""
         constant, dof = self.rss_of_constant(self.loss), len(self.loss) - 3
-        if self.solve(s)[0] <= 0 or rss >= constant * (1 - 1e-9):
+        if rss >= constant * (1 - 1e-9):
             return False
         line: Any = linregress(self.log_tau, self.loss)
         if line.slope < 0 and line.pvalue < 1 - CONFIDENCE:
@@ -165,24 +156,19 @@ LAWS = {"loss_fit": LossLaw, "differences": DifferencesLaw, "to_largest": ToLarg
 
 
 def fit(
-    form: str,
-    flops: np.ndarray,
-    values: np.ndarray,
-    covariance: np.ndarray | None = None,
-    between: float = 0.0,
-    bootstrap: int = 0,
-    seed: int = 0,
-) -> Fit:
+    form: str, flops: np.ndarray, values: np.ndarray, covariance: np.ndarray | None = None, between: float = 0.0,
+    bootstrap: int = 0, seed: int = 0,
+) -> Fit:  # fmt: skip
     """Fit one of the `LAWS` to FLOPs [K] per evaluation and values [n] (n = K for loss_fit, else K - 1).
 
     covariance [n, n]: of the values over held-out images. between: the variance of each value's logarithm between
     training seeds, if measured. bootstrap: the number of refits."""
     if not np.isfinite(values).all() or (np.diff(flops) <= 0).any():
         raise UserError("gamma needs levels of ascending FLOPs with finite errors.")
-    dof = len(values) - LAWS[form].unknowns
     if (values == 0).any():
-        return Fit(degrees_of_freedom=dof, note="A law needs values above zero.")
+        return Fit(note="A law needs values above zero.")
     law = LAWS[form](flops, values)
+    dof = len(values) - law.unknowns
     s, rss = minimise(law.rss, law.grid)
     amplitude, floor, fitted = law.solve(s)
     falls = law.falls(s, rss)
@@ -194,36 +180,23 @@ def fit(
         profile = (profile[0], None) if s <= S_MIN else (0.0, profile[1])
     booted, interval = None, profile
     if bootstrap > 0 and dof > 0:
-        rng = np.random.default_rng(seed)
-        variance = rss / rng.chisquare(dof, bootstrap)  # drawn, because a few residuals determine it poorly
-        booted = bootstrap_interval(law.refit, values, fitted, variance, rng, covariance, between)
+        scatter = relative_scatter(values, rss, dof, covariance, between, bootstrap, seed)
+        booted = bootstrap_interval([law.refit(drawn) for drawn in fitted * np.exp(scatter)])
         high = None if profile[1] is None or booted[1] is None else max(profile[1], booted[1])
         interval = (min(profile[0], booted[0]), high)
-    note = "L_inf is at its bound of zero: a pure power law fits best." if floor == 0 else ""
     if not proper:
-        note = law.edge if falls else law.flat
+        return Fit(None, interval, profile, booted, None, floor, falls, law.edge if falls else law.flat)
     to_gflop = float(np.exp(s * (np.log(flops).mean() - np.log(1e9))))  # from units of the geometric mean
-    return Fit(
-        gamma=2 / s if proper else None,
-        interval=interval,
-        profile_interval=profile,
-        bootstrap_interval=booted,
-        amplitude=amplitude * to_gflop if proper else None,
-        floor=floor,
-        degrees_of_freedom=dof,
-        fitted=fitted,
-        falls=falls,
-        note=note,
-    )
+    note = "L_inf is at its bound of zero: a pure power law fits best." if floor == 0 else ""
+    return Fit(2 / s, interval, profile, booted, amplitude * to_gflop, floor, falls, note)
 
 
 def minimise(rss: RSS, grid: np.ndarray) -> tuple[float, float]:
     """The s with the smallest RSS, and that RSS: the best grid point, refined between its neighbours."""
     values = rss(grid)
     i = int(np.argmin(values))
-    bounds = (grid[max(i - 1, 0)], grid[min(i + 1, len(grid) - 1)])
-    options = {"xatol": 1e-10}
-    found: Any = minimize_scalar(lambda s: rss(np.array([s]))[0], bounds=bounds, method="bounded", options=options)
+    search: Any = {"bounds": (grid[max(i - 1, 0)], grid[min(i + 1, len(grid) - 1)]), "options": {"xatol": 1e-10}}
+    found: Any = minimize_scalar(lambda s: rss(np.array([s]))[0], method="bounded", **search)
     return (float(found.x), float(found.fun)) if found.fun < values[i] else (float(grid[i]), float(values[i]))
 
 
@@ -235,8 +208,6 @@ def grid_minimum(values: np.ndarray, grid: np.ndarray) -> float:
     x, y = grid[i - 1 : i + 2] - grid[i], values[i - 1 : i + 2] - values[i]
     curvature = (y[0] / x[0] - y[2] / x[2]) / (x[0] - x[2])
     slope = y[0] / x[0] - curvature * x[0]
-    if curvature <= 0:
-        return float(grid[i])
     return float(grid[i]) + float(np.clip(-slope / (2 * curvature), x[0], x[2]))
 
 
@@ -267,29 +238,26 @@ def _to_gamma(s_low: float, s_high: float) -> Interval:
     return (low, None if s_low <= S_MIN else 2 / s_low)
 
 
-def bootstrap_interval(
-    refit: Callable[[np.ndarray], float],
-    observed: np.ndarray,
-    fitted: np.ndarray,
-    variance: np.ndarray,
-    rng: np.random.Generator,
-    covariance: np.ndarray | None,
-    between: float,
-) -> Interval:
-    """Percentile interval of refits to the fitted values [n] with new scatter, drawn as relative normal errors.
+def relative_scatter(
+    values: np.ndarray, rss: float, dof: int, covariance: np.ndarray | None, between: float, draws: int, seed: int
+) -> np.ndarray:
+    """Normal errors [draws, n] of the logarithms of the values [n].
 
-    `refit` maps values [n] to s, or to NaN if any s fits. variance [draws]: of the scatter. The measurement covariance
-    [n, n] and the variance `between` training seeds are added, so their uncorrelated part counts twice."""
-    shape = len(variance), len(observed)
+    The measurement covariance [n, n] and the variance `between` training seeds are added to the scatter, so their
+    uncorrelated part counts twice."""
+    rng, shape = np.random.default_rng(seed), (draws, len(values))
+    variance = rss / rng.chisquare(dof, draws)  # drawn, because a few residuals determine it poorly
     noise = np.minimum(np.sqrt(variance), 2.0)[:, None] * rng.standard_normal(shape)
     if covariance is not None:
-        relative, zero = covariance / np.outer(observed, observed), np.zeros(len(observed))
-        noise += rng.multivariate_normal(zero, relative, len(variance), method="eigh", check_valid="ignore")
+        relative, zero = covariance / np.outer(values, values), np.zeros(len(values))
+        noise += rng.multivariate_normal(zero, relative, draws, method="eigh", check_valid="ignore")
     if between > 0:
         noise += np.sqrt(between) * rng.standard_normal(shape)
-    found = np.array([refit(values) for values in fitted * np.exp(noise)])
-    # NaN: the resampled values are flat, so any exponent fits. Such a draw counts at both ends.
+    return noise
+
+
+def bootstrap_interval(found: list[float]) -> Interval:
+    """Percentile interval of refitted s. NaN: any exponent fits; such a draw counts at both ends."""
     tail = (1 - CONFIDENCE) / 2
-    s_low = np.quantile(np.where(np.isnan(found), 0.0, found), tail)
-    s_high = np.quantile(np.where(np.isnan(found), S_MAX, found), 1 - tail)
-    return _to_gamma(float(s_low), float(s_high))
+    low = float(np.quantile(np.nan_to_num(found, nan=0.0), tail))
+    return _to_gamma(low, float(np.quantile(np.nan_to_num(found, nan=S_MAX), 1 - tail)))

@@ -1,4 +1,4 @@
-"""A test problem with a known drift and synthetic levels, and its solution by EM and ML-EM.
+"""A test problem with a known drift and synthetic levels, and its solution by EM, ML-EM and a jump process.
 
 The SDE is dX = f(X, t) dt + s dW on [0, 1] in two dimensions, with f(x, t) = A x + r(x, t), A a damped rotation and r
 smooth, bounded and nonlinear; s = 0 makes it an ODE. Level k is f^k = f + 2^-k g_k with g_k smooth random functions of
@@ -9,21 +9,24 @@ so replicates are independent. States are arrays [d, R]; a row r is one setting 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 DIMENSION = 2
 FEATURES = 3  # waves per level
 DAMPING, ROTATION = 0.5, 1.5  # A = [[-DAMPING, -ROTATION], [ROTATION, -DAMPING]]
+_DECAY = complex(DAMPING, -ROTATION)  # A x is -_DECAY (x_1 + i x_2): the jump process uses complex numbers
 NOISE = {"sde": 3.0, "ode": 0.0}  # s
 START = 3.0  # standard deviation of X(0)
 _SPACE, _TIME = 0.3, 1.0  # standard deviations of the waves' frequencies in x and in t
 # size of a level's error: 2^-k; level 0 has no random waves, its error is the missing remainder
 _SCALES = np.concatenate([[0.0], 0.5 ** np.arange(1, 64)])
 CHUNK = 64  # steps or events whose random numbers are drawn at a time
-_FAMILY, _PATH, _COINS, EVENTS = range(4)  # separate random streams
+_FAMILY, _PATH, _COINS, _EVENTS = range(4)  # separate random streams
 
-Run = tuple[Sequence[float] | np.ndarray, tuple[int, ...]]  # one number per level, and the key of the random numbers
+Run = tuple[Any, tuple[int, ...]]  # one number per level, and the key of the random numbers
+Arrays = Sequence[np.ndarray]
 
 
 def remainder(x: np.ndarray, t: np.ndarray | float) -> np.ndarray:
@@ -74,10 +77,6 @@ class Replicates:
         """The parameters [2 + 2 d, FEATURES, R] of levels [R] of replicates [R]."""
         return np.take(self.parameters, level * self.count + replicate, axis=2)
 
-    def increments(self, n: int) -> np.ndarray:
-        """The increments of W [n, d, P] over n equal steps; n must divide N."""
-        return self.dw.reshape(n, self.grid // n, *self.dw.shape[1:]).sum(axis=1)
-
 
 def draw(key: Sequence[int], count: int, levels: int, grid: int, noise: float) -> Replicates:
     """Draw `count` replicates with levels 1..`levels`, a Brownian grid of `grid` steps, and s = `noise`."""
@@ -107,11 +106,10 @@ def solve(start: np.ndarray, dw: np.ndarray, area: np.ndarray, noise: float) -> 
 
 
 def euler(replicates: Replicates, n: int, runs: Sequence[Run]) -> np.ndarray:
-    """X(1) [S, d, P] by ML-EM with n steps, for S runs on the replicates' Brownian paths.
+    """X(1) [S, d, P] by ML-EM with n steps (a divisor of N), for S runs on the replicates' Brownian paths.
 
     A run has probabilities p of levels 0..K with p_0 = 1; if all are 1, it is EM with level K. One step is
-    X' = X + h sum_k (B_k / p_k) (f^k - f^{k-1})(X) + s dW with f^{-1} = 0 and independent coins B_k.
-    """
+    X' = X + h sum_k (B_k / p_k) (f^k - f^{k-1})(X) + s dW with f^{-1} = 0 and independent coins B_k."""
     count, h = replicates.count, 1 / n
     # the highest level k with p_0 = ... = p_k = 1; the telescope up to it equals f^k
     always = [next((k for k, value in enumerate(p) if value < 1), len(p)) - 1 for p, _ in runs]
@@ -121,7 +119,7 @@ def euler(replicates: Replicates, n: int, runs: Sequence[Run]) -> np.ndarray:
     nonlinear = (base > 0).astype(float)
     streams = [np.random.default_rng([*replicates.key, _COINS, n, *key]) for _, key in runs]
     coins = [(s, k, p[k]) for s, (p, _) in enumerate(runs) for k in range(always[s] + 1, len(p))]
-    dw = replicates.noise * replicates.increments(n)
+    dw = replicates.noise * replicates.dw.reshape(n, -1, DIMENSION, count).sum(axis=1)  # over n equal steps
     x = np.tile(replicates.start, len(runs))
     for first in range(0, n, CHUNK):
         length = min(CHUNK, n - first)
@@ -143,7 +141,7 @@ def euler(replicates: Replicates, n: int, runs: Sequence[Run]) -> np.ndarray:
 
 def _fires(
     streams: Sequence[np.random.Generator], coins: Sequence[tuple[int, int, float]], steps: int, count: int
-) -> tuple[np.ndarray, ...]:
+) -> Arrays:
     """Steps (ascending), rows, levels and weights 1 / p [fires] of the next steps; coins: run, level, probability."""
     parts = [(np.empty(0, int), np.empty(0, int), np.empty(0, int), np.empty(0))]
     for run, level, p in coins:
@@ -159,13 +157,73 @@ def difference(
     replicates: Replicates, level: np.ndarray, replicate: np.ndarray, x: np.ndarray, t: np.ndarray | float
 ) -> np.ndarray:
     """(f^k - f^{k-1})(x, t) [d, R] for levels k [R] >= 1 of replicates [R]; t a number or [R]."""
-    t = np.broadcast_to(t, len(level))
-    both = np.concatenate([level, level - 1])
-    size = _SCALES[both]
-    size[len(level) :] *= -1
-    found = size * waves(replicates.columns(both, np.tile(replicate, 2)), np.tile(x, 2), np.tile(t, 2))
-    out = found[:, : len(level)] + found[:, len(level) :]
-    first = np.flatnonzero(level == 1)  # f^0 lacks the remainder
-    if len(first):
-        out[:, first] += remainder(x[:, first], t[first])
-    return out
+
+    def error(k: np.ndarray) -> np.ndarray:
+        return _SCALES[k] * waves(replicates.columns(k, replicate), x, t)
+
+    return error(level) - error(level - 1) + (level == 1) * remainder(x, t)  # f^0 lacks the remainder
+
+
+def jump_process(replicates: Replicates, runs: Sequence[Run]) -> np.ndarray:
+    """X(1) [S, d, P] of the Poisson limit of ML-EM; a run has rates lambda_k of levels 1..K.
+
+    Level k fires after exponential waiting times of rate lambda_k and moves the path by (f^k - f^{k-1})(X, t) /
+    lambda_k. Between events the path follows f^0 = A x and the Brownian motion, with the exact solution
+    X(t) = e^(A t) V + s Y(t). V changes only at events. Y solves dY = A Y dt + dW and does not depend on the levels."""
+    count, y_grid = replicates.count, linear_response(replicates)
+    streams = [np.random.default_rng([*replicates.key, _EVENTS, *key]) for _, key in runs]
+    v = np.tile(replicates.start[0] + 1j * replicates.start[1], (len(runs), 1))
+    y, clock = np.zeros_like(v), np.zeros(v.shape)
+    running = list(range(len(runs)))
+    while running:
+        drawn = [draw_events(streams[s], runs[s][0], count) for s in running]
+        events = [np.concatenate(column, axis=1) for column in zip(*drawn, strict=True)]
+        state = [part[running].ravel() for part in (v, y, clock)]
+        replicate = np.tile(np.arange(count), len(running))
+        for event in zip(*events, strict=True):
+            fire(replicates, y_grid, state, replicate, event)
+        for part, moved in zip((v, y, clock), state, strict=True):
+            part[running] = moved.reshape(len(running), count)
+        running = [s for s in running if clock[s].min() < 1]
+    end = np.exp(-_DECAY) * v + replicates.noise * y_grid[-1]
+    return np.stack([end.real, end.imag], axis=1)
+
+
+def draw_events(rng: np.random.Generator, rate: np.ndarray, count: int) -> Arrays:
+    """Waiting times, levels, 1 / rates and complex normals of the next events, each [CHUNK, P], for rates [K].
+
+    One clock has the sum of the rates; its events belong to level k with probability lambda_k / sum lambda."""
+    wait = rng.exponential(1 / rate.sum(), (CHUNK, count))
+    edges = np.cumsum(rate)[:-1] / rate.sum()
+    which = np.searchsorted(edges, rng.random((CHUNK, count)), side="right")
+    normal = rng.standard_normal((CHUNK, count, 2)).view(complex)[..., 0]
+    return wait, which + 1, 1 / rate[which], normal
+
+
+def fire(replicates: Replicates, y_grid: np.ndarray, state: Arrays, replicate: np.ndarray, event: Arrays) -> None:
+    """Move each row of `state` (V, Y, t) to its next event and apply the jump; rows past t = 1 do not jump."""
+    (v, y, clock), (wait, level, move, normal) = state, event
+    t = clock + wait
+    at = np.minimum(t, 1.0)
+    turn = np.exp(-_DECAY * at)
+    # Y at the event, by a Brownian bridge from the last known point in this grid cell to the end of the cell
+    cell = np.minimum((at * replicates.grid).astype(int), replicates.grid - 1)
+    left = np.maximum(np.minimum(clock, at), cell / replicates.grid)
+    y[:] = np.where(clock > cell / replicates.grid, y, y_grid[cell, replicate])
+    gap, rest = at - left, np.maximum((cell + 1) / replicates.grid - at, 0.0)
+    share = gap / np.maximum(gap + rest, 1e-300)
+    y += (y_grid[cell + 1, replicate] - y) * share + np.sqrt(share * rest) * normal
+    z = turn * v + replicates.noise * y
+    jump = difference(replicates, level, replicate, np.stack([z.real, z.imag]), at)
+    v += np.where(t < 1, move, 0.0) / turn * (jump[0] + 1j * jump[1])
+    clock[:] = t
+
+
+def linear_response(replicates: Replicates) -> np.ndarray:
+    """Complex Y [N + 1, P] on the grid: Y' = e^(A h) Y + int e^(A (h - u)) dW, expanded as dW + A I (to h^2.5)."""
+    dw, area = (part[:, 0] + 1j * part[:, 1] for part in (replicates.dw, replicates.area))
+    y = np.zeros((replicates.grid + 1, replicates.count), complex)
+    decay = np.exp(-_DECAY / replicates.grid)
+    for i, forced in enumerate(dw - _DECAY * area):
+        y[i + 1] = decay * y[i] + forced
+    return y

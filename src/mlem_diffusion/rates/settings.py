@@ -19,15 +19,13 @@ from scipy.optimize import nnls
 
 from ..errors import UserError
 from ..multilevel.probabilities import evaluation_probabilities
-from .poisson_limit import jump_process
-from .problem import NOISE, Replicates, draw, euler
+from .problem import NOISE, Replicates, draw, euler, jump_process
 
 METHODS = ("em", "ml_em", "poisson")
 _OVER_BASE = "ml_em_over_base"  # ML-EM over f^0, with a random level 1 too; its limit is the jump process
 _FIRES = [round(2 ** (j / 2), 3) for j in range(-2, 15)]  # expected fires of the top level: 1/2, 0.7, 1, ... 128
 MIN_POINTS = 4  # fewest points in the fit of an exponent
 Measured = dict["RateSetting", np.ndarray]  # squared errors [replicates] by setting
-Choice = dict[tuple[float, str], list["RateSetting"]]  # settings by gamma and method
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,7 @@ class RateSetting:
     fires: float = 0.0  # of the top level over [0, 1]; the square-root law gives the rates of the other levels
 
     @cached_property
-    def level_costs(self) -> np.ndarray:
-        """T_k [K]."""
+    def level_costs(self) -> np.ndarray:  # T_k [K]
         return 2.0 ** (self.gamma * np.arange(1, self.levels + 1))
 
     @cached_property
@@ -53,9 +50,7 @@ class RateSetting:
     @cached_property
     def p(self) -> np.ndarray:
         """Inclusion probabilities p_k [K] = min(1, lambda_k h), with p_1 = 1."""
-        if self.method == "em":
-            return np.ones(self.levels)
-        p = np.minimum(1.0, self.rates / self.steps)
+        p = np.ones(self.levels) if self.method == "em" else np.minimum(1.0, self.rates / self.steps)
         return p if self.method == _OVER_BASE else np.concatenate([[1.0], p[1:]])
 
     @cached_property
@@ -99,30 +94,28 @@ def predicted_exponent(method: str, gamma: float) -> float:
 
 
 def measure(item: tuple[str, int, Sequence[RateSetting]], paths: int, levels: int, grid: int) -> Measured:
-    """The `squared_errors` [P] of settings on the `paths` replicates of one seed; item: dynamics, seed, settings."""
+    """The `squared_errors` of settings on the `paths` replicates of one seed; item: dynamics, seed, settings."""
     dynamics, seed, settings = item
-    replicates = draw((seed,), paths, levels, grid, NOISE[dynamics])
-    return dict(zip(settings, squared_errors(replicates, settings), strict=True))
+    return squared_errors(draw((seed,), paths, levels, grid, NOISE[dynamics]), settings)
 
 
-def squared_errors(replicates: Replicates, settings: Sequence[RateSetting]) -> np.ndarray:
-    """The squared error, averaged over components, of each setting on each replicate [S, P]."""
-    out = np.empty((len(settings), replicates.count))
+def squared_errors(replicates: Replicates, settings: Sequence[RateSetting]) -> Measured:
+    """The squared error [P] of each setting on each replicate, averaged over components."""
+    found = {}
     for n in {s.steps for s in settings}:
-        where = [i for i, s in enumerate(settings) if s.steps == n]
-        group = [settings[i] for i in where]
+        group = [s for s in settings if s.steps == n]
         if n:
             end = euler(replicates, n, [((1.0, *s.p), s.key) for s in group])
         else:
             end = jump_process(replicates, [(s.rates, s.key) for s in group])
-        out[where] = ((end - replicates.end) ** 2).mean(axis=1)
-    return out
+        found.update(zip(group, ((end - replicates.end) ** 2).mean(axis=1), strict=True))
+    return found
 
 
 def candidates(method: str, gamma: float, grid: int, top: int) -> list[RateSetting]:
     """A method's settings over steps (2^j and 3 2^j from 4 up that divide the grid of the path), levels and fires."""
-    both = {2**j for j in range(2, 31)} | {3 * 2**j for j in range(1, 31)}
-    steps = [0] if method == "poisson" else sorted(n for n in both if n <= grid and grid % n == 0)
+    both = {factor * 2**j for factor in (1, 3) for j in range(31)}
+    steps = [0] if method == "poisson" else sorted(n for n in both if n >= 4 and grid % n == 0)
     levels, fires = range(2 if method == "ml_em" else 1, top + 1), [0.0] if method == "em" else _FIRES
     return [RateSetting(method, gamma, k, n, f) for n in steps for k in levels for f in fires]
 
@@ -170,17 +163,17 @@ def cheapest(settings: Sequence[RateSetting], errors: np.ndarray, targets: np.nd
     return list(dict.fromkeys(settings[i[np.argmin(costs[i])]] for i in able if len(i)))
 
 
-def choose(r: Any, mse: np.ndarray, constants: np.ndarray) -> Choice:
-    """The settings to measure, given the mean squared errors [S] of the pilot settings; r: configs, rates."""
+def choose(r: Any, mse: np.ndarray, constants: np.ndarray) -> dict[tuple[float, str], list[RateSetting]]:
+    """The settings to measure by gamma and method, given the mean squared errors [S] of the pilot settings."""
     chosen = {}
     for gamma, method in product(r.gammas, METHODS):
         options = candidates(method, gamma, r.grid, r.levels)
-        if method == "poisson":
-            options = [s for s in options if s.rates.sum() <= r.poisson.events]
-        errors = np.sqrt(mse[: len(options)]) if method == "em" else model_errors(options, constants)
         targets = target_errors(r.targets.coarsest, r.targets.finest, r.targets.per_octave)
         if method == "poisson":
-            targets = target_errors(r.poisson.coarsest, errors.min(), r.poisson.per_octave) * (1 + 1e-9)
+            options = [s for s in options if s.rates.sum() <= r.poisson.events]
+            finest = model_errors(options, constants).min()
+            targets = target_errors(r.poisson.coarsest, finest, r.poisson.per_octave) * (1 + 1e-9)
+        errors = np.sqrt(mse[: len(options)]) if method == "em" else model_errors(options, constants)
         chosen[gamma, method] = cheapest(options, errors, targets)
     if min(len(settings) for settings in chosen.values()) < MIN_POINTS:
         raise UserError(f"A fit needs {MIN_POINTS} settings: widen rates.targets or rates.poisson.")

@@ -1,1 +1,0 @@
-"""Speed of this repository on a device: networks, training, noise and the sampling loop, as rows of one table."""
