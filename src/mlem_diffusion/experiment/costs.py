@@ -1,69 +1,45 @@
-"""What a stage would cost: FLOPs, and seconds from one timed evaluation of each level."""
+"""What a stage would cost: FLOPs, and seconds from timed evaluations of each level."""
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from ..comparison.settings import GAUSSIAN
 from ..diffusion.level import Level
 from ..models.family import build_denoiser
+from ..multilevel.ablation import seconds_per_image
 from .environment import device_model
 
-BATCH = 16  # images per timed evaluation; fewer of large networks on a CPU
+# (experiment, levels by name) -> evaluations of each level
+Cost = Callable[[Any, dict[str, Level]], Mapping[str, float]]
 
 
-def estimate(exp: Any, cost: Callable[[Any], list[tuple[str, Any]]] | None) -> str:
-    """The resolved configuration and the estimated cost. cost(exp): rows (text, {level: evaluations})."""
-    lines = [OmegaConf.to_yaml(OmegaConf.create(exp.plain()))]
+def estimate(exp: Any, cost: Cost | None) -> str:
+    """The resolved configuration and the estimated cost of a stage; without `cost` it evaluates no network."""
+    text = f"{OmegaConf.to_yaml(OmegaConf.create(exp.plain()))}\nestimated cost of {exp.name}"
     if cost is None:
-        return "\n".join([*lines, f"estimated cost of {exp.name}: no network is evaluated; seconds to minutes."])
-    rows, (flops, seconds) = cost(exp), priced(exp)
-    total = {name: sum(counts.get(name, 0) for _, counts in rows) for name in flops}
-    for text, counts in [*rows, (f"estimated cost of {exp.name}", total)]:
-        tera, time_ = (sum(per[name] * count for name, count in counts.items()) for per in (flops, seconds))
-        lines.append(f"{text:<44} {tera / 1e12:12.3f} TFLOP  about {tqdm.format_interval(time_)}")
-    return "\n".join(lines) + f" on {device_model(exp.device)}"
+        return f"{text}: no network is evaluated; seconds to minutes."
+    levels = untrained(exp)
+    counts, family = cost(exp, levels), list(levels.values())
+    seconds = seconds_per_image(family, exp.shape, timed_batch(exp, family, 16), exp.device, at_least=0.0)
+    total = sum(level.flops * counts.get(level.name, 0) for level in family)
+    time = sum(each * counts.get(level.name, 0) for level, each in zip(family, seconds, strict=True))
+    return f"{text} {total / 1e12:.3f} TFLOP, about {tqdm.format_interval(time)} on {device_model(exp.device)}"
 
 
-def unweighted(exp: Any) -> dict[str, Level]:
-    """The levels by name with their costs, networks without weights; a Gaussian level costs nothing."""
+def untrained(exp: Any) -> dict[str, Level]:
+    """The levels by name, networks with fresh weights; a Gaussian level costs nothing."""
     if exp.cfg.family.callable is not None:
         return exp.levels()
-    flops = ({GAUSSIAN: 1.0} if exp.cfg.family.gaussian else {}) | {
-        v["name"]: v["flops"] for v in exp.describe_levels()
-    }
-    return {name: Level(name, lambda x, logsnr: x, cost) for name, cost in flops.items()}
+    found = {GAUSSIAN: Level(GAUSSIAN, lambda x, logsnr: x, 1.0)} if exp.cfg.family.gaussian else {}
+    for v in exp.describe_levels():
+        network = build_denoiser(v["width"], v["size"], v["data_rms"], exp.plain("unet")["unet"], v["target"])
+        found[v["name"]] = Level(v["name"], network.to(exp.device).eval(), v["flops"])
+    return found
 
 
-def priced(exp: Any) -> tuple[dict[str, float], dict[str, float]]:
-    """FLOPs and seconds per image of one evaluation of each level; the Gaussian denoiser counts as free."""
-    flops, seconds = {GAUSSIAN: 0.0}, {GAUSSIAN: 0.0}
-    for name, (evaluate, cost) in _levels(exp).items():
-        batch = BATCH if exp.device.type != "cpu" else max(1, min(BATCH, int(20e9 / cost)))
-        flops[name], seconds[name] = cost, _seconds(evaluate, (batch, *exp.shape), exp.device) / batch
-    return flops, seconds
-
-
-def _levels(exp: Any) -> dict[str, tuple[Callable[..., torch.Tensor], float]]:
-    """Function and FLOPs of each level; networks have fresh weights."""
-    family, unet = exp.cfg.family, exp.plain("unet")["unet"]
-    if family.callable is not None:
-        return {level.name: (level.denoise, level.flops) for level in exp.build(family.callable)}
-    size, target = exp.cfg.data.size, family.target
-    return {
-        v["name"]: (build_denoiser(v["width"], size, 0.5, unet, target).to(exp.device).eval(), v["flops"])
-        for v in exp.describe_levels()
-    }
-
-
-@torch.no_grad()
-def _seconds(evaluate: Callable[..., torch.Tensor], shape: tuple[int, ...], device: torch.device) -> float:
-    x, logsnr = torch.zeros(shape, device=device), torch.zeros(shape[0], device=device)
-    evaluate(x, logsnr).sum().item()  # the first call also prepares
-    start = time.perf_counter()
-    evaluate(x, logsnr).sum().item()
-    return time.perf_counter() - start
+def timed_batch(exp: Any, family: list[Level], most: int) -> int:
+    """Images per timed evaluation. On a CPU few: seconds per image hardly depend on it, and many would take long."""
+    return most if exp.device.type != "cpu" else max(1, min(most, int(20e9 / family[-1].flops)))

@@ -44,28 +44,28 @@ def configure_torch(cfg: Any, training: bool) -> None:
 
 def commit() -> str:
     """The checked-out commit; changed results and checkpoints do not count, since every run writes them."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(ROOT), *words]
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
+
     try:
-        git = ["git", "-C", str(ROOT)]
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        status = [*git, "status", "--porcelain", "--", "src", "scripts", "configs"]
-        dirty = subprocess.run(status, capture_output=True, text=True, check=True).stdout.strip()
-        return head + (" with uncommitted changes" if dirty else "")
+        dirty = git("status", "--porcelain", "--", "src", "scripts", "configs")
+        return git("rev-parse", "HEAD") + (" with uncommitted changes" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown (not a git checkout)"
 
 
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def device_model(device: torch.device) -> str:
+    """The model of the GPU, or of the CPU with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{cpu_model()} ({torch.get_num_threads()} threads)"
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name} ({torch.get_num_threads()} threads)"
 
 
 def package_version(name: str) -> str | None:
@@ -77,14 +77,10 @@ def package_version(name: str) -> str | None:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """The facts of provenance.json on this machine."""
+    versions = {name: found for name in PACKAGES if (found := package_version(name))}
     return {
-        "commit": commit(),
-        "device": device_model(device),
-        "cpu": cpu_model(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "packages": {name: found for name in PACKAGES if (found := package_version(name))},
-    }
+        "commit": commit(), "device": device_model(device), "python": platform.python_version(), "packages": versions,
+    }  # fmt: skip
 
 
 def shown(path: Path) -> Path:
