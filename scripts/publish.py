@@ -16,7 +16,7 @@ from mlem_diffusion.training.levels import repeated
 def statistics(exp: Experiment, path: Path) -> dict[str, Any] | None:
     """Write the moments of the training images' features; None if the experiment has no distances."""
     extractor = runs.make_extractor(exp) if exp.cfg.publish.statistics else None
-    real = runs.real_images(exp, extractor) if extractor else None
+    real = extractor and runs.real_images(exp, extractor)
     if extractor is None or real is None:
         return None
     save_moments(path, real.moments)

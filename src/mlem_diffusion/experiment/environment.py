@@ -76,11 +76,9 @@ def package_version(name: str) -> str | None:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """The facts of provenance.json on this machine."""
-    versions = {name: found for name in PACKAGES if (found := package_version(name))}
-    return {
-        "commit": commit(), "device": device_model(device), "python": platform.python_version(), "packages": versions,
-    }  # fmt: skip
+    """What provenance.json notes of the code and of this machine."""
+    versions = {"python": platform.python_version()} | {name: package_version(name) for name in PACKAGES}
+    return {"commit": commit(), "device": device_model(device), "versions": versions}
 
 
 def shown(path: Path) -> Path:

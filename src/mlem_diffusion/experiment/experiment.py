@@ -266,19 +266,17 @@ class Experiment:
         path, seconds = self.results / "provenance.json", round(time.monotonic() - self.started, 1)
         files.write_text(self.results / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.plain())))
         before = files.read_json(path, "delete it, the stages write it again") if path.is_file() else {}
-        machine = environment.machine(self.device)
         entry = {
             "seconds": seconds,
             "finished": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
-            "commit": machine["commit"],
-            "device": machine["device"],
+            **environment.machine(self.device),
             "overrides": config.overrides(),
             "outputs": {name: files.sha256_of(self.results / name) for name in self.written},
         }
         images = self.__dict__.get("images")  # if this stage used them
         data = images.manifest if images else (self.published or {}).get("data", before.get("data", {}))
         stages = {**before.get("stages", {}), self.name: entry}
-        files.write_json(path, {"experiment": self.cfg.name, "data": data, **machine, "stages": stages})
+        files.write_json(path, {"experiment": self.cfg.name, "data": data, "stages": stages})
         done = {**self._done(), self.name: {"key": self.key, "outputs": self.written}}
         files.write_json(self.results / "cache" / "done.json", done)
         print(f"{self.name}: done in {seconds:.0f} s; see {shown(self.results)}/")

@@ -1,7 +1,7 @@
 """The levels of an experiment in training: which are left, and one of them with its previews, records and metadata."""
 
-import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def train_one(task: tuple[Experiment, dict[str, Any], int]) -> None:
     task: experiment, level, line of the progress bar.
     """
     exp, level, line = task
-    images, folder, started = exp.images, exp.checkpoints / level["name"], time.monotonic()
+    images, folder = exp.images, exp.checkpoints / level["name"]
     identity, train = fingerprint(exp, level), training_of(exp, level)
     denoiser = build_denoiser(
         level["width"], level["size"], level["data_rms"], exp.plain("unet")["unet"], level["target"], train["seed"]
@@ -71,19 +71,16 @@ def train_one(task: tuple[Experiment, dict[str, Any], int]) -> None:
             progress.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
             exp.log({"level": level["name"], **record})
 
-        def snapshot(seen: int, ema: Any) -> None:
-            if "train_seed" not in level:
-                preview(exp, level, seen, ema)
-
         ema = train_level(
             denoiser, images.images[images.train()], exp.process, config.build(train), folder, width=level["width"],
-            device=exp.device, report=report, should_stop=exp.should_stop, identity=identity, snapshot=snapshot,
+            device=exp.device, report=report, should_stop=exp.should_stop, identity=identity,
+            snapshot=partial(preview, exp, level),
         )  # fmt: skip
         if parallel.is_main():
             used = {"train": {k: v for k, v in train.items() if not k.startswith("_")}}
             facts = {"data_sha256": images.manifest["sha256"], "fingerprint": identity}
-            spent = {"device": device_model(exp.device), "seconds_last_run": round(time.monotonic() - started, 1)}
-            write_json(folder / METADATA, {**level, **used, **facts, **measured(exp, level, ema, folder), **spent})
+            facts["device"] = device_model(exp.device)
+            write_json(folder / METADATA, {**level, **used, **facts, **measured(exp, level, ema, folder)})
         parallel.barrier()
 
 

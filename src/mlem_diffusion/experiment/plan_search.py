@@ -22,9 +22,8 @@ from ..multilevel.gains import Effects, measure_effects
 from ..multilevel.learned import learn_probabilities
 from ..multilevel.plan import Plan
 from ..multilevel.planner import RuleInputs
-from .costs import timed_batch
 from .environment import device_model
-from .runs import run_all
+from .runs import run_all, timed_batch
 
 
 def _cached(exp: Any, stem: str, facts: Any, compute: Callable[[], Any]) -> Any:

@@ -19,7 +19,7 @@ from tqdm import TqdmMonitorWarning
 from .. import parallel
 from ..errors import SYSTEM_ERRORS, Interrupted, SlowPath, UserError, is_out_of_memory
 from ..files import locked
-from . import costs
+from . import runs
 from .environment import ROOT
 from .experiment import Experiment
 from .progress import catch_signals, release_signals
@@ -33,7 +33,7 @@ def stage(
     outputs: Sequence[str] = (),
     depends: Sequence[str] = (),
     reads: Sequence[str] = (),
-    cost: costs.Cost | None = None,
+    cost: runs.Cost | None = None,
     trained: bool = False,
     folder: str | None = None,
 ) -> Callable[[Callable[[Experiment], object]], Callable[[], None]]:
@@ -54,7 +54,7 @@ def stage(
                 exp.print(f"{name}: nothing to do, the levels of this experiment are functions (family.callable).")
                 return
             if cfg.dry_run:
-                exp.print(costs.estimate(exp, cost))
+                exp.print(runs.estimate(exp, cost))
                 return
             alone = parallel.is_main() and cfg.only is None  # jobs that train single levels share the folder
             with locked(exp.results / "cache", name) if alone else nullcontext():
