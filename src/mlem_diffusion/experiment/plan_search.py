@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,34 +131,31 @@ def search(
         own = {(names.index(s.levels[0]), s.steps): e for s, e in alone.items() if s.rule == rule}
         grids = {n: exp.process.grid(n).logsnr for n in r.steps}
         inputs = RuleInputs(effects(exp, levels, rule), grids, own, methods)
-        learn = learner(exp, levels, rule, costs, spent) if r.get("learn", False) else None
+        learned = partial(learn, exp, levels, rule, costs, spent) if r.get("learn", False) else None
         with exp.progress(f"plan {rule.key}", None, "grid") as progress:
-            found = selection.candidates(inputs, exp.process, o, costs, learn, progress)
+            found = selection.candidates(inputs, exp.process, o, costs, learned, progress)
         out.append(Searched(rule, inputs, found, sum(spent)))
     return out
 
 
-def learner(
-    exp: Any, levels: dict[str, Level], rule: StepRule, costs: np.ndarray, spent: list[float]
-) -> selection.Learn:
-    """The function (cost, plan to start from) -> learned p [n, K]; it appends the FLOPs of learning to `spent`."""
+def learn(
+    exp: Any, levels: dict[str, Level], rule: StepRule, costs: np.ndarray, spent: list[float], cost: float, start: Plan
+) -> np.ndarray:
+    """Learned p [n, K] at a cost, begun with those of a plan; appends the FLOPs of learning to `spent`."""
     options = exp.plain("optimise")["optimise"]["learned"]
     grid, numbers = exp.process.grid(options["steps"]), {k: options[k] for k in ("iterations", "paths", "draws")}
 
-    def learn(cost: float, start: Plan) -> np.ndarray:
-        def compute() -> dict[str, Any]:
-            with exp.progress(f"learn {rule.key}, cost {cost:g}", options["iterations"], "iteration") as progress:
-                p, flops = learn_probabilities(
-                    list(levels.values()), rule, grid, exp.shape, exp.device, expected_flops=cost * costs[-1],
-                    start=start.table[0].astype(np.float64), costs=costs.tolist(), progress=progress, **numbers,
-                )  # fmt: skip
-            return {"p": p.tolist(), "flops": flops}
+    def compute() -> dict[str, Any]:
+        with exp.progress(f"learn {rule.key}, cost {cost:g}", options["iterations"], "iteration") as progress:
+            p, flops = learn_probabilities(
+                list(levels.values()), rule, grid, exp.shape, exp.device, expected_flops=cost * costs[-1],
+                start=start.table[0].astype(np.float64), costs=costs.tolist(), progress=progress, **numbers,
+            )  # fmt: skip
+        return {"p": p.tolist(), "flops": flops}
 
-        content = _cached(exp, "learned", [options, rule.key, cost, start.id, costs.tolist()], compute)
-        spent.append(content["flops"])
-        return np.array(content["p"])
-
-    return learn
+    content = _cached(exp, "learned", [options, rule.key, cost, start.id, costs.tolist()], compute)
+    spent.append(content["flops"])
+    return np.array(content["p"])
 
 
 def ledger(
@@ -189,16 +187,14 @@ def cost(exp: Any, levels: dict[str, Level]) -> Counter[str]:
     """Evaluations of each level.
 
     Candidate plans are assumed to cost a quarter of the largest level at every step of the middle grid."""
-    o, counts = exp.cfg.optimise, Counter()
+    o, dynamics = exp.cfg.optimise, {rule.dynamics for rule in exp.cfg.optimise.rules}
     *_, largest = levels
-    for _ in {rule.dynamics for rule in o.rules}:
-        counts.update(dict.fromkeys(levels, o.diagnose.seeds * o.diagnose.steps))
-        counts[largest] += (o.reference_steps or exp.process.base_steps) * o.num_select
+    counts = Counter(dict.fromkeys(levels, len(dynamics) * o.diagnose.seeds * o.diagnose.steps))
+    counts[largest] += len(dynamics) * (o.reference_steps or exp.process.base_steps) * o.num_select
     for rule in o.rules:
-        methods, points = rule.get("methods", o.methods), o.calibrate * o.calibrate_steps
-        if methods:
-            counts.update(dict.fromkeys(levels, points))
-            counts[largest] += points * (2 + o.probes)
-        counts.update(dict.fromkeys(levels, sum(rule.steps) * o.num_select))
-        counts[largest] += len(methods) * len(o.bases) * o.plans * o.num_select * rule.steps[len(rule.steps) // 2] // 4
+        methods = rule.get("methods", o.methods)
+        points = o.calibrate * o.calibrate_steps if methods else 0
+        planned = len(methods) * len(o.bases) * o.plans * rule.steps[len(rule.steps) // 2] // 4
+        counts.update(dict.fromkeys(levels, points + sum(rule.steps) * o.num_select))
+        counts[largest] += points * (2 + o.probes) + planned * o.num_select
     return counts

@@ -24,8 +24,6 @@ from .environment import ROOT
 from .experiment import Experiment
 from .progress import catch_signals, release_signals
 
-__all__ = ["Experiment", "stage"]
-
 STOPPED = 75  # exit status of work that was stopped
 
 
@@ -121,4 +119,4 @@ def quiet(name: str) -> None:
     warnings.filterwarnings("ignore", message=".*tasks which were still being processed")  # joblib, after a stop
     if not parallel.is_main():
         warnings.filterwarnings("ignore", category=SlowPath)
-    warnings.formatwarning = lambda message, *where: f"{name}: {message}\n"
+    warnings.formatwarning = lambda message, *where, **more: f"{name}: {message}\n"
