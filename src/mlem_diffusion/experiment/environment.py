@@ -15,8 +15,11 @@ ROOT = Path(__file__).resolve().parents[3]
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "hydra-core", "numpy", "scipy", "pandas")
 
 
-def usable_device(name: str) -> torch.device:
-    """The device of this name (auto: CUDA if available); UserError if it does not work. Each rank gets its own GPU."""
+def set_up_device(cfg: Any, training: bool) -> torch.device:
+    """The configured device (auto: CUDA if available), with torch's threads and precision: TF32 in training only.
+
+    Each rank gets its own GPU. UserError if the device does not work."""
+    name = cfg.device
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
@@ -28,11 +31,6 @@ def usable_device(name: str) -> torch.device:
             f"device={name} does not work on this machine ({torch.cuda.device_count()} GPUs): "
             "set device=auto or device=cpu, or start fewer processes (NPROC)."
         ) from error
-    return device
-
-
-def configure_torch(cfg: Any, training: bool) -> None:
-    """Threads, and the precision of float32: TF32 in training only."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     if training:
@@ -40,6 +38,7 @@ def configure_torch(cfg: Any, training: bool) -> None:
     else:
         torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = bool(cfg.autotune)
+    return device
 
 
 def commit() -> str:

@@ -51,8 +51,7 @@ class Experiment:
                 self.checkpoints = unswept  # a sweep over later stages shares the levels
             names = [level_name(w) for w in cfg.family.widths]
             self.checkpoints = published.levels_folder(self.checkpoints, names)
-        self.device = environment.usable_device(cfg.device)
-        environment.configure_torch(cfg, training=name == "train_levels")
+        self.device = environment.set_up_device(cfg, training=name == "train_levels")
         self.process: Process = config.build(cfg.process)
         self.key, self.written = "", []  # fingerprint and outputs of this stage
         mode = cfg.tracking.mode if parallel.is_main() else "disabled"
@@ -221,7 +220,7 @@ class Experiment:
     def log(self, values: Mapping[str, Any]) -> None:
         """Append a record to metrics.jsonl and send it to W&B; workers send nothing, and other ranks do nothing."""
         if parallel.is_main():
-            self.tracker.log(dict(values))
+            self.tracker.log(values)
 
     # ------------------------------------------------------------------------------------------- finished work
 
@@ -235,9 +234,10 @@ class Experiment:
         noted = self._done().get(self.name) or {}
         names = [*outputs, *noted.get("outputs", ())]
         same = noted.get("key") == self.key and all((self.results / name).is_file() for name in names)
-        if same and not self.cfg.force:
+        finished = same and not self.cfg.force
+        if finished:
             self.print(f"{self.name}: already done, nothing has changed (ARGS=force=true runs it again).")
-        return same and not self.cfg.force
+        return finished
 
     def _content_of(self, what: str) -> Any:
         """Hash of "images", "levels" or a file of the results folder; None if it is missing."""

@@ -4,6 +4,7 @@ import json
 import math
 import threading
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ class Tracker:
         # what earlier runs of a stage have logged stays in their own W&B runs
         self.sent = self.path.stat().st_size if self.path.is_file() else 0
 
-    def log(self, record: dict[str, Any]) -> None:
+    def log(self, record: Mapping[str, Any]) -> None:
         """Append one record of numbers and strings, in one write; UserError if the disk is full."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         line = json.dumps({"stage": self.stage, **finite}, allow_nan=False) + "\n"
