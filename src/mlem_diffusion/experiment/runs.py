@@ -134,13 +134,13 @@ def run_all(exp: Any, runner: Runner, settings: Sequence[SamplerSetting], label:
     gflops = {task: runner.reference_flops(task[0]) * share / 1e9 for task in references}
     gflops |= {setting: runner.expected_flops(setting) / 1e9 for setting in missing}
     done, total = 0.0, int(sum(gflops.values()))
+    small = replace(runner, levels={}, extractor=None)  # workers load these themselves
     with bar(label, total, unit="GFLOP") as progress:
         for tasks in (references, missing):
             workers = worker_count(exp, len(tasks))
             if missing and tasks is missing and workers == 1:  # the seconds of references do not count
                 runner.warm_up()
-            distances = runner.extractor is not None
-            items = [(exp, _for_worker(runner, task) if workers > 1 else runner, task, distances) for task in tasks]
+            items = [(exp, small if workers > 1 else runner, task, runner.extractor is not None) for task in tasks]
             for index, _ in parallel.run(run_task, items, workers, exp.should_stop):
                 done += gflops[tasks[index]]
                 progress(int(done), total)
@@ -157,12 +157,6 @@ def run_task(item: tuple[Any, Runner, Any, bool]) -> None:
         runner.measure(task, exp.should_stop)
     else:
         runner.measure_reference(*task)
-
-
-def _for_worker(runner: Runner, task: Any) -> Runner:
-    """The runner without what a worker rebuilds, and with the task's plan only."""
-    plan = getattr(task, "plan", "")
-    return replace(runner, levels={}, extractor=None, plans={plan: runner.plans[plan]} if plan else {})
 
 
 def _rebuilt(exp: Any, small: Runner, distances: bool) -> Runner:
