@@ -96,8 +96,8 @@ def _comparison(frame: pd.DataFrame) -> Section:
 
 
 def _diagnostics(content: dict[str, Any]) -> Section:
-    text = "\n\n".join(map(diagnostics.table, content.values()))
-    return Section("Diagnostics and gains", text, ("diagnostics-*.png", "gains.png"))
+    parts = [diagnostics.table(content[name]) for name in DYNAMICS_NAMES if name in content]
+    return Section("Diagnostics and gains", "\n\n".join(parts), ("diagnostics-*.png", "gains.png"))
 
 
 _SECTIONS = {
