@@ -1,5 +1,6 @@
 """Trained levels -> gamma.json, gamma.png: error against FLOPs, and the exponent."""
 
+from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.figures.gamma import plot_gamma
 from mlem_diffusion.gamma.measurement import measure, summary
@@ -7,18 +8,13 @@ from mlem_diffusion.models.family import load_level, read_repeats
 from mlem_diffusion.training.levels import repeated
 
 
-def cost(exp: Experiment) -> list[tuple[str, dict[str, float]]]:
-    count = len(exp.cfg.train.snapshots) * exp.cfg.gamma.images * exp.cfg.gamma.noise_levels
-    return [(f"evaluate {v['name']}", {v["name"]: count}) for v in exp.describe_levels()]
+def cost(exp: Experiment, levels: dict[str, Level]) -> dict[str, float]:
+    return dict.fromkeys(levels, len(exp.cfg.train.snapshots) * exp.cfg.gamma.images * exp.cfg.gamma.noise_levels)
 
 
 @stage(
-    outputs=["gamma.json", "gamma.png"],
-    depends=["process", "gamma"],
-    reads=["levels", "images"],
-    cost=cost,
-    trained=True,
-)
+    ["gamma.json", "gamma.png"], depends=["process", "gamma"], reads=["levels", "images"], cost=cost, trained=True
+)  # fmt: skip
 def main(exp: Experiment) -> None:
     again = read_repeats(exp.checkpoints, repeated(exp.cfg))
 
@@ -29,7 +25,7 @@ def main(exp: Experiment) -> None:
     result = measure(exp.metadata(), again, load, exp.held_out(), exp.process, exp.cfg.gamma, exp.progress)
     exp.save("gamma.json", result)
     exp.figure("gamma.png", plot_gamma(result, exp.cfg.title))
-    exp.log({**{f"gamma/{name}": e["gamma"] for name, e in result["estimates"].items()}, "htmc": result["htmc"]})
+    exp.log({f"gamma/{name}": e["gamma"] for name, e in result["estimates"].items()})
     exp.print(summary(result))
 
 

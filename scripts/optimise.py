@@ -6,13 +6,15 @@ Plans are selected on seeds that the comparison does not use.
 from dataclasses import replace
 
 from mlem_diffusion import parallel
-from mlem_diffusion.comparison.settings import setting_of
+from mlem_diffusion.errors import UserError
 from mlem_diffusion.experiment import plan_search
+from mlem_diffusion.experiment.runs import make_runner, run_all
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.figures.ablation import plot_ablation
 from mlem_diffusion.figures.diagnostics import plot_diagnostics
 from mlem_diffusion.figures.gains import plot_gains
 from mlem_diffusion.multilevel import ablation, diagnostics, selection
+from mlem_diffusion.multilevel.calibrate import check_reference
 from mlem_diffusion.multilevel.plan import save_plans
 
 OUTPUTS = ["plans.json", "plans.npz", "gains.png", "diagnostics.json", "ablation.json", "ablation.png"]
@@ -20,8 +22,12 @@ OUTPUTS = ["plans.json", "plans.npz", "gains.png", "diagnostics.json", "ablation
 
 @stage(OUTPUTS, depends=["process", "precision", "optimise"], reads=["levels"], cost=plan_search.cost)
 def main(exp: Experiment) -> None:
-    plan_search.check(exp)
-    runner, title = exp.runner(select=True), exp.cfg.title
+    options, title = exp.cfg.optimise, exp.cfg.title
+    if options.cost not in ("flops", "seconds"):
+        raise UserError(f"optimise.cost = {options.cost} is unknown; expected flops or seconds.")
+    steps = [count for rule in options.rules for count in rule.steps]
+    check_reference(options.reference_steps or exp.process.base_steps, steps, "optimise.reference_steps")
+    runner = make_runner(exp)
     timing = plan_search.timing(exp, runner.levels)  # before workers use the machine
     diagnosed = plan_search.diagnostics(exp, runner.levels)
     exp.save("diagnostics.json", diagnosed)
@@ -30,29 +36,33 @@ def main(exp: Experiment) -> None:
         if "pooled" in content:
             exp.figure(f"diagnostics-{dynamics}.png", plot_diagnostics(content))
 
-    search = plan_search.candidates(exp, runner, timing["seconds"])
-    ablated = plan_search.ablate(exp, search.rules, timing)
+    alone = plan_search.errors_alone(exp, runner)
+    searched = plan_search.search(exp, runner.levels, alone, timing["seconds"])
+    tolerance = dict(options.ablation)
+    rules, seconds = [s.inputs for s in searched], list(timing["seconds"].values())
+    with exp.progress("ablation", None, "family") as progress:
+        ablated = ablation.ablate(rules, seconds, **tolerance, progress=progress) | {"tolerance": tolerance}
     exp.save("ablation.json", ablated)
     exp.figure("ablation.png", plot_ablation(ablated, title))
     exp.print(ablation.table(ablated))
 
     # run all candidates; select those on the frontiers of measured errors
-    every = [(key, plan) for key, found in search.groups.items() for group in found.values() for plan in group]
+    every = [(s, plan) for s in searched for group in s.candidates.values() for plan in group]
     runner = replace(runner, plans={plan.id: plan for _, plan in every})
-    tried = list(dict.fromkeys(setting_of(plan, *key) for key, plan in every))
-    measured = dict(zip(tried, exp.run(runner, tried, "plans"), strict=True))
+    tried = list(dict.fromkeys(s.setting(plan) for s, plan in every))
+    measured = dict(zip(tried, run_all(exp, runner, tried, "plans"), strict=True))
     chosen = []
-    for key, found in search.groups.items():
-        errors = {plan.id: measured[setting_of(plan, *key)].row["error"] for at, plan in every if at == key}
-        for plan in selection.select(found, errors):
-            facts = {"dynamics": key[0], "step_rule": key[1], "selected_error": errors[plan.id]}
+    for s in searched:
+        errors = {plan.id: measured[s.setting(plan)].row["error"] for at, plan in every if at is s}
+        for plan in selection.select(s.candidates, errors):
+            facts = {"dynamics": s.rule.dynamics, "step_rule": s.rule.name, "selected_error": errors[plan.id]}
             chosen.append((selection.priced(plan, list(runner.levels.values()), timing["seconds"]), facts))
-    facts = plan_search.ledger(exp, runner, search, tried, diagnosed)
+    ledger = plan_search.ledger(exp, runner, alone, searched, tried, diagnosed)
     if parallel.is_main():
-        save_plans(exp.results / "plans.json", chosen, **facts, timing=timing)
+        save_plans(exp.results / "plans.json", chosen, **ledger, timing=timing)
     exp.note("plans.json", "plans.npz")
-    exp.figure("gains.png", plot_gains([rule.effects for rule in search.rules], title))
-    exp.log({"plans": len(chosen), "calibration_pflops": facts["calibration"]["flops"] / 1e15})
+    exp.figure("gains.png", plot_gains([s.inputs.effects for s in searched], title))
+    exp.log({"plans": len(chosen), "calibration_pflops": ledger["calibration"]["flops"] / 1e15})
     exp.print(f"{len(chosen)} of {len(tried)} plans selected.")
 
 

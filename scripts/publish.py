@@ -4,11 +4,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from sample_compare import real_images
-
 from mlem_diffusion.comparison.frechet import save_moments
 from mlem_diffusion.experiment import environment, runs
 from mlem_diffusion.experiment.stage import Experiment, stage
+from mlem_diffusion.files import read_json
 from mlem_diffusion.models import published
 from mlem_diffusion.models.family import level_name, read_repeats, repeat_name
 from mlem_diffusion.training.levels import repeated
@@ -17,7 +16,7 @@ from mlem_diffusion.training.levels import repeated
 def statistics(exp: Experiment, path: Path) -> dict[str, Any] | None:
     """Write the moments of the training images' features; None if the experiment has no distances."""
     extractor = runs.make_extractor(exp) if exp.cfg.publish.statistics else None
-    real = real_images(exp, extractor) if extractor else None
+    real = extractor and runs.real_images(exp, extractor)
     if extractor is None or real is None:
         return None
     save_moments(path, real.moments)
@@ -27,15 +26,16 @@ def statistics(exp: Experiment, path: Path) -> dict[str, Any] | None:
 
 @stage(trained=True)
 def main(exp: Experiment) -> None:
-    images, metadata, folder = exp.images(), exp.metadata(), exp.checkpoints / published.FOLDER
+    images, metadata, folder = exp.images, exp.metadata(), exp.checkpoints / published.FOLDER
     again = [v for v in repeated(exp.cfg) if (exp.checkpoints / repeat_name(level_name(v[0]), v[1])).is_dir()]
-    noted = exp.read("provenance.json", "train the levels (make train-levels)")["stages"]["train_levels"]
+    provenance = read_json(exp.results / "provenance.json", "train the levels (make train-levels)")
+    noted = provenance["stages"]["train_levels"]
     facts: dict[str, Any] = {"experiment": exp.cfg.name, "title": exp.cfg.title, "data": images.manifest}
     facts["training"] = {key: noted.get(key) for key in ("commit", "finished", "device", "overrides")}
     shutil.rmtree(folder, ignore_errors=True)
     facts["gaussian"] = None
     if exp.cfg.family.gaussian:
-        denoiser: Any = runs.gaussian_level(exp).denoise
+        denoiser: Any = exp.gaussian_level().denoise
         denoiser.save(folder / published.GAUSSIAN)
         facts["gaussian"] = {"file": published.GAUSSIAN, "asked_rank": exp.cfg.family.gaussian_rank}
     facts["statistics"] = statistics(exp, folder / published.STATISTICS)

@@ -3,13 +3,15 @@
 from mlem_diffusion.comparison.drawing import draw, parse_seeds
 from mlem_diffusion.comparison.settings import SamplerSetting, setting_from
 from mlem_diffusion.comparison.table import describe
-from mlem_diffusion.experiment.costs import unweighted
+from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.experiment.runs import check_levels
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.figures.image_grid import image_grid
-from mlem_diffusion.files import expect_content
+from mlem_diffusion.files import expect_content, read_json
 from mlem_diffusion.models.family import level_name
 from mlem_diffusion.multilevel.plan import Plan, load_plans
+
+AGAIN = "run make sample-compare again"
 
 
 def chosen(exp: Experiment) -> tuple[SamplerSetting, float]:
@@ -18,9 +20,9 @@ def chosen(exp: Experiment) -> tuple[SamplerSetting, float]:
     if given != "best":
         return setting_from(given), float(given.get("gamma", 2.5))
     if path.is_file():
-        best = exp.read("best.json", "run make sample-compare again")
-        check_levels(exp, "best.json", best, "make sample-compare")
-        with expect_content(path, "run make sample-compare again"):
+        best = read_json(path, AGAIN)
+        with expect_content(path, AGAIN):
+            check_levels(exp, "best.json", best.get("made_with"), "make sample-compare")
             return setting_from(best), float(best["gamma"])
     exp.print("sample: no comparison has been run, so the sampler is DPM-Solver++(2M), 20 steps of the largest level.")
     return SamplerSetting("ode", "dpmpp_2m", "single", (level_name(exp.cfg.family.widths[-1]),), 20), 2.5
@@ -30,10 +32,10 @@ def plans_of(exp: Experiment, setting: SamplerSetting) -> dict[str, Plan]:
     return load_plans(exp.results / "plans.json")[0] if setting.plan else {}
 
 
-def cost(exp: Experiment) -> list[tuple[str, dict[str, float]]]:
+def cost(exp: Experiment, levels: dict[str, Level]) -> dict[str, float]:
     (setting, gamma), count = chosen(exp), len(parse_seeds(exp.cfg.seeds))
-    one = setting.expected_evaluations(unweighted(exp), gamma, plans_of(exp, setting), exp.process)
-    return [(f"sample with {name}", {name: evaluations * count}) for name, evaluations in one.items()]
+    one = setting.expected_evaluations(levels, gamma, plans_of(exp, setting), exp.process)
+    return {name: evaluations * count for name, evaluations in one.items()}
 
 
 @stage(
@@ -46,12 +48,11 @@ def main(exp: Experiment) -> None:
     with exp.progress("sample", len(seeds)) as progress:
         where = (exp.shape, exp.device, exp.results / "samples", progress)
         total, pixels = draw(estimator, setting.rule, grid, seeds, exp.cfg.compare.batch, *where)
-    for seed in seeds:
-        exp.note(f"samples/{seed:06d}.png")
+    exp.note(*(f"samples/{seed:06d}.png" for seed in seeds))
     exp.figure("samples/grid.png", image_grid(pixels))
-    facts = {"gflops": total.flops_per_image / 1e9, "seconds": total.seconds_per_image, "calls": total.calls_per_image}
-    exp.save("samples/samples.json", {"setting": setting.row, "gamma": gamma, "seeds": seeds, "per_image": facts})
-    exp.print(f"sample: {len(seeds)} images with {describe(setting.row)}, {facts['gflops']:.3g} GFLOP per image.")
+    exp.save("samples/samples.json", {"setting": setting.row, "gamma": gamma})
+    price = f"{total.flops_per_image / 1e9:.3g} GFLOP per image"
+    exp.print(f"sample: {len(seeds)} images with {describe(setting.row)}, {price}.")
 
 
 if __name__ == "__main__":

@@ -1,33 +1,19 @@
 """Levels and gamma -> compare.csv, compare.png, speedup.json, best.json, grids: EM, ML-EM and baselines compared."""
 
-from mlem_diffusion.comparison import frechet, planned, speedup, table, verdicts
+from collections.abc import Mapping
+
+from mlem_diffusion.comparison import planned, speedup, table, verdicts
 from mlem_diffusion.comparison.settings import best_setting
-from mlem_diffusion.experiment.costs import unweighted
+from mlem_diffusion.diffusion.level import Level
+from mlem_diffusion.experiment.runs import check_levels, make_runner, real_images, run_all
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.figures.comparison import plot_compare
 from mlem_diffusion.figures.image_grid import comparison_grid
-from mlem_diffusion.files import read_arrays
 
 
-def real_images(exp: Experiment, extractor: frechet.Extractor) -> frechet.RealImages | None:
-    """Feature moments of the training images; without images the published ones."""
-    n, seed, images = exp.cfg.compare.num_samples, exp.cfg.compare.seed, exp.images_if_needed()
-    if images is None:
-        return frechet.published_images(exp.published, exp.checkpoints, extractor, n, seed)
-    rows = images.train()
-    with exp.progress("features of the real images", len(rows)) as progress:
-        features = exp.cached(
-            "real.npz", [images.manifest["sha256"], extractor.key],
-            lambda path: read_arrays(path, "run make sample-compare again")["features"],
-            lambda path: frechet.write_features(path, extractor, images.images, rows, progress),
-        )  # fmt: skip
-    moments, floor = frechet.feature_moments(features), frechet.distance_floor(features, n, seed)
-    return frechet.RealImages(extractor.name, moments, floor)
-
-
-def cost(exp: Experiment) -> list[tuple[str, dict[str, float]]]:
+def cost(exp: Experiment, levels: dict[str, Level]) -> Mapping[str, float]:
     plans = planned.read_planned(exp.results / "plans.json", exp.cfg.compare)
-    return planned.expected_costs(exp.cfg.compare, unweighted(exp), exp.process, plans)
+    return planned.expected_evaluations(exp.cfg.compare, levels, exp.process, plans)
 
 
 @stage(
@@ -35,21 +21,23 @@ def cost(exp: Experiment) -> list[tuple[str, dict[str, float]]]:
     reads=["levels", "images", "gamma.json", "plans.json", "plans.npz"], cost=cost,
 )  # fmt: skip
 def main(exp: Experiment) -> None:
-    cfg, runner = exp.cfg.compare, exp.runner()
-    plans = planned.read_planned(exp.results / "plans.json", cfg)
+    cfg, plans = exp.cfg.compare, planned.read_planned(exp.results / "plans.json", exp.cfg.compare)
+    if plans.settings:
+        check_levels(exp, "plans.json", plans.made_with, "make optimise")
+    runner = make_runner(exp, plans.plans)
     settings = planned.all_settings(cfg, runner.levels, exp.process.base_steps, plans)
     real = real_images(exp, runner.extractor) if runner.extractor else None
-    measured = planned.complete(settings, exp.run(runner, settings, "compare"), runner.seeds, real, plans)
+    measured = planned.complete(settings, run_all(exp, runner, settings, "compare"), runner.seeds, real, plans)
     frame, sound = table.frame_of(m.row for m in measured), [m for m in measured if "diverged" not in m.row]
     result = speedup.speedups(sound, real and real.moments, cfg.bootstrap, cfg.distance_bootstrap, cfg.seed)
-    exp.facts |= (made := {"gamma": runner.gamma, "made_with": exp.identity})
     exp.save("compare.csv", table.to_text(frame))
     exp.figure("compare.png", plot_compare(table.for_figures(frame), exp.cfg.title))
     exp.save("speedup.json", result)
     if plans.settings:
         exp.save("verdicts.json", verdicts.verdicts(sound, plans.flops, cfg.seed, plans.unit))
     if real is not None:
-        exp.save("best.json", best_setting(m.row for m in sound) | made)
+        made_with = {"gamma": runner.gamma, "made_with": exp.identity}
+        exp.save("best.json", best_setting(m.row for m in sound) | made_with)
         for name in result:
             exp.figure(f"grids/{name}.png", comparison_grid(planned.examples(sound, name, runner)))
     exp.log({"settings": len(measured), "diverged": len(measured) - len(sound)})

@@ -4,9 +4,12 @@ On a CPU several levels are trained side by side. On GPUs all ranks train one le
 every batch: torchrun --nproc-per-node 8 scripts/train_levels.py experiment=celeba64
 """
 
+from collections import Counter
+
 import numpy as np
 
 from mlem_diffusion import parallel
+from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.experiment.level_training import are_published, train_one, training_of, untrained
 from mlem_diffusion.experiment.runs import worker_count
 from mlem_diffusion.experiment.stage import Experiment, stage
@@ -15,23 +18,21 @@ from mlem_diffusion.models.family import level_name, read_metadata
 from mlem_diffusion.training.levels import planned
 
 
-def cost(exp: Experiment) -> list[tuple[str, dict[str, float]]]:
-    rows = []
+def cost(exp: Experiment, levels: dict[str, Level]) -> Counter[str]:
+    counts: Counter[str] = Counter()
     for v in planned(exp.cfg, exp.describe_levels()):
-        images = training_of(exp, v)["images"]
-        text = f"train {v['name']} ({v['parameters']:,} parameters) on {images:,} images"
-        rows.append((text, {level_name(v["width"]): 3 * images}))  # a backward pass costs two forward passes
-    return rows
+        counts[level_name(v["width"])] += 3 * training_of(exp, v)["images"]  # a backward pass costs two forward passes
+    return counts
 
 
-@stage(trained=True, cost=cost, shared=lambda cfg: cfg.only is not None)
+@stage(trained=True, cost=cost)
 def main(exp: Experiment) -> None:
-    if are_published(exp, planned(exp.cfg, [{"width": w, "name": level_name(w)} for w in exp.cfg.family.widths])):
+    if are_published(exp):
         exp.print("train_levels: the levels are already published (ARGS=overwrite=true trains them anew).")
         return
-    levels = planned(exp.cfg, exp.describe_levels(exp.images().manifest["rms"]))
+    levels = planned(exp.cfg, exp.describe_levels(exp.images.manifest["rms"]))
     missing = untrained(exp, levels)
-    if not missing and exp.cfg.only is None and exp.is_finished("", ["training.png"]):
+    if not missing and exp.cfg.only is None and exp.is_finished(["training.png"]):
         return
     workers = worker_count(exp, len(missing))
     if workers > 1:  # the longest first

@@ -12,11 +12,8 @@ def main(exp: Experiment) -> None:
     workers = (os.cpu_count() or 1) if exp.cfg.workers == "auto" else int(exp.cfg.workers)
     result, frame = verify(exp.cfg.rates, workers, exp.progress, exp.should_stop)
     exp.save("rates.json", result)
-    exp.save("rates.csv", frame)
+    exp.save("rates.csv", frame.to_csv(index=False, float_format="%.6g"))
     exp.figure("rates.png", plot_rates(result, frame))
-    for d in exp.cfg.rates.dynamics:
-        for gamma, entries in result[d].items():
-            exp.log({f"exponent/{d}/{gamma}/{method}": e["exponent"] for method, e in entries.items()})
     exp.print(summary(result))
 
 

@@ -118,7 +118,7 @@ def test_every_option_of_every_group_composes(option):
 
 def extractor_of(*overrides: str) -> Any:
     cfg = configuration(*overrides)
-    return make_extractor(SimpleNamespace(cfg=cfg, device=torch.device("cpu"), build=config.build))
+    return make_extractor(SimpleNamespace(cfg=cfg, device=torch.device("cpu")))
 
 
 def test_extractors_instantiate():

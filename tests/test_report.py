@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.experiment.report import number, render
+from mlem_diffusion.experiment.report import render
 
 DEMO = Path(__file__).parents[1] / "results" / "demo"
 
@@ -36,11 +36,11 @@ def test_page_is_self_contained_and_complete(results: Path) -> None:
     page = text_of(page)
     assert "A <title>" in page and "Warning" not in page
     for words in (
-        "SDE, warning: w12 differs from w8",
+        "warning w12 differs from w8",
         "ode paper's ML-EM error FLOPs 1.36 0.691",
-        "Harder than Monte Carlo (γ above 2): undetermined.",
-        "γ by the largest level: – (95% interval 3.33 and above).",
-        "Levels that pay off in FLOPs: gauss + w4 + w16.",
+        "harder than Monte Carlo (gamma > 2): undetermined.",
+        "gamma (to_largest): none, 95% interval [3.33, unbounded]",
+        "Levels that pay off in flops: gauss + w4 + w16.",
         "quadrature gauss+w6, DDPM ancestral, 32 steps",
     ):
         assert words in page, words
@@ -58,7 +58,7 @@ def test_one_artefact_is_enough(results: Path, keep: str) -> None:
         render(results, "x")
 
 
-@pytest.mark.parametrize("name", ["gamma.json", "speedup.json", "compare.csv", "compare.png"])
+@pytest.mark.parametrize("name", ["gamma.json", "speedup.json", "compare.csv"])
 @pytest.mark.parametrize("content", [b'{"estimates": ', b"[1, 2]", b"a,b\n1,2\n"])
 def test_damaged_artefacts_give_one_sentence(results: Path, name: str, content: bytes) -> None:
     (results / name).write_bytes(content)
@@ -75,8 +75,3 @@ def test_content_is_escaped(results: Path) -> None:
     table.write_text(table.read_text().replace("w16", evil))
     page = render(results, evil)
     assert "<script" not in page and page.count(html.escape("<script>")) > 20
-
-
-def test_numbers_have_three_digits() -> None:
-    values = (0.123456, 12.3456, 123.0, 1234.56, 1.234e-7, 0.0, None, float("nan"), 24000, [1.5, "a"])
-    assert " ".join(map(number, values)) == "0.123 12.3 123 1,235 1.23e-07 0.00 – – 24000 1.50, a"

@@ -92,7 +92,6 @@ folder = Path(sys.argv[1])
 tracker = tracking.Tracker(folder, "train", {{"name": "fault"}}, mode="online", project="test")
 for k in range({RECORDS}):
     tracker.log({{"images": k}})
-    tracker.mirror()
 tracker.finish()
 print("finished")
 """

@@ -28,6 +28,7 @@ class Planned:
     facts: Mapping[SamplerSetting, Row] = field(default_factory=dict)  # further columns, also of single levels
     flops: float = 0.0  # cost of the calibration
     unit: str = "flops"  # the cost that plans minimise, "flops" or "seconds"
+    made_with: dict[str, Any] | None = None  # the hashes of images and levels
 
 
 def read_planned(path: Path, config: Any) -> Planned:
@@ -50,7 +51,8 @@ def read_planned(path: Path, config: Any) -> Planned:
             settings.append(setting)
         if not set(content["seeds_used"]).isdisjoint(range(config.seed, config.seed + config.num_samples)):
             raise UserError("The plans were selected on sample seeds of this comparison: change compare.seed.")
-        return Planned(plans, settings, facts, content["calibration"]["flops"], content["cost_unit"])
+        spent, made_with = content["calibration"]["flops"], content.get("made_with")
+        return Planned(plans, settings, facts, spent, content["cost_unit"], made_with)
 
 
 def all_settings(config: Any, names: Iterable[str], base_steps: int, planned: Planned) -> list[SamplerSetting]:
@@ -59,18 +61,18 @@ def all_settings(config: Any, names: Iterable[str], base_steps: int, planned: Pl
     return sorted(settings, key=lambda s: (s.dynamics, s.rule.clock or "", s.steps))
 
 
-def expected_costs(
+def expected_evaluations(
     config: Any, levels: Mapping[str, Level], process: Process, planned: Planned
-) -> list[tuple[str, dict[str, float]]]:
-    """(text, {level: evaluations}) of a comparison: its settings by dynamics, and their references."""
-    gamma, rows = 2.5 if config["gamma"] == "auto" else float(config["gamma"]), {}
-    count, largest = config["num_samples"], list(levels)[-1]
-    for setting in all_settings(config, levels, process.base_steps, planned):
-        row = rows.setdefault(f"{setting.dynamics} {setting.estimator}", Counter())
+) -> Mapping[str, float]:
+    """The evaluations of each level in a comparison: of its settings and their references."""
+    gamma, count = 2.5 if config["gamma"] == "auto" else float(config["gamma"]), config["num_samples"]
+    settings, total = all_settings(config, levels, process.base_steps, planned), Counter()
+    for setting in settings:
         for name, number in setting.expected_evaluations(levels, gamma, planned.plans, process).items():
-            row[name] += number * count
-        rows[f"{setting.dynamics} reference"] = {largest: process.base_steps * min(config["num_reference"], count)}
-    return list(rows.items())
+            total[name] += number * count
+    references = len({setting.dynamics for setting in settings})
+    total[list(levels)[-1]] += references * process.base_steps * min(config["num_reference"], count)
+    return total
 
 
 def complete(

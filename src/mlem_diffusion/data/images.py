@@ -203,7 +203,7 @@ def _fill(
                         f"{name!r} in {source.name} is broken ({reason(result)}): replace it, "
                         "or leave broken images out with data.skip_broken=true."
                     )
-                if progress:
+                if progress is not None:
                     progress(treatment.total() + len(skipped), len(names))
     if len(skipped) == len(names):
         raise UserError(f"All {len(names)} images in {source.name} are broken.")

@@ -15,8 +15,11 @@ ROOT = Path(__file__).resolve().parents[3]
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "hydra-core", "numpy", "scipy", "pandas")
 
 
-def usable_device(name: str) -> torch.device:
-    """The device of this name (auto: CUDA if available); UserError if it does not work. Each rank gets its own GPU."""
+def set_up_device(cfg: Any, training: bool) -> torch.device:
+    """The configured device (auto: CUDA if available), with torch's threads and precision: TF32 in training only.
+
+    Each rank gets its own GPU. UserError if the device does not work."""
+    name = cfg.device
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
@@ -28,11 +31,6 @@ def usable_device(name: str) -> torch.device:
             f"device={name} does not work on this machine ({torch.cuda.device_count()} GPUs): "
             "set device=auto or device=cpu, or start fewer processes (NPROC)."
         ) from error
-    return device
-
-
-def configure_torch(cfg: Any, training: bool) -> None:
-    """Threads, and the precision of float32: TF32 in training only."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     if training:
@@ -40,32 +38,33 @@ def configure_torch(cfg: Any, training: bool) -> None:
     else:
         torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = bool(cfg.autotune)
+    return device
 
 
 def commit() -> str:
     """The checked-out commit; changed results and checkpoints do not count, since every run writes them."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(ROOT), *words]
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
+
     try:
-        git = ["git", "-C", str(ROOT)]
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        status = [*git, "status", "--porcelain", "--", "src", "scripts", "configs"]
-        dirty = subprocess.run(status, capture_output=True, text=True, check=True).stdout.strip()
-        return head + (" with uncommitted changes" if dirty else "")
+        dirty = git("status", "--porcelain", "--", "src", "scripts", "configs")
+        return git("rev-parse", "HEAD") + (" with uncommitted changes" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown (not a git checkout)"
 
 
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def device_model(device: torch.device) -> str:
+    """The model of the GPU, or of the CPU with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{cpu_model()} ({torch.get_num_threads()} threads)"
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name} ({torch.get_num_threads()} threads)"
 
 
 def package_version(name: str) -> str | None:
@@ -76,15 +75,9 @@ def package_version(name: str) -> str | None:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """The facts of provenance.json on this machine."""
-    return {
-        "commit": commit(),
-        "device": device_model(device),
-        "cpu": cpu_model(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "packages": {name: found for name in PACKAGES if (found := package_version(name))},
-    }
+    """What provenance.json notes of the code and of this machine."""
+    versions = {"python": platform.python_version()} | {name: package_version(name) for name in PACKAGES}
+    return {"commit": commit(), "device": device_model(device), "versions": versions}
 
 
 def shown(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""An experiment as its scripts see it: configuration, images, levels, settings to run, and files to write."""
+"""An experiment as its scripts see it: configuration, images, levels, and files to write."""
 
 import functools
 import time
@@ -6,14 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import pandas as pd
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from .. import files, parallel
-from ..comparison.runner import Runner
+from ..comparison.settings import GAUSSIAN
 from ..data import images as datasets
 from ..data.pixels import to_float
 from ..diffusion.level import Level
@@ -21,20 +20,20 @@ from ..diffusion.process import Process
 from ..errors import UserError
 from ..figures import style
 from ..models import published
-from ..models.family import describe, identity_of, level_name, read_metadata
-from . import config, environment, runs, signals
+from ..models.family import describe, identity_of, level_name, load_family, read_metadata
+from ..models.gaussian import fit_gaussian, load_gaussian
+from . import config, environment
 from .environment import ROOT, shown
-from .progress import bar
+from .progress import bar, stop_asked
 from .tracking import Tracker
 
 T = TypeVar("T")
 
 
 class Experiment:
-    """One run of a script. It can be pickled: a worker rebuilds levels and runner from it.
+    """One run of a script. It can be pickled: a worker rebuilds the levels from it.
 
-    cfg: the configuration; name: of the stage; device; process; data_dir, checkpoints, results: folders; facts: what
-    this stage adds to its entry in provenance.json.
+    cfg: the configuration; name: of the stage; device; process; data_dir, checkpoints, results: folders.
     """
 
     def __init__(self, name: str, cfg: DictConfig, folder: str | None = None):
@@ -45,52 +44,38 @@ class Experiment:
         elif HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
             job = HydraConfig.get().job.override_dirname.replace("/", "_")
             cfg.name = f"{cfg.name}/{job}" if job else cfg.name  # each job of a sweep gets its own folders
-        self.overrides = config.overrides()
-        self.data_dir, self.checkpoints, self.results = (
-            ROOT / cfg.paths[k] for k in ("data", "checkpoints", "results")
-        )
+        self.data_dir, self.results = ROOT / cfg.paths.data, ROOT / cfg.paths.results
+        self.checkpoints = ROOT / cfg.paths.checkpoints
         if name not in ("train_levels", "publish"):
             if not self.checkpoints.is_dir():
                 self.checkpoints = unswept  # a sweep over later stages shares the levels
             names = [level_name(w) for w in cfg.family.widths]
             self.checkpoints = published.levels_folder(self.checkpoints, names)
-        self.device = environment.usable_device(cfg.device)
-        environment.configure_torch(cfg, training=name == "train_levels")
+        self.device = environment.set_up_device(cfg, training=name == "train_levels")
         self.process: Process = config.build(cfg.process)
-        self.facts: dict[str, Any] = {}
-        self.written: list[str] = []
-        self.tracker = Tracker(self.results, name, self.plain(), **cfg.tracking)
-        if not parallel.is_main():
-            self.tracker.mode = "disabled"
+        self.key, self.written = "", []  # fingerprint and outputs of this stage
+        mode = cfg.tracking.mode if parallel.is_main() else "disabled"
+        self.tracker = Tracker(self.results, name, self.plain(), mode, cfg.tracking.project)
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state for a worker, which logs to metrics.jsonl only; what is cached of the images stays here."""
+        """The state for a worker, which logs to metrics.jsonl only; the images stay here."""
         worker = Tracker(self.results, self.name, {}, mode="disabled", project="")
-        return {k: v for k, v in self.__dict__.items() if k not in ("published", "_images")} | {"tracker": worker}
-
-    # ------------------------------------------------------------------------------------------ configuration
+        return {k: v for k, v in self.__dict__.items() if k != "images"} | {"tracker": worker}
 
     def plain(self, *keys: str) -> dict[str, Any]:
         """The resolved configuration (only these keys if given), without absolute or parent paths."""
         return config.plain(self.cfg, keys)
 
-    def build(self, node: Any, **more: Any) -> Any:
-        """Hydra's instantiate; any of its errors becomes a UserError of one sentence."""
-        return config.build(node, **more)
-
     def fingerprint(self, groups: Sequence[str], **inputs: Any) -> str:
         """Hash of the configuration groups and input artefacts that a result depends on."""
         return config.fingerprint(self.plain(*groups), inputs)
 
-    # ------------------------------------------------------------------------------------------------- inputs
-
-    def images(self) -> datasets.ImageData:
-        """The packed images; the procedural default is generated on first use."""
-        return self._images
+    # ------------------------------------------------------------------------------------------------- images
 
     @functools.cached_property
-    def _images(self) -> datasets.ImageData:
-        if self.cfg.family.callable is None and config.source(self.cfg) == "portraits" and parallel.is_main():
+    def images(self) -> datasets.ImageData:
+        """The packed images; the procedural default is generated on first use."""
+        if config.source(self.cfg) == "portraits" and parallel.is_main():
             self.prepare_data()
         parallel.barrier()
         return datasets.load(self.data_dir)
@@ -100,7 +85,7 @@ class Experiment:
         prepared = (self.data_dir / "manifest.json").is_file()
         if self.cfg.family.callable is not None or (self.published is not None and not prepared):
             return None
-        return self.images()
+        return self.images
 
     def prepare_data(self) -> dict[str, Any]:
         """Pack the images of data.source, and return the manifest."""
@@ -110,13 +95,20 @@ class Experiment:
                 "data.source is not set: run make data SOURCE=path/to/archive-or-folder or SOURCE=download."
             )
         options = {k: self.cfg.data[k] for k in ("name", "size", "crop", "holdout", "seed", "count", "skip_broken")}
-        with bar("images", None, disable=None) as progress:
+        with bar("images", None) as progress:
             return datasets.prepare(source, self.data_dir, progress=progress, **options)
 
     def held_out(self) -> torch.Tensor:
         """The held-out images [M,3,S,S] in [-1, 1] on which denoising errors are measured."""
-        images = self.images()
-        return to_float(images.images[images.held_out()[: self.cfg.gamma.images]], self.device)
+        return to_float(self.images.images[self.images.held_out()[: self.cfg.gamma.images]], self.device)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one sample, [C, H, W]."""
+        size = self.cfg.data.size
+        return tuple(self.cfg.family.shape) if self.cfg.family.callable is not None else (3, size, size)
+
+    # ------------------------------------------------------------------------------------------------- levels
 
     @functools.cached_property
     def published(self) -> dict[str, Any] | None:
@@ -153,23 +145,36 @@ class Experiment:
 
     def levels(self) -> dict[str, Level]:
         """The levels by name, cheap to expensive, for sampling on this device; with the Gaussian denoiser if wanted."""
-        return runs.load_levels(self)
+        cfg = self.cfg
+        if cfg.family.callable is not None:
+            return {level.name: level for level in config.build(cfg.family.callable)}
+        options = {"compile": cfg.compile, "batch": cfg.compare.batch}
+        found = load_family(self.checkpoints, cfg.family.widths, self.device, cfg.precision, **options)
+        if cfg.family.gaussian:
+            gauss = self.gaussian_level()
+            if gauss.flops < found[0].flops:  # useless if it costs more than the first network
+                found.insert(0, gauss)
+        return {level.name: level for level in found}
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of one sample, [C, H, W]."""
-        size = self.cfg.data.size
-        return tuple(self.cfg.family.shape) if self.cfg.family.callable is not None else (3, size, size)
+    def gaussian_level(self) -> Level:
+        """The linear Gaussian denoiser of the training images: the published one, or fitted once and cached."""
+        rank, found = self.cfg.family.gaussian_rank, (self.published or {}).get("gaussian")
+        if found is not None and found["asked_rank"] == rank:
+            return load_gaussian(self.checkpoints / found["file"], self.device).as_level(GAUSSIAN)
+        images = self.images_if_needed()
+        if images is None:
+            raise UserError(
+                f"No Gaussian level with family.gaussian_rank={rank} is published, so it must be fitted to the "
+                "training images: prepare them (make data), or set family.gaussian=false."
+            )
+        fitted = _made_once(
+            self.results / "cache" / f"gauss-{images.manifest['sha256'][:12]}-{rank}.safetensors",
+            lambda path: load_gaussian(path, self.device),
+            lambda path: fit_gaussian(images.images[images.train()], rank).save(path),
+        )
+        return fitted.as_level(GAUSSIAN)
 
-    # ---------------------------------------------------------------------------------------------------- work
-
-    def runner(self, select: bool = False) -> Runner:
-        """The data that all settings share: on the seeds of the comparison, or on those that select plans."""
-        return runs.make_runner(self, select)
-
-    def run(self, runner: Runner, settings: Sequence[Any], label: str) -> list[Any]:
-        """Run settings on all ranks or workers, each once and cached; their results in order."""
-        return runs.run_all(self, runner, settings, label)
+    # -------------------------------------------------------------------------------------- work and its files
 
     def cached(self, stem: str, facts: Any, read: Callable[[Path], T], make: Callable[[Path], object]) -> T:
         """read(path) of a cache file; rank 0 makes it first if it is missing or damaged.
@@ -178,7 +183,7 @@ class Experiment:
         """
         levels = self.identity or self.plain("family")
         key = self.fingerprint(("process", "precision"), levels=levels, facts=facts, device=self.device.type)[:20]
-        return runs.made_once(self.results / "cache" / f"{Path(stem).stem}-{key}{Path(stem).suffix}", read, make)
+        return _made_once(self.results / "cache" / f"{Path(stem).stem}-{key}{Path(stem).suffix}", read, make)
 
     def progress(self, label: str, total: int | None, unit: str = "img") -> bar:
         """A progress bar, which is also a callback (done, total) that raises Interrupted if the stage should stop."""
@@ -187,34 +192,23 @@ class Experiment:
     def should_stop(self) -> bool:
         """True after SIGINT or SIGTERM, or after max_minutes."""
         limit = self.cfg.max_minutes
-        return signals.asked() or (limit is not None and time.monotonic() - self.started > 60 * limit)
+        return stop_asked() or (limit is not None and time.monotonic() - self.started > 60 * limit)
 
     def print(self, text: str) -> None:
         """Print on rank 0."""
         if parallel.is_main():
             print(text)
 
-    # ------------------------------------------------------------------------------------------------- outputs
-
     def save(self, name: str, value: Any) -> None:
-        """Write a result by the suffix of its name: JSON, or a DataFrame or text as it is; rank 0 only."""
-        if not parallel.is_main():
-            return
-        path = self.results / name
-        if path.suffix == ".json":
-            files.write_json(path, value)
-        else:
-            text = value.to_csv(index=False, float_format="%.6g") if isinstance(value, pd.DataFrame) else value
-            files.write_text(path, text)
-        self.note(name)
+        """Write a result as JSON if its name ends so, else as text; rank 0 only."""
+        if parallel.is_main():
+            write = files.write_json if name.endswith(".json") else files.write_text
+            write(self.results / name, value)
+            self.note(name)
 
     def note(self, *names: str) -> None:
         """Count files that were written by other means among this stage's outputs."""
         self.written += [name for name in names if name not in self.written]
-
-    def read(self, name: str, hint: str) -> Any:
-        """The content of a JSON file of the results folder; UserError if it is missing. hint: what to run."""
-        return files.read_json(self.results / name, hint)
 
     def figure(self, name: str, figure: Any) -> None:
         """Write a matplotlib Figure or a PIL image as PNG, and send it to W&B; rank 0 only."""
@@ -224,45 +218,45 @@ class Experiment:
             self.tracker.image(Path(name).stem, self.results / name)
 
     def log(self, values: Mapping[str, Any]) -> None:
-        """Append a record to metrics.jsonl and send it to W&B; in workers and other ranks nothing is sent."""
+        """Append a record to metrics.jsonl and send it to W&B; workers send nothing, and other ranks do nothing."""
         if parallel.is_main():
-            self.tracker.log(dict(values))
-            self.tracker.mirror()
+            self.tracker.log(values)
 
     # ------------------------------------------------------------------------------------------- finished work
 
-    def finished_key(self, depends: Sequence[str], reads: Sequence[str]) -> str:
-        """The fingerprint of a stage: of the configuration that it depends on, and of what it reads."""
-        found: dict[str, Any] = {}
-        for what in reads:
-            path = self.results / what
-            if what == "images":
-                images = self.images_if_needed()
-                found[what] = images and images.manifest["sha256"]
-            elif what == "levels":
-                found[what] = self.identity or self.plain("family")
-            else:
-                found[what] = files.sha256_of(path) if path.is_file() else None
-        return self.fingerprint(depends, **found)
-
-    def is_finished(self, key: str, outputs: Sequence[str]) -> bool:
+    def is_finished(self, outputs: Sequence[str], depends: Sequence[str] = (), reads: Sequence[str] = ()) -> bool:
         """Whether this stage finished before with the same fingerprint, and its outputs exist; prints so.
 
-        The record is in the cache, which is never committed, so a fresh clone recomputes the committed results.
+        The fingerprint is that of the configuration groups `depends` and of what the stage `reads`. The record is in
+        the cache, which is never committed, so a fresh clone recomputes the committed results.
         """
+        self.key = self.fingerprint(depends, **{what: self._content_of(what) for what in reads}) if depends else ""
         noted = self._done().get(self.name) or {}
         names = [*outputs, *noted.get("outputs", ())]
-        same = noted.get("key") == key and all((self.results / name).is_file() for name in names)
-        if same and not self.cfg.force:
+        same = noted.get("key") == self.key and all((self.results / name).is_file() for name in names)
+        finished = same and not self.cfg.force
+        if finished:
             self.print(f"{self.name}: already done, nothing has changed (ARGS=force=true runs it again).")
-            return True
-        return False
+        return finished
+
+    def _content_of(self, what: str) -> Any:
+        """Hash of "images", "levels" or a file of the results folder; None if it is missing."""
+        if what == "images":
+            images = self.images_if_needed()
+            return images and images.manifest["sha256"]
+        if what == "levels":
+            return self.identity or self.plain("family")
+        path = self.results / what
+        return files.sha256_of(path) if path.is_file() else None
 
     def _done(self) -> dict[str, Any]:
-        path = self.results / "cache" / "done.json"
-        return files.cached(path, lambda p: dict(files.read_json(p, "")), lambda: files.write_json(path, {}))
+        """The record of finished stages; empty if it is missing or damaged."""
+        try:
+            return dict(files.read_json(self.results / "cache" / "done.json", ""))
+        except UserError:
+            return {}
 
-    def finish(self, key: str) -> None:
+    def finish(self) -> None:
         """Write config.yaml and this stage's entry in provenance.json, and record that the stage is done."""
         if not parallel.is_main():
             return
@@ -271,21 +265,25 @@ class Experiment:
             return
         path, seconds = self.results / "provenance.json", round(time.monotonic() - self.started, 1)
         files.write_text(self.results / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.plain())))
-        before = self.read("provenance.json", "delete it, the stages write it again") if path.is_file() else {}
-        machine = environment.machine(self.device)
+        before = files.read_json(path, "delete it, the stages write it again") if path.is_file() else {}
         entry = {
             "seconds": seconds,
             "finished": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
-            "commit": machine["commit"],
-            "device": machine["device"],
-            "overrides": self.overrides,
-            **self.facts,
+            **environment.machine(self.device),
+            "overrides": config.overrides(),
             "outputs": {name: files.sha256_of(self.results / name) for name in self.written},
         }
-        images = self.__dict__.get("_images")  # if this stage used them
+        images = self.__dict__.get("images")  # if this stage used them
         data = images.manifest if images else (self.published or {}).get("data", before.get("data", {}))
         stages = {**before.get("stages", {}), self.name: entry}
-        files.write_json(path, {"experiment": self.cfg.name, "data": data, **machine, "stages": stages})
-        done = {**self._done(), self.name: {"key": key, "outputs": self.written}}
+        files.write_json(path, {"experiment": self.cfg.name, "data": data, "stages": stages})
+        done = {**self._done(), self.name: {"key": self.key, "outputs": self.written}}
         files.write_json(self.results / "cache" / "done.json", done)
         print(f"{self.name}: done in {seconds:.0f} s; see {shown(self.results)}/")
+
+
+def _made_once(path: Path, read: Callable[[Path], T], make: Callable[[Path], object]) -> T:
+    """read(path) on every rank; rank 0 makes the file first if it is missing or damaged."""
+    found = files.cached(path, read, lambda: make(path)) if parallel.is_main() else None
+    parallel.barrier()
+    return read(path) if found is None else found

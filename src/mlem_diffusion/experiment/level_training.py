@@ -1,7 +1,7 @@
 """The levels of an experiment in training: which are left, and one of them with its previews, records and metadata."""
 
-import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from ..gamma.measurement import noise_levels, squared_differences
 from ..models import published
 from ..models.checkpoint import load_state
 from ..models.compiled import FastDenoiser
-from ..models.family import build_denoiser
+from ..models.family import build_denoiser, level_name
 from ..training.levels import CLAIM, METADATA, STATE, claim, is_trained, settings
 from ..training.loop import train_level
+from . import config
 from .environment import device_model
 from .experiment import Experiment
 from .progress import bar
@@ -30,7 +31,7 @@ from .progress import bar
 def fingerprint(exp: Experiment, level: dict[str, Any]) -> str:
     """Hash of what a level's training depends on; it decides whether a checkpoint is still valid."""
     own = {key: level[key] for key in ("width", "target", "train_seed") if key in level}
-    return exp.fingerprint(("process", "unet", "train"), data=exp.images().manifest["sha256"], **own)
+    return exp.fingerprint(("process", "unet", "train"), data=exp.images.manifest["sha256"], **own)
 
 
 def training_of(exp: Experiment, level: dict[str, Any]) -> dict[str, Any]:
@@ -40,10 +41,11 @@ def training_of(exp: Experiment, level: dict[str, Any]) -> dict[str, Any]:
 
 def untrained(exp: Experiment, levels: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The levels that are not fully trained; rank 0 looks, and all ranks get the same answer."""
-    missing = []
-    for level in levels if parallel.is_main() else ():
-        if not is_trained(exp.checkpoints / level["name"], fingerprint(exp, level), exp.cfg.overwrite):
-            missing.append(level)
+    missing = [
+        level
+        for level in (levels if parallel.is_main() else ())
+        if not is_trained(exp.checkpoints / level["name"], fingerprint(exp, level), exp.cfg.overwrite)
+    ]
     return parallel.gather({parallel.rank(): missing})[0]
 
 
@@ -53,7 +55,7 @@ def train_one(task: tuple[Experiment, dict[str, Any], int]) -> None:
     task: experiment, level, line of the progress bar.
     """
     exp, level, line = task
-    images, folder, started = exp.images(), exp.checkpoints / level["name"], time.monotonic()
+    images, folder = exp.images, exp.checkpoints / level["name"]
     identity, train = fingerprint(exp, level), training_of(exp, level)
     denoiser = build_denoiser(
         level["width"], level["size"], level["data_rms"], exp.plain("unet")["unet"], level["target"], train["seed"]
@@ -66,22 +68,19 @@ def train_one(task: tuple[Experiment, dict[str, Any], int]) -> None:
 
         def report(record: dict[str, Any]) -> None:
             progress(record["images"], train["images"])
-            progress.tqdm.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
+            progress.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
             exp.log({"level": level["name"], **record})
 
-        def snapshot(seen: int, ema: Any) -> None:
-            if "train_seed" not in level:
-                preview(exp, level, seen, ema)
-
         ema = train_level(
-            denoiser, images.images[images.train()], exp.process, exp.build(train), folder, width=level["width"],
-            device=exp.device, report=report, should_stop=exp.should_stop, identity=identity, snapshot=snapshot,
+            denoiser, images.images[images.train()], exp.process, config.build(train), folder, width=level["width"],
+            device=exp.device, report=report, should_stop=exp.should_stop, identity=identity,
+            snapshot=partial(preview, exp, level),
         )  # fmt: skip
         if parallel.is_main():
             used = {"train": {k: v for k, v in train.items() if not k.startswith("_")}}
             facts = {"data_sha256": images.manifest["sha256"], "fingerprint": identity}
-            spent = {"device": device_model(exp.device), "seconds_last_run": round(time.monotonic() - started, 1)}
-            write_json(folder / METADATA, {**level, **used, **facts, **measured(exp, level, ema, folder), **spent})
+            facts["device"] = device_model(exp.device)
+            write_json(folder / METADATA, {**level, **used, **facts, **measured(exp, level, ema, folder)})
         parallel.barrier()
 
 
@@ -116,9 +115,9 @@ def measured(exp: Experiment, level: dict[str, Any], ema: Any, folder: Path) -> 
     }
 
 
-def are_published(exp: Experiment, levels: list[dict[str, Any]]) -> bool:
-    """Whether the family is published in the experiment's folder, and no training of these levels has begun here."""
-    folder = exp.checkpoints / published.FOLDER
-    family = [level["name"] for level in levels if "train_seed" not in level]
-    begun = any((exp.checkpoints / level["name"] / CLAIM).is_file() for level in levels)
-    return published.levels_folder(exp.checkpoints, family) == folder and not begun and not exp.cfg.overwrite
+def are_published(exp: Experiment) -> bool:
+    """Whether the family is published in the experiment's folder, and no training of it has begun here."""
+    names = [level_name(width) for width in exp.cfg.family.widths]
+    folder = published.levels_folder(exp.checkpoints, names)
+    begun = any((path / CLAIM).is_file() for path in exp.checkpoints.glob("w*"))
+    return folder != exp.checkpoints and not begun and not exp.cfg.overwrite

@@ -1,6 +1,9 @@
 """The measurements of make optimise, made once on rank 0 and then read from the cache; and the plans made from them."""
 
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,71 +11,71 @@ import numpy as np
 import torch
 
 from ..comparison.runner import Runner
-from ..comparison.settings import GAUSSIAN, SamplerSetting
+from ..comparison.settings import SamplerSetting, setting_of
 from ..diffusion.brownian import BrownianPath
 from ..diffusion.level import Level
 from ..diffusion.step_rules import StepRule, step_rule
 from ..errors import UserError
 from ..files import read_json, write_json
 from ..multilevel import ablation, selection
-from ..multilevel.calibrate import check_reference
 from ..multilevel.diagnostics import diagnose
 from ..multilevel.gains import Effects, measure_effects
 from ..multilevel.learned import learn_probabilities
 from ..multilevel.plan import Plan
 from ..multilevel.planner import RuleInputs
-from .costs import unweighted
 from .environment import device_model
+from .runs import run_all, timed_batch
 
 
-def check(exp: Any) -> None:
-    """Raise UserError for options that do not fit."""
-    o = exp.cfg.optimise
-    if o.cost not in ("flops", "seconds"):
-        raise UserError(f"optimise.cost = {o.cost} is unknown; expected flops or seconds.")
-    steps = [count for rule in o.rules for count in rule.steps]
-    check_reference(o.reference_steps or exp.process.base_steps, steps, "optimise.reference_steps")
+def _cached(exp: Any, stem: str, facts: Any, compute: Callable[[], Any]) -> Any:
+    """The value of compute(), kept as JSON."""
+
+    def make(path: Path) -> None:
+        write_json(path, compute())
+
+    return exp.cached(f"{stem}.json", facts, lambda path: read_json(path, "run make optimise again"), make)
 
 
-def _read(path: Path) -> Any:
-    return read_json(path, "run make optimise again")
-
-
-def _seeds(exp: Any, count: int) -> BrownianPath:
-    """The first seeds of the calibration; the comparison uses others."""
+def _path(exp: Any, count: int) -> BrownianPath:
+    """The paths of the first seeds of the calibration; the comparison uses others."""
     first = exp.cfg.optimise.seed
     return BrownianPath(range(first, first + count), exp.shape, exp.device)
 
 
 def timing(exp: Any, levels: dict[str, Level]) -> dict[str, Any]:
     """{"seconds": per image of one evaluation of each level, "batch", "device", "threads"}."""
-    family, batch = list(levels.values()), exp.cfg.compare.batch
-    if exp.device.type == "cpu":  # seconds per image hardly depend on the batch, and large images would take long
-        batch = max(1, min(batch, int(20e9 / family[-1].flops)))
+    family = list(levels.values())
+    batch = timed_batch(exp, family, exp.cfg.compare.batch)
     where = {"batch": batch, "device": device_model(exp.device), "threads": torch.get_num_threads()}
 
-    def make(path: Path) -> None:
+    def compute() -> dict[str, Any]:
         seconds = ablation.seconds_per_image(family, exp.shape, batch, exp.device)
-        write_json(path, {"seconds": dict(zip(levels, seconds, strict=True)), **where})
+        return {"seconds": dict(zip(levels, seconds, strict=True)), **where}
 
-    return exp.cached("seconds.json", where, _read, make)
+    return _cached(exp, "seconds", where, compute)
 
 
 def diagnostics(exp: Any, levels: dict[str, Level]) -> dict[str, dict[str, Any]]:
-    """The diagnostics of the family for the first rule of each dynamics; UserError if a value is not finite."""
-    o, found = exp.cfg.optimise, {}
-    for dynamics in dict.fromkeys(r.dynamics for r in o.rules):
-        rule = step_rule(dynamics, next(r.step_rule for r in o.rules if r.dynamics == dynamics))
+    """The diagnostics of the family for the first rule of each dynamics."""
+    rules: dict[str, StepRule] = {}
+    for r in exp.cfg.optimise.rules:
+        rules.setdefault(r.dynamics, step_rule(r.dynamics, r.step_rule))
+    return {dynamics: _diagnosis(exp, levels, rule) for dynamics, rule in rules.items()}
 
-        def make(path: Path, rule: StepRule = rule) -> None:
-            family, path_, batch = list(levels.values()), _seeds(exp, o.diagnose.seeds), exp.cfg.compare.batch
-            with exp.progress(f"diagnose {rule.dynamics}", None) as progress:
-                write_json(path, diagnose(family, exp.process, rule, path_, o.diagnose.steps, batch, progress))
 
-        found[dynamics] = exp.cached("diagnostics.json", [o.seed, dict(o.diagnose), rule.key], _read, make)
-        for f in found[dynamics]["findings"]:
-            if f["severity"] == "error" and "not finite" in f["text"]:
-                raise UserError(f["text"])
+def _diagnosis(exp: Any, levels: dict[str, Level], rule: StepRule) -> dict[str, Any]:
+    """The diagnostics for one rule; UserError if a value is not finite."""
+    o = exp.cfg.optimise
+
+    def compute() -> dict[str, Any]:
+        with exp.progress(f"diagnose {rule.dynamics}", None) as progress:
+            family, path, batch = list(levels.values()), _path(exp, o.diagnose.seeds), exp.cfg.compare.batch
+            return diagnose(family, exp.process, rule, path, o.diagnose.steps, batch, progress)
+
+    found = _cached(exp, "diagnostics", [o.seed, dict(o.diagnose), rule.key], compute)
+    for f in found["findings"]:
+        if f["severity"] == "error" and "not finite" in f["text"]:
+            raise UserError(f["text"])
     return found
 
 
@@ -82,20 +85,10 @@ def effects(exp: Any, levels: dict[str, Level], rule: StepRule) -> Effects:
 
     def make(path: Path) -> None:
         with exp.progress(f"gains {rule.key}", o.calibrate) as progress:
-            grid, part, batch = exp.process.grid(o.calibrate_steps), _seeds(exp, o.calibrate), exp.cfg.compare.batch
+            grid, part, batch = exp.process.grid(o.calibrate_steps), _path(exp, o.calibrate), exp.cfg.compare.batch
             measure_effects(list(levels.values()), rule, grid, part, o.probes, batch, progress).save(path)
 
     return exp.cached("effects.npz", [o.seed, o.calibrate, o.probes, o.calibrate_steps, rule.key], Effects.load, make)
-
-
-@dataclass
-class Search:
-    """Inputs and candidates by rule, errors of single levels, and the FLOPs of learning by rule."""
-
-    alone: dict[SamplerSetting, float]
-    rules: list[RuleInputs] = field(default_factory=list)
-    groups: dict[tuple[str, str], selection.Candidates] = field(default_factory=dict)
-    learning: list[float] = field(default_factory=list)
 
 
 def errors_alone(exp: Any, runner: Runner) -> dict[SamplerSetting, float]:
@@ -107,104 +100,101 @@ def errors_alone(exp: Any, runner: Runner) -> dict[SamplerSetting, float]:
         for name, level in runner.levels.items()
         for steps in selection.steps_alone(level, largest, rule.steps)
     ]
-    found = exp.run(runner, settings, "levels alone")
+    found = run_all(exp, runner, settings, "levels alone")
     return {s: m.row["error"] for s, m in zip(settings, found, strict=True) if m.row["error"] is not None}
 
 
-def candidates(exp: Any, runner: Runner, seconds: dict[str, float]) -> Search:
-    """Candidate plans for every rule with methods. seconds: of one evaluation of each level."""
-    o, names, levels = exp.cfg.optimise, list(runner.levels), runner.levels
+@dataclass
+class Searched:
+    """One step rule: what its plans are made from, the candidates, and the FLOPs of learning."""
+
+    rule: StepRule
+    inputs: RuleInputs
+    candidates: selection.Candidates
+    learning: float
+
+    def setting(self, plan: Plan) -> SamplerSetting:
+        return setting_of(plan, self.rule.dynamics, self.rule.name)
+
+
+def search(
+    exp: Any, levels: dict[str, Level], alone: dict[SamplerSetting, float], seconds: dict[str, float]
+) -> list[Searched]:
+    """Candidate plans for every rule with methods. alone: `errors_alone`; seconds: of one evaluation of each level."""
+    o, names = exp.cfg.optimise, list(levels)
     costs = np.array([level.flops if o.cost == "flops" else seconds[name] for name, level in levels.items()])
-    search = Search(errors_alone(exp, runner))
+    out = []
     for r in o.rules:
         methods, rule, spent = list(r.get("methods", o.methods)), step_rule(r.dynamics, r.step_rule), [0.0]
         if not methods:
             continue
-        own = {(names.index(s.levels[0]), s.steps): e for s, e in search.alone.items() if s.rule == rule}
+        own = {(names.index(s.levels[0]), s.steps): e for s, e in alone.items() if s.rule == rule}
         grids = {n: exp.process.grid(n).logsnr for n in r.steps}
         inputs = RuleInputs(effects(exp, levels, rule), grids, own, methods)
-        learn = learner(exp, levels, rule, costs, spent) if r.get("learn", False) else None
+        learned = partial(learn, exp, levels, rule, costs, spent) if r.get("learn", False) else None
         with exp.progress(f"plan {rule.key}", None, "grid") as progress:
-            found = selection.candidates(inputs, exp.process, o, costs, learn, progress)
-        search.rules.append(inputs)
-        search.groups[rule.dynamics, rule.name] = found
-        search.learning.append(sum(spent))
-    return search
+            found = selection.candidates(inputs, exp.process, o, costs, learned, progress)
+        out.append(Searched(rule, inputs, found, sum(spent)))
+    return out
 
 
-def learner(
-    exp: Any, levels: dict[str, Level], rule: StepRule, costs: np.ndarray, spent: list[float]
-) -> selection.Learn:
-    """The function (cost, plan to start from) -> learned p [n, K]; it appends the FLOPs of learning to `spent`."""
+def learn(
+    exp: Any, levels: dict[str, Level], rule: StepRule, costs: np.ndarray, spent: list[float], cost: float, start: Plan
+) -> np.ndarray:
+    """Learned p [n, K] at a cost, begun with those of a plan; appends the FLOPs of learning to `spent`."""
     options = exp.plain("optimise")["optimise"]["learned"]
     grid, numbers = exp.process.grid(options["steps"]), {k: options[k] for k in ("iterations", "paths", "draws")}
 
-    def learn(cost: float, start: Plan) -> np.ndarray:
-        def make(path: Path) -> None:
-            with exp.progress(f"learn {rule.key}, cost {cost:g}", options["iterations"], "iteration") as progress:
-                p, flops = learn_probabilities(
-                    list(levels.values()), rule, grid, exp.shape, exp.device, expected_flops=cost * costs[-1],
-                    start=start.table[0].astype(np.float64), costs=costs.tolist(), progress=progress, **numbers,
-                )  # fmt: skip
-            write_json(path, {"p": p.tolist(), "flops": flops})
+    def compute() -> dict[str, Any]:
+        with exp.progress(f"learn {rule.key}, cost {cost:g}", options["iterations"], "iteration") as progress:
+            p, flops = learn_probabilities(
+                list(levels.values()), rule, grid, exp.shape, exp.device, expected_flops=cost * costs[-1],
+                start=start.table[0].astype(np.float64), costs=costs.tolist(), progress=progress, **numbers,
+            )  # fmt: skip
+        return {"p": p.tolist(), "flops": flops}
 
-        content = exp.cached("learned.json", [options, rule.key, cost, start.id, costs.tolist()], _read, make)
-        spent.append(content["flops"])
-        return np.array(content["p"])
-
-    return learn
-
-
-def ablate(exp: Any, rules: list[RuleInputs], timing: dict[str, Any]) -> dict[str, Any]:
-    """The content of ablation.json."""
-    tolerance, seconds = dict(exp.cfg.optimise.ablation), list(timing["seconds"].values())
-    with exp.progress("ablation", None, unit="family") as progress:
-        found = ablation.ablate(rules, seconds, **tolerance, progress=progress)
-    return found | {"tolerance": tolerance} | {key: timing[key] for key in ("batch", "device", "threads")}
+    content = _cached(exp, "learned", [options, rule.key, cost, start.id, costs.tolist()], compute)
+    spent.append(content["flops"])
+    return np.array(content["p"])
 
 
 def ledger(
-    exp: Any, runner: Runner, search: Search, tried: list[SamplerSetting], diagnosed: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
+    exp: Any, runner: Runner, alone: dict[SamplerSetting, float], searched: list[Searched], tried: list[SamplerSetting],
+    diagnosed: dict[str, dict[str, Any]],
+) -> dict[str, Any]:  # fmt: skip
     """What calibration and selection cost, which seeds they used, and the errors of single levels."""
     o, images = exp.cfg.optimise, len(runner.seeds)
     *_, largest = runner.levels.values()
     spent = sum(content["flops_spent"] for content in diagnosed.values())
-    for rule, learning in zip(search.rules, search.learning, strict=True):
-        spent += rule.effects.flops_spent + learning
-    runs = [*search.alone, *tried]
-    spent += sum(runner.build(s).expected_flops(s.evaluations(runner.process)) for s in runs) * images
+    for s in searched:
+        spent += s.inputs.effects.flops_spent + s.learning
+    spent += sum(runner.build(s).expected_flops(s.evaluations(runner.process)) for s in [*alone, *tried]) * images
     spent += len(diagnosed) * len(runner.reference_grid.logsnr) * largest.flops * images
-    alone = [
+    own = [
         {"dynamics": s.dynamics, "step_rule": s.step_rule, "level": s.levels[0], "steps": s.steps, "selected_error": e}
-        for s, e in search.alone.items()
+        for s, e in alone.items()
     ]
-    gains = float(sum(rule.effects.flops_spent for rule in search.rules))
     return {
-        "calibration": {"flops": float(spent), "gains_flops": gains},
+        "calibration": {"flops": float(spent)},
         "seeds_used": sorted({*range(o.seed, o.seed + max(o.calibrate, o.diagnose.seeds)), *runner.seeds}),
-        "tried": len(tried),
-        "alone": alone,
+        "alone": own,
         "cost_unit": o.cost,
         "made_with": exp.identity,
     }
 
 
-def cost(exp: Any) -> list[tuple[str, dict[str, float]]]:
-    """Rows (text, {level: evaluations}) for a dry run.
+def cost(exp: Any, levels: dict[str, Level]) -> Counter[str]:
+    """Evaluations of each level.
 
     Candidate plans are assumed to cost a quarter of the largest level at every step of the middle grid."""
-    check(exp)
-    o, names, rows = exp.cfg.optimise, [name for name in unweighted(exp) if name != GAUSSIAN], []
-    finest, points = o.reference_steps or exp.process.base_steps, o.calibrate * o.calibrate_steps
-    for dynamics in dict.fromkeys(rule.dynamics for rule in o.rules):
-        rows.append((f"{dynamics}: diagnostics", dict.fromkeys(names, o.diagnose.seeds * o.diagnose.steps)))
-        rows.append((f"{dynamics}: reference", {names[-1]: finest * o.num_select}))
+    o, dynamics = exp.cfg.optimise, {rule.dynamics for rule in exp.cfg.optimise.rules}
+    *_, largest = levels
+    counts = Counter(dict.fromkeys(levels, len(dynamics) * o.diagnose.seeds * o.diagnose.steps))
+    counts[largest] += len(dynamics) * (o.reference_steps or exp.process.base_steps) * o.num_select
     for rule in o.rules:
-        methods, name = rule.get("methods", o.methods), f"{rule.dynamics}/{rule.step_rule}"
-        gains = dict.fromkeys(names, points) | {names[-1]: points * (3 + o.probes)}
-        count = len(methods) * len(o.bases) * o.plans * o.num_select * sorted(rule.steps)[len(rule.steps) // 2] / 4
-        rows.append((f"{name}: gains", gains if methods else {}))
-        rows.append((f"{name}: levels alone", dict.fromkeys(names, sum(rule.steps) * o.num_select)))
-        rows.append((f"{name}: candidate plans, roughly", {names[-1]: count}))
-    return rows
+        methods = rule.get("methods", o.methods)
+        points = o.calibrate * o.calibrate_steps if methods else 0
+        planned = len(methods) * len(o.bases) * o.plans * rule.steps[len(rule.steps) // 2] // 4
+        counts.update(dict.fromkeys(levels, points + sum(rule.steps) * o.num_select))
+        counts[largest] += points * (2 + o.probes) + planned * o.num_select
+    return counts

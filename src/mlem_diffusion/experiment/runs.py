@@ -1,74 +1,27 @@
-"""Levels and runner of an experiment, and its settings run by several ranks or workers."""
+"""The runner of an experiment, its settings run by several ranks or workers, and what a stage would cost."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
+from omegaconf import OmegaConf
+from tqdm import tqdm
 
 from .. import parallel
+from ..comparison import frechet
 from ..comparison.features import Extractor
 from ..comparison.runner import Runner
-from ..comparison.settings import GAUSSIAN, SamplerSetting
+from ..comparison.settings import GAUSSIAN, Measurement, SamplerSetting
 from ..diffusion.level import Level
-from ..errors import Interrupted, UserError
-from ..files import cached, expect_content
-from ..models.family import load_family
-from ..models.gaussian import fit_gaussian, load_gaussian
-from ..multilevel.plan import Plan, load_plans
+from ..errors import UserError
+from ..files import expect_content, read_arrays, read_json
+from ..models.family import build_denoiser
+from ..multilevel.ablation import seconds_per_image
+from ..multilevel.plan import Plan
+from . import config
+from .environment import device_model
 from .progress import bar
-
-T = TypeVar("T")
-
-
-# ------------------------------------------------------------------------------------------------------- levels
-
-
-def load_levels(exp: Any) -> dict[str, Level]:
-    """The levels by name, cheap to expensive."""
-    cfg = exp.cfg
-    if cfg.family.callable is not None:
-        return {level.name: level for level in exp.build(cfg.family.callable)}
-    found = load_family(
-        exp.checkpoints, cfg.family.widths, exp.device, cfg.precision, compile=cfg.compile, batch=cfg.compare.batch
-    )
-    if cfg.family.gaussian:
-        gauss = gaussian_level(exp)
-        if gauss.flops < found[0].flops:  # useless if it costs more than the first network
-            found.insert(0, gauss)
-    return {level.name: level for level in found}
-
-
-def gaussian_level(exp: Any) -> Level:
-    """The linear Gaussian denoiser of the training images: the published one, or fitted once and cached."""
-    rank, found = exp.cfg.family.gaussian_rank, (exp.published or {}).get("gaussian")
-    if found is not None and found["asked_rank"] == rank:
-        return load_gaussian(exp.checkpoints / found["file"], exp.device).as_level(GAUSSIAN)
-    images = exp.images_if_needed()
-    if images is None:
-        raise UserError(
-            f"No Gaussian level with family.gaussian_rank={rank} is published, so it must be fitted to the training "
-            "images: prepare them (make data), or set family.gaussian=false."
-        )
-    path = exp.results / "cache" / f"gauss-{images.manifest['sha256'][:12]}-{rank}.safetensors"
-
-    found = made_once(
-        path,
-        lambda p: load_gaussian(p, exp.device),
-        lambda p: fit_gaussian(images.images[images.train()], rank).save(p),
-    )
-    return found.as_level(GAUSSIAN)
-
-
-def made_once(path: Path, read: Callable[[Path], T], make: Callable[[Path], object]) -> T:
-    """read(path) on every rank; rank 0 makes the file first if it is missing or damaged."""
-    found = cached(path, read, lambda: make(path)) if parallel.is_main() else None
-    parallel.barrier()
-    return read(path) if found is None else found
-
-
-# ------------------------------------------------------------------------------------------------------- runner
 
 
 def make_extractor(exp: Any) -> Extractor | None:
@@ -77,23 +30,29 @@ def make_extractor(exp: Any) -> Extractor | None:
     if target is None:
         return None
     own = target.rpartition(".")[2] in ("light", "inception")
-    return exp.build(exp.cfg.metrics, **({"device": str(exp.device)} if own else {}))
+    return config.build(exp.cfg.metrics, **({"device": str(exp.device)} if own else {}))
 
 
-def check_enough(extractor: Extractor, n: int, shape: Sequence[int]) -> None:
-    """Raise UserError before sampling if n images are too few for a Frechet distance with this extractor."""
-    dimensions = extractor.features(torch.zeros(1, *shape, dtype=torch.uint8)).shape[1]
-    if n <= dimensions:
-        raise UserError(
-            f"compare.num_samples={n} images are too few for {extractor.name}, which has {dimensions} features, since "
-            f"the covariance would be singular: set compare.num_samples={dimensions + 1} or more, or metrics=none."
-        )
+def real_images(exp: Any, extractor: Extractor) -> frechet.RealImages | None:
+    """Feature moments of the training images; without images the published ones."""
+    n, seed, images = exp.cfg.compare.num_samples, exp.cfg.compare.seed, exp.images_if_needed()
+    if images is None:
+        return frechet.published_images(exp.published, exp.checkpoints, extractor, n, seed)
+    rows = images.train()
+    with exp.progress("features of the real images", len(rows)) as progress:
+        features = exp.cached(
+            "real.npz", [images.manifest["sha256"], extractor.key],
+            lambda path: read_arrays(path, "run make sample-compare again")["features"],
+            lambda path: frechet.write_features(path, extractor, images.images, rows, progress),
+        )  # fmt: skip
+    moments, floor = frechet.feature_moments(features), frechet.distance_floor(features, n, seed)
+    return frechet.RealImages(extractor.name, moments, floor)
 
 
-def check_levels(exp: Any, name: str, content: dict[str, Any], target: str) -> None:
-    """Raise UserError if an artefact was not made with the current levels."""
-    if exp.identity is not None and (noted := content.get("made_with")) != exp.identity:
-        known = (noted or {}).get("levels", {})
+def check_levels(exp: Any, name: str, made_with: dict[str, Any] | None, target: str) -> None:
+    """Raise UserError if an artefact was not made with the current levels. made_with: the identity of its levels."""
+    if exp.identity is not None and made_with != exp.identity:
+        known = (made_with or {}).get("levels", {})
         names = [level for level, sha256 in exp.identity["levels"].items() if known.get(level) != sha256]
         what = f"other levels than the current ones ({', '.join(names)} differ)" if names else "other images"
         raise UserError(f"{name} was made with {what}: run {target} EXPERIMENT={exp.cfg.name} again.")
@@ -107,35 +66,32 @@ def used_gamma(exp: Any) -> float:
         except ValueError as error:
             raise UserError(f"compare.gamma = {exp.cfg.compare.gamma} is neither a number nor auto.") from error
     hint = "run make measure-gamma with the same EXPERIMENT first, or set compare.gamma"
-    content = exp.read("gamma.json", hint)
-    check_levels(exp, "gamma.json", content, "make measure-gamma")
-    with expect_content(exp.results / "gamma.json", hint):
+    path = exp.results / "gamma.json"
+    with expect_content(path, hint):
+        content = read_json(path, hint)
+        check_levels(exp, path.name, content.get("made_with"), "make measure-gamma")
         found = [content["estimates"][name]["gamma"] for name in ("differences", "to_largest", "loss_fit")]
-    finite = [float(gamma) for gamma in found if gamma is not None]
+        finite = [float(gamma) for gamma in found if gamma is not None]
     if not finite:
         raise UserError("No estimate in gamma.json is finite; set compare.gamma to a number.")
     return finite[0]
 
 
-def known_plans(exp: Any) -> dict[str, Plan]:
-    """The plans of make optimise by id; none if there are none, or if they are not wanted."""
-    path = exp.results / "plans.json"
-    if exp.cfg.compare.plans == "none" or not path.is_file():
-        return {}
-    plans, content = load_plans(path)
-    check_levels(exp, "plans.json", content, "make optimise")
-    return plans
-
-
-def make_runner(exp: Any, select: bool) -> Runner:
-    """The runner on the seeds of the comparison, or (select) on those that select plans, without distances."""
-    c, o, levels = exp.cfg.compare, exp.cfg.optimise, exp.levels()
+def make_runner(exp: Any, plans: Mapping[str, Plan] | None = None) -> Runner:
+    """The data that settings share: on the seeds of the comparison, which runs these plans, or (None) on those that
+    select plans, without distances."""
+    c, o, levels, select = exp.cfg.compare, exp.cfg.optimise, exp.levels(), plans is None
     extractor = None if select else make_extractor(exp)
     if extractor is not None and exp.images_if_needed() is None:  # for functions there is nothing to compare with
         moments = (exp.published or {}).get("statistics") or {}
         extractor = extractor if moments.get("name") == extractor.name else None
     if extractor is not None:
-        check_enough(extractor, c.num_samples, exp.shape)
+        dimensions = extractor.features(torch.zeros(1, *exp.shape, dtype=torch.uint8)).shape[1]
+        if c.num_samples <= dimensions:
+            raise UserError(
+                f"compare.num_samples={c.num_samples} images are too few for {extractor.name}: the covariance of its "
+                f"features would be singular. Set compare.num_samples={dimensions + 1} or more, or metrics=none."
+            )
     first, count = (o.seed, o.num_select) if select else (c.seed, c.num_samples)
     costs = {name: level.flops for name, level in levels.items()}  # that of the Gaussian level depends on its rank
     facts = {"levels": exp.identity or exp.plain("family"), "costs": costs, "device": exp.device.type}
@@ -145,11 +101,11 @@ def make_runner(exp: Any, select: bool) -> Runner:
         gamma=2.5 if select else used_gamma(exp),  # the selection runs no setting with constant probabilities
         num_reference=count if select else min(c.num_reference, count), batch=c.batch, device=exp.device,
         extractor=extractor, cache=exp.results / "cache", key=key, grid_images=c.grid_images,
-        plans={} if select else known_plans(exp), reference_steps=o.reference_steps if select else None,
+        plans=dict(plans or {}), reference_steps=o.reference_steps if select else None,
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------- settings
+# ------------------------------------------------------------------------------------------ ranks and workers
 
 _in_worker: dict[Any, Runner] = {}  # a worker process reuses its runner between tasks
 
@@ -163,55 +119,44 @@ def worker_count(exp: Any, tasks: int) -> int:
     return 1 if exp.device.type != "cpu" else max(1, min(tasks, torch.get_num_threads()))
 
 
-def run_all(exp: Any, runner: Runner, settings: Sequence[SamplerSetting], label: str) -> list[Any]:
-    """Run all settings and return the results in order; Runner.read measures damaged ones again."""
-    run_missing(exp, runner, list(dict.fromkeys(settings)), label)
-    found = {setting: runner.read(setting) for setting in dict.fromkeys(settings)}
-    return [found[setting] for setting in settings]
+def run_all(exp: Any, runner: Runner, settings: Sequence[SamplerSetting], label: str) -> list[Measurement]:
+    """Run the references, then the settings that are not in the cache; the results of all settings, in order.
 
-
-def run_missing(exp: Any, runner: Runner, settings: Sequence[SamplerSetting], label: str) -> None:
-    """Run the references, then the settings that are not in the cache; progress and time left are in FLOPs."""
+    Progress and time left are in FLOPs. Runner.read measures damaged settings again."""
     dynamics = sorted({s.dynamics for s in settings})
     references = parallel.mine([task for d in dynamics for task in runner.reference_tasks(d)])
-    missing = [s for s in settings if not runner.is_done(s)]  # neighbours share noise
+    missing = [s for s in dict.fromkeys(settings) if not runner.is_done(s)]  # neighbours share noise
     if worker_count(exp, len(missing)) > 1 or parallel.world() > 1:  # for an even end
         missing.sort(key=lambda s: -runner.expected_flops(s))
     missing = parallel.mine(missing)
     parallel.barrier()  # all ranks have looked, from the same files, before one of them writes
-    batches = max(1, -(-runner.num_reference // runner.batch))
-    costs = [[runner.reference_flops(d) / batches for d, _ in references], [runner.expected_flops(s) for s in missing]]
-    done, total = 0.0, sum(map(sum, costs)) / 1e9
-    with bar(label, int(total), unit="GFLOP") as progress:
-        for tasks, prices in zip((references, missing), costs, strict=True):
+    share = min(1.0, runner.batch / runner.num_reference)  # a task is one batch of a reference
+    gflops = {task: runner.reference_flops(task[0]) * share / 1e9 for task in references}
+    gflops |= {setting: runner.expected_flops(setting) / 1e9 for setting in missing}
+    done, total = 0.0, int(sum(gflops.values()))
+    small = replace(runner, levels={}, extractor=None)  # workers load these themselves
+    with bar(label, total, unit="GFLOP") as progress:
+        for tasks in (references, missing):
             workers = worker_count(exp, len(tasks))
-            distances = runner.extractor is not None
-            items = [(exp, _for_worker(runner, task) if workers > 1 else runner, task, distances) for task in tasks]
-            if items and workers == 1:
+            if missing and tasks is missing and workers == 1:  # the seconds of references do not count
                 runner.warm_up()
+            items = [(exp, small if workers > 1 else runner, task, runner.extractor is not None) for task in tasks]
             for index, _ in parallel.run(run_task, items, workers, exp.should_stop):
-                done += prices[index] / 1e9
-                progress(int(done), int(total))
+                done += gflops[tasks[index]]
+                progress(int(done), total)
             parallel.barrier()
+    return [runner.read(setting) for setting in settings]
 
 
 def run_task(item: tuple[Any, Runner, Any, bool]) -> None:
     """Measure one setting, or one batch of a reference given as (dynamics, number); with or without distances."""
     exp, runner, task, distances = item
-    if exp.should_stop():
-        raise Interrupted("stopped; finished work is saved")
     if not runner.levels:  # in a worker
         runner = _rebuilt(exp, runner, distances)
     if isinstance(task, SamplerSetting):
         runner.measure(task, exp.should_stop)
     else:
         runner.measure_reference(*task)
-
-
-def _for_worker(runner: Runner, task: Any) -> Runner:
-    """The runner without what a worker rebuilds, and with the task's plan only."""
-    plan = getattr(task, "plan", "")
-    return replace(runner, levels={}, extractor=None, plans={plan: runner.plans[plan]} if plan else {})
 
 
 def _rebuilt(exp: Any, small: Runner, distances: bool) -> Runner:
@@ -224,3 +169,38 @@ def _rebuilt(exp: Any, small: Runner, distances: bool) -> Runner:
         _in_worker[key].warm_up()
     _in_worker[key].plans.update(small.plans)
     return _in_worker[key]
+
+
+# ----------------------------------------------------------------------------------------------------- dry runs
+
+# (experiment, levels by name) -> evaluations of each level
+Cost = Callable[[Any, dict[str, Level]], Mapping[str, float]]
+
+
+def estimate(exp: Any, cost: Cost | None) -> str:
+    """The resolved configuration and the estimated cost of a stage; without `cost` it evaluates no network."""
+    text = f"{OmegaConf.to_yaml(OmegaConf.create(exp.plain()))}\nestimated cost of {exp.name}"
+    if cost is None:
+        return f"{text}: no network is evaluated; seconds to minutes."
+    levels = untrained(exp)
+    counts, family = cost(exp, levels), list(levels.values())
+    seconds = seconds_per_image(family, exp.shape, timed_batch(exp, family, 16), exp.device, at_least=0.0)
+    total = sum(level.flops * counts.get(level.name, 0) for level in family)
+    time = sum(each * counts.get(level.name, 0) for level, each in zip(family, seconds, strict=True))
+    return f"{text} {total / 1e12:.3f} TFLOP, about {tqdm.format_interval(time)} on {device_model(exp.device)}"
+
+
+def untrained(exp: Any) -> dict[str, Level]:
+    """The levels by name, networks with fresh weights; a Gaussian level costs nothing."""
+    if exp.cfg.family.callable is not None:
+        return exp.levels()
+    found = {GAUSSIAN: Level(GAUSSIAN, lambda x, logsnr: x, 1.0)} if exp.cfg.family.gaussian else {}
+    for v in exp.describe_levels():
+        network = build_denoiser(v["width"], v["size"], v["data_rms"], exp.plain("unet")["unet"], v["target"])
+        found[v["name"]] = Level(v["name"], network.to(exp.device).eval(), v["flops"])
+    return found
+
+
+def timed_batch(exp: Any, family: list[Level], most: int) -> int:
+    """Images per timed evaluation. On a CPU few: seconds per image hardly depend on it, and many would take long."""
+    return most if exp.device.type != "cpu" else max(1, min(most, int(20e9 / family[-1].flops)))

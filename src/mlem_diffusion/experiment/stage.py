@@ -5,11 +5,10 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import hydra
 import torch
@@ -20,30 +19,28 @@ from tqdm import TqdmMonitorWarning
 from .. import parallel
 from ..errors import SYSTEM_ERRORS, Interrupted, SlowPath, UserError, is_out_of_memory
 from ..files import locked
-from . import costs, signals
+from . import runs
 from .environment import ROOT
 from .experiment import Experiment
+from .progress import catch_signals, release_signals
 
-__all__ = ["Experiment", "stage"]
-
-Cost = Callable[[Experiment], list[tuple[str, Any]]]
+STOPPED = 75  # exit status of work that was stopped
 
 
 def stage(
     outputs: Sequence[str] = (),
     depends: Sequence[str] = (),
     reads: Sequence[str] = (),
-    cost: Cost | None = None,
+    cost: runs.Cost | None = None,
     trained: bool = False,
     folder: str | None = None,
-    shared: Callable[[Any], bool] = lambda cfg: False,
 ) -> Callable[[Callable[[Experiment], object]], Callable[[], None]]:
     """Make main(exp) a script; its name is that of the script's file.
 
     outputs: files in the results folder. The stage is finished if they exist and were made from equal `depends`, which
-    are groups of the configuration, and equal `reads`: "images", "levels", or files of earlier stages. cost(exp): rows
-    (text, {level: evaluations}) for a dry run. trained: there is nothing to do for a family of functions. folder: name
-    of the results folder, if it is independent of the experiment. shared(cfg): whether runs may share the folder.
+    are groups of the configuration, and equal `reads`: "images", "levels", or files of earlier stages. cost(exp,
+    levels): evaluations of each level by name, for a dry run. trained: there is nothing to do for a family of
+    functions. folder: name of the results folder, if it is independent of the experiment.
     """
 
     def decorate(main: Callable[[Experiment], object]) -> Callable[[], None]:
@@ -53,60 +50,52 @@ def stage(
             exp = Experiment(name, cfg, folder)
             if trained and cfg.family.callable is not None:
                 exp.print(f"{name}: nothing to do, the levels of this experiment are functions (family.callable).")
-            elif cfg.dry_run:
-                exp.print(costs.estimate(exp, cost))
-            else:
-                run(exp)
-
-        def run(exp: Experiment) -> None:
-            alone = locked(exp.results / "cache", exp.name) if parallel.is_main() and not shared(exp.cfg) else None
-            with alone or nullcontext():
-                key = exp.finished_key(depends, reads) if outputs else ""
-                if outputs and exp.is_finished(key, outputs):
+                return
+            if cfg.dry_run:
+                exp.print(runs.estimate(exp, cost))
+                return
+            alone = parallel.is_main() and cfg.only is None  # jobs that train single levels share the folder
+            with locked(exp.results / "cache", name) if alone else nullcontext():
+                if outputs and exp.is_finished(outputs, depends, reads):
                     return
                 main(exp)
                 parallel.barrier()
-                exp.finish(key)
+                exp.finish()
 
         @hydra.main(version_base=None, config_path=str(ROOT / "configs"), config_name="config")
         @functools.wraps(main)
         def script(cfg: DictConfig) -> None:
-            with quiet(name):
-                status = guarded(name, lambda: work(cfg))
-            if status:
-                sys.exit(status)
+            guarded(name, lambda: work(cfg))
 
         return script
 
     return decorate
 
 
-def guarded(name: str, work: Callable[[], None]) -> int:
-    """Run the work as one of torchrun's ranks, or alone; print its errors and return the exit status."""
+def guarded(name: str, work: Callable[[], None]) -> None:
+    """Run the work as one of torchrun's ranks, or alone; errors are printed and end the process."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if ranks > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # gloo transfers Python objects
         dist.init_process_group(backend, timeout=timedelta(days=7))  # one rank may do hours of work alone
-    signals.catch()
+    quiet(name)
+    catch_signals()
     try:
         work()
     except (UserError, Interrupted, KeyboardInterrupt, OSError, MemoryError, RuntimeError, ImportError) as error:
-        return report(name, error)
+        sys.exit(report(name, error))
     finally:
-        signals.release()
-    return 0
+        release_signals()
 
 
 def report(name: str, error: BaseException) -> int:
     """Print why the stage ended, in one line for expected errors, and return the exit status."""
-    text, status = "", 2
+    status = 2
     if isinstance(error, UserError):
         text = str(error)
-    elif isinstance(error, Interrupted):
-        text, status = f"{error}, run the same command again to continue.", signals.STOPPED
-    elif isinstance(error, KeyboardInterrupt):
-        text = "stopped; finished work is saved, run the same command again to continue."
-        status = signals.STOPPED
+    elif isinstance(error, (Interrupted, KeyboardInterrupt)):
+        reason = str(error) or "stopped; finished work is saved"
+        text, status = f"{reason}, run the same command again to continue.", STOPPED
     elif isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
         where = f" ({error.filename})" if error.filename else ""
         text = f"{error.strerror}{where}: fix this and run the same command again."
@@ -122,23 +111,12 @@ def report(name: str, error: BaseException) -> int:
     return status
 
 
-@contextmanager
-def quiet(name: str) -> Iterator[None]:
-    """Print each SlowPath warning as one line, without its place in the code, and drop those of libraries."""
+def quiet(name: str) -> None:
+    """From now on print each warning as one line, without its place in the code, and drop some of libraries."""
     # torch itself still uses it for its forward derivatives
     warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", category=TqdmMonitorWarning)  # bars also work without a thread
     warnings.filterwarnings("ignore", message=".*tasks which were still being processed")  # joblib, after a stop
-    before = warnings.showwarning
-
-    def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
-        if not issubclass(category, SlowPath):
-            before(message, category, *where, **more)
-        elif parallel.is_main():
-            print(f"{name}: {message}", file=sys.stderr)
-
-    warnings.showwarning = show
-    try:
-        yield
-    finally:
-        warnings.showwarning = before
+    if not parallel.is_main():
+        warnings.filterwarnings("ignore", category=SlowPath)
+    warnings.formatwarning = lambda message, *where, **more: f"{name}: {message}\n"

@@ -4,6 +4,7 @@ import json
 import math
 import threading
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ class Tracker:
 
     def __init__(self, folder: Path, stage: str, config: dict[str, Any], mode: str, project: str):
         self.folder, self.stage, self.config, self.project = folder, stage, config, project
-        self.path, self.run, self.sent = folder / "metrics.jsonl", None, None
+        self.path, self.run = folder / "metrics.jsonl", None
         self.mode: Any = mode
-        if mode != "disabled":  # what earlier runs of a stage have logged stays in their own W&B runs
-            self.sent = self.path.stat().st_size if self.path.is_file() else 0
+        # what earlier runs of a stage have logged stays in their own W&B runs
+        self.sent = self.path.stat().st_size if self.path.is_file() else 0
 
-    def log(self, record: dict[str, Any]) -> None:
+    def log(self, record: Mapping[str, Any]) -> None:
         """Append one record of numbers and strings, in one write; UserError if the disk is full."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         line = json.dumps({"stage": self.stage, **finite}, allow_nan=False) + "\n"
@@ -35,33 +36,33 @@ class Tracker:
                 file.write(line.encode())
         except OSError as error:
             raise UserError(f"{self.path} cannot be written ({error.strerror or error}).") from error
+        self._mirror()
 
     def image(self, key: str, path: Path) -> None:
         """Send a figure that was just written."""
         self._try(lambda wandb, run: run.log({key: wandb.Image(str(path))}))
 
-    def mirror(self) -> None:
-        """Send the records that metrics.jsonl has gained."""
-        if self.sent is None or not self.path.is_file():
-            return
-        with self.path.open("rb") as file:
-            file.seek(self.sent)
-            lines = [line for line in file.readlines() if line.endswith(b"\n")]
-        self.sent += sum(map(len, lines))
-        records = [json.loads(line) for line in lines]
-        self._try(lambda wandb, run: [run.log(record) for record in records])
-
     def finish(self) -> None:
         """Let W&B finish; it may take PATIENCE seconds, for instance to upload."""
-        self.mirror()
+        self._mirror()
         if self.run is not None:
             ending = threading.Thread(target=self._try, args=(lambda wandb, run: run.finish(),), daemon=True)
             ending.start()
             ending.join(PATIENCE)
             if ending.is_alive():
-                warnings.warn(
-                    f"W&B did not finish within {PATIENCE:g} s; metrics.jsonl is complete.", SlowPath, stacklevel=2
-                )
+                text = f"W&B did not finish within {PATIENCE:g} s; metrics.jsonl is complete."
+                warnings.warn(text, SlowPath, stacklevel=2)
+
+    def _mirror(self) -> None:
+        """Send the records that metrics.jsonl has gained."""
+        if self.mode == "disabled" or not self.path.is_file():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self.sent)
+            lines = [line for line in file.readlines() if line.endswith(b"\n")]
+        self.sent += sum(map(len, lines))
+        for line in lines:
+            self._try(lambda wandb, run, line=line: run.log(json.loads(line)))
 
     def _try(self, action: Any) -> None:
         if self.mode == "disabled":
