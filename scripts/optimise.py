@@ -31,13 +31,13 @@ def main(exp: Experiment) -> None:
             exp.figure(f"diagnostics-{dynamics}.png", plot_diagnostics(content))
 
     search = plan_search.candidates(exp, runner, timing["seconds"])
-    ablated = plan_search.ablate(exp, search.rules, timing)
+    ablated = plan_search.ablate(exp, runner.levels, search.rules, timing["seconds"])
     exp.save("ablation.json", ablated)
     exp.figure("ablation.png", plot_ablation(ablated, title))
     exp.print(ablation.table(ablated))
 
     # run all candidates; select those on the frontiers of measured errors
-    every = [(key, plan) for key, found in search.groups.items() for group in found.values() for plan in group]
+    every = [(key, plan) for key, found in search.groups.items() for group in found for plan in group]
     runner = replace(runner, plans={plan.id: plan for _, plan in every})
     tried = list(dict.fromkeys(setting_of(plan, *key) for key, plan in every))
     measured = dict(zip(tried, exp.run(runner, tried, "plans"), strict=True))
@@ -46,7 +46,8 @@ def main(exp: Experiment) -> None:
         errors = {plan.id: measured[setting_of(plan, *key)].row["error"] for at, plan in every if at == key}
         for plan in selection.select(found, errors):
             facts = {"dynamics": key[0], "step_rule": key[1], "selected_error": errors[plan.id]}
-            chosen.append((selection.priced(plan, list(runner.levels.values()), timing["seconds"]), facts))
+            flops = plan.build(runner.levels.values()).expected_flops(len(plan.table))
+            chosen.append((replace(plan, cost=flops), facts))
     facts = plan_search.ledger(exp, runner, search, tried, diagnosed)
     if parallel.is_main():
         save_plans(exp.results / "plans.json", chosen, **facts, timing=timing)

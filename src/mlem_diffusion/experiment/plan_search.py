@@ -94,7 +94,7 @@ class Search:
 
     alone: dict[SamplerSetting, float]
     rules: list[RuleInputs] = field(default_factory=list)
-    groups: dict[tuple[str, str], selection.Candidates] = field(default_factory=dict)
+    groups: dict[tuple[str, str], list[list[Plan]]] = field(default_factory=dict)
     learning: list[float] = field(default_factory=list)
 
 
@@ -122,10 +122,10 @@ def candidates(exp: Any, runner: Runner, seconds: dict[str, float]) -> Search:
             continue
         own = {(names.index(s.levels[0]), s.steps): e for s, e in search.alone.items() if s.rule == rule}
         grids = {n: exp.process.grid(n).logsnr for n in r.steps}
-        inputs = RuleInputs(effects(exp, levels, rule), grids, own, methods)
+        inputs = RuleInputs(effects(exp, levels, rule), grids, own, costs.astype(np.float64), methods)
         learn = learner(exp, levels, rule, costs, spent) if r.get("learn", False) else None
         with exp.progress(f"plan {rule.key}", None, "grid") as progress:
-            found = selection.candidates(inputs, exp.process, o, costs, learn, progress)
+            found = selection.candidates(inputs, exp.process, o, learn, progress)
         search.rules.append(inputs)
         search.groups[rule.dynamics, rule.name] = found
         search.learning.append(sum(spent))
@@ -143,8 +143,8 @@ def learner(
         def make(path: Path) -> None:
             with exp.progress(f"learn {rule.key}, cost {cost:g}", options["iterations"], "iteration") as progress:
                 p, flops = learn_probabilities(
-                    list(levels.values()), rule, grid, exp.shape, exp.device, expected_flops=cost * costs[-1],
-                    start=start.table[0].astype(np.float64), costs=costs.tolist(), progress=progress, **numbers,
+                    list(levels.values()), rule, grid, exp.shape, exp.device, costs=costs, wanted=cost * costs[-1],
+                    start=start.table[0].astype(np.float64), progress=progress, **numbers,
                 )  # fmt: skip
             write_json(path, {"p": p.tolist(), "flops": flops})
 
@@ -155,12 +155,13 @@ def learner(
     return learn
 
 
-def ablate(exp: Any, rules: list[RuleInputs], timing: dict[str, Any]) -> dict[str, Any]:
-    """The content of ablation.json."""
-    tolerance, seconds = dict(exp.cfg.optimise.ablation), list(timing["seconds"].values())
+def ablate(exp: Any, levels: dict[str, Level], rules: list[RuleInputs], seconds: dict[str, float]) -> dict[str, Any]:
+    """The content of ablation.json: costs of one evaluation of each level, and `ablation.ablate` in `unit`."""
+    o, tolerance = exp.cfg.optimise, dict(exp.cfg.optimise.ablation)
+    costs = [{"name": name, "flops": float(level.flops), "seconds": seconds[name]} for name, level in levels.items()]
     with exp.progress("ablation", None, unit="family") as progress:
-        found = ablation.ablate(rules, seconds, **tolerance, progress=progress)
-    return found | {"tolerance": tolerance} | {key: timing[key] for key in ("batch", "device", "threads")}
+        found = ablation.ablate(rules, **tolerance, progress=progress)
+    return {"unit": o.cost, "levels": costs, **found, "tolerance": tolerance}
 
 
 def ledger(

@@ -11,7 +11,6 @@ Calibrate on other seeds than those of the evaluation, and run a plan before you
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from ..diffusion.brownian import BrownianPath
@@ -23,40 +22,35 @@ from ..diffusion.step_rules import REFERENCE_RULE, StepRule
 from ..errors import UserError
 from ..statistics import squared_errors
 from .gains import measure_effects
-from .plan import Plan, choose
+from .plan import Plan
 from .planner import RuleInputs, plan_for_cost, plans
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Measured effects of a family's level differences, the squared error of each level alone, and the FLOPs spent."""
+    """What plans need to know of a family: measured effects of its level differences, and errors of levels alone."""
 
     inputs: RuleInputs
-    flops_spent: float
 
-    def plans(self, method: str, costs: Sequence[float] | None = None) -> list[Plan]:
-        """The predicted frontier of a method (planner.METHODS), from cheap to expensive.
+    def plans(self, method: str) -> list[Plan]:
+        """The predicted frontier of a method (planner.METHODS), from cheap to expensive."""
+        return plans(self.inputs, method)
 
-        costs [K]: cost per evaluation, for example in seconds, in place of FLOPs; Plan.cost has the same unit."""
-        return plans(self.inputs, method, costs)
-
-    def plan(
-        self,
-        method: str,
-        *,
-        cost: float | None = None,
-        error: float | None = None,
-        costs: Sequence[float] | None = None,
-    ) -> Plan:
+    def plan(self, method: str, *, cost: float | None = None, error: float | None = None) -> Plan:
         """The plan of smallest predicted error within a cost per image, or the cheapest within a squared error.
 
-        Raises UserError if no plan qualifies, and unless exactly one of cost and error is given.
-        """
-        found = self.plans(method, costs)
-        if cost is not None and error is None:
-            exact = plan_for_cost(self.inputs, method, cost, costs)
-            found += [exact] if exact is not None else []
-        return choose(found, cost=cost, error=error)
+        Raises UserError if no plan qualifies, and unless exactly one of cost and error is given."""
+        if (cost is None) == (error is None):
+            raise UserError("Give either the cost or the error that a plan may have.")
+        found, words = self.plans(method), "cost per image" if error is None else "predicted squared error"
+        limited, wanted, limit = ("cost", "predicted", cost) if error is None else ("predicted", "cost", error)
+        if cost is not None and (exact := plan_for_cost(self.inputs, method, cost)) is not None:
+            found.append(exact)
+        within = [plan for plan in found if getattr(plan, limited) <= limit]
+        if not within:
+            least = min((getattr(plan, limited) for plan in found), default=float("nan"))
+            raise UserError(f"No plan has a {words} of {limit:.4g} or less; the least is {least:.4g}.")
+        return min(within, key=lambda plan: getattr(plan, wanted))
 
 
 def check_reference(finest: int, steps: Iterable[int], name: str = "reference_steps") -> None:
@@ -86,17 +80,13 @@ def calibrate(
         raise UserError("calibrate: at least two seeds are needed, better 32 or more.")
     path = BrownianPath(seeds, shape, device)
     effects = measure_effects(family, rule, process.grid(calibrate_steps), path)
-    spent = effects.flops_spent
 
     def run(level: Level, by: StepRule, count: int) -> torch.Tensor:
-        nonlocal spent
-        images, ledger = sample(SingleLevel(level), by, process.grid(count), path)
-        spent += float(np.dot(ledger.evaluations, ledger.flops))
-        return images.cpu()
+        return sample(SingleLevel(level), by, process.grid(count), path)[0].cpu()
 
     reference, own = run(family[-1], REFERENCE_RULE[rule.dynamics], reference_steps), {}
     for k, level in enumerate(family):
         for count in steps:
             own[k, count] = float(squared_errors(run(level, rule, count), reference).mean())
     grids = {count: process.grid(count).logsnr for count in sorted(steps)}
-    return Calibration(RuleInputs(effects, grids, own), spent)
+    return Calibration(RuleInputs(effects, grids, own, effects.flops))

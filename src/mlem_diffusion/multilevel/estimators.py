@@ -9,18 +9,15 @@ from ..diffusion.brownian import BrownianPath
 from ..diffusion.estimator import Estimator
 from ..diffusion.level import Level, check_family
 from ..errors import UserError
-from .probabilities import draw_coins, evaluation_probabilities, telescope_weights
+from .probabilities import draw_coins, evaluation_probabilities, following, telescope_weights
 
 
 @dataclass(frozen=True)
 class Multilevel(Estimator):
     """The ML-EM estimate sum_k (B_k / p_k) (f^k - f^{k-1}), unbiased for the largest level at every evaluation.
 
-    B_k is a coin: 1 with probability p_k, else 0. f^0 = 0. Networks whose total weight is zero are not run.
-
     p: [K], or [n, K] with one row per network evaluation; p_1 = 1. coins: see probabilities.draw_coins. shared: one set
-    of coins for all samples of a batch, keyed by its first seed.
-    """
+    of coins for all samples of a batch, keyed by its first seed."""
 
     family: tuple[Level, ...]
     p: np.ndarray
@@ -39,17 +36,15 @@ class Multilevel(Estimator):
     def levels(self) -> list[Level]:
         return list(self.family)
 
-    def _table(self, evaluations: int) -> np.ndarray:
-        return _rows(self.p, evaluations, "Probabilities")
-
     def weights(self, evaluations: int, path: BrownianPath) -> np.ndarray:
-        p = self._table(evaluations)
+        p = _rows(self.p, evaluations, "Probabilities")
         weights = telescope_weights(p, draw_coins(p, path.seeds[:1] if self.shared else path.seeds, self.coins))
         return np.broadcast_to(weights, (evaluations, len(path.seeds), p.shape[1]))
 
     def expected_evaluations(self, evaluations: int) -> np.ndarray:
         """Expected evaluations of each level [K] per image, exact; a network with weight zero is not evaluated."""
-        return evaluation_probabilities(self._table(evaluations), nested=self.coins == "nested").sum(axis=0)
+        p = _rows(self.p, evaluations, "Probabilities")
+        return evaluation_probabilities(p, nested=self.coins == "nested").sum(axis=0)
 
     def clusters(self, seeds: Sequence[int]) -> list[int]:
         return [seeds[0]] * len(seeds) if self.shared else list(seeds)
@@ -59,9 +54,7 @@ class Multilevel(Estimator):
 class Quadrature(Estimator):
     """The estimate f^1 + sum_{k>1} W_k (f^k - f^{k-1}) with fixed weights W [n, K]; W_1 = 1, most others are zero.
 
-    A difference that is evaluated at one step also stands for the neighbouring steps. The estimate is biased. table: W,
-    from measured effects (options.quadrature_options).
-    """
+    A difference that is evaluated at one step also stands for the neighbouring steps. The estimate is biased."""
 
     family: tuple[Level, ...]
     table: np.ndarray
@@ -81,7 +74,7 @@ class Quadrature(Estimator):
     def _networks(self, evaluations: int) -> np.ndarray:
         # sum_k W_k (f^k - f^{k-1}) = sum_k (W_k - W_{k+1}) f^k
         table = _rows(self.table, evaluations, "Weights")
-        return table - np.concatenate([table[:, 1:], np.zeros_like(table[:, :1])], axis=1)
+        return table - following(table)
 
     def weights(self, evaluations: int, path: BrownianPath) -> np.ndarray:
         networks = self._networks(evaluations)

@@ -150,9 +150,3 @@ def nested_probabilities(squares: np.ndarray, costs: np.ndarray, price: float) -
         roots = [min(1.0, max(LEAST, float(np.sqrt(d / (price * c))))) for d, c, _ in blocks]
         out[j, 1:] = np.repeat(roots, [length for *_, length in blocks])
     return out
-
-
-def used(weights: np.ndarray) -> np.ndarray:
-    """The networks [n, K] that a table of difference weights needs: 1 if evaluated, else 0."""
-    following = np.concatenate([weights[:, 1:], np.zeros_like(weights[:, :1])], axis=1)
-    return (weights != following).astype(np.float64)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
 
@@ -26,7 +26,7 @@ from ..errors import UserError
 from . import options as ways
 from .gains import Effects
 from .plan import Plan, frontier
-from .probabilities import evaluation_probabilities
+from .probabilities import evaluation_probabilities, following
 
 METHODS = ("independent", "nested", "systematic", "quadrature")
 _COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -37,103 +37,82 @@ class RuleInputs:
     """Inputs to the plans for one step rule.
 
     grids: candidate grids, {steps: log-SNR of each evaluation [n]}. own_errors: {(level, steps): measured squared error
-    of this level alone}; only these levels can be the largest of a plan with these steps."""
+    of this level alone}; only these levels can be the largest of a plan with these steps. costs [K]: of one evaluation
+    of each level, in FLOPs or seconds; costs of plans have the same unit."""
 
     effects: Effects
     grids: Mapping[int, np.ndarray]
     own_errors: Mapping[tuple[int, int], float]
+    costs: np.ndarray
     methods: Sequence[str] = METHODS
-    planners: dict[tuple[str, int], Planner] = field(default_factory=dict, init=False, repr=False)
+    made: dict[str, list[Planner]] = field(default_factory=dict, init=False, repr=False)
 
-    def planner(self, method: str, steps: int, costs: Sequence[float] | np.ndarray | None = None) -> Planner:
-        """The planner of a method on one grid. costs [K]: FLOPs per evaluation (default) or seconds."""
-        if (method, steps) not in self.planners:
-            self.planners[method, steps] = Planner(self.effects.on(self.grids[steps]), method, self.effects.flops)
-        found = self.planners[method, steps]
-        return found if costs is None else found.priced(np.asarray(costs, dtype=np.float64))
+    def planners(self, method: str) -> list[Planner]:
+        """The planner of a method on each grid; made once, since planners cache what they compute."""
+        if method not in METHODS:
+            raise UserError(f"method = {method!r} is unknown; expected one of {', '.join(METHODS)}.")
+        if method not in self.made:
+            self.made[method] = [Planner(self, method, steps) for steps in self.grids]
+        return self.made[method]
 
     @property
     def rule(self) -> str:
         return f"{self.effects.dynamics}/{self.effects.step_rule}"
 
-    def tops(self, steps: int, base: int | None = None) -> list[int]:
-        """The levels, from `base` on, that can be the largest of a plan with these steps."""
-        return [k for k in range(base or 0, len(self.effects.names)) if (k, steps) in self.own_errors]
-
-    def complete(self, plan: Plan, top: int, steps: int) -> Plan:
-        """The plan on a grid of `steps`, with the predicted error that includes the own error of its largest level."""
-        return replace(plan, steps=steps, predicted=self.own_errors[top, steps] + (plan.added or 0.0))
-
 
 def plans(
     inputs: RuleInputs,
     method: str,
-    costs: Sequence[float] | np.ndarray | None = None,
     base: int | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[Plan]:
     """The plans on the predicted frontier of a method (see METHODS), from cheap to expensive.
 
-    costs [K]: FLOPs per evaluation (default) or seconds; Plan.cost has the same unit. base: the level that runs at
-    every evaluation; None for the best one.
-    """
+    base: the level that runs at every evaluation; None for the best one."""
     out: list[Plan] = []
-    for done, steps in enumerate(inputs.grids):
-        planner = inputs.planner(method, steps, costs)
-        for top in inputs.tops(steps, base):
-            for price in planner.prices():
-                out.append(inputs.complete(planner.plan(top, float(price), base), top, steps))
-        progress(done + 1, len(inputs.grids))
+    for done, planner in enumerate(inputs.planners(method), 1):
+        for top in (k for k in planner.tops if base is None or k >= base):
+            out += [planner.plan(top, price, base) for price in planner.prices()]
+        progress(done, len(inputs.grids))
     return frontier(out, lambda plan: plan.predicted)
 
 
-def plan_for_cost(
-    inputs: RuleInputs, method: str, wanted: float, costs: Sequence[float] | np.ndarray | None = None
-) -> Plan | None:
-    """The plan of smallest predicted error that costs at most `wanted` per image, or None; costs as in `plans`.
+def plan_for_cost(inputs: RuleInputs, method: str, wanted: float) -> Plan | None:
+    """The plan of smallest predicted error that costs at most `wanted` per image, or None.
 
     The price is found by bisection for every grid and every largest level."""
     found: list[Plan] = []
-    for steps in inputs.grids:
-        planner = inputs.planner(method, steps, costs)
-        for top in inputs.tops(steps):
-            low, high, best = float(planner.prices().min()), float(planner.prices().max()), None
+    for planner in inputs.planners(method):
+        for top in planner.tops:
+            low, high, best = min(planner.prices()), max(planner.prices()), None
             for _ in range(16):
-                price = float(np.sqrt(low * high))
+                price = math.sqrt(low * high)
                 plan = planner.plan(top, price)
                 if plan.cost > wanted:
                     low = price
                 else:
                     high, best = price, plan
-            if best is not None:
-                found.append(inputs.complete(best, top, steps))
+            found += [best] if best is not None else []
     return min(found, key=lambda plan: (plan.predicted, plan.cost), default=None)
 
 
 class Planner:
-    """Plans on one grid; caches the options of each pair of levels, and the plan of each choice of levels.
+    """Plans on one grid; caches the options of each pair of levels, and the plan of each choice of levels."""
 
-    costs [K]: of one evaluation of each level."""
-
-    def __init__(self, effects: Effects, method: str, costs: np.ndarray):
-        if method not in METHODS:
-            raise UserError(f"method = {method!r} is unknown; expected one of {', '.join(METHODS)}.")
-        self.effects, self.method, self.costs, self.n = effects, method, costs, len(effects.logsnr)
+    def __init__(self, inputs: RuleInputs, method: str, steps: int):
+        self.effects, self.costs = inputs.effects.on(inputs.grids[steps]), inputs.costs
+        self.method, self.n = method, len(self.effects.logsnr)
+        self.own = {k: error for (k, n), error in inputs.own_errors.items() if n == steps}
+        self.tops = sorted(self.own)  # the levels that can be the largest of a plan
         self.gain, self.options = cache(self._gain), cache(self._options)
         self.edge, self.finish = cache(self._edge), cache(self._finish)
 
-    def priced(self, costs: np.ndarray) -> Planner:
-        """A planner with other costs; it shares all cached values that do not depend on costs."""
-        other = Planner(self.effects, self.method, costs)
-        other.gain, other.options = self.gain, self.options
-        return other
-
-    def prices(self, ratio: float = 4.0) -> np.ndarray:
+    def prices(self, ratio: float = 4.0) -> list[float]:
         """Prices, a factor `ratio` apart, that lead to anything from almost no firings to one at every evaluation."""
         # the sum of all gains per cost of the largest level
         scale = self.effects.gains()[0][1:].sum() * self.n / (self.costs[-1] * self.n)
         count = round(17 * math.log(4.0) / math.log(ratio)) + 1
-        return scale * 4.0**3 * ratio ** -np.arange(count, dtype=np.float64)
+        return (scale * 4.0**3 * ratio ** -np.arange(count, dtype=np.float64)).tolist()
 
     def _gain(self, low: int, high: int) -> np.ndarray:
         return (self.effects.difference(low, high) ** 2).mean(axis=0)
@@ -157,18 +136,17 @@ class Planner:
         best = int(np.argmin(totals))
         return totals[best], options[best]
 
-    def plan(self, top: int, price: float, only: int | None = None, among: Collection[int] | None = None) -> Plan:
+    def plan(self, top: int, price: float, base: int | None = None, among: Collection[int] | None = None) -> Plan:
         """The best plan for a price with f^top as the largest level: a shortest path over levels.
 
-        only: the base of the path; None for the best base. among: the levels to use; None for all up to `top`."""
+        base: the first level of the path; None for the best one. among: the levels to use; None for all up to `top`."""
         best: tuple[float, tuple[int, ...]] = (np.inf, (top,))
         allowed = [k for k in range(top + 1) if among is None or k in among]
-        for base in allowed if only is None else [only]:
-            alone = float(price * self.n * self.costs[base])
-            cost_to: dict[int, tuple[float, tuple[int, ...]]] = {base: (alone, (base,))}
-            for high in (k for k in allowed if k > base):
+        for first in allowed if base is None else [base]:
+            cost_to: dict[int, tuple[float, tuple[int, ...]]] = {first: (price * self.n * self.costs[first], (first,))}
+            for high in (k for k in allowed if k > first):
                 cost_to[high] = min(
-                    (before + self.edge(low, high, price, low == base)[0], (*path, high))
+                    (before + self.edge(low, high, price, low == first)[0], (*path, high))
                     for low, (before, path) in cost_to.items()
                 )
             best = min(best, cost_to[top])
@@ -190,7 +168,9 @@ class Planner:
         chosen = [self.edge(a, b, price, i == 0)[1] for i, (a, b) in enumerate(pairwise(levels))]
         options = [option for option in chosen if option is not None]
         table = np.stack([np.ones(self.n), *(o.table for o in options)], axis=1)
-        evaluations = evaluation_probabilities(table) if self.method == "systematic" else ways.used(table)
+        # with fixed weights the networks f^k of weight W_k - W_{k+1} = 0 are not evaluated
+        fixed = self.method == "quadrature"
+        evaluations = (table != following(table)).astype(float) if fixed else evaluation_probabilities(table)
         return table, sum(o.added for o in options), evaluations
 
     def _finish(self, levels: tuple[int, ...], price: float) -> Plan:
@@ -203,5 +183,5 @@ class Planner:
         weights = np.abs(table) if self.method == "quadrature" else 1 / table
         largest_effect = float((weights * np.sqrt(gains.T))[:, 1:].max(initial=0.0))
         names = tuple(self.effects.names[i] for i in levels)
-        cost = float(evaluations.sum(axis=0) @ self.costs[list(levels)])
-        return Plan(self.method, "optimal", names, self.n, table.astype(np.float32), cost, added, added, largest_effect)
+        cost, predicted = float(evaluations.sum(axis=0) @ self.costs[list(levels)]), self.own[levels[-1]] + added
+        return Plan(self.method, "optimal", names, self.n, table.astype(np.float32), cost, predicted, largest_effect)

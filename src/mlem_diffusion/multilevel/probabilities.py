@@ -5,7 +5,7 @@ probability p_k, else 0; level 1 always fires (p_1 = 1). Collecting the terms of
 with w_k = B_k / p_k - B_{k+1} / p_{k+1}. Only networks with w_k != 0 are evaluated.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -31,15 +31,14 @@ def constant_probabilities(flops: Sequence[float], gamma: float, c: float) -> np
     return p
 
 
-def measured_probabilities(squares: Sequence[float] | np.ndarray, flops: Sequence[float], c: float) -> np.ndarray:
+def measured_probabilities(squares: np.ndarray, flops: np.ndarray, c: float) -> np.ndarray:
     """p_k = min(1, C sqrt(V_k / T_k) / sqrt(V_2 / T_2)) [K], with p_1 = 1, from measured V_k = E|f^k - f^{k-1}|^2.
 
     squares: V [K]; V_1 is not used. Raises UserError unless c and V_2, ..., V_K are positive.
     """
-    v, costs = np.asarray(squares, dtype=np.float64), np.asarray(flops, dtype=np.float64)
-    if not (c > 0 and np.all(v[1:] > 0)):
+    if not (c > 0 and np.all(squares[1:] > 0)):
         raise UserError("Measured probabilities need a positive c and differences between all neighbouring levels.")
-    root = np.sqrt(v / costs)
+    root = np.sqrt(squares / flops)
     return np.concatenate([[1.0], np.minimum(1.0, c * root[1:] / root[1:2])])
 
 
@@ -71,29 +70,34 @@ def draw_coins(p: np.ndarray, seeds: Sequence[int], coins: str) -> np.ndarray:
     return out
 
 
+def following(values: np.ndarray) -> np.ndarray:
+    """The value of the next level for each level [..., K]; 0 for the last one."""
+    return np.concatenate([values[..., 1:], np.zeros_like(values[..., :1])], axis=-1)
+
+
 def telescope_weights(p: np.ndarray, coins: np.ndarray) -> np.ndarray:
     """Weights w [n, B, K] of the networks for probabilities p [n, K] and coins [n, B, K]; E[w] = (0, ..., 0, 1)."""
     ratio = np.where(coins, 1.0 / p[:, None, :], 0.0)
-    return ratio - np.concatenate([ratio[..., 1:], np.zeros_like(ratio[..., :1])], axis=-1)
+    return ratio - following(ratio)
 
 
 def evaluation_probabilities(p: np.ndarray, nested: bool = False) -> np.ndarray:
     """P(w_k != 0) [n, K] for nested coins, or coins that are independent between levels.
 
     Network k runs if coin k or k+1 fires, unless both fire and p_k = p_{k+1}: then the two terms of w_k cancel."""
-    following = np.concatenate([p[:, 1:], np.zeros_like(p[:, :1])], axis=1)
-    both = np.minimum(p, following) if nested else p * following
-    return p + following - both - np.where(p == following, both, 0.0)
+    above = following(p)
+    both = np.minimum(p, above) if nested else p * above
+    return p + above - both - np.where(p == above, both, 0.0)
 
 
-def probabilities_for_cost(
-    table: Callable[[float], np.ndarray], flops: Sequence[float], evaluations: int, wanted: float
-) -> np.ndarray | None:
-    """The probabilities table(c) [K] with expected cost `wanted` per image of `evaluations`, by bisection, or None."""
-    costs = np.asarray(flops, dtype=np.float64)
+def measured_for_cost(squares: np.ndarray, flops: np.ndarray, evaluations: int, wanted: float) -> np.ndarray | None:
+    """The measured probabilities [K] with expected cost `wanted` per image of `evaluations`, by bisection, or None."""
+
+    def table(c: float) -> np.ndarray:
+        return measured_probabilities(squares, flops, c)
 
     def cost(c: float) -> float:
-        return float(evaluation_probabilities(table(c)[None])[0] @ costs) * evaluations
+        return float(evaluation_probabilities(table(c)[None])[0] @ flops) * evaluations
 
     low, high = 1e-9, 1.0
     while high < 1e9 and np.any(table(high) < 1) and cost(high) < wanted:
