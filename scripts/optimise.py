@@ -31,7 +31,7 @@ def main(exp: Experiment) -> None:
             exp.figure(f"diagnostics-{dynamics}.png", plot_diagnostics(content))
 
     search = plan_search.candidates(exp, runner, timing["seconds"])
-    ablated = plan_search.ablate(exp, runner.levels, search.rules, timing["seconds"])
+    ablated = plan_search.ablate(exp, runner.levels, search.rules, timing)
     exp.save("ablation.json", ablated)
     exp.figure("ablation.png", plot_ablation(ablated, title))
     exp.print(ablation.table(ablated))

@@ -20,7 +20,7 @@ from ..multilevel.diagnostics import diagnose
 from ..multilevel.gains import Effects, measure_effects
 from ..multilevel.learned import learn_probabilities
 from ..multilevel.plan import Plan
-from ..multilevel.planner import RuleInputs
+from ..multilevel.planner import Calibration
 from .costs import unweighted
 from .environment import device_model
 
@@ -93,7 +93,7 @@ class Search:
     """Inputs and candidates by rule, errors of single levels, and the FLOPs of learning by rule."""
 
     alone: dict[SamplerSetting, float]
-    rules: list[RuleInputs] = field(default_factory=list)
+    rules: list[Calibration] = field(default_factory=list)
     groups: dict[tuple[str, str], list[list[Plan]]] = field(default_factory=dict)
     learning: list[float] = field(default_factory=list)
 
@@ -105,7 +105,8 @@ def errors_alone(exp: Any, runner: Runner) -> dict[SamplerSetting, float]:
         SamplerSetting(rule.dynamics, rule.step_rule, "single", (name,), steps)
         for rule in exp.cfg.optimise.rules
         for name, level in runner.levels.items()
-        for steps in selection.steps_alone(level, largest, rule.steps)
+        for steps in rule.steps
+        if steps <= 600 or level.flops > 0.5 * largest.flops  # on fine grids the cheap levels add nothing
     ]
     found = exp.run(runner, settings, "levels alone")
     return {s: m.row["error"] for s, m in zip(settings, found, strict=True) if m.row["error"] is not None}
@@ -122,7 +123,7 @@ def candidates(exp: Any, runner: Runner, seconds: dict[str, float]) -> Search:
             continue
         own = {(names.index(s.levels[0]), s.steps): e for s, e in search.alone.items() if s.rule == rule}
         grids = {n: exp.process.grid(n).logsnr for n in r.steps}
-        inputs = RuleInputs(effects(exp, levels, rule), grids, own, costs.astype(np.float64), methods)
+        inputs = Calibration(effects(exp, levels, rule), grids, own, costs.astype(np.float64), methods)
         learn = learner(exp, levels, rule, costs, spent) if r.get("learn", False) else None
         with exp.progress(f"plan {rule.key}", None, "grid") as progress:
             found = selection.candidates(inputs, exp.process, o, learn, progress)
@@ -155,13 +156,18 @@ def learner(
     return learn
 
 
-def ablate(exp: Any, levels: dict[str, Level], rules: list[RuleInputs], seconds: dict[str, float]) -> dict[str, Any]:
-    """The content of ablation.json: costs of one evaluation of each level, and `ablation.ablate` in `unit`."""
-    o, tolerance = exp.cfg.optimise, dict(exp.cfg.optimise.ablation)
-    costs = [{"name": name, "flops": float(level.flops), "seconds": seconds[name]} for name, level in levels.items()]
+def ablate(exp: Any, levels: dict[str, Level], rules: list[Calibration], timing: dict[str, Any]) -> dict[str, Any]:
+    """The content of ablation.json; cost ratios are in the cost that plans minimise."""
+    unit, tolerance, costs = exp.cfg.optimise.cost, dict(exp.cfg.optimise.ablation), []
     with exp.progress("ablation", None, unit="family") as progress:
-        found = ablation.ablate(rules, **tolerance, progress=progress)
-    return {"unit": o.cost, "levels": costs, **found, "tolerance": tolerance}
+        ratios, kept = ablation.remove_levels(rules, **tolerance, progress=progress)
+    for name, level in levels.items():
+        entry: dict[str, Any] = {"name": name, "flops": float(level.flops), "seconds": timing["seconds"][name]}
+        costs.append(entry | {f"cost_ratio_{unit}": ratios.get(name), f"kept_{unit}": name in kept})
+    for entry in costs:
+        entry |= {f"{unit}_share": entry[unit] / costs[-1][unit] for unit in ("flops", "seconds")}
+    facts = {key: timing[key] for key in ("batch", "device", "threads")}
+    return {"levels": costs, "kept": {unit: kept}, "tolerance": tolerance, **facts}
 
 
 def ledger(

@@ -114,8 +114,8 @@ def _gamma(content: dict[str, Any]) -> Section:
 
 
 def _ablation(content: dict[str, Any]) -> Section:
-    kept = f"Levels that pay off in {_UNITS[content['unit']]}: {' + '.join(content['kept'])}."
-    return Section("Levels and ablation", [kept], ("ablation.png",))
+    kept = [f"Levels that pay off in {_UNITS[unit]}: {' + '.join(names)}." for unit, names in content["kept"].items()]
+    return Section("Levels and ablation", kept, ("ablation.png",))
 
 
 def _diagnostics(content: dict[str, Any]) -> Section:

@@ -18,7 +18,7 @@ import torch
 from ..diffusion.level import Level
 from ..errors import UserError
 from .plan import Plan
-from .planner import RuleInputs
+from .planner import Calibration
 
 _ABOVE_LOWEST = 1.1  # the comparison starts at this times the lowest error: below, only the finest grid counts
 _POINTS = 97  # number of errors at which frontiers are compared
@@ -52,7 +52,7 @@ class Frontiers:
     Plans are cached. A plan of a subset is also a plan of each larger set, so no cost ratio is below 1.
     """
 
-    def __init__(self, inputs: RuleInputs):
+    def __init__(self, inputs: Calibration):
         self.inputs, self.names = inputs, inputs.effects.names
         self.pool: dict[str, Plan] = {}
         self.planned: set[frozenset[int]] = set()
@@ -118,14 +118,13 @@ def score(by_rule: Mapping[str, Ratio], mean: float, largest: float) -> float:
     )
 
 
-def ablate(
-    rules: Sequence[RuleInputs], mean: float, largest: float, progress: Callable[[int, int], object]
-) -> dict[str, Any]:
+def remove_levels(
+    rules: Sequence[Calibration], mean: float, largest: float, progress: Callable[[int, int], object]
+) -> tuple[dict[str, dict[str, Ratio]], list[str]]:
     """Remove the level of the lowest cost ratio (`score`), repeatedly, until every remaining level earns its place.
 
     Of equal ones the most expensive goes first. The largest level stays, since errors are measured against it.
-    Returns "cost_ratio" {level: {rule: Ratio}} in the full family, and the names of the levels "kept".
-    """
+    Returns {level: {rule: Ratio}} in the full family, and the names of the levels that are kept."""
     names, frontiers = rules[0].effects.names, [Frontiers(rule) for rule in rules]
     left, first = list(range(len(names))), {}
     while True:
@@ -134,22 +133,21 @@ def ablate(
             for k in left[:-1]:
                 f.find([other for other in left if other != k])
         ratios = {k: {f.inputs.rule: f.cost_ratio(left, k) for f in frontiers} for k in left[:-1]}
-        first = first or ratios
+        first = first or {names[k]: by_rule for k, by_rule in ratios.items()}
         scores = {k: score(by_rule, mean, largest) for k, by_rule in ratios.items()}
         least = min(scores, key=lambda k: (round(scores[k], 6), -k), default=None)
         if least is None or scores[least] > 1:
-            cost_ratio = {names[k]: by_rule for k, by_rule in first.items()}
-            return {"cost_ratio": cost_ratio, "kept": [names[k] for k in left]}
+            return first, [names[k] for k in left]
         left.remove(least)
 
 
 def table(content: Mapping[str, Any]) -> str:
     """ablation.json as text; ratios are geometric means (largest) for the step rule that a level helps most."""
+    ((unit, kept),) = content["kept"].items()
     rows = []
-    for level in content["levels"]:
-        ratios = content["cost_ratio"].get(level["name"], {}).values()
-        best = max((f"{r['mean']:.3f} ({r['largest']:.2f})" for r in ratios), default="-")
-        costs = {"MFLOP": f"{level['flops'] / 1e6:.4g}", "us/image": f"{1e6 * level['seconds']:.4g}"}
-        rows.append({"level": level["name"], **costs, f"ratio, {content['unit']}": best})
-    kept = f"Levels that pay off in {content['unit']}: {' + '.join(content['kept'])}."
-    return f"{pd.DataFrame(rows).to_string(index=False)}\n{kept}"
+    for e in content["levels"]:
+        ratios = (e[f"cost_ratio_{unit}"] or {}).values()
+        row = {"level": e["name"], "MFLOP": f"{e['flops'] / 1e6:.4g}", "us/image": f"{1e6 * e['seconds']:.4g}"}
+        row[f"ratio, {unit}"] = max((f"{r['mean']:.3f} ({r['largest']:.2f})" for r in ratios), default="-")
+        rows.append(row)
+    return f"{pd.DataFrame(rows).to_string(index=False)}\nLevels that pay off in {unit}: {' + '.join(kept)}."

@@ -6,6 +6,7 @@ level's own trajectories.
 """
 
 import itertools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,7 +25,7 @@ from ..diffusion.process import Process
 from ..diffusion.sampler import sample
 from ..diffusion.step_rules import StepRule
 from ..errors import UserError
-from .level_checks import check_contract, check_telescope, finding, telescope_finding
+from .level_checks import check_contract, check_telescope, finding
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,11 @@ def diagnose(
     if not any(f["severity"] == "error" for f in found):
         statistics, spent = measure(family, process, rule, path, steps, batch, progress)
         out |= describe(statistics)
-        found += [*judge(statistics), telescope_finding(*check_telescope(family, x, middle, batch))]
+        found += [*judge(statistics), check_telescope(family, x, middle, batch)]
     found.sort(key=lambda f: ["error", "warning", "ok"].index(f["severity"]))
-    return _plain(out | {"flops_spent": spent, "findings": found})
+    out |= {"flops_spent": spent, "findings": found}
+    # arrays become lists, and NaN, which is not JSON, becomes None
+    return json.loads(json.dumps(out, default=np.ndarray.tolist), parse_constant=lambda _: None)
 
 
 def measure(
@@ -201,17 +204,6 @@ def _growth(s: LevelStatistics) -> list[dict[str, str]]:
         verdict = ("grows", "harder") if slope > -1 else ("falls", "easier")
         verdict = "{} with level, {} than Monte Carlo".format(*verdict)
     return [finding("ok", f"{figures}, gamma about {-2 / slope:.2g}: V_k T_k {verdict}.")]
-
-
-def _plain(value: Any) -> Any:
-    """Convert arrays to lists, numbers to Python numbers, and values that are not finite to None."""
-    if isinstance(value, dict):
-        return {key: _plain(v) for key, v in value.items()}
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def table(content: dict[str, Any]) -> str:

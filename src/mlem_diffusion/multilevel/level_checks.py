@@ -72,12 +72,12 @@ def _deviation(a: Tensor, b: Tensor) -> float:
 
 
 @torch.no_grad()
-def check_telescope(family: Sequence[Level], x: Tensor, logsnr: float, batch: int) -> tuple[float, float]:
+def check_telescope(family: Sequence[Level], x: Tensor, logsnr: float, batch: int) -> dict[str, str]:
     """Whether the multilevel estimate has mean f^K and the predicted variance, for states x [B, ...] in turn.
 
-    Independent coins with p_k = P for k >= 2 at one noise level. Returns, in standard errors over DRAWS coin draws, the
-    mean of <estimate - f^K, Y_k>, the largest over k >= 2; and that of |estimate - f^K|^2 - sum_k (1/p_k - 1) |Y_k|^2.
-    """
+    Independent coins with p_k = P for k >= 2 at one noise level. In standard errors over DRAWS coin draws, the finding
+    names the mean of <estimate - f^K, Y_k>, the largest over k >= 2, and that of |estimate - f^K|^2 -
+    sum_k (1/p_k - 1) |Y_k|^2."""
     noise_level = torch.full((len(x),), logsnr, dtype=torch.float32, device=x.device)
     outputs = torch.stack([level.denoise(x, noise_level).clone() for level in family])
     top, differences = outputs[-1].double(), (outputs[1:] - outputs[:-1]).double().flatten(2)
@@ -95,8 +95,14 @@ def check_telescope(family: Sequence[Level], x: Tensor, logsnr: float, batch: in
     # float32 rounding of outputs of this size is no deviation, even if the coins leave no variance
     rms = [float(difference.square().mean().sqrt()) for difference in differences]
     floor = 1e-6 * float(top.square().mean().sqrt())
-    bias = [_z(values, floor * r) for values, r in zip(np.concatenate(projections, axis=1), rms, strict=True)]
-    return max(bias), _z(np.concatenate(sizes), floor * float(np.sqrt(np.square(rms).sum())))
+    bias = max(_z(values, floor * r) for values, r in zip(np.concatenate(projections, axis=1), rms, strict=True))
+    size = _z(np.concatenate(sizes), floor * float(np.sqrt(np.square(rms).sum())))
+    figures = f"over {DRAWS} coin draws the mean of the multilevel estimate is {bias:.1f} standard errors from the "
+    figures += f"largest level, and its variance {size:.1f} from the predicted one"
+    if max(bias, size) <= Z_LIMIT:
+        return finding("ok", f"The telescope holds: {figures}.")
+    why = f"more than {Z_LIMIT:.0f} is no accident: the output of a level depends on more than its input"
+    return finding("error", f"The telescope does not hold: {figures}; {why}.")
 
 
 def _z(values: np.ndarray, floor: float) -> float:
@@ -104,18 +110,6 @@ def _z(values: np.ndarray, floor: float) -> float:
     if not np.isfinite(values).all():
         return float("inf")
     return float(abs(values.mean()) / max(sem(values), floor, 1e-300))
-
-
-def telescope_finding(bias: float, size: float) -> dict[str, str]:
-    """The result of `check_telescope` as a sentence."""
-    figures = (
-        f"over {DRAWS} coin draws the mean of the multilevel estimate is {bias:.1f} standard errors from the "
-        f"largest level, and its variance {size:.1f} from the predicted one"
-    )
-    if max(bias, size) <= Z_LIMIT:
-        return finding("ok", f"The telescope holds: {figures}.")
-    why = f"more than {Z_LIMIT:.0f} is no accident: the output of a level depends on more than its input"
-    return finding("error", f"The telescope does not hold: {figures}; {why}.")
 
 
 def differences_fall(errors: Any) -> dict[str, Any]:

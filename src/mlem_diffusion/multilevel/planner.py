@@ -33,8 +33,8 @@ _COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 25
 
 
 @dataclass(frozen=True)
-class RuleInputs:
-    """Inputs to the plans for one step rule.
+class Calibration:
+    """What was measured of a family for one step rule, and the plans that follow from it.
 
     grids: candidate grids, {steps: log-SNR of each evaluation [n]}. own_errors: {(level, steps): measured squared error
     of this level alone}; only these levels can be the largest of a plan with these steps. costs [K]: of one evaluation
@@ -47,6 +47,10 @@ class RuleInputs:
     methods: Sequence[str] = METHODS
     made: dict[str, list[Planner]] = field(default_factory=dict, init=False, repr=False)
 
+    @property
+    def rule(self) -> str:
+        return f"{self.effects.dynamics}/{self.effects.step_rule}"
+
     def planners(self, method: str) -> list[Planner]:
         """The planner of a method on each grid; made once, since planners cache what they compute."""
         if method not in METHODS:
@@ -55,51 +59,61 @@ class RuleInputs:
             self.made[method] = [Planner(self, method, steps) for steps in self.grids]
         return self.made[method]
 
-    @property
-    def rule(self) -> str:
-        return f"{self.effects.dynamics}/{self.effects.step_rule}"
+    def plans(
+        self,
+        method: str,
+        base: int | None = None,
+        progress: Callable[[int, int], object] = lambda done, total: None,
+    ) -> list[Plan]:
+        """The plans on the predicted frontier of a method (see METHODS), from cheap to expensive.
 
+        base: the level that runs at every evaluation; None for the best one."""
+        out: list[Plan] = []
+        for done, planner in enumerate(self.planners(method), 1):
+            for top in (k for k in planner.tops if base is None or k >= base):
+                out += [planner.plan(top, price, base) for price in planner.prices()]
+            progress(done, len(self.grids))
+        return frontier(out, lambda plan: plan.predicted)
 
-def plans(
-    inputs: RuleInputs,
-    method: str,
-    base: int | None = None,
-    progress: Callable[[int, int], object] = lambda done, total: None,
-) -> list[Plan]:
-    """The plans on the predicted frontier of a method (see METHODS), from cheap to expensive.
+    def plan_for_cost(self, method: str, wanted: float) -> Plan | None:
+        """The plan of smallest predicted error that costs at most `wanted` per image, or None.
 
-    base: the level that runs at every evaluation; None for the best one."""
-    out: list[Plan] = []
-    for done, planner in enumerate(inputs.planners(method), 1):
-        for top in (k for k in planner.tops if base is None or k >= base):
-            out += [planner.plan(top, price, base) for price in planner.prices()]
-        progress(done, len(inputs.grids))
-    return frontier(out, lambda plan: plan.predicted)
+        The price is found by bisection for every grid and every largest level."""
+        found: list[Plan] = []
+        for planner in self.planners(method):
+            for top in planner.tops:
+                low, high, best = min(planner.prices()), max(planner.prices()), None
+                for _ in range(16):
+                    price = math.sqrt(low * high)
+                    plan = planner.plan(top, price)
+                    if plan.cost > wanted:
+                        low = price
+                    else:
+                        high, best = price, plan
+                found += [best] if best is not None else []
+        return min(found, key=lambda plan: (plan.predicted, plan.cost), default=None)
 
+    def plan(self, method: str, *, cost: float | None = None, error: float | None = None) -> Plan:
+        """The plan of smallest predicted error within a cost per image, or the cheapest within a squared error.
 
-def plan_for_cost(inputs: RuleInputs, method: str, wanted: float) -> Plan | None:
-    """The plan of smallest predicted error that costs at most `wanted` per image, or None.
-
-    The price is found by bisection for every grid and every largest level."""
-    found: list[Plan] = []
-    for planner in inputs.planners(method):
-        for top in planner.tops:
-            low, high, best = min(planner.prices()), max(planner.prices()), None
-            for _ in range(16):
-                price = math.sqrt(low * high)
-                plan = planner.plan(top, price)
-                if plan.cost > wanted:
-                    low = price
-                else:
-                    high, best = price, plan
-            found += [best] if best is not None else []
-    return min(found, key=lambda plan: (plan.predicted, plan.cost), default=None)
+        Raises UserError if no plan qualifies, and unless exactly one of cost and error is given."""
+        if (cost is None) == (error is None):
+            raise UserError("Give either the cost or the error that a plan may have.")
+        found, words = self.plans(method), "cost per image" if error is None else "predicted squared error"
+        limited, wanted, limit = ("cost", "predicted", cost) if error is None else ("predicted", "cost", error)
+        if cost is not None and (exact := self.plan_for_cost(method, cost)) is not None:
+            found.append(exact)
+        within = [plan for plan in found if getattr(plan, limited) <= limit]
+        if not within:
+            least = min((getattr(plan, limited) for plan in found), default=float("nan"))
+            raise UserError(f"No plan has a {words} of {limit:.4g} or less; the least is {least:.4g}.")
+        return min(within, key=lambda plan: getattr(plan, wanted))
 
 
 class Planner:
     """Plans on one grid; caches the options of each pair of levels, and the plan of each choice of levels."""
 
-    def __init__(self, inputs: RuleInputs, method: str, steps: int):
+    def __init__(self, inputs: Calibration, method: str, steps: int):
         self.effects, self.costs = inputs.effects.on(inputs.grids[steps]), inputs.costs
         self.method, self.n = method, len(self.effects.logsnr)
         self.own = {k: error for (k, n), error in inputs.own_errors.items() if n == steps}

@@ -9,22 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from ..diffusion.level import Level
 from ..diffusion.process import Process
 from .plan import Plan, frontier
-from .planner import RuleInputs, plan_for_cost, plans
+from .planner import Calibration
 from .probabilities import evaluation_probabilities, measured_for_cost
 
 Learn = Callable[[float, Plan], np.ndarray]  # cost in evaluations of the largest level, plan to start from -> p [n, K]
 
 
-def steps_alone(level: Level, largest: Level, steps: Sequence[int]) -> list[int]:
-    """The grids on which a level is run alone; fine grids leave out the cheap levels, which add nothing there."""
-    return [n for n in steps if n <= 600 or level.flops > 0.5 * largest.flops]
-
-
 def candidates(
-    inputs: RuleInputs, process: Process, options: Any, learn: Learn | None, progress: Callable[[int, int], object]
+    inputs: Calibration, process: Process, options: Any, learn: Learn | None, progress: Callable[[int, int], object]
 ) -> list[list[Plan]]:
     """Thinned predicted frontiers for one rule: of each method, with measured and with learned probabilities.
 
@@ -33,10 +27,10 @@ def candidates(
     for method in inputs.methods:
         chosen: dict[str, Plan] = {}
         for base in (b for b in options.bases if b is None or b < largest):
-            best = plans(inputs, method, base, progress)
+            best = inputs.plans(method, base, progress)
             chosen |= {p.id: p for p in spread([p for p in best if len(p.levels) > 1], options.plans)}
         for cost in options.measured.costs:  # at the same costs as the measured probabilities
-            plan = plan_for_cost(inputs, method, cost * inputs.costs[-1])
+            plan = inputs.plan_for_cost(method, cost * inputs.costs[-1])
             if plan is not None and len(plan.levels) > 1:
                 chosen[plan.id] = plan
         found.append(list(chosen.values()))
@@ -52,7 +46,7 @@ def spread(found: list[Plan], most: int) -> list[Plan]:
     return [found[i] for i in np.unique(np.round(np.linspace(0, len(found) - 1, most)).astype(int))]
 
 
-def measured_plans(inputs: RuleInputs, process: Process, options: Any) -> list[Plan]:
+def measured_plans(inputs: Calibration, process: Process, options: Any) -> list[Plan]:
     """Plans by the square-root law from measured differences, constant in time, at the configured costs and steps."""
     squares, out = inputs.effects.squares @ process.drift_weights(inputs.effects.logsnr), []
     for steps in options.steps:
@@ -63,7 +57,7 @@ def measured_plans(inputs: RuleInputs, process: Process, options: Any) -> list[P
     return out
 
 
-def learned_plans(inputs: RuleInputs, process: Process, options: Any, start: list[Plan], learn: Learn) -> list[Plan]:
+def learned_plans(inputs: Calibration, process: Process, options: Any, start: list[Plan], learn: Learn) -> list[Plan]:
     """Plans with learned probabilities, started from measured ones of similar cost."""
     logsnr, out = process.grid(options.steps).logsnr, []
     for cost in options.costs:
@@ -73,7 +67,7 @@ def learned_plans(inputs: RuleInputs, process: Process, options: Any, start: lis
     return out
 
 
-def _plan(source: str, inputs: RuleInputs, logsnr: np.ndarray, p: np.ndarray) -> Plan:
+def _plan(source: str, inputs: Calibration, logsnr: np.ndarray, p: np.ndarray) -> Plan:
     """A plan for independent coins on the full family; its error is predicted if the largest level's is known."""
     names, gains = inputs.effects.names, inputs.effects.on(logsnr).gains()[0][1:].T
     table = np.broadcast_to(p, (len(logsnr), len(names))).astype(np.float32)
