@@ -12,7 +12,7 @@ from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.figures.ablation import plot_ablation
 from mlem_diffusion.figures.diagnostics import plot_diagnostics
 from mlem_diffusion.figures.gains import plot_gains
-from mlem_diffusion.multilevel import ablation, diagnostics, selection
+from mlem_diffusion.multilevel import ablation, diagnostics, planner
 from mlem_diffusion.multilevel.plan import save_plans
 
 OUTPUTS = ["plans.json", "plans.npz", "gains.png", "diagnostics.json", "ablation.json", "ablation.png"]
@@ -31,7 +31,7 @@ def main(exp: Experiment) -> None:
             exp.figure(f"diagnostics-{dynamics}.png", plot_diagnostics(content))
 
     search = plan_search.candidates(exp, runner, timing["seconds"])
-    ablated = plan_search.ablate(exp, runner.levels, search.rules, timing)
+    ablated = plan_search.ablate(exp, runner.levels, search.rules, timing["seconds"])
     exp.save("ablation.json", ablated)
     exp.figure("ablation.png", plot_ablation(ablated, title))
     exp.print(ablation.table(ablated))
@@ -44,7 +44,7 @@ def main(exp: Experiment) -> None:
     chosen = []
     for key, found in search.groups.items():
         errors = {plan.id: measured[setting_of(plan, *key)].row["error"] for at, plan in every if at == key}
-        for plan in selection.select(found, errors):
+        for plan in planner.select(found, errors):
             facts = {"dynamics": key[0], "step_rule": key[1], "selected_error": errors[plan.id]}
             flops = plan.build(runner.levels.values()).expected_flops(len(plan.table))
             chosen.append((replace(plan, cost=flops), facts))

@@ -27,8 +27,8 @@ GOOD = ([1.0, 4e-3, 1e-3, 2.5e-4], [1, 16, 256, 4096])
 STATES = torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(0))
 
 
-def run(family: Sequence[Level], key: str = "sde/ddpm", path: BrownianPath = PATH, **options) -> dict[str, Any]:
-    return diagnose(family, process(), STEP_RULES[key], path, **{"steps": 8, **options})
+def run(family: Sequence[Level], key: str = "sde/ddpm", path: BrownianPath = PATH) -> dict[str, Any]:
+    return diagnose(family, process(), STEP_RULES[key], path, steps=8, batch=64, bar=max)
 
 
 def statistics(pooled: Sequence[float], flops: Sequence[float], samples: int = 40) -> LevelStatistics:
@@ -49,7 +49,7 @@ def texts(found: LevelStatistics | dict[str, Any], severity: str = "warning") ->
 def test_differences_of_linear_levels_are_exact() -> None:
     """For f^k = c_k x every statistic follows from the states x of the largest level's sampler."""
     family = [Level(f"l{i}", lambda x, u, c=c: c * x, 4.0**i) for i, c in enumerate([0.5, 0.7, 0.8])]
-    s, _ = measure(family, process(), DDPM, PATH, 8, 12)
+    s, _ = measure(family, process(), DDPM, PATH, 8, 12, max)
     x2 = s.square[0] / 0.25
     np.testing.assert_allclose(s.square[1], 0.2**2 * x2, rtol=1e-5)
     np.testing.assert_allclose(s.square[2], 0.1**2 * x2, rtol=1e-4)
@@ -64,7 +64,9 @@ def test_differences_of_linear_levels_are_exact() -> None:
 def test_states_are_those_of_the_largest_level_alone_and_batches_do_not_matter(key: str, spent: float) -> None:
     """At the last noise level the differences sum to the finished image."""
     family = toy_family()
-    (whole, flops), (parts, again) = (measure(family, process(), STEP_RULES[key], PATH, 8, batch) for batch in (12, 5))
+    (whole, flops), (parts, again) = (
+        measure(family, process(), STEP_RULES[key], PATH, 8, batch, max) for batch in (12, 5)
+    )
     images, _ = sample(SingleLevel(family[-1]), STEP_RULES[key], process().grid(8), PATH)
     np.testing.assert_allclose(whole.mean[..., -1].sum(0), images.flatten(1).mean(1), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(whole.square, parts.square, rtol=1e-4, atol=1e-10)

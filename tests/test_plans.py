@@ -13,7 +13,7 @@ from mlem_diffusion.diffusion.estimator import SingleLevel
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.multilevel.estimators import Multilevel, Quadrature
 from mlem_diffusion.multilevel.plan import Plan, frontier, load_plans, save_plans
-from mlem_diffusion.multilevel.selection import select, spread
+from mlem_diffusion.multilevel.planner import select, spread
 
 FAMILY = toy_family()
 TABLE = np.stack([np.ones(6), np.linspace(0.3, 0.6, 6), np.linspace(0.05, 0.2, 6)], axis=1).astype(np.float32)

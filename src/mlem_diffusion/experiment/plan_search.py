@@ -14,13 +14,12 @@ from ..diffusion.level import Level
 from ..diffusion.step_rules import StepRule, step_rule
 from ..errors import UserError
 from ..files import read_json, write_json
-from ..multilevel import ablation, selection
+from ..multilevel import ablation, planner
 from ..multilevel.calibrate import check_reference
 from ..multilevel.diagnostics import diagnose
 from ..multilevel.gains import Effects, measure_effects
 from ..multilevel.learned import learn_probabilities
 from ..multilevel.plan import Plan
-from ..multilevel.planner import Calibration
 from .costs import unweighted
 from .environment import device_model
 
@@ -93,7 +92,7 @@ class Search:
     """Inputs and candidates by rule, errors of single levels, and the FLOPs of learning by rule."""
 
     alone: dict[SamplerSetting, float]
-    rules: list[Calibration] = field(default_factory=list)
+    rules: list[planner.Calibration] = field(default_factory=list)
     groups: dict[tuple[str, str], list[list[Plan]]] = field(default_factory=dict)
     learning: list[float] = field(default_factory=list)
 
@@ -123,19 +122,17 @@ def candidates(exp: Any, runner: Runner, seconds: dict[str, float]) -> Search:
             continue
         own = {(names.index(s.levels[0]), s.steps): e for s, e in search.alone.items() if s.rule == rule}
         grids = {n: exp.process.grid(n).logsnr for n in r.steps}
-        inputs = Calibration(effects(exp, levels, rule), grids, own, costs.astype(np.float64), methods)
+        inputs = planner.Calibration(effects(exp, levels, rule), grids, own, costs.astype(np.float64), methods)
         learn = learner(exp, levels, rule, costs, spent) if r.get("learn", False) else None
         with exp.progress(f"plan {rule.key}", None, "grid") as progress:
-            found = selection.candidates(inputs, exp.process, o, learn, progress)
+            found = planner.candidates(inputs, exp.process, o, learn, progress)
         search.rules.append(inputs)
         search.groups[rule.dynamics, rule.name] = found
         search.learning.append(sum(spent))
     return search
 
 
-def learner(
-    exp: Any, levels: dict[str, Level], rule: StepRule, costs: np.ndarray, spent: list[float]
-) -> selection.Learn:
+def learner(exp: Any, levels: dict[str, Level], rule: StepRule, costs: np.ndarray, spent: list[float]) -> planner.Learn:
     """The function (cost, plan to start from) -> learned p [n, K]; it appends the FLOPs of learning to `spent`."""
     options = exp.plain("optimise")["optimise"]["learned"]
     grid, numbers = exp.process.grid(options["steps"]), {k: options[k] for k in ("iterations", "paths", "draws")}
@@ -156,18 +153,17 @@ def learner(
     return learn
 
 
-def ablate(exp: Any, levels: dict[str, Level], rules: list[Calibration], timing: dict[str, Any]) -> dict[str, Any]:
+def ablate(
+    exp: Any, levels: dict[str, Level], rules: list[planner.Calibration], seconds: dict[str, float]
+) -> dict[str, Any]:
     """The content of ablation.json; cost ratios are in the cost that plans minimise."""
-    unit, tolerance, costs = exp.cfg.optimise.cost, dict(exp.cfg.optimise.ablation), []
+    unit, tolerance, found = exp.cfg.optimise.cost, dict(exp.cfg.optimise.ablation), []
     with exp.progress("ablation", None, unit="family") as progress:
         ratios, kept = ablation.remove_levels(rules, **tolerance, progress=progress)
     for name, level in levels.items():
-        entry: dict[str, Any] = {"name": name, "flops": float(level.flops), "seconds": timing["seconds"][name]}
-        costs.append(entry | {f"cost_ratio_{unit}": ratios.get(name), f"kept_{unit}": name in kept})
-    for entry in costs:
-        entry |= {f"{unit}_share": entry[unit] / costs[-1][unit] for unit in ("flops", "seconds")}
-    facts = {key: timing[key] for key in ("batch", "device", "threads")}
-    return {"levels": costs, "kept": {unit: kept}, "tolerance": tolerance, **facts}
+        costs = {"flops": float(level.flops), "seconds": seconds[name]}
+        found.append({"name": name, **costs, f"cost_ratio_{unit}": ratios.get(name), f"kept_{unit}": name in kept})
+    return {"levels": found, "kept": {unit: kept}, "tolerance": tolerance}
 
 
 def ledger(

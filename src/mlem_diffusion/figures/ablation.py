@@ -22,7 +22,7 @@ def plot_ablation(content: dict[str, Any], title: str = "") -> Figure:
     figure = new_figure(4.2 + (1.6 + 0.42 * len(levels)) * len(rules), 4.2, title)
     left, *right = figure.subplots(1, 1 + len(rules), width_ratios=[1.0, *[0.9] * len(rules)], squeeze=False)[0]
     for unit, (colour, marker, word) in _UNITS.items():
-        left.plot([level[f"{unit}_share"] for level in levels], color=colour, marker=marker, label=word)
+        left.plot([level[unit] / levels[-1][unit] for level in levels], color=colour, marker=marker, label=word)
     left.set(yscale="log", title="Cost", ylabel=f"one evaluation, as a share of {levels[-1]['name']}'s")
     left.legend(loc="lower right")
     highest = 1.25

@@ -8,7 +8,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 
 from ..diffusion.level import Level
 from ..errors import UserError
-from .plan import Plan
+from .plan import Plan, Progress
 from .planner import Calibration
 
 _ABOVE_LOWEST = 1.1  # the comparison starts at this times the lowest error: below, only the finest grid counts
@@ -119,7 +119,7 @@ def score(by_rule: Mapping[str, Ratio], mean: float, largest: float) -> float:
 
 
 def remove_levels(
-    rules: Sequence[Calibration], mean: float, largest: float, progress: Callable[[int, int], object]
+    rules: Sequence[Calibration], mean: float, largest: float, progress: Progress
 ) -> tuple[dict[str, dict[str, Ratio]], list[str]]:
     """Remove the level of the lowest cost ratio (`score`), repeatedly, until every remaining level earns its place.
 

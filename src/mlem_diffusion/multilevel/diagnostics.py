@@ -7,7 +7,7 @@ level's own trajectories.
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -26,6 +26,7 @@ from ..diffusion.sampler import sample
 from ..diffusion.step_rules import StepRule
 from ..errors import UserError
 from .level_checks import check_contract, check_telescope, finding
+from .plan import Progress
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,11 @@ class LevelStatistics:
 
 
 def diagnose(
-    family: Sequence[Level],
-    process: Process,
-    rule: StepRule,
-    path: BrownianPath,
-    steps: int,
-    batch: int = 64,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    family: Sequence[Level], process: Process, rule: StepRule, path: BrownianPath, steps: int, batch: int, bar: Progress
 ) -> dict[str, Any]:
     """Check a family's levels and telescope, and measure their differences along the largest level's trajectories.
 
-    steps: number of visited noise levels. progress: called with (images done, all images), counted over noise levels.
+    steps: number of visited noise levels. bar: called with (images done, all images), counted over noise levels.
     Returns JSON values without NaN. Lists start at the cheapest level, whose difference is its own output; arrays have
     axes (levels, noise levels). If a level violates the contract, this is a finding and there are no statistics. Raises
     UserError for fewer than two levels or seeds, and for levels not ordered by cost.
@@ -72,7 +67,7 @@ def diagnose(
     middle, spent = float(process.logsnr_at(np.array(0.5))), 0.0
     found = check_contract(family, x, process.logsnr_min) or check_contract(family, x, middle)
     if not any(f["severity"] == "error" for f in found):
-        statistics, spent = measure(family, process, rule, path, steps, batch, progress)
+        statistics, spent = measure(family, process, rule, path, steps, batch, bar)
         out |= describe(statistics)
         found += [*judge(statistics), check_telescope(family, x, middle, batch)]
     found.sort(key=lambda f: ["error", "warning", "ok"].index(f["severity"]))
@@ -82,13 +77,7 @@ def diagnose(
 
 
 def measure(
-    family: Sequence[Level],
-    process: Process,
-    rule: StepRule,
-    path: BrownianPath,
-    steps: int,
-    batch: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    family: Sequence[Level], process: Process, rule: StepRule, path: BrownianPath, steps: int, batch: int, bar: Progress
 ) -> tuple[LevelStatistics, float]:
     """Statistics of all levels on the largest level's trajectories through `steps` noise levels; and the FLOPs spent.
 
@@ -119,7 +108,7 @@ def measure(
             square[i, part, slot] = y.square().flatten(1).mean(1).cpu().numpy()
             total[i, slot] += y.sum(0)
         done += len(x)
-        progress(done, n * s)
+        bar(done, n * s)
         return output
 
     largest = SingleLevel(Level(family[-1].name, visit, family[-1].flops))

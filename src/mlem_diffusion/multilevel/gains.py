@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from ..diffusion.sampler import combine, sample
 from ..diffusion.step_rules import Evaluation, StepRule
 from ..errors import UserError
 from ..files import expect_content, read_arrays, write_arrays
+from .plan import Progress
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def measure_effects(
     path: BrownianPath,
     probes: int = 2,
     batch: int = 64,
-    progress: Callable[[int, int], object] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> Effects:
     """Measure the effects of a family on a grid: one forward run and one backward sweep per batch of the path's seeds.
 

@@ -33,6 +33,7 @@ from ..diffusion.process import TimeGrid, expand
 from ..diffusion.sampler import advance
 from ..diffusion.step_rules import Evaluation, StepRule
 from ..errors import UserError
+from .plan import Progress
 from .probabilities import evaluation_probabilities, following, telescope_weights
 
 _LEARN = 4  # a random stream apart from those of diffusion/brownian.py, so that evaluation uses other numbers
@@ -57,7 +58,7 @@ def learn_probabilities(
     iterations: int,
     paths: int,
     draws: int,
-    progress: Callable[[int, int], object] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> tuple[np.ndarray, float]:
     """Learned p [n, K] of independent coins with the expected cost `wanted` per image, and the FLOPs of learning.
 
@@ -137,8 +138,8 @@ class LogOdds:
         costs = np.array([self.cost(phi + s) for s in shifts])
         crossings = np.flatnonzero((costs[:-1] <= wanted) & (costs[1:] >= wanted))
         if len(crossings) == 0:
-            reach = f"they reach {costs.min():g} to {costs.max():g}"
-            raise UserError(f"No probabilities from {_P_MIN:g} to 1 cost {wanted:g} per image; {reach}.")
+            reach = f"from {costs.min():g} to {costs.max():g}"
+            raise UserError(f"Learned probabilities can cost {reach} per image, not {wanted:g}.")
         low, high = shifts[crossings[0]], shifts[crossings[0] + 1]
         for _ in range(60):
             middle = 0.5 * (low + high)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import statistics
 from ..diffusion.estimator import Estimator, SingleLevel
 from ..diffusion.level import Level
 from ..errors import UserError
@@ -16,27 +17,24 @@ from ..files import Damaged, expect_content, read_arrays, read_json, write_array
 from .estimators import Multilevel, Quadrature
 
 AGAIN = "run make optimise with the same EXPERIMENT"
+Progress = Callable[[int, int], object]  # called with (done, total)
 
 
 @dataclass(frozen=True)
 class Plan:
     """One way to sample with a family.
 
-    method: kind of coins, or "quadrature" for fixed weights. probabilities: origin of the table ("optimal", "measured",
-    "learned"). levels: names, cheap to expensive. table [n, K]: probabilities p, or weights W, for n evaluations. cost:
-    expected cost per image (plans.json: FLOPs). predicted: squared error, None if that of the plan's largest level at
-    these steps is unknown. largest_effect: largest rms effect of one coin's firing on the final image; predictions are
-    first order in it.
-    """
+    predicted and largest_effect: squared error, and largest rms effect of one coin's firing on the final image;
+    predictions are first order in it."""
 
-    method: str
-    probabilities: str
-    levels: tuple[str, ...]
+    method: str  # kind of coins, or "quadrature" for fixed weights
+    probabilities: str  # origin of the table: "optimal", "measured" or "learned"
+    levels: tuple[str, ...]  # names, cheap to expensive
     steps: int
-    table: np.ndarray
-    cost: float
-    predicted: float | None = None
-    largest_effect: float | None = None
+    table: np.ndarray  # [n, K] probabilities p, or weights W, for n evaluations
+    cost: float  # expected, per image (plans.json: FLOPs)
+    predicted: float | None  # None if the error of the plan's largest level at these steps is unknown
+    largest_effect: float | None
 
     @property
     def id(self) -> str:
@@ -62,13 +60,8 @@ _READABLE = [field.name for field in fields(Plan) if field.name != "table"]  # w
 
 def frontier(found: Iterable[Plan], error: Callable[[Plan], float | None]) -> list[Plan]:
     """The plans with a smaller error than all plans of equal or lower cost, from cheap to expensive."""
-    out, lowest = [], np.inf
-    known = [(value, p) for p in found if (value := error(p)) is not None]
-    for value, plan in sorted(known, key=lambda pair: (pair[1].cost, pair[0])):
-        if value < lowest:
-            out.append(plan)
-            lowest = value
-    return out
+    rows = [{"plan": plan, "cost": plan.cost, "error": error(plan)} for plan in found]
+    return [row["plan"] for row in statistics.frontier(rows, "cost", "error")]
 
 
 def save_plans(path: Path, plans: Sequence[tuple[Plan, Mapping[str, Any]]], **facts: Any) -> None:

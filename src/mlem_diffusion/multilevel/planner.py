@@ -1,4 +1,5 @@
-"""Plans from measured gains: which levels to use, at which evaluations, with which probabilities or weights.
+"""Plans from measured gains: which levels to use, at which evaluations, with which probabilities or weights; and the
+candidates of one step rule, whose probabilities may also follow the square-root law or be learned (learned.py).
 
 The predicted squared error of a plan is the own error of its largest level, measured alone on that grid, plus the error
 added by coins or omitted evaluations. To first order in the effects s_kj and gains A_kj (gains.py) this is
@@ -19,31 +20,31 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
+from ..diffusion.process import Process
 from ..errors import UserError
 from . import options as ways
 from .gains import Effects
-from .plan import Plan, frontier
-from .probabilities import evaluation_probabilities, following
+from .plan import Plan, Progress, frontier
+from .probabilities import evaluation_probabilities, following, measured_for_cost
 
+Learn = Callable[[float, Plan], np.ndarray]  # cost in evaluations of the largest level, plan to start from -> p [n, K]
 METHODS = ("independent", "nested", "systematic", "quadrature")
 _COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured of a family for one step rule, and the plans that follow from it.
-
-    grids: candidate grids, {steps: log-SNR of each evaluation [n]}. own_errors: {(level, steps): measured squared error
-    of this level alone}; only these levels can be the largest of a plan with these steps. costs [K]: of one evaluation
-    of each level, in FLOPs or seconds; costs of plans have the same unit."""
+    """What was measured of a family for one step rule, and the plans that follow from it."""
 
     effects: Effects
-    grids: Mapping[int, np.ndarray]
+    grids: Mapping[int, np.ndarray]  # {steps: log-SNR of each evaluation [n]}
+    # {(level, steps): squared error of this level alone}; only these can be the largest level of plans with these steps
     own_errors: Mapping[tuple[int, int], float]
-    costs: np.ndarray
+    costs: np.ndarray  # [K] of one evaluation of each level, in FLOPs or seconds; costs of plans have the same unit
     methods: Sequence[str] = METHODS
     made: dict[str, list[Planner]] = field(default_factory=dict, init=False, repr=False)
 
@@ -59,12 +60,7 @@ class Calibration:
             self.made[method] = [Planner(self, method, steps) for steps in self.grids]
         return self.made[method]
 
-    def plans(
-        self,
-        method: str,
-        base: int | None = None,
-        progress: Callable[[int, int], object] = lambda done, total: None,
-    ) -> list[Plan]:
+    def plans(self, method: str, base: int | None = None, progress: Progress = lambda done, total: None) -> list[Plan]:
         """The plans on the predicted frontier of a method (see METHODS), from cheap to expensive.
 
         base: the level that runs at every evaluation; None for the best one."""
@@ -199,3 +195,70 @@ class Planner:
         names = tuple(self.effects.names[i] for i in levels)
         cost, predicted = float(evaluations.sum(axis=0) @ self.costs[list(levels)]), self.own[levels[-1]] + added
         return Plan(self.method, "optimal", names, self.n, table.astype(np.float32), cost, predicted, largest_effect)
+
+
+def candidates(
+    inputs: Calibration, process: Process, options: Any, learn: Learn | None, progress: Progress
+) -> list[list[Plan]]:
+    """Thinned predicted frontiers for one rule: of each method, with measured and with learned probabilities.
+
+    options: the node `optimise` of the configuration."""
+    found, largest = [], len(inputs.costs) - 1
+    for method in inputs.methods:
+        chosen: dict[str, Plan] = {}
+        for base in (b for b in options.bases if b is None or b < largest):
+            best = inputs.plans(method, base, progress)
+            chosen |= {p.id: p for p in spread([p for p in best if len(p.levels) > 1], options.plans)}
+        for cost in options.measured.costs:  # at the same costs as the measured probabilities
+            plan = inputs.plan_for_cost(method, cost * inputs.costs[-1])
+            if plan is not None and len(plan.levels) > 1:
+                chosen[plan.id] = plan
+        found.append(list(chosen.values()))
+    measured = measured_plans(inputs, process, options.measured)
+    learned = learned_plans(inputs, process, options.learned, measured, learn) if learn and measured else []
+    return [*found, measured, learned]
+
+
+def spread(found: list[Plan], most: int) -> list[Plan]:
+    """At most `most` of a frontier's plans, spread evenly and including both ends."""
+    if len(found) <= most:
+        return found
+    return [found[i] for i in np.unique(np.round(np.linspace(0, len(found) - 1, most)).astype(int))]
+
+
+def measured_plans(inputs: Calibration, process: Process, options: Any) -> list[Plan]:
+    """Plans by the square-root law from measured differences, constant in time, at the configured costs and steps."""
+    squares, out = inputs.effects.squares @ process.drift_weights(inputs.effects.logsnr), []
+    for steps in options.steps:
+        for cost in options.costs:
+            p = measured_for_cost(squares, inputs.costs, steps, cost * inputs.costs[-1])
+            if p is not None:
+                out.append(_plan("measured", inputs, process.grid(steps).logsnr, p))
+    return out
+
+
+def learned_plans(inputs: Calibration, process: Process, options: Any, start: list[Plan], learn: Learn) -> list[Plan]:
+    """Plans with learned probabilities, started from measured ones of similar cost."""
+    logsnr, out = process.grid(options.steps).logsnr, []
+    for cost in options.costs:
+        wanted = cost * inputs.costs[-1]
+        nearest = min(start, key=lambda p: (p.steps != options.steps, abs(np.log(p.cost / wanted))))
+        out.append(_plan("learned", inputs, logsnr, learn(cost, nearest)))
+    return out
+
+
+def _plan(source: str, inputs: Calibration, logsnr: np.ndarray, p: np.ndarray) -> Plan:
+    """A plan for independent coins on the full family; its error is predicted if the largest level's is known."""
+    names, gains = inputs.effects.names, inputs.effects.on(logsnr).gains()[0][1:].T
+    table = np.broadcast_to(p, (len(logsnr), len(names))).astype(np.float32)
+    exact = table.astype(np.float64)
+    ratio, cost = 1 / exact[:, 1:], float(evaluation_probabilities(exact).sum(axis=0) @ inputs.costs)
+    added, effect = float((gains * (ratio - 1)).sum()), float((ratio * np.sqrt(gains)).max(initial=0.0))
+    own = inputs.own_errors.get((len(names) - 1, len(logsnr)))
+    predicted = None if own is None else own + added
+    return Plan("independent", source, names, len(logsnr), table, cost, predicted, effect)
+
+
+def select(groups: Sequence[Sequence[Plan]], errors: Mapping[str, float | None]) -> list[Plan]:
+    """The plans on each group's frontier of measured errors, {id: error, or None if it diverged}, against cost."""
+    return [plan for group in groups for plan in frontier(group, lambda p: errors[p.id])]
