@@ -121,21 +121,17 @@ def differences_fall(errors: Any) -> dict[str, Any]:
     value, below 1 if the value falls. "violations": rises by more than two standard errors over the same held-out
     images (logsnr None: pooled).
     """
-    kinds: dict[str, Any] = {}
-    violations, checks = [], 0
-    for kind, array, labels in (
+    places, kinds, violations = [None, *errors.logsnr.tolist()], {}, []
+    for kind, array, names in (
         ("to_largest", errors.to_largest, errors.names[:-1]),
         ("to_previous", errors.to_previous, errors.names[1:]),
     ):
-        pairs, ratios = [list(pair) for pair in pairwise(labels)], []
-        for pair, before, after in zip(pairs, array[:-1], array[1:], strict=True):
-            ratios.append((after.mean(0) / np.maximum(before.mean(0), 1e-300)).tolist())
-            places = [(None, before @ errors.weights, after @ errors.weights)]
-            places += [(float(u), before[:, j], after[:, j]) for j, u in enumerate(errors.logsnr)]
-            for logsnr, earlier, later in places:
-                checks += 1
-                if (later - earlier).mean() > 2 * sem(later - earlier):
-                    ratio = float(later.mean()) / max(float(earlier.mean()), 1e-300)
-                    violations.append({"kind": kind, "levels": pair, "logsnr": logsnr, "ratio": ratio})
-        kinds[kind] = {"pairs": pairs, "ratio": ratios}
+        pairs, means = [list(pair) for pair in pairwise(names)], array.mean(1)
+        kinds[kind] = {"pairs": pairs, "ratio": (means[1:] / np.maximum(means[:-1], 1e-300)).tolist()}
+        values = np.concatenate([(array @ errors.weights)[..., None], array], axis=-1)  # pooled, then by noise level
+        change = np.diff(values, axis=0)
+        for i, j in np.argwhere(change.mean(1) > 2 * sem(change, axis=1)):
+            ratio = values[i + 1, :, j].mean() / max(values[i, :, j].mean(), 1e-300)
+            violations.append({"kind": kind, "levels": pairs[i], "logsnr": places[j], "ratio": float(ratio)})
+    checks = sum(len(kind["pairs"]) for kind in kinds.values()) * len(places)
     return {"noise_levels": errors.logsnr.tolist(), "checks": checks, **kinds, "violations": violations}

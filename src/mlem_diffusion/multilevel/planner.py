@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -200,51 +200,37 @@ class Planner:
 def candidates(
     inputs: Calibration, process: Process, options: Any, learn: Learn | None, progress: Progress
 ) -> list[list[Plan]]:
-    """Thinned predicted frontiers for one rule: of each method, with measured and with learned probabilities.
+    """Groups of plans for one rule: the thinned predicted frontier of each method; plans by the square-root law from
+    measured differences, constant in time; and learned ones, started from measured ones of similar cost.
 
     options: the node `optimise` of the configuration."""
-    found, largest = [], len(inputs.costs) - 1
+    found, measured, learned, costs = [], [], [], inputs.costs
     for method in inputs.methods:
         chosen: dict[str, Plan] = {}
-        for base in (b for b in options.bases if b is None or b < largest):
+        for base in (b for b in options.bases if b is None or b < len(costs) - 1):
             best = inputs.plans(method, base, progress)
             chosen |= {p.id: p for p in spread([p for p in best if len(p.levels) > 1], options.plans)}
         for cost in options.measured.costs:  # at the same costs as the measured probabilities
-            plan = inputs.plan_for_cost(method, cost * inputs.costs[-1])
+            plan = inputs.plan_for_cost(method, cost * costs[-1])
             if plan is not None and len(plan.levels) > 1:
                 chosen[plan.id] = plan
         found.append(list(chosen.values()))
-    measured = measured_plans(inputs, process, options.measured)
-    learned = learned_plans(inputs, process, options.learned, measured, learn) if learn and measured else []
+    squares = inputs.effects.squares @ process.drift_weights(inputs.effects.logsnr)
+    for steps, cost in product(options.measured.steps, options.measured.costs):
+        p = measured_for_cost(squares, costs, steps, cost * costs[-1])
+        if p is not None:
+            measured.append(_plan("measured", inputs, process.grid(steps).logsnr, p))
+    for cost in options.learned.costs if learn and measured else ():
+        steps, wanted = options.learned.steps, cost * costs[-1]
+        start = min(measured, key=lambda plan: (plan.steps != steps, abs(np.log(plan.cost / wanted))))
+        learned.append(_plan("learned", inputs, process.grid(steps).logsnr, learn(cost, start)))
     return [*found, measured, learned]
 
 
 def spread(found: list[Plan], most: int) -> list[Plan]:
     """At most `most` of a frontier's plans, spread evenly and including both ends."""
-    if len(found) <= most:
-        return found
-    return [found[i] for i in np.unique(np.round(np.linspace(0, len(found) - 1, most)).astype(int))]
-
-
-def measured_plans(inputs: Calibration, process: Process, options: Any) -> list[Plan]:
-    """Plans by the square-root law from measured differences, constant in time, at the configured costs and steps."""
-    squares, out = inputs.effects.squares @ process.drift_weights(inputs.effects.logsnr), []
-    for steps in options.steps:
-        for cost in options.costs:
-            p = measured_for_cost(squares, inputs.costs, steps, cost * inputs.costs[-1])
-            if p is not None:
-                out.append(_plan("measured", inputs, process.grid(steps).logsnr, p))
-    return out
-
-
-def learned_plans(inputs: Calibration, process: Process, options: Any, start: list[Plan], learn: Learn) -> list[Plan]:
-    """Plans with learned probabilities, started from measured ones of similar cost."""
-    logsnr, out = process.grid(options.steps).logsnr, []
-    for cost in options.costs:
-        wanted = cost * inputs.costs[-1]
-        nearest = min(start, key=lambda p: (p.steps != options.steps, abs(np.log(p.cost / wanted))))
-        out.append(_plan("learned", inputs, logsnr, learn(cost, nearest)))
-    return out
+    places = np.linspace(0, len(found) - 1, min(most, len(found)))
+    return [found[i] for i in np.unique(np.round(places).astype(int))]
 
 
 def _plan(source: str, inputs: Calibration, logsnr: np.ndarray, p: np.ndarray) -> Plan:
