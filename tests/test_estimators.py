@@ -12,8 +12,7 @@ from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.diffusion.sampler import sample
 from mlem_diffusion.diffusion.step_rules import STEP_RULES
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.multilevel.estimators import Multilevel, Quadrature
-from mlem_diffusion.multilevel.probabilities import COINS
+from mlem_diffusion.multilevel.estimators import COINS, Multilevel, Quadrature
 
 FLOPS, FAMILY, SMALL = [1.0, 4.0, 16.0], toy_family(), (1, 1, 1)
 DDPM, DDIM = STEP_RULES["sde/ddpm"], STEP_RULES["ode/ddim"]

@@ -16,9 +16,8 @@ from mlem_diffusion.diffusion.process import expand
 from mlem_diffusion.diffusion.sampler import advance, sample
 from mlem_diffusion.diffusion.step_rules import STEP_RULES
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.multilevel.estimators import Multilevel
+from mlem_diffusion.multilevel.estimators import Multilevel, constant_probabilities
 from mlem_diffusion.multilevel.learned import LogOdds, Networks, follow_coins, gradient_estimate, learn_probabilities
-from mlem_diffusion.multilevel.probabilities import constant_probabilities
 
 SHAPE, CPU, FLOPS, DDPM = (2, 3, 3), torch.device("cpu"), np.array([1.0, 4.0, 16.0]), STEP_RULES["sde/ddpm"]
 

@@ -13,6 +13,7 @@ from mlem_diffusion.diffusion.process import LinearSchedule, Process
 from mlem_diffusion.diffusion.sampler import sample
 from mlem_diffusion.diffusion.step_rules import REFERENCE_RULE, STEP_RULES, StepRule
 from mlem_diffusion.models.analytic import analytic_family
+from mlem_diffusion.multilevel.estimators import draw_coins, evaluation_probabilities
 from mlem_diffusion.multilevel.gains import Effects, measure_effects
 from mlem_diffusion.multilevel.options import (
     fill,
@@ -23,7 +24,6 @@ from mlem_diffusion.multilevel.options import (
 )
 from mlem_diffusion.multilevel.plan import Plan
 from mlem_diffusion.multilevel.planner import METHODS, Calibration
-from mlem_diffusion.multilevel.probabilities import draw_coins, evaluation_probabilities
 from mlem_diffusion.statistics import squared_errors
 
 SHAPE, PROCESS, FAMILY = (1, 4, 4), Process(LinearSchedule(), base_steps=129), analytic_family(levels=3, amplitude=0.1)

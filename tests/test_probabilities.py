@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.multilevel.probabilities import (
+from mlem_diffusion.multilevel.estimators import (
     COINS,
     constant_probabilities,
     draw_coins,

@@ -15,8 +15,7 @@ from mlem_diffusion.diffusion.process import TimeGrid, alpha_sigma
 from mlem_diffusion.diffusion.sampler import sample
 from mlem_diffusion.diffusion.step_rules import REFERENCE_RULE, STEP_RULES, Evaluation, StepRule, step_rule, steps_of
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.multilevel.estimators import Multilevel
-from mlem_diffusion.multilevel.probabilities import COINS
+from mlem_diffusion.multilevel.estimators import COINS, Multilevel
 
 ODE_RULES = [rule for rule in STEP_RULES.values() if rule.dynamics == "ode"]
 SDE_RULES = [rule for rule in STEP_RULES.values() if rule.dynamics == "sde"]

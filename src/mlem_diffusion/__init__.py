@@ -13,8 +13,7 @@ from .diffusion.step_rules import step_rule
 from .errors import UserError
 from .models.adapters import adapt, from_diffusers, guided
 from .multilevel.calibrate import calibrate
-from .multilevel.estimators import Multilevel, Quadrature
-from .multilevel.probabilities import constant_probabilities
+from .multilevel.estimators import Multilevel, Quadrature, constant_probabilities
 
 __all__ = [
     "BrownianPath",

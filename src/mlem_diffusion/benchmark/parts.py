@@ -22,8 +22,7 @@ from ..diffusion.step_rules import step_rule
 from ..errors import SlowPath
 from ..models.compiled import FastDenoiser, first_line
 from ..models.flops import flops_per_evaluation
-from ..multilevel.estimators import Multilevel
-from ..multilevel.probabilities import constant_probabilities
+from ..multilevel.estimators import Multilevel, constant_probabilities
 from ..training.step import TrainStep
 from .networks import denoisers
 from .table import Row, compared, row

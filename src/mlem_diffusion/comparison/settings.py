@@ -12,9 +12,8 @@ from ..diffusion.level import Level
 from ..diffusion.process import Process
 from ..diffusion.step_rules import StepRule, step_rule
 from ..errors import UserError
-from ..multilevel.estimators import Multilevel
+from ..multilevel.estimators import Multilevel, constant_probabilities
 from ..multilevel.plan import Plan
-from ..multilevel.probabilities import constant_probabilities
 
 GAUSSIAN = "gauss"  # name of the linear Gaussian denoiser among the levels
 Row = dict[str, Any]  # one row of compare.csv

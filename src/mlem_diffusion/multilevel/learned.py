@@ -33,8 +33,8 @@ from ..diffusion.process import TimeGrid, expand
 from ..diffusion.sampler import advance
 from ..diffusion.step_rules import Evaluation, StepRule
 from ..errors import UserError
+from .estimators import evaluation_probabilities, following, telescope_weights
 from .plan import Progress
-from .probabilities import evaluation_probabilities, following, telescope_weights
 
 _LEARN = 4  # a random stream apart from those of diffusion/brownian.py, so that evaluation uses other numbers
 _P_MIN, _CERTAIN = 1e-4, 0.99  # larger probabilities become 1: almost no extra cost, and no variance

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .probabilities import evaluation_probabilities
+from .estimators import evaluation_probabilities
 
 LEAST = 1e-12  # smallest probability: for a difference with zero gain, between two levels with the same output
 _OFFSETS = 32  # evenly spaced offsets that stand for the one random offset of systematic coins
@@ -121,7 +121,7 @@ def independent_probabilities(gains: np.ndarray, costs: np.ndarray, price: float
         p = np.ones((n, levels))
         for k in range(certain, levels):
             p[:, k] = np.clip(np.sqrt(gains[k] / (price * (costs[k] + costs[k - 1]))), LEAST, 1)
-        for _ in range(40 if certain < levels else 0):
+        for _ in range(40):
             for k in range(certain, levels):
                 above = p[:, k + 1] if k + 1 < levels else 0.0
                 marginal = costs[k] * (1 - above) + costs[k - 1] * (1 - p[:, k - 1])

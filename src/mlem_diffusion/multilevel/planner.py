@@ -27,9 +27,9 @@ import numpy as np
 from ..diffusion.process import Process
 from ..errors import UserError
 from . import options as ways
+from .estimators import evaluation_probabilities, following, measured_for_cost
 from .gains import Effects
 from .plan import Plan, Progress, frontier
-from .probabilities import evaluation_probabilities, following, measured_for_cost
 
 Learn = Callable[[float, Plan], np.ndarray]  # cost in evaluations of the largest level, plan to start from -> p [n, K]
 METHODS = ("independent", "nested", "systematic", "quadrature")
@@ -220,10 +220,11 @@ def candidates(
         p = measured_for_cost(squares, costs, steps, cost * costs[-1])
         if p is not None:
             measured.append(_plan("measured", inputs, process.grid(steps).logsnr, p))
-    for cost in options.learned.costs if learn and measured else ():
-        steps, wanted = options.learned.steps, cost * costs[-1]
-        start = min(measured, key=lambda plan: (plan.steps != steps, abs(np.log(plan.cost / wanted))))
-        learned.append(_plan("learned", inputs, process.grid(steps).logsnr, learn(cost, start)))
+    if learn is not None and measured:
+        for cost in options.learned.costs:
+            steps, wanted = options.learned.steps, cost * costs[-1]
+            start = min(measured, key=lambda plan: (plan.steps != steps, abs(np.log(plan.cost / wanted))))
+            learned.append(_plan("learned", inputs, process.grid(steps).logsnr, learn(cost, start)))
     return [*found, measured, learned]
 
 
