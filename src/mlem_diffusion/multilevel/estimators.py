@@ -7,6 +7,7 @@ with w_k = B_k / p_k - B_{k+1} / p_{k+1}. Only networks with w_k != 0 are evalua
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -95,9 +96,7 @@ def evaluation_probabilities(p: np.ndarray, nested: bool = False) -> np.ndarray:
 
 def measured_for_cost(squares: np.ndarray, flops: np.ndarray, evaluations: int, wanted: float) -> np.ndarray | None:
     """The measured probabilities [K] with expected cost `wanted` per image of `evaluations`, by bisection, or None."""
-
-    def table(c: float) -> np.ndarray:
-        return measured_probabilities(squares, flops, c)
+    table = partial(measured_probabilities, squares, flops)
 
     def cost(c: float) -> float:
         return float(evaluation_probabilities(table(c)[None])[0] @ flops) * evaluations
@@ -117,13 +116,11 @@ def measured_for_cost(squares: np.ndarray, flops: np.ndarray, evaluations: int, 
 class Multilevel(Estimator):
     """The ML-EM estimate sum_k (B_k / p_k) (f^k - f^{k-1}), unbiased for the largest level at every evaluation.
 
-    p: [K], or [n, K] with one row per network evaluation; p_1 = 1. coins: see draw_coins. shared: one set
-    of coins for all samples of a batch, keyed by its first seed."""
+    p: [K], or [n, K] with one row per network evaluation; p_1 = 1. coins: see `draw_coins`."""
 
     family: tuple[Level, ...]
     p: np.ndarray
     coins: str = "independent"
-    shared: bool = False
 
     def __post_init__(self) -> None:
         check_family(self.family)
@@ -139,16 +136,11 @@ class Multilevel(Estimator):
 
     def weights(self, evaluations: int, path: BrownianPath) -> np.ndarray:
         p = _rows(self.p, evaluations, "Probabilities")
-        weights = telescope_weights(p, draw_coins(p, path.seeds[:1] if self.shared else path.seeds, self.coins))
-        return np.broadcast_to(weights, (evaluations, len(path.seeds), p.shape[1]))
+        return telescope_weights(p, draw_coins(p, path.seeds, self.coins))
 
     def expected_evaluations(self, evaluations: int) -> np.ndarray:
-        """Expected evaluations of each level [K] per image, exact; a network with weight zero is not evaluated."""
         p = _rows(self.p, evaluations, "Probabilities")
         return evaluation_probabilities(p, nested=self.coins == "nested").sum(axis=0)
-
-    def clusters(self, seeds: Sequence[int]) -> list[int]:
-        return [seeds[0]] * len(seeds) if self.shared else list(seeds)
 
 
 @dataclass(frozen=True)
