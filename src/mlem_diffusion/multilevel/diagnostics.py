@@ -190,8 +190,8 @@ def _growth(s: LevelStatistics) -> list[dict[str, str]]:
         return [finding("warning", text + "more seeds.")]
     verdict = "neither grows nor falls measurably with level"
     if abs(slope + 1) > 2 * se:
-        verdict = ("grows", "harder") if slope > -1 else ("falls", "easier")
-        verdict = "{} with level, {} than Monte Carlo".format(*verdict)
+        harder, easier = "grows with level, harder than Monte Carlo", "falls with level, easier than Monte Carlo"
+        verdict = harder if slope > -1 else easier
     return [finding("ok", f"{figures}, gamma about {-2 / slope:.2g}: V_k T_k {verdict}.")]
 
 

@@ -55,9 +55,8 @@ def systematic_options(effects: np.ndarray, counts: Sequence[int]) -> list[Optio
     shapes = densities(effects)
     for count in counts:
         tables = [fill(shape, count) for shape in shapes]
-        added = [_systematic_error(effects, total, p) for p in tables]
-        best = int(np.argmin(added))
-        out.append(Option(tables[best], float(tables[best].sum()), added[best]))
+        found = [Option(p, float(p.sum()), _systematic_error(effects, total, p)) for p in tables]
+        out.append(min(found, key=lambda option: option.added))
     return out
 
 
