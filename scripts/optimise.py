@@ -6,15 +6,13 @@ Plans are selected on seeds that the comparison does not use.
 from dataclasses import replace
 
 from mlem_diffusion import parallel
-from mlem_diffusion.errors import UserError
 from mlem_diffusion.experiment import plan_search
 from mlem_diffusion.experiment.runs import make_runner, run_all
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.figures.ablation import plot_ablation
 from mlem_diffusion.figures.diagnostics import plot_diagnostics
 from mlem_diffusion.figures.gains import plot_gains
-from mlem_diffusion.multilevel import ablation, diagnostics, selection
-from mlem_diffusion.multilevel.calibrate import check_reference
+from mlem_diffusion.multilevel import ablation, diagnostics, planner
 from mlem_diffusion.multilevel.plan import save_plans
 
 OUTPUTS = ["plans.json", "plans.npz", "gains.png", "diagnostics.json", "ablation.json", "ablation.png"]
@@ -22,11 +20,7 @@ OUTPUTS = ["plans.json", "plans.npz", "gains.png", "diagnostics.json", "ablation
 
 @stage(OUTPUTS, depends=["process", "precision", "optimise"], reads=["levels"], cost=plan_search.cost)
 def main(exp: Experiment) -> None:
-    options, title = exp.cfg.optimise, exp.cfg.title
-    if options.cost not in ("flops", "seconds"):
-        raise UserError(f"optimise.cost = {options.cost} is unknown; expected flops or seconds.")
-    steps = [count for rule in options.rules for count in rule.steps]
-    check_reference(options.reference_steps or exp.process.base_steps, steps, "optimise.reference_steps")
+    plan_search.check(exp)
     runner = make_runner(exp)
     timing = plan_search.timing(exp, runner.levels)  # before workers use the machine
     diagnosed = plan_search.diagnostics(exp, runner.levels)
@@ -38,30 +32,28 @@ def main(exp: Experiment) -> None:
 
     alone = plan_search.errors_alone(exp, runner)
     searched = plan_search.search(exp, runner.levels, alone, timing["seconds"])
-    tolerance = dict(options.ablation)
-    rules, seconds = [s.inputs for s in searched], list(timing["seconds"].values())
-    with exp.progress("ablation", None, "family") as progress:
-        ablated = ablation.ablate(rules, seconds, **tolerance, progress=progress) | {"tolerance": tolerance}
+    ablated = plan_search.ablate(exp, runner.levels, searched, timing["seconds"])
     exp.save("ablation.json", ablated)
-    exp.figure("ablation.png", plot_ablation(ablated, title))
+    exp.figure("ablation.png", plot_ablation(ablated, exp.cfg.title))
     exp.print(ablation.table(ablated))
 
     # run all candidates; select those on the frontiers of measured errors
-    every = [(s, plan) for s in searched for group in s.candidates.values() for plan in group]
+    every = [(s, plan) for s in searched for group in s.candidates for plan in group]
     runner = replace(runner, plans={plan.id: plan for _, plan in every})
     tried = list(dict.fromkeys(s.setting(plan) for s, plan in every))
     measured = dict(zip(tried, run_all(exp, runner, tried, "plans"), strict=True))
     chosen = []
     for s in searched:
         errors = {plan.id: measured[s.setting(plan)].row["error"] for at, plan in every if at is s}
-        for plan in selection.select(s.candidates, errors):
+        for plan in planner.select(s.candidates, errors):
             facts = {"dynamics": s.rule.dynamics, "step_rule": s.rule.name, "selected_error": errors[plan.id]}
-            chosen.append((selection.priced(plan, list(runner.levels.values()), timing["seconds"]), facts))
+            flops = plan.build(runner.levels.values()).expected_flops(len(plan.table))
+            chosen.append((replace(plan, cost=flops), facts))
     ledger = plan_search.ledger(exp, runner, alone, searched, tried, diagnosed)
     if parallel.is_main():
         save_plans(exp.results / "plans.json", chosen, **ledger, timing=timing)
     exp.note("plans.json", "plans.npz")
-    exp.figure("gains.png", plot_gains([s.inputs.effects for s in searched], title))
+    exp.figure("gains.png", plot_gains([s.inputs.effects for s in searched], exp.cfg.title))
     exp.log({"plans": len(chosen), "calibration_pflops": ledger["calibration"]["flops"] / 1e15})
     exp.print(f"{len(chosen)} of {len(tried)} plans selected.")
 

@@ -47,7 +47,7 @@ def plan_of(method: str, levels: tuple[str, ...] = ("w2", "w8"), steps: int = 16
     share = np.tile([[1.0, 0.4]], (steps, 1))
     if method == "quadrature":
         share[:, 1] = np.arange(steps) % 2 * 2
-    return Plan(method, "optimal", levels, steps, share[:, : len(levels)].astype(np.float32), 1.0, 0.1, 0.2, 0.3)
+    return Plan(method, "optimal", levels, steps, share[:, : len(levels)].astype(np.float32), 1.0, 0.2, 0.3)
 
 
 PLANS = {plan.id: plan for plan in map(plan_of, ("independent", "nested", "systematic", "quadrature"))}

@@ -12,8 +12,7 @@ from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.diffusion.sampler import sample
 from mlem_diffusion.diffusion.step_rules import STEP_RULES
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.multilevel.estimators import Multilevel, Quadrature
-from mlem_diffusion.multilevel.probabilities import COINS
+from mlem_diffusion.multilevel.estimators import COINS, Multilevel, Quadrature
 
 FLOPS, FAMILY, SMALL = [1.0, 4.0, 16.0], toy_family(), (1, 1, 1)
 DDPM, DDIM = STEP_RULES["sde/ddpm"], STEP_RULES["ode/ddim"]
@@ -121,7 +120,7 @@ def test_single_level_and_stitched_costs_are_exact() -> None:
     SingleLevel(FAMILY[1]),
     Stitched(FAMILY[0], FAMILY[1], 0.5),
     Multilevel(FAMILY, np.array([1.0, 0.5, 0.3])),
-    Multilevel(FAMILY, table(12), "systematic", shared=True),
+    Multilevel(FAMILY, table(12), "systematic"),
     Multilevel(FAMILY, table(12), "nested"),
     Quadrature(FAMILY, weights_of(12)),
 ], ids=lambda d: type(d).__name__)  # fmt: skip
@@ -138,15 +137,8 @@ def test_an_estimator_gives_the_weighted_estimates_and_records_them(estimator: E
 
 
 @pytest.mark.parametrize("coins", COINS)
-def test_coins_are_shared_by_a_batch_or_depend_on_the_sample_alone(coins: str) -> None:
-    grid, p = process().grid(16), table(16)
-    shared, own = (Multilevel(FAMILY, p, coins, shared) for shared in (True, False))
-    weights = shared.weights(16, BrownianPath([4, 5, 6], SHAPE))
-    assert np.array_equal(weights, np.repeat(own.weights(16, BrownianPath([4], SHAPE)), 3, axis=1))
-    assert shared.clusters([4, 5, 6]) == [4, 4, 4] and own.clusters([4, 5, 6]) == [4, 5, 6]
-    assert shared.expected_flops(16) == own.expected_flops(16)
-    _, ledger = sample(shared, DDIM, grid, BrownianPath([4, 5, 6], SHAPE))
-    assert ledger.evaluations == [3 * n for n in ledger.launches]  # whole batches
+def test_coins_depend_on_the_sample_alone(coins: str) -> None:
+    grid, own = process().grid(16), Multilevel(FAMILY, table(16), coins)
     images, ledger = sample(own, DDIM, grid, BrownianPath(range(10, 22), SHAPE))
     for seeds in ([10, 11, 12], [21], [20, 15]):
         part, counted = sample(own, DDIM, grid, BrownianPath(seeds, SHAPE))

@@ -16,11 +16,10 @@ from mlem_diffusion.diffusion.process import expand
 from mlem_diffusion.diffusion.sampler import advance, sample
 from mlem_diffusion.diffusion.step_rules import STEP_RULES
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.multilevel.estimators import Multilevel
+from mlem_diffusion.multilevel.estimators import Multilevel, constant_probabilities
 from mlem_diffusion.multilevel.learned import LogOdds, Networks, follow_coins, gradient_estimate, learn_probabilities
-from mlem_diffusion.multilevel.probabilities import constant_probabilities
 
-SHAPE, CPU, FLOPS, DDPM = (2, 3, 3), torch.device("cpu"), [1.0, 4.0, 16.0], STEP_RULES["sde/ddpm"]
+SHAPE, CPU, FLOPS, DDPM = (2, 3, 3), torch.device("cpu"), np.array([1.0, 4.0, 16.0]), STEP_RULES["sde/ddpm"]
 
 
 def toy_p(n: int) -> np.ndarray:
@@ -50,7 +49,7 @@ class Enumerated:
         for j, e in enumerate(self.program):
             x, u = state[0], torch.tensor(e.logsnr)
             estimate = sum(w * level.denoise(x, u) for w, level in zip(weights[j], self.family, strict=True))
-            state = advance(e, state, estimate, None if e.noise is None else self.z[j])  # type: ignore[arg-type]
+            state = advance(e, state, estimate, None if e.noise is None else self.z[j])
         assert state[0] is not None
         return state[0]
 
@@ -126,13 +125,14 @@ def test_learned_probabilities_beat_constant_ones_at_the_same_cost() -> None:
     gives the same probabilities, and so do other units of cost.
     """
     family, grid, n = uneven_family(), process(spacing="logsnr").grid(12), 12
-    constant = constant_probabilities([f.flops for f in family], 2.5, 2.0)
+    costs = np.array([f.flops for f in family])
+    constant = constant_probabilities(costs, 2.5, 2.0)
     budget = Multilevel(family, constant).expected_flops(n)
 
     def learn(iterations: int, unit: float = 1.0, paths: int = 4) -> np.ndarray:
         p, flops = learn_probabilities(
-            family, DDPM, grid, SHAPE, expected_flops=unit * budget, start=constant, iterations=iterations, paths=paths,
-            costs=[unit * f.flops for f in family],
+            family, DDPM, grid, SHAPE, CPU, costs=unit * costs, wanted=unit * budget, start=constant,
+            iterations=iterations, paths=paths, draws=16,
         )  # fmt: skip
         assert p.shape == (n, 3) and np.all(p[:, 0] == 1) and flops > 0
         assert Multilevel(family, p).expected_flops(n) == pytest.approx(budget, rel=1e-3)
@@ -171,7 +171,7 @@ def test_memory_does_not_grow_with_the_number_of_steps() -> None:
         family = (*toy_family(2), Level("top", watch, 16.0))
         gc.collect()
         learn_probabilities(
-            family, DDPM, process(256).grid(steps), (3, 8, 8), expected_flops=4.0 * steps,
+            family, DDPM, process(256).grid(steps), (3, 8, 8), CPU, costs=FLOPS, wanted=4.0 * steps,
             start=np.array([1.0, 0.3, 0.1]), iterations=1, paths=2, draws=8,
         )  # fmt: skip
         return most
@@ -182,10 +182,11 @@ def test_memory_does_not_grow_with_the_number_of_steps() -> None:
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"expected_flops": 1.0}, "FLOPs per image"), ({"expected_flops": 1e9}, "FLOPs per image"),
+    ({"wanted": 1.0}, "per image, not 1"), ({"wanted": 1e9}, r"per image, not 1e\+09"),
     ({"family": (*toy_family(2), Level("dead", lambda x, u: x.detach(), 16.0))}, "dead has no forward"),
 ])  # fmt: skip
 def test_bad_input_gives_one_sentence(change: dict, message: str) -> None:
-    options = {"family": toy_family(), "expected_flops": 40.0, "start": np.array([1.0, 0.3, 0.1]), "iterations": 1}
+    options = {"family": toy_family(), "wanted": 40.0, "start": np.array([1.0, 0.3, 0.1]), "costs": FLOPS}
+    options |= {"rule": DDPM, "grid": process().grid(8), "shape": SHAPE, "device": CPU}
     with pytest.raises(UserError, match=message):
-        learn_probabilities(rule=DDPM, grid=process().grid(8), shape=SHAPE, **(options | change))
+        learn_probabilities(iterations=1, paths=2, draws=8, **(options | change))

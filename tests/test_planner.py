@@ -13,6 +13,7 @@ from mlem_diffusion.diffusion.process import LinearSchedule, Process
 from mlem_diffusion.diffusion.sampler import sample
 from mlem_diffusion.diffusion.step_rules import REFERENCE_RULE, STEP_RULES, StepRule
 from mlem_diffusion.models.analytic import analytic_family
+from mlem_diffusion.multilevel.estimators import draw_coins, evaluation_probabilities
 from mlem_diffusion.multilevel.gains import Effects, measure_effects
 from mlem_diffusion.multilevel.options import (
     fill,
@@ -22,8 +23,7 @@ from mlem_diffusion.multilevel.options import (
     systematic_options,
 )
 from mlem_diffusion.multilevel.plan import Plan
-from mlem_diffusion.multilevel.planner import METHODS, Planner, RuleInputs, plan_for_cost, plans
-from mlem_diffusion.multilevel.probabilities import draw_coins, evaluation_probabilities
+from mlem_diffusion.multilevel.planner import METHODS, Calibration
 from mlem_diffusion.statistics import squared_errors
 
 SHAPE, PROCESS, FAMILY = (1, 4, 4), Process(LinearSchedule(), base_steps=129), analytic_family(levels=3, amplitude=0.1)
@@ -169,7 +169,7 @@ def run(estimator, steps: int | None, rule: StepRule) -> Tensor:
 
 
 @lru_cache
-def calibration(key: str) -> tuple[RuleInputs, Tensor]:
+def calibration(key: str) -> tuple[Calibration, Tensor]:
     """Effects on seeds 0..63, the levels' own errors on the seeds that judge the plans; and the reference."""
     rule = STEP_RULES[key]
     effects = measure_effects(FAMILY, rule, PROCESS.grid(33), BrownianPath(range(64), SHAPE), probes=8)
@@ -179,12 +179,12 @@ def calibration(key: str) -> tuple[RuleInputs, Tensor]:
         for k, level in enumerate(FAMILY)
         for steps in STEPS
     }
-    return RuleInputs(effects, {n: PROCESS.grid(n).logsnr for n in STEPS}, own), reference
+    return Calibration(effects, {n: PROCESS.grid(n).logsnr for n in STEPS}, own, effects.flops), reference
 
 
 @lru_cache
 def planned(key: str, method: str) -> list[Plan]:
-    return plans(calibration(key)[0], method)
+    return calibration(key)[0].plans(method)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -204,8 +204,9 @@ def test_predicted_errors_match_measured_errors(key: str, method: str) -> None:
         images, ledger = sample(plan.build(FAMILY), rule, PROCESS.grid(plan.steps), JUDGED)
         top = run(SingleLevel(FAMILY[index[plan.levels[-1]]]), plan.steps, rule)
         whole = effects.difference(index[plan.levels[0]], index[plan.levels[-1]]).sum(axis=1)
-        for predicted, against in ((plan.predicted, reference), (plan.added, top)):
-            assert predicted is not None
+        assert plan.predicted is not None
+        added = plan.predicted - inputs.own_errors[index[plan.levels[-1]], plan.steps]
+        for predicted, against in ((plan.predicted, reference), (added, top)):
             if predicted >= 0.02 * (whole**2).mean():
                 errors = squared_errors(images, against)
                 slack = 3 * float(errors.std()) / np.sqrt(len(errors))
@@ -222,12 +223,14 @@ def test_better_estimators_add_less_error_at_the_same_cost() -> None:
     budget = 0.2 * 33 * FAMILY[-1].flops
 
     def least(method: str) -> float:
-        return min(p.added or 0.0 for p in planned(RULES[1], method) if p.cost <= budget and p.levels[-1] == "f3")
+        found = [p for p in planned(RULES[1], method) if p.cost <= budget and p.levels[-1] == "f3"]
+        own = calibration(RULES[1])[0].own_errors
+        return min((p.predicted or 0.0) - own[2, p.steps] for p in found)
 
     assert 5 * least("quadrature") < least("independent") and 5 * least("systematic") < least("independent")
 
 
-def synthetic(levels: int, n: int = 32, decay: float = 2.0) -> RuleInputs:
+def synthetic(levels: int, n: int = 32, decay: float = 2.0) -> Calibration:
     """Smooth effects along a trajectory on a uniform grid, smaller by a factor from level to level.
 
     The levels' own errors are those of the effects, plus a little for the grid."""
@@ -238,7 +241,8 @@ def synthetic(levels: int, n: int = 32, decay: float = 2.0) -> RuleInputs:
     facts = (logsnr, values.astype(np.float32), np.ones((levels, n)), 0.0)
     effects = Effects(names, 4.0 ** np.arange(levels), "sde", "ddpm", *facts)
     rest = [effects.difference(k, levels - 1).sum(axis=1) if k < levels - 1 else np.zeros(1) for k in range(levels)]
-    return RuleInputs(effects, {n: logsnr}, {(k, n): 1e-6 + float((r**2).mean()) for k, r in enumerate(rest)})
+    own = {(k, n): 1e-6 + float((r**2).mean()) for k, r in enumerate(rest)}
+    return Calibration(effects, {n: logsnr}, own, effects.flops)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -247,13 +251,13 @@ def test_other_costs_make_other_plans(method: str) -> None:
     inputs = synthetic(3)
 
     def share(costs: list[float]) -> float:
-        found = [p for p in plans(inputs, method, costs) if len(p.levels) > 1]
+        found = [p for p in replace(inputs, costs=np.array(costs)).plans(method) if len(p.levels) > 1]
         assert found and all(p.cost <= 32 * sum(costs) for p in found)
         return float(np.mean(["w1" in p.levels for p in found]))
 
     assert share([1.0, 48.0, 16.0]) == 0 <= share([1.0, 15.99, 16.0]) < 0.5 < share([1.0, 1.01, 16.0])
     # only ratios matter: seconds instead of FLOPs, the same levels and tables
-    one, other = (plans(inputs, method, c) for c in (None, 1e-9 * inputs.effects.flops))
+    one, other = (replace(inputs, costs=unit * inputs.costs).plans(method) for unit in (1.0, 1e-9))
     assert [(p.levels, p.id) for p in one] == [(p.levels, p.id) for p in other]
     assert np.allclose([p.cost for p in other], [1e-9 * p.cost for p in one])
 
@@ -261,20 +265,18 @@ def test_other_costs_make_other_plans(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_subset_of_the_levels_plans_like_a_family_of_them(method: str) -> None:
     """The best path among some levels is the best path of a family in which the other levels are merged away."""
-    effects, costs = synthetic(4).effects, np.array([1.0, 3.0, 5.0, 90.0])
-    v, kept = effects.values, [0, 2, 3]
+    inputs, kept = synthetic(4), [0, 2, 3]
+    effects, v = inputs.effects, inputs.effects.values
     merged = replace(
         effects, names=("w0", "w2", "w3"), flops=effects.flops[kept], squares=effects.squares[kept],
         values=np.stack([v[:, :, 0], v[:, :, 1:3].sum(axis=2), v[:, :, 3]], axis=2),
     )  # fmt: skip
-    planner = Planner(effects, method, effects.flops)
+    (planner,) = replace(inputs, own_errors={(3, 32): 0.0}).planners(method)
+    (smaller,) = Calibration(merged, inputs.grids, {(2, 32): 0.0}, merged.flops).planners(method)
     for price in (1e-5, 1e-3):
-        one = planner.plan(3, price, among=(0, 2, 3))
-        other = Planner(merged, method, merged.flops).plan(2, price)
+        one, other = planner.plan(3, price, among=(0, 2, 3)), smaller.plan(2, price)
         assert one.levels == other.levels and one.cost == pytest.approx(other.cost, rel=1e-4)
-        assert one.added == pytest.approx(other.added, rel=1e-3, abs=1e-12)
-        repriced, new = planner.priced(costs).plan(3, price), Planner(effects, method, costs).plan(3, price)
-        assert repriced.id == new.id and repriced.cost == new.cost
+        assert one.predicted == pytest.approx(other.predicted, rel=1e-3, abs=1e-12)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -282,10 +284,10 @@ def test_equal_levels_and_a_wanted_cost(method: str) -> None:
     inputs = synthetic(3)
     values = inputs.effects.values.copy()
     values[:, :, 1] = 0  # two levels with the same output
-    for plan in plans(replace(inputs, effects=replace(inputs.effects, values=values)), method):
+    for plan in replace(inputs, effects=replace(inputs.effects, values=values)).plans(method):
         assert np.isfinite([plan.cost, plan.predicted or np.nan]).all() and np.isfinite(plan.table).all()
     for wanted in (40.0, 200.0):
-        plan, within = plan_for_cost(inputs, method, wanted), [p for p in plans(inputs, method) if p.cost <= wanted]
+        plan, within = inputs.plan_for_cost(method, wanted), [p for p in inputs.plans(method) if p.cost <= wanted]
         assert plan is not None and plan.cost <= wanted
         assert plan.predicted <= min(p.predicted for p in within) * 1.05  # type: ignore[operator, type-var]
-    assert plan_for_cost(inputs, method, 1.0) is None
+    assert inputs.plan_for_cost(method, 1.0) is None

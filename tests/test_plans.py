@@ -12,20 +12,20 @@ from mlem_diffusion.comparison.settings import SamplerSetting, setting_of
 from mlem_diffusion.diffusion.estimator import SingleLevel
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.multilevel.estimators import Multilevel, Quadrature
-from mlem_diffusion.multilevel.plan import Plan, choose, frontier, load_plans, save_plans
-from mlem_diffusion.multilevel.selection import priced, select, spread
+from mlem_diffusion.multilevel.plan import Plan, frontier, load_plans, save_plans
+from mlem_diffusion.multilevel.planner import select, spread
 
 FAMILY = toy_family()
 TABLE = np.stack([np.ones(6), np.linspace(0.3, 0.6, 6), np.linspace(0.05, 0.2, 6)], axis=1).astype(np.float32)
-PLAN = Plan("nested", "optimal", ("w0", "w1", "w2"), 6, TABLE, 20.5, 1e-3, 3e-3, 0.02)
+PLAN = Plan("nested", "optimal", ("w0", "w1", "w2"), 6, TABLE, 20.5, 3e-3, 0.02)
 WEIGHTS = replace(PLAN, method="quadrature", table=np.where(TABLE > 0.15, 2 * TABLE, 0) * [0, 1, 1] + [1, 0, 0])
-SINGLE = Plan("systematic", "optimal", ("w1",), 6, np.ones((6, 1), np.float32), 24.0, 0.0, 2e-3, 0.0, 0.25)
+SINGLE = Plan("systematic", "optimal", ("w1",), 6, np.ones((6, 1), np.float32), 24.0, 2e-3, 0.0)
 
 
 def test_the_id_depends_on_the_computation_alone() -> None:
     """The id depends on every part of the computation, but not on predictions or on the table's number type."""
     same = (
-        {"cost": 1.0}, {"added": None, "predicted": None, "largest_effect": None}, {"probabilities": "learned"},
+        {"cost": 1.0}, {"predicted": None, "largest_effect": None}, {"probabilities": "learned"},
         {"table": TABLE.astype(np.float64)}, {"table": np.asfortranarray(TABLE)},
     )  # fmt: skip
     assert len(PLAN.id) == 12 and {replace(PLAN, **change).id for change in same} == {PLAN.id}
@@ -56,37 +56,24 @@ def at(*points: tuple[float, float | None]) -> list[Plan]:
     return [replace(PLAN, cost=cost, predicted=error) for cost, error in points]
 
 
-def test_frontier_and_choice_by_cost_and_by_error() -> None:
+def test_the_frontier_has_the_smallest_error_at_each_cost() -> None:
     some = at((4, 1.0), (1, 3.0), (2, 3.0), (3, None), (1, 5.0), (3, 2.0), (9, 1.0), (8, 0.5))
     found = frontier(some, lambda p: p.predicted)
     assert [(p.cost, p.predicted) for p in found] == [(1, 3.0), (3, 2.0), (4, 1.0), (8, 0.5)]
     assert frontier([], lambda p: p.predicted) == []
-    assert choose(some, cost=5).cost == 4 and choose(some, cost=100).cost == 8
-    assert choose(some, error=2.0).cost == 3 and choose(some, error=3.0).cost == 1
-    for target, message in (
-        ({"cost": 0.9}, r"cost per image of 0\.9 or less; the least is 1"),
-        ({"error": 0.4}, r"squared error of 0\.4 or less; the least is 0\.5"),
-        ({}, "either the cost or the error"),
-        ({"cost": 1.0, "error": 1.0}, "either the cost or the error"),
-    ):
-        with pytest.raises(UserError, match=message):
-            choose(some, **target)
 
 
 def test_selection_keeps_the_measured_frontier_of_each_group() -> None:
     plans = [replace(PLAN, steps=steps, cost=cost) for steps, cost in ((6, 1.0), (7, 2.0), (8, 3.0), (9, 4.0))]
     errors = dict(zip([p.id for p in plans], (3.0, 4.0, None, 1.0), strict=True))
-    assert select({"a": plans[:2], "b": plans[1:]}, errors) == [plans[0], plans[1], plans[3]]
+    assert select([plans[:2], plans[1:]], errors) == [plans[0], plans[1], plans[3]]
     assert spread(plans, 2) == [plans[0], plans[3]] and spread(plans, 4) == plans
-    found = priced(PLAN, FAMILY, {"w0": 1.0, "w1": 2.0, "w2": 3.0})
-    counts = PLAN.build(FAMILY).expected_evaluations(6)
-    assert found.cost == pytest.approx(counts @ [1, 4, 16]) and found.seconds == pytest.approx(counts @ [1, 2, 3])
 
 
 @pytest.fixture
 def stored(tmp_path: Path) -> Path:
     path = tmp_path / "plans.json"
-    unknown = replace(WEIGHTS, added=None, predicted=None, largest_effect=None)
+    unknown = replace(WEIGHTS, predicted=None, largest_effect=None)
     more = [{"dynamics": "sde", "selected_error": 0.1}, {"dynamics": "ode"}, {}]
     save_plans(path, list(zip((PLAN, unknown, SINGLE), more, strict=True)), calibration={"flops": 7.0})
     return path

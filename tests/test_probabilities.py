@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.multilevel.probabilities import (
+from mlem_diffusion.multilevel.estimators import (
     COINS,
     constant_probabilities,
     draw_coins,
     evaluation_probabilities,
+    measured_for_cost,
     measured_probabilities,
-    probabilities_for_cost,
     telescope_weights,
 )
 
@@ -20,7 +20,7 @@ TABLES = [
     np.array(p) for p in ([1.0, 0.4, 0.1], [1, 0.3, 0.3, 0.05], [1.0, 1, 0.5], [1.0, 1, 1], [1.0, 0.2, 0.7], [1.0])
 ]
 NESTED = [*TABLES, np.array([1.0, 0.6, 0.6, 0.6, 0.1]), np.array([1.0, 1.0, 0.5, 0.5])]
-FLOPS, SQUARES = [1.0, 4.0, 16.0, 64.0], np.array([9.0, 0.4, 0.02, 0.01])
+FLOPS, SQUARES = np.array([1.0, 4.0, 16.0, 64.0]), np.array([9.0, 0.4, 0.02, 0.01])
 
 
 def outcomes(p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -127,7 +127,7 @@ def test_constant_and_measured_probabilities_are_the_square_root_law() -> None:
     p = measured_probabilities(SQUARES, FLOPS, 0.3)
     assert p[:2] == pytest.approx([1.0, 0.3]) and p[2] / p[1] == pytest.approx(np.sqrt(0.02 / 16) / np.sqrt(0.4 / 4))
     # for a power law V = T^(-2/gamma), these are the probabilities that assume the law, up to c
-    law, assumed = measured_probabilities(np.array(FLOPS) ** -0.8, FLOPS, 0.2), constant_probabilities(FLOPS, 2.5, 0.2)
+    law, assumed = measured_probabilities(FLOPS**-0.8, FLOPS, 0.2), constant_probabilities(FLOPS, 2.5, 0.2)
     np.testing.assert_allclose(law[1:] / law[1], assumed[1:] / assumed[1])
     for of in (lambda c: constant_probabilities(FLOPS, 2.5, c), lambda c: measured_probabilities(SQUARES, FLOPS, c)):
         assert np.array_equal(of(1e9), np.ones(4))
@@ -135,14 +135,11 @@ def test_constant_and_measured_probabilities_are_the_square_root_law() -> None:
 
 @pytest.mark.parametrize(("wanted", "steps"), [(3.0, 2), (60.0, 2), (900.0, 100), (6000.0, 100)])
 def test_c_is_found_for_a_cost(wanted: float, steps: int) -> None:
-    p = probabilities_for_cost(lambda c: measured_probabilities(SQUARES, FLOPS, c), FLOPS, steps, wanted)
+    p = measured_for_cost(SQUARES, FLOPS, steps, wanted)
     assert p is not None and p[0] == 1 and np.any(p < 1)
     assert float(evaluation_probabilities(p[None])[0] @ FLOPS) * steps == pytest.approx(wanted, rel=1e-9)
     for impossible in (0.99 * steps, 86.0 * steps):  # below the cost of level 1 alone; above that of all levels
-        assert (
-            probabilities_for_cost(lambda c: measured_probabilities(SQUARES, FLOPS, c), FLOPS, steps, impossible)
-            is None
-        )
+        assert measured_for_cost(SQUARES, FLOPS, steps, impossible) is None
 
 
 @pytest.mark.parametrize("arguments", [
@@ -154,6 +151,6 @@ def test_bad_arguments_are_refused(arguments: tuple) -> None:
         constant_probabilities(*arguments)
     for squares, c in (([1.0, 0.0], 1.0), ([1.0, float("nan")], 1.0), ([1.0, 0.1], 0.0)):
         with pytest.raises(UserError, match="Measured probabilities"):
-            measured_probabilities(squares, [1.0, 4.0], c)
+            measured_probabilities(np.array(squares), np.array([1.0, 4.0]), c)
     with pytest.raises(UserError, match="coins"):
         draw_coins(np.ones((2, 2)), [0], "stratified")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.multilevel.probabilities import draw_coins, telescope_weights
+from mlem_diffusion.multilevel.estimators import draw_coins, telescope_weights
 from mlem_diffusion.rates import exponents, problem
 from mlem_diffusion.rates import settings as rates
 from mlem_diffusion.rates.exponents import exponent_entry, fit_exponent, slope

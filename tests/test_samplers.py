@@ -15,8 +15,7 @@ from mlem_diffusion.diffusion.process import TimeGrid, alpha_sigma
 from mlem_diffusion.diffusion.sampler import sample
 from mlem_diffusion.diffusion.step_rules import REFERENCE_RULE, STEP_RULES, Evaluation, StepRule, step_rule, steps_of
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.multilevel.estimators import Multilevel
-from mlem_diffusion.multilevel.probabilities import COINS
+from mlem_diffusion.multilevel.estimators import COINS, Multilevel
 
 ODE_RULES = [rule for rule in STEP_RULES.values() if rule.dynamics == "ode"]
 SDE_RULES = [rule for rule in STEP_RULES.values() if rule.dynamics == "sde"]
@@ -117,15 +116,14 @@ def test_estimates_are_not_modified() -> None:
 # --------------------------------------------------------------------------------------------------- reductions
 
 
-@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("coins", COINS)
 @every_rule
-def test_certain_coins_equal_sampling_with_the_top_level(rule: StepRule, coins: str, shared: bool) -> None:
+def test_certain_coins_equal_sampling_with_the_top_level(rule: StepRule, coins: str) -> None:
     """Images are equal bit for bit, at the same cost."""
     family, grid, seeds = toy_family(), process().grid(9), [3, 1, 4]
     n = 17 if rule.name == "heun" else 9
     single = SingleLevel(family[-1])
-    multilevel = Multilevel(family, np.ones(3), coins, shared)
+    multilevel = Multilevel(family, np.ones(3), coins)
     expected, single_ledger = sample(single, rule, grid, BrownianPath(seeds, SHAPE))
     images, ledger = sample(multilevel, rule, grid, BrownianPath(seeds, SHAPE))
     assert torch.equal(images, expected)

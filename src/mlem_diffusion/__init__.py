@@ -20,4 +20,4 @@ from .models.adapters import guided as guided
 from .multilevel.calibrate import calibrate as calibrate
 from .multilevel.estimators import Multilevel as Multilevel
 from .multilevel.estimators import Quadrature as Quadrature
-from .multilevel.probabilities import constant_probabilities as constant_probabilities
+from .multilevel.estimators import constant_probabilities as constant_probabilities

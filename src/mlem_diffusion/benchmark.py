@@ -27,8 +27,7 @@ from .models.compiled import FastDenoiser, first_line
 from .models.family import build_denoiser
 from .models.flops import flops_per_evaluation
 from .models.unet import Denoiser
-from .multilevel.estimators import Multilevel
-from .multilevel.probabilities import constant_probabilities
+from .multilevel.estimators import Multilevel, constant_probabilities
 from .training.step import TrainStep
 
 Row = dict[str, Any]

@@ -12,9 +12,8 @@ from ..diffusion.level import Level
 from ..diffusion.process import Process
 from ..diffusion.step_rules import StepRule, step_rule
 from ..errors import UserError
-from ..multilevel.estimators import Multilevel
+from ..multilevel.estimators import Multilevel, constant_probabilities
 from ..multilevel.plan import Plan
-from ..multilevel.probabilities import constant_probabilities
 
 GAUSSIAN = "gauss"  # name of the linear Gaussian denoiser among the levels
 Row = dict[str, Any]  # one row of compare.csv
@@ -61,7 +60,7 @@ class SamplerSetting:
             return Stitched(family[0], family[-1], self.switch)
         if self.estimator == "ml_em" and self.c is not None:
             p = constant_probabilities([level.flops for level in family], gamma, self.c)
-            return Multilevel(family, p, self.coins.removesuffix("-shared"), self.coins.endswith("-shared"))
+            return Multilevel(family, p, self.coins)
         raise UserError(f"The estimator {self.estimator!r} with c = {self.c}, switch = {self.switch} is unknown.")
 
     def evaluations(self, process: Process) -> int:

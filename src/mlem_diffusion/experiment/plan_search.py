@@ -17,14 +17,23 @@ from ..diffusion.level import Level
 from ..diffusion.step_rules import StepRule, step_rule
 from ..errors import UserError
 from ..files import read_json, write_json
-from ..multilevel import ablation, selection
+from ..multilevel import ablation, planner
+from ..multilevel.calibrate import check_reference
 from ..multilevel.diagnostics import diagnose
 from ..multilevel.gains import Effects, measure_effects
 from ..multilevel.learned import learn_probabilities
 from ..multilevel.plan import Plan
-from ..multilevel.planner import RuleInputs
 from .environment import device_model
 from .runs import run_all, timed_batch
+
+
+def check(exp: Any) -> None:
+    """Raise UserError for options that do not fit."""
+    o = exp.cfg.optimise
+    if o.cost not in ("flops", "seconds"):
+        raise UserError(f"optimise.cost = {o.cost} is unknown; expected flops or seconds.")
+    steps = [count for rule in o.rules for count in rule.steps]
+    check_reference(o.reference_steps or exp.process.base_steps, steps, "optimise.reference_steps")
 
 
 def _cached(exp: Any, stem: str, facts: Any, compute: Callable[[], Any]) -> Any:
@@ -98,7 +107,8 @@ def errors_alone(exp: Any, runner: Runner) -> dict[SamplerSetting, float]:
         SamplerSetting(rule.dynamics, rule.step_rule, "single", (name,), steps)
         for rule in exp.cfg.optimise.rules
         for name, level in runner.levels.items()
-        for steps in selection.steps_alone(level, largest, rule.steps)
+        for steps in rule.steps
+        if steps <= 600 or level.flops > 0.5 * largest.flops  # on fine grids the cheap levels add nothing
     ]
     found = run_all(exp, runner, settings, "levels alone")
     return {s: m.row["error"] for s, m in zip(settings, found, strict=True) if m.row["error"] is not None}
@@ -109,8 +119,8 @@ class Searched:
     """One step rule: what its plans are made from, the candidates, and the FLOPs of learning."""
 
     rule: StepRule
-    inputs: RuleInputs
-    candidates: selection.Candidates
+    inputs: planner.Calibration
+    candidates: list[list[Plan]]
     learning: float
 
     def setting(self, plan: Plan) -> SamplerSetting:
@@ -130,10 +140,10 @@ def search(
             continue
         own = {(names.index(s.levels[0]), s.steps): e for s, e in alone.items() if s.rule == rule}
         grids = {n: exp.process.grid(n).logsnr for n in r.steps}
-        inputs = RuleInputs(effects(exp, levels, rule), grids, own, methods)
+        inputs = planner.Calibration(effects(exp, levels, rule), grids, own, costs.astype(np.float64), methods)
         learned = partial(learn, exp, levels, rule, costs, spent) if r.get("learn", False) else None
         with exp.progress(f"plan {rule.key}", None, "grid") as progress:
-            found = selection.candidates(inputs, exp.process, o, costs, learned, progress)
+            found = planner.candidates(inputs, exp.process, o, learned, progress)
         out.append(Searched(rule, inputs, found, sum(spent)))
     return out
 
@@ -148,14 +158,25 @@ def learn(
     def compute() -> dict[str, Any]:
         with exp.progress(f"learn {rule.key}, cost {cost:g}", options["iterations"], "iteration") as progress:
             p, flops = learn_probabilities(
-                list(levels.values()), rule, grid, exp.shape, exp.device, expected_flops=cost * costs[-1],
-                start=start.table[0].astype(np.float64), costs=costs.tolist(), progress=progress, **numbers,
+                list(levels.values()), rule, grid, exp.shape, exp.device, costs=costs, wanted=cost * costs[-1],
+                start=start.table[0].astype(np.float64), progress=progress, **numbers,
             )  # fmt: skip
         return {"p": p.tolist(), "flops": flops}
 
     content = _cached(exp, "learned", [options, rule.key, cost, start.id, costs.tolist()], compute)
     spent.append(content["flops"])
     return np.array(content["p"])
+
+
+def ablate(exp: Any, levels: dict[str, Level], searched: list[Searched], seconds: dict[str, float]) -> dict[str, Any]:
+    """The content of ablation.json; cost ratios are in the cost that plans minimise."""
+    unit, tolerance, found = exp.cfg.optimise.cost, dict(exp.cfg.optimise.ablation), []
+    with exp.progress("ablation", None, "family") as progress:
+        ratios, kept = ablation.remove_levels([s.inputs for s in searched], **tolerance, progress=progress)
+    for name, level in levels.items():
+        costs = {"flops": float(level.flops), "seconds": seconds[name]}
+        found.append({"name": name, **costs, f"cost_ratio_{unit}": ratios.get(name), f"kept_{unit}": name in kept})
+    return {"levels": found, "kept": {unit: kept}, "tolerance": tolerance}
 
 
 def ledger(

@@ -17,17 +17,17 @@ def plot_ablation(content: dict[str, Any], title: str = "") -> Figure:
     Left: each level's share of the largest level's FLOPs and seconds. Right, one panel per step rule: cost at equal
     predicted error without the level, divided by the cost with it. A bar runs from the geometric mean (marker) to the
     largest value. Hollow markers are levels that the ablation removed."""
-    levels = content["levels"]
-    rules = list(dict.fromkeys(rule for level in levels for rule in level["cost_ratio_flops"] or {}))
+    levels, units = content["levels"], list(content["kept"])
+    rules = list(levels[0][f"cost_ratio_{units[0]}"] or {})
     figure = new_figure(4.2 + (1.6 + 0.42 * len(levels)) * len(rules), 4.2, title)
     left, *right = figure.subplots(1, 1 + len(rules), width_ratios=[1.0, *[0.9] * len(rules)], squeeze=False)[0]
     for unit, (colour, marker, word) in _UNITS.items():
-        left.plot([level[f"{unit}_share"] for level in levels], color=colour, marker=marker, label=word)
+        left.plot([level[unit] / levels[-1][unit] for level in levels], color=colour, marker=marker, label=word)
     left.set(yscale="log", title="Cost", ylabel=f"one evaluation, as a share of {levels[-1]['name']}'s")
     left.legend(loc="lower right")
     highest = 1.25
     for ax, rule in zip(right, rules, strict=True):
-        _draw_cost_ratios(ax, levels, rule)
+        _draw_cost_ratios(ax, levels, rule, units)
         ax.axhline(1 + content["tolerance"]["mean"], color="0.5", lw=0.9, ls=":")
         highest = max(highest, ax.get_ylim()[1])
     for ax in right:  # one scale for all, with room for the legend
@@ -42,8 +42,9 @@ def plot_ablation(content: dict[str, Any], title: str = "") -> Figure:
     return figure
 
 
-def _draw_cost_ratios(ax: Any, levels: list[dict[str, Any]], rule: str) -> None:
-    for offset, (unit, (colour, marker, _)) in zip((-0.13, 0.13), _UNITS.items(), strict=True):
+def _draw_cost_ratios(ax: Any, levels: list[dict[str, Any]], rule: str, units: list[str]) -> None:
+    for offset, unit in zip((-0.13, 0.13), units, strict=False):
+        colour, marker, _ = _UNITS[unit]
         for k, level in enumerate(levels[:-1]):
             ratio = level[f"cost_ratio_{unit}"][rule]
             ax.plot([k + offset] * 2, [ratio["mean"], ratio["largest"]], color=colour, lw=2.5, alpha=0.45)

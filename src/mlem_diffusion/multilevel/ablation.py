@@ -1,4 +1,4 @@
-"""Ablation of levels: how much more the same predicted error costs without each level, in FLOPs and in seconds.
+"""Ablation of levels: how much more the same predicted error costs without each level.
 
 If several levels can replace each other, no single one of them is needed. So levels are also removed one by one, lowest
 cost ratio first, until every remaining level earns its place.
@@ -8,7 +8,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,31 +17,26 @@ import torch
 
 from ..diffusion.level import Level
 from ..errors import UserError
-from .plan import Plan
-from .planner import RuleInputs
+from .plan import Plan, Progress
+from .planner import Calibration
 
-MEAN, LARGEST = 0.02, 0.10  # savings with which a level earns its place: on geometric average, or at one error
 _ABOVE_LOWEST = 1.1  # the comparison starts at this times the lowest error: below, only the finest grid counts
 _POINTS = 97  # number of errors at which frontiers are compared
-_WARM_UP, _RUNS = 2, 9
+_WARM_UP, _RUNS, _AT_LEAST = 2, 9, 1.0  # runs before the timing; runs and seconds of it, at least
 # cost without a level over the cost with it, at equal predicted error: {"mean": geometric, "largest", "errors": range}
 Ratio = dict[str, Any]
 
 
 @torch.no_grad()
-def seconds_per_image(
-    family: Sequence[Level], shape: tuple[int, ...], batch: int, device: torch.device, at_least: float = 1.0
-) -> list[float]:
-    """Seconds per image of one evaluation of each level on `batch` images of this shape.
+def seconds_per_image(family: Sequence[Level], shape: tuple[int, ...], batch: int, device: torch.device) -> list[float]:
+    """Seconds per image of one evaluation of each level on `batch` images of this shape: medians after a warm-up.
 
-    They are medians of runs after a warm-up, at least `_RUNS` and `at_least` seconds of them. The levels take turns, so
-    that a short load on the machine slows all of them.
-    """
+    The levels take turns, so that a short load on the machine slows all of them."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(device)
     logsnr, times = torch.zeros((), device=device), [[] for _ in family]
     began = time.perf_counter()
-    while len(times[-1]) < _WARM_UP + _RUNS or time.perf_counter() - began < at_least:
+    while len(times[-1]) < _WARM_UP + _RUNS or time.perf_counter() - began < _AT_LEAST:
         for k, level in enumerate(family):
             wait()
             started = time.perf_counter()
@@ -52,15 +47,13 @@ def seconds_per_image(
 
 
 class Frontiers:
-    """Predicted frontiers of a family and of its subsets, for one step rule and one unit of cost.
+    """Predicted frontiers of a family and of its subsets, for one step rule.
 
     Plans are cached. A plan of a subset is also a plan of each larger set, so no cost ratio is below 1.
     """
 
-    def __init__(self, inputs: RuleInputs, costs: Sequence[float]):
+    def __init__(self, inputs: Calibration):
         self.inputs, self.names = inputs, inputs.effects.names
-        each = [(steps, method) for method in inputs.methods for steps in inputs.grids]
-        self.planners = [(steps, inputs.planner(method, steps, costs)) for steps, method in each]
         self.pool: dict[str, Plan] = {}
         self.planned: set[frozenset[int]] = set()
 
@@ -70,11 +63,10 @@ class Frontiers:
         if part in self.planned:
             return
         self.planned.add(part)
-        for steps, planner in self.planners:
-            for top in part.intersection(self.inputs.tops(steps)):
-                for price in planner.prices(2.0):
-                    plan = planner.plan(top, float(price), among=part)
-                    self.pool[plan.id] = self.inputs.complete(plan, top, steps)
+        for planner in itertools.chain(*map(self.inputs.planners, self.inputs.methods)):
+            for top in part.intersection(planner.tops):
+                found = [planner.plan(top, price, among=part) for price in planner.prices(2.0)]
+                self.pool |= {plan.id: plan for plan in found}
 
     def hull(self, levels: Collection[int]) -> tuple[np.ndarray, np.ndarray]:
         """Squared errors (ascending) and costs (descending) of the lower convex hull of the plans with these levels.
@@ -118,7 +110,7 @@ def _turns_up(a: tuple[float, float], b: tuple[float, float], c: tuple[float, fl
     return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])
 
 
-def score(by_rule: Mapping[str, Ratio], mean: float = MEAN, largest: float = LARGEST) -> float:
+def score(by_rule: Mapping[str, Ratio], mean: float, largest: float) -> float:
     """1 or more if a level saves more than `mean` on geometric average, or `largest` at one error, for some rule."""
     return max(
         max(math.log(r["mean"]) / math.log1p(mean), math.log(r["largest"]) / math.log1p(largest))
@@ -127,66 +119,35 @@ def score(by_rule: Mapping[str, Ratio], mean: float = MEAN, largest: float = LAR
 
 
 def remove_levels(
-    frontiers: Sequence[Frontiers], mean: float, largest: float, progress: Callable[[], object]
-) -> dict[str, Any]:
+    rules: Sequence[Calibration], mean: float, largest: float, progress: Progress
+) -> tuple[dict[str, dict[str, Ratio]], list[str]]:
     """Remove the level of the lowest cost ratio (`score`), repeatedly, until every remaining level earns its place.
 
     Of equal ones the most expensive goes first. The largest level stays, since errors are measured against it.
-    progress: called before each search. Returns "cost_ratio" {level: {rule: Ratio}} in the full family; "removed", the
-    levels with their cost ratios at removal, in order; "kept"; and "cost_ratio_among_kept".
-    """
-    names = frontiers[0].names
-    left, removed, first = list(range(len(names))), [], None
+    Returns {level: {rule: Ratio}} in the full family, and the names of the levels that are kept."""
+    names, frontiers = rules[0].effects.names, [Frontiers(rule) for rule in rules]
+    left, first = list(range(len(names))), {}
     while True:
-        progress()
+        progress(1 + len(names) - len(left), len(names))
         for f in frontiers:  # all plans before the first comparison, since a subset's plans belong to larger sets too
             for k in left[:-1]:
                 f.find([other for other in left if other != k])
-        now = {names[k]: {f.inputs.rule: f.cost_ratio(left, k) for f in frontiers} for k in left[:-1]}
-        first = now if first is None else first
-        scores = {k: score(now[names[k]], mean, largest) for k in left[:-1]}
+        ratios = {k: {f.inputs.rule: f.cost_ratio(left, k) for f in frontiers} for k in left[:-1]}
+        first = first or {names[k]: by_rule for k, by_rule in ratios.items()}
+        scores = {k: score(by_rule, mean, largest) for k, by_rule in ratios.items()}
         least = min(scores, key=lambda k: (round(scores[k], 6), -k), default=None)
         if least is None or scores[least] > 1:
-            kept = [names[k] for k in left]
-            return {"cost_ratio": first, "removed": removed, "kept": kept, "cost_ratio_among_kept": now}
-        removed.append({"name": names[least], "cost_ratio": now[names[least]]})
+            return first, [names[k] for k in left]
         left.remove(least)
-
-
-def ablate(
-    rules: Sequence[RuleInputs],
-    seconds: Sequence[float],
-    mean: float = MEAN,
-    largest: float = LARGEST,
-    progress: Callable[[int, int], object] = lambda done, total: None,
-) -> dict[str, Any]:
-    """The content of ablation.json: `remove_levels` in FLOPs and seconds. seconds [K]: per image, of one evaluation."""
-    names, costs = rules[0].effects.names, {"flops": rules[0].effects.flops.tolist(), "seconds": list(seconds)}
-    found, searches = {}, itertools.count(1)
-    for unit in costs:
-        frontiers = [Frontiers(rule, costs[unit]) for rule in rules]
-        found[unit] = remove_levels(frontiers, mean, largest, lambda: progress(next(searches), 2 * len(names)))
-    levels = []
-    for k, name in enumerate(names):
-        entry: dict[str, Any] = {"name": name} | {unit: float(c[k]) for unit, c in costs.items()}
-        entry |= {f"{unit}_share": c[k] / c[-1] for unit, c in costs.items()}
-        for unit, ablation in found.items():
-            entry[f"cost_ratio_{unit}"] = ablation["cost_ratio"].get(name)
-            entry[f"kept_{unit}"] = name in ablation["kept"]
-        levels.append(entry)
-    parts = ("removed", "kept", "cost_ratio_among_kept")
-    return {"levels": levels} | {part: {unit: found[unit][part] for unit in costs} for part in parts}
 
 
 def table(content: Mapping[str, Any]) -> str:
     """ablation.json as text; ratios are geometric means (largest) for the step rule that a level helps most."""
+    ((unit, kept),) = content["kept"].items()
     rows = []
     for e in content["levels"]:
+        ratios = (e[f"cost_ratio_{unit}"] or {}).values()
         row = {"level": e["name"], "MFLOP": f"{e['flops'] / 1e6:.4g}", "us/image": f"{1e6 * e['seconds']:.4g}"}
-        for unit in ("flops", "seconds"):
-            ratios = (e[f"cost_ratio_{unit}"] or {}).values()
-            row[f"ratio, {unit}"] = max((f"{r['mean']:.3f} ({r['largest']:.2f})" for r in ratios), default="-")
+        row[f"ratio, {unit}"] = max((f"{r['mean']:.3f} ({r['largest']:.2f})" for r in ratios), default="-")
         rows.append(row)
-    lines = [pd.DataFrame(rows).to_string(index=False)]
-    lines += [f"Levels that pay off in {unit}: {' + '.join(kept)}." for unit, kept in content["kept"].items()]
-    return "\n".join(lines)
+    return f"{pd.DataFrame(rows).to_string(index=False)}\nLevels that pay off in {unit}: {' + '.join(kept)}."

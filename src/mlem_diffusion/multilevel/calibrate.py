@@ -1,17 +1,11 @@
 """Calibration of any family in one call: measure gains and the error of each level alone, then compute plans.
 
-    rule = step_rule("sde/ddpm")
-    calibration = calibrate(family, process, rule, shape)
-    plan = calibration.plan("quadrature", cost=10 * family[-1].flops)
-    images, ledger = sample(plan.build(family), rule, process.grid(plan.steps), BrownianPath(seeds, shape))
-
-Calibrate on other seeds than those of the evaluation, and run a plan before you rely on its predicted error.
+The README has an example. Calibrate on other seeds than those of the evaluation, and run a plan before you rely on its
+predicted error.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from ..diffusion.brownian import BrownianPath
@@ -23,40 +17,7 @@ from ..diffusion.step_rules import REFERENCE_RULE, StepRule
 from ..errors import UserError
 from ..statistics import squared_errors
 from .gains import measure_effects
-from .plan import Plan, choose
-from .planner import RuleInputs, plan_for_cost, plans
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Measured effects of a family's level differences, the squared error of each level alone, and the FLOPs spent."""
-
-    inputs: RuleInputs
-    flops_spent: float
-
-    def plans(self, method: str, costs: Sequence[float] | None = None) -> list[Plan]:
-        """The predicted frontier of a method (planner.METHODS), from cheap to expensive.
-
-        costs [K]: cost per evaluation, for example in seconds, in place of FLOPs; Plan.cost has the same unit."""
-        return plans(self.inputs, method, costs)
-
-    def plan(
-        self,
-        method: str,
-        *,
-        cost: float | None = None,
-        error: float | None = None,
-        costs: Sequence[float] | None = None,
-    ) -> Plan:
-        """The plan of smallest predicted error within a cost per image, or the cheapest within a squared error.
-
-        Raises UserError if no plan qualifies, and unless exactly one of cost and error is given.
-        """
-        found = self.plans(method, costs)
-        if cost is not None and error is None:
-            exact = plan_for_cost(self.inputs, method, cost, costs)
-            found += [exact] if exact is not None else []
-        return choose(found, cost=cost, error=error)
+from .planner import Calibration
 
 
 def check_reference(finest: int, steps: Iterable[int], name: str = "reference_steps") -> None:
@@ -86,17 +47,13 @@ def calibrate(
         raise UserError("calibrate: at least two seeds are needed, better 32 or more.")
     path = BrownianPath(seeds, shape, device)
     effects = measure_effects(family, rule, process.grid(calibrate_steps), path)
-    spent = effects.flops_spent
 
     def run(level: Level, by: StepRule, count: int) -> torch.Tensor:
-        nonlocal spent
-        images, ledger = sample(SingleLevel(level), by, process.grid(count), path)
-        spent += float(np.dot(ledger.evaluations, ledger.flops))
-        return images.cpu()
+        return sample(SingleLevel(level), by, process.grid(count), path)[0].cpu()
 
     reference, own = run(family[-1], REFERENCE_RULE[rule.dynamics], reference_steps), {}
     for k, level in enumerate(family):
         for count in steps:
             own[k, count] = float(squared_errors(run(level, rule, count), reference).mean())
     grids = {count: process.grid(count).logsnr for count in sorted(steps)}
-    return Calibration(RuleInputs(effects, grids, own), spent)
+    return Calibration(effects, grids, own, effects.flops)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,24 +27,21 @@ from ..diffusion.sampler import combine, sample
 from ..diffusion.step_rules import Evaluation, StepRule
 from ..errors import UserError
 from ..files import expect_content, read_arrays, write_arrays
+from .plan import Progress
 
 
 @dataclass(frozen=True)
 class Effects:
-    """Projected effects of all level differences along the largest level's own trajectories, and their cost.
-
-    values [S, P, K, n]: s_kj for each seed, random direction, level k and evaluation j; f^0 = 0. squares [K, n]:
-    E |delta_kj|^2 / dimension. logsnr [n]. flops [K]: per evaluation of one image. flops_spent: in all.
-    """
+    """Projected effects of all level differences along the largest level's own trajectories, and their cost."""
 
     names: tuple[str, ...]
-    flops: np.ndarray
+    flops: np.ndarray  # [K] per evaluation of one image
     dynamics: str
     step_rule: str
-    logsnr: np.ndarray
-    values: np.ndarray
-    squares: np.ndarray
-    flops_spent: float
+    logsnr: np.ndarray  # [n]
+    values: np.ndarray  # [S, P, K, n] s_kj for each seed, random direction, level k and evaluation j; f^0 = 0
+    squares: np.ndarray  # [K, n] E |delta_kj|^2 / dimension
+    flops_spent: float  # on measuring them
 
     def gains(self) -> tuple[np.ndarray, np.ndarray]:
         """The gains A_kj [K, n] and their standard errors over seeds [K, n]."""
@@ -78,10 +75,9 @@ class Effects:
 
     def save(self, path: Path) -> None:
         """Write one npz file without pickled objects."""
-        facts = {"names": self.names, "dynamics": self.dynamics, "step_rule": self.step_rule}
-        facts |= {"flops_spent": self.flops_spent}
+        facts = json.dumps({name: getattr(self, name) for name in ("names", "dynamics", "step_rule", "flops_spent")})
         arrays = {"flops": self.flops, "logsnr": self.logsnr, "values": self.values, "squares": self.squares}
-        write_arrays(path, {"facts": json.dumps(facts), **arrays})
+        write_arrays(path, {"facts": facts, **arrays})
 
     @staticmethod
     def load(path: Path) -> Effects:
@@ -89,8 +85,7 @@ class Effects:
         arrays: dict[str, Any] = read_arrays(path, "measure the gains again")
         with expect_content(path, "measure the gains again"):
             facts: dict[str, Any] = json.loads(str(arrays.pop("facts")))
-            more = {key: facts[key] for key in ("dynamics", "step_rule", "flops_spent")}
-            return Effects(names=tuple(facts["names"]), **more, **arrays)
+            return Effects(**facts | {"names": tuple(facts["names"])}, **arrays)
 
 
 def _interpolation(known: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -106,7 +101,7 @@ def measure_effects(
     path: BrownianPath,
     probes: int = 2,
     batch: int = 64,
-    progress: Callable[[int, int], object] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> Effects:
     """Measure the effects of a family on a grid: one forward run and one backward sweep per batch of the path's seeds.
 

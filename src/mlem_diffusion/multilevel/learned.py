@@ -33,7 +33,8 @@ from ..diffusion.process import TimeGrid, expand
 from ..diffusion.sampler import advance
 from ..diffusion.step_rules import Evaluation, StepRule
 from ..errors import UserError
-from .probabilities import evaluation_probabilities, telescope_weights
+from .estimators import evaluation_probabilities, following, telescope_weights
+from .plan import Progress
 
 _LEARN = 4  # a random stream apart from those of diffusion/brownian.py, so that evaluation uses other numbers
 _P_MIN, _CERTAIN = 1e-4, 0.99  # larger probabilities become 1: almost no extra cost, and no variance
@@ -49,29 +50,28 @@ def learn_probabilities(
     rule: StepRule,
     grid: TimeGrid,
     shape: tuple[int, ...],
-    device: torch.device | str = "cpu",
+    device: torch.device,
     *,
-    expected_flops: float,
+    costs: np.ndarray,
+    wanted: float,
     start: np.ndarray,
-    iterations: int = 60,
-    paths: int = 8,
-    draws: int = 16,
-    costs: Sequence[float] | None = None,
-    progress: Callable[[int, int], object] = lambda done, total: None,
+    iterations: int,
+    paths: int,
+    draws: int,
+    progress: Progress = lambda done, total: None,
 ) -> tuple[np.ndarray, float]:
-    """Learned p [n, K] of independent coins at an expected cost in FLOPs per image, and the FLOPs of learning.
+    """Learned p [n, K] of independent coins with the expected cost `wanted` per image, and the FLOPs of learning.
 
-    start: [K] or [n, K]. costs [K]: cost per evaluation in place of FLOPs, for example in seconds; `expected_flops` has
-    the same unit. The log-odds of each level above the first are piecewise linear in log-SNR between knots.
-    Adam follows the gradient within the surface of equal cost; then a common shift of all log-odds restores the cost.
-    Every iteration follows `paths` new Brownian paths with `draws` coins each. Raises UserError if no probabilities
-    have this cost, or if a level has no forward derivative.
+    costs [K]: per evaluation, in FLOPs or seconds. start: p [K]. The log-odds of each level above the first are
+    piecewise linear in log-SNR between knots. Adam follows the gradient within the surface of equal cost; then a common
+    shift of all log-odds restores the cost. Every iteration follows `paths` new Brownian paths with `draws` coins each.
+    Raises UserError if no probabilities have this cost, or if a level has no forward derivative.
     """
-    device, program = torch.device(device), rule.program(grid)
+    program = rule.program(grid)
     for level in family:
         _check_forward_mode(level, shape, device)
-    odds = LogOdds([e.logsnr for e in program], costs or [level.flops for level in family], _KNOTS)
-    phi = odds.at_cost(odds.fit(start), expected_flops)
+    odds = LogOdds([e.logsnr for e in program], costs, _KNOTS)
+    phi = odds.at_cost(odds.fit(start), wanted)
     parameter = torch.nn.Parameter(torch.as_tensor(phi))
     optimiser = torch.optim.Adam([parameter], lr=0.2, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.1, total_iters=max(1, iterations))
@@ -81,9 +81,8 @@ def learn_probabilities(
         parameter.grad = torch.as_tensor(odds.direction(phi, gradient))
         optimiser.step()
         schedule.step()
-        phi = odds.at_cost(parameter.detach().numpy(), expected_flops)
-        with torch.no_grad():
-            parameter.copy_(torch.as_tensor(phi))
+        phi = odds.at_cost(parameter.detach().numpy(), wanted)
+        parameter.data.copy_(torch.as_tensor(phi))
         progress(i + 1, iterations)
     return odds.table(phi), networks.flops
 
@@ -91,14 +90,14 @@ def learn_probabilities(
 class LogOdds:
     """Probabilities [n, K] from the log-odds phi [K-1, knots] of the levels above the first, and their cost."""
 
-    def __init__(self, logsnr: Sequence[float], flops: Sequence[float], knots: int) -> None:
+    def __init__(self, logsnr: Sequence[float], costs: np.ndarray, knots: int) -> None:
         places = np.linspace(min(logsnr), max(logsnr), knots)
         self.hats = np.stack([np.interp(logsnr, places, row) for row in np.eye(knots)], axis=1)  # [n, knots]
-        self.flops = np.asarray(flops, dtype=np.float64)
+        self.costs = costs.astype(np.float64)  # [K] of one evaluation
 
     def fit(self, start: np.ndarray) -> np.ndarray:
         """The log-odds phi nearest to the probabilities `start`, [K] or [n, K]."""
-        p = np.clip(np.broadcast_to(start, (len(self.hats), len(self.flops)))[:, 1:], _P_MIN, 0.995)
+        p = np.clip(np.broadcast_to(start, (len(self.hats), len(self.costs)))[:, 1:], _P_MIN, 0.995)
         return np.linalg.lstsq(self.hats, np.log(p / (1 - p)), rcond=None)[0].T
 
     def _odds(self, phi: np.ndarray) -> np.ndarray:
@@ -115,13 +114,12 @@ class LogOdds:
 
     def cost(self, phi: np.ndarray) -> float:
         """Expected cost per image, exact."""
-        return float(evaluation_probabilities(self.table(phi)).sum(axis=0) @ self.flops)
+        return float(evaluation_probabilities(self.table(phi)).sum(axis=0) @ self.costs)
 
     def cost_slope(self, phi: np.ndarray) -> np.ndarray:
         """d(cost) / d(log-odds) [n, K-1] of each coin, for the cost sum_k T_k (p_k + p_{k+1} - p_k p_{k+1})."""
         p = self.table(phi)
-        above = np.concatenate([p[:, 2:], np.zeros((len(p), 1))], axis=1)
-        return self.slope(phi) * (self.flops[1:] * (1 - above) + self.flops[:-1] * (1 - p[:, :-1]))
+        return self.slope(phi) * (self.costs[1:] * (1 - following(p)[:, 1:]) + self.costs[:-1] * (1 - p[:, :-1]))
 
     def direction(self, phi: np.ndarray, gradient: np.ndarray) -> np.ndarray:
         """Ascent direction [K-1, knots] of the loss within the surface of equal cost, relative to each knot's cost."""
@@ -140,8 +138,8 @@ class LogOdds:
         costs = np.array([self.cost(phi + s) for s in shifts])
         crossings = np.flatnonzero((costs[:-1] <= wanted) & (costs[1:] >= wanted))
         if len(crossings) == 0:
-            reach = f"they reach {costs.min():g} to {costs.max():g}"
-            raise UserError(f"No probabilities from {_P_MIN:g} to 1 cost {wanted:g} FLOPs per image; {reach}.")
+            reach = f"from {costs.min():g} to {costs.max():g}"
+            raise UserError(f"Learned probabilities can cost {reach} per image, not {wanted:g}.")
         low, high = shifts[crossings[0]], shifts[crossings[0] + 1]
         for _ in range(60):
             middle = 0.5 * (low + high)

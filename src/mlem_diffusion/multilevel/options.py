@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .probabilities import evaluation_probabilities
+from .estimators import evaluation_probabilities
 
 LEAST = 1e-12  # smallest probability: for a difference with zero gain, between two levels with the same output
 _OFFSETS = 32  # evenly spaced offsets that stand for the one random offset of systematic coins
@@ -55,9 +55,8 @@ def systematic_options(effects: np.ndarray, counts: Sequence[int]) -> list[Optio
     shapes = densities(effects)
     for count in counts:
         tables = [fill(shape, count) for shape in shapes]
-        added = [_systematic_error(effects, total, p) for p in tables]
-        best = int(np.argmin(added))
-        out.append(Option(tables[best], float(tables[best].sum()), added[best]))
+        found = [Option(p, float(p.sum()), _systematic_error(effects, total, p)) for p in tables]
+        out.append(min(found, key=lambda option: option.added))
     return out
 
 
@@ -121,7 +120,7 @@ def independent_probabilities(gains: np.ndarray, costs: np.ndarray, price: float
         p = np.ones((n, levels))
         for k in range(certain, levels):
             p[:, k] = np.clip(np.sqrt(gains[k] / (price * (costs[k] + costs[k - 1]))), LEAST, 1)
-        for _ in range(40 if certain < levels else 0):
+        for _ in range(40):
             for k in range(certain, levels):
                 above = p[:, k + 1] if k + 1 < levels else 0.0
                 marginal = costs[k] * (1 - above) + costs[k - 1] * (1 - p[:, k - 1])
@@ -150,9 +149,3 @@ def nested_probabilities(squares: np.ndarray, costs: np.ndarray, price: float) -
         roots = [min(1.0, max(LEAST, float(np.sqrt(d / (price * c))))) for d, c, _ in blocks]
         out[j, 1:] = np.repeat(roots, [length for *_, length in blocks])
     return out
-
-
-def used(weights: np.ndarray) -> np.ndarray:
-    """The networks [n, K] that a table of difference weights needs: 1 if evaluated, else 0."""
-    following = np.concatenate([weights[:, 1:], np.zeros_like(weights[:, :1])], axis=1)
-    return (weights != following).astype(np.float64)

@@ -1,4 +1,5 @@
-"""Plans from measured gains: which levels to use, at which evaluations, with which probabilities or weights.
+"""Plans from measured gains: which levels to use, at which evaluations, with which probabilities or weights; and the
+candidates of one step rule, whose probabilities may also follow the square-root law or be learned (learned.py).
 
 The predicted squared error of a plan is the own error of its largest level, measured alone on that grid, plus the error
 added by coins or omitted evaluations. To first order in the effects s_kj and gains A_kj (gains.py) this is
@@ -16,124 +17,112 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, product
+from typing import Any
 
 import numpy as np
 
+from ..diffusion.process import Process
 from ..errors import UserError
 from . import options as ways
+from .estimators import evaluation_probabilities, following, measured_for_cost
 from .gains import Effects
-from .plan import Plan, frontier
-from .probabilities import evaluation_probabilities
+from .plan import Plan, Progress, frontier
 
+Learn = Callable[[float, Plan], np.ndarray]  # cost in evaluations of the largest level, plan to start from -> p [n, K]
 METHODS = ("independent", "nested", "systematic", "quadrature")
 _COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
 @dataclass(frozen=True)
-class RuleInputs:
-    """Inputs to the plans for one step rule.
-
-    grids: candidate grids, {steps: log-SNR of each evaluation [n]}. own_errors: {(level, steps): measured squared error
-    of this level alone}; only these levels can be the largest of a plan with these steps."""
+class Calibration:
+    """What was measured of a family for one step rule, and the plans that follow from it."""
 
     effects: Effects
-    grids: Mapping[int, np.ndarray]
+    grids: Mapping[int, np.ndarray]  # {steps: log-SNR of each evaluation [n]}
+    # {(level, steps): squared error of this level alone}; only these can be the largest level of plans with these steps
     own_errors: Mapping[tuple[int, int], float]
+    costs: np.ndarray  # [K] of one evaluation of each level, in FLOPs or seconds; costs of plans have the same unit
     methods: Sequence[str] = METHODS
-    planners: dict[tuple[str, int], Planner] = field(default_factory=dict, init=False, repr=False)
-
-    def planner(self, method: str, steps: int, costs: Sequence[float] | np.ndarray | None = None) -> Planner:
-        """The planner of a method on one grid. costs [K]: FLOPs per evaluation (default) or seconds."""
-        if (method, steps) not in self.planners:
-            self.planners[method, steps] = Planner(self.effects.on(self.grids[steps]), method, self.effects.flops)
-        found = self.planners[method, steps]
-        return found if costs is None else found.priced(np.asarray(costs, dtype=np.float64))
+    made: dict[str, list[Planner]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def rule(self) -> str:
         return f"{self.effects.dynamics}/{self.effects.step_rule}"
 
-    def tops(self, steps: int, base: int | None = None) -> list[int]:
-        """The levels, from `base` on, that can be the largest of a plan with these steps."""
-        return [k for k in range(base or 0, len(self.effects.names)) if (k, steps) in self.own_errors]
+    def planners(self, method: str) -> list[Planner]:
+        """The planner of a method on each grid; made once, since planners cache what they compute."""
+        if method not in METHODS:
+            raise UserError(f"method = {method!r} is unknown; expected one of {', '.join(METHODS)}.")
+        if method not in self.made:
+            self.made[method] = [Planner(self, method, steps) for steps in self.grids]
+        return self.made[method]
 
-    def complete(self, plan: Plan, top: int, steps: int) -> Plan:
-        """The plan on a grid of `steps`, with the predicted error that includes the own error of its largest level."""
-        return replace(plan, steps=steps, predicted=self.own_errors[top, steps] + (plan.added or 0.0))
+    def plans(self, method: str, base: int | None = None, progress: Progress = lambda done, total: None) -> list[Plan]:
+        """The plans on the predicted frontier of a method (see METHODS), from cheap to expensive.
 
+        base: the level that runs at every evaluation; None for the best one."""
+        out: list[Plan] = []
+        for done, planner in enumerate(self.planners(method), 1):
+            for top in (k for k in planner.tops if base is None or k >= base):
+                out += [planner.plan(top, price, base) for price in planner.prices()]
+            progress(done, len(self.grids))
+        return frontier(out, lambda plan: plan.predicted)
 
-def plans(
-    inputs: RuleInputs,
-    method: str,
-    costs: Sequence[float] | np.ndarray | None = None,
-    base: int | None = None,
-    progress: Callable[[int, int], object] = lambda done, total: None,
-) -> list[Plan]:
-    """The plans on the predicted frontier of a method (see METHODS), from cheap to expensive.
+    def plan_for_cost(self, method: str, wanted: float) -> Plan | None:
+        """The plan of smallest predicted error that costs at most `wanted` per image, or None.
 
-    costs [K]: FLOPs per evaluation (default) or seconds; Plan.cost has the same unit. base: the level that runs at
-    every evaluation; None for the best one.
-    """
-    out: list[Plan] = []
-    for done, steps in enumerate(inputs.grids):
-        planner = inputs.planner(method, steps, costs)
-        for top in inputs.tops(steps, base):
-            for price in planner.prices():
-                out.append(inputs.complete(planner.plan(top, float(price), base), top, steps))
-        progress(done + 1, len(inputs.grids))
-    return frontier(out, lambda plan: plan.predicted)
+        The price is found by bisection for every grid and every largest level."""
+        found: list[Plan] = []
+        for planner in self.planners(method):
+            for top in planner.tops:
+                low, high, best = min(planner.prices()), max(planner.prices()), None
+                for _ in range(16):
+                    price = math.sqrt(low * high)
+                    plan = planner.plan(top, price)
+                    if plan.cost > wanted:
+                        low = price
+                    else:
+                        high, best = price, plan
+                found += [best] if best is not None else []
+        return min(found, key=lambda plan: (plan.predicted, plan.cost), default=None)
 
+    def plan(self, method: str, *, cost: float | None = None, error: float | None = None) -> Plan:
+        """The plan of smallest predicted error within a cost per image, or the cheapest within a squared error.
 
-def plan_for_cost(
-    inputs: RuleInputs, method: str, wanted: float, costs: Sequence[float] | np.ndarray | None = None
-) -> Plan | None:
-    """The plan of smallest predicted error that costs at most `wanted` per image, or None; costs as in `plans`.
-
-    The price is found by bisection for every grid and every largest level."""
-    found: list[Plan] = []
-    for steps in inputs.grids:
-        planner = inputs.planner(method, steps, costs)
-        for top in inputs.tops(steps):
-            low, high, best = float(planner.prices().min()), float(planner.prices().max()), None
-            for _ in range(16):
-                price = float(np.sqrt(low * high))
-                plan = planner.plan(top, price)
-                if plan.cost > wanted:
-                    low = price
-                else:
-                    high, best = price, plan
-            if best is not None:
-                found.append(inputs.complete(best, top, steps))
-    return min(found, key=lambda plan: (plan.predicted, plan.cost), default=None)
+        Raises UserError if no plan qualifies, and unless exactly one of cost and error is given."""
+        if (cost is None) == (error is None):
+            raise UserError("Give either the cost or the error that a plan may have.")
+        found, words = self.plans(method), "cost per image" if error is None else "predicted squared error"
+        limited, wanted, limit = ("cost", "predicted", cost) if error is None else ("predicted", "cost", error)
+        if cost is not None and (exact := self.plan_for_cost(method, cost)) is not None:
+            found.append(exact)
+        within = [plan for plan in found if getattr(plan, limited) <= limit]
+        if not within:
+            least = min((getattr(plan, limited) for plan in found), default=float("nan"))
+            raise UserError(f"No plan has a {words} of {limit:.4g} or less; the least is {least:.4g}.")
+        return min(within, key=lambda plan: getattr(plan, wanted))
 
 
 class Planner:
-    """Plans on one grid; caches the options of each pair of levels, and the plan of each choice of levels.
+    """Plans on one grid; caches the options of each pair of levels, and the plan of each choice of levels."""
 
-    costs [K]: of one evaluation of each level."""
-
-    def __init__(self, effects: Effects, method: str, costs: np.ndarray):
-        if method not in METHODS:
-            raise UserError(f"method = {method!r} is unknown; expected one of {', '.join(METHODS)}.")
-        self.effects, self.method, self.costs, self.n = effects, method, costs, len(effects.logsnr)
+    def __init__(self, inputs: Calibration, method: str, steps: int):
+        self.effects, self.costs = inputs.effects.on(inputs.grids[steps]), inputs.costs
+        self.method, self.n = method, len(self.effects.logsnr)
+        self.own = {k: error for (k, n), error in inputs.own_errors.items() if n == steps}
+        self.tops = sorted(self.own)  # the levels that can be the largest of a plan
         self.gain, self.options = cache(self._gain), cache(self._options)
         self.edge, self.finish = cache(self._edge), cache(self._finish)
 
-    def priced(self, costs: np.ndarray) -> Planner:
-        """A planner with other costs; it shares all cached values that do not depend on costs."""
-        other = Planner(self.effects, self.method, costs)
-        other.gain, other.options = self.gain, self.options
-        return other
-
-    def prices(self, ratio: float = 4.0) -> np.ndarray:
+    def prices(self, ratio: float = 4.0) -> list[float]:
         """Prices, a factor `ratio` apart, that lead to anything from almost no firings to one at every evaluation."""
         # the sum of all gains per cost of the largest level
         scale = self.effects.gains()[0][1:].sum() * self.n / (self.costs[-1] * self.n)
         count = round(17 * math.log(4.0) / math.log(ratio)) + 1
-        return scale * 4.0**3 * ratio ** -np.arange(count, dtype=np.float64)
+        return (scale * 4.0**3 * ratio ** -np.arange(count, dtype=np.float64)).tolist()
 
     def _gain(self, low: int, high: int) -> np.ndarray:
         return (self.effects.difference(low, high) ** 2).mean(axis=0)
@@ -157,18 +146,17 @@ class Planner:
         best = int(np.argmin(totals))
         return totals[best], options[best]
 
-    def plan(self, top: int, price: float, only: int | None = None, among: Collection[int] | None = None) -> Plan:
+    def plan(self, top: int, price: float, base: int | None = None, among: Collection[int] | None = None) -> Plan:
         """The best plan for a price with f^top as the largest level: a shortest path over levels.
 
-        only: the base of the path; None for the best base. among: the levels to use; None for all up to `top`."""
+        base: the first level of the path; None for the best one. among: the levels to use; None for all up to `top`."""
         best: tuple[float, tuple[int, ...]] = (np.inf, (top,))
         allowed = [k for k in range(top + 1) if among is None or k in among]
-        for base in allowed if only is None else [only]:
-            alone = float(price * self.n * self.costs[base])
-            cost_to: dict[int, tuple[float, tuple[int, ...]]] = {base: (alone, (base,))}
-            for high in (k for k in allowed if k > base):
+        for first in allowed if base is None else [base]:
+            cost_to: dict[int, tuple[float, tuple[int, ...]]] = {first: (price * self.n * self.costs[first], (first,))}
+            for high in (k for k in allowed if k > first):
                 cost_to[high] = min(
-                    (before + self.edge(low, high, price, low == base)[0], (*path, high))
+                    (before + self.edge(low, high, price, low == first)[0], (*path, high))
                     for low, (before, path) in cost_to.items()
                 )
             best = min(best, cost_to[top])
@@ -190,7 +178,9 @@ class Planner:
         chosen = [self.edge(a, b, price, i == 0)[1] for i, (a, b) in enumerate(pairwise(levels))]
         options = [option for option in chosen if option is not None]
         table = np.stack([np.ones(self.n), *(o.table for o in options)], axis=1)
-        evaluations = evaluation_probabilities(table) if self.method == "systematic" else ways.used(table)
+        # with fixed weights the networks f^k of weight W_k - W_{k+1} = 0 are not evaluated
+        fixed = self.method == "quadrature"
+        evaluations = (table != following(table)).astype(float) if fixed else evaluation_probabilities(table)
         return table, sum(o.added for o in options), evaluations
 
     def _finish(self, levels: tuple[int, ...], price: float) -> Plan:
@@ -203,5 +193,59 @@ class Planner:
         weights = np.abs(table) if self.method == "quadrature" else 1 / table
         largest_effect = float((weights * np.sqrt(gains.T))[:, 1:].max(initial=0.0))
         names = tuple(self.effects.names[i] for i in levels)
-        cost = float(evaluations.sum(axis=0) @ self.costs[list(levels)])
-        return Plan(self.method, "optimal", names, self.n, table.astype(np.float32), cost, added, added, largest_effect)
+        cost, predicted = float(evaluations.sum(axis=0) @ self.costs[list(levels)]), self.own[levels[-1]] + added
+        return Plan(self.method, "optimal", names, self.n, table.astype(np.float32), cost, predicted, largest_effect)
+
+
+def candidates(
+    inputs: Calibration, process: Process, options: Any, learn: Learn | None, progress: Progress
+) -> list[list[Plan]]:
+    """Groups of plans for one rule: the thinned predicted frontier of each method; plans by the square-root law from
+    measured differences, constant in time; and learned ones, started from measured ones of similar cost.
+
+    options: the node `optimise` of the configuration."""
+    found, measured, learned, costs = [], [], [], inputs.costs
+    for method in inputs.methods:
+        chosen: dict[str, Plan] = {}
+        for base in (b for b in options.bases if b is None or b < len(costs) - 1):
+            best = inputs.plans(method, base, progress)
+            chosen |= {p.id: p for p in spread([p for p in best if len(p.levels) > 1], options.plans)}
+        for cost in options.measured.costs:  # at the same costs as the measured probabilities
+            plan = inputs.plan_for_cost(method, cost * costs[-1])
+            if plan is not None and len(plan.levels) > 1:
+                chosen[plan.id] = plan
+        found.append(list(chosen.values()))
+    squares = inputs.effects.squares @ process.drift_weights(inputs.effects.logsnr)
+    for steps, cost in product(options.measured.steps, options.measured.costs):
+        p = measured_for_cost(squares, costs, steps, cost * costs[-1])
+        if p is not None:
+            measured.append(_plan("measured", inputs, process.grid(steps).logsnr, p))
+    if learn is not None and measured:
+        for cost in options.learned.costs:
+            steps, wanted = options.learned.steps, cost * costs[-1]
+            start = min(measured, key=lambda plan: (plan.steps != steps, abs(np.log(plan.cost / wanted))))
+            learned.append(_plan("learned", inputs, process.grid(steps).logsnr, learn(cost, start)))
+    return [*found, measured, learned]
+
+
+def spread(found: list[Plan], most: int) -> list[Plan]:
+    """At most `most` of a frontier's plans, spread evenly and including both ends."""
+    places = np.linspace(0, len(found) - 1, min(most, len(found)))
+    return [found[i] for i in np.unique(np.round(places).astype(int))]
+
+
+def _plan(source: str, inputs: Calibration, logsnr: np.ndarray, p: np.ndarray) -> Plan:
+    """A plan for independent coins on the full family; its error is predicted if the largest level's is known."""
+    names, gains = inputs.effects.names, inputs.effects.on(logsnr).gains()[0][1:].T
+    table = np.broadcast_to(p, (len(logsnr), len(names))).astype(np.float32)
+    exact = table.astype(np.float64)
+    ratio, cost = 1 / exact[:, 1:], float(evaluation_probabilities(exact).sum(axis=0) @ inputs.costs)
+    added, effect = float((gains * (ratio - 1)).sum()), float((ratio * np.sqrt(gains)).max(initial=0.0))
+    own = inputs.own_errors.get((len(names) - 1, len(logsnr)))
+    predicted = None if own is None else own + added
+    return Plan("independent", source, names, len(logsnr), table, cost, predicted, effect)
+
+
+def select(groups: Sequence[Sequence[Plan]], errors: Mapping[str, float | None]) -> list[Plan]:
+    """The plans on each group's frontier of measured errors, {id: error, or None if it diverged}, against cost."""
+    return [plan for group in groups for plan in frontier(group, lambda p: errors[p.id])]

@@ -18,7 +18,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from ..errors import UserError
-from ..multilevel.probabilities import evaluation_probabilities
+from ..multilevel.estimators import evaluation_probabilities
 from .problem import NOISE, Replicates, draw, euler, jump_process
 
 METHODS = ("em", "ml_em", "poisson")
