@@ -10,7 +10,7 @@ from mlem_diffusion.comparison.frechet import save_moments
 from mlem_diffusion.experiment import environment, runs
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.models import published
-from mlem_diffusion.models.family import level_name, read_repeats, repeat_name
+from mlem_diffusion.models.family import level_name, read_metadata
 from mlem_diffusion.training.levels import repeated
 
 
@@ -28,7 +28,7 @@ def statistics(exp: Experiment, path: Path) -> dict[str, Any] | None:
 @stage(trained=True)
 def main(exp: Experiment) -> None:
     images, metadata, folder = exp.images(), exp.metadata(), exp.checkpoints / published.FOLDER
-    again = [v for v in repeated(exp.cfg) if (exp.checkpoints / repeat_name(level_name(v[0]), v[1])).is_dir()]
+    again = [name for v in repeated(exp.cfg) if (exp.checkpoints / (name := level_name(*v))).is_dir()]
     noted = exp.read("provenance.json", "train the levels (make train-levels)")["stages"]["train_levels"]
     facts: dict[str, Any] = {"experiment": exp.cfg.name, "title": exp.cfg.title, "data": images.manifest}
     facts["training"] = {key: noted.get(key) for key in ("commit", "finished", "device", "overrides")}
@@ -39,7 +39,7 @@ def main(exp: Experiment) -> None:
         denoiser.save(folder / published.GAUSSIAN)
         facts["gaussian"] = {"file": published.GAUSSIAN, "asked_rank": exp.cfg.family.gaussian_rank}
     facts["statistics"] = statistics(exp, folder / published.STATISTICS)
-    published.publish(exp.checkpoints, folder, metadata, read_repeats(exp.checkpoints, again), facts)
+    published.publish(exp.checkpoints, folder, metadata, read_metadata(exp.checkpoints, again), facts)
     exp.print(f"publish: {len(metadata)} levels and the model card in {environment.shown(folder)}/.")
 
 

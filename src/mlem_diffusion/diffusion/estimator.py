@@ -6,33 +6,29 @@ estimator and not a sampler, so every step rule can use it.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .brownian import BrownianPath
-from .ledger import Ledger
 from .level import Level, check_family
+from .process import expand
 
 
 class Estimator(ABC):
     """An estimator of the denoised image. `evaluations` is n, the length of the sampler's program."""
 
-    @property
-    @abstractmethod
-    def levels(self) -> list[Level]: ...
+    levels: list[Level]
 
     @abstractmethod
-    def weights(self, evaluations: int, path: BrownianPath) -> np.ndarray:
-        """Weights [n, B, K] of the levels in each estimate."""
+    def weights(self, evaluations: int, seeds: Sequence[int]) -> np.ndarray:
+        """Weights [n, B, K] of the levels in each estimate, for the samples with these seeds."""
 
-    @abstractmethod
     def expected_evaluations(self, evaluations: int) -> np.ndarray:
-        """Expected evaluations of each level [K] per image, exact."""
+        """Expected evaluations of each level [K] per image, exact; here for weights that are equal for all seeds."""
+        return np.count_nonzero(self.weights(evaluations, [0])[:, 0], axis=0).astype(np.float64)
 
     def expected_flops(self, evaluations: int) -> float:
         """Expected FLOPs per image, exact."""
@@ -42,69 +38,41 @@ class Estimator(ABC):
         """One number per sample; samples with equal numbers share their coins."""
         return list(seeds)
 
-    def weight_table(
-        self, evaluations: int, path: BrownianPath, ledger: Ledger
-    ) -> Callable[[int, Tensor, float], Tensor]:
-        """The function (j, x [B, ...], logsnr) -> denoised estimate [B, ...] of one sampling run.
 
-        It is called with j = 0, 1, ... in order and records every network evaluation in the ledger. It must not change
-        an estimate that it has returned."""
-        return WeightTable(self.levels, self.weights(evaluations, path), ledger)
-
-
-@dataclass(frozen=True)
 class SingleLevel(Estimator):
     """One network for all evaluations: EM, DDPM, DDIM, ... with this level."""
 
-    level: Level
+    def __init__(self, level: Level):
+        self.levels = [level]
 
-    @property
-    def levels(self) -> list[Level]:
-        return [self.level]
-
-    def weights(self, evaluations: int, path: BrownianPath) -> np.ndarray:
-        return np.ones((evaluations, len(path.seeds), 1))
-
-    def expected_evaluations(self, evaluations: int) -> np.ndarray:
-        return np.array([float(evaluations)])
+    def weights(self, evaluations: int, seeds: Sequence[int]) -> np.ndarray:
+        return np.ones((evaluations, len(seeds), 1))
 
 
-@dataclass(frozen=True)
 class Stitched(Estimator):
     """T-Stitch (Pan et al. 2024): the small level for the first fraction `switch` of the evaluations (high noise), then
     the large level."""
 
-    small: Level
-    large: Level
-    switch: float
+    def __init__(self, small: Level, large: Level, switch: float):
+        self.levels, self.switch = [small, large], switch
+        check_family(self.levels)
+        if not 0 <= switch <= 1:
+            raise UserError(f"stitched: the switch fraction {switch} is outside 0..1.")
 
-    def __post_init__(self) -> None:
-        check_family([self.small, self.large])
-        if not 0 <= self.switch <= 1:
-            raise UserError(f"stitched: the switch fraction {self.switch} is outside 0..1.")
-
-    @property
-    def levels(self) -> list[Level]:
-        return [self.small, self.large]
-
-    def weights(self, evaluations: int, path: BrownianPath) -> np.ndarray:
+    def weights(self, evaluations: int, seeds: Sequence[int]) -> np.ndarray:
         is_large = np.arange(evaluations) >= round(self.switch * evaluations)
         table = np.stack([~is_large, is_large], axis=1).astype(np.float64)
-        return np.broadcast_to(table[:, None], (evaluations, len(path.seeds), 2))
-
-    def expected_evaluations(self, evaluations: int) -> np.ndarray:
-        first = round(self.switch * evaluations)
-        return np.array([float(first), float(evaluations - first)])
+        return np.broadcast_to(table[:, None], (evaluations, len(seeds), 2))
 
 
 class WeightTable:
-    """The estimates sum_k w_k f^k(x) of one run, for weights w [n, B, K].
+    """The estimates sum_k w_k f^k(x) of one run, for weights w [n, B, K]; `evaluations` [B, K] counts as it runs.
 
     Each network is evaluated only on the samples with a nonzero weight. The table and these selections are on the
-    device before the first estimate, so the loop never waits for a transfer. The ledger records every evaluation."""
+    device before the first estimate, so the loop never waits for a transfer."""
 
-    def __init__(self, levels: Sequence[Level], weights: np.ndarray, ledger: Ledger):
-        self.levels, self.ledger = levels, ledger
+    def __init__(self, levels: Sequence[Level], weights: np.ndarray):
+        self.levels, self.evaluations = levels, np.zeros(weights.shape[1:], dtype=np.int64)
         self.weights = np.ascontiguousarray(np.moveaxis(weights, 2, 1))  # [n, K, B]
         used = self.weights != 0
         self.counts = used.sum(axis=2)
@@ -125,25 +93,15 @@ class WeightTable:
             count = int(self.counts[j, k])
             if count == 0:
                 continue
-            self.ledger.record(k, np.flatnonzero(self.weights[j, k]))
+            self.evaluations[:, k] += self.weights[j, k] != 0
             if count == len(x):
                 output = level.denoise(x, noise_level).to(x.dtype)
-                w = float(self.weights[j, k, 0]) if self.same[j, k] else _column(table[j, k], x)
+                w = float(self.weights[j, k, 0]) if self.same[j, k] else expand(table[j, k], x)
                 estimate = w * output if estimate is None else estimate.add_(w * output)
             else:
                 first = self.start[j * len(self.levels) + k]
                 rows = positions[first : first + count]
                 output = level.denoise(x[rows], noise_level).to(x.dtype)
                 estimate = torch.zeros_like(x) if estimate is None else estimate
-                estimate.index_add_(0, rows, _column(table[j, k][rows], x) * output)
+                estimate.index_add_(0, rows, expand(table[j, k][rows], x) * output)
         return torch.zeros_like(x) if estimate is None else estimate
-
-
-def _column(weights: Tensor, x: Tensor) -> Tensor:
-    """Weights [B] reshaped to [B, 1, ...], with the rank of x."""
-    return weights.reshape(-1, *([1] * (x.ndim - 1)))
-
-
-def weighted_estimate(levels: Sequence[Level], weights: np.ndarray, x: Tensor, logsnr: float, ledger: Ledger) -> Tensor:
-    """The single estimate sum_k w_k f^k(x) for weights [B, K]."""
-    return WeightTable(levels, weights[None], ledger)(0, x, logsnr)

@@ -1,15 +1,15 @@
 """One sampling loop for all step rules (step_rules.py) and all estimators (estimator.py)."""
 
-import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .brownian import BrownianPath
-from .estimator import Estimator
-from .ledger import Ledger
+from .brownian import BrownianPath, now
+from .estimator import Estimator, WeightTable
+from .level import Ledger
 from .process import TimeGrid
 from .step_rules import Evaluation, StepRule
 
@@ -22,28 +22,17 @@ def sample(estimator: Estimator, rule: StepRule, grid: TimeGrid, path: BrownianP
     ledger.seconds is the time of the loop without the drawing of noise. On a GPU the loop only queues work: it waits
     for the device at its start, at its end and when it draws a window of noise.
     """
-    program, device = rule.program(grid), path.device
-    x = path.initial()
-    if rule.clock is not None:
-        path.increment(grid, rule.clock, 0)  # before the clock starts; a GPU draws it while the CPU draws the coins
-    ledger = Ledger([level.flops for level in estimator.levels], images=len(path.seeds))
-    estimate = estimator.weight_table(len(program), path, ledger)
-    start, drawing = _now(device), 0.0
-    state: list[Tensor | None] = [x] + [None] * (len(program[0].update) - 1)
+    program = rule.program(grid)
+    state: list[Any] = [path.initial()] + [None] * (len(program[0].update) - 1)
+    estimate = WeightTable(estimator.levels, estimator.weights(len(program), path.seeds))
+    start, drawn = now(path.device), path.seconds
     for j, evaluation in enumerate(program):
-        assert state[0] is not None
-        denoised = estimate(j, state[0], evaluation.logsnr)
-        z = None
+        denoised, z = estimate(j, state[0], evaluation.logsnr), None
         if evaluation.noise is not None and rule.clock is not None:
-            if not path.holds(grid, rule.clock, evaluation.noise):
-                drawing -= _now(device)
-                path.increment(grid, rule.clock, evaluation.noise)
-                drawing += _now(device)
             z = path.increment(grid, rule.clock, evaluation.noise)
         state = advance(evaluation, state, denoised, z)
-    ledger.seconds = _now(device) - start - drawing
-    assert state[0] is not None
-    return state[0], ledger
+    seconds = now(path.device) - start - (path.seconds - drawn)
+    return state[0], Ledger([level.flops for level in estimator.levels], estimate.evaluations, seconds)
 
 
 def advance(
@@ -64,9 +53,3 @@ def combine(coefficients: np.ndarray, tensors: Sequence[Tensor | None]) -> Tenso
     for i, (c, tensor) in enumerate(others):
         out = torch.add(out, tensor, alpha=c) if i == 0 and first == 1 else out.add_(tensor, alpha=c)
     return out
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

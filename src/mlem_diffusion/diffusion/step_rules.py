@@ -1,7 +1,6 @@
 """Step rules as data: one matrix per network evaluation maps the old state to the new state.
 
-All these rules are linear in (state, estimate, noise), so a matrix of numbers describes a step completely. One loop
-(sampler.py) runs them all, including multistep rules and rules with several evaluations per step. The effect of an
+All these rules are linear in (state, estimate, noise), so one loop (sampler.py) runs them all, and the effect of an
 estimate on the final image follows exactly from the transposed matrices and the derivative of the network.
 
 A program is the list of evaluations of one sampling run. Its state has m images, initially (x, 0, ..., 0). The network
@@ -44,9 +43,6 @@ class StepRule:
         """The key in STEP_RULES, such as "sde/ddpm"."""
         return f"{self.dynamics}/{self.name}"
 
-    def __reduce__(self) -> tuple:  # programs are closures, so another process looks the rule up
-        return step_rule, (self.key,)
-
 
 @dataclass(frozen=True)
 class Step:
@@ -54,9 +50,9 @@ class Step:
 
     alpha_s: float
     sigma_s: float
+    logsnr_s: float
     alpha_t: float
     sigma_t: float
-    logsnr_s: float
     logsnr_t: float
     h: float  # half the step in log-SNR
     h_before: float | None  # h of the previous step; None for the first step
@@ -65,18 +61,10 @@ class Step:
 
 def steps_of(grid: TimeGrid) -> list[Step]:
     """The n - 1 steps of a grid."""
-    logsnr, (alpha, sigma) = grid.logsnr.tolist(), alpha_sigma(grid.logsnr)
-    h = (0.5 * np.diff(grid.logsnr)).tolist()
+    levels = np.stack([*alpha_sigma(grid.logsnr), grid.logsnr], axis=1).tolist()  # alpha, sigma, logsnr
+    h = [None, *(0.5 * np.diff(grid.logsnr)).tolist()]
     beta_dt = (grid.beta[:-1] * (grid.time[:-1] - grid.time[1:])).tolist()
-    columns = (
-        alpha[:-1].tolist(),
-        sigma[:-1].tolist(),
-        alpha[1:].tolist(),
-        sigma[1:].tolist(),
-        logsnr[:-1],
-        logsnr[1:],
-    )
-    return [Step(*row) for row in zip(*columns, h, [None, *h[:-1]], beta_dt, strict=True)]
+    return [Step(*levels[i], *levels[i + 1], h[i + 1], h[i], beta_dt[i]) for i in range(len(beta_dt))]
 
 
 def _final_denoising(grid: TimeGrid, m: int) -> Evaluation:
@@ -85,9 +73,7 @@ def _final_denoising(grid: TimeGrid, m: int) -> Evaluation:
     return Evaluation(float(grid.logsnr[-1]), update)
 
 
-# ------------------------------------------------------------------- steps x' = a x + b denoised + c z, as (a, b, c)
-
-Coefficients = Callable[[Step], tuple[float, float, float]]
+Coefficients = Callable[[Step], tuple[float, float, float]]  # (a, b, c) of a step x' = a x + b denoised + c z
 
 
 def em_sde(step: Step) -> tuple[float, float, float]:
@@ -116,25 +102,11 @@ def ddim(step: Step) -> tuple[float, float, float]:
     return step.sigma_t / step.sigma_s, -step.alpha_t * math.expm1(-step.h), 0.0
 
 
-# --------------------------------------------------------------------------------------------------- programs
+def _linear(coefficients: Coefficients, multistep: bool = False) -> Callable[[TimeGrid], list[Evaluation]]:
+    """The program of a rule x' = a x + b denoised + c z; its state is (x), or (x, previous estimate) if multistep.
 
-
-def _one_step(coefficients: Coefficients) -> Callable[[TimeGrid], list[Evaluation]]:
-    """The program of a rule x' = a x + b denoised + c z; its state is (x)."""
-
-    def program(grid: TimeGrid) -> list[Evaluation]:
-        rows = [(step.logsnr_s, coefficients(step)) for step in steps_of(grid)]
-        steps = [Evaluation(s, np.array([row]), i if row[-1] else None) for i, (s, row) in enumerate(rows)]
-        return [*steps, _final_denoising(grid, 1)]
-
-    return program
-
-
-def _two_step(coefficients: Coefficients) -> Callable[[TimeGrid], list[Evaluation]]:
-    """DPM-Solver++(2M) with data prediction (Lu et al. 2022, algorithm 2); its state is (x, previous estimate).
-
-    Each step is exponential, with an estimate extrapolated to the middle of the step from the last two estimates. The
-    first step does not extrapolate. DDIM's coefficients give the ODE solver, ancestral ones its SDE form.
+    A multistep rule extrapolates the last two estimates to the middle of the step, except in the first step. This makes
+    DPM-Solver++(2M) with data prediction (Lu et al. 2022, algorithm 2) of DDIM, and its SDE form of the ancestral rule.
     """
 
     def program(grid: TimeGrid) -> list[Evaluation]:
@@ -142,15 +114,15 @@ def _two_step(coefficients: Coefficients) -> Callable[[TimeGrid], list[Evaluatio
         for i, step in enumerate(steps_of(grid)):
             a, b, c = coefficients(step)
             back = 0.0 if step.h_before is None else 0.5 * step.h / step.h_before
-            update = np.array([[a, -b * back, b * (1 + back), c], [0, 0, 1, 0]])
-            out.append(Evaluation(step.logsnr_s, update, i if c else None))
-        return [*out, _final_denoising(grid, 2)]
+            update = [[a, -b * back, b * (1 + back), c], [0, 0, 1, 0]] if multistep else [[a, b, c]]
+            out.append(Evaluation(step.logsnr_s, np.array(update), i if c else None))
+        return [*out, _final_denoising(grid, 2 if multistep else 1)]
 
     return program
 
 
 def heun(grid: TimeGrid) -> list[Evaluation]:
-    """Heun's method, deterministic (Karras et al. 2022, algorithm 1): 2 (n - 1) + 1 evaluations for n noise levels.
+    """Heun's method (Karras et al. 2022, algorithm 1): 2 (n - 1) + 1 evaluations for n noise levels.
 
     For y = x / alpha with noise rho = sigma / alpha, the flow is dy = (y - denoised) / rho drho. The state is
     (the point to evaluate, x advanced with half of the first slope), both in units of x at t.
@@ -208,17 +180,17 @@ def _phi(k: int, z: float) -> float:
 
 
 _RULES = [
-    StepRule("sde", "em", "EM", _one_step(em_sde), "time"),
-    StepRule("sde", "ddpm", "DDPM ancestral", _one_step(ddpm), "snr"),
-    StepRule("sde", "dpmpp_2m", "DPM-Solver++(2M)", _two_step(ddpm), "snr"),
-    StepRule("ode", "em", "EM", _one_step(em_ode), None),
-    StepRule("ode", "ddim", "DDIM", _one_step(ddim), None),
-    StepRule("ode", "dpmpp_2m", "DPM-Solver++(2M)", _two_step(ddim), None),
+    StepRule("sde", "em", "EM", _linear(em_sde), "time"),
+    StepRule("sde", "ddpm", "DDPM ancestral", _linear(ddpm), "snr"),
+    StepRule("sde", "dpmpp_2m", "DPM-Solver++(2M)", _linear(ddpm, multistep=True), "snr"),
+    StepRule("ode", "em", "EM", _linear(em_ode), None),
+    StepRule("ode", "ddim", "DDIM", _linear(ddim), None),
+    StepRule("ode", "dpmpp_2m", "DPM-Solver++(2M)", _linear(ddim, multistep=True), None),
     StepRule("ode", "heun", "Heun", heun, None),
     StepRule("ode", "unipc", "UniPC", unipc, None),
 ]
 STEP_RULES = {rule.key: rule for rule in _RULES}
-# the rule that samples the reference of each dynamics, on the base grid
+# samples the reference of each dynamics, on the base grid
 REFERENCE_RULE = {"sde": STEP_RULES["sde/ddpm"], "ode": STEP_RULES["ode/dpmpp_2m"]}
 STEP_RULE_NAMES = {rule.name: rule.label for rule in _RULES}
 DYNAMICS_NAMES = {"sde": "stochastic (SDE)", "ode": "deterministic (ODE)"}

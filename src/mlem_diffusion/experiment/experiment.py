@@ -130,7 +130,7 @@ class Experiment:
 
     def metadata(self) -> list[dict[str, Any]]:
         """metadata.json of every level; UserError if one was trained on other images or on fewer noise levels."""
-        found = read_metadata(self.checkpoints, self.cfg.family.widths)
+        found = read_metadata(self.checkpoints, map(level_name, self.cfg.family.widths))
         images, wanted = self.images_if_needed(), (self.cfg.process.logsnr_min, self.cfg.process.logsnr_max)
         if images is not None and any(m["data_sha256"] != images.manifest["sha256"] for m in found):
             raise UserError(

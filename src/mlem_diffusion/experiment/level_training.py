@@ -17,9 +17,8 @@ from ..figures.image_grid import image_grid
 from ..files import locked, sha256_of, write_json
 from ..gamma.denoising_errors import noise_levels, squared_differences
 from ..models import published
-from ..models.checkpoint import load_state
 from ..models.compiled import FastDenoiser
-from ..models.family import build_denoiser
+from ..models.family import build_denoiser, load_state
 from ..training.levels import CLAIM, METADATA, STATE, claim, is_trained, settings
 from ..training.loop import train_level
 from .environment import device_model

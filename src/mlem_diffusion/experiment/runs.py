@@ -14,7 +14,7 @@ from ..comparison.settings import GAUSSIAN, SamplerSetting
 from ..diffusion.level import Level
 from ..errors import Interrupted, UserError
 from ..files import cached, expect_content
-from ..models.family import load_family
+from ..models.family import level_name, load_family
 from ..models.gaussian import fit_gaussian, load_gaussian
 from ..multilevel.plan import Plan, load_plans
 from .progress import bar
@@ -30,9 +30,8 @@ def load_levels(exp: Any) -> dict[str, Level]:
     cfg = exp.cfg
     if cfg.family.callable is not None:
         return {level.name: level for level in exp.build(cfg.family.callable)}
-    found = load_family(
-        exp.checkpoints, cfg.family.widths, exp.device, cfg.precision, compile=cfg.compile, batch=cfg.compare.batch
-    )
+    options = {"device": exp.device, "precision": cfg.precision, "compile": cfg.compile, "batch": cfg.compare.batch}
+    found = load_family(exp.checkpoints, map(level_name, cfg.family.widths), **options)
     if cfg.family.gaussian:
         gauss = gaussian_level(exp)
         if gauss.flops < found[0].flops:  # useless if it costs more than the first network

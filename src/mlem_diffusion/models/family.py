@@ -1,32 +1,85 @@
 """A trained family on disk: checkpoints/<experiment>/<level>/ with EMA weights, resume state and metadata.
 
-A published family (published.py) has the same form, with weights in bf16.
+Weights are safetensors, and no pickles are read. A published family (published.py) has the same form, in bf16.
 """
 
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save
+from torch import nn
 
-from ..diffusion.level import Level, check_family
-from ..errors import UserError
-from ..files import Damaged, expect_content, read_json
-from .checkpoint import AGAIN, load_weights
+from ..diffusion.level import Level, check_family, flops_per_evaluation
+from ..errors import UserError, is_out_of_memory
+from ..files import Damaged, atomic_write, expect_content, read_json, sha256_of
 from .compiled import FastDenoiser
-from .flops import flops_per_evaluation
 from .unet import Denoiser, UNet
 
+AGAIN = "train this level again (make train-levels ARGS=overwrite=true)"
 RESTORE = "restore it (git checkout), or publish the family again (make publish)"
 
 
-def level_name(width: int) -> str:
-    return f"w{width}"
+# -------------------------------------------------------------------------------------------- one file of a level
 
 
-def repeat_name(name: str, seed: int) -> str:
-    """Return the folder name of a level that was trained again from another seed."""
-    return f"{name}-seed{seed}"
+def save_weights(path: Path, module: nn.Module, dtype: torch.dtype | None = None) -> str:
+    """Write a module's parameters and buffers as safetensors; return the file's SHA-256. dtype: of the parameters."""
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in module.state_dict().items()}
+    for name, _ in module.named_parameters():
+        tensors[name] = tensors[name].to(dtype or tensors[name].dtype)
+    atomic_write(path, lambda p: p.write_bytes(save(tensors)))
+    return sha256_of(path)
+
+
+def check_weights(path: Path, sha256: str, hint: str = AGAIN) -> None:
+    """Raise Damaged if the file has another hash, and UserError if it is missing."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing: train the level first (make train-levels).")
+    if sha256_of(path) != sha256:
+        raise Damaged(path, f"{path} is damaged, or not the file named in its level's metadata.json: {hint}.")
+
+
+def load_weights(path: Path, module: nn.Module, sha256: str, hint: str = AGAIN) -> None:
+    """Load safetensors into the module, in its dtype; UserError (`check_weights`), also if they do not fit."""
+    check_weights(path, sha256, hint)
+    try:
+        module.load_state_dict(load_file(path))
+    except Exception as error:
+        raise explained(error, path, f"does not fit the configured network: {hint}") from error
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write a resume state of tensors, numbers, text, lists and dicts."""
+    atomic_write(path, lambda p: torch.save(state, p))
+
+
+def load_state(path: Path) -> dict[str, Any] | None:
+    """Return the resume state, or None without a file; Damaged if it cannot be read. No code in the file can run."""
+    if not path.is_file():
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if (part := archive.testzip()) is not None:  # torch does not compare checksums
+                raise ValueError(f"the checksum of {part} differs")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise explained(error, path, "cannot be read: delete it to train this level again") from error
+
+
+def explained(error: Exception, path: Path, text: str) -> Exception:
+    """Return Damaged with this text, but lack of memory is not the file's fault."""
+    return error if is_out_of_memory(error) else Damaged(path, f"{path} {text}.")
+
+
+# -------------------------------------------------------------------------------------------- the levels of a family
+
+
+def level_name(width: int, seed: int | None = None) -> str:
+    """The folder of a level; seed: that from which it was trained again."""
+    return f"w{width}" if seed is None else f"w{width}-seed{seed}"
 
 
 def at_width(settings: Mapping[str, Any], width: int) -> dict[str, Any]:
@@ -57,26 +110,20 @@ def describe(width: int, size: int, data_rms: float, unet: Mapping[str, Any], ta
     denoiser = build_denoiser(width, size, data_rms, unet, target)
     asked = {"name": level_name(width), "width": width, "size": size, "target": target, "data_rms": data_rms}
     parameters = sum(p.numel() for p in denoiser.parameters())
-    flops = flops_per_evaluation(denoiser, size)
+    flops = flops_per_evaluation(denoiser, (3, size, size))
     return {**asked, "unet": at_width(unet, width), "parameters": parameters, "flops": flops}
 
 
-def read_metadata(directory: Path, widths: Sequence[int]) -> list[dict[str, Any]]:
-    """Return metadata.json of each level, in the order of `widths`; UserError if one is not trained or damaged."""
-    return [_read_level(directory / level_name(width)) for width in widths]
-
-
-def read_repeats(directory: Path, wanted: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
-    """Return metadata.json of each (width, training seed) that was trained again."""
-    return [_read_level(directory / repeat_name(level_name(width), seed)) for width, seed in wanted]
-
-
-def _read_level(folder: Path) -> dict[str, Any]:
-    path = folder / "metadata.json"
-    metadata = read_json(path, AGAIN if path.is_file() else "run make train-levels with the same EXPERIMENT first")
-    if not isinstance(metadata, dict) or metadata.get("name") != folder.name:
-        raise Damaged(path, f"{path} does not describe the level {folder.name}: {AGAIN}.")
-    return metadata
+def read_metadata(directory: Path, names: Iterable[str]) -> list[dict[str, Any]]:
+    """Return metadata.json of each named level; UserError if one is not trained or damaged."""
+    found = []
+    for path in [directory / name / "metadata.json" for name in names]:
+        found.append(
+            read_json(path, AGAIN if path.is_file() else "run make train-levels with the same EXPERIMENT first")
+        )
+        if not isinstance(found[-1], dict) or found[-1].get("name") != path.parent.name:
+            raise Damaged(path, f"{path} does not describe the level {path.parent.name}: {AGAIN}.")
+    return found
 
 
 def weights_of(metadata: Mapping[str, Any], snapshot: int | None = None) -> tuple[str, str]:
@@ -93,34 +140,25 @@ def identity_of(metadata: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def load_denoiser(folder: Path, metadata: Mapping[str, Any], snapshot: int | None = None) -> Denoiser:
-    """Return a level's trained denoiser, in float32 on the CPU; snapshot: as in `weights_of`.
-
-    Raises UserError if the weights are missing, do not fit, or are not those of the metadata (by SHA-256).
-    """
+    """Return a level's trained denoiser, in float32 on the CPU; snapshot: as in `weights_of`."""
     hint = RESTORE if "trained_weights_sha256" in metadata else AGAIN
     with expect_content(folder / "metadata.json", hint):
-        shape = [metadata[key] for key in ("width", "size", "data_rms", "unet", "target")]
-        denoiser = build_denoiser(*shape)
+        denoiser = build_denoiser(*(metadata[key] for key in ("width", "size", "data_rms", "unet", "target")))
         file, sha256 = weights_of(metadata, snapshot)
     load_weights(folder / file, denoiser, sha256, hint)
     return denoiser
 
 
 def load_level(
-    folder: Path,
-    metadata: Mapping[str, Any],
-    device: torch.device | str = "cpu",
-    precision: str = "float32",
-    snapshot: int | None = None,
-    **options: Any,
+    folder: Path, metadata: Mapping[str, Any], device: Any = "cpu", snapshot: int | None = None, **options: Any
 ) -> Level:
-    """Load one trained level for sampling; options: compile and batch, as for `FastDenoiser`."""
+    """Load one trained level for sampling; options: precision, compile and batch, as for `FastDenoiser`."""
     denoiser, name = load_denoiser(folder, metadata, snapshot).to(device), metadata["name"]
-    return Level(name, FastDenoiser(denoiser, precision, name=name, **options), float(metadata["flops"]))
+    return Level(name, FastDenoiser(denoiser, name=name, **options), float(metadata["flops"]))
 
 
-def load_family(directory: Path, widths: Sequence[int], *where: Any, **options: Any) -> list[Level]:
-    """Load the levels of a trained family, in the order of `widths`; further arguments: see `load_level`."""
-    levels = [load_level(directory / m["name"], m, *where, **options) for m in read_metadata(directory, widths)]
+def load_family(directory: Path, names: Iterable[str], **options: Any) -> list[Level]:
+    """Load the named levels of a trained family; options: see `load_level`."""
+    levels = [load_level(directory / m["name"], m, **options) for m in read_metadata(directory, names)]
     check_family(levels)
     return levels

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..diffusion.brownian import BrownianPath
 from ..diffusion.estimator import Estimator
 from ..diffusion.level import Level, check_family
 from ..errors import UserError
@@ -42,10 +41,10 @@ class Multilevel(Estimator):
     def _table(self, evaluations: int) -> np.ndarray:
         return _rows(self.p, evaluations, "Probabilities")
 
-    def weights(self, evaluations: int, path: BrownianPath) -> np.ndarray:
+    def weights(self, evaluations: int, seeds: Sequence[int]) -> np.ndarray:
         p = self._table(evaluations)
-        weights = telescope_weights(p, draw_coins(p, path.seeds[:1] if self.shared else path.seeds, self.coins))
-        return np.broadcast_to(weights, (evaluations, len(path.seeds), p.shape[1]))
+        weights = telescope_weights(p, draw_coins(p, seeds[:1] if self.shared else seeds, self.coins))
+        return np.broadcast_to(weights, (evaluations, len(seeds), p.shape[1]))
 
     def expected_evaluations(self, evaluations: int) -> np.ndarray:
         """Expected evaluations of each level [K] per image, exact; a network with weight zero is not evaluated."""
@@ -78,17 +77,11 @@ class Quadrature(Estimator):
     def levels(self) -> list[Level]:
         return list(self.family)
 
-    def _networks(self, evaluations: int) -> np.ndarray:
+    def weights(self, evaluations: int, seeds: Sequence[int]) -> np.ndarray:
         # sum_k W_k (f^k - f^{k-1}) = sum_k (W_k - W_{k+1}) f^k
         table = _rows(self.table, evaluations, "Weights")
-        return table - np.concatenate([table[:, 1:], np.zeros_like(table[:, :1])], axis=1)
-
-    def weights(self, evaluations: int, path: BrownianPath) -> np.ndarray:
-        networks = self._networks(evaluations)
-        return np.broadcast_to(networks[:, None], (evaluations, len(path.seeds), networks.shape[1]))
-
-    def expected_evaluations(self, evaluations: int) -> np.ndarray:
-        return np.count_nonzero(self._networks(evaluations), axis=0).astype(np.float64)
+        networks = table - np.concatenate([table[:, 1:], np.zeros_like(table[:, :1])], axis=1)
+        return np.broadcast_to(networks[:, None], (evaluations, len(seeds), networks.shape[1]))
 
 
 def _rows(values: np.ndarray, evaluations: int, what: str) -> np.ndarray:

@@ -8,9 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..diffusion.brownian import BrownianPath
-from ..diffusion.estimator import weighted_estimate
-from ..diffusion.ledger import Ledger
+from ..diffusion.estimator import WeightTable
 from ..diffusion.level import Level
 from .estimators import Multilevel
 
@@ -87,11 +85,10 @@ def check_telescope(family: Sequence[Level], x: Tensor, logsnr: float, batch: in
     top, differences = outputs[-1].double(), y[1:].double().flatten(2)
     projections, sizes, gather = [], [], 0.0
     for start in range(0, DRAWS, batch):
-        path = BrownianPath(range(start, min(start + batch, DRAWS)), tuple(x.shape[1:]), x.device)
-        index = torch.tensor(path.seeds, device=x.device) % len(x)
-        w = estimator.weights(1, path)[0]
-        estimate = weighted_estimate(family, w, x[index], logsnr, Ledger([0.0] * len(family), len(w)))
-        w = torch.tensor(w, device=x.device)
+        seeds = range(start, min(start + batch, DRAWS))
+        index = torch.tensor(seeds, device=x.device) % len(x)
+        weights = estimator.weights(1, seeds)
+        estimate, w = WeightTable(family, weights)(0, x[index], logsnr), torch.tensor(weights[0], device=x.device)
         full = torch.einsum("bk,kbd->bd", w, outputs[:, index].double().flatten(2))
         gather = max(gather, _deviation(estimate.flatten(1), full))
         error, own = (estimate.double() - top[index]).flatten(1), differences[:, index]
