@@ -32,8 +32,8 @@ class GivenPath(BrownianPath):
         super().__init__(SEEDS, SHAPE)
         self.noise = noise
 
-    def increments(self, grid: Any, clock: str, steps: range | None = None) -> Tensor:
-        return self.noise if steps is None else self.noise[steps.start : steps.stop]
+    def increments(self, grid: Any, clock: str, steps: slice = slice(None)) -> Tensor:
+        return self.noise[steps]
 
 
 def agrees(rule: str, scheduler: Any, logsnr: np.ndarray, monkeypatch: pytest.MonkeyPatch, draws: int = 0) -> bool:

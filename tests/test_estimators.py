@@ -6,8 +6,7 @@ import torch
 from toys import SHAPE, process, toy_family
 
 from mlem_diffusion.diffusion.brownian import BrownianPath
-from mlem_diffusion.diffusion.estimator import Estimator, SingleLevel, Stitched, weighted_estimate
-from mlem_diffusion.diffusion.ledger import Ledger
+from mlem_diffusion.diffusion.estimator import Estimator, SingleLevel, Stitched, WeightTable
 from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.diffusion.sampler import sample
 from mlem_diffusion.diffusion.step_rules import STEP_RULES
@@ -48,8 +47,8 @@ def test_one_multilevel_step_is_unbiased_with_the_stated_variance() -> None:
     keep, take, _ = step.update[0]
     one = normal(1)
     x = one.expand(draws, *SHAPE).contiguous()
-    weights = Multilevel(FAMILY, p).weights(8, BrownianPath(range(draws), SHAPE))[4]
-    estimate = weighted_estimate(FAMILY, weights, x, step.logsnr, Ledger(FLOPS, draws)).double()
+    weights = Multilevel(FAMILY, p).weights(8, range(draws))[4:5]
+    estimate = WeightTable(FAMILY, weights)(0, x, step.logsnr).double()
 
     f = [level.denoise(one, torch.tensor(step.logsnr)).double() for level in FAMILY]
     stepped = keep * x.double() + take * estimate
@@ -68,7 +67,7 @@ def test_mean_realised_cost_is_the_expected_cost(p: np.ndarray, coins: str) -> N
     """Evaluations per level agree within 4 standard errors over 1000 samples; equal neighbours cancel sometimes."""
     estimator, path = Multilevel(FAMILY, p, coins), BrownianPath(range(1000), SMALL)
     _, ledger = sample(estimator, DDIM, process().grid(12), path)
-    counts = (estimator.weights(12, path) != 0).sum(axis=0)
+    counts = (estimator.weights(12, path.seeds) != 0).sum(axis=0)
     assert np.array_equal(ledger.per_sample, counts)  # the ledger counts what ran, image by image
     error = counts.std(axis=0) / len(path.seeds) ** 0.5
     assert np.all(np.abs(counts.mean(axis=0) - estimator.expected_evaluations(12)) <= 4 * error + 1e-12)
@@ -99,7 +98,7 @@ def test_cancelled_levels_are_not_evaluated() -> None:
 
     family = tuple(Level(level.name, counted, level.flops) for level in FAMILY)
     _, ledger = sample(Multilevel(family, p), DDIM, process().grid(20), BrownianPath(range(50), SMALL))
-    assert (sum(calls), len(calls)) == (sum(ledger.evaluations), sum(ledger.launches))
+    assert sum(calls) == sum(ledger.evaluations)
 
 
 def test_single_level_and_stitched_costs_are_exact() -> None:
@@ -112,9 +111,9 @@ def test_single_level_and_stitched_costs_are_exact() -> None:
         (Stitched(small, large, 1.0), [30, 0]),
     ):
         _, ledger = sample(estimator, DDPM, grid, path)
-        assert ledger.evaluations == evaluations and ledger.launches == [n // 3 for n in evaluations]
+        assert ledger.evaluations == evaluations
         assert ledger.flops_per_image == estimator.expected_flops(10) and ledger.calls_per_image == 10
-    assert np.array_equal(Stitched(small, large, 0.25).weights(8, path)[:, 0], [[1, 0]] * 2 + [[0, 1]] * 6)
+    assert np.array_equal(Stitched(small, large, 0.25).weights(8, [1])[:, 0], [[1, 0]] * 2 + [[0, 1]] * 6)
 
 
 @pytest.mark.parametrize("estimator", [
@@ -126,27 +125,23 @@ def test_single_level_and_stitched_costs_are_exact() -> None:
     Quadrature(FAMILY, weights_of(12)),
 ], ids=lambda d: type(d).__name__)  # fmt: skip
 def test_an_estimator_gives_the_weighted_estimates_and_records_them(estimator: Estimator) -> None:
-    x, path = normal(3), BrownianPath([7, 8, 9], SHAPE)
-    ledger = Ledger([level.flops for level in estimator.levels], 3)
-    weights, estimate = estimator.weights(12, path), estimator.weight_table(12, path, ledger)
+    x, weights = normal(3), estimator.weights(12, [7, 8, 9])
+    estimate = WeightTable(estimator.levels, weights)
     for j, logsnr in enumerate(np.linspace(-5, 5, 12)):
         found = estimate(j, x, float(logsnr))
         terms = [level.denoise(x, torch.tensor(float(logsnr))) for level in estimator.levels]
         expected = sum(torch.tensor(weights[j, :, k])[:, None, None, None] * term for k, term in enumerate(terms))
         assert torch.allclose(found.double(), torch.as_tensor(expected), atol=1e-5)
-        assert np.array_equal(ledger.per_sample, (weights[: j + 1] != 0).sum(axis=0))
+        assert np.array_equal(estimate.evaluations, (weights[: j + 1] != 0).sum(axis=0))
 
 
 @pytest.mark.parametrize("coins", COINS)
 def test_coins_are_shared_by_a_batch_or_depend_on_the_sample_alone(coins: str) -> None:
     grid, p = process().grid(16), table(16)
     shared, own = (Multilevel(FAMILY, p, coins, shared) for shared in (True, False))
-    weights = shared.weights(16, BrownianPath([4, 5, 6], SHAPE))
-    assert np.array_equal(weights, np.repeat(own.weights(16, BrownianPath([4], SHAPE)), 3, axis=1))
+    assert np.array_equal(shared.weights(16, [4, 5, 6]), np.repeat(own.weights(16, [4]), 3, axis=1))
     assert shared.clusters([4, 5, 6]) == [4, 4, 4] and own.clusters([4, 5, 6]) == [4, 5, 6]
     assert shared.expected_flops(16) == own.expected_flops(16)
-    _, ledger = sample(shared, DDIM, grid, BrownianPath([4, 5, 6], SHAPE))
-    assert ledger.evaluations == [3 * n for n in ledger.launches]  # whole batches
     images, ledger = sample(own, DDIM, grid, BrownianPath(range(10, 22), SHAPE))
     for seeds in ([10, 11, 12], [21], [20, 15]):
         part, counted = sample(own, DDIM, grid, BrownianPath(seeds, SHAPE))
@@ -172,7 +167,7 @@ def test_special_quadratures_equal_other_estimators() -> None:
     lambda: Multilevel((FAMILY[0], FAMILY[0]), np.ones(2)),
     lambda: Multilevel((), np.ones(0)),
     lambda: Multilevel(FAMILY, table(12)).expected_evaluations(10),
-    lambda: Multilevel(FAMILY, np.ones(3), "stratified").weights(10, BrownianPath([0], SHAPE)),
+    lambda: Multilevel(FAMILY, np.ones(3), "stratified").weights(10, [0]),
     lambda: Stitched(FAMILY[0], FAMILY[1], 1.5),
     lambda: Stitched(FAMILY[1], FAMILY[0], 0.5),
     *(lambda bad=bad: Quadrature(FAMILY, bad) for bad in (
@@ -192,16 +187,14 @@ def test_levels_may_reuse_their_output_buffer_and_share_one_noise_level() -> Non
         seen.append(logsnr.ndim)
         return torch.mul(x, logsnr, out=buffer[: len(x)])
 
-    path = BrownianPath(range(4), SHAPE)
-    estimate = SingleLevel(Level("replayed", denoise, 1.0)).weight_table(2, path, Ledger([1.0], 4))
+    estimate = WeightTable([Level("replayed", denoise, 1.0)], np.ones((2, 4, 1)))
     first, second = estimate(0, torch.ones(4, *SHAPE), 0.5), estimate(1, torch.ones(4, *SHAPE), -2.0)
     assert torch.all(first == 0.5) and torch.all(second == -2.0) and seen == [0, 0]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_the_loop_never_waits_for_the_device() -> None:
-    path = BrownianPath(range(16), SHAPE, "cuda")
-    estimate = Multilevel(FAMILY, np.array([1.0, 0.5, 0.2])).weight_table(12, path, Ledger(FLOPS, 16))
+    estimate = WeightTable(FAMILY, Multilevel(FAMILY, np.array([1.0, 0.5, 0.2])).weights(12, range(16)))
     x = torch.randn(16, *SHAPE, device="cuda")
     estimate(0, x, 0.0)
     torch.cuda.set_sync_debug_mode("error")

@@ -20,8 +20,7 @@ from ..diffusion.level import Level
 from ..diffusion.process import Process
 from ..errors import UserError
 from ..figures import style
-from ..models import published
-from ..models.family import describe, identity_of, level_name, read_metadata
+from ..models.family import describe, identity_of, level_name, levels_folder, read_index, read_metadata
 from . import config, environment, runs, signals
 from .environment import ROOT, shown
 from .progress import bar
@@ -53,7 +52,7 @@ class Experiment:
             if not self.checkpoints.is_dir():
                 self.checkpoints = unswept  # a sweep over later stages shares the levels
             names = [level_name(w) for w in cfg.family.widths]
-            self.checkpoints = published.levels_folder(self.checkpoints, names)
+            self.checkpoints = levels_folder(self.checkpoints, names)
         self.device = environment.usable_device(cfg.device)
         environment.configure_torch(cfg, training=name == "train_levels")
         self.process: Process = config.build(cfg.process)
@@ -120,8 +119,8 @@ class Experiment:
 
     @functools.cached_property
     def published(self) -> dict[str, Any] | None:
-        """The content of family.json if the levels in use are published (models/published.py), else None."""
-        return published.read_index(self.checkpoints)
+        """The content of family.json if the levels in use are published, else None."""
+        return read_index(self.checkpoints)
 
     def describe_levels(self, data_rms: float = 0.5) -> list[dict[str, Any]]:
         """The facts of each level before training: name, width, parameters, FLOPs, ..."""

@@ -16,9 +16,8 @@ from ..figures import style
 from ..figures.image_grid import image_grid
 from ..files import locked, sha256_of, write_json
 from ..gamma.denoising_errors import noise_levels, squared_differences
-from ..models import published
 from ..models.compiled import FastDenoiser
-from ..models.family import build_denoiser, load_state
+from ..models.family import PUBLISHED, build_denoiser, levels_folder, load_state
 from ..training.levels import CLAIM, METADATA, STATE, claim, is_trained, settings
 from ..training.loop import train_level
 from .environment import device_model
@@ -117,7 +116,7 @@ def measured(exp: Experiment, level: dict[str, Any], ema: Any, folder: Path) -> 
 
 def are_published(exp: Experiment, levels: list[dict[str, Any]]) -> bool:
     """Whether the family is published in the experiment's folder, and no training of these levels has begun here."""
-    folder = exp.checkpoints / published.FOLDER
+    folder = exp.checkpoints / PUBLISHED
     family = [level["name"] for level in levels if "train_seed" not in level]
     begun = any((exp.checkpoints / level["name"] / CLAIM).is_file() for level in levels)
-    return published.levels_folder(exp.checkpoints, family) == folder and not begun and not exp.cfg.overwrite
+    return levels_folder(exp.checkpoints, family) == folder and not begun and not exp.cfg.overwrite

@@ -10,7 +10,6 @@ time="timestep" with its alphas_cumprod. At high noise, errors of "epsilon" and 
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -60,7 +59,7 @@ def adapt(
         raise UserError(f"{name}: time='timestep' and the alphas_cumprod of the network's training belong together.")
     table = None if alphas_cumprod is None else _timestep_table(alphas_cumprod)
     inputs = dict(conditioning or {})
-    if any(tensor.ndim and len(tensor) != 1 for tensor in tree_leaves(inputs) if isinstance(tensor, Tensor)):
+    if any(tensor.shape[:1] != (1,) for tensor in tree_leaves(inputs) if isinstance(tensor, Tensor)):
         # a level runs only on the samples whose coin fired, and does not know which
         raise UserError(f"{name}: conditioning must have one row, for all samples: sample one condition after another.")
 
@@ -75,8 +74,8 @@ def adapt(
             when = std if coordinates == "vp" else torch.exp(-0.5 * logsnr)
         wide, alpha, sigma = x.to(logsnr.dtype), expand(torch.sigmoid(logsnr).sqrt(), x), expand(std, x)
         entering = (wide if coordinates == "vp" else wide / alpha).to(weight_type(network) or x.dtype)
-        output = _tensor(name, network(entering, when, **tree_map_only(Tensor, partial(_rows, x), inputs)), x)
-        output = output.to(logsnr.dtype)
+        rows = tree_map_only(Tensor, lambda tensor: tensor.to(x.device).expand(len(x), *tensor.shape[1:]), inputs)
+        output = _tensor(name, network(entering, when, **rows), x).to(logsnr.dtype)
         if prediction == "score" and coordinates == "ve":
             output = output / alpha  # d/dx = d/dy / alpha
         return _denoised(prediction, output, wide, alpha, sigma).to(x.dtype)
@@ -122,13 +121,13 @@ def guided(conditional: Level, unconditional: Level, scale: float) -> Level:
 
 
 def trained_range(source: Any) -> tuple[float, float]:
-    """Return the lowest and highest trained log-SNR of a diffusers scheduler or of alphas_cumprod, for Process."""
+    """The lowest and highest trained log-SNR of a diffusers scheduler or of alphas_cumprod, for Process."""
     logsnr, _ = _timestep_table(source)
     return float(logsnr[0]), float(logsnr[-1])
 
 
-def _timestep_table(source: Any) -> tuple[Tensor, Tensor]:
-    """Return ascending log-SNRs and their timesteps, without infinite log-SNRs (zero terminal SNR)."""
+def _timestep_table(source: Any) -> tuple[Tensor, int]:
+    """Ascending log-SNRs of consecutive timesteps, without infinite ones (zero terminal SNR), and the last timestep."""
     values = getattr(source, "alphas_cumprod", source)
     try:
         alpha2 = torch.as_tensor(values, dtype=torch.float64, device="cpu").numpy()
@@ -136,26 +135,21 @@ def _timestep_table(source: Any) -> tuple[Tensor, Tensor]:
         raise UserError(f"{type(source).__name__} has no alphas_cumprod; see adapt() for other networks.") from error
     if alpha2.ndim != 1 or len(alpha2) < 2 or not np.all(np.diff(alpha2) < 0) or alpha2[0] > 1 or alpha2[-1] < 0:
         raise UserError("alphas_cumprod must fall from timestep to timestep within [0, 1], with two values or more.")
-    timestep = np.flatnonzero((alpha2 > 0) & (alpha2 < 1))[::-1].copy()
-    return torch.from_numpy(np.log(alpha2[timestep]) - np.log1p(-alpha2[timestep])), torch.from_numpy(timestep)
+    timestep = np.flatnonzero((alpha2 > 0) & (alpha2 < 1))[::-1]
+    return torch.from_numpy(np.log(alpha2[timestep]) - np.log1p(-alpha2[timestep])), int(timestep[0])
 
 
-def _timestep(name: str, logsnr: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Return fractional timesteps [B]; UserError outside the trained range."""
+def _timestep(name: str, logsnr: Tensor, table: tuple[Tensor, int]) -> Tensor:
+    """Fractional timesteps [B]; UserError outside the trained range."""
     lowest, highest = float(table[0][0]), float(table[0][-1])
     outside = logsnr[~((logsnr >= lowest - TOLERANCE) & (logsnr <= highest + TOLERANCE))]  # NaN too
     if len(outside):
         text = f"{name}: a log-SNR of {float(outside[0]):.4g} is outside {lowest:.4g} .. {highest:.4g}"
         raise UserError(f"{text}, the range of its training; set logsnr_min and logsnr_max of the Process within it.")
-    known, last = table[0].to(logsnr), int(table[1][0])
+    known = table[0].to(logsnr)
     above = torch.searchsorted(known, logsnr.detach().contiguous()).clamp(1, len(known) - 1)
     part = ((logsnr - known[above - 1]) / (known[above] - known[above - 1])).clamp(0, 1)
-    return last - (above - 1 + part)  # timesteps in the table are consecutive integers
-
-
-def _rows(x: Tensor, condition: Tensor) -> Tensor:
-    condition = condition.to(x.device)
-    return condition.expand(len(x), *condition.shape[1:]) if condition.ndim else condition
+    return table[1] - (above - 1 + part)
 
 
 def _denoised(prediction: str, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -167,7 +161,7 @@ def _denoised(prediction: str, output: Tensor, x: Tensor, alpha: Tensor, sigma: 
 
 
 def _tensor(name: str, output: Any, x: Tensor) -> Tensor:
-    """Return the tensor in a network's output; its first half if it has twice the channels of x."""
+    """The tensor in a network's output; its first half if it has twice the channels of x."""
     if not isinstance(output, Tensor):
         output = output[0] if isinstance(output, tuple | list) else getattr(output, "sample", output)
     if isinstance(output, Tensor) and output.ndim == x.ndim and output.shape[1] == 2 * x.shape[1]:

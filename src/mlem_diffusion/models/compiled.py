@@ -149,23 +149,18 @@ class FastDenoiser:
         parts, start = [], 0
         for count, bucket in cover(len(x), self.batch):
             piece, at = x[start : start + count], logsnr if len(logsnr) == 1 else logsnr[start : start + count]
-            graph = self._graph(bucket, x, len(at) == 1)
-            parts.append(graph(piece, at) if graph is not None else self.run(piece, at).float())
+            key = (bucket, *x.shape[1:], len(at) == 1)
+            if self.graphs is not None and key not in self.graphs:  # captured when it is first used
+                try:
+                    self.graphs[key] = _Graph(self.run, bucket, x.shape[1:], 1 if len(at) == 1 else bucket, x.device)
+                except torch.cuda.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:
+                    self.graphs = None
+                    warnings.warn(f"{self.name} runs without CUDA graphs: {first_line(error)}.", SlowPath, stacklevel=3)
+            parts.append(self.run(piece, at).float() if self.graphs is None else self.graphs[key](piece, at))
             start += count
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _graph(self, bucket: int, x: Tensor, uniform: bool) -> _Graph | None:
-        """The graph of a bucket, captured when it is first used; None if captures fail."""
-        key = (bucket, *x.shape[1:], uniform)
-        if self.graphs is not None and key not in self.graphs:
-            try:
-                self.graphs[key] = _Graph(self.run, bucket, x.shape[1:], 1 if uniform else bucket, x.device)
-            except torch.cuda.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                self.graphs = None
-                warnings.warn(f"{self.name} runs without CUDA graphs: {first_line(error)}.", SlowPath, stacklevel=4)
-        return None if self.graphs is None else self.graphs[key]
 
 
 class _Graph:

@@ -85,13 +85,7 @@ def fit_gaussian(images: np.ndarray, rank: int | None = None) -> GaussianDenoise
     if rank is not None and not 1 <= rank <= d:
         raise UserError(f"rank = {rank} is outside 1..{d}, the number of values of an image.")
     most = rank or max(1, min(256, d // 8))
-    if d <= DENSE_LIMIT:
-        mean, basis, variances, total = _dense(images, most)
-    else:
-        limit = max(2, SUBSET_VALUES // (2 * d))
-        chosen = np.sort(np.random.default_rng(0).permutation(len(images))[:limit])
-        rows = torch.cat(list(_chunks(images, chosen)))
-        mean, basis, variances, total = _truncated(rows, min(most, len(rows) - 1))
+    mean, basis, variances, total = (_dense if d <= DENSE_LIMIT else _truncated)(images, most)
     if rank is None:
         needed = int((variances.cumsum(0) < SHARE * total).sum()) + 1
         basis, variances = basis[:, :needed], variances[:needed]
@@ -109,7 +103,7 @@ def _chunks(images: np.ndarray, chosen: np.ndarray) -> Iterator[Tensor]:
 
 
 def _dense(images: np.ndarray, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return mean [D], basis [D, r], variances [r] and total variance, exact, in float64."""
+    """Mean [D], basis [D, r], variances [r] and total variance, exact, in float64."""
     d = math.prod(images.shape[1:])
     first, second = torch.zeros(d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64)
     for rows in _chunks(images, np.arange(len(images))):
@@ -122,10 +116,13 @@ def _dense(images: np.ndarray, rank: int) -> tuple[Tensor, Tensor, Tensor, Tenso
     return mean, vectors[:, -rank:].flip(1), values[-rank:].flip(0).clamp(min=0), covariance.trace()
 
 
-def _truncated(rows: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the results of `_dense` from rows [n, D] by a randomised decomposition; centres the rows in place."""
-    mean = rows.mean(0)
-    rows -= mean
+def _truncated(images: np.ndarray, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The results of `_dense`, by a randomised decomposition of a subset of the images."""
+    limit = max(2, SUBSET_VALUES // (2 * math.prod(images.shape[1:])))
+    chosen = np.sort(np.random.default_rng(0).permutation(len(images))[:limit])
+    rows = torch.cat(list(_chunks(images, chosen)))
+    rank, mean = min(rank, len(rows) - 1), rows.mean(0)
+    rows -= mean  # in place: the rows are large
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         _, values, basis = torch.svd_lowrank(rows, q=min(rank + 16, *rows.shape), niter=4)
