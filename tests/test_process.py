@@ -8,10 +8,10 @@ import pytest
 import torch
 from toys import process
 
-from mlem_diffusion.diffusion.process import CosineSchedule, LinearSchedule, Process, Schedule, add_noise, alpha_sigma
+from mlem_diffusion.diffusion.process import CosineSchedule, LinearSchedule, Process, add_noise, alpha_sigma
 from mlem_diffusion.errors import UserError
 
-SCHEDULES: list[Schedule] = [LinearSchedule(), CosineSchedule()]
+SCHEDULES: list[Any] = [LinearSchedule(), CosineSchedule()]
 
 
 def test_alpha_and_sigma_follow_from_the_log_snr() -> None:
@@ -41,14 +41,14 @@ def test_cosine_schedule_is_the_published_formula() -> None:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_time_inverts_logsnr(schedule: Schedule) -> None:
+def test_time_inverts_logsnr(schedule: Any) -> None:
     t = np.linspace(0.002, 0.995, 100)
     assert np.all(np.diff(schedule.logsnr(t)) < 0)
     np.testing.assert_allclose(schedule.time(schedule.logsnr(t)), t, rtol=1e-9)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_beta_is_the_slope_of_log_alpha2(schedule: Schedule) -> None:
+def test_beta_is_the_slope_of_log_alpha2(schedule: Any) -> None:
     t, h = np.linspace(0.05, 0.95, 19), 1e-5
     slope = -2 * (np.log(alpha_sigma(schedule.logsnr(t + h))[0]) - np.log(alpha_sigma(schedule.logsnr(t - h))[0]))
     np.testing.assert_allclose(schedule.beta(t), slope / (2 * h), rtol=1e-6)
@@ -56,7 +56,7 @@ def test_beta_is_the_slope_of_log_alpha2(schedule: Schedule) -> None:
 
 @pytest.mark.parametrize("spacing", ["time", "logsnr"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_grids_are_subsets_with_common_ends(schedule: Schedule, spacing: str) -> None:
+def test_grids_are_subsets_with_common_ends(schedule: Any, spacing: str) -> None:
     p = Process(schedule, -7.0, 8.0, 101, spacing)
     base = p.grid()
     assert len(base.logsnr) == 101

@@ -15,33 +15,28 @@ from torch import Tensor
 
 from ..errors import UserError
 
-Array = np.ndarray
 
-
-def alpha_sigma(logsnr: Array | float) -> tuple[Array, Array]:
+def alpha_sigma(logsnr: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
     """alpha and sigma at a log-SNR (any shape, float64): alpha^2 = 1 / (1 + exp(-logsnr))."""
     return np.exp(-0.5 * np.logaddexp(0.0, np.negative(logsnr))), np.exp(-0.5 * np.logaddexp(0.0, logsnr))
 
 
 @dataclass(frozen=True)
 class LinearSchedule:
-    """DDPM's linear beta (Ho et al. 2020) in continuous time (Song et al. 2021): beta(t) = b0 + (b1 - b0) t on [0, 1].
+    """DDPM's linear beta (Ho et al. 2020) in continuous time (Song et al. 2021), with t in [0, 1]."""
 
-    The defaults are the limit of 1000 discrete steps from 1e-4 to 0.02.
-    """
-
-    beta_min: float = 0.1
+    beta_min: float = 0.1  # the defaults are the limit of 1000 discrete steps from 1e-4 to 0.02
     beta_max: float = 20.0
 
-    def beta(self, t: Array) -> Array:
+    def beta(self, t: np.ndarray) -> np.ndarray:
         """-d log alpha^2 / dt, per unit of time."""
         return self.beta_min + (self.beta_max - self.beta_min) * t
 
-    def logsnr(self, t: Array) -> Array:
+    def logsnr(self, t: np.ndarray) -> np.ndarray:
         minus_log_alpha2 = self.beta_min * t + 0.5 * (self.beta_max - self.beta_min) * t**2
         return -np.log(np.expm1(minus_log_alpha2))
 
-    def time(self, logsnr: Array) -> Array:
+    def time(self, logsnr: np.ndarray) -> np.ndarray:
         """Inverse of `logsnr`; a log-SNR below logsnr(1) gives t > 1, by extrapolation of the schedule."""
         q = np.logaddexp(0.0, -logsnr)
         return 2 * q / (self.beta_min + np.sqrt(self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * q))
@@ -56,21 +51,18 @@ class CosineSchedule:
     def _phase(self, t: Any) -> Any:
         return (t + self.offset) / (1 + self.offset) * (math.pi / 2)
 
-    def beta(self, t: Array) -> Array:
+    def beta(self, t: np.ndarray) -> np.ndarray:
         """-d log alpha^2 / dt, per unit of time; it diverges at t = 1."""
         return math.pi / (1 + self.offset) * np.tan(self._phase(t))
 
-    def logsnr(self, t: Array) -> Array:
+    def logsnr(self, t: np.ndarray) -> np.ndarray:
         log_alpha2 = 2 * (np.log(np.cos(self._phase(t))) - math.log(math.cos(self._phase(0.0))))
         return log_alpha2 - np.log(-np.expm1(log_alpha2))
 
-    def time(self, logsnr: Array) -> Array:
+    def time(self, logsnr: np.ndarray) -> np.ndarray:
         """Inverse of `logsnr`."""
         phase = np.arccos(alpha_sigma(logsnr)[0] * math.cos(self._phase(0.0)))
         return phase / (math.pi / 2) * (1 + self.offset) - self.offset
-
-
-Schedule = LinearSchedule | CosineSchedule
 
 
 @dataclass(frozen=True)
@@ -80,12 +72,12 @@ class TimeGrid:
     They give n - 1 steps between neighbours and a final denoising at the last level.
     """
 
-    logsnr: Array  # [n] ascending
-    time: Array  # [n] descending, the schedule's t
-    beta: Array  # [n] -d log alpha^2 / dt
-    index: Array  # [n] positions in the base grid
-    base_logsnr: Array  # [N]
-    base_time: Array  # [N]
+    logsnr: np.ndarray  # [n] ascending
+    time: np.ndarray  # [n] descending, the schedule's t
+    beta: np.ndarray  # [n] -d log alpha^2 / dt
+    index: np.ndarray  # [n] positions in the base grid
+    base_logsnr: np.ndarray  # [N]
+    base_time: np.ndarray  # [N]
 
 
 @dataclass(frozen=True)
@@ -97,7 +89,7 @@ class Process:
     and that of DPM-Solver++(2M) 40 to 450 times smaller.
     """
 
-    schedule: Schedule
+    schedule: LinearSchedule | CosineSchedule
     logsnr_min: float = -9.0
     logsnr_max: float = 9.0
     base_steps: int = 1000
@@ -109,7 +101,7 @@ class Process:
         if not self.logsnr_min < self.logsnr_max or self.base_steps < 2:
             raise UserError("process needs logsnr_min < logsnr_max and base_steps >= 2.")
 
-    def logsnr_at(self, s: Array) -> Array:
+    def logsnr_at(self, s: np.ndarray) -> np.ndarray:
         """Log-SNR at position s in [0, 1] along the sampler's path (0: most noise), in the grid's spacing.
 
         Training draws s uniformly, so it sees noise levels as often as a sampler visits them.
@@ -131,7 +123,7 @@ class Process:
         time = base_time[index]
         return TimeGrid(base_logsnr[index], time, self.schedule.beta(time), index, base_logsnr, base_time)
 
-    def drift_weights(self, logsnr: Array) -> Array:
+    def drift_weights(self, logsnr: np.ndarray) -> np.ndarray:
         """Weights [S], sum 1, of squared denoising differences at ascending noise levels [S]: alpha^2 d(logsnr).
 
         A step that integrates the linear term exactly (DDIM, ancestral) adds alpha * denoised * d(logsnr) to x (half of

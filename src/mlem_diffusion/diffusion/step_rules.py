@@ -3,15 +3,15 @@
 All these rules are linear in (state, estimate, noise), so one loop (sampler.py) runs them all, and the effect of an
 estimate on the final image follows exactly from the transposed matrices and the derivative of the network.
 
-A program is the list of evaluations of one sampling run. Its state has m images, initially (x, 0, ..., 0). The network
-is always evaluated at state 0. The last evaluation is the final denoising: its update puts the estimate in state 0.
+The state has m images, initially (x, 0, ..., 0). The network is always evaluated at state 0.
 
 Notation: a step leads from noise level s to t, h = (logsnr_t - logsnr_s) / 2 > 0, and "denoised" is the estimate.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -30,18 +30,25 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class StepRule:
-    """A step rule: a function from grids to programs, and the clock that standardises its Brownian increments."""
+    """A step rule: the evaluations of its steps on a grid, and the clock that standardises its Brownian increments."""
 
     dynamics: str  # "sde" or "ode"
     name: str
     label: str  # the name in the literature
-    program: Callable[[TimeGrid], list[Evaluation]]
+    evaluations: Callable[[TimeGrid], Iterable[Evaluation]]
     clock: str | None  # "time" or "snr"; None without noise
 
     @property
     def key(self) -> str:
         """The key in STEP_RULES, such as "sde/ddpm"."""
         return f"{self.dynamics}/{self.name}"
+
+    def program(self, grid: TimeGrid) -> list[Evaluation]:
+        """All evaluations of a run; the last is the final denoising, which puts the estimate in state 0."""
+        steps = list(self.evaluations(grid))
+        final = np.zeros_like(steps[0].update)
+        final[0, -2] = 1
+        return [*steps, Evaluation(float(grid.logsnr[-1]), final)]
 
 
 @dataclass(frozen=True)
@@ -67,13 +74,7 @@ def steps_of(grid: TimeGrid) -> list[Step]:
     return [Step(*levels[i], *levels[i + 1], h[i + 1], h[i], beta_dt[i]) for i in range(len(beta_dt))]
 
 
-def _final_denoising(grid: TimeGrid, m: int) -> Evaluation:
-    update = np.zeros((m, m + 2))
-    update[0, m] = 1
-    return Evaluation(float(grid.logsnr[-1]), update)
-
-
-Coefficients = Callable[[Step], tuple[float, float, float]]  # (a, b, c) of a step x' = a x + b denoised + c z
+# Rules x' = a x + b denoised + c z return (a, b, c).
 
 
 def em_sde(step: Step) -> tuple[float, float, float]:
@@ -102,50 +103,41 @@ def ddim(step: Step) -> tuple[float, float, float]:
     return step.sigma_t / step.sigma_s, -step.alpha_t * math.expm1(-step.h), 0.0
 
 
-def _linear(coefficients: Coefficients, multistep: bool = False) -> Callable[[TimeGrid], list[Evaluation]]:
-    """The program of a rule x' = a x + b denoised + c z; its state is (x), or (x, previous estimate) if multistep.
+def _linear(rule: Callable[[Step], tuple], grid: TimeGrid, multistep: bool = False) -> Iterator[Evaluation]:
+    """Evaluations of a rule x' = a x + b denoised + c z; the state is (x), or (x, previous estimate) if multistep.
 
     A multistep rule extrapolates the last two estimates to the middle of the step, except in the first step. This makes
     DPM-Solver++(2M) with data prediction (Lu et al. 2022, algorithm 2) of DDIM, and its SDE form of the ancestral rule.
     """
-
-    def program(grid: TimeGrid) -> list[Evaluation]:
-        out = []
-        for i, step in enumerate(steps_of(grid)):
-            a, b, c = coefficients(step)
-            back = 0.0 if step.h_before is None else 0.5 * step.h / step.h_before
-            update = [[a, -b * back, b * (1 + back), c], [0, 0, 1, 0]] if multistep else [[a, b, c]]
-            out.append(Evaluation(step.logsnr_s, np.array(update), i if c else None))
-        return [*out, _final_denoising(grid, 2 if multistep else 1)]
-
-    return program
+    for i, step in enumerate(steps_of(grid)):
+        a, b, c = rule(step)
+        back = 0.0 if step.h_before is None else 0.5 * step.h / step.h_before
+        update = [[a, -b * back, b * (1 + back), c], [0, 0, 1, 0]] if multistep else [[a, b, c]]
+        yield Evaluation(step.logsnr_s, np.array(update), i if c else None)
 
 
-def heun(grid: TimeGrid) -> list[Evaluation]:
-    """Heun's method (Karras et al. 2022, algorithm 1): 2 (n - 1) + 1 evaluations for n noise levels.
+def heun(grid: TimeGrid) -> Iterator[Evaluation]:
+    """Heun's method (Karras et al. 2022, algorithm 1): two evaluations a step.
 
     For y = x / alpha with noise rho = sigma / alpha, the flow is dy = (y - denoised) / rho drho. The state is
     (the point to evaluate, x advanced with half of the first slope), both in units of x at t.
     """
-    out = []
     for step in steps_of(grid):
         # rho_t / rho_s = e^-h; the predictor is a DDIM step
         a, b, _ = ddim(step)
         to_t, drop = step.alpha_t / step.alpha_s, -0.5 * math.expm1(-step.h)
-        predict = np.array([[a, 0, b, 0], [to_t * (1 - drop), 0, step.alpha_t * drop, 0]])
+        yield Evaluation(step.logsnr_s, np.array([[a, 0, b, 0], [to_t * (1 - drop), 0, step.alpha_t * drop, 0]]))
         pull = 0.5 * math.expm1(step.h)  # (rho_s - rho_t) / (2 rho_t)
-        correct = np.array([[-pull, 1, step.alpha_t * pull, 0], [0, 0, 0, 0]])
-        out += [Evaluation(step.logsnr_s, predict), Evaluation(step.logsnr_t, correct)]
-    return [*out, _final_denoising(grid, 2)]
+        yield Evaluation(step.logsnr_t, np.array([[-pull, 1, step.alpha_t * pull, 0], [0, 0, 0, 0]]))
 
 
-def unipc(grid: TimeGrid) -> list[Evaluation]:
+def unipc(grid: TimeGrid) -> Iterator[Evaluation]:
     """UniPC of order 2 with its corrector, B(h) = e^h - 1 (bh2) and data prediction (Zhao et al. 2023).
 
     The first step has order 1. Predictor and corrector share one network evaluation, at the predicted point. The state
     is (predicted point, corrected point without the term of the estimate at the predicted point, previous estimate).
     """
-    out, share = [], None  # share: coefficient of the new estimate in the corrected point; None for the first point
+    share = None  # coefficient of the new estimate in the corrected point; None for the first point
     for step in steps_of(grid):
         corrected = np.array([1.0, 0, 0, 0, 0]) if share is None else np.array([0, 1.0, 0, share, 0])
         new, before = np.array([0, 0, 0, 1.0, 0]), np.array([0, 0, 1.0, 0, 0])
@@ -157,9 +149,8 @@ def unipc(grid: TimeGrid) -> list[Evaluation]:
             slope = (new - before) / r
             weight, old = _corrector_weights(step.h, r)
             predicted, rest = new + 0.5 * slope, (1 - weight) * new + old * slope
-        out.append(Evaluation(step.logsnr_s, np.stack([a * corrected + b * predicted, a * corrected + b * rest, new])))
+        yield Evaluation(step.logsnr_s, np.stack([a * corrected + b * predicted, a * corrected + b * rest, new]))
         share = b * weight
-    return [*out, _final_denoising(grid, 3)]
 
 
 def _corrector_weights(h: float, r: float) -> tuple[float, float]:
@@ -180,12 +171,12 @@ def _phi(k: int, z: float) -> float:
 
 
 _RULES = [
-    StepRule("sde", "em", "EM", _linear(em_sde), "time"),
-    StepRule("sde", "ddpm", "DDPM ancestral", _linear(ddpm), "snr"),
-    StepRule("sde", "dpmpp_2m", "DPM-Solver++(2M)", _linear(ddpm, multistep=True), "snr"),
-    StepRule("ode", "em", "EM", _linear(em_ode), None),
-    StepRule("ode", "ddim", "DDIM", _linear(ddim), None),
-    StepRule("ode", "dpmpp_2m", "DPM-Solver++(2M)", _linear(ddim, multistep=True), None),
+    StepRule("sde", "em", "EM", partial(_linear, em_sde), "time"),
+    StepRule("sde", "ddpm", "DDPM ancestral", partial(_linear, ddpm), "snr"),
+    StepRule("sde", "dpmpp_2m", "DPM-Solver++(2M)", partial(_linear, ddpm, multistep=True), "snr"),
+    StepRule("ode", "em", "EM", partial(_linear, em_ode), None),
+    StepRule("ode", "ddim", "DDIM", partial(_linear, ddim), None),
+    StepRule("ode", "dpmpp_2m", "DPM-Solver++(2M)", partial(_linear, ddim, multistep=True), None),
     StepRule("ode", "heun", "Heun", heun, None),
     StepRule("ode", "unipc", "UniPC", unipc, None),
 ]

@@ -27,9 +27,6 @@ PUBLISHED, INDEX = "published", "family.json"  # folder, and its description
 BF16 = "ema-bf16.safetensors"
 
 
-# -------------------------------------------------------------------------------------------- one file of a level
-
-
 def save_weights(path: Path, module: nn.Module, dtype: torch.dtype | None = None) -> str:
     """Write a module's parameters and buffers as safetensors; return the file's SHA-256. dtype: of the parameters."""
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in module.state_dict().items()}
@@ -62,7 +59,7 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any] | None:
-    """Return the resume state, or None without a file; Damaged if it cannot be read. No code in the file can run."""
+    """The resume state, or None without a file; Damaged if it cannot be read. No code in the file can run."""
     if not path.is_file():
         return None
     try:
@@ -75,7 +72,7 @@ def load_state(path: Path) -> dict[str, Any] | None:
 
 
 def explained(error: Exception, path: Path, text: str) -> Exception:
-    """Return Damaged with this text, but lack of memory is not the file's fault."""
+    """Damaged with this text, but lack of memory is not the file's fault."""
     return error if is_out_of_memory(error) else Damaged(path, f"{path} {text}.")
 
 
@@ -88,10 +85,10 @@ def level_name(width: int, seed: int | None = None) -> str:
 
 
 def at_width(settings: Mapping[str, Any], width: int) -> dict[str, Any]:
-    """Return the settings for a level of this width.
+    """The settings for a level of this width; UserError for an entry of settings["narrow"] without `upto`.
 
-    settings["narrow"] lists changes for narrow levels, such as {upto: 32, images: 500000}. The entry with the smallest
-    `upto` that is at least the width applies. Raises UserError for an entry without `upto`.
+    "narrow" lists changes for narrow levels, such as {upto: 32, images: 500000}. Of the entries whose `upto` is at least
+    the width, the one with the smallest applies.
     """
     entries: Any = settings.get("narrow") or ()
     if any(not isinstance(entry, Mapping) or "upto" not in entry for entry in entries):
@@ -101,26 +98,25 @@ def at_width(settings: Mapping[str, Any], width: int) -> dict[str, Any]:
     return {key: value for key, value in {**settings, **changes}.items() if key not in ("narrow", "upto")}
 
 
-def build_denoiser(
-    width: int, size: int, data_rms: float, unet: Mapping[str, Any], target: str, seed: int = 0
-) -> Denoiser:
-    """Return an untrained denoiser; its weights depend only on the seed, the width and its settings (`at_width`)."""
+def build_denoiser(width: int, size: int, data_rms: float, unet: Mapping, target: str, seed: int = 0) -> Denoiser:
+    """An untrained denoiser; its weights depend only on the seed, the width and its settings (`at_width`)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed * 100_003 + width)
         return Denoiser(UNet(width, size, **at_width(unet, width)), data_rms, target)
 
 
 def describe(width: int, size: int, data_rms: float, unet: Mapping[str, Any], target: str) -> dict[str, Any]:
-    """Return a level's description before training, with parameter count and FLOPs per evaluation of one image."""
+    """A level's description before training, with parameter count and FLOPs per evaluation of one image."""
     denoiser = build_denoiser(width, size, data_rms, unet, target)
-    asked = {"name": level_name(width), "width": width, "size": size, "target": target, "data_rms": data_rms}
-    parameters = sum(p.numel() for p in denoiser.parameters())
-    flops = flops_per_evaluation(denoiser, (3, size, size))
-    return {**asked, "unet": at_width(unet, width), "parameters": parameters, "flops": flops}
+    return {
+        "name": level_name(width), "width": width, "size": size, "target": target, "data_rms": data_rms,
+        "unet": at_width(unet, width), "parameters": sum(p.numel() for p in denoiser.parameters()),
+        "flops": flops_per_evaluation(denoiser, (3, size, size)),
+    }  # fmt: skip
 
 
 def read_metadata(directory: Path, names: Iterable[str]) -> list[dict[str, Any]]:
-    """Return metadata.json of each named level; UserError if one is not trained or damaged."""
+    """metadata.json of each named level; UserError if one is not trained or damaged."""
     found = []
     for path in [directory / name / "metadata.json" for name in names]:
         found.append(
@@ -132,20 +128,20 @@ def read_metadata(directory: Path, names: Iterable[str]) -> list[dict[str, Any]]
 
 
 def weights_of(metadata: Mapping[str, Any], snapshot: int | None = None) -> tuple[str, str]:
-    """Return file name and SHA-256 of a level's final weights, or of those at a training length (an index)."""
+    """File name and SHA-256 of a level's final weights, or of those at a training length (an index)."""
     if snapshot is None:
         return metadata.get("weights_file", "ema.safetensors"), metadata["weights_sha256"]
     return metadata["snapshots"][snapshot]["file"], metadata["snapshots"][snapshot]["sha256"]
 
 
 def identity_of(metadata: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the hashes by which artefacts name their levels: of the images and of the weights before rounding."""
+    """The hashes by which artefacts name their levels: of the images and of the weights before rounding."""
     levels = {m["name"]: m.get("trained_weights_sha256", m["weights_sha256"]) for m in metadata}
     return {"levels": levels, "data": metadata[0]["data_sha256"]}
 
 
 def load_denoiser(folder: Path, metadata: Mapping[str, Any], snapshot: int | None = None) -> Denoiser:
-    """Return a level's trained denoiser, in float32 on the CPU; snapshot: as in `weights_of`."""
+    """A level's trained denoiser, in float32 on the CPU; snapshot: as in `weights_of`."""
     hint = RESTORE if "trained_weights_sha256" in metadata else AGAIN
     with expect_content(folder / "metadata.json", hint):
         denoiser = build_denoiser(*(metadata[key] for key in ("width", "size", "data_rms", "unet", "target")))
