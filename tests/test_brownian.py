@@ -10,7 +10,6 @@ from mlem_diffusion.diffusion.brownian import (
     BrownianPath,
     coin_uniforms,
     increment_weights,
-    initial_noise,
     stream_seed,
     training_generator,
 )
@@ -57,7 +56,7 @@ def test_increments_are_standard_and_uncorrelated(clock: str) -> None:
 
 def test_numbers_depend_on_the_seed_alone() -> None:
     grid = process(70).grid(9)
-    assert torch.equal(initial_noise([3, 4, 5], SHAPE, CPU)[1:2], initial_noise([4], SHAPE, CPU))
+    assert torch.equal(BrownianPath([3, 4, 5], SHAPE).initial()[1:2], BrownianPath([4], SHAPE).initial())
     together = BrownianPath([3, 4, 5], SHAPE).increments(grid, "snr")
     assert torch.equal(together[:, 1:2], BrownianPath([4], SHAPE).increments(grid, "snr"))
     assert np.array_equal(coin_uniforms([3, 4], 1, 10)[1:], coin_uniforms([4], 1, 10))
@@ -70,7 +69,7 @@ def test_streams_are_separate() -> None:
     keys = [(stream, seed, number) for stream in range(4) for seed in range(20) for number in range(20)]
     assert len({stream_seed(*key) for key in keys}) == len(keys)
     grid, n = process(70).grid(), 3 * 64 * 64
-    start = initial_noise([0, 1], (3, 64, 64), CPU).reshape(2, n)
+    start = BrownianPath([0, 1], (3, 64, 64)).initial().reshape(2, n)
     path = BrownianPath([0, 1], (3, 64, 64)).increments(grid, "time").reshape(-1, n)
     rows = torch.cat([start, path]).double()
     assert (rows @ rows.T / n - torch.eye(len(rows))).fill_diagonal_(0).abs().max() < 6 / np.sqrt(n)

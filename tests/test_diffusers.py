@@ -9,9 +9,8 @@ from torch import Tensor
 from toys import grid_of, nonlinear_denoise
 
 from mlem_diffusion.diffusion.brownian import BrownianPath
-from mlem_diffusion.diffusion.estimator import SingleLevel
 from mlem_diffusion.diffusion.level import Level
-from mlem_diffusion.diffusion.sampler import sample
+from mlem_diffusion.diffusion.sampler import SingleLevel, sample
 from mlem_diffusion.diffusion.step_rules import STEP_RULES
 
 diffusers = pytest.importorskip("diffusers")

@@ -6,9 +6,8 @@ import torch
 from toys import SHAPE, process, toy_family
 
 from mlem_diffusion.diffusion.brownian import BrownianPath
-from mlem_diffusion.diffusion.estimator import Estimator, SingleLevel, Stitched, WeightTable
 from mlem_diffusion.diffusion.level import Level
-from mlem_diffusion.diffusion.sampler import sample
+from mlem_diffusion.diffusion.sampler import Estimator, SingleLevel, Stitched, WeightTable, sample
 from mlem_diffusion.diffusion.step_rules import STEP_RULES
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.multilevel.estimators import Multilevel, Quadrature

@@ -9,10 +9,9 @@ from toys import SHAPE, gaussian_level, gaussian_variance, grid_of, nonlinear_de
 
 from mlem_diffusion.diffusion import brownian
 from mlem_diffusion.diffusion.brownian import BrownianPath
-from mlem_diffusion.diffusion.estimator import SingleLevel, WeightTable
 from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.diffusion.process import TimeGrid, alpha_sigma
-from mlem_diffusion.diffusion.sampler import sample
+from mlem_diffusion.diffusion.sampler import SingleLevel, WeightTable, sample
 from mlem_diffusion.diffusion.step_rules import REFERENCE_RULE, STEP_RULES, Evaluation, StepRule, step_rule, steps_of
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.multilevel.estimators import Multilevel

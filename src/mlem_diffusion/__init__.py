@@ -5,10 +5,9 @@ sub-packages of their own.
 """
 
 from .diffusion.brownian import BrownianPath
-from .diffusion.estimator import SingleLevel, Stitched
 from .diffusion.level import Level
 from .diffusion.process import CosineSchedule, LinearSchedule, Process
-from .diffusion.sampler import sample
+from .diffusion.sampler import SingleLevel, Stitched, sample
 from .diffusion.step_rules import step_rule
 from .errors import UserError
 from .models.adapters import adapt, from_diffusers, guided

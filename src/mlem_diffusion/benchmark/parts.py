@@ -14,10 +14,9 @@ import torch
 from torch.utils.benchmark import Measurement, Timer
 
 from ..diffusion.brownian import BrownianPath
-from ..diffusion.estimator import SingleLevel
 from ..diffusion.level import Level, flops_per_evaluation
 from ..diffusion.process import Process
-from ..diffusion.sampler import sample
+from ..diffusion.sampler import SingleLevel, sample
 from ..diffusion.step_rules import step_rule
 from ..errors import SlowPath
 from ..models.compiled import FastDenoiser, first_line

@@ -10,10 +10,9 @@ from torch import Tensor
 from .. import parallel
 from ..data.pixels import to_uint8
 from ..diffusion.brownian import BrownianPath
-from ..diffusion.estimator import Estimator
 from ..diffusion.level import Ledger, joined
 from ..diffusion.process import TimeGrid
-from ..diffusion.sampler import sample
+from ..diffusion.sampler import Estimator, sample
 from ..diffusion.step_rules import StepRule
 from ..errors import UserError
 from ..files import atomic_write

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from ..data.pixels import to_uint8
 from ..diffusion.brownian import BrownianPath
-from ..diffusion.estimator import Estimator, SingleLevel
 from ..diffusion.level import Ledger, Level, joined
 from ..diffusion.process import Process, TimeGrid
-from ..diffusion.sampler import sample
+from ..diffusion.sampler import Estimator, SingleLevel, sample
 from ..diffusion.step_rules import REFERENCE_RULE
 from ..errors import Interrupted, UserError
 from ..files import cached, read_arrays, write_arrays

@@ -42,14 +42,6 @@ def coin_uniforms(seeds: Sequence[int], level: int, count: int) -> np.ndarray:
     return np.stack([np.random.default_rng(_mixed((_COIN, seed, level))).random(count) for seed in seeds])
 
 
-def initial_noise(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Standard normal starting points [B, *shape], one per seed."""
-    out = torch.empty(len(seeds), *shape, device=device)
-    for i, seed in enumerate(seeds):
-        out[i].normal_(generator=torch.Generator(device=device).manual_seed(stream_seed(_INITIAL, seed)))
-    return out
-
-
 def increment_weights(grid: TimeGrid, clock: str) -> np.ndarray:
     """Weights [n-1, N-1] of the base increments in each standardised increment of the grid; rows have norm 1.
 
@@ -84,7 +76,10 @@ class BrownianPath:
 
     def initial(self) -> Tensor:
         """Standard normal starting points [B, *shape]."""
-        return initial_noise(self.seeds, self.shape, self.device)
+        out = torch.empty(len(self.seeds), *self.shape, device=self.device)
+        for i, seed in enumerate(self.seeds):
+            out[i].normal_(generator=torch.Generator(device=self.device).manual_seed(stream_seed(_INITIAL, seed)))
+        return out
 
     def increments(self, grid: TimeGrid, clock: str, steps: slice = slice(None)) -> Tensor:
         """Standardised Brownian increments [n-1, B, *shape] of all steps of a grid, or of a slice of them.

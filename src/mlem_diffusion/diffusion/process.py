@@ -127,8 +127,7 @@ class Process:
         """Weights [S], sum 1, of squared denoising differences at ascending noise levels [S]: alpha^2 d(logsnr).
 
         A step that integrates the linear term exactly (DDIM, ancestral) adds alpha * denoised * d(logsnr) to x (half of
-        that for the ODE), so the weighted sum is the mean squared error of the drift in the log-SNR clock, whatever the
-        grid's spacing. Measured gains from drift to image are nearly constant over the noise levels that matter.
+        that for the ODE), so the weighted sum is the mean squared error of the drift in the log-SNR clock.
         """
         edges = np.concatenate([logsnr[:1], 0.5 * (logsnr[1:] + logsnr[:-1]), logsnr[-1:]])
         weights = alpha_sigma(logsnr)[0] ** 2 * np.diff(edges)

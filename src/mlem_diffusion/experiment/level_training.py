@@ -8,9 +8,8 @@ from typing import Any
 from .. import parallel
 from ..data.pixels import to_uint8
 from ..diffusion.brownian import BrownianPath
-from ..diffusion.estimator import SingleLevel
 from ..diffusion.level import Level
-from ..diffusion.sampler import sample
+from ..diffusion.sampler import SingleLevel, sample
 from ..diffusion.step_rules import step_rule
 from ..figures import style
 from ..figures.image_grid import image_grid

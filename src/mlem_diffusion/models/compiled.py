@@ -26,13 +26,6 @@ _PROGRAMS = 256  # programs that dynamo may cache per function: each level of a 
 _SMALLEST, _WASTE = 8, 0.25  # smallest bucket; largest padding as a fraction of the samples
 
 
-def should_compile(setting: str, device: torch.device) -> bool:
-    """Whether to compile ("on" and "max": yes, "off": no, "auto": on CUDA); UserError for other settings."""
-    if setting not in SETTINGS:
-        raise UserError(f"compile = {setting!r} is unknown; expected one of {', '.join(SETTINGS)}.")
-    return setting in ("on", "max") or (setting == "auto" and device.type == "cuda")
-
-
 def first_line(error: BaseException) -> str:
     """The first line of an error that is not blank, shortened."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].strip().rstrip(".:")[:160]
@@ -41,14 +34,17 @@ def first_line(error: BaseException) -> str:
 class Compiled:
     """A function or module that torch.compile compiles when it is first used; compiled programs are kept on disk.
 
-    setting "max" tunes kernels, which takes minutes. CUDA graphs are left to the callers, who know which buffers are
-    fixed. If only the compiled function fails at its first use, it stays eager, with one SlowPath warning that begins
-    with `what`. Out-of-memory errors, and errors after the first use, are raised.
+    setting: "off", "on", "auto" (on CUDA), or "max", which tunes kernels and takes minutes. CUDA graphs are left to the
+    callers, who know which buffers are fixed. If only the compiled function fails at its first use, it stays eager,
+    with one SlowPath warning that begins with `what`. Out-of-memory errors, and errors after the first use, are raised.
     """
 
     def __init__(self, function: Callable[..., Any], what: str, setting: str, device: torch.device, **options: Any):
+        if setting not in SETTINGS:
+            raise UserError(f"compile = {setting!r} is unknown; expected one of {', '.join(SETTINGS)}.")
         self.function, self.what, self.options = function, what, options
-        self.tried = False  # whether it is decided that the function is compiled or not
+        # whether it is decided that the function is compiled or not
+        self.decided = setting == "off" or (setting == "auto" and device.type != "cuda")
         if device.type == "cuda":
             tuned = {"coordinate_descent_tuning": True, "max_autotune": True} if setting == "max" else {}
             self.options["options"] = {"conv_1x1_as_mm": True, "triton.cudagraphs": False, **tuned}
@@ -58,7 +54,7 @@ class Compiled:
 
     def use(self, work: Callable[[Callable[..., Any]], T]) -> T:
         """Return work(function); its first call also decides whether the function is compiled."""
-        if self.tried:
+        if self.decided:
             return work(self.function)
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home / "mlem-diffusion" / "compile"))
@@ -74,7 +70,7 @@ class Compiled:
             result = work(self.function)  # raises the function's own errors
             reason = f"compilation failed ({first_line(error)})"
             warnings.warn(f"{self.what} runs eagerly: {reason}.", SlowPath, stacklevel=3)
-        self.tried = True
+        self.decided = True
         return result
 
 
@@ -104,8 +100,8 @@ class FastDenoiser:
     """A frozen copy of a denoiser (x [B,3,S,S], logsnr 0-dim or [B]) -> float32 [B,3,S,S], as fast as the device can.
 
     precision: "float32", or "bf16" for the network's weights and activations; group-norm statistics (torch's kernels
-    accumulate them in float32), the noise-level features and the preconditioning stay float32. compile: as for
-    `should_compile`. On CUDA each batch-size bucket (`cover`; `batch` is an additional bucket) is captured once as a
+    accumulate them in float32), the noise-level features and the preconditioning stay float32. compile: the setting of
+    `Compiled`. On CUDA each batch-size bucket (`cover`; `batch` is an additional bucket) is captured once as a
     CUDA graph, compiled or not. If compilation or capture fails, the network runs without it, with one SlowPath
     warning. If derivatives with respect to x are needed, it runs eagerly.
     """
@@ -129,13 +125,11 @@ class FastDenoiser:
             network.unet.join_conditioning()
         self.network, self.name, self.batch = network, name, batch
         device = next(self.network.parameters()).device
-        compiles = should_compile(compile, device)
-        self.run = Compiled(self.network, name, compile, device) if compiles else self.network
+        self.run = Compiled(self.network, name, compile, device)
         self.graphs: dict[tuple, _Graph] | None = {} if graphs and device.type == "cuda" else None
 
     def __call__(self, x: Tensor, logsnr: Tensor) -> Tensor:
-        if logsnr.ndim == 0:  # shared by all samples, so it is embedded once
-            logsnr = logsnr.reshape(1)
+        logsnr = logsnr.reshape(-1)  # one level that all samples share is embedded once
         # forward derivatives or another functorch transform
         if forward_ad._current_level >= 0 or torch._C._functorch.is_functorch_wrapped_tensor(x):  # pyright: ignore
             with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no forward derivative

@@ -87,8 +87,8 @@ def level_name(width: int, seed: int | None = None) -> str:
 def at_width(settings: Mapping[str, Any], width: int) -> dict[str, Any]:
     """The settings for a level of this width; UserError for an entry of settings["narrow"] without `upto`.
 
-    "narrow" lists changes for narrow levels, such as {upto: 32, images: 500000}. Of the entries whose `upto` is at least
-    the width, the one with the smallest applies.
+    "narrow" lists changes for narrow levels, such as {upto: 32, images: 500000}. The entry with the smallest `upto` of
+    at least the width applies.
     """
     entries: Any = settings.get("narrow") or ()
     if any(not isinstance(entry, Mapping) or "upto" not in entry for entry in entries):

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..diffusion.estimator import Estimator
 from ..diffusion.level import Level, check_family
+from ..diffusion.sampler import Estimator
 from ..errors import UserError
 from .probabilities import draw_coins, evaluation_probabilities, telescope_weights
 

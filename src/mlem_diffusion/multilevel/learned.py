@@ -26,10 +26,9 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..diffusion.brownian import stream_seed
-from ..diffusion.estimator import WeightTable
 from ..diffusion.level import Level
 from ..diffusion.process import TimeGrid, expand
-from ..diffusion.sampler import advance
+from ..diffusion.sampler import WeightTable, advance
 from ..diffusion.step_rules import Evaluation, StepRule
 from ..errors import UserError
 from .probabilities import evaluation_probabilities, telescope_weights

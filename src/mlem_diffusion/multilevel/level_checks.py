@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..diffusion.estimator import WeightTable
 from ..diffusion.level import Level
+from ..diffusion.sampler import WeightTable
 from .estimators import Multilevel
 
 # relative differences: of a repeated call (GPU kernels may sum in another order), of another batch, of the telescope
