@@ -1,7 +1,4 @@
-"""Levels: denoisers of increasing accuracy and cost; the FLOPs of a network, and what a run has cost.
-
-Any callable can be a level; a family is a list of levels.
-"""
+"""Levels: denoisers of increasing accuracy and cost. The FLOPs of a network, and the ledger of what a run has cost."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +16,7 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class Level:
-    """One denoiser f^k.
+    """One denoiser f^k, of any callable; a family is a list of levels.
 
     denoise maps (x [B,C,H,W], logsnr) to the denoised image [B,C,H,W], for x = alpha x0 + sigma eps with
     alpha^2 = sigmoid(logsnr). logsnr is 0-dimensional if all samples share it, else [B]. flops is the cost of one

@@ -34,7 +34,6 @@ class Estimator(ABC):
         return np.count_nonzero(self.weights(evaluations, [0])[:, 0], axis=0).astype(np.float64)
 
     def expected_flops(self, evaluations: int) -> float:
-        """Expected FLOPs per image, exact."""
         return float(self.expected_evaluations(evaluations) @ [level.flops for level in self.levels])
 
     def clusters(self, seeds: Sequence[int]) -> list[int]:

@@ -74,9 +74,7 @@ def steps_of(grid: TimeGrid) -> list[Step]:
     return [Step(*levels[i], *levels[i + 1], h[i + 1], h[i], beta_dt[i]) for i in range(len(beta_dt))]
 
 
-# Rules x' = a x + b denoised + c z return (a, b, c).
-
-
+# the four rules x' = a x + b denoised + c z return (a, b, c)
 def em_sde(step: Step) -> tuple[float, float, float]:
     """Euler-Maruyama in t of the reverse SDE dx = -beta (x/2 + score) dt + sqrt(beta) dW (Song et al. 2021, eq. 6),
     with score = (alpha denoised - x) / sigma^2."""

@@ -22,11 +22,7 @@ from ..diffusion.process import expand
 from ..errors import UserError
 from .compiled import first_line
 
-KNOWN = {
-    "prediction": ("epsilon", "v", "x0", "score"),
-    "coordinates": ("vp", "ve"),
-    "time": ("logsnr", "sigma", "timestep"),
-}
+PREDICTIONS, COORDINATES, TIMES = ("epsilon", "v", "x0", "score"), ("vp", "ve"), ("logsnr", "sigma", "timestep")
 TOLERANCE = 1e-3  # in log-SNR, at the ends of the trained range: float32 tables are rounded
 
 
@@ -51,10 +47,10 @@ def adapt(
     arguments; tensors [1, ...], also nested, are expanded to the batch. flops: of one image; counted for a Module and
     `shape`. Raises UserError for what does not fit; the level does so for noise levels outside the trained range.
     """
-    given = {"prediction": prediction, "coordinates": coordinates, "time": "logsnr" if callable(time) else time}
-    for what, value in given.items():
-        if value not in KNOWN[what]:
-            raise UserError(f"{name}: {what} = {value!r} is unknown; expected one of {', '.join(KNOWN[what])}.")
+    given = ((prediction, PREDICTIONS), (coordinates, COORDINATES), ("logsnr" if callable(time) else time, TIMES))
+    for value, known in given:
+        if value not in known:
+            raise UserError(f"{name}: {value!r} is unknown; expected one of {', '.join(known)}.")
     if (alphas_cumprod is not None) != (time == "timestep"):
         raise UserError(f"{name}: time='timestep' and the alphas_cumprod of the network's training belong together.")
     table = None if alphas_cumprod is None else _timestep_table(alphas_cumprod)

@@ -184,9 +184,7 @@ def read_index(folder: Path) -> dict[str, Any] | None:
     return read_json(path, RESTORE) if path.is_file() else None
 
 
-def publish(
-    source: Path, target: Path, levels: Sequence[Mapping], repeats: Sequence[Mapping], facts: Mapping[str, Any]
-) -> None:
+def publish(source: Path, target: Path, levels: list[dict], repeats: list[dict], facts: dict) -> None:
     """Write the levels of the folder `source`, family.json and the model card into the folder `target`.
 
     levels, repeats: metadata, of the levels trained again too. facts: about images, training and the other files.
@@ -202,16 +200,14 @@ def publish(
     write_text(target / "README.md", model_card(levels, facts))
 
 
-def model_card(levels: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str:
+def model_card(levels: list[dict], facts: dict) -> str:
     """The README.md of a published folder, in Markdown."""
     name, data, training, m = facts["experiment"], facts["data"], facts["training"], levels[0]
-    rows = []
+    table, (licence, terms) = "", licence_of(data)
     for level in levels:
         unet = ", ".join(f"{key} {value}" for key, value in level["unet"].items() if value not in ([], None))
         sizes = f"{level['parameters']:,} | {level['flops'] / 1e6:.4g} | {level['images']:,}"
-        rows.append(f"| {level['name']} | {unet} | {sizes} | {np.mean(level['held_out']['loss']):.5f} |")
-    table = "\n".join(rows)
-    licence, terms = licence_of(data)
+        table += f"| {level['name']} | {unet} | {sizes} | {np.mean(level['held_out']['loss']):.5f} |\n"
     return f"""---
 license: {licence}
 tags: [diffusion, multilevel-euler-maruyama]
@@ -225,7 +221,6 @@ images or training. All settings are in the JSON files.
 | level | UNet | parameters | MFLOP per evaluation | training images seen | held-out loss |
 | --- | --- | --- | --- | --- | --- |
 {table}
-
 The networks take `x = alpha * image + sigma * noise`, with {m["size"]}x{m["size"]} RGB images in [-1, 1], and a log-SNR
 from {m["logsnr_range"][0]} to {m["logsnr_range"][1]}; they predict {m["target"]}. Held-out loss: mean squared error of
 the denoised image, before rounding, over held-out images and noise levels along the sampler's path.

@@ -25,18 +25,13 @@ def _zero(layer: nn.Conv2d) -> nn.Conv2d:
     return layer
 
 
-def _resampled(x: Tensor, how: str) -> Tensor:
-    if how == "none":
-        return x
-    return F.avg_pool2d(x, 2) if how == "down" else F.interpolate(x, scale_factor=2, mode="nearest")
-
-
 class ResBlock(nn.Module):
     """norm, SiLU, (resample), conv, norm scaled and shifted by the embedding, SiLU, conv, plus the skip path."""
 
     def __init__(self, inputs: int, outputs: int, embedding: int, resample: str, dropout: float):
         super().__init__()
         self.resample = resample
+        self.resampled = {"none": nn.Identity(), "down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2)}[resample]
         self.norm1, self.conv1 = _norm(inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
         self.affine = nn.Linear(embedding, 2 * outputs)
         self.norm2, self.conv2 = _norm(outputs), _zero(nn.Conv2d(outputs, outputs, 3, padding=1))
@@ -45,10 +40,10 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """condition: output of `affine` for the embedding, [B, 2 * outputs], or [1, ...] for a shared noise level."""
-        h = self.conv1(_resampled(F.silu(self.norm1(x)), self.resample))
+        h = self.conv1(self.resampled(F.silu(self.norm1(x))))
         scale, shift = condition[:, :, None, None].chunk(2, dim=1)
         h = F.silu(torch.addcmul(shift, self.norm2(h), scale + 1))
-        return self.skip(_resampled(x, self.resample)) + self.conv2(self.dropout(h))
+        return self.skip(self.resampled(x)) + self.conv2(self.dropout(h))
 
 
 class Attention(nn.Module):
