@@ -60,7 +60,6 @@ class CosineSchedule:
         return log_alpha2 - np.log(-np.expm1(log_alpha2))
 
     def time(self, logsnr: np.ndarray) -> np.ndarray:
-        """Inverse of `logsnr`."""
         phase = np.arccos(alpha_sigma(logsnr)[0] * math.cos(self._phase(0.0)))
         return phase / (math.pi / 2) * (1 + self.offset) - self.offset
 

@@ -39,8 +39,7 @@ class StepRule:
     clock: str | None  # "time" or "snr"; None without noise
 
     @property
-    def key(self) -> str:
-        """The key in STEP_RULES, such as "sde/ddpm"."""
+    def key(self) -> str:  # such as "sde/ddpm"
         return f"{self.dynamics}/{self.name}"
 
     def program(self, grid: TimeGrid) -> list[Evaluation]:

@@ -98,9 +98,8 @@ def from_diffusers(name: str, unet: nn.Module, scheduler: Any, **options: Any) -
         raise UserError(f"{name}: the scheduler's prediction type {predicts!r} is unknown; use adapt().")
     config: Any = unet.config
     size = config.sample_size
-    own_shape = (config.in_channels, *((size, size) if isinstance(size, int) else size))
-    options = {"shape": own_shape, "time": "timestep", "alphas_cumprod": scheduler, **options}
-    return adapt(name, unet, prediction=prediction, **options)
+    options = {"shape": (config.in_channels, *((size, size) if isinstance(size, int) else size)), **options}
+    return adapt(name, unet, prediction=prediction, time="timestep", alphas_cumprod=scheduler, **options)
 
 
 def guided(conditional: Level, unconditional: Level, scale: float) -> Level:

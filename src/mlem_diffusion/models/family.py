@@ -76,9 +76,6 @@ def explained(error: Exception, path: Path, text: str) -> Exception:
     return error if is_out_of_memory(error) else Damaged(path, f"{path} {text}.")
 
 
-# -------------------------------------------------------------------------------------------- the levels of a family
-
-
 def level_name(width: int, seed: int | None = None) -> str:
     """The folder of a level; seed: that from which it was trained again."""
     return f"w{width}" if seed is None else f"w{width}-seed{seed}"
