@@ -89,8 +89,9 @@ def adapt(
 def from_diffusers(name: str, unet: nn.Module, scheduler: Any, **options: Any) -> Level:
     """Return a level for a diffusers UNet (UNet2DModel, UNet2DConditionModel, ...) and its training scheduler.
 
-    The scheduler's clipping is not applied. options: conditioning, shape (by default the UNet's) and flops, as for
-    `adapt`. Sample in Process(LinearSchedule(), *trained_range(scheduler)). Raises UserError for other schedulers.
+    The UNet must take fractional timesteps, as all do that do not look them up in a table. The scheduler's clipping is
+    not applied. options: conditioning, shape (by default the UNet's) and flops, as for `adapt`. Sample in
+    Process(LinearSchedule(), *trained_range(scheduler)). Raises UserError for other schedulers.
     """
     predicts = getattr(getattr(scheduler, "config", None), "prediction_type", None)
     prediction = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}.get(str(predicts))
