@@ -4,7 +4,7 @@ from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.figures.gamma import plot_gamma
 from mlem_diffusion.gamma.measurement import measure, summary
-from mlem_diffusion.models.family import load_level, read_repeats
+from mlem_diffusion.models.family import level_name, load_level, read_metadata
 from mlem_diffusion.training.levels import repeated
 
 
@@ -16,11 +16,11 @@ def cost(exp: Experiment, levels: dict[str, Level]) -> dict[str, float]:
     ["gamma.json", "gamma.png"], depends=["process", "gamma"], reads=["levels", "images"], cost=cost, trained=True
 )  # fmt: skip
 def main(exp: Experiment) -> None:
-    again = read_repeats(exp.checkpoints, repeated(exp.cfg))
+    again = read_metadata(exp.checkpoints, [level_name(*level) for level in repeated(exp.cfg)])
 
     def load(metadata, snapshot):
         folder = exp.checkpoints / metadata["name"]
-        return load_level(folder, metadata, exp.device, "float32", snapshot, compile="off")
+        return load_level(folder, metadata, exp.device, snapshot, compile="off")
 
     result = measure(exp.metadata(), again, load, exp.held_out(), exp.process, exp.cfg.gamma, exp.progress)
     exp.save("gamma.json", result)

@@ -8,8 +8,7 @@ from mlem_diffusion.comparison.frechet import save_moments
 from mlem_diffusion.experiment import environment, runs
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.files import read_json
-from mlem_diffusion.models import published
-from mlem_diffusion.models.family import level_name, read_repeats, repeat_name
+from mlem_diffusion.models.family import PUBLISHED, level_name, publish, read_metadata
 from mlem_diffusion.training.levels import repeated
 
 
@@ -26,8 +25,8 @@ def statistics(exp: Experiment, path: Path) -> dict[str, Any] | None:
 
 @stage(trained=True)
 def main(exp: Experiment) -> None:
-    images, metadata, folder = exp.images, exp.metadata(), exp.checkpoints / published.FOLDER
-    again = [v for v in repeated(exp.cfg) if (exp.checkpoints / repeat_name(level_name(v[0]), v[1])).is_dir()]
+    images, metadata, folder = exp.images, exp.metadata(), exp.checkpoints / PUBLISHED
+    again = [name for v in repeated(exp.cfg) if (exp.checkpoints / (name := level_name(*v))).is_dir()]
     provenance = read_json(exp.results / "provenance.json", "train the levels (make train-levels)")
     noted = provenance["stages"]["train_levels"]
     facts: dict[str, Any] = {"experiment": exp.cfg.name, "title": exp.cfg.title, "data": images.manifest}
@@ -36,10 +35,10 @@ def main(exp: Experiment) -> None:
     facts["gaussian"] = None
     if exp.cfg.family.gaussian:
         denoiser: Any = exp.gaussian_level().denoise
-        denoiser.save(folder / published.GAUSSIAN)
-        facts["gaussian"] = {"file": published.GAUSSIAN, "asked_rank": exp.cfg.family.gaussian_rank}
-    facts["statistics"] = statistics(exp, folder / published.STATISTICS)
-    published.publish(exp.checkpoints, folder, metadata, read_repeats(exp.checkpoints, again), facts)
+        denoiser.save(folder / "gauss.safetensors")
+        facts["gaussian"] = {"file": "gauss.safetensors", "asked_rank": exp.cfg.family.gaussian_rank}
+    facts["statistics"] = statistics(exp, folder / "statistics.npz")
+    publish(exp.checkpoints, folder, metadata, read_metadata(exp.checkpoints, again), facts)
     exp.print(f"publish: {len(metadata)} levels and the model card in {environment.shown(folder)}/.")
 
 

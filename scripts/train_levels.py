@@ -42,7 +42,7 @@ def main(exp: Experiment) -> None:
     if exp.cfg.only is not None:
         exp.print(f"train_levels: {', '.join(v['name'] for v in levels)} in {exp.cfg.paths.checkpoints}/ trained.")
     elif parallel.is_main():
-        metadata = read_metadata(exp.checkpoints, exp.cfg.family.widths)
+        metadata = read_metadata(exp.checkpoints, map(level_name, exp.cfg.family.widths))
         for m in metadata:
             loss = float(np.mean(m["held_out"]["loss"]))
             exp.log({"level": m["name"], "held_out_loss": loss, "images": m["images"]})

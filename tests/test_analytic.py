@@ -8,12 +8,12 @@ import torch
 from mlem_diffusion.diffusion.level import check_family
 from mlem_diffusion.diffusion.process import add_noise
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.models.analytic import analytic_family, gaussian_mixture, smooth_field
+from mlem_diffusion.models.analytic import GaussianMixture, analytic_family, smooth_field
 
 
 @pytest.mark.parametrize("logsnr", [-6.0, 0.0, 5.0])
 def test_posterior_mean_is_bayes_formula(logsnr: float) -> None:
-    mixture = gaussian_mixture(dim=4, seed=1)
+    mixture = GaussianMixture(4)
     x = torch.randn(5, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     alpha, sigma = torch.sigmoid(torch.tensor(logsnr)).sqrt(), torch.sigmoid(torch.tensor(-logsnr)).sqrt()
     total = alpha**2 * mixture.std**2 + sigma**2
@@ -29,7 +29,7 @@ def test_posterior_mean_is_bayes_formula(logsnr: float) -> None:
 
 def test_no_denoiser_is_better_than_the_exact_one() -> None:
     """4000 draws; the exact one's loss is smallest, and a level's excess is its own squared error to 20%."""
-    mixture, levels = gaussian_mixture(16, seed=0), analytic_family(levels=2)
+    mixture, levels = GaussianMixture(16), analytic_family(levels=2)
     generator = torch.Generator().manual_seed(3)
     component = torch.randint(len(mixture.means), (4000,), generator=generator)
     x0 = (mixture.means[component] + mixture.std * torch.randn(4000, 16, generator=generator)).reshape(-1, 1, 4, 4)
@@ -46,7 +46,7 @@ def test_family_halves_its_error_at_2_to_gamma_times_the_cost() -> None:
     levels = analytic_family(levels=4, gamma=3.0)
     check_family(levels)
     assert levels[1].flops / levels[0].flops == pytest.approx(8)
-    exact = gaussian_mixture(16, seed=0)
+    exact = GaussianMixture(16)
     x, logsnr = torch.randn(2000, 1, 4, 4, generator=torch.Generator().manual_seed(1)), torch.tensor(0.0)
     errors = [((level.denoise(x, logsnr) - exact.denoise(x, logsnr)) ** 2).mean().sqrt() for level in levels]
     for a, b in pairwise(errors):

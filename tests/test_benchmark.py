@@ -14,9 +14,9 @@ from torch.utils.benchmark.utils.common import TaskSpec
 
 from mlem_diffusion import benchmark
 from mlem_diffusion.benchmark import denoisers, row
+from mlem_diffusion.diffusion.level import flops_per_evaluation
 from mlem_diffusion.diffusion.process import LinearSchedule, Process
 from mlem_diffusion.errors import Interrupted
-from mlem_diffusion.models.flops import flops_per_evaluation
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU, PROCESS = torch.device("cpu"), Process(LinearSchedule(), base_steps=20)
@@ -44,7 +44,7 @@ def test_a_complete_run(rows: list[benchmark.Row]) -> None:
     networks = [("forward", 4, 2), ("forward", 4, 1), ("train", 4, 4)]
     assert ours == [("matmul", None, None), *networks, *[("sampler", None, 2)] * 4]
     assert all(r["ms"] > 0 for r in rows)
-    flops = flops_per_evaluation(denoisers(4, 16, TINY, CPU)[""], 16)
+    flops = flops_per_evaluation(denoisers(4, 16, TINY, CPU)[""], (3, 16, 16))
     for r in [r for r in rows if r["what"] in ("forward", "train")]:
         assert r["images_per_s"] == pytest.approx(1e3 * r["batch"] / r["ms"])
         cost = flops if r["what"] == "forward" else 3 * flops
@@ -74,7 +74,7 @@ def test_failed_parts_leave_a_reason_and_rows_are_saved_after_each_part(monkeypa
 def test_diffusers_network_has_the_same_flops_and_parameters(unet: dict[str, Any], width: int) -> None:
     pytest.importorskip("diffusers")
     ours, theirs = denoisers(width, 32, unet, CPU).values()
-    assert flops_per_evaluation(theirs, 32) == pytest.approx(flops_per_evaluation(ours, 32), rel=0.01)
+    assert flops_per_evaluation(theirs, (3, 32, 32)) == pytest.approx(flops_per_evaluation(ours, (3, 32, 32)), rel=0.01)
     sizes = [sum(p.numel() for p in net.parameters()) for net in (ours, theirs)]
     assert sizes[1] == pytest.approx(sizes[0], rel=0.02)
     assert all(p.any() for p in (*ours.parameters(), *theirs.parameters()) if p.ndim > 1)

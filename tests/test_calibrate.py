@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from mlem_diffusion.diffusion.brownian import BrownianPath
-from mlem_diffusion.diffusion.estimator import SingleLevel
 from mlem_diffusion.diffusion.process import LinearSchedule, Process
-from mlem_diffusion.diffusion.sampler import sample
+from mlem_diffusion.diffusion.sampler import SingleLevel, sample
 from mlem_diffusion.diffusion.step_rules import step_rule
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.models.analytic import analytic_family

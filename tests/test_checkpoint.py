@@ -8,8 +8,17 @@ from torch import nn
 
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.files import sha256_of, write_json
-from mlem_diffusion.models.checkpoint import load_state, load_weights, save_state, save_weights
-from mlem_diffusion.models.family import at_width, build_denoiser, describe, load_family, read_metadata
+from mlem_diffusion.models.family import (
+    at_width,
+    build_denoiser,
+    describe,
+    load_family,
+    load_state,
+    load_weights,
+    read_metadata,
+    save_state,
+    save_weights,
+)
 
 SMALL = {"multipliers": [1, 2], "blocks": 1, "attention": [4]}
 
@@ -90,7 +99,7 @@ def test_a_family_is_loaded_as_it_was_saved(tmp_path: Path):
             p.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(width))
         sha256 = save_weights(tmp_path / facts["name"] / "ema.safetensors", network)
         write_json(tmp_path / facts["name"] / "metadata.json", {**facts, "snapshots": [], "weights_sha256": sha256})
-    levels = load_family(tmp_path, [3, 5])
+    levels = load_family(tmp_path, ["w3", "w5"])
     assert [level.name for level in levels] == ["w3", "w5"] and levels[0].flops < levels[1].flops
     for level in levels:
         with torch.no_grad():
@@ -98,11 +107,11 @@ def test_a_family_is_loaded_as_it_was_saved(tmp_path: Path):
         assert torch.allclose(level.denoise(x, torch.tensor(0.0)), expected, atol=1e-6)
         assert torch.allclose(level.denoise(x, torch.zeros(2)), expected, atol=1e-6)
     with pytest.raises(UserError) as error:
-        load_family(tmp_path, [3, 5, 9])
+        load_family(tmp_path, ["w3", "w5", "w9"])
     assert in_one_sentence(error, "w9", "make train-levels")
     (tmp_path / "w3" / "metadata.json").write_text('{"name": "w5"}')
     with pytest.raises(UserError) as error:
-        read_metadata(tmp_path, [3])
+        read_metadata(tmp_path, ["w3"])
     assert in_one_sentence(error, "does not describe the level w3")
 
 

@@ -18,7 +18,6 @@ from mlem_diffusion.comparison.frechet import RealImages, feature_moments, frech
 from mlem_diffusion.comparison.planned import Planned, complete, examples, expected_evaluations, read_planned
 from mlem_diffusion.comparison.runner import Runner, diverged
 from mlem_diffusion.comparison.settings import SamplerSetting, best_setting, setting_from, setting_of, settings_of
-from mlem_diffusion.diffusion.brownian import BrownianPath
 from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.diffusion.process import LinearSchedule, Process
 from mlem_diffusion.errors import Interrupted, SlowPath, UserError
@@ -98,8 +97,8 @@ def test_settings_round_trip_through_the_table(plan, tmp_path):
 def test_a_setting_builds_the_estimator_of_its_plan():
     levels = {name: Level(name, lambda x, logsnr: x, float(i + 1)) for i, name in enumerate(NAMES)}
     for plan in PLANS.values():
-        estimator, path = setting_of(plan, "sde", "ddpm").build(levels, 2.5, PLANS), BrownianPath([3], (1,))
-        assert np.array_equal(estimator.weights(16, path), plan.build(levels.values()).weights(16, path))
+        estimator = setting_of(plan, "sde", "ddpm").build(levels, 2.5, PLANS)
+        assert np.array_equal(estimator.weights(16, [3]), plan.build(levels.values()).weights(16, [3]))
     alone = plan_of("quadrature", ("w8",))
     assert setting_of(alone, "sde", "ddpm") == SETTINGS[0]  # a plan of one level is the baseline itself
     for wrong in (replace(SETTINGS[0], plan="abc"), replace(SETTINGS[0], levels=("w9",)), replace(SETTINGS[3], c=None)):
@@ -194,8 +193,8 @@ def test_costs_are_counted_and_a_finished_setting_is_not_evaluated_again(make, c
     assert first.row["error"] == pytest.approx(first.errors.mean())
     # the weights of the batches say which networks were evaluated, and how often the top one in the compared samples
     estimator = runner.build(setting)
-    paths = [BrownianPath(runner.seeds[start : start + 4], (1,)) for start in (0, 4, 8)]
-    used = np.concatenate([estimator.weights(evaluations, path) for path in paths], axis=1) != 0
+    batches = [runner.seeds[start : start + 4] for start in (0, 4, 8)]
+    used = np.concatenate([estimator.weights(evaluations, seeds) for seeds in batches], axis=1) != 0
     flops = (used.sum((0, 1)) * [level.flops for level in estimator.levels]).sum()
     assert first.row["gflops_realised"] == pytest.approx(flops / 10 / 1e9)
     assert first.row["gflops_expected"] == pytest.approx(runner.expected_flops(setting) / 10 / 1e9)

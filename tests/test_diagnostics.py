@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 from toys import SHAPE, gaussian_level, nonlinear_denoise, process, toy_family
 
-from mlem_diffusion.diffusion import estimator
+from mlem_diffusion.diffusion import sampler
 from mlem_diffusion.diffusion.brownian import BrownianPath
-from mlem_diffusion.diffusion.estimator import SingleLevel
 from mlem_diffusion.diffusion.level import Level
-from mlem_diffusion.diffusion.sampler import sample
+from mlem_diffusion.diffusion.sampler import SingleLevel, sample
 from mlem_diffusion.diffusion.step_rules import STEP_RULES
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.multilevel import estimators
@@ -160,8 +159,8 @@ def test_the_telescope_check_detects_wrong_weights_and_a_wrong_gather(monkeypatc
         patch.setattr(estimators, "draw_coins", paired)
         severity, bias, size = telescope()
         assert severity == "error" and size > 8 and bias < 4
-    right = estimator.WeightTable.__call__
-    monkeypatch.setattr(estimator.WeightTable, "__call__", lambda *a: right(*a).roll(1, 0))
+    right = sampler.WeightTable.__call__
+    monkeypatch.setattr(sampler.WeightTable, "__call__", lambda *a: right(*a).roll(1, 0))
     assert telescope()[0] == "error"
 
 

@@ -9,9 +9,8 @@ from torch import Tensor
 from toys import grid_of, nonlinear_denoise
 
 from mlem_diffusion.diffusion.brownian import BrownianPath
-from mlem_diffusion.diffusion.estimator import SingleLevel
 from mlem_diffusion.diffusion.level import Level
-from mlem_diffusion.diffusion.sampler import sample
+from mlem_diffusion.diffusion.sampler import SingleLevel, sample
 from mlem_diffusion.diffusion.step_rules import STEP_RULES
 
 diffusers = pytest.importorskip("diffusers")
@@ -32,8 +31,8 @@ class GivenPath(BrownianPath):
         super().__init__(SEEDS, SHAPE)
         self.noise = noise
 
-    def increments(self, grid: Any, clock: str, steps: range | None = None) -> Tensor:
-        return self.noise if steps is None else self.noise[steps.start : steps.stop]
+    def increments(self, grid: Any, clock: str, steps: slice = slice(None)) -> Tensor:
+        return self.noise[steps]
 
 
 def agrees(rule: str, scheduler: Any, logsnr: np.ndarray, monkeypatch: pytest.MonkeyPatch, draws: int = 0) -> bool:

@@ -6,10 +6,8 @@ import torch
 from toys import SHAPE, process, toy_family
 
 from mlem_diffusion.diffusion.brownian import BrownianPath
-from mlem_diffusion.diffusion.estimator import Estimator, SingleLevel, Stitched, weighted_estimate
-from mlem_diffusion.diffusion.ledger import Ledger
 from mlem_diffusion.diffusion.level import Level
-from mlem_diffusion.diffusion.sampler import sample
+from mlem_diffusion.diffusion.sampler import Estimator, SingleLevel, Stitched, WeightTable, sample
 from mlem_diffusion.diffusion.step_rules import STEP_RULES
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.multilevel.estimators import COINS, Multilevel, Quadrature
@@ -47,8 +45,8 @@ def test_one_multilevel_step_is_unbiased_with_the_stated_variance() -> None:
     keep, take, _ = step.update[0]
     one = normal(1)
     x = one.expand(draws, *SHAPE).contiguous()
-    weights = Multilevel(FAMILY, p).weights(8, BrownianPath(range(draws), SHAPE))[4]
-    estimate = weighted_estimate(FAMILY, weights, x, step.logsnr, Ledger(FLOPS, draws)).double()
+    weights = Multilevel(FAMILY, p).weights(8, range(draws))[4:5]
+    estimate = WeightTable(FAMILY, weights)(0, x, step.logsnr).double()
 
     f = [level.denoise(one, torch.tensor(step.logsnr)).double() for level in FAMILY]
     stepped = keep * x.double() + take * estimate
@@ -67,7 +65,7 @@ def test_mean_realised_cost_is_the_expected_cost(p: np.ndarray, coins: str) -> N
     """Evaluations per level agree within 4 standard errors over 1000 samples; equal neighbours cancel sometimes."""
     estimator, path = Multilevel(FAMILY, p, coins), BrownianPath(range(1000), SMALL)
     _, ledger = sample(estimator, DDIM, process().grid(12), path)
-    counts = (estimator.weights(12, path) != 0).sum(axis=0)
+    counts = (estimator.weights(12, path.seeds) != 0).sum(axis=0)
     assert np.array_equal(ledger.per_sample, counts)  # the ledger counts what ran, image by image
     error = counts.std(axis=0) / len(path.seeds) ** 0.5
     assert np.all(np.abs(counts.mean(axis=0) - estimator.expected_evaluations(12)) <= 4 * error + 1e-12)
@@ -98,7 +96,7 @@ def test_cancelled_levels_are_not_evaluated() -> None:
 
     family = tuple(Level(level.name, counted, level.flops) for level in FAMILY)
     _, ledger = sample(Multilevel(family, p), DDIM, process().grid(20), BrownianPath(range(50), SMALL))
-    assert (sum(calls), len(calls)) == (sum(ledger.evaluations), sum(ledger.launches))
+    assert sum(calls) == sum(ledger.evaluations)
 
 
 def test_single_level_and_stitched_costs_are_exact() -> None:
@@ -111,9 +109,9 @@ def test_single_level_and_stitched_costs_are_exact() -> None:
         (Stitched(small, large, 1.0), [30, 0]),
     ):
         _, ledger = sample(estimator, DDPM, grid, path)
-        assert ledger.evaluations == evaluations and ledger.launches == [n // 3 for n in evaluations]
+        assert ledger.evaluations == evaluations
         assert ledger.flops_per_image == estimator.expected_flops(10) and ledger.calls_per_image == 10
-    assert np.array_equal(Stitched(small, large, 0.25).weights(8, path)[:, 0], [[1, 0]] * 2 + [[0, 1]] * 6)
+    assert np.array_equal(Stitched(small, large, 0.25).weights(8, [1])[:, 0], [[1, 0]] * 2 + [[0, 1]] * 6)
 
 
 @pytest.mark.parametrize("estimator", [
@@ -125,15 +123,14 @@ def test_single_level_and_stitched_costs_are_exact() -> None:
     Quadrature(FAMILY, weights_of(12)),
 ], ids=lambda d: type(d).__name__)  # fmt: skip
 def test_an_estimator_gives_the_weighted_estimates_and_records_them(estimator: Estimator) -> None:
-    x, path = normal(3), BrownianPath([7, 8, 9], SHAPE)
-    ledger = Ledger([level.flops for level in estimator.levels], 3)
-    weights, estimate = estimator.weights(12, path), estimator.weight_table(12, path, ledger)
+    x, weights = normal(3), estimator.weights(12, [7, 8, 9])
+    estimate = WeightTable(estimator.levels, weights)
     for j, logsnr in enumerate(np.linspace(-5, 5, 12)):
         found = estimate(j, x, float(logsnr))
         terms = [level.denoise(x, torch.tensor(float(logsnr))) for level in estimator.levels]
         expected = sum(torch.tensor(weights[j, :, k])[:, None, None, None] * term for k, term in enumerate(terms))
         assert torch.allclose(found.double(), torch.as_tensor(expected), atol=1e-5)
-        assert np.array_equal(ledger.per_sample, (weights[: j + 1] != 0).sum(axis=0))
+        assert np.array_equal(estimate.evaluations, (weights[: j + 1] != 0).sum(axis=0))
 
 
 @pytest.mark.parametrize("coins", COINS)
@@ -164,7 +161,7 @@ def test_special_quadratures_equal_other_estimators() -> None:
     lambda: Multilevel((FAMILY[0], FAMILY[0]), np.ones(2)),
     lambda: Multilevel((), np.ones(0)),
     lambda: Multilevel(FAMILY, table(12)).expected_evaluations(10),
-    lambda: Multilevel(FAMILY, np.ones(3), "stratified").weights(10, BrownianPath([0], SHAPE)),
+    lambda: Multilevel(FAMILY, np.ones(3), "stratified").weights(10, [0]),
     lambda: Stitched(FAMILY[0], FAMILY[1], 1.5),
     lambda: Stitched(FAMILY[1], FAMILY[0], 0.5),
     *(lambda bad=bad: Quadrature(FAMILY, bad) for bad in (
@@ -184,16 +181,14 @@ def test_levels_may_reuse_their_output_buffer_and_share_one_noise_level() -> Non
         seen.append(logsnr.ndim)
         return torch.mul(x, logsnr, out=buffer[: len(x)])
 
-    path = BrownianPath(range(4), SHAPE)
-    estimate = SingleLevel(Level("replayed", denoise, 1.0)).weight_table(2, path, Ledger([1.0], 4))
+    estimate = WeightTable([Level("replayed", denoise, 1.0)], np.ones((2, 4, 1)))
     first, second = estimate(0, torch.ones(4, *SHAPE), 0.5), estimate(1, torch.ones(4, *SHAPE), -2.0)
     assert torch.all(first == 0.5) and torch.all(second == -2.0) and seen == [0, 0]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_the_loop_never_waits_for_the_device() -> None:
-    path = BrownianPath(range(16), SHAPE, "cuda")
-    estimate = Multilevel(FAMILY, np.array([1.0, 0.5, 0.2])).weight_table(12, path, Ledger(FLOPS, 16))
+    estimate = WeightTable(FAMILY, Multilevel(FAMILY, np.array([1.0, 0.5, 0.2])).weights(12, range(16)))
     x = torch.randn(16, *SHAPE, device="cuda")
     estimate(0, x, 0.0)
     torch.cuda.set_sync_debug_mode("error")

@@ -10,10 +10,9 @@ from torch import Tensor
 from toys import grid_of, nonlinear_denoise, process, toy_family
 
 from mlem_diffusion.diffusion.brownian import BrownianPath
-from mlem_diffusion.diffusion.estimator import SingleLevel
 from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.diffusion.process import expand
-from mlem_diffusion.diffusion.sampler import advance, sample
+from mlem_diffusion.diffusion.sampler import SingleLevel, advance, sample
 from mlem_diffusion.diffusion.step_rules import STEP_RULES
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.multilevel.estimators import Multilevel, constant_probabilities

@@ -5,8 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mlem_diffusion.diffusion.ledger import Ledger
-from mlem_diffusion.models.flops import flops_per_evaluation
+from mlem_diffusion.diffusion.level import Ledger, flops_per_evaluation, joined
 from mlem_diffusion.models.unet import Attention, Denoiser, UNet
 
 
@@ -25,7 +24,7 @@ def test_convolution_and_linear_by_hand() -> None:
     size = 12
     network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Flatten(), nn.Linear(8 * size**2, 5))
     by_hand = 2 * 3 * 8 * 3 * 3 * size**2 + 2 * 8 * size**2 * 5
-    assert flops_per_evaluation(Wrapped(network), size) == by_hand
+    assert flops_per_evaluation(Wrapped(network), (3, size, size)) == by_hand
 
 
 @pytest.mark.parametrize("channels", [16, 128])
@@ -34,39 +33,30 @@ def test_attention_by_hand(channels: int) -> None:
     size = 8
     length = size**2
     by_hand = 2 * length * channels * 3 * channels + 2 * length * channels**2 + 4 * length**2 * channels
-    assert flops_per_evaluation(Wrapped(Attention(channels)), size, channels) == by_hand
+    assert flops_per_evaluation(Wrapped(Attention(channels)), (channels, size, size)) == by_hand
 
 
 def test_unet_of_width_8_at_64_pixels() -> None:
     """0.233 GFLOP; twice the width costs four times as much, except in the layers that read or write three channels."""
-    flops = [flops_per_evaluation(Denoiser(UNet(width, 64)), 64) / 1e9 for width in (8, 16)]
+    flops = [flops_per_evaluation(Denoiser(UNet(width, 64)), (3, 64, 64)) / 1e9 for width in (8, 16)]
     assert flops[0] == pytest.approx(0.233, rel=0.01)
     assert 3.7 < flops[1] / flops[0] < 4
-    assert flops_per_evaluation(UNet(8, 64, attention=()), 64) / 1e9 < 0.99 * flops[0]
+    assert flops_per_evaluation(UNet(8, 64, attention=()), (3, 64, 64)) / 1e9 < 0.99 * flops[0]
 
 
 def test_counting_leaves_the_network_alone() -> None:
     network = Denoiser(UNet(8, 16)).train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    flops_per_evaluation(network, 16)
+    flops_per_evaluation(network, (3, 16, 16))
     assert network.training and all(p.device.type == "cpu" for p in network.parameters())
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
-def test_ledger_adds_up() -> None:
-    ledger = Ledger([1.0, 10.0], images=4, seconds=2.0)
-    ledger.record(0, np.arange(4))
-    ledger.record(1, np.array([0, 1, 3]))
-    ledger.record(1, np.array([1]))
-    assert (ledger.evaluations, ledger.launches) == ([4, 4], [1, 2])
-    assert ledger.per_sample.tolist() == [[1, 1], [1, 2], [1, 0], [1, 1]]
+def test_ledgers_add_up() -> None:
+    ledger = Ledger([1.0, 10.0], np.array([[1, 1], [1, 2], [1, 0], [1, 1]]), 2.0)
+    assert ledger.evaluations == [4, 4]
     assert (ledger.calls_per_image, ledger.flops_per_image, ledger.seconds_per_image) == (2, 11, 0.5)
-    total, other = Ledger([1.0, 10.0]), Ledger([1.0, 10.0], images=1, seconds=1.0)
-    other.record(1, np.array([0]))
-    total.add(ledger)
-    total.add(other)
-    assert (total.evaluations, total.launches, total.images, total.seconds) == ([4, 5], [1, 3], 5, 3.0)
+    total = joined([ledger, Ledger([1.0, 10.0], np.array([[0, 1]]), 1.0)])
+    assert (total.evaluations, total.seconds) == ([4, 5], 3.0)
     assert total.per_sample.tolist() == [[1, 1], [1, 2], [1, 0], [1, 1], [0, 1]]  # batch after batch
     assert total.flops_per_image == 54 / 5
-    with pytest.raises(ValueError):
-        total.add(Ledger([1.0]))

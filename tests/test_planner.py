@@ -8,9 +8,8 @@ import pytest
 from torch import Tensor
 
 from mlem_diffusion.diffusion.brownian import BrownianPath
-from mlem_diffusion.diffusion.estimator import SingleLevel
 from mlem_diffusion.diffusion.process import LinearSchedule, Process
-from mlem_diffusion.diffusion.sampler import sample
+from mlem_diffusion.diffusion.sampler import SingleLevel, sample
 from mlem_diffusion.diffusion.step_rules import REFERENCE_RULE, STEP_RULES, StepRule
 from mlem_diffusion.models.analytic import analytic_family
 from mlem_diffusion.multilevel.estimators import draw_coins, evaluation_probabilities

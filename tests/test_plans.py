@@ -9,7 +9,7 @@ import pytest
 from toys import toy_family
 
 from mlem_diffusion.comparison.settings import SamplerSetting, setting_of
-from mlem_diffusion.diffusion.estimator import SingleLevel
+from mlem_diffusion.diffusion.sampler import SingleLevel
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.multilevel.estimators import Multilevel, Quadrature
 from mlem_diffusion.multilevel.plan import Plan, frontier, load_plans, save_plans

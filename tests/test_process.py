@@ -8,10 +8,10 @@ import pytest
 import torch
 from toys import process
 
-from mlem_diffusion.diffusion.process import CosineSchedule, LinearSchedule, Process, Schedule, add_noise, alpha_sigma
+from mlem_diffusion.diffusion.process import CosineSchedule, LinearSchedule, Process, add_noise, alpha_sigma
 from mlem_diffusion.errors import UserError
 
-SCHEDULES: list[Schedule] = [LinearSchedule(), CosineSchedule()]
+SCHEDULES: list[Any] = [LinearSchedule(), CosineSchedule()]
 
 
 def test_alpha_and_sigma_follow_from_the_log_snr() -> None:
@@ -41,14 +41,14 @@ def test_cosine_schedule_is_the_published_formula() -> None:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_time_inverts_logsnr(schedule: Schedule) -> None:
+def test_time_inverts_logsnr(schedule: Any) -> None:
     t = np.linspace(0.002, 0.995, 100)
     assert np.all(np.diff(schedule.logsnr(t)) < 0)
     np.testing.assert_allclose(schedule.time(schedule.logsnr(t)), t, rtol=1e-9)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_beta_is_the_slope_of_log_alpha2(schedule: Schedule) -> None:
+def test_beta_is_the_slope_of_log_alpha2(schedule: Any) -> None:
     t, h = np.linspace(0.05, 0.95, 19), 1e-5
     slope = -2 * (np.log(alpha_sigma(schedule.logsnr(t + h))[0]) - np.log(alpha_sigma(schedule.logsnr(t - h))[0]))
     np.testing.assert_allclose(schedule.beta(t), slope / (2 * h), rtol=1e-6)
@@ -56,17 +56,17 @@ def test_beta_is_the_slope_of_log_alpha2(schedule: Schedule) -> None:
 
 @pytest.mark.parametrize("spacing", ["time", "logsnr"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_grids_are_subsets_with_common_ends(schedule: Schedule, spacing: str) -> None:
+def test_grids_are_subsets_with_common_ends(schedule: Any, spacing: str) -> None:
     p = Process(schedule, -7.0, 8.0, 101, spacing)
     base = p.grid()
-    assert base.steps == 101
+    assert len(base.logsnr) == 101
     assert p.logsnr_at(np.array([0.0, 1.0])) == pytest.approx([-7.0, 8.0], abs=1e-9)
     np.testing.assert_allclose(schedule.logsnr(base.time), base.logsnr, rtol=1e-9, atol=1e-9)
     even = np.diff(base.time if spacing == "time" else base.logsnr)
     np.testing.assert_allclose(even, even.mean(), rtol=1e-6)
     for steps in (2, 3, 7, 50, 67, 100, 101):
         grid = p.grid(steps)
-        assert grid.steps == steps == len(set(grid.index))
+        assert len(grid.logsnr) == steps == len(set(grid.index))
         assert np.all(np.diff(grid.logsnr) > 0) and np.all(np.diff(grid.time) < 0)
         assert grid.index[0] == 0 and grid.index[-1] == 100
         assert np.array_equal(grid.logsnr, base.logsnr[grid.index])

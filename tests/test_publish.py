@@ -8,15 +8,13 @@ import torch
 from safetensors.torch import load_file
 
 from mlem_diffusion.diffusion.brownian import BrownianPath
-from mlem_diffusion.diffusion.estimator import SingleLevel
 from mlem_diffusion.diffusion.process import LinearSchedule, Process
-from mlem_diffusion.diffusion.sampler import sample
+from mlem_diffusion.diffusion.sampler import SingleLevel, sample
 from mlem_diffusion.diffusion.step_rules import STEP_RULES
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.files import write_json
-from mlem_diffusion.models import published
-from mlem_diffusion.models.checkpoint import save_weights
-from mlem_diffusion.models.family import build_denoiser, describe, identity_of, load_family, read_metadata, read_repeats
+from mlem_diffusion.models import family
+from mlem_diffusion.models.family import build_denoiser, describe, identity_of, load_family, read_metadata, save_weights
 from mlem_diffusion.models.gaussian import load_gaussian
 
 COMMITTED = Path(__file__).resolve().parents[1] / "checkpoints" / "celeba32" / "published"
@@ -51,34 +49,34 @@ def trained(tmp_path: Path) -> Path:
     write_level(tmp_path, 2)
     write_level(tmp_path, 3)
     write_level(tmp_path, 2, name="w2-seed7")
-    repeats = read_repeats(tmp_path, [(2, 7)])
-    published.publish(tmp_path, tmp_path / published.FOLDER, read_metadata(tmp_path, [2, 3]), repeats, FACTS)
+    levels, repeats = read_metadata(tmp_path, ["w2", "w3"]), read_metadata(tmp_path, ["w2-seed7"])
+    family.publish(tmp_path, tmp_path / family.PUBLISHED, levels, repeats, FACTS)
     return tmp_path
 
 
 def test_a_published_family_is_the_trained_one_rounded(trained: Path):
     folder = trained / "published"
-    metadata = read_metadata(folder, [2, 3])
-    assert identity_of(metadata) == identity_of(read_metadata(trained, [2, 3]))
+    metadata = read_metadata(folder, ["w2", "w3"])
+    assert identity_of(metadata) == identity_of(read_metadata(trained, ["w2", "w3"]))
     x, logsnr = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(0.0)
-    for a, b in zip(load_family(folder, [2, 3]), load_family(trained, [2, 3], snapshot=None), strict=True):
+    for a, b in zip(load_family(folder, ["w2", "w3"]), load_family(trained, ["w2", "w3"]), strict=True):
         assert (a.flops, a.name) == (b.flops, b.name)
         assert 0 < (a.denoise(x, logsnr) - b.denoise(x, logsnr)).abs().max() < 0.02
-    assert all(v.dtype == torch.bfloat16 for v in load_file(folder / "w2-seed7" / published.WEIGHTS).values())
-    last = load_family(folder, [2, 3], "cpu", "float32", -1)[0]  # the last training length is the published one
-    assert torch.equal(last.denoise(x, logsnr), load_family(folder, [2, 3])[0].denoise(x, logsnr))
-    index = published.read_index(folder)
-    assert index == {"levels": ["w2", "w3"], "repeats": ["w2-seed7"], **FACTS} and published.read_index(trained) is None
+    assert all(v.dtype == torch.bfloat16 for v in load_file(folder / "w2-seed7" / family.BF16).values())
+    last = load_family(folder, ["w2", "w3"], snapshot=-1)[0]  # the last training length is the published one
+    assert torch.equal(last.denoise(x, logsnr), load_family(folder, ["w2", "w3"])[0].denoise(x, logsnr))
+    index = family.read_index(folder)
+    assert index == {"levels": ["w2", "w3"], "repeats": ["w2-seed7"], **FACTS} and family.read_index(trained) is None
     card = (folder / "README.md").read_text()
     for word in (f"{metadata[0]['parameters']:,}", "0.15000", "da7a", "c0ffee", "train.lr=0.1", "non-commercial"):
         assert word in card
 
 
 def test_published_levels_are_used_where_none_are_trained(trained: Path):
-    assert published.levels_folder(trained, ["w2", "w3"]) == trained
+    assert family.levels_folder(trained, ["w2", "w3"]) == trained
     (trained / "w3" / "metadata.json").unlink()
-    assert published.levels_folder(trained, ["w2", "w3"]) == trained / "published"
-    assert published.levels_folder(trained, ["w2", "w9"]) == trained
+    assert family.levels_folder(trained, ["w2", "w3"]) == trained / "published"
+    assert family.levels_folder(trained, ["w2", "w9"]) == trained
 
 
 @pytest.mark.parametrize("name", ["w3/ema-bf16.safetensors", "w3/metadata.json", "family.json"])
@@ -86,14 +84,14 @@ def test_a_damaged_file_is_named(trained: Path, name: str):
     file = trained / "published" / name
     file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(UserError, match=name):
-        published.read_index(trained / "published")
-        load_family(trained / "published", [2, 3])
+        family.read_index(trained / "published")
+        load_family(trained / "published", ["w2", "w3"])
 
 
 def test_the_committed_family_gives_the_images_that_it_gave():
     index = json.loads((COMMITTED / "family.json").read_text())
-    levels = load_family(COMMITTED, [int(name[1:]) for name in index["levels"]])
-    levels.insert(0, load_gaussian(COMMITTED / published.GAUSSIAN).as_level())
+    levels = load_family(COMMITTED, index["levels"])
+    levels.insert(0, load_gaussian(COMMITTED / "gauss.safetensors").as_level())
     grid, found = Process(LinearSchedule()).grid(6), []
     for level in levels:
         images, _ = sample(SingleLevel(level), STEP_RULES["ode/dpmpp_2m"], grid, BrownianPath([0, 1], (3, 32, 32)))

@@ -9,7 +9,7 @@ import torch
 
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.files import read_json, write_json
-from mlem_diffusion.models.checkpoint import save_state, save_weights
+from mlem_diffusion.models.family import save_state, save_weights
 from mlem_diffusion.training.levels import claim, is_trained, planned, settings
 
 

@@ -17,8 +17,7 @@ from torch import Tensor
 from mlem_diffusion.data.portraits import render
 from mlem_diffusion.diffusion.process import CosineSchedule, LinearSchedule, Process
 from mlem_diffusion.errors import Interrupted, UserError
-from mlem_diffusion.models.checkpoint import load_state
-from mlem_diffusion.models.family import build_denoiser
+from mlem_diffusion.models.family import build_denoiser, load_state
 from mlem_diffusion.training.loop import TrainConfig, draw_batch, ema_decay, learning_rate, train_level
 
 PROCESS = Process(LinearSchedule(), base_steps=50, spacing="time")

@@ -5,12 +5,12 @@ sub-packages of their own.
 """
 
 from .diffusion.brownian import BrownianPath as BrownianPath
-from .diffusion.estimator import SingleLevel as SingleLevel
-from .diffusion.estimator import Stitched as Stitched
 from .diffusion.level import Level as Level
 from .diffusion.process import CosineSchedule as CosineSchedule
 from .diffusion.process import LinearSchedule as LinearSchedule
 from .diffusion.process import Process as Process
+from .diffusion.sampler import SingleLevel as SingleLevel
+from .diffusion.sampler import Stitched as Stitched
 from .diffusion.sampler import sample as sample
 from .diffusion.step_rules import step_rule as step_rule
 from .errors import UserError as UserError

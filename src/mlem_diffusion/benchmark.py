@@ -17,15 +17,13 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Measurement, Timer
 
 from .diffusion.brownian import BrownianPath
-from .diffusion.estimator import SingleLevel
-from .diffusion.level import Level
+from .diffusion.level import Level, flops_per_evaluation
 from .diffusion.process import Process
-from .diffusion.sampler import sample
+from .diffusion.sampler import SingleLevel, sample
 from .diffusion.step_rules import step_rule
 from .errors import SlowPath
 from .models.compiled import FastDenoiser, first_line
 from .models.family import build_denoiser
-from .models.flops import flops_per_evaluation
 from .models.unet import Denoiser
 from .multilevel.estimators import Multilevel, constant_probabilities
 from .training.step import TrainStep
@@ -96,7 +94,7 @@ def matmul(cfg: Any, device: torch.device) -> Iterable[Row]:
 def forward(cfg: Any, device: torch.device, width: int, mode: str) -> Iterable[Row]:
     """Forward passes of ours and diffusers' network, in the form that a sampler runs; mode: "eager" or "compiled"."""
     fast, networks = mode == "compiled", denoisers(width, cfg.resolution, cfg.unet, device)
-    flops = flops_per_evaluation(networks[""], cfg.resolution)  # theirs have the same
+    flops = flops_per_evaluation(networks[""], (3, cfg.resolution, cfg.resolution))  # theirs have the same
     options = {"compile": "on" if fast else "off", "graphs": fast, "batch": max(cfg.batches), "name": f"w{width}"}
     forms = {kind: FastDenoiser(network, cfg.precision, **options) for kind, network in networks.items()}
     for batch in cfg.batches:
@@ -114,7 +112,7 @@ def train(cfg: Any, device: torch.device, precision: str) -> Iterable[Row]:
     for kind, network in networks.items():
         ema = copy.deepcopy(network).eval().requires_grad_(False)
         steps[kind] = partial(TrainStep(network, ema, precision=precision), images, 1e-5, 0.999)
-    flops = 3 * flops_per_evaluation(networks[""], cfg.resolution)
+    flops = 3 * flops_per_evaluation(networks[""], (3, cfg.resolution, cfg.resolution))
     yield from timed(cfg, "train", precision, steps, width=width, batch=batch, flops=flops)
 
 

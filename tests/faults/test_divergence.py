@@ -11,7 +11,7 @@ import torch
 from outputs import outputs
 from pipeline import Place
 
-from mlem_diffusion.models.checkpoint import load_state
+from mlem_diffusion.models.family import load_state
 
 
 def leaves(value: Any) -> Iterator[torch.Tensor]:

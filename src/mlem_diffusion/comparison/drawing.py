@@ -10,10 +10,9 @@ from torch import Tensor
 from .. import parallel
 from ..data.pixels import to_uint8
 from ..diffusion.brownian import BrownianPath
-from ..diffusion.estimator import Estimator
-from ..diffusion.ledger import Ledger
+from ..diffusion.level import Ledger, joined
 from ..diffusion.process import TimeGrid
-from ..diffusion.sampler import sample
+from ..diffusion.sampler import Estimator, sample
 from ..diffusion.step_rules import StepRule
 from ..errors import UserError
 from ..files import atomic_write
@@ -52,8 +51,5 @@ def draw(
             atomic_write(folder / f"{seed:06d}.png", lambda path, p=picture: p.save(path, format="PNG"))
         found[start] = ledger, pixels[: max(0, GRID - start)]
         progress(len(found) * batch, len(starts) * batch)
-    total, parts = Ledger([level.flops for level in estimator.levels]), []
-    for ledger, pixels in parallel.gather(found).values():
-        total.add(ledger)
-        parts.append(pixels)
-    return total, torch.cat(parts)
+    ledgers, parts = zip(*parallel.gather(found).values(), strict=True)
+    return joined(ledgers), torch.cat(parts)

@@ -17,11 +17,9 @@ from torch import Tensor
 
 from ..data.pixels import to_uint8
 from ..diffusion.brownian import BrownianPath
-from ..diffusion.estimator import Estimator, SingleLevel
-from ..diffusion.ledger import Ledger
-from ..diffusion.level import Level
+from ..diffusion.level import Ledger, Level, joined
 from ..diffusion.process import Process, TimeGrid
-from ..diffusion.sampler import sample
+from ..diffusion.sampler import Estimator, SingleLevel, sample
 from ..diffusion.step_rules import REFERENCE_RULE
 from ..errors import Interrupted, UserError
 from ..files import cached, read_arrays, write_arrays
@@ -118,14 +116,14 @@ class Runner:
 
     def measure(self, setting: SamplerSetting, should_stop: Callable[[], bool] = never) -> None:
         """Run all batches of a setting and write its file; raises Interrupted between batches."""
-        estimator, parts = self.build(setting), []
-        total = Ledger([level.flops for level in estimator.levels])
+        estimator, parts, ledgers = self.build(setting), [], []
         for start in range(0, len(self.seeds), self.batch):
             if should_stop():
                 raise Interrupted("stopped; finished settings are saved")
             arrays, ledger = self._batch(setting, estimator, start)
             parts.append(arrays)
-            total.add(ledger)
+            ledgers.append(ledger)
+        total = joined(ledgers)
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         errors, lost = arrays["errors"], int(arrays.pop("diverged").sum())
         spread = np.nan if lost else standard_error(errors, arrays["clusters"][: len(errors)])

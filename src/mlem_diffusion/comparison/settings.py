@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ..diffusion.estimator import Estimator, SingleLevel, Stitched
 from ..diffusion.level import Level
 from ..diffusion.process import Process
+from ..diffusion.sampler import Estimator, SingleLevel, Stitched
 from ..diffusion.step_rules import StepRule, step_rule
 from ..errors import UserError
 from ..multilevel.estimators import Multilevel, constant_probabilities

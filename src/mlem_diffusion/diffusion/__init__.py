@@ -1,1 +1,1 @@
-"""Sampling with any denoiser. Read process, level, step_rules, brownian, estimator and sampler, in this order."""
+"""Sampling with any denoiser. Read process, level, step_rules, brownian and sampler, in this order."""

@@ -1,17 +1,22 @@
-"""Levels: denoisers of increasing accuracy and cost. Any callable can be a level; a family is a list of levels."""
+"""Levels: denoisers of increasing accuracy and cost. The FLOPs of a network, and the ledger of what a run has cost."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
-from torch import Tensor
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import UserError
 
 
 @dataclass(frozen=True)
 class Level:
-    """One denoiser f^k.
+    """One denoiser f^k, of any callable; a family is a list of levels.
 
     denoise maps (x [B,C,H,W], logsnr) to the denoised image [B,C,H,W], for x = alpha x0 + sigma eps with
     alpha^2 = sigmoid(logsnr). logsnr is 0-dimensional if all samples share it, else [B]. flops is the cost of one
@@ -32,3 +37,54 @@ def check_family(levels: Sequence[Level]) -> None:
     costs = [level.flops for level in levels]
     if costs[0] <= 0 or any(b <= a for a, b in pairwise(costs)):
         raise UserError("The levels of a family must be ordered by cost, from cheap to expensive, all above zero.")
+
+
+def weight_type(network: Any) -> torch.dtype | None:
+    """The type of a module's first floating-point parameter; None for other callables."""
+    parameters = network.parameters() if isinstance(network, nn.Module) else ()
+    return next((p.dtype for p in parameters if p.is_floating_point()), None)
+
+
+def flops_per_evaluation(network: nn.Module, shape: Sequence[int], **conditioning: Any) -> float:
+    """FLOPs of network(x [1, *shape], time [1], **conditioning), on the meta device, where fused attention counts too.
+
+    A multiply-add counts 2; norms and activations count 0. conditioning: with its tensors on the meta device.
+    """
+    tensors = dict(network.named_parameters()) | dict(network.named_buffers())
+    meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    x, time = torch.empty(1, *shape, device="meta", dtype=weight_type(network)), torch.empty(1, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        functional_call(network, meta, (x, time), conditioning)
+    return float(counter.get_total_flops())
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Evaluations of each level for each image, counted as they happened."""
+
+    flops: list[float]  # FLOPs per evaluation of one image, per level
+    per_sample: np.ndarray  # [images, K] evaluations, images in the order of their batches
+    seconds: float  # wall-clock seconds of sampling
+
+    @property
+    def evaluations(self) -> list[int]:
+        """Evaluations of each level, summed over the images."""
+        return self.per_sample.sum(axis=0).tolist()
+
+    @property
+    def calls_per_image(self) -> float:
+        return sum(self.evaluations) / len(self.per_sample)
+
+    @property
+    def flops_per_image(self) -> float:
+        return sum(n * t for n, t in zip(self.evaluations, self.flops, strict=True)) / len(self.per_sample)
+
+    @property
+    def seconds_per_image(self) -> float:
+        return self.seconds / len(self.per_sample)
+
+
+def joined(ledgers: Sequence[Ledger]) -> Ledger:
+    """The ledger of several batches with the same levels."""
+    per_sample = np.concatenate([ledger.per_sample for ledger in ledgers])
+    return Ledger(ledgers[0].flops, per_sample, sum(ledger.seconds for ledger in ledgers))

@@ -7,7 +7,7 @@ computed in float64.
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,41 +15,30 @@ from torch import Tensor
 
 from ..errors import UserError
 
-Array = np.ndarray
 
-
-def _softplus(x: Array) -> Array:
-    return np.logaddexp(0.0, x)
-
-
-def alpha_sigma(logsnr: Array | float) -> tuple[Array, Array]:
-    """alpha and sigma at a log-SNR (any shape, float64)."""
-    logsnr = np.asarray(logsnr, dtype=np.float64)
-    return np.exp(-0.5 * _softplus(-logsnr)), np.exp(-0.5 * _softplus(logsnr))
+def alpha_sigma(logsnr: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
+    """alpha and sigma at a log-SNR (any shape, float64): alpha^2 = 1 / (1 + exp(-logsnr))."""
+    return np.exp(-0.5 * np.logaddexp(0.0, np.negative(logsnr))), np.exp(-0.5 * np.logaddexp(0.0, logsnr))
 
 
 @dataclass(frozen=True)
 class LinearSchedule:
-    """DDPM's linear beta (Ho et al. 2020) in continuous time (Song et al. 2021): beta(t) = b0 + (b1 - b0) t on [0, 1].
+    """DDPM's linear beta (Ho et al. 2020) in continuous time (Song et al. 2021), with t in [0, 1]."""
 
-    The defaults are the limit of 1000 discrete steps from 1e-4 to 0.02.
-    """
-
-    beta_min: float = 0.1
+    beta_min: float = 0.1  # the defaults are the limit of 1000 discrete steps from 1e-4 to 0.02
     beta_max: float = 20.0
 
-    def beta(self, t: Array) -> Array:
+    def beta(self, t: np.ndarray) -> np.ndarray:
         """-d log alpha^2 / dt, per unit of time."""
-        return self.beta_min + (self.beta_max - self.beta_min) * np.asarray(t, dtype=np.float64)
+        return self.beta_min + (self.beta_max - self.beta_min) * t
 
-    def logsnr(self, t: Array) -> Array:
-        t = np.asarray(t, dtype=np.float64)
+    def logsnr(self, t: np.ndarray) -> np.ndarray:
         minus_log_alpha2 = self.beta_min * t + 0.5 * (self.beta_max - self.beta_min) * t**2
         return -np.log(np.expm1(minus_log_alpha2))
 
-    def time(self, logsnr: Array) -> Array:
+    def time(self, logsnr: np.ndarray) -> np.ndarray:
         """Inverse of `logsnr`; a log-SNR below logsnr(1) gives t > 1, by extrapolation of the schedule."""
-        q = _softplus(-np.asarray(logsnr, dtype=np.float64))
+        q = np.logaddexp(0.0, -logsnr)
         return 2 * q / (self.beta_min + np.sqrt(self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * q))
 
 
@@ -59,62 +48,47 @@ class CosineSchedule:
 
     offset: float = 0.008
 
-    def _phase(self, t: Array) -> Array:
-        return (np.asarray(t, dtype=np.float64) + self.offset) / (1 + self.offset) * (math.pi / 2)
+    def _phase(self, t: Any) -> Any:
+        return (t + self.offset) / (1 + self.offset) * (math.pi / 2)
 
-    def beta(self, t: Array) -> Array:
+    def beta(self, t: np.ndarray) -> np.ndarray:
         """-d log alpha^2 / dt, per unit of time; it diverges at t = 1."""
         return math.pi / (1 + self.offset) * np.tan(self._phase(t))
 
-    def logsnr(self, t: Array) -> Array:
-        log_alpha2 = 2 * (np.log(np.cos(self._phase(t))) - math.log(math.cos(float(self._phase(np.zeros(()))))))
+    def logsnr(self, t: np.ndarray) -> np.ndarray:
+        log_alpha2 = 2 * (np.log(np.cos(self._phase(t))) - math.log(math.cos(self._phase(0.0))))
         return log_alpha2 - np.log(-np.expm1(log_alpha2))
 
-    def time(self, logsnr: Array) -> Array:
-        """Inverse of `logsnr`."""
-        alpha, _ = alpha_sigma(logsnr)
-        phase = np.arccos(alpha * math.cos(float(self._phase(np.zeros(())))))
+    def time(self, logsnr: np.ndarray) -> np.ndarray:
+        phase = np.arccos(alpha_sigma(logsnr)[0] * math.cos(self._phase(0.0)))
         return phase / (math.pi / 2) * (1 + self.offset) - self.offset
-
-
-Schedule = LinearSchedule | CosineSchedule
 
 
 @dataclass(frozen=True)
 class TimeGrid:
-    """The noise levels that a sampler visits, from noise to data; a coarse grid is a subset of its base grid.
+    """The n noise levels that a sampler visits, from noise to data; a coarse grid is a subset of its base grid.
 
-    n noise levels give n - 1 steps between neighbours and a final denoising at the last level. That makes n network
-    evaluations, if each step needs one.
+    They give n - 1 steps between neighbours and a final denoising at the last level.
     """
 
-    logsnr: Array  # [n] ascending
-    time: Array  # [n] descending, the schedule's t
-    beta: Array  # [n] -d log alpha^2 / dt
-    index: Array  # [n] positions in the base grid
-    base_logsnr: Array  # [N]
-    base_time: Array  # [N]
-
-    @property
-    def steps(self) -> int:
-        return len(self.logsnr)
-
-    @cached_property
-    def key(self) -> bytes:
-        """Equal for equal grids."""
-        return self.index.tobytes() + self.base_logsnr.tobytes()
+    logsnr: np.ndarray  # [n] ascending
+    time: np.ndarray  # [n] descending, the schedule's t
+    beta: np.ndarray  # [n] -d log alpha^2 / dt
+    index: np.ndarray  # [n] positions in the base grid
+    base_logsnr: np.ndarray  # [N]
+    base_time: np.ndarray  # [N]
 
 
 @dataclass(frozen=True)
 class Process:
     """A noise schedule and the range of noise levels used in training and sampling.
 
-    spacing: "logsnr" spaces the points of the base grid evenly in log-SNR, "time" evenly in t, as DDPM does. "logsnr"
-    is the default because it is much better for the baselines. With exact denoisers (Gaussian and two-point data, 8 to
-    32 steps), DDIM's squared error was 1.3 to 4 times smaller and that of DPM-Solver++(2M) 40 to 450 times smaller.
+    spacing: "logsnr" spaces the points of the base grid evenly in log-SNR, "time" evenly in t, as DDPM does. With exact
+    denoisers (Gaussian and two-point data, 8 to 32 steps) and "logsnr", DDIM's squared error was 1.3 to 4 times smaller
+    and that of DPM-Solver++(2M) 40 to 450 times smaller.
     """
 
-    schedule: Schedule
+    schedule: LinearSchedule | CosineSchedule
     logsnr_min: float = -9.0
     logsnr_max: float = 9.0
     base_steps: int = 1000
@@ -126,13 +100,11 @@ class Process:
         if not self.logsnr_min < self.logsnr_max or self.base_steps < 2:
             raise UserError("process needs logsnr_min < logsnr_max and base_steps >= 2.")
 
-    def logsnr_at(self, s: Array) -> Array:
+    def logsnr_at(self, s: np.ndarray) -> np.ndarray:
         """Log-SNR at position s in [0, 1] along the sampler's path (0: most noise), in the grid's spacing.
 
-        For uniform s, the result has the density with which a sampler visits noise levels. Training draws from
-        this density.
+        Training draws s uniformly, so it sees noise levels as often as a sampler visits them.
         """
-        s = np.asarray(s, dtype=np.float64)
         if self.spacing == "logsnr":
             return self.logsnr_min + (self.logsnr_max - self.logsnr_min) * s
         first, last = self.schedule.time(np.array([self.logsnr_min, self.logsnr_max]))
@@ -140,10 +112,7 @@ class Process:
         return np.clip(self.schedule.logsnr(first + (last - first) * s), self.logsnr_min, self.logsnr_max)
 
     def grid(self, steps: int | None = None) -> TimeGrid:
-        """The base grid, or a subset of `steps` points spread evenly over it, with both ends.
-
-        Raises UserError for fewer than 2 or more than base_steps points.
-        """
+        """The base grid, or `steps` points spread evenly over it, with both ends; UserError if it has too few."""
         steps = self.base_steps if steps is None else steps
         if not 2 <= steps <= self.base_steps:
             raise UserError(f"steps = {steps} is outside 2..{self.base_steps} (process.base_steps).")
@@ -153,13 +122,11 @@ class Process:
         time = base_time[index]
         return TimeGrid(base_logsnr[index], time, self.schedule.beta(time), index, base_logsnr, base_time)
 
-    def drift_weights(self, logsnr: Array) -> Array:
+    def drift_weights(self, logsnr: np.ndarray) -> np.ndarray:
         """Weights [S], sum 1, of squared denoising differences at ascending noise levels [S]: alpha^2 d(logsnr).
 
         A step that integrates the linear term exactly (DDIM, ancestral) adds alpha * denoised * d(logsnr) to x (half of
-        that for the ODE). The weighted sum is therefore the mean squared error of the drift in the log-SNR clock. It
-        does not depend on the grid's spacing. The measured gains from a drift error to the final image are nearly
-        constant over the noise levels that matter.
+        that for the ODE), so the weighted sum is the mean squared error of the drift in the log-SNR clock.
         """
         edges = np.concatenate([logsnr[:1], 0.5 * (logsnr[1:] + logsnr[:-1]), logsnr[-1:]])
         weights = alpha_sigma(logsnr)[0] ** 2 * np.diff(edges)

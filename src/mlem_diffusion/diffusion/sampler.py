@@ -1,17 +1,112 @@
-"""One sampling loop for all step rules (step_rules.py) and all estimators (estimator.py)."""
+"""Estimators, and one sampling loop for all of them and all step rules (step_rules.py).
 
-import time
+An estimator combines the levels of a family into one denoised estimate for each evaluation, by a table of weights
+[n, B, K]: of each of K levels in each of n estimates, for each sample. A single level, a stitched schedule and the
+multilevel estimator (ML-EM) differ only in this table. ML-EM is no sampler, so every step rule can use it.
+"""
+
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .brownian import BrownianPath
-from .estimator import Estimator
-from .ledger import Ledger
-from .process import TimeGrid
+from ..errors import UserError
+from .brownian import BrownianPath, now
+from .level import Ledger, Level, check_family
+from .process import TimeGrid, expand
 from .step_rules import Evaluation, StepRule
+
+
+class Estimator(ABC):
+    """An estimator of the denoised image. `evaluations` is n, the length of the sampler's program."""
+
+    levels: list[Level]
+
+    @abstractmethod
+    def weights(self, evaluations: int, seeds: Sequence[int]) -> np.ndarray:
+        """Weights [n, B, K] of the levels in each estimate, for the samples with these seeds."""
+
+    def expected_evaluations(self, evaluations: int) -> np.ndarray:
+        """Expected evaluations of each level [K] per image, exact; here for weights that are equal for all seeds."""
+        return np.count_nonzero(self.weights(evaluations, [0])[:, 0], axis=0).astype(np.float64)
+
+    def expected_flops(self, evaluations: int) -> float:
+        return float(self.expected_evaluations(evaluations) @ [level.flops for level in self.levels])
+
+    def clusters(self, seeds: Sequence[int]) -> list[int]:
+        """One number per sample; samples with equal numbers share their coins."""
+        return list(seeds)
+
+
+class SingleLevel(Estimator):
+    """One network for all evaluations: EM, DDPM, DDIM, ... with this level."""
+
+    def __init__(self, level: Level):
+        self.levels = [level]
+
+    def weights(self, evaluations: int, seeds: Sequence[int]) -> np.ndarray:
+        return np.ones((evaluations, len(seeds), 1))
+
+
+class Stitched(Estimator):
+    """T-Stitch (Pan et al. 2024): the small level for the first fraction `switch` of the evaluations (high noise), then
+    the large level."""
+
+    def __init__(self, small: Level, large: Level, switch: float):
+        self.levels, self.switch = [small, large], switch
+        check_family(self.levels)
+        if not 0 <= switch <= 1:
+            raise UserError(f"stitched: the switch fraction {switch} is outside 0..1.")
+
+    def weights(self, evaluations: int, seeds: Sequence[int]) -> np.ndarray:
+        is_large = np.arange(evaluations) >= round(self.switch * evaluations)
+        table = np.stack([~is_large, is_large], axis=1).astype(np.float64)
+        return np.broadcast_to(table[:, None], (evaluations, len(seeds), 2))
+
+
+class WeightTable:
+    """The estimates sum_k w_k f^k(x) of one run, for weights w [n, B, K]; `evaluations` [B, K] counts as it runs.
+
+    Each network is evaluated only on the samples with a nonzero weight. The table and these selections are on the
+    device before the first estimate, so the loop never waits for a transfer."""
+
+    def __init__(self, levels: Sequence[Level], weights: np.ndarray):
+        self.levels, self.evaluations = levels, np.zeros(weights.shape[1:], dtype=np.int64)
+        self.weights = np.ascontiguousarray(np.moveaxis(weights, 2, 1))  # [n, K, B]
+        used = self.weights != 0
+        self.counts = used.sum(axis=2)
+        partial = used & (self.counts < weights.shape[1])[:, :, None]
+        self.start = np.concatenate([[0], np.cumsum(partial.sum(axis=2))])  # where (j, k) starts in `positions`
+        self.positions = np.nonzero(partial)[2]
+        self.same = (self.weights == self.weights[:, :, :1]).all(axis=2)
+        self.on_device: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, j: int, x: Tensor, logsnr: float) -> Tensor:
+        """The j-th estimate at x [B, ...]. All samples share the log-SNR, so each level gets a scalar."""
+        if self.on_device is None:
+            table = torch.tensor(self.weights, dtype=x.dtype).to(x.device)  # a copy: the weights may be read-only
+            self.on_device = table, torch.as_tensor(self.positions).to(x.device)
+        table, positions = self.on_device
+        estimate, noise_level = None, torch.full((), logsnr, dtype=torch.float32, device=x.device)
+        for k, level in enumerate(self.levels):
+            count = int(self.counts[j, k])
+            if count == 0:
+                continue
+            self.evaluations[:, k] += self.weights[j, k] != 0
+            if count == len(x):
+                output = level.denoise(x, noise_level).to(x.dtype)
+                w = float(self.weights[j, k, 0]) if self.same[j, k] else expand(table[j, k], x)
+                estimate = w * output if estimate is None else estimate.add_(w * output)
+            else:
+                first = self.start[j * len(self.levels) + k]
+                rows = positions[first : first + count]
+                output = level.denoise(x[rows], noise_level).to(x.dtype)
+                estimate = torch.zeros_like(x) if estimate is None else estimate
+                estimate.index_add_(0, rows, expand(table[j, k][rows], x) * output)
+        return torch.zeros_like(x) if estimate is None else estimate
 
 
 @torch.no_grad()
@@ -22,28 +117,17 @@ def sample(estimator: Estimator, rule: StepRule, grid: TimeGrid, path: BrownianP
     ledger.seconds is the time of the loop without the drawing of noise. On a GPU the loop only queues work: it waits
     for the device at its start, at its end and when it draws a window of noise.
     """
-    program, device = rule.program(grid), path.device
-    x = path.initial()
-    if rule.clock is not None:
-        path.increment(grid, rule.clock, 0)  # before the clock starts; a GPU draws it while the CPU draws the coins
-    ledger = Ledger([level.flops for level in estimator.levels], images=len(path.seeds))
-    estimate = estimator.weight_table(len(program), path, ledger)
-    start, drawing = _now(device), 0.0
-    state: list[Tensor | None] = [x] + [None] * (len(program[0].update) - 1)
+    program = rule.program(grid)
+    state: list[Any] = [path.initial()] + [None] * (len(program[0].update) - 1)
+    estimate = WeightTable(estimator.levels, estimator.weights(len(program), path.seeds))
+    start, drawn = now(path.device), path.seconds
     for j, evaluation in enumerate(program):
-        assert state[0] is not None
-        denoised = estimate(j, state[0], evaluation.logsnr)
-        z = None
+        denoised, z = estimate(j, state[0], evaluation.logsnr), None
         if evaluation.noise is not None and rule.clock is not None:
-            if not path.holds(grid, rule.clock, evaluation.noise):
-                drawing -= _now(device)
-                path.increment(grid, rule.clock, evaluation.noise)
-                drawing += _now(device)
             z = path.increment(grid, rule.clock, evaluation.noise)
         state = advance(evaluation, state, denoised, z)
-    ledger.seconds = _now(device) - start - drawing
-    assert state[0] is not None
-    return state[0], ledger
+    seconds = now(path.device) - start - (path.seconds - drawn)
+    return state[0], Ledger([level.flops for level in estimator.levels], estimate.evaluations, seconds)
 
 
 def advance(
@@ -64,9 +148,3 @@ def combine(coefficients: np.ndarray, tensors: Sequence[Tensor | None]) -> Tenso
     for i, (c, tensor) in enumerate(others):
         out = torch.add(out, tensor, alpha=c) if i == 0 and first == 1 else out.add_(tensor, alpha=c)
     return out
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

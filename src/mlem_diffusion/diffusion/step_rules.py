@@ -1,18 +1,17 @@
 """Step rules as data: one matrix per network evaluation maps the old state to the new state.
 
-All these rules are linear in (state, estimate, noise), so a matrix of numbers describes a step completely. One loop
-(sampler.py) runs them all, including multistep rules and rules with several evaluations per step. The effect of an
+All these rules are linear in (state, estimate, noise), so one loop (sampler.py) runs them all, and the effect of an
 estimate on the final image follows exactly from the transposed matrices and the derivative of the network.
 
-A program is the list of evaluations of one sampling run. Its state has m images, initially (x, 0, ..., 0). The network
-is always evaluated at state 0. The last evaluation is the final denoising: its update puts the estimate in state 0.
+The state has m images, initially (x, 0, ..., 0). The network is always evaluated at state 0.
 
 Notation: a step leads from noise level s to t, h = (logsnr_t - logsnr_s) / 2 > 0, and "denoised" is the estimate.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -31,21 +30,24 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class StepRule:
-    """A step rule: a function from grids to programs, and the clock that standardises its Brownian increments."""
+    """A step rule: the evaluations of its steps on a grid, and the clock that standardises its Brownian increments."""
 
     dynamics: str  # "sde" or "ode"
     name: str
     label: str  # the name in the literature
-    program: Callable[[TimeGrid], list[Evaluation]]
+    evaluations: Callable[[TimeGrid], Iterable[Evaluation]]
     clock: str | None  # "time" or "snr"; None without noise
 
     @property
-    def key(self) -> str:
-        """The key in STEP_RULES, such as "sde/ddpm"."""
+    def key(self) -> str:  # such as "sde/ddpm"
         return f"{self.dynamics}/{self.name}"
 
-    def __reduce__(self) -> tuple:  # programs are closures, so another process looks the rule up
-        return step_rule, (self.key,)
+    def program(self, grid: TimeGrid) -> list[Evaluation]:
+        """All evaluations of a run; the last is the final denoising, which puts the estimate in state 0."""
+        steps = list(self.evaluations(grid))
+        final = np.zeros_like(steps[0].update)
+        final[0, -2] = 1
+        return [*steps, Evaluation(float(grid.logsnr[-1]), final)]
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,9 @@ class Step:
 
     alpha_s: float
     sigma_s: float
+    logsnr_s: float
     alpha_t: float
     sigma_t: float
-    logsnr_s: float
     logsnr_t: float
     h: float  # half the step in log-SNR
     h_before: float | None  # h of the previous step; None for the first step
@@ -65,31 +67,13 @@ class Step:
 
 def steps_of(grid: TimeGrid) -> list[Step]:
     """The n - 1 steps of a grid."""
-    logsnr, (alpha, sigma) = grid.logsnr.tolist(), alpha_sigma(grid.logsnr)
-    h = (0.5 * np.diff(grid.logsnr)).tolist()
+    levels = np.stack([*alpha_sigma(grid.logsnr), grid.logsnr], axis=1).tolist()  # alpha, sigma, logsnr
+    h = [None, *(0.5 * np.diff(grid.logsnr)).tolist()]
     beta_dt = (grid.beta[:-1] * (grid.time[:-1] - grid.time[1:])).tolist()
-    columns = (
-        alpha[:-1].tolist(),
-        sigma[:-1].tolist(),
-        alpha[1:].tolist(),
-        sigma[1:].tolist(),
-        logsnr[:-1],
-        logsnr[1:],
-    )
-    return [Step(*row) for row in zip(*columns, h, [None, *h[:-1]], beta_dt, strict=True)]
+    return [Step(*levels[i], *levels[i + 1], h[i + 1], h[i], beta_dt[i]) for i in range(len(beta_dt))]
 
 
-def _final_denoising(grid: TimeGrid, m: int) -> Evaluation:
-    update = np.zeros((m, m + 2))
-    update[0, m] = 1
-    return Evaluation(float(grid.logsnr[-1]), update)
-
-
-# ------------------------------------------------------------------- steps x' = a x + b denoised + c z, as (a, b, c)
-
-Coefficients = Callable[[Step], tuple[float, float, float]]
-
-
+# the four rules x' = a x + b denoised + c z return (a, b, c)
 def em_sde(step: Step) -> tuple[float, float, float]:
     """Euler-Maruyama in t of the reverse SDE dx = -beta (x/2 + score) dt + sqrt(beta) dW (Song et al. 2021, eq. 6),
     with score = (alpha denoised - x) / sigma^2."""
@@ -116,64 +100,41 @@ def ddim(step: Step) -> tuple[float, float, float]:
     return step.sigma_t / step.sigma_s, -step.alpha_t * math.expm1(-step.h), 0.0
 
 
-# --------------------------------------------------------------------------------------------------- programs
+def _linear(rule: Callable[[Step], tuple], grid: TimeGrid, multistep: bool = False) -> Iterator[Evaluation]:
+    """Evaluations of a rule x' = a x + b denoised + c z; the state is (x), or (x, previous estimate) if multistep.
 
-
-def _one_step(coefficients: Coefficients) -> Callable[[TimeGrid], list[Evaluation]]:
-    """The program of a rule x' = a x + b denoised + c z; its state is (x)."""
-
-    def program(grid: TimeGrid) -> list[Evaluation]:
-        rows = [(step.logsnr_s, coefficients(step)) for step in steps_of(grid)]
-        steps = [Evaluation(s, np.array([row]), i if row[-1] else None) for i, (s, row) in enumerate(rows)]
-        return [*steps, _final_denoising(grid, 1)]
-
-    return program
-
-
-def _two_step(coefficients: Coefficients) -> Callable[[TimeGrid], list[Evaluation]]:
-    """DPM-Solver++(2M) with data prediction (Lu et al. 2022, algorithm 2); its state is (x, previous estimate).
-
-    Each step is exponential, with an estimate extrapolated to the middle of the step from the last two estimates. The
-    first step does not extrapolate. DDIM's coefficients give the ODE solver, ancestral ones its SDE form.
+    A multistep rule extrapolates the last two estimates to the middle of the step, except in the first step. This makes
+    DPM-Solver++(2M) with data prediction (Lu et al. 2022, algorithm 2) of DDIM, and its SDE form of the ancestral rule.
     """
-
-    def program(grid: TimeGrid) -> list[Evaluation]:
-        out = []
-        for i, step in enumerate(steps_of(grid)):
-            a, b, c = coefficients(step)
-            back = 0.0 if step.h_before is None else 0.5 * step.h / step.h_before
-            update = np.array([[a, -b * back, b * (1 + back), c], [0, 0, 1, 0]])
-            out.append(Evaluation(step.logsnr_s, update, i if c else None))
-        return [*out, _final_denoising(grid, 2)]
-
-    return program
+    for i, step in enumerate(steps_of(grid)):
+        a, b, c = rule(step)
+        back = 0.0 if step.h_before is None else 0.5 * step.h / step.h_before
+        update = [[a, -b * back, b * (1 + back), c], [0, 0, 1, 0]] if multistep else [[a, b, c]]
+        yield Evaluation(step.logsnr_s, np.array(update), i if c else None)
 
 
-def heun(grid: TimeGrid) -> list[Evaluation]:
-    """Heun's method, deterministic (Karras et al. 2022, algorithm 1): 2 (n - 1) + 1 evaluations for n noise levels.
+def heun(grid: TimeGrid) -> Iterator[Evaluation]:
+    """Heun's method (Karras et al. 2022, algorithm 1): two evaluations a step.
 
     For y = x / alpha with noise rho = sigma / alpha, the flow is dy = (y - denoised) / rho drho. The state is
     (the point to evaluate, x advanced with half of the first slope), both in units of x at t.
     """
-    out = []
     for step in steps_of(grid):
         # rho_t / rho_s = e^-h; the predictor is a DDIM step
         a, b, _ = ddim(step)
         to_t, drop = step.alpha_t / step.alpha_s, -0.5 * math.expm1(-step.h)
-        predict = np.array([[a, 0, b, 0], [to_t * (1 - drop), 0, step.alpha_t * drop, 0]])
+        yield Evaluation(step.logsnr_s, np.array([[a, 0, b, 0], [to_t * (1 - drop), 0, step.alpha_t * drop, 0]]))
         pull = 0.5 * math.expm1(step.h)  # (rho_s - rho_t) / (2 rho_t)
-        correct = np.array([[-pull, 1, step.alpha_t * pull, 0], [0, 0, 0, 0]])
-        out += [Evaluation(step.logsnr_s, predict), Evaluation(step.logsnr_t, correct)]
-    return [*out, _final_denoising(grid, 2)]
+        yield Evaluation(step.logsnr_t, np.array([[-pull, 1, step.alpha_t * pull, 0], [0, 0, 0, 0]]))
 
 
-def unipc(grid: TimeGrid) -> list[Evaluation]:
+def unipc(grid: TimeGrid) -> Iterator[Evaluation]:
     """UniPC of order 2 with its corrector, B(h) = e^h - 1 (bh2) and data prediction (Zhao et al. 2023).
 
     The first step has order 1. Predictor and corrector share one network evaluation, at the predicted point. The state
     is (predicted point, corrected point without the term of the estimate at the predicted point, previous estimate).
     """
-    out, share = [], None  # share: coefficient of the new estimate in the corrected point; None for the first point
+    share = None  # coefficient of the new estimate in the corrected point; None for the first point
     for step in steps_of(grid):
         corrected = np.array([1.0, 0, 0, 0, 0]) if share is None else np.array([0, 1.0, 0, share, 0])
         new, before = np.array([0, 0, 0, 1.0, 0]), np.array([0, 0, 1.0, 0, 0])
@@ -185,9 +146,8 @@ def unipc(grid: TimeGrid) -> list[Evaluation]:
             slope = (new - before) / r
             weight, old = _corrector_weights(step.h, r)
             predicted, rest = new + 0.5 * slope, (1 - weight) * new + old * slope
-        out.append(Evaluation(step.logsnr_s, np.stack([a * corrected + b * predicted, a * corrected + b * rest, new])))
+        yield Evaluation(step.logsnr_s, np.stack([a * corrected + b * predicted, a * corrected + b * rest, new]))
         share = b * weight
-    return [*out, _final_denoising(grid, 3)]
 
 
 def _corrector_weights(h: float, r: float) -> tuple[float, float]:
@@ -208,17 +168,17 @@ def _phi(k: int, z: float) -> float:
 
 
 _RULES = [
-    StepRule("sde", "em", "EM", _one_step(em_sde), "time"),
-    StepRule("sde", "ddpm", "DDPM ancestral", _one_step(ddpm), "snr"),
-    StepRule("sde", "dpmpp_2m", "DPM-Solver++(2M)", _two_step(ddpm), "snr"),
-    StepRule("ode", "em", "EM", _one_step(em_ode), None),
-    StepRule("ode", "ddim", "DDIM", _one_step(ddim), None),
-    StepRule("ode", "dpmpp_2m", "DPM-Solver++(2M)", _two_step(ddim), None),
+    StepRule("sde", "em", "EM", partial(_linear, em_sde), "time"),
+    StepRule("sde", "ddpm", "DDPM ancestral", partial(_linear, ddpm), "snr"),
+    StepRule("sde", "dpmpp_2m", "DPM-Solver++(2M)", partial(_linear, ddpm, multistep=True), "snr"),
+    StepRule("ode", "em", "EM", partial(_linear, em_ode), None),
+    StepRule("ode", "ddim", "DDIM", partial(_linear, ddim), None),
+    StepRule("ode", "dpmpp_2m", "DPM-Solver++(2M)", partial(_linear, ddim, multistep=True), None),
     StepRule("ode", "heun", "Heun", heun, None),
     StepRule("ode", "unipc", "UniPC", unipc, None),
 ]
 STEP_RULES = {rule.key: rule for rule in _RULES}
-# the rule that samples the reference of each dynamics, on the base grid
+# samples the reference of each dynamics, on the base grid
 REFERENCE_RULE = {"sde": STEP_RULES["sde/ddpm"], "ode": STEP_RULES["ode/dpmpp_2m"]}
 STEP_RULE_NAMES = {rule.name: rule.label for rule in _RULES}
 DYNAMICS_NAMES = {"sde": "stochastic (SDE)", "ode": "deterministic (ODE)"}

@@ -19,8 +19,7 @@ from ..diffusion.level import Level
 from ..diffusion.process import Process
 from ..errors import UserError
 from ..figures import style
-from ..models import published
-from ..models.family import describe, identity_of, level_name, load_family, read_metadata
+from ..models.family import describe, identity_of, level_name, levels_folder, load_family, read_index, read_metadata
 from ..models.gaussian import fit_gaussian, load_gaussian
 from . import config, environment
 from .environment import ROOT, shown
@@ -50,7 +49,7 @@ class Experiment:
             if not self.checkpoints.is_dir():
                 self.checkpoints = unswept  # a sweep over later stages shares the levels
             names = [level_name(w) for w in cfg.family.widths]
-            self.checkpoints = published.levels_folder(self.checkpoints, names)
+            self.checkpoints = levels_folder(self.checkpoints, names)
         self.device = environment.set_up_device(cfg, training=name == "train_levels")
         self.process: Process = config.build(cfg.process)
         self.key, self.written = "", []  # fingerprint and outputs of this stage
@@ -112,8 +111,8 @@ class Experiment:
 
     @functools.cached_property
     def published(self) -> dict[str, Any] | None:
-        """The content of family.json if the levels in use are published (models/published.py), else None."""
-        return published.read_index(self.checkpoints)
+        """The content of family.json if the levels in use are published, else None."""
+        return read_index(self.checkpoints)
 
     def describe_levels(self, data_rms: float = 0.5) -> list[dict[str, Any]]:
         """The facts of each level before training: name, width, parameters, FLOPs, ..."""
@@ -122,7 +121,7 @@ class Experiment:
 
     def metadata(self) -> list[dict[str, Any]]:
         """metadata.json of every level; UserError if one was trained on other images or on fewer noise levels."""
-        found = read_metadata(self.checkpoints, self.cfg.family.widths)
+        found = read_metadata(self.checkpoints, map(level_name, self.cfg.family.widths))
         images, wanted = self.images_if_needed(), (self.cfg.process.logsnr_min, self.cfg.process.logsnr_max)
         if images is not None and any(m["data_sha256"] != images.manifest["sha256"] for m in found):
             raise UserError(

@@ -8,18 +8,15 @@ from typing import Any
 from .. import parallel
 from ..data.pixels import to_uint8
 from ..diffusion.brownian import BrownianPath
-from ..diffusion.estimator import SingleLevel
 from ..diffusion.level import Level
-from ..diffusion.sampler import sample
+from ..diffusion.sampler import SingleLevel, sample
 from ..diffusion.step_rules import step_rule
 from ..figures import style
 from ..figures.image_grid import image_grid
 from ..files import locked, sha256_of, write_json
 from ..gamma.measurement import noise_levels, squared_differences
-from ..models import published
-from ..models.checkpoint import load_state
 from ..models.compiled import FastDenoiser
-from ..models.family import build_denoiser, level_name
+from ..models.family import build_denoiser, level_name, levels_folder, load_state
 from ..training.levels import CLAIM, METADATA, STATE, claim, is_trained, settings
 from ..training.loop import train_level
 from . import config
@@ -117,7 +114,6 @@ def measured(exp: Experiment, level: dict[str, Any], ema: Any, folder: Path) -> 
 
 def are_published(exp: Experiment) -> bool:
     """Whether the family is published in the experiment's folder, and no training of it has begun here."""
-    names = [level_name(width) for width in exp.cfg.family.widths]
-    folder = published.levels_folder(exp.checkpoints, names)
+    folder = levels_folder(exp.checkpoints, [level_name(width) for width in exp.cfg.family.widths])
     begun = any((path / CLAIM).is_file() for path in exp.checkpoints.glob("w*"))
     return folder != exp.checkpoints and not begun and not exp.cfg.overwrite

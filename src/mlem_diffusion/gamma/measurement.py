@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..diffusion.brownian import initial_noise
+from ..diffusion.brownian import BrownianPath
 from ..diffusion.level import Level
 from ..diffusion.process import Process, add_noise
 from ..errors import UserError
@@ -108,7 +108,7 @@ def squared_differences(
             x0 = images[part]
             # the noise of image i at noise level j does not depend on the batch size
             seeds = [seed * 1_000_003 + j * m + i for i in range(m)[part]]
-            x = add_noise(x0, initial_noise(seeds, tuple(x0.shape[1:]), x0.device), level_logsnr)
+            x = add_noise(x0, BrownianPath(seeds, tuple(x0.shape[1:]), x0.device).initial(), level_logsnr)
             outputs = [level.denoise(x, level_logsnr).float() for level in levels]
             for i, (first, second) in enumerate(pairs):
                 other = x0 if second is None else outputs[second]

@@ -17,17 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..diffusion.level import Level
+from ..diffusion.level import Level, flops_per_evaluation, weight_type
 from ..diffusion.process import expand
 from ..errors import UserError
 from .compiled import first_line
-from .flops import count_flops
 
-KNOWN = {
-    "prediction": ("epsilon", "v", "x0", "score"),
-    "coordinates": ("vp", "ve"),
-    "time": ("logsnr", "sigma", "timestep"),
-}
+PREDICTIONS, COORDINATES, TIMES = ("epsilon", "v", "x0", "score"), ("vp", "ve"), ("logsnr", "sigma", "timestep")
 TOLERANCE = 1e-3  # in log-SNR, at the ends of the trained range: float32 tables are rounded
 
 
@@ -39,8 +34,6 @@ def adapt(
     coordinates: str = "vp",
     time: str | Callable[[Tensor], Tensor] = "logsnr",
     alphas_cumprod: Any = None,
-    round_timesteps: bool = False,
-    logsnr_range: tuple[float, float] | None = None,
     conditioning: Mapping[str, Any] | None = None,
     shape: tuple[int, ...] | None = None,
     flops: float | None = None,
@@ -50,70 +43,67 @@ def adapt(
     The network returns a tensor, a tuple that starts with one, or an object with one in `.sample`; of twice the
     channels of x (learned variances), the first half is used. time: "logsnr"; "sigma", the noise's standard deviation
     in the network's coordinates; "timestep", the index into the falling alphas_cumprod [T], fractional (linear in
-    log-SNR) unless round_timesteps; or a function of logsnr [B]. logsnr_range: lowest and highest log-SNR in training,
-    by default those of alphas_cumprod; with a range, each call waits for the device. conditioning: keyword arguments;
-    tensors [1, ...], also nested, are expanded to the batch. flops: of one image; counted for a Module and `shape`.
-
-    Raises UserError for an unknown convention, conditioning of several rows, or FLOPs that cannot be counted; the level
-    does so for a noise level outside the trained range and for an output of another shape.
+    log-SNR), whose range each call checks, waiting for the device; or a function of logsnr [B]. conditioning: keyword
+    arguments; tensors [1, ...], also nested, are expanded to the batch. flops: of one image; counted for a Module and
+    `shape`. Raises UserError for what does not fit; the level does so for noise levels outside the trained range.
     """
-    given = {"prediction": prediction, "coordinates": coordinates, "time": "logsnr" if callable(time) else time}
-    for what, value in given.items():
-        if value not in KNOWN[what]:
-            raise UserError(f"{name}: {what} = {value!r} is unknown; expected one of {', '.join(KNOWN[what])}.")
+    given = ((prediction, PREDICTIONS), (coordinates, COORDINATES), ("logsnr" if callable(time) else time, TIMES))
+    for value, known in given:
+        if value not in known:
+            raise UserError(f"{name}: {value!r} is unknown; expected one of {', '.join(known)}.")
     if (alphas_cumprod is not None) != (time == "timestep"):
         raise UserError(f"{name}: time='timestep' and the alphas_cumprod of the network's training belong together.")
     table = None if alphas_cumprod is None else _timestep_table(alphas_cumprod)
-    limits = logsnr_range or (None if table is None else trained_range(alphas_cumprod))
     inputs = dict(conditioning or {})
-    if any(tensor.ndim and len(tensor) != 1 for tensor in tree_leaves(inputs) if isinstance(tensor, Tensor)):
+    if any(tensor.shape[:1] != (1,) for tensor in tree_leaves(inputs) if isinstance(tensor, Tensor)):
         # a level runs only on the samples whose coin fired, and does not know which
         raise UserError(f"{name}: conditioning must have one row, for all samples: sample one condition after another.")
 
     def denoise(x: Tensor, logsnr: Tensor) -> Tensor:
         logsnr = logsnr.expand(len(x)).to(torch.promote_types(x.dtype, torch.float32))
-        if limits is not None:
-            _check_range(name, logsnr, limits)
+        when, std = logsnr, torch.sigmoid(-logsnr).sqrt()
         if table is not None:
-            when, logsnr = _timestep(logsnr, table, round_timesteps)
-        else:
-            when = time(logsnr) if callable(time) else logsnr if time == "logsnr" else _sigma(logsnr, coordinates)
-        wide, alpha, sigma = x.to(logsnr.dtype), expand(torch.sigmoid(logsnr).sqrt(), x), expand(_sigma(logsnr), x)
-        entering = (wide if coordinates == "vp" else wide / alpha).to(_dtype(network) or x.dtype)
-        rows = tree_map_only(
-            Tensor, lambda t: t.to(x.device).expand(len(x), *t.shape[1:]) if t.ndim else t.to(x.device), inputs
-        )
+            when = _timestep(name, logsnr, table)
+        elif callable(time):
+            when = time(logsnr)
+        elif time == "sigma":
+            when = std if coordinates == "vp" else torch.exp(-0.5 * logsnr)
+        wide, alpha, sigma = x.to(logsnr.dtype), expand(torch.sigmoid(logsnr).sqrt(), x), expand(std, x)
+        entering = (wide if coordinates == "vp" else wide / alpha).to(weight_type(network) or x.dtype)
+        rows = tree_map_only(Tensor, lambda tensor: tensor.to(x.device).expand(len(x), *tensor.shape[1:]), inputs)
         output = _tensor(name, network(entering, when, **rows), x).to(logsnr.dtype)
         if prediction == "score" and coordinates == "ve":
             output = output / alpha  # d/dx = d/dy / alpha
         return _denoised(prediction, output, wide, alpha, sigma).to(x.dtype)
 
     if flops is None:
-        flops = _count(name, network, shape, inputs, torch.long if round_timesteps else torch.float32)
+        if not isinstance(network, nn.Module) or shape is None:
+            raise UserError(f"{name}: give flops, or shape = (channels, height, width) and an nn.Module to count them.")
+        try:
+            flops = flops_per_evaluation(network, shape, **tree_map_only(Tensor, lambda t: t.to("meta"), inputs))
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"{name}: FLOPs could not be counted ({first_line(error)}); give flops.") from error
     return Level(name, denoise, float(flops))
 
 
 def from_diffusers(name: str, unet: nn.Module, scheduler: Any, **options: Any) -> Level:
     """Return a level for a diffusers UNet (UNet2DModel, UNet2DConditionModel, ...) and its training scheduler.
 
-    The scheduler's clipping is not applied. Timesteps are rounded only if the UNet embeds them by a
-    table. options: conditioning, shape (by default the UNet's) and flops, as for `adapt`. Sample in
-    Process(LinearSchedule(), *trained_range(scheduler)). Raises UserError for other schedulers, and as `adapt`.
+    The UNet must take fractional timesteps, as all do that do not look them up in a table. The scheduler's clipping is
+    not applied. options: conditioning, shape (by default the UNet's) and flops, as for `adapt`. Sample in
+    Process(LinearSchedule(), *trained_range(scheduler)). Raises UserError for other schedulers.
     """
     predicts = getattr(getattr(scheduler, "config", None), "prediction_type", None)
     prediction = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}.get(str(predicts))
     if prediction is None:
         raise UserError(f"{name}: the scheduler's prediction type {predicts!r} is unknown; use adapt().")
     config: Any = unet.config
-    if "shape" not in options:
-        size = config.sample_size
-        options["shape"] = (config.in_channels, *((size, size) if isinstance(size, int) else size))
-    rounded = getattr(config, "time_embedding_type", None) == "learned"
-    options |= {"time": "timestep", "alphas_cumprod": scheduler, "round_timesteps": rounded}
-    return adapt(name, unet, prediction=prediction, **options)
+    size = config.sample_size
+    options = {"shape": (config.in_channels, *((size, size) if isinstance(size, int) else size)), **options}
+    return adapt(name, unet, prediction=prediction, time="timestep", alphas_cumprod=scheduler, **options)
 
 
-def guided(conditional: Level, unconditional: Level, scale: float, name: str | None = None) -> Level:
+def guided(conditional: Level, unconditional: Level, scale: float) -> Level:
     """Return classifier-free guidance as one level: D_u + scale (D_c - D_u), at the sum of their FLOPs.
 
     See Ho and Salimans 2022, with scale = 1 + w. The second level may also be a weaker network (autoguidance).
@@ -123,17 +113,17 @@ def guided(conditional: Level, unconditional: Level, scale: float, name: str | N
         base = unconditional.denoise(x, logsnr)
         return base + scale * (conditional.denoise(x, logsnr) - base)
 
-    return Level(name or conditional.name, denoise, conditional.flops + unconditional.flops)
+    return Level(conditional.name, denoise, conditional.flops + unconditional.flops)
 
 
 def trained_range(source: Any) -> tuple[float, float]:
-    """Return the lowest and highest trained log-SNR of a diffusers scheduler or of alphas_cumprod, for Process."""
+    """The lowest and highest trained log-SNR of a diffusers scheduler or of alphas_cumprod, for Process."""
     logsnr, _ = _timestep_table(source)
     return float(logsnr[0]), float(logsnr[-1])
 
 
-def _timestep_table(source: Any) -> tuple[Tensor, Tensor]:
-    """Return ascending log-SNRs and their timesteps, without infinite log-SNRs (zero terminal SNR)."""
+def _timestep_table(source: Any) -> tuple[Tensor, int]:
+    """Ascending log-SNRs of consecutive timesteps, without infinite ones (zero terminal SNR), and the last timestep."""
     values = getattr(source, "alphas_cumprod", source)
     try:
         alpha2 = torch.as_tensor(values, dtype=torch.float64, device="cpu").numpy()
@@ -141,33 +131,21 @@ def _timestep_table(source: Any) -> tuple[Tensor, Tensor]:
         raise UserError(f"{type(source).__name__} has no alphas_cumprod; see adapt() for other networks.") from error
     if alpha2.ndim != 1 or len(alpha2) < 2 or not np.all(np.diff(alpha2) < 0) or alpha2[0] > 1 or alpha2[-1] < 0:
         raise UserError("alphas_cumprod must fall from timestep to timestep within [0, 1], with two values or more.")
-    timestep = np.flatnonzero((alpha2 > 0) & (alpha2 < 1))[::-1].copy()
-    return torch.from_numpy(np.log(alpha2[timestep]) - np.log1p(-alpha2[timestep])), torch.from_numpy(timestep)
+    timestep = np.flatnonzero((alpha2 > 0) & (alpha2 < 1))[::-1]
+    return torch.from_numpy(np.log(alpha2[timestep]) - np.log1p(-alpha2[timestep])), int(timestep[0])
 
 
-def _timestep(logsnr: Tensor, table: tuple[Tensor, Tensor], to_integer: bool) -> tuple[Tensor, Tensor]:
-    """Return the network's timestep [B] and its log-SNR [B]: that of the nearest trained timestep if to_integer."""
-    known, last = table[0].to(logsnr), int(table[1][0])
-    above = torch.searchsorted(known, logsnr.detach().contiguous()).clamp(1, len(known) - 1)
-    part = ((logsnr - known[above - 1]) / (known[above] - known[above - 1])).clamp(0, 1)
-    timestep = last - (above - 1 + part)  # timesteps in the table are consecutive integers
-    if not to_integer:
-        return timestep, logsnr
-    timestep = timestep.round().long()
-    return timestep, known[last - timestep]
-
-
-def _check_range(name: str, logsnr: Tensor, limits: tuple[float, float]) -> None:
-    lowest, highest = limits
+def _timestep(name: str, logsnr: Tensor, table: tuple[Tensor, int]) -> Tensor:
+    """Fractional timesteps [B]; UserError outside the trained range."""
+    lowest, highest = float(table[0][0]), float(table[0][-1])
     outside = logsnr[~((logsnr >= lowest - TOLERANCE) & (logsnr <= highest + TOLERANCE))]  # NaN too
     if len(outside):
         text = f"{name}: a log-SNR of {float(outside[0]):.4g} is outside {lowest:.4g} .. {highest:.4g}"
         raise UserError(f"{text}, the range of its training; set logsnr_min and logsnr_max of the Process within it.")
-
-
-def _sigma(logsnr: Tensor, coordinates: str = "vp") -> Tensor:
-    """Return the noise's standard deviation [B] in VP or VE coordinates."""
-    return torch.sigmoid(-logsnr).sqrt() if coordinates == "vp" else torch.exp(-0.5 * logsnr)
+    known = table[0].to(logsnr)
+    above = torch.searchsorted(known, logsnr.detach().contiguous()).clamp(1, len(known) - 1)
+    part = ((logsnr - known[above - 1]) / (known[above] - known[above - 1])).clamp(0, 1)
+    return table[1] - (above - 1 + part)
 
 
 def _denoised(prediction: str, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -178,14 +156,8 @@ def _denoised(prediction: str, output: Tensor, x: Tensor, alpha: Tensor, sigma: 
     return (x - sigma * output if prediction == "epsilon" else x + sigma**2 * output) / alpha
 
 
-def _dtype(network: Any) -> torch.dtype | None:
-    """Return the type of a module's first floating-point parameter; None for other callables."""
-    parameters = network.parameters() if isinstance(network, nn.Module) else ()
-    return next((p.dtype for p in parameters if p.is_floating_point()), None)
-
-
 def _tensor(name: str, output: Any, x: Tensor) -> Tensor:
-    """Return the tensor in a network's output; its first half if it has twice the channels of x."""
+    """The tensor in a network's output; its first half if it has twice the channels of x."""
     if not isinstance(output, Tensor):
         output = output[0] if isinstance(output, tuple | list) else getattr(output, "sample", output)
     if isinstance(output, Tensor) and output.ndim == x.ndim and output.shape[1] == 2 * x.shape[1]:
@@ -194,13 +166,3 @@ def _tensor(name: str, output: Any, x: Tensor) -> Tensor:
         found = f"shape {list(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
         raise UserError(f"{name}: the network returned {found} for an input of {list(x.shape)}.")
     return output
-
-
-def _count(name: str, network: Any, shape: Any, conditioning: dict[str, Any], time: torch.dtype) -> float:
-    if not isinstance(network, nn.Module) or shape is None:
-        raise UserError(f"{name}: give flops, or shape = (channels, height, width) and an nn.Module to count them.")
-    x, when = torch.empty(1, *shape, device="meta", dtype=_dtype(network)), torch.empty(1, device="meta", dtype=time)
-    try:
-        return count_flops(network, x, when, **tree_map_only(Tensor, lambda tensor: tensor.to("meta"), conditioning))
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{name}: FLOPs could not be counted ({first_line(error)}); give flops.") from error

@@ -26,29 +26,25 @@ _PROGRAMS = 256  # programs that dynamo may cache per function: each level of a 
 _SMALLEST, _WASTE = 8, 0.25  # smallest bucket; largest padding as a fraction of the samples
 
 
-def should_compile(setting: str, device: torch.device) -> bool:
-    """Return whether to compile ("on" and "max": yes, "off": no, "auto": on CUDA); UserError for other settings."""
-    if setting not in SETTINGS:
-        raise UserError(f"compile = {setting!r} is unknown; expected one of {', '.join(SETTINGS)}.")
-    return setting in ("on", "max") or (setting == "auto" and device.type == "cuda")
-
-
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error that is not blank, shortened."""
+    """The first line of an error that is not blank, shortened."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].strip().rstrip(".:")[:160]
 
 
 class Compiled:
     """A function or module that torch.compile compiles when it is first used; compiled programs are kept on disk.
 
-    setting "max" tunes kernels, which takes minutes. CUDA graphs are left to the callers, who know which buffers are
-    fixed. If the first use fails but works with the eager function, the function stays eager, with one SlowPath warning
-    that begins with `what`. Out-of-memory errors, and errors after the first use, are raised.
+    setting: "off", "on", "auto" (on CUDA), or "max", which tunes kernels and takes minutes. CUDA graphs are left to the
+    callers, who know which buffers are fixed. If only the compiled function fails at its first use, it stays eager,
+    with one SlowPath warning that begins with `what`. Out-of-memory errors, and errors after the first use, are raised.
     """
 
     def __init__(self, function: Callable[..., Any], what: str, setting: str, device: torch.device, **options: Any):
+        if setting not in SETTINGS:
+            raise UserError(f"compile = {setting!r} is unknown; expected one of {', '.join(SETTINGS)}.")
         self.function, self.what, self.options = function, what, options
-        self.tried = False  # whether it is decided that the function is compiled or not
+        # whether it is decided that the function is compiled or not
+        self.decided = setting == "off" or (setting == "auto" and device.type != "cuda")
         if device.type == "cuda":
             tuned = {"coordinate_descent_tuning": True, "max_autotune": True} if setting == "max" else {}
             self.options["options"] = {"conv_1x1_as_mm": True, "triton.cudagraphs": False, **tuned}
@@ -58,10 +54,13 @@ class Compiled:
 
     def use(self, work: Callable[[Callable[..., Any]], T]) -> T:
         """Return work(function); its first call also decides whether the function is compiled."""
-        if self.tried:
+        if self.decided:
             return work(self.function)
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home / "mlem-diffusion" / "compile"))
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns without a CUDA toolkit
         try:
-            _prepare()
+            torch._dynamo.config.cache_size_limit = max(_PROGRAMS, torch._dynamo.config.cache_size_limit)
             fast = torch.compile(self.function, **self.options)
             result = work(fast)
             self.function = fast
@@ -71,47 +70,20 @@ class Compiled:
             result = work(self.function)  # raises the function's own errors
             reason = f"compilation failed ({first_line(error)})"
             warnings.warn(f"{self.what} runs eagerly: {reason}.", SlowPath, stacklevel=3)
-        self.tried = True
+        self.decided = True
         return result
 
 
-def _prepare() -> None:
-    """Keep compiled programs on disk between runs, and as many in memory as a family of levels needs."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home / "mlem-diffusion" / "compile"))
-    torch._dynamo.config.cache_size_limit = max(_PROGRAMS, torch._dynamo.config.cache_size_limit)
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns CPU users that CUDA is missing
-
-
 def to_bf16(module: nn.Module) -> None:
-    """Round a module's parameters to bf16 in place; its buffers (noise-level frequencies) keep float32."""
+    """Round a module's parameters to bf16 in place; its buffers (noise-level frequencies) stay float32."""
     for parameter in module.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
-
-
-def inference_copy(denoiser: nn.Module, precision: str = "float32") -> nn.Module:
-    """Return a frozen copy for evaluation only.
-
-    With "bf16" the network's weights and activations are bf16. Group-norm statistics (torch's kernels accumulate them
-    in float32), the noise-level features and the preconditioning stay float32.
-    """
-    if precision not in ("float32", "bf16"):
-        raise UserError(f"precision = {precision!r} is unknown; expected 'float32' or 'bf16'.")
-    network = copy.deepcopy(denoiser).eval().requires_grad_(False)
-    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if isinstance(network, Denoiser):
-        if precision == "bf16":
-            to_bf16(network.unet)
-        if isinstance(network.unet, UNet):
-            network.unet.join_conditioning()
-    return network
 
 
 def cover(count: int, batch: int | None = None) -> Iterator[tuple[int, int]]:
     """Split a batch of `count` into pieces (samples, bucket); buckets are powers of two from 8, and `batch`.
 
-    The smallest bucket that holds all remaining samples is used if it needs little padding; otherwise the largest
-    bucket that the samples fill.
+    The smallest bucket that holds the rest is used if it needs little padding, else the largest that the rest fills.
     """
     while count > 0:
         power = max(_SMALLEST, 1 << (count - 1).bit_length())
@@ -125,12 +97,13 @@ def cover(count: int, batch: int | None = None) -> Iterator[tuple[int, int]]:
 
 
 class FastDenoiser:
-    """A frozen denoiser (x [B,3,S,S], logsnr 0-dim or [B]) -> float32 [B,3,S,S], as fast as the device allows.
+    """A frozen copy of a denoiser (x [B,3,S,S], logsnr 0-dim or [B]) -> float32 [B,3,S,S], as fast as the device can.
 
-    precision: "float32" or "bf16" (`inference_copy`). compile: "auto" (on CUDA), "on", "off", or "max" (tuned kernels).
-    On CUDA each batch-size bucket (`cover`; `batch` is an additional bucket) is captured once as a CUDA graph, compiled
-    or not. If derivatives with respect to x are needed, the same network runs eagerly. If compilation or graph capture
-    fails, the network runs without it, with one SlowPath warning.
+    precision: "float32", or "bf16" for the network's weights and activations; group-norm statistics (torch's kernels
+    accumulate them in float32), the noise-level features and the preconditioning stay float32. compile: the setting of
+    `Compiled`. On CUDA each batch-size bucket (`cover`; `batch` is an additional bucket) is captured once as a
+    CUDA graph, compiled or not. If compilation or capture fails, the network runs without it, with one SlowPath
+    warning. If derivatives with respect to x are needed, it runs eagerly.
     """
 
     def __init__(
@@ -142,15 +115,21 @@ class FastDenoiser:
         batch: int | None = None,
         graphs: bool = True,
     ):
-        self.network, self.name, self.batch = inference_copy(denoiser, precision), name, batch
+        if precision not in ("float32", "bf16"):
+            raise UserError(f"precision = {precision!r} is unknown; expected 'float32' or 'bf16'.")
+        network: Any = copy.deepcopy(denoiser).eval().requires_grad_(False)
+        network.to(memory_format=torch.channels_last)
+        if precision == "bf16" and isinstance(network, Denoiser):
+            to_bf16(network.unet)
+        if isinstance(network, Denoiser) and isinstance(network.unet, UNet):
+            network.unet.join_conditioning()
+        self.network, self.name, self.batch = network, name, batch
         device = next(self.network.parameters()).device
-        compiles = should_compile(compile, device)
-        self.run = Compiled(self.network, name, compile, device) if compiles else self.network
+        self.run = Compiled(self.network, name, compile, device)
         self.graphs: dict[tuple, _Graph] | None = {} if graphs and device.type == "cuda" else None
 
     def __call__(self, x: Tensor, logsnr: Tensor) -> Tensor:
-        if logsnr.ndim == 0:  # shared by all samples, so it is embedded once
-            logsnr = logsnr.reshape(1)
+        logsnr = logsnr.reshape(-1)  # one level that all samples share is embedded once
         # forward derivatives or another functorch transform
         if forward_ad._current_level >= 0 or torch._C._functorch.is_functorch_wrapped_tensor(x):  # pyright: ignore
             with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no forward derivative
@@ -164,23 +143,18 @@ class FastDenoiser:
         parts, start = [], 0
         for count, bucket in cover(len(x), self.batch):
             piece, at = x[start : start + count], logsnr if len(logsnr) == 1 else logsnr[start : start + count]
-            graph = self._graph(bucket, x, len(at) == 1)
-            parts.append(graph(piece, at) if graph is not None else self.run(piece, at).float())
+            key = (bucket, *x.shape[1:], len(at) == 1)
+            if self.graphs is not None and key not in self.graphs:  # captured when it is first used
+                try:
+                    self.graphs[key] = _Graph(self.run, bucket, x.shape[1:], 1 if len(at) == 1 else bucket, x.device)
+                except torch.cuda.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:
+                    self.graphs = None
+                    warnings.warn(f"{self.name} runs without CUDA graphs: {first_line(error)}.", SlowPath, stacklevel=3)
+            parts.append(self.run(piece, at).float() if self.graphs is None else self.graphs[key](piece, at))
             start += count
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _graph(self, bucket: int, x: Tensor, uniform: bool) -> _Graph | None:
-        """Return the graph of a bucket, captured when it is first used; None if captures fail."""
-        key = (bucket, *x.shape[1:], uniform)
-        if self.graphs is not None and key not in self.graphs:
-            try:
-                self.graphs[key] = _Graph(self.run, bucket, x.shape[1:], 1 if uniform else bucket, x.device)
-            except torch.cuda.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                self.graphs = None
-                warnings.warn(f"{self.name} runs without CUDA graphs: {first_line(error)}.", SlowPath, stacklevel=4)
-        return None if self.graphs is None else self.graphs[key]
 
 
 class _Graph:

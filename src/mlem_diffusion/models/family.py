@@ -1,39 +1,91 @@
 """A trained family on disk: checkpoints/<experiment>/<level>/ with EMA weights, resume state and metadata.
 
-A published family (published.py) has the same form, with weights in bf16.
+Weights are safetensors, and no pickles are read. A published family is a committed folder of the same form, with bf16
+weights, from which a clone can sample without training and without images: gauss.safetensors and statistics.npz replace
+these in later stages. family.json describes it, README.md is the model card. Training never writes into it.
 """
 
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors.torch import load_file, save
+from torch import nn
 
-from ..diffusion.level import Level, check_family
-from ..errors import UserError
-from ..files import Damaged, expect_content, read_json
-from .checkpoint import AGAIN, load_weights
+from ..diffusion.level import Level, check_family, flops_per_evaluation
+from ..errors import UserError, is_out_of_memory
+from ..files import Damaged, atomic_write, expect_content, read_json, sha256_of, write_json, write_text
 from .compiled import FastDenoiser
-from .flops import flops_per_evaluation
 from .unet import Denoiser, UNet
 
+AGAIN = "train this level again (make train-levels ARGS=overwrite=true)"
 RESTORE = "restore it (git checkout), or publish the family again (make publish)"
+PUBLISHED, INDEX = "published", "family.json"  # folder, and its description
+BF16 = "ema-bf16.safetensors"
 
 
-def level_name(width: int) -> str:
-    return f"w{width}"
+def save_weights(path: Path, module: nn.Module, dtype: torch.dtype | None = None) -> str:
+    """Write a module's parameters and buffers as safetensors; return the file's SHA-256. dtype: of the parameters."""
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in module.state_dict().items()}
+    for name, _ in module.named_parameters():
+        tensors[name] = tensors[name].to(dtype or tensors[name].dtype)
+    atomic_write(path, lambda p: p.write_bytes(save(tensors)))
+    return sha256_of(path)
 
 
-def repeat_name(name: str, seed: int) -> str:
-    """Return the folder name of a level that was trained again from another seed."""
-    return f"{name}-seed{seed}"
+def check_weights(path: Path, sha256: str, hint: str = AGAIN) -> None:
+    """Raise Damaged if the file has another hash, and UserError if it is missing."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing: train the level first (make train-levels).")
+    if sha256_of(path) != sha256:
+        raise Damaged(path, f"{path} is damaged, or not the file named in its level's metadata.json: {hint}.")
+
+
+def load_weights(path: Path, module: nn.Module, sha256: str, hint: str = AGAIN) -> None:
+    """Load safetensors into the module, in its dtype; UserError (`check_weights`), also if they do not fit."""
+    check_weights(path, sha256, hint)
+    try:
+        module.load_state_dict(load_file(path))
+    except Exception as error:
+        raise explained(error, path, f"does not fit the configured network: {hint}") from error
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write a resume state of tensors, numbers, text, lists and dicts."""
+    atomic_write(path, lambda p: torch.save(state, p))
+
+
+def load_state(path: Path) -> dict[str, Any] | None:
+    """The resume state, or None without a file; Damaged if it cannot be read. No code in the file can run."""
+    if not path.is_file():
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if (part := archive.testzip()) is not None:  # torch does not compare checksums
+                raise ValueError(f"the checksum of {part} differs")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise explained(error, path, "cannot be read: delete it to train this level again") from error
+
+
+def explained(error: Exception, path: Path, text: str) -> Exception:
+    """Damaged with this text, but lack of memory is not the file's fault."""
+    return error if is_out_of_memory(error) else Damaged(path, f"{path} {text}.")
+
+
+def level_name(width: int, seed: int | None = None) -> str:
+    """The folder of a level; seed: that from which it was trained again."""
+    return f"w{width}" if seed is None else f"w{width}-seed{seed}"
 
 
 def at_width(settings: Mapping[str, Any], width: int) -> dict[str, Any]:
-    """Return the settings for a level of this width.
+    """The settings for a level of this width; UserError for an entry of settings["narrow"] without `upto`.
 
-    settings["narrow"] lists changes for narrow levels, such as {upto: 32, images: 500000}. The entry with the smallest
-    `upto` that is at least the width applies. Raises UserError for an entry without `upto`.
+    "narrow" lists changes for narrow levels, such as {upto: 32, images: 500000}. The entry with the smallest `upto` of
+    at least the width applies.
     """
     entries: Any = settings.get("narrow") or ()
     if any(not isinstance(entry, Mapping) or "upto" not in entry for entry in entries):
@@ -43,84 +95,152 @@ def at_width(settings: Mapping[str, Any], width: int) -> dict[str, Any]:
     return {key: value for key, value in {**settings, **changes}.items() if key not in ("narrow", "upto")}
 
 
-def build_denoiser(
-    width: int, size: int, data_rms: float, unet: Mapping[str, Any], target: str, seed: int = 0
-) -> Denoiser:
-    """Return an untrained denoiser; its weights depend only on the seed, the width and its settings (`at_width`)."""
+def build_denoiser(width: int, size: int, data_rms: float, unet: Mapping, target: str, seed: int = 0) -> Denoiser:
+    """An untrained denoiser; its weights depend only on the seed, the width and its settings (`at_width`)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed * 100_003 + width)
         return Denoiser(UNet(width, size, **at_width(unet, width)), data_rms, target)
 
 
 def describe(width: int, size: int, data_rms: float, unet: Mapping[str, Any], target: str) -> dict[str, Any]:
-    """Return a level's description before training, with parameter count and FLOPs per evaluation of one image."""
+    """A level's description before training, with parameter count and FLOPs per evaluation of one image."""
     denoiser = build_denoiser(width, size, data_rms, unet, target)
-    asked = {"name": level_name(width), "width": width, "size": size, "target": target, "data_rms": data_rms}
-    parameters = sum(p.numel() for p in denoiser.parameters())
-    flops = flops_per_evaluation(denoiser, size)
-    return {**asked, "unet": at_width(unet, width), "parameters": parameters, "flops": flops}
+    return {
+        "name": level_name(width), "width": width, "size": size, "target": target, "data_rms": data_rms,
+        "unet": at_width(unet, width), "parameters": sum(p.numel() for p in denoiser.parameters()),
+        "flops": flops_per_evaluation(denoiser, (3, size, size)),
+    }  # fmt: skip
 
 
-def read_metadata(directory: Path, widths: Sequence[int]) -> list[dict[str, Any]]:
-    """Return metadata.json of each level, in the order of `widths`; UserError if one is not trained or damaged."""
-    return [_read_level(directory / level_name(width)) for width in widths]
-
-
-def read_repeats(directory: Path, wanted: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
-    """Return metadata.json of each (width, training seed) that was trained again."""
-    return [_read_level(directory / repeat_name(level_name(width), seed)) for width, seed in wanted]
-
-
-def _read_level(folder: Path) -> dict[str, Any]:
-    path = folder / "metadata.json"
-    metadata = read_json(path, AGAIN if path.is_file() else "run make train-levels with the same EXPERIMENT first")
-    if not isinstance(metadata, dict) or metadata.get("name") != folder.name:
-        raise Damaged(path, f"{path} does not describe the level {folder.name}: {AGAIN}.")
-    return metadata
+def read_metadata(directory: Path, names: Iterable[str]) -> list[dict[str, Any]]:
+    """metadata.json of each named level; UserError if one is not trained or damaged."""
+    found = []
+    for path in [directory / name / "metadata.json" for name in names]:
+        found.append(
+            read_json(path, AGAIN if path.is_file() else "run make train-levels with the same EXPERIMENT first")
+        )
+        if not isinstance(found[-1], dict) or found[-1].get("name") != path.parent.name:
+            raise Damaged(path, f"{path} does not describe the level {path.parent.name}: {AGAIN}.")
+    return found
 
 
 def weights_of(metadata: Mapping[str, Any], snapshot: int | None = None) -> tuple[str, str]:
-    """Return file name and SHA-256 of a level's final weights, or of those at a training length (an index)."""
+    """File name and SHA-256 of a level's final weights, or of those at a training length (an index)."""
     if snapshot is None:
         return metadata.get("weights_file", "ema.safetensors"), metadata["weights_sha256"]
     return metadata["snapshots"][snapshot]["file"], metadata["snapshots"][snapshot]["sha256"]
 
 
 def identity_of(metadata: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the hashes by which artefacts name their levels: of the images and of the weights before rounding."""
+    """The hashes by which artefacts name their levels: of the images and of the weights before rounding."""
     levels = {m["name"]: m.get("trained_weights_sha256", m["weights_sha256"]) for m in metadata}
     return {"levels": levels, "data": metadata[0]["data_sha256"]}
 
 
 def load_denoiser(folder: Path, metadata: Mapping[str, Any], snapshot: int | None = None) -> Denoiser:
-    """Return a level's trained denoiser, in float32 on the CPU; snapshot: as in `weights_of`.
-
-    Raises UserError if the weights are missing, do not fit, or are not those of the metadata (by SHA-256).
-    """
+    """A level's trained denoiser, in float32 on the CPU; snapshot: as in `weights_of`."""
     hint = RESTORE if "trained_weights_sha256" in metadata else AGAIN
     with expect_content(folder / "metadata.json", hint):
-        shape = [metadata[key] for key in ("width", "size", "data_rms", "unet", "target")]
-        denoiser = build_denoiser(*shape)
+        denoiser = build_denoiser(*(metadata[key] for key in ("width", "size", "data_rms", "unet", "target")))
         file, sha256 = weights_of(metadata, snapshot)
     load_weights(folder / file, denoiser, sha256, hint)
     return denoiser
 
 
 def load_level(
-    folder: Path,
-    metadata: Mapping[str, Any],
-    device: torch.device | str = "cpu",
-    precision: str = "float32",
-    snapshot: int | None = None,
-    **options: Any,
+    folder: Path, metadata: Mapping[str, Any], device: Any = "cpu", snapshot: int | None = None, **options: Any
 ) -> Level:
-    """Load one trained level for sampling; options: compile and batch, as for `FastDenoiser`."""
+    """Load one trained level for sampling; options: precision, compile and batch, as for `FastDenoiser`."""
     denoiser, name = load_denoiser(folder, metadata, snapshot).to(device), metadata["name"]
-    return Level(name, FastDenoiser(denoiser, precision, name=name, **options), float(metadata["flops"]))
+    return Level(name, FastDenoiser(denoiser, name=name, **options), float(metadata["flops"]))
 
 
-def load_family(directory: Path, widths: Sequence[int], *where: Any, **options: Any) -> list[Level]:
-    """Load the levels of a trained family, in the order of `widths`; further arguments: see `load_level`."""
-    levels = [load_level(directory / m["name"], m, *where, **options) for m in read_metadata(directory, widths)]
+def load_family(directory: Path, names: Iterable[str], **options: Any) -> list[Level]:
+    """Load the named levels of a trained family; options: see `load_level`."""
+    levels = [load_level(directory / m["name"], m, **options) for m in read_metadata(directory, names)]
     check_family(levels)
     return levels
+
+
+# ------------------------------------------------------------------------------------------ the published family
+
+
+def levels_folder(directory: Path, names: Sequence[str]) -> Path:
+    """The published folder if it has all these levels and `directory` has not; otherwise `directory`."""
+
+    def has_all(folder: Path) -> bool:
+        return all((folder / name / "metadata.json").is_file() for name in names)
+
+    published = directory / PUBLISHED
+    return published if not has_all(directory) and (published / INDEX).is_file() and has_all(published) else directory
+
+
+def read_index(folder: Path) -> dict[str, Any] | None:
+    """The content of family.json; None if the folder has none. Raises Damaged if it cannot be read."""
+    path = folder / INDEX
+    return read_json(path, RESTORE) if path.is_file() else None
+
+
+def publish(source: Path, target: Path, levels: list[dict], repeats: list[dict], facts: dict) -> None:
+    """Write the levels of the folder `source`, family.json and the model card into the folder `target`.
+
+    levels, repeats: metadata, of the levels trained again too. facts: about images, training and the other files.
+    """
+    for m in [*levels, *repeats]:
+        folder = target / m["name"]
+        sha256 = save_weights(folder / BF16, load_denoiser(source / m["name"], m), torch.bfloat16)
+        snapshots = [{**m["snapshots"][-1], "file": BF16, "sha256": sha256}]
+        own = {"weights_file": BF16, "weights_sha256": sha256, "trained_weights_sha256": m["weights_sha256"]}
+        write_json(folder / "metadata.json", {**m, "snapshots": snapshots, **own})
+    names = {"levels": [m["name"] for m in levels], "repeats": [m["name"] for m in repeats]}
+    write_json(target / INDEX, {**names, **facts})
+    write_text(target / "README.md", model_card(levels, facts))
+
+
+def model_card(levels: list[dict], facts: dict) -> str:
+    """The README.md of a published folder, in Markdown."""
+    name, data, training, m = facts["experiment"], facts["data"], facts["training"], levels[0]
+    table, (licence, terms) = "", licence_of(data)
+    for level in levels:
+        unet = ", ".join(f"{key} {value}" for key, value in level["unet"].items() if value not in ([], None))
+        sizes = f"{level['parameters']:,} | {level['flops'] / 1e6:.4g} | {level['images']:,}"
+        table += f"| {level['name']} | {unet} | {sizes} | {np.mean(level['held_out']['loss']):.5f} |\n"
+    return f"""---
+license: {licence}
+tags: [diffusion, multilevel-euler-maruyama]
+---
+# {facts["title"] or name}
+
+Denoising UNets of increasing size, with EMA weights rounded to bf16: the levels of multilevel Euler-Maruyama sampling
+([arXiv:2603.24594](https://arxiv.org/abs/2603.24594)). In a clone, `make sample EXPERIMENT={name}` works without
+images or training. All settings are in the JSON files.
+
+| level | UNet | parameters | MFLOP per evaluation | training images seen | held-out loss |
+| --- | --- | --- | --- | --- | --- |
+{table}
+The networks take `x = alpha * image + sigma * noise`, with {m["size"]}x{m["size"]} RGB images in [-1, 1], and a log-SNR
+from {m["logsnr_range"][0]} to {m["logsnr_range"][1]}; they predict {m["target"]}. Held-out loss: mean squared error of
+the denoised image, before rounding, over held-out images and noise levels along the sampler's path.
+
+{data["split"]["train"]:,} training images of `{data["source"]["name"]}` (SHA-256 {data["source"]["sha256"]}), crop
+`{data["crop"]}`; none are in this folder. Packed array: SHA-256 {data["sha256"]}. Trained with
+`make train-levels EXPERIMENT={name}`, overrides `{" ".join(training["overrides"]) or "none"}`, commit
+{training["commit"]}, finished {training["finished"]}, on {training["device"]}.
+
+Intended use: research on samplers of diffusion models; not for images that pass for real persons, nor for recognising
+or judging persons. Samples are visibly imperfect, and inherit the uneven distribution of the training images. The
+recovery of single training images from the weights has not been examined.
+
+Licence: {terms}
+"""
+
+
+def licence_of(data: Mapping[str, Any]) -> tuple[str, str]:
+    """The licence's key and a sentence about it, for a manifest of images."""
+    source = data["source"]
+    if source["kind"] == "portraits":
+        return "mit", "MIT, because a program in the repository draws the images."
+    terms = "the terms of the training images apply to these files as far as they extend"
+    if source["kind"] == "download" or "celeba" in f"{data['name']} {source['name']}".lower():
+        terms = "for non-commercial research only, like [CelebA](https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html)"
+    return "other", f"{terms}. The repository's MIT licence does not cover this folder."

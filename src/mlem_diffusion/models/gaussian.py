@@ -17,16 +17,14 @@ from torch import Tensor, nn
 from ..diffusion.level import Level
 from ..diffusion.process import expand
 from ..errors import UserError
-from .checkpoint import explained, save_weights
+from .family import explained, save_weights
 
-Images = np.ndarray | Tensor
 CHUNK = 1024  # images at a time
 DENSE_LIMIT = 1024  # up to this many dimensions the covariance of all images is diagonalised exactly
 SUBSET_VALUES = 100_000_000  # above DENSE_LIMIT: float32 values in the images that are decomposed (400 MB)
-# The default rank explains this share of the variance. On the 16x16 portraits this is rank 58, which is as near to a
-# width-16 UNet as a width-4 UNet is, at 6% of the latter's FLOPs; rank 192 is only 14% nearer (squared).
-DEFAULT_SHARE = 0.95
-DEFAULT_CAP = 256  # the default rank is also at most an eighth of the dimensions
+# Share of the variance at the default rank. On the 16x16 portraits this is rank 58, which is as near to a width-16 UNet
+# as a width-4 UNet is, at 6% of the latter's FLOPs; rank 192 is only 14% nearer (squared).
+SHARE = 0.95
 
 
 class GaussianDenoiser(nn.Module):
@@ -41,21 +39,15 @@ class GaussianDenoiser(nn.Module):
     variances: Tensor
     residual: Tensor
 
-    def __init__(self, mean: Tensor, basis: Tensor, variances: Tensor, residual: float | Tensor):
+    def __init__(self, mean: Tensor, basis: Tensor, variances: Tensor, residual: Tensor):
         super().__init__()
         self.register_buffer("mean", mean)
         self.register_buffer("basis", basis.contiguous())
         self.register_buffer("variances", variances)
-        self.register_buffer("residual", torch.as_tensor(residual, dtype=mean.dtype))
-
-    @property
-    def flops(self) -> float:
-        """FLOPs of one evaluation of one image: into the basis and out of it, and vector arithmetic."""
-        d, r = self.basis.shape
-        return float(4 * r * d + 7 * d + r)
+        self.register_buffer("residual", residual)
 
     def forward(self, x: Tensor, logsnr: Tensor) -> Tensor:
-        """x [B,C,H,W] noised, logsnr [B] or 0-dim -> denoised image [B,C,H,W] in the dtype of the buffers."""
+        """Denoised image [B,C,H,W] for noised x [B,C,H,W] and logsnr [B] or 0-dim."""
         u = logsnr.expand(len(x)).to(self.mean.dtype)[:, None]
         alpha, alpha2, sigma2 = torch.sigmoid(u).sqrt(), torch.sigmoid(u), torch.sigmoid(-u)
         # the gain alpha C / (alpha^2 C + sigma^2) along the basis [B, r], and along all other directions [B, 1]
@@ -66,10 +58,11 @@ class GaussianDenoiser(nn.Module):
         return (rest * centred + projected @ self.basis.T).reshape(x.shape) + self.mean
 
     def as_level(self, name: str = "gauss") -> Level:
-        return Level(name, self, self.flops)
+        """A level; its FLOPs are those into the basis and out of it, and of vector arithmetic."""
+        d, r = self.basis.shape
+        return Level(name, self, float(4 * r * d + 7 * d + r))
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file of the buffers."""
         save_weights(path, self)
 
 
@@ -81,61 +74,55 @@ def load_gaussian(path: Path, device: torch.device | str = "cpu") -> GaussianDen
         raise explained(error, path, "is not a saved Gaussian denoiser: fit it again") from error
 
 
-def fit_gaussian(images: Images, rank: int | None = None, flips: bool = True) -> GaussianDenoiser:
-    """Fit a Gaussian denoiser to images [N,C,H,W], uint8 or float in [-1, 1]; a memory map is read in pieces.
+def fit_gaussian(images: np.ndarray, rank: int | None = None) -> GaussianDenoiser:
+    """Fit a Gaussian denoiser to images [N,C,H,W], uint8 or float in [-1, 1], and their mirror images, as in training.
 
     rank: number of principal directions; None: the fewest that explain 95% of the variance, at most 256 and D / 8.
-    flips: include mirror images, as in training. Up to 1024 dimensions the decomposition is exact. Above, it is
-    randomised (Halko et al. 2011) and uses at most 400 MB of images, which for a moment take twice that memory.
-    Raises UserError for a rank outside 1..D.
+    Up to 1024 dimensions the decomposition is exact. Above, it is randomised (Halko et al. 2011) and uses at most
+    400 MB of images, which for a moment take twice that memory. Raises UserError for a rank outside 1..D.
     """
     shape, d = images.shape[1:], math.prod(images.shape[1:])
     if rank is not None and not 1 <= rank <= d:
         raise UserError(f"rank = {rank} is outside 1..{d}, the number of values of an image.")
-    most = rank or max(1, min(DEFAULT_CAP, d // 8))
-    if d <= DENSE_LIMIT:
-        mean, basis, variances, total = _dense(images, flips, most)
-    else:
-        limit = max(2, SUBSET_VALUES // (d * (2 if flips else 1)))
-        chosen = np.sort(np.random.default_rng(0).permutation(len(images))[:limit])
-        rows = torch.cat(list(_chunks(images, chosen, flips)))
-        mean, basis, variances, total = _truncated(rows, min(most, len(rows) - 1))
+    most = rank or max(1, min(256, d // 8))
+    mean, basis, variances, total = (_dense if d <= DENSE_LIMIT else _truncated)(images, most)
     if rank is None:
-        needed = int((variances.cumsum(0) < DEFAULT_SHARE * total).sum()) + 1
+        needed = int((variances.cumsum(0) < SHARE * total).sum()) + 1
         basis, variances = basis[:, :needed], variances[:needed]
     others = d - len(variances)
-    residual = max(0.0, float(total - variances.sum())) / others if others else 0.0
+    residual = torch.tensor(max(0.0, float(total - variances.sum())) / others if others else 0.0)
     return GaussianDenoiser(mean.float().reshape(*shape), basis.float(), variances.float(), residual)
 
 
-def _chunks(images: Images, chosen: np.ndarray, flips: bool) -> Iterator[Tensor]:
+def _chunks(images: np.ndarray, chosen: np.ndarray) -> Iterator[Tensor]:
     """Yield the chosen images in chunks of float rows [n, D] in [-1, 1], followed by their mirror images."""
     for start in range(0, len(chosen), CHUNK):
-        own = images[chosen[start : start + CHUNK]]
-        part = own if isinstance(own, Tensor) else torch.as_tensor(np.asarray(own))
+        part = torch.as_tensor(images[chosen[start : start + CHUNK]])
         part = part.float() / 127.5 - 1 if part.dtype == torch.uint8 else part.float()
-        yield (torch.cat([part, part.flip(-1)]) if flips else part).flatten(1)
+        yield torch.cat([part, part.flip(-1)]).flatten(1)
 
 
-def _dense(images: Images, flips: bool, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return mean [D], basis [D, r], variances [r] and total variance, exact, in float64."""
+def _dense(images: np.ndarray, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean [D], basis [D, r], variances [r] and total variance, exact, in float64."""
     d = math.prod(images.shape[1:])
-    count, first = 0, torch.zeros(d, dtype=torch.float64)
-    second = torch.zeros(d, d, dtype=torch.float64)
-    for rows in _chunks(images, np.arange(len(images)), flips):
+    first, second = torch.zeros(d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64)
+    for rows in _chunks(images, np.arange(len(images))):
         rows = rows.double()
-        count, first = count + len(rows), first + rows.sum(0)
+        first += rows.sum(0)
         second.addmm_(rows.T, rows)
-    mean = first / count
-    covariance = second / count - torch.outer(mean, mean)
+    mean = first / (2 * len(images))
+    covariance = second / (2 * len(images)) - torch.outer(mean, mean)
     values, vectors = torch.linalg.eigh(covariance)
     return mean, vectors[:, -rank:].flip(1), values[-rank:].flip(0).clamp(min=0), covariance.trace()
 
 
-def _truncated(rows: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the results of `_dense` from rows [n, D] by a randomised decomposition; centres the rows in place."""
-    mean = rows.mean(0)
-    rows -= mean
+def _truncated(images: np.ndarray, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The results of `_dense`, by a randomised decomposition of a subset of the images."""
+    limit = max(2, SUBSET_VALUES // (2 * math.prod(images.shape[1:])))
+    chosen = np.sort(np.random.default_rng(0).permutation(len(images))[:limit])
+    rows = torch.cat(list(_chunks(images, chosen)))
+    rank, mean = min(rank, len(rows) - 1), rows.mean(0)
+    rows -= mean  # in place: the rows are large
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         _, values, basis = torch.svd_lowrank(rows, q=min(rank + 16, *rows.shape), niter=4)

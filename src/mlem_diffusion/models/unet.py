@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ..errors import UserError
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    """The number of groups is the largest divisor, up to 32, with at least 4 channels per group; otherwise 1."""
+    """Group norm with as many groups as divide the channels, up to 32, with at least 4 channels each; otherwise 1."""
     groups = max(g for g in range(1, 33) if channels % g == 0 and (channels // g >= 4 or g == 1))
     return nn.GroupNorm(groups, channels, eps=1e-5)
 
@@ -24,18 +25,13 @@ def _zero(layer: nn.Conv2d) -> nn.Conv2d:
     return layer
 
 
-def _resampled(x: Tensor, how: str) -> Tensor:
-    if how == "none":
-        return x
-    return F.avg_pool2d(x, 2) if how == "down" else F.interpolate(x, scale_factor=2, mode="nearest")
-
-
 class ResBlock(nn.Module):
     """norm, SiLU, (resample), conv, norm scaled and shifted by the embedding, SiLU, conv, plus the skip path."""
 
-    def __init__(self, inputs: int, outputs: int, embedding: int, resample: str = "none", dropout: float = 0.0):
+    def __init__(self, inputs: int, outputs: int, embedding: int, resample: str, dropout: float):
         super().__init__()
         self.resample = resample
+        self.resampled = {"none": nn.Identity(), "down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2)}[resample]
         self.norm1, self.conv1 = _norm(inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
         self.affine = nn.Linear(embedding, 2 * outputs)
         self.norm2, self.conv2 = _norm(outputs), _zero(nn.Conv2d(outputs, outputs, 3, padding=1))
@@ -44,10 +40,10 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """condition: output of `affine` for the embedding, [B, 2 * outputs], or [1, ...] for a shared noise level."""
-        h = self.conv1(_resampled(F.silu(self.norm1(x)), self.resample))
+        h = self.conv1(self.resampled(F.silu(self.norm1(x))))
         scale, shift = condition[:, :, None, None].chunk(2, dim=1)
         h = F.silu(torch.addcmul(shift, self.norm2(h), scale + 1))
-        return self.skip(_resampled(x, self.resample)) + self.conv2(self.dropout(h))
+        return self.skip(self.resampled(x)) + self.conv2(self.dropout(h))
 
 
 class Attention(nn.Module):
@@ -71,9 +67,12 @@ class Attention(nn.Module):
 class _Stage(nn.Module):
     """A residual block and, at attention resolutions, attention after it."""
 
-    def __init__(self, block: ResBlock, attention: Attention | None = None):
+    def __init__(
+        self, inputs: int, outputs: int, attend: bool = False, resample: str = "none", *, embedding: int, dropout: float
+    ):
         super().__init__()
-        self.block, self.attention = block, attention
+        self.block = ResBlock(inputs, outputs, embedding, resample, dropout)
+        self.attention = Attention(outputs) if attend else None
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         x = self.block(x, condition)
@@ -95,7 +94,6 @@ class UNet(nn.Module):
         multipliers: Sequence[int] = (1, 2, 2, 2),
         blocks: int = 2,
         attention: Sequence[int] = (16,),
-        channels: int = 3,
         dropout: float = 0.0,
         patch: int = 1,
     ):
@@ -103,17 +101,13 @@ class UNet(nn.Module):
         if patch < 1 or size % patch or (size // patch) % 2 ** (len(multipliers) - 1):
             text = f"An image size of {size} cannot be halved {len(multipliers) - 1} times in patches of {patch}"
             raise UserError(f"{text} (unet.multipliers, unet.patch).")
-        self.width, self.patch, embedding = width, patch, 4 * max(width, 8)
-        size, channels = size // patch, channels * patch**2
+        self.patch, embedding = patch, 4 * max(width, 8)
+        size, channels = size // patch, 3 * patch**2
         self.frequencies: Tensor
         # log-SNR spans about -10 to 10: periods from 1 to 120 resolve it and stay monotone over the range
         self.register_buffer("frequencies", 2 * math.pi / torch.logspace(0, math.log10(120), 16), persistent=False)
         self.embed = nn.Sequential(nn.Linear(32, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU())
-
-        def stage(inputs: int, outputs: int, attend: bool = False, resample: str = "none") -> _Stage:
-            block = ResBlock(inputs, outputs, embedding, resample, dropout)
-            return _Stage(block, Attention(outputs) if attend else None)
-
+        stage = partial(_Stage, embedding=embedding, dropout=dropout)
         # the order in which layers are made fixes their initial weights; size is the current resolution from here on
         current = width * multipliers[0]
         self.enter = nn.Conv2d(channels, current, 3, padding=1)

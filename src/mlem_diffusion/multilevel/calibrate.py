@@ -9,10 +9,9 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from ..diffusion.brownian import BrownianPath
-from ..diffusion.estimator import SingleLevel
 from ..diffusion.level import Level
 from ..diffusion.process import Process
-from ..diffusion.sampler import sample
+from ..diffusion.sampler import SingleLevel, sample
 from ..diffusion.step_rules import REFERENCE_RULE, StepRule
 from ..errors import UserError
 from ..statistics import squared_errors

@@ -19,10 +19,9 @@ from scipy.stats import sem
 from torch import Tensor
 
 from ..diffusion.brownian import BrownianPath
-from ..diffusion.estimator import SingleLevel
 from ..diffusion.level import Level, check_family
 from ..diffusion.process import Process
-from ..diffusion.sampler import sample
+from ..diffusion.sampler import SingleLevel, sample
 from ..diffusion.step_rules import StepRule
 from ..errors import UserError
 from .level_checks import check_contract, check_telescope, finding

@@ -11,9 +11,9 @@ from functools import partial
 
 import numpy as np
 
-from ..diffusion.brownian import BrownianPath, coin_uniforms
-from ..diffusion.estimator import Estimator
+from ..diffusion.brownian import coin_uniforms
 from ..diffusion.level import Level, check_family
+from ..diffusion.sampler import Estimator
 from ..errors import UserError
 
 COINS = ("independent", "systematic", "nested")
@@ -134,9 +134,9 @@ class Multilevel(Estimator):
     def levels(self) -> list[Level]:
         return list(self.family)
 
-    def weights(self, evaluations: int, path: BrownianPath) -> np.ndarray:
+    def weights(self, evaluations: int, seeds: Sequence[int]) -> np.ndarray:
         p = _rows(self.p, evaluations, "Probabilities")
-        return telescope_weights(p, draw_coins(p, path.seeds, self.coins))
+        return telescope_weights(p, draw_coins(p, seeds, self.coins))
 
     def expected_evaluations(self, evaluations: int) -> np.ndarray:
         p = _rows(self.p, evaluations, "Probabilities")
@@ -164,17 +164,11 @@ class Quadrature(Estimator):
     def levels(self) -> list[Level]:
         return list(self.family)
 
-    def _networks(self, evaluations: int) -> np.ndarray:
+    def weights(self, evaluations: int, seeds: Sequence[int]) -> np.ndarray:
         # sum_k W_k (f^k - f^{k-1}) = sum_k (W_k - W_{k+1}) f^k
         table = _rows(self.table, evaluations, "Weights")
-        return table - following(table)
-
-    def weights(self, evaluations: int, path: BrownianPath) -> np.ndarray:
-        networks = self._networks(evaluations)
-        return np.broadcast_to(networks[:, None], (evaluations, len(path.seeds), networks.shape[1]))
-
-    def expected_evaluations(self, evaluations: int) -> np.ndarray:
-        return np.count_nonzero(self._networks(evaluations), axis=0).astype(np.float64)
+        networks = table - following(table)
+        return np.broadcast_to(networks[:, None], (evaluations, len(seeds), networks.shape[1]))
 
 
 def _rows(values: np.ndarray, evaluations: int, what: str) -> np.ndarray:

@@ -20,10 +20,9 @@ import torch
 from torch import Tensor
 
 from ..diffusion.brownian import BrownianPath, stream_seed
-from ..diffusion.estimator import SingleLevel
 from ..diffusion.level import Level, check_family
 from ..diffusion.process import TimeGrid
-from ..diffusion.sampler import combine, sample
+from ..diffusion.sampler import SingleLevel, combine, sample
 from ..diffusion.step_rules import Evaluation, StepRule
 from ..errors import UserError
 from ..files import expect_content, read_arrays, write_arrays

@@ -26,11 +26,9 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..diffusion.brownian import stream_seed
-from ..diffusion.estimator import weighted_estimate
-from ..diffusion.ledger import Ledger
 from ..diffusion.level import Level
 from ..diffusion.process import TimeGrid, expand
-from ..diffusion.sampler import advance
+from ..diffusion.sampler import WeightTable, advance
 from ..diffusion.step_rules import Evaluation, StepRule
 from ..errors import UserError
 from .estimators import evaluation_probabilities, following, telescope_weights
@@ -236,9 +234,8 @@ class Networks:
 
     def estimate(self, weights: np.ndarray, x: Tensor, logsnr: float) -> Tensor:
         """sum_k w_k f^k(x) for weights [B, K]."""
-        costs = [level.flops for level in self.family]
-        self.flops += float((weights != 0).sum(axis=0) @ costs)
-        return weighted_estimate(self.family, weights, x, logsnr, Ledger(costs, len(x)))
+        self.flops += float((weights != 0).sum(axis=0) @ [level.flops for level in self.family])
+        return WeightTable(self.family, weights[None])(0, x, logsnr)
 
     def derivative(self, weights: np.ndarray, x: Tensor, v: Tensor, logsnr: float) -> tuple[Tensor, Tensor]:
         """The estimate and its derivative along v [B, ...], for each row; it costs two estimates."""

@@ -9,10 +9,8 @@ import torch
 from scipy.stats import sem
 from torch import Tensor
 
-from ..diffusion.brownian import BrownianPath
-from ..diffusion.estimator import weighted_estimate
-from ..diffusion.ledger import Ledger
 from ..diffusion.level import Level
+from ..diffusion.sampler import WeightTable
 from .estimators import Multilevel
 
 REPEAT_TOLERANCE, BATCH_TOLERANCE = 1e-5, 1e-4  # relative: GPU kernels may sum in another order
@@ -84,10 +82,9 @@ def check_telescope(family: Sequence[Level], x: Tensor, logsnr: float, batch: in
     estimator = Multilevel(tuple(family), np.array([1.0] + [P] * (len(family) - 1)))
     projections, sizes = [], []
     for start in range(0, DRAWS, batch):
-        path = BrownianPath(range(start, min(start + batch, DRAWS)), tuple(x.shape[1:]), x.device)
-        index = torch.tensor(path.seeds, device=x.device) % len(x)
-        w = estimator.weights(1, path)[0]
-        estimate = weighted_estimate(family, w, x[index], logsnr, Ledger([0.0] * len(family), len(w)))
+        seeds = range(start, min(start + batch, DRAWS))
+        index = torch.tensor(seeds, device=x.device) % len(x)
+        estimate = WeightTable(family, estimator.weights(1, seeds))(0, x[index], logsnr)
         error, own = (estimate.double() - top[index]).flatten(1), differences[:, index]
         projections.append((error * own).mean(2).cpu().numpy())
         expected = (1 / P - 1) * own.square().mean(2).sum(0)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from .. import statistics
-from ..diffusion.estimator import Estimator, SingleLevel
 from ..diffusion.level import Level
+from ..diffusion.sampler import Estimator, SingleLevel
 from ..errors import UserError
 from ..files import Damaged, expect_content, read_arrays, read_json, write_arrays, write_json
 from .estimators import Multilevel, Quadrature

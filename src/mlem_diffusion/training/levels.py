@@ -10,8 +10,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import expect_content, read_json, write_json
-from ..models.checkpoint import AGAIN, check_weights, load_state
-from ..models.family import at_width, level_name, repeat_name, weights_of
+from ..models.family import AGAIN, at_width, check_weights, level_name, load_state, weights_of
 
 STATE, CLAIM, METADATA = "state.pt", "claim.json", "metadata.json"
 
@@ -33,10 +32,7 @@ def planned(cfg: Any, family: list[dict[str, Any]]) -> list[dict[str, Any]]:
     "train_seed" marks a level that is trained again. With cfg.only (names), only these; UserError for unknown names.
     """
     by_width = {level["width"]: level for level in family}
-    again = [
-        {**by_width[width], "name": repeat_name(level_name(width), seed), "train_seed": seed}
-        for width, seed in repeated(cfg)
-    ]
+    again = [{**by_width[width], "name": level_name(width, seed), "train_seed": seed} for width, seed in repeated(cfg)]
     levels = {level["name"]: level for level in family + again}
     if cfg.only is None:
         return list(levels.values())

@@ -21,8 +21,8 @@ from ..diffusion.brownian import training_generator
 from ..diffusion.process import Process
 from ..errors import Interrupted, UserError
 from ..files import Damaged
-from ..models.checkpoint import load_state, save_state, save_weights
 from ..models.compiled import SETTINGS
+from ..models.family import load_state, save_state, save_weights
 from ..models.unet import Denoiser
 from .step import GRAPHS, PRECISIONS, TrainStep, has_dropout
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..diffusion.process import add_noise
 from ..errors import UserError
-from ..models.compiled import Compiled, should_compile, to_bf16
+from ..models.compiled import Compiled, to_bf16
 from ..models.unet import Denoiser
 from .graphed_step import GraphedStep
 
@@ -131,9 +131,7 @@ class TrainStep:
         self.forward: Any = LossModule(working)
         self.parallel: Any = _distributed(self.forward) if world > 1 else None
         self.forward = self.parallel or self.forward  # DDP wraps the module before compilation
-        self.compiled: Compiled | None = None
-        if should_compile(compile, self.device):
-            self.compiled = Compiled(self.forward, name, compile, self.device, dynamic=False)
+        self.compiled = Compiled(self.forward, name, compile, self.device, dynamic=False)
 
     def __call__(self, batch: Sequence[Tensor], lr: float, decay: float) -> None:
         self._set_rates(lr, decay)
@@ -198,7 +196,7 @@ class TrainStep:
             loss.backward()  # compiled when it first runs
             return loss.detach()
 
-        return work(self.forward) if self.compiled is None else self.compiled.use(work)
+        return self.compiled.use(work)
 
     def _record_trouble(self, losses: Tensor, logsnr: Tensor) -> None:
         bad = ~torch.isfinite(losses)
