@@ -5,15 +5,52 @@ trained here) and, once the level is fully trained, metadata.json.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..files import expect_content, read_json, write_json
 from ..models.checkpoint import AGAIN, check_weights, load_state
-from ..models.family import at_width, level_name, repeat_name, weights_of
+from ..models.compiled import SETTINGS
+from ..models.family import at_width, repeat_name, weights_of
 
 STATE, CLAIM, METADATA = "state.pt", "claim.json", "metadata.json"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Training settings of one level. Lengths are in images seen, not steps."""
+
+    images: int = 2_000_000
+    batch: int = 256
+    accumulate: int = 1  # micro-batches per step, if a batch does not fit in memory: same draws, same updates
+    lr: float = 2e-3  # at reference_width; other widths get lr * sqrt(reference_width / width)
+    reference_width: int = 16
+    warmup_images: int = 20_000
+    decay_fraction: float = 0.4  # linear decay to zero over this last fraction
+    ema_halflife: int = 100_000  # images
+    ema_ramp: float = 0.05  # largest half-life as a fraction of the images seen so far (Karras et al. 2022)
+    clip: float = 1.0
+    flips: bool = True
+    seed: int = 0
+    snapshots: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0])  # fractions with saved EMA weights
+    log_every: int = 10_000  # images
+    save_every: float = 120.0  # seconds between resume states
+    precision: str = "auto"  # "auto": bf16 on CUDA, else float32; "float32"; "autocast"; "bf16" (see step.py)
+    compile: str = "auto"  # "auto": on CUDA only; "on"; "off"; "max": tuned kernels
+    graph: str = "auto"  # steps as CUDA graphs; "auto": on CUDA with one process and no dropout; "on"; "off"
+
+    def __post_init__(self) -> None:
+        if not self.snapshots or min(self.snapshots) <= 0 or max(self.snapshots) != 1:
+            raise UserError(f"train.snapshots = {list(self.snapshots)} must be fractions in (0, 1] that include 1.")
+        for name in ("images", "batch", "accumulate"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name} = {getattr(self, name)} must be at least 1.")
+        precisions, graphs = ("auto", "float32", "autocast", "bf16"), ("auto", "on", "off")
+        for name, known in (("precision", precisions), ("graph", graphs), ("compile", SETTINGS)):
+            if (value := getattr(self, name)) not in known:
+                raise UserError(f"train.{name} = {value!r} is unknown; expected one of {', '.join(known)}.")
 
 
 def repeated(cfg: Any) -> list[tuple[int, int]]:
@@ -32,10 +69,11 @@ def planned(cfg: Any, family: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     "train_seed" marks a level that is trained again. With cfg.only (names), only these; UserError for unknown names.
     """
-    by_width = {level["width"]: level for level in family}
     again = [
-        {**by_width[width], "name": repeat_name(level_name(width), seed), "train_seed": seed}
+        {**level, "name": repeat_name(level["name"], seed), "train_seed": seed}
+        for level in family
         for width, seed in repeated(cfg)
+        if width == level["width"]
     ]
     levels = {level["name"]: level for level in family + again}
     if cfg.only is None:

@@ -7,7 +7,6 @@ run equals an uninterrupted one, and the number of processes does not change the
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,43 +21,9 @@ from ..diffusion.process import Process
 from ..errors import Interrupted, UserError
 from ..files import Damaged
 from ..models.checkpoint import load_state, save_state, save_weights
-from ..models.compiled import SETTINGS
 from ..models.unet import Denoiser
-from .step import GRAPHS, PRECISIONS, TrainStep, has_dropout
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Training settings of one level. Lengths are in images seen, not steps."""
-
-    images: int = 2_000_000
-    batch: int = 256
-    accumulate: int = 1  # micro-batches per step, if a batch does not fit in memory: same draws, same updates
-    lr: float = 2e-3  # at reference_width; other widths get lr * sqrt(reference_width / width)
-    reference_width: int = 16
-    warmup_images: int = 20_000
-    decay_fraction: float = 0.4  # linear decay to zero over this last fraction
-    ema_halflife: int = 100_000  # images
-    ema_ramp: float = 0.05  # largest half-life as a fraction of the images seen so far (Karras et al. 2022)
-    clip: float = 1.0
-    flips: bool = True
-    seed: int = 0
-    snapshots: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0])  # fractions with saved EMA weights
-    log_every: int = 10_000  # images
-    save_every: float = 120.0  # seconds between resume states
-    precision: str = "auto"  # "auto": bf16 on CUDA, else float32; "float32"; "autocast"; "bf16" (see step.py)
-    compile: str = "auto"  # "auto": on CUDA only; "on"; "off"; "max": tuned kernels
-    graph: str = "auto"  # steps as CUDA graphs; "auto": on CUDA with one process and no dropout; "on"; "off"
-
-    def __post_init__(self) -> None:
-        if not self.snapshots or min(self.snapshots) <= 0 or max(self.snapshots) != 1:
-            raise UserError(f"train.snapshots = {list(self.snapshots)} must be fractions in (0, 1] that include 1.")
-        for name in ("images", "batch", "accumulate"):
-            if getattr(self, name) < 1:
-                raise UserError(f"train.{name} = {getattr(self, name)} must be at least 1.")
-        for name, known in (("precision", PRECISIONS), ("graph", GRAPHS), ("compile", SETTINGS)):
-            if (value := getattr(self, name)) not in known:
-                raise UserError(f"train.{name} = {value!r} is unknown; expected one of {', '.join(known)}.")
+from .levels import TrainConfig
+from .step import TrainStep, has_dropout
 
 
 def ema_decay(config: TrainConfig, images: int) -> float:
@@ -181,10 +146,7 @@ class _Run:
         self.seen, self.history, self.snapshots = 0, [], {}  # images; {"images", "loss"} of every log; file -> SHA-256
         self.denoiser = denoiser.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = copy.deepcopy(self.denoiser).eval().requires_grad_(False)
-        self.step = TrainStep(
-            self.denoiser, self.ema, clip=config.clip, precision=config.precision, compile=config.compile,
-            graph=config.graph, accumulate=config.accumulate, world=self.world, name=f"Training of width {width}",
-        )  # fmt: skip
+        self.step = TrainStep(self.denoiser, self.ema, config, f"Training of width {width}")
 
     @property
     def last_log(self) -> int:
