@@ -14,8 +14,6 @@ def main(exp: Experiment) -> None:
     )
     for treatment, count in manifest["treatment"].items():
         exp.print(f"data: {count} images: {treatment}.")
-    if manifest["skipped"]:
-        exp.print(f"data: {len(manifest['skipped'])} broken image(s) skipped, listed in manifest.json.")
 
 
 if __name__ == "__main__":

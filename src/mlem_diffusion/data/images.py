@@ -10,7 +10,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,13 +24,13 @@ from .. import parallel
 from ..errors import UserError
 from ..files import atomic_write, locked, read_json, write_json
 from . import pixels, portraits
-from .sources import Source, attempt, open_source, parse_partition, reason
+from .sources import Source, open_source, parse_partition, readable, reason
 
 _FORMAT = 2  # version of the prepared folder; part of the fingerprint, so a change prepares the data again
 _READ_AHEAD = 64  # files in memory at a time
 _AGAIN = "run `make data SOURCE=...` (portraits, download, or a path) to prepare it again"
 
-Results = Iterator[tuple[int, tuple[np.ndarray, str] | None]]  # row; image [3,S,S] and what was done, None if broken
+Pixels = Iterator[tuple[int, np.ndarray, str]]  # row, image [3,S,S] and what was done to it
 Progress = Callable[[int, int], None]
 
 
@@ -76,7 +76,7 @@ def prepare(
 
     source: "portraits" (embedded; drawn by `workers` processes), "download" (CelebA through torchvision), or the path
     of a zip, tar or folder of JPEG or PNG files. cfg: name, size, count (the first by name are used; None: all), crop,
-    holdout, seed, skip_broken. crop: "celeba" (aspect ratio 178:218 gives the centred square of 148/178 of the width,
+    holdout, seed. crop: "celeba" (aspect ratio 178:218 gives the centred square of 148/178 of the width,
     another the largest), "square" (largest centred square) or "none" (squashed). CelebA's official partition is used
     if its list is inside or next to the source and both sides get images. Otherwise `holdout` images drawn with `seed`
     are held out, half valid and half test. Raises UserError for wrong input, a full disk, or a destination in use.
@@ -103,17 +103,19 @@ def prepare(
         if not drawn:
             settings["partition"] = hashlib.sha256(opened.partition).hexdigest() if opened.partition else None
         split, method = _split(names, opened.partition, cfg["holdout"], seed)
-        manifest: dict[str, Any] = {"name": name, "size": [size, size], "crop": cfg["crop"]}
+        manifest: dict[str, Any] = {"name": name, "count": len(names), "size": [size, size], "crop": cfg["crop"]}
         manifest["source"] = {"kind": opened.kind, "name": opened.name, "sha256": opened.sha256}
+        sides = zip(("train", "valid", "test"), np.bincount(split, minlength=3).tolist(), strict=True)
+        manifest["split"] = {"method": method, **dict(sides)}
         manifest["fingerprint"] = _sha256_of({**settings, "count": count, "source": manifest["source"]})
-        manifest["split"] = {"method": method}
-        finished = _finished(destination, manifest, cfg["skip_broken"])
-        if finished is None:
-            decoded = _drawn(names, size, seed, workers) if drawn else _decoded(opened, names, cfg)
-            with locked(destination, "prepare_data"):  # in the meantime another process may have prepared it
-                finished = _finished(destination, manifest, cfg["skip_broken"])
-                finished = finished or _pack(destination, manifest, names, split, decoded, progress)
-        return finished
+        if finished := _finished(destination, manifest["fingerprint"]):
+            return finished
+        found = _drawn(count, size, seed, workers) if drawn else _decoded(opened, names, size, cfg["crop"])
+        with locked(destination, "prepare_data"):
+            if finished := _finished(destination, manifest["fingerprint"]):  # by another process in the meantime
+                return finished
+            _pack(destination, manifest, split, found, progress)
+        return manifest
 
 
 def _sha256_of(value: object) -> str:
@@ -134,84 +136,63 @@ def _split(names: list[str], partition: bytes | None, holdout: int, seed: int) -
     return split, "seeded"
 
 
-def _finished(destination: Path, manifest: dict[str, Any], skip_broken: bool) -> dict[str, Any] | None:
+def _finished(destination: Path, fingerprint: str) -> dict[str, Any] | None:
     """The manifest of an earlier preparation with the same result, or None."""
     try:
         earlier = load(destination).manifest
     except UserError:
         return None
-    same = earlier.get("fingerprint") == manifest["fingerprint"]
-    return earlier if same and (skip_broken or not earlier.get("skipped")) else None
+    return earlier if earlier.get("fingerprint") == fingerprint else None
 
 
-def _drawn(names: list[str], size: int, seed: int, workers: int) -> Results:
+def _drawn(count: int, size: int, seed: int, workers: int) -> Pixels:
     draw = partial(portraits.portrait, size=size, seed=seed)
-    for row, image in parallel.run(draw, range(len(names)), workers):
-        yield row, (image, f"drawn at {size}x{size}")
+    for row, image in parallel.run(draw, range(count), workers):
+        yield row, image, f"drawn at {size}x{size}"
 
 
-def _decoded(source: Source, names: list[str], cfg: Mapping[str, Any]) -> Results:
-    """Decode the named files of a source; UserError for a broken one, unless these are skipped."""
+def _decoded(source: Source, names: list[str], size: int, crop: str) -> Pixels:
+    """Decode the named files of a source; UserError for a broken one."""
     rows = {name: row for row, name in enumerate(names)}
     order = [name for name in source.images if name in rows]
-    decode = partial(attempt, partial(pixels.decode, size=cfg["size"], crop=cfg["crop"]))
+
+    def decode(name: str, content: bytes) -> tuple[int, np.ndarray, str]:
+        with readable(name, source.name):
+            return rows[name], *pixels.decode(content, size, crop)
+
     with ThreadPoolExecutor(8) as pool:  # Pillow releases the interpreter lock
         for start in range(0, len(order), _READ_AHEAD):
             chunk = order[start : start + _READ_AHEAD]
-            contents = map(partial(attempt, source.read), chunk)  # by this thread alone: archives are one stream
-            for name, result in zip(chunk, pool.map(decode, contents), strict=True):
-                broken = isinstance(result, Exception)
-                if broken and not cfg["skip_broken"]:
-                    raise UserError(
-                        f"{name!r} in {source.name} is broken ({reason(result)}): replace it, "
-                        "or leave broken images out with data.skip_broken=true."
-                    )
-                yield rows[name], None if broken else result
+            yield from pool.map(decode, chunk, map(source.read, chunk))  # read by this thread: archives are one stream
 
 
-def _pack(
-    destination: Path, manifest: dict[str, Any], names: list[str], split: np.ndarray, decoded: Results, report: Progress
-) -> dict[str, Any]:
-    """Write the three files and return the complete manifest."""
+def _pack(destination: Path, manifest: dict[str, Any], split: np.ndarray, found: Pixels, progress: Progress) -> None:
+    """Write the three files and complete the manifest."""
 
     def write(path: Path) -> None:
-        images = np.lib.format.open_memmap(path, "w+", np.uint8, (len(names), 3, *manifest["size"]))
+        images = np.lib.format.open_memmap(path, "w+", np.uint8, (len(split), 3, *manifest["size"]))
         if hasattr(os, "posix_fallocate"):  # a full disk is an error now; later, in the memory map, it kills
             with path.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         treatment: Counter[str] = Counter()
-        broken = []
-        for row, result in decoded:
-            if result is None:
-                broken.append(row)
-            else:
-                images[row], done = result
-                treatment[done] += 1
-            report(treatment.total() + len(broken), len(names))
+        for row, image, done in found:
+            images[row] = image
+            treatment[done] += 1
+            progress(treatment.total(), len(split))
         images.flush()
-        kept = np.delete(split, broken)
-        if broken:
-            images = np.delete(images, broken, axis=0)  # in memory
-            with path.open("wb") as file:
-                np.save(file, images)
-        manifest["split"].update(zip(("train", "valid", "test"), np.bincount(kept, minlength=3).tolist(), strict=True))
-        manifest.update(count=len(images), treatment=dict(sorted(treatment.items())))
-        manifest.update(skipped=[names[row] for row in sorted(broken)], rms=_rms(images, kept))
-        manifest["sha256"] = hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
-        np.save(buffer := io.BytesIO(), kept)  # numpy's own writing to a file hides the error of a full disk
+        manifest["treatment"] = dict(sorted(treatment.items()))
+        manifest["sha256"] = hashlib.sha256(images.data).hexdigest()
+        manifest["rms"] = _rms(images[i] for i in np.flatnonzero(split == 0))
+        np.save(buffer := io.BytesIO(), split)  # numpy's own writing to a file hides the error of a full disk
         (destination / "manifest.json").unlink(missing_ok=True)
         atomic_write(destination / "split.npy", lambda path: path.write_bytes(buffer.getvalue()))
 
     atomic_write(destination / "images.npy", write)
     write_json(destination / "manifest.json", manifest)
-    return manifest
 
 
-def _rms(images: np.ndarray, split: np.ndarray) -> float:
-    """Root mean square of the training values in [-1, 1], from exact sums."""
-    training = np.flatnonzero(split == 0)
-    if len(training) == 0:
-        raise UserError("No training image is left: all are held out or broken.")
-    histogram = sum(np.bincount(images[i].ravel(), minlength=256) for i in training)
+def _rms(images: Iterable[np.ndarray]) -> float:
+    """Root mean square of uint8 images as values in [-1, 1], from exact sums."""
+    histogram = sum(np.bincount(image.ravel(), minlength=256) for image in images)
     n, first, second = (int((histogram * np.arange(256) ** power).sum()) for power in range(3))
     return float(np.sqrt(max(0.0, second / n / 127.5**2 - 2 * first / n / 127.5 + 1)))

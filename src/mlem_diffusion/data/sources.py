@@ -11,7 +11,6 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -51,18 +50,23 @@ def open_source(source: str, downloads: Path) -> Iterator[Source]:
         raise UserError(f"{path} does not exist: give a zip, a tar or a folder of JPEG or PNG images.")
     with ExitStack() as stack:
         try:
-            kind, files, read = _open(path, stack)
-            visible = [name for name in files if not _HIDDEN.search(name)]
-            images = [name for name in visible if name.lower().endswith(_SUFFIXES)]
-            lists = sorted(name for name in visible if PurePosixPath(name).name in _PARTITIONS)
-            beside = [file for name in _PARTITIONS if (file := path.absolute().parent / name).is_file()]
-            partition = next(chain(map(read, lists), map(Path.read_bytes, beside)), None)
-            sha256 = _folder_sha256(sorted(images + lists), read) if kind == "folder" else sha256_of(path)
+            kind, files, raw = _open(path, stack)
         except Exception as error:  # damaged archives raise almost any exception
             what = "cannot be read" if path.is_dir() else "is no archive, or a truncated or damaged one"
             raise UserError(f"{path.name} {what} ({reason(error)}): copy or download it again.") from error
+
+        def read(name: str) -> bytes:
+            with readable(name, path.name):
+                return raw(name)
+
+        visible = [name for name in files if not _HIDDEN.search(name)]
+        images = [name for name in visible if name.lower().endswith(_SUFFIXES)]
         if not images:
             raise UserError(f"{path.name} holds no JPEG or PNG image.")
+        lists = sorted(name for name in visible if PurePosixPath(name).name in _PARTITIONS)
+        beside = [file for name in _PARTITIONS if (file := path.absolute().parent / name).is_file()]
+        partition = next(chain(map(read, lists), map(Path.read_bytes, beside)), None)
+        sha256 = _folder_sha256(sorted(images + lists), read) if kind == "folder" else sha256_of(path)
         kind = source if source == "download" else kind
         yield Source(kind, path.resolve().name, images, sha256, read, partition)
 
@@ -72,16 +76,15 @@ def reason(error: BaseException) -> str:
     return " ".join((str(error) or type(error).__name__).split())
 
 
-def attempt(function: Callable[[Any], Any], argument: Any) -> Any:
-    """function(argument), or the exception that it raises; an exception as the argument is passed on."""
-    if isinstance(argument, Exception):
-        return argument
+@contextmanager
+def readable(name: str, source: str) -> Iterator[None]:
+    """Turn any error of a damaged file into a UserError."""
     try:
-        return function(argument)
+        yield
     except Exception as error:  # damaged files raise almost any exception
         if is_out_of_memory(error):
             raise
-        return error
+        raise UserError(f"{name!r} in {source} is broken ({reason(error)}): replace or remove it.") from error
 
 
 def _open(path: Path, stack: ExitStack) -> tuple[str, list[str], Callable[[str], bytes]]:
@@ -94,7 +97,7 @@ def _open(path: Path, stack: ExitStack) -> tuple[str, list[str], Callable[[str],
         return "zip", list(names), archive.read  # of members that share a name, read gives the last
     tar: Any = stack.enter_context(tarfile.open(path))  # noqa: SIM115
     # Links are followed inside the archive. Of members that share a name, the last counts, as when unpacking.
-    members = {member.name: member for member in tar if member.isreg() or member.issym() or member.islnk()}
+    members = {member.name: member for member in tar if not member.isdir()}
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError("its end marker is missing")  # tarfile takes a cut between two files for the end
@@ -116,9 +119,9 @@ def _open_folder(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
 
 def _folder_sha256(names: list[str], read: Callable[[str], bytes]) -> str:
     digest = hashlib.sha256()
-    for name, content in zip(names, map(partial(attempt, read), names), strict=True):
-        known = b"unreadable" if isinstance(content, Exception) else f"{len(content)}\0".encode() + content
-        digest.update(f"{name}\0".encode("utf-8", "surrogateescape") + known)
+    for name in names:
+        content = read(name)
+        digest.update(f"{name}\0{len(content)}\0".encode("utf-8", "surrogateescape") + content)
     return digest.hexdigest()
 
 

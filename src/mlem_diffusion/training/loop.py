@@ -22,7 +22,7 @@ from ..errors import Interrupted, UserError
 from ..files import Damaged
 from ..models.checkpoint import load_state, save_state, save_weights
 from ..models.unet import Denoiser
-from .levels import TrainConfig
+from .levels import STATE, TrainConfig
 from .step import TrainStep, has_dropout
 
 
@@ -81,32 +81,34 @@ def train_level(
     should_stop: Callable[[], bool] = parallel.never,
     identity: str = "",
 ) -> Denoiser:
-    """Train one level and return its EMA denoiser.
+    """Train one level, or resume it from the state in its directory, and return its EMA denoiser.
 
-    images: uint8 [N,3,H,W], copied to the device as uint8 if they fit in half of its free memory.
-    directory: gets state.pt, ema-<images>.safetensors at the snapshots and ema.safetensors at the end. Training resumes
-    from a state.pt in it. identity: of the network and its data; a state with another identity is refused.
+    images: uint8 [N,3,H,W]. identity: of the network and its data; a state with another identity is refused.
+    directory: gets state.pt, ema-<images>.safetensors at the snapshots and ema.safetensors at the end.
     report({"images", "loss", "lr"}): called every log_every images. snapshot(images seen, EMA denoiser): called at each
     snapshot. Both on rank 0 only.
 
     Raises Interrupted, with the state saved, when should_stop() returns true. Raises UserError for an impossible
-    configuration, for a foreign or damaged state, and if the loss or a weight is no longer finite. The last saved
-    state stays and is always finite.
+    configuration, a foreign or damaged state, and a loss or weight that is not finite; the saved state always is.
     """
-    run = _Run(denoiser, config, directory, width, torch.device(device), identity)
+    device = torch.device(device)
+    run = _Run(denoiser, config, directory, width, device, identity)
     run.resume()
-    data = _to_device(images, run.device)
-    level_table = torch.as_tensor(process.logsnr_at(np.linspace(0, 1, 4097)), dtype=torch.float32, device=run.device)
+    data = _to_device(images, device)
+    level_table = torch.as_tensor(process.logsnr_at(np.linspace(0, 1, 4097)), dtype=torch.float32, device=device)
     dropout, last_save = has_dropout(denoiser), time.monotonic()
     while run.seen < config.images:  # no host wait for the device between logs, saves and snapshots
         number = run.seen // config.batch
         if dropout:  # its masks come from torch's global generator
             generator = training_generator(torch.device("cpu"), config.seed, number, run.rank)
             torch.manual_seed(generator.initial_seed())
-        run.advance(draw_batch(data, config, level_table, number, run.rank, run.world))
+        batch = draw_batch(data, config, level_table, number, run.rank, run.world)
+        lr = learning_rate(config, width, run.seen + config.batch // 2)  # neither the first nor the last is 0
+        run.seen += config.batch
+        run.step(batch, lr, ema_decay(config, run.seen))
         finished = run.seen >= config.images
         if run.seen - run.last_log >= config.log_every or finished:
-            run.log(report)
+            run.log(report, lr)
         if any(run.seen - config.batch < fraction * config.images <= run.seen for fraction in config.snapshots):
             run.take_snapshot(snapshot)
         # all ranks stop at the same step, and asking them costs a synchronisation
@@ -126,9 +128,8 @@ def train_level(
 def _to_device(images: np.ndarray, device: torch.device) -> Tensor:
     """A gather on the device is faster than any loader; a data set that does not fit stays on the host."""
     data = torch.as_tensor(np.asarray(images))
-    if device.type != "cuda" or data.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]:
-        return data.to(device)
-    return data
+    fits = device.type != "cuda" or data.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]
+    return data.to(device) if fits else data
 
 
 class _Run:
@@ -141,8 +142,7 @@ class _Run:
         if config.batch % (self.world * config.accumulate):
             parts = f"{self.world} processes and train.accumulate = {config.accumulate}"
             raise UserError(f"train.batch = {config.batch} does not divide over {parts}.")
-        self.config, self.directory, self.width, self.device = config, directory, width, device
-        self.state, self.identity = directory / "state.pt", identity
+        self.state, self.batch, self.width, self.identity = directory / STATE, config.batch, width, identity
         self.seen, self.history, self.snapshots = 0, [], {}  # images; {"images", "loss"} of every log; file -> SHA-256
         self.denoiser = denoiser.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = copy.deepcopy(self.denoiser).eval().requires_grad_(False)
@@ -154,8 +154,7 @@ class _Run:
 
     def resume(self) -> None:
         """Continue from the saved state, if there is one."""
-        state = load_state(self.state)
-        if state is None:
+        if (state := load_state(self.state)) is None:
             return
         try:
             if state["identity"] != self.identity:
@@ -167,42 +166,35 @@ class _Run:
             raise Damaged(self.state, text) from error
 
     def save(self) -> None:
-        self.check(self.step.is_finite())
+        self.check()
         if self.rank == 0:
             progress = {"images": self.seen, "history": self.history, "snapshots": self.snapshots}
             save_state(self.state, {**self.step.state_dict(), **progress, "identity": self.identity})
 
     def take_snapshot(self, snapshot: Callable[[int, Denoiser], None]) -> None:
-        """Save the weights' moving average, at the first step at or past a fraction of the training."""
-        self.check(self.step.is_finite())
+        """Save the weights' moving average."""
+        self.check()
         if self.rank == 0:
             file = f"ema-{self.seen:010d}.safetensors"
-            self.snapshots[file] = save_weights(self.directory / file, self.ema)
+            self.snapshots[file] = save_weights(self.state.with_name(file), self.ema)
             snapshot(self.seen, self.ema)
 
-    def check(self, finite: bool) -> None:
+    def check(self) -> None:
         """Raise UserError, with step and noise level, if a loss or weight is not finite."""
-        if not finite:
+        if not self.step.is_finite():
             what = self.step.trouble(f"width {self.width}")
             saved = f"; the last finite state is in {self.state}" if self.state.is_file() else ""
             raise UserError(f"{what}{saved}: lower train.lr and train again (ARGS='overwrite=true train.lr=...').")
 
-    def advance(self, batch: tuple[Tensor, Tensor, Tensor]) -> None:
-        """Take one step."""
-        config = self.config
-        self.lr = learning_rate(config, self.width, self.seen + config.batch // 2)  # neither first nor last is 0
-        self.seen += config.batch
-        self.step(batch, self.lr, ema_decay(config, self.seen))
-
-    def log(self, report: Callable[[dict[str, Any]], None]) -> None:
+    def log(self, report: Callable[[dict[str, Any]], None], lr: float) -> None:
         """Record the mean loss since the last log."""
         running = self.step.running
         if self.world > 1:
-            dist.all_reduce(running, op=dist.ReduceOp.AVG if self.device.type == "cuda" else dist.ReduceOp.SUM)
-            running /= 1 if self.device.type == "cuda" else self.world
-        mean = float(running) / ((self.seen - self.last_log) // self.config.batch)
-        self.check(np.isfinite(mean))
+            dist.all_reduce(running)
+            running /= self.world
+        self.check()
+        mean = float(running) / ((self.seen - self.last_log) // self.batch)
         self.history.append({"images": self.seen, "loss": mean})
-        if self.rank == 0:
-            report({"images": self.seen, "loss": mean, "lr": self.lr})
         running.zero_()
+        if self.rank == 0:
+            report({"images": self.seen, "loss": mean, "lr": lr})
