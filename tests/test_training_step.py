@@ -182,7 +182,7 @@ def test_every_call_of_a_graphed_step_is_one_step(images, monkeypatch, works):
     drawn = batches(images, 6)
     untouched = copy.deepcopy(drawn)
     graphed = new(pair(), rates_on_device=True)
-    graphed._take = GraphedStep(graphed.take, CPU, "Training of width 4")
+    graphed._take = GraphedStep(graphed.take, CPU)
     with contextlib.nullcontext() if works else pytest.warns(SlowPath):
         run(graphed, drawn)
     assert_same(stepped(drawn, rates_on_device=True).state_dict(), graphed.state_dict())

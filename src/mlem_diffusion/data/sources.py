@@ -4,7 +4,6 @@ Archives are never unpacked to disk, so the names inside are only names: files a
 """
 
 import hashlib
-import os
 import re
 import tarfile
 import zipfile
@@ -105,16 +104,13 @@ def _open(path: Path, stack: ExitStack) -> tuple[str, list[str], Callable[[str],
 
 
 def _open_folder(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
-    def refuse(error: OSError) -> None:
-        raise error
-
     def read(name: str) -> bytes:
         if not (path / name).is_file():  # to read a pipe would block
             raise OSError("not a regular file or a link to one")
         return (path / name).read_bytes()
 
-    walk = os.walk(path, onerror=refuse)
-    return sorted(Path(folder, name).relative_to(path).as_posix() for folder, _, names in walk for name in names), read
+    files = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir())
+    return files, read
 
 
 def _folder_sha256(names: list[str], read: Callable[[str], bytes]) -> str:

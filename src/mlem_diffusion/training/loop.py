@@ -55,9 +55,7 @@ def draw_batch(
     flip = torch.rand(b, generator=generator, device=device) < 0.5
     noise = torch.randn(b, *data.shape[1:], generator=generator, device=device)
     part = slice(rank * b // world, (rank + 1) * b // world)
-    pictures = data[index[part].to(data.device)]
-    if pictures.device != device:  # with pinned memory the copy overlaps with work of the device
-        pictures = (pictures.pin_memory() if device.type == "cuda" else pictures).to(device, non_blocking=True)
+    pictures = data[index[part]]
     if config.flips:  # on bytes, with a quarter of the memory traffic
         pictures = torch.where(flip[part, None, None, None], pictures.flip(-1), pictures)
     x0 = pictures.float() / 127.5 - 1
@@ -83,7 +81,7 @@ def train_level(
 ) -> Denoiser:
     """Train one level, or resume it from the state in its directory, and return its EMA denoiser.
 
-    images: uint8 [N,3,H,W]. identity: of the network and its data; a state with another identity is refused.
+    images: uint8 [N,3,H,W], copied to the device. identity: of the network and its data; a state with another identity is refused.
     directory: gets state.pt, ema-<images>.safetensors at the snapshots and ema.safetensors at the end.
     report({"images", "loss", "lr"}): called every log_every images. snapshot(images seen, EMA denoiser): called at each
     snapshot. Both on rank 0 only.
@@ -94,7 +92,7 @@ def train_level(
     device = torch.device(device)
     run = _Run(denoiser, config, directory, width, device, identity)
     run.resume()
-    data = _to_device(images, device)
+    data = torch.as_tensor(images, device=device)  # a gather on the device is faster than any loader
     level_table = torch.as_tensor(process.logsnr_at(np.linspace(0, 1, 4097)), dtype=torch.float32, device=device)
     dropout, last_save = has_dropout(denoiser), time.monotonic()
     while run.seen < config.images:  # no host wait for the device between logs, saves and snapshots
@@ -125,13 +123,6 @@ def train_level(
     return run.ema
 
 
-def _to_device(images: np.ndarray, device: torch.device) -> Tensor:
-    """A gather on the device is faster than any loader; a data set that does not fit stays on the host."""
-    data = torch.as_tensor(np.asarray(images))
-    fits = device.type != "cuda" or data.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]
-    return data.to(device) if fits else data
-
-
 class _Run:
     """One level in training: its networks and step, its progress, and its state on disk."""
 
@@ -146,7 +137,7 @@ class _Run:
         self.seen, self.history, self.snapshots = 0, [], {}  # images; {"images", "loss"} of every log; file -> SHA-256
         self.denoiser = denoiser.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = copy.deepcopy(self.denoiser).eval().requires_grad_(False)
-        self.step = TrainStep(self.denoiser, self.ema, config, f"Training of width {width}")
+        self.step = TrainStep(self.denoiser, self.ema, config)
 
     @property
     def last_log(self) -> int:

@@ -59,18 +59,11 @@ class TrainStep:
     call and a multiple of config.accumulate, the number of micro-batches whose gradients are added. lr: learning rate.
     decay: of the moving average. `running` is the sum of the steps' mean losses, on the device. With several processes,
     gradients are averaged (DistributedDataParallel). rates_on_device: learning rate and decay are tensors, as a CUDA
-    graph needs (the default if one is used). name: start of the sentences of warnings.
+    graph needs (the default if one is used).
     Raises UserError if graph = "on" is impossible. If compilation or capture fails, it warns SlowPath once.
     """
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        ema: nn.Module,
-        config: TrainConfig,
-        name: str = "Training",
-        rates_on_device: bool | None = None,
-    ):
+    def __init__(self, denoiser: Denoiser, ema: nn.Module, config: TrainConfig, rates_on_device: bool | None = None):
         self.denoiser, self.ema, self.config = denoiser, ema, config
         self.masters: list[Tensor] = list(denoiser.parameters())
         self.averages: list[Tensor] = list(ema.parameters())
@@ -90,12 +83,10 @@ class TrainStep:
             fused=self.device.type in ("cuda", "cpu"),
             capturable=graphed,
         )
-        self._make_forward(name)
-        self._take: Callable[[Sequence[Tensor]], None] = self.take
-        if graphed:
-            self._take = GraphedStep(self.take, self.device, name)
+        self._make_forward()
+        self._take: Any = GraphedStep(self.take, self.device) if graphed else self.take
 
-    def _make_forward(self, name: str) -> None:
+    def _make_forward(self) -> None:
         bf16 = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device)[0] >= 8
         fastest = "bf16" if bf16 else "float32"
         self.precision = fastest if self.config.precision == "auto" else self.config.precision
@@ -115,7 +106,7 @@ class TrainStep:
             self.parallel.broadcast_buffers = False  # they never change
         self.compiled: Compiled | None = None
         if should_compile(self.config.compile, self.device):
-            self.compiled = Compiled(self.forward, name, self.config.compile, self.device, dynamic=False)
+            self.compiled = Compiled(self.forward, "Training", self.config.compile, self.device, dynamic=False)
 
     def __call__(self, batch: Sequence[Tensor], lr: float, decay: float) -> None:
         if self.rates_on_device:  # fill_ passes the number as a kernel argument, without a copy from the host
@@ -231,8 +222,8 @@ class GraphedStep:
     capture fails, all steps run without a graph, with one SlowPath warning.
     """
 
-    def __init__(self, step: Callable[[Sequence[Tensor]], None], device: torch.device, name: str):
-        self.step, self.device, self.name = step, device, name
+    def __init__(self, step: Callable[[Sequence[Tensor]], None], device: torch.device):
+        self.step, self.device = step, device
         self.buffers: list[Tensor] = []
         self.graph: Any = None
         self.calls, self.failed = 0, False
@@ -257,7 +248,7 @@ class GraphedStep:
             except Exception as error:
                 self.failed, self.buffers = True, []
                 reason = f"CUDA graph capture failed ({first_line(error)})"
-                warnings.warn(f"{self.name} runs without a CUDA graph: {reason}.", SlowPath, stacklevel=2)
+                warnings.warn(f"Training runs without a CUDA graph: {reason}.", SlowPath, stacklevel=2)
                 self.step(batch)
                 return
         self.graph.replay()
