@@ -311,7 +311,7 @@ def test_a_broken_image_among_good_ones(tmp_path: Path, kind: str, damage: str) 
     source = write(tmp_path / f"images.{kind}", kind, faces(12, "") | {name: content})
     if damage == "damaged" and kind == "folder":
         (source / name).unlink()
-        os.mkfifo(source / name)  # to read it would block
+        (source / name).symlink_to("nowhere")
     elif damage == "damaged" and kind == "zip":
         source.write_bytes(source.read_bytes().replace(content, b"checkSUM"))
     assert_refused(source, tmp_path / "packed", r"'new\\nline.jpg' in images.* is broken")

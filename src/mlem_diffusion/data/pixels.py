@@ -37,7 +37,7 @@ def _treat(image: Image.Image, size: int, crop: str) -> tuple[Image.Image, str]:
         done = "square: whole frame"
     elif crop == "none":
         done = "whole frame squashed to a square"
-    elif crop == "celeba" and _celeba_shaped(width, height):
+    elif crop == "celeba" and abs(width / height / (178 / 218) - 1) <= 0.006:  # reduced copies have rounded sizes
         done, side = "aspect ratio 178:218: centred square of 148/178 of the width", round(width * 148 / 178)
     else:
         done, side = "largest centred square", min(width, height)
@@ -49,12 +49,6 @@ def _treat(image: Image.Image, size: int, crop: str) -> tuple[Image.Image, str]:
         return image, f"{done}, not resized"
     verb = "enlarged" if min(image.size) < size else "reduced"
     return image.resize((size, size), Image.Resampling.BICUBIC), f"{done}, {verb} to {size}x{size}"
-
-
-def _celeba_shaped(width: int, height: int) -> bool:
-    """True if the ratio is 178:218 within 0.6%, or if rounding a scaled 178x218 to integers can give this size."""
-    low, high = max((width - 0.5) / 178, (height - 0.5) / 218), min((width + 0.5) / 178, (height + 0.5) / 218)
-    return abs(width / height / (178 / 218) - 1) <= 0.006 or low <= high
 
 
 def to_float(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:

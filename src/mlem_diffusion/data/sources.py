@@ -89,7 +89,8 @@ def readable(name: str, source: str) -> Iterator[None]:
 def _open(path: Path, stack: ExitStack) -> tuple[str, list[str], Callable[[str], bytes]]:
     """The kind, the names of the files in the order of fastest reading, and read(name)."""
     if path.is_dir():
-        return "folder", *_open_folder(path)
+        files = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir())
+        return "folder", files, lambda name: (path / name).read_bytes()
     if not tarfile.is_tarfile(path):
         archive = stack.enter_context(zipfile.ZipFile(path))
         names = dict.fromkeys(archive.namelist())
@@ -101,16 +102,6 @@ def _open(path: Path, stack: ExitStack) -> tuple[str, list[str], Callable[[str],
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError("its end marker is missing")  # tarfile takes a cut between two files for the end
     return "tar", list(members), lambda name: tar.extractfile(members[name]).read()
-
-
-def _open_folder(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
-    def read(name: str) -> bytes:
-        if not (path / name).is_file():  # to read a pipe would block
-            raise OSError("not a regular file or a link to one")
-        return (path / name).read_bytes()
-
-    files = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir())
-    return files, read
 
 
 def _folder_sha256(names: list[str], read: Callable[[str], bytes]) -> str:

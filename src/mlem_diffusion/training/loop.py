@@ -81,8 +81,8 @@ def train_level(
 ) -> Denoiser:
     """Train one level, or resume it from the state in its directory, and return its EMA denoiser.
 
-    images: uint8 [N,3,H,W], copied to the device. identity: of the network and its data; a state with another identity is refused.
-    directory: gets state.pt, ema-<images>.safetensors at the snapshots and ema.safetensors at the end.
+    images: uint8 [N,3,H,W], copied to the device. directory: gets state.pt, ema-<images>.safetensors at the snapshots
+    and ema.safetensors at the end. identity: of the network and its data; a state with another identity is refused.
     report({"images", "loss", "lr"}): called every log_every images. snapshot(images seen, EMA denoiser): called at each
     snapshot. Both on rank 0 only.
 
