@@ -12,8 +12,6 @@ def main(exp: Experiment) -> None:
         f"in {exp.cfg.paths.data} ({split['train']} to train, {split['valid'] + split['test']} held out, "
         f"{split['method']} split)."
     )
-    if manifest["skipped"]:
-        exp.print(f"data: {len(manifest['skipped'])} broken image(s) skipped, listed in manifest.json.")
 
 
 if __name__ == "__main__":

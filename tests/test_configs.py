@@ -21,7 +21,7 @@ from mlem_diffusion.experiment import config
 from mlem_diffusion.experiment.runs import make_extractor
 from mlem_diffusion.models.family import at_width, build_denoiser, describe, level_name
 from mlem_diffusion.multilevel.planner import METHODS
-from mlem_diffusion.training.loop import TrainConfig
+from mlem_diffusion.training.levels import TrainConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 EXPERIMENTS = sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml"))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from toys import portraits
 
 from mlem_diffusion.data import images as data
 from mlem_diffusion.data import pixels
@@ -57,8 +58,11 @@ def add(archive: tarfile.TarFile, name: str, contents: bytes = b"", **fields) ->
     archive.addfile(member, io.BytesIO(contents))
 
 
-def prepare(source: Path | str, destination: Path, **settings) -> dict:
-    return data.prepare(str(source), destination, **{"name": "test", "size": 16, "holdout": 2} | settings)
+DEFAULTS = {"name": "test", "size": 16, "count": None, "crop": "celeba", "holdout": 2, "seed": 0}
+
+
+def prepare(source: Path | str, destination: Path, workers: int = 1, progress=lambda *_: None, **settings) -> dict:
+    return data.prepare(str(source), destination, DEFAULTS | settings, workers, progress)
 
 
 def packed(folder: Path) -> np.ndarray:
@@ -87,15 +91,13 @@ def test_every_kind_of_source_gives_the_same_array(tmp_path: Path, kind: str) ->
     assert isinstance(loaded.images, np.memmap) and not loaded.images.flags.writeable
     assert np.array_equal(loaded.images, expected)  # sorted by name, unchanged byte for byte
     assert loaded.manifest == manifest == read_json(tmp_path / "packed/manifest.json", "")
-    assert manifest["count"] == 12 and manifest["size"] == [16, 16] and manifest["skipped"] == []
+    assert manifest["count"] == 12 and manifest["size"] == [16, 16]
     assert manifest["treatment"] == {"already 16x16: unchanged": 12}
     assert manifest["sha256"] == hashlib.sha256(expected.tobytes()).hexdigest()
-    assert manifest["split_sha256"] == hashlib.sha256(loaded.split.tobytes()).hexdigest()
     assert manifest["source"]["name"] == source.name and str(tmp_path) not in json.dumps(manifest)
     assert manifest["source"]["kind"] == kind.partition(".")[0]
     assert kind == "folder" or manifest["source"]["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
     train = expected[loaded.train()] / 127.5 - 1
-    assert manifest["mean"] == pytest.approx(train.mean(), abs=1e-12)
     assert manifest["rms"] == pytest.approx(np.sqrt((train**2).mean()), abs=1e-12)
 
 
@@ -125,9 +127,9 @@ def test_the_last_of_members_that_share_a_name_counts(tmp_path: Path, kind: str)
 
 
 def test_portraits(tmp_path: Path) -> None:
-    manifest = prepare("portraits", tmp_path / "packed", count=20, holdout=5, seed=3)
+    manifest = prepare("portraits", tmp_path / "packed", workers=2, count=20, holdout=5, seed=3)
     loaded = data.load(tmp_path / "packed")
-    assert np.array_equal(loaded.images, data.portraits.render(20, 16, seed=3))
+    assert np.array_equal(loaded.images, portraits(20, 16, seed=3))
     assert manifest["source"]["kind"] == "portraits" and len(loaded.train()) == 15
 
 
@@ -181,7 +183,7 @@ def test_official_partition(tmp_path: Path, place: str) -> None:
         table = b"image_id,partition\n" + PARTITION.replace(b" ", b",")
         (tmp_path / "list_eval_partition.csv").write_bytes(table)
     manifest = prepare(source, tmp_path / "packed")
-    assert manifest["split"] == {"method": "official", "seed": None, "train": 8, "valid": 2, "test": 2}
+    assert manifest["split"] == {"method": "official", "train": 8, "valid": 2, "test": 2}
     assert data.load(tmp_path / "packed").split.tolist() == [0] * 8 + [1] * 2 + [2] * 2
     assert data.load(tmp_path / "packed").held_out().tolist() == [8, 9, 10, 11]
 
@@ -189,12 +191,10 @@ def test_official_partition(tmp_path: Path, place: str) -> None:
 def test_a_partition_that_does_not_fit(tmp_path: Path) -> None:
     source = write(tmp_path / "a.zip", "zip", faces())
     (tmp_path / LIST).write_bytes(PARTITION)
-    # The first eight are all training images: a seeded split, and the manifest says why.
-    split = prepare(source, tmp_path / "first", count=8)["split"]
-    assert split["method"] == "seeded" and "one side" in split["note"]
+    # The first eight are all training images: a seeded split.
+    assert prepare(source, tmp_path / "first", count=8)["split"]["method"] == "seeded"
     (tmp_path / LIST).write_text("elsewhere.jpg 0\n")
-    split = prepare(source, tmp_path / "other")["split"]
-    assert split["method"] == "seeded" and "other images" in split["note"]
+    assert prepare(source, tmp_path / "other")["split"]["method"] == "seeded"
     (tmp_path / LIST).write_bytes(PARTITION[:50])
     assert_refused(source, tmp_path / "part", "of 12 images")
     write(source, "zip", faces() | {LIST: PARTITION})
@@ -206,7 +206,7 @@ def test_a_seeded_split_of_the_first_names(tmp_path: Path) -> None:
     source, splits = write(tmp_path / "a.zip", "zip", faces(14)), []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         manifest = prepare(source, tmp_path / name, holdout=5, seed=seed, count=12)
-        assert manifest["split"] == {"method": "seeded", "seed": seed, "train": 7, "valid": 2, "test": 3}
+        assert manifest["split"] == {"method": "seeded", "train": 7, "valid": 2, "test": 3}
         splits.append(data.load(tmp_path / name).split)
     assert np.array_equal(splits[0], splits[1]) and not np.array_equal(splits[0], splits[2])
     assert np.array_equal(packed(tmp_path / "a"), np.stack([noise(i) for i in range(1, 13)]))
@@ -263,7 +263,6 @@ def test_load_refuses_damaged_data(tmp_path: Path, damage: str) -> None:
     ("files", "settings", "words"),
     [
         ({"notes.txt": b""}, {}, "no JPEG or PNG image"),
-        ({"1.jpg": b"x", "2.jpg": b"x", "3.jpg": b"x"}, {"skip_broken": True, "holdout": 1}, "All 3 images"),
         (faces(), {"holdout": 6}, "holdout=6 is half"),
         (faces(), {"count": 13}, "more than the 12 images"),
         (None, {}, "source does not exist"),
@@ -292,14 +291,13 @@ def test_names_and_links_inside_an_archive_lead_nowhere(tmp_path: Path, kind: st
     if kind == "tar":
         with tarfile.open(source, "a") as archive:
             add(archive, "within.png", type=tarfile.SYMTYPE, linkname="000003.png")
-            add(archive, "without.png", type=tarfile.SYMTYPE, linkname="../secret.png")
-            add(archive, "pipe.png", type=tarfile.FIFOTYPE)
-    manifest = prepare(source, tmp_path / "packed", skip_broken=True)
-    assert manifest["skipped"] == (["without.png"] if kind == "tar" else [])
-    assert manifest["count"] == 12 + (kind == "tar")
+    assert prepare(source, tmp_path / "packed")["count"] == 12 + (kind == "tar")
     assert sorted(os.listdir(tmp_path)) == ["evil", "packed", "secret.png"] and not Path("/x.png").exists()
     if kind == "tar":
         assert np.array_equal(packed(tmp_path / "packed")[-1], noise(3))
+        with tarfile.open(source, "a") as archive:
+            add(archive, "without.png", type=tarfile.SYMTYPE, linkname="../secret.png")
+        assert_refused(source, tmp_path / "other", "'without.png' in evil is broken")
 
 
 LARGE = encode(Image.new("1", (20000, 10000)))  # 200 megapixels, above Pillow's limit
@@ -313,13 +311,7 @@ def test_a_broken_image_among_good_ones(tmp_path: Path, kind: str, damage: str) 
     source = write(tmp_path / f"images.{kind}", kind, faces(12, "") | {name: content})
     if damage == "damaged" and kind == "folder":
         (source / name).unlink()
-        os.mkfifo(source / name)  # to read it would block
+        (source / name).symlink_to("nowhere")
     elif damage == "damaged" and kind == "zip":
         source.write_bytes(source.read_bytes().replace(content, b"checkSUM"))
     assert_refused(source, tmp_path / "packed", r"'new\\nline.jpg' in images.* is broken")
-    manifest = prepare(source, tmp_path / "packed", skip_broken=True)
-    assert manifest["skipped"] == [name] and manifest["count"] == 12 == len(data.load(tmp_path / "packed").split)
-    assert np.array_equal(packed(tmp_path / "packed"), np.stack([noise(i) for i in range(1, 13)]))
-    assert prepare(source, tmp_path / "packed", skip_broken=True) == manifest
-    with pytest.raises(UserError, match="is broken"):  # the result without the broken image is not reused
-        prepare(source, tmp_path / "packed")

@@ -17,16 +17,15 @@ from test_training_loop import CONFIG, PROCESS, RMS, SIZE, UNET, WIDTH, assert_s
 from test_training_loop import images as images  # a fixture
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from toys import portraits
 
 from mlem_diffusion.data.pixels import to_float
-from mlem_diffusion.data.portraits import render
 from mlem_diffusion.diffusion.process import add_noise
 from mlem_diffusion.errors import Interrupted, SlowPath
 from mlem_diffusion.models.family import build_denoiser
 from mlem_diffusion.models.unet import Denoiser
-from mlem_diffusion.training.graphed_step import GraphedStep
 from mlem_diffusion.training.loop import draw_batch, ema_decay, learning_rate
-from mlem_diffusion.training.step import TrainStep, should_capture
+from mlem_diffusion.training.step import GraphedStep, TrainStep, should_capture
 
 CPU = torch.device("cpu")
 SHORT = replace(CONFIG, images=16 * 8, snapshots=[1.0], log_every=32)
@@ -50,8 +49,12 @@ def run(step: TrainStep, drawn: Sequence[Sequence[Tensor]], first: int = 0) -> T
     return step
 
 
+def new(networks: tuple[Denoiser, Denoiser], rates_on_device: bool | None = None, **options: Any) -> TrainStep:
+    return TrainStep(*networks, replace(SHORT, **options), rates_on_device=rates_on_device)
+
+
 def stepped(drawn: Sequence[Sequence[Tensor]], **options: Any) -> TrainStep:
-    return run(TrainStep(*pair(drawn[0][0].device), **({"compile": "off"} | options)), drawn)
+    return run(new(pair(drawn[0][0].device), **options), drawn)
 
 
 def distance(a: nn.Module, b: nn.Module) -> float:
@@ -89,7 +92,7 @@ def test_rates_on_the_device_train_the_same_and_resume(images):
     reference, tensors = (stepped(drawn, rates_on_device=on) for on in (False, True))
     assert distance(reference.denoiser, tensors.denoiser) < 1e-5 and distance(reference.ema, tensors.ema) < 1e-5
     assert float(tensors.running) == pytest.approx(float(reference.running), rel=1e-5)
-    resumed = TrainStep(*pair(), compile="off", rates_on_device=True)
+    resumed = new(pair(), rates_on_device=True)
     resumed.load_state_dict(stepped(drawn[:2], rates_on_device=True).state_dict())
     assert_same(tensors.state_dict(), run(resumed, drawn[2:], first=2).state_dict())
 
@@ -105,12 +108,12 @@ def test_micro_batches_train_what_the_batch_trains(images, precision, tolerance)
 
 def test_all_precisions_reach_the_same_loss(images):
     """They agree to 2% early in training; after 400 steps at 16 pixels, width 8, to 0.6%, and seeds to 2%."""
-    drawn, held_out = batches(images, 12), to_float(render(32, SIZE, seed=3))
+    drawn, held_out = batches(images, 12), to_float(portraits(32, SIZE, seed=3))
     logsnr = torch.as_tensor(PROCESS.logsnr_at((np.arange(32) + 0.5) / 32), dtype=torch.float32)
     x = add_noise(held_out, torch.randn(held_out.shape, generator=torch.Generator().manual_seed(0)), logsnr)
     losses = {}
     for precision in ("float32", "autocast", "bf16"):
-        step = TrainStep(*pair(), compile="off", precision=precision)
+        step = new(pair(), precision=precision)
         for batch in drawn:
             step(batch, 8e-3, 0.8)
         with torch.no_grad():
@@ -133,7 +136,7 @@ def test_what_auto_captures():
 def test_compiled_training_equals_eager_training(images, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # no C++ compiler
     unet = Tiny()
-    fast, eager = (TrainStep(*pair(unet=copy.deepcopy(unet)), compile=on) for on in ("on", "off"))
+    fast, eager = (new(pair(unet=copy.deepcopy(unet)), compile=on) for on in ("on", "off"))
     with warnings.catch_warnings():
         warnings.simplefilter("error", SlowPath)
         run(fast, batches(images, 4))
@@ -178,8 +181,8 @@ def test_every_call_of_a_graphed_step_is_one_step(images, monkeypatch, works):
     monkeypatch.setattr(GraphedStep, "_capture", capture)
     drawn = batches(images, 6)
     untouched = copy.deepcopy(drawn)
-    graphed = TrainStep(*pair(), compile="off", rates_on_device=True)
-    graphed._take = GraphedStep(graphed.take, CPU, "Training of width 4")
+    graphed = new(pair(), rates_on_device=True)
+    graphed._take = GraphedStep(graphed.take, CPU)
     with contextlib.nullcontext() if works else pytest.warns(SlowPath):
         run(graphed, drawn)
     assert_same(stepped(drawn, rates_on_device=True).state_dict(), graphed.state_dict())
@@ -249,7 +252,7 @@ class NoReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("precision", ["float32", "autocast", "bf16"])
 def test_no_step_reads_a_tensor_on_the_host(images, precision):
-    step = TrainStep(*pair(), compile="off", precision=precision, accumulate=2, rates_on_device=True)
+    step = new(pair(), precision=precision, accumulate=2, rates_on_device=True)
     with NoReads():
         run(step, batches(images, 2))
         with pytest.raises(RuntimeError, match="on the host"):

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mlem_diffusion.data.portraits import portrait
 from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.diffusion.process import LinearSchedule, Process, TimeGrid, alpha_sigma, expand
 
@@ -52,3 +53,8 @@ def gaussian_variance(logsnr: np.ndarray | float, s: float) -> np.ndarray:
     """Variance of x at a log-SNR for data N(0, s^2 I)."""
     alpha, sigma = alpha_sigma(logsnr)
     return alpha**2 * s**2 + sigma**2
+
+
+def portraits(count: int, size: int, seed: int) -> np.ndarray:
+    """The first portraits of a seed, uint8 [count,3,size,size]."""
+    return np.stack([portrait(i, size, seed) for i in range(count)])

@@ -26,6 +26,7 @@ from .models.compiled import FastDenoiser, first_line
 from .models.family import build_denoiser
 from .models.unet import Denoiser
 from .multilevel.estimators import Multilevel, constant_probabilities
+from .training.levels import TrainConfig
 from .training.step import TrainStep
 
 Row = dict[str, Any]
@@ -111,7 +112,7 @@ def train(cfg: Any, device: torch.device, precision: str) -> Iterable[Row]:
     networks = denoisers(width, cfg.resolution, cfg.unet, device)
     for kind, network in networks.items():
         ema = copy.deepcopy(network).eval().requires_grad_(False)
-        steps[kind] = partial(TrainStep(network, ema, precision=precision), images, 1e-5, 0.999)
+        steps[kind] = partial(TrainStep(network, ema, TrainConfig(precision=precision)), images, 1e-5, 0.999)
     flops = 3 * flops_per_evaluation(networks[""], (3, cfg.resolution, cfg.resolution))
     yield from timed(cfg, "train", precision, steps, width=width, batch=batch, flops=flops)
 

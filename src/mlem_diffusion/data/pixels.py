@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..errors import UserError
@@ -12,11 +12,7 @@ from ..errors import UserError
 
 def decode(content: bytes, size: int, crop: str) -> tuple[np.ndarray, str]:
     """A JPEG or PNG file -> uint8 [3,size,size] and what was done to it. A damaged file raises almost any exception."""
-    try:
-        image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
-    except UnidentifiedImageError:
-        raise ValueError("not a readable JPEG or PNG image") from None
-    treated, done = _treat(_to_rgb(image), size, crop)
+    treated, done = _treat(_to_rgb(Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))), size, crop)
     return np.asarray(treated).transpose(2, 0, 1), done
 
 
@@ -25,7 +21,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
@@ -41,7 +37,7 @@ def _treat(image: Image.Image, size: int, crop: str) -> tuple[Image.Image, str]:
         done = "square: whole frame"
     elif crop == "none":
         done = "whole frame squashed to a square"
-    elif crop == "celeba" and _celeba_shaped(width, height):
+    elif crop == "celeba" and abs(width / height / (178 / 218) - 1) <= 0.006:  # reduced copies have rounded sizes
         done, side = "aspect ratio 178:218: centred square of 148/178 of the width", round(width * 148 / 178)
     else:
         done, side = "largest centred square", min(width, height)
@@ -53,12 +49,6 @@ def _treat(image: Image.Image, size: int, crop: str) -> tuple[Image.Image, str]:
         return image, f"{done}, not resized"
     verb = "enlarged" if min(image.size) < size else "reduced"
     return image.resize((size, size), Image.Resampling.BICUBIC), f"{done}, {verb} to {size}x{size}"
-
-
-def _celeba_shaped(width: int, height: int) -> bool:
-    """True if the ratio is 178:218 within 0.6%, or if rounding a scaled 178x218 to integers can give this size."""
-    low, high = max((width - 0.5) / 178, (height - 0.5) / 218), min((width + 0.5) / 178, (height + 0.5) / 218)
-    return abs(width / height / (178 / 218) - 1) <= 0.006 or low <= high
 
 
 def to_float(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:

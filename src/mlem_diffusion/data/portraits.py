@@ -18,13 +18,8 @@ _HAIR = "161212 301e16 5c3820 964622 c48e4a e4c480 b0aca8 eceae6"
 _IRIS = "3a2214 68401e 627438 427c8c 5c94ce 808c96"
 
 
-def render(count: int, size: int, seed: int = 0) -> Array:
-    """The first portraits of a seed as uint8 [count,3,size,size] (RGB)."""
-    return np.stack([portrait(i, size, seed) for i in range(count)])
-
-
 def portrait(index: int, size: int, seed: int) -> Array:
-    """A person's portrait as uint8 [3,size,size] (RGB)."""
+    """The portrait of a seed's person as uint8 [3,size,size] (RGB)."""
     factor = max(2, -(-64 // size))  # samples per pixel and axis
     pixel = 2 / (size * factor)
     axis = ((np.arange(size * factor) + 0.5) * pixel - 1).astype(np.float32)

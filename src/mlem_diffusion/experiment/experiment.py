@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..figures import style
 from ..models.family import describe, identity_of, level_name, levels_folder, load_family, read_index, read_metadata
 from ..models.gaussian import fit_gaussian, load_gaussian
-from . import config, environment
+from . import config, environment, runs
 from .environment import ROOT, shown
 from .progress import bar, stop_asked
 from .tracking import Tracker
@@ -93,9 +93,9 @@ class Experiment:
             raise UserError(
                 "data.source is not set: run make data SOURCE=path/to/archive-or-folder or SOURCE=download."
             )
-        options = {k: self.cfg.data[k] for k in ("name", "size", "crop", "holdout", "seed", "count", "skip_broken")}
+        workers = runs.worker_count(self, (self.cfg.data.count or 0) // 1000)  # to start a worker takes seconds
         with bar("images", None) as progress:
-            return datasets.prepare(source, self.data_dir, progress=progress, **options)
+            return datasets.prepare(source, self.data_dir, self.cfg.data, workers, progress)
 
     def held_out(self) -> torch.Tensor:
         """The held-out images [M,3,S,S] in [-1, 1] on which denoising errors are measured."""

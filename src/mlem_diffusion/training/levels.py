@@ -5,14 +5,51 @@ trained here) and, once the level is fully trained, metadata.json.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..files import expect_content, read_json, write_json
+from ..models.compiled import SETTINGS
 from ..models.family import AGAIN, at_width, check_weights, level_name, load_state, weights_of
 
 STATE, CLAIM, METADATA = "state.pt", "claim.json", "metadata.json"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Training settings of one level. Lengths are in images seen, not steps."""
+
+    images: int = 2_000_000
+    batch: int = 256
+    accumulate: int = 1  # micro-batches per step, if a batch does not fit in memory: same draws, same updates
+    lr: float = 2e-3  # at reference_width; other widths get lr * sqrt(reference_width / width)
+    reference_width: int = 16
+    warmup_images: int = 20_000
+    decay_fraction: float = 0.4  # linear decay to zero over this last fraction
+    ema_halflife: int = 100_000  # images
+    ema_ramp: float = 0.05  # largest half-life as a fraction of the images seen so far (Karras et al. 2022)
+    clip: float = 1.0
+    flips: bool = True
+    seed: int = 0
+    snapshots: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0])  # fractions with saved EMA weights
+    log_every: int = 10_000  # images
+    save_every: float = 120.0  # seconds between resume states
+    precision: str = "auto"  # "auto": bf16 on CUDA, else float32; "float32"; "autocast"; "bf16" (see step.py)
+    compile: str = "auto"  # "auto": on CUDA only; "on"; "off"; "max": tuned kernels
+    graph: str = "auto"  # steps as CUDA graphs; "auto": on CUDA with one process and no dropout; "on"; "off"
+
+    def __post_init__(self) -> None:
+        if not self.snapshots or min(self.snapshots) <= 0 or max(self.snapshots) != 1:
+            raise UserError(f"train.snapshots = {list(self.snapshots)} must be fractions in (0, 1] that include 1.")
+        for name in ("images", "batch", "accumulate"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name} = {getattr(self, name)} must be at least 1.")
+        precisions, graphs = ("auto", "float32", "autocast", "bf16"), ("auto", "on", "off")
+        for name, known in (("precision", precisions), ("graph", graphs), ("compile", SETTINGS)):
+            if (value := getattr(self, name)) not in known:
+                raise UserError(f"train.{name} = {value!r} is unknown; expected one of {', '.join(known)}.")
 
 
 def repeated(cfg: Any) -> list[tuple[int, int]]:

@@ -7,7 +7,6 @@ run equals an uninterrupted one, and the number of processes does not change the
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,44 +20,10 @@ from ..diffusion.brownian import training_generator
 from ..diffusion.process import Process
 from ..errors import Interrupted, UserError
 from ..files import Damaged
-from ..models.compiled import SETTINGS
 from ..models.family import load_state, save_state, save_weights
 from ..models.unet import Denoiser
-from .step import GRAPHS, PRECISIONS, TrainStep, has_dropout
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Training settings of one level. Lengths are in images seen, not steps."""
-
-    images: int = 2_000_000
-    batch: int = 256
-    accumulate: int = 1  # micro-batches per step, if a batch does not fit in memory: same draws, same updates
-    lr: float = 2e-3  # at reference_width; other widths get lr * sqrt(reference_width / width)
-    reference_width: int = 16
-    warmup_images: int = 20_000
-    decay_fraction: float = 0.4  # linear decay to zero over this last fraction
-    ema_halflife: int = 100_000  # images
-    ema_ramp: float = 0.05  # largest half-life as a fraction of the images seen so far (Karras et al. 2022)
-    clip: float = 1.0
-    flips: bool = True
-    seed: int = 0
-    snapshots: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0])  # fractions with saved EMA weights
-    log_every: int = 10_000  # images
-    save_every: float = 120.0  # seconds between resume states
-    precision: str = "auto"  # "auto": bf16 on CUDA, else float32; "float32"; "autocast"; "bf16" (see step.py)
-    compile: str = "auto"  # "auto": on CUDA only; "on"; "off"; "max": tuned kernels
-    graph: str = "auto"  # steps as CUDA graphs; "auto": on CUDA with one process and no dropout; "on"; "off"
-
-    def __post_init__(self) -> None:
-        if not self.snapshots or min(self.snapshots) <= 0 or max(self.snapshots) != 1:
-            raise UserError(f"train.snapshots = {list(self.snapshots)} must be fractions in (0, 1] that include 1.")
-        for name in ("images", "batch", "accumulate"):
-            if getattr(self, name) < 1:
-                raise UserError(f"train.{name} = {getattr(self, name)} must be at least 1.")
-        for name, known in (("precision", PRECISIONS), ("graph", GRAPHS), ("compile", SETTINGS)):
-            if (value := getattr(self, name)) not in known:
-                raise UserError(f"train.{name} = {value!r} is unknown; expected one of {', '.join(known)}.")
+from .levels import STATE, TrainConfig
+from .step import TrainStep, has_dropout
 
 
 def ema_decay(config: TrainConfig, images: int) -> float:
@@ -90,9 +55,7 @@ def draw_batch(
     flip = torch.rand(b, generator=generator, device=device) < 0.5
     noise = torch.randn(b, *data.shape[1:], generator=generator, device=device)
     part = slice(rank * b // world, (rank + 1) * b // world)
-    pictures = data[index[part].to(data.device)]
-    if pictures.device != device:  # with pinned memory the copy overlaps with work of the device
-        pictures = (pictures.pin_memory() if device.type == "cuda" else pictures).to(device, non_blocking=True)
+    pictures = data[index[part]]
     if config.flips:  # on bytes, with a quarter of the memory traffic
         pictures = torch.where(flip[part, None, None, None], pictures.flip(-1), pictures)
     x0 = pictures.float() / 127.5 - 1
@@ -116,32 +79,34 @@ def train_level(
     should_stop: Callable[[], bool] = parallel.never,
     identity: str = "",
 ) -> Denoiser:
-    """Train one level and return its EMA denoiser.
+    """Train one level, or resume it from the state in its directory, and return its EMA denoiser.
 
-    images: uint8 [N,3,H,W], copied to the device as uint8 if they fit in half of its free memory.
-    directory: gets state.pt, ema-<images>.safetensors at the snapshots and ema.safetensors at the end. Training resumes
-    from a state.pt in it. identity: of the network and its data; a state with another identity is refused.
+    images: uint8 [N,3,H,W], copied to the device. directory: gets state.pt, ema-<images>.safetensors at the snapshots
+    and ema.safetensors at the end. identity: of the network and its data; a state with another identity is refused.
     report({"images", "loss", "lr"}): called every log_every images. snapshot(images seen, EMA denoiser): called at each
     snapshot. Both on rank 0 only.
 
     Raises Interrupted, with the state saved, when should_stop() returns true. Raises UserError for an impossible
-    configuration, for a foreign or damaged state, and if the loss or a weight is no longer finite. The last saved
-    state stays and is always finite.
+    configuration, a foreign or damaged state, and a loss or weight that is not finite; the saved state always is.
     """
-    run = _Run(denoiser, config, directory, width, torch.device(device), identity)
+    device = torch.device(device)
+    run = _Run(denoiser, config, directory, width, device, identity)
     run.resume()
-    data = _to_device(images, run.device)
-    level_table = torch.as_tensor(process.logsnr_at(np.linspace(0, 1, 4097)), dtype=torch.float32, device=run.device)
+    data = torch.as_tensor(images, device=device)  # a gather on the device is faster than any loader
+    level_table = torch.as_tensor(process.logsnr_at(np.linspace(0, 1, 4097)), dtype=torch.float32, device=device)
     dropout, last_save = has_dropout(denoiser), time.monotonic()
     while run.seen < config.images:  # no host wait for the device between logs, saves and snapshots
         number = run.seen // config.batch
         if dropout:  # its masks come from torch's global generator
             generator = training_generator(torch.device("cpu"), config.seed, number, run.rank)
             torch.manual_seed(generator.initial_seed())
-        run.advance(draw_batch(data, config, level_table, number, run.rank, run.world))
+        batch = draw_batch(data, config, level_table, number, run.rank, run.world)
+        lr = learning_rate(config, width, run.seen + config.batch // 2)  # neither the first nor the last is 0
+        run.seen += config.batch
+        run.step(batch, lr, ema_decay(config, run.seen))
         finished = run.seen >= config.images
         if run.seen - run.last_log >= config.log_every or finished:
-            run.log(report)
+            run.log(report, lr)
         if any(run.seen - config.batch < fraction * config.images <= run.seen for fraction in config.snapshots):
             run.take_snapshot(snapshot)
         # all ranks stop at the same step, and asking them costs a synchronisation
@@ -158,14 +123,6 @@ def train_level(
     return run.ema
 
 
-def _to_device(images: np.ndarray, device: torch.device) -> Tensor:
-    """A gather on the device is faster than any loader; a data set that does not fit stays on the host."""
-    data = torch.as_tensor(np.asarray(images))
-    if device.type != "cuda" or data.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]:
-        return data.to(device)
-    return data
-
-
 class _Run:
     """One level in training: its networks and step, its progress, and its state on disk."""
 
@@ -176,15 +133,11 @@ class _Run:
         if config.batch % (self.world * config.accumulate):
             parts = f"{self.world} processes and train.accumulate = {config.accumulate}"
             raise UserError(f"train.batch = {config.batch} does not divide over {parts}.")
-        self.config, self.directory, self.width, self.device = config, directory, width, device
-        self.state, self.identity = directory / "state.pt", identity
+        self.state, self.batch, self.width, self.identity = directory / STATE, config.batch, width, identity
         self.seen, self.history, self.snapshots = 0, [], {}  # images; {"images", "loss"} of every log; file -> SHA-256
         self.denoiser = denoiser.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = copy.deepcopy(self.denoiser).eval().requires_grad_(False)
-        self.step = TrainStep(
-            self.denoiser, self.ema, clip=config.clip, precision=config.precision, compile=config.compile,
-            graph=config.graph, accumulate=config.accumulate, world=self.world, name=f"Training of width {width}",
-        )  # fmt: skip
+        self.step = TrainStep(self.denoiser, self.ema, config)
 
     @property
     def last_log(self) -> int:
@@ -192,8 +145,7 @@ class _Run:
 
     def resume(self) -> None:
         """Continue from the saved state, if there is one."""
-        state = load_state(self.state)
-        if state is None:
+        if (state := load_state(self.state)) is None:
             return
         try:
             if state["identity"] != self.identity:
@@ -205,42 +157,35 @@ class _Run:
             raise Damaged(self.state, text) from error
 
     def save(self) -> None:
-        self.check(self.step.is_finite())
+        self.check()
         if self.rank == 0:
             progress = {"images": self.seen, "history": self.history, "snapshots": self.snapshots}
             save_state(self.state, {**self.step.state_dict(), **progress, "identity": self.identity})
 
     def take_snapshot(self, snapshot: Callable[[int, Denoiser], None]) -> None:
-        """Save the weights' moving average, at the first step at or past a fraction of the training."""
-        self.check(self.step.is_finite())
+        """Save the weights' moving average."""
+        self.check()
         if self.rank == 0:
             file = f"ema-{self.seen:010d}.safetensors"
-            self.snapshots[file] = save_weights(self.directory / file, self.ema)
+            self.snapshots[file] = save_weights(self.state.with_name(file), self.ema)
             snapshot(self.seen, self.ema)
 
-    def check(self, finite: bool) -> None:
+    def check(self) -> None:
         """Raise UserError, with step and noise level, if a loss or weight is not finite."""
-        if not finite:
+        if not self.step.is_finite():
             what = self.step.trouble(f"width {self.width}")
             saved = f"; the last finite state is in {self.state}" if self.state.is_file() else ""
             raise UserError(f"{what}{saved}: lower train.lr and train again (ARGS='overwrite=true train.lr=...').")
 
-    def advance(self, batch: tuple[Tensor, Tensor, Tensor]) -> None:
-        """Take one step."""
-        config = self.config
-        self.lr = learning_rate(config, self.width, self.seen + config.batch // 2)  # neither first nor last is 0
-        self.seen += config.batch
-        self.step(batch, self.lr, ema_decay(config, self.seen))
-
-    def log(self, report: Callable[[dict[str, Any]], None]) -> None:
+    def log(self, report: Callable[[dict[str, Any]], None], lr: float) -> None:
         """Record the mean loss since the last log."""
         running = self.step.running
         if self.world > 1:
-            dist.all_reduce(running, op=dist.ReduceOp.AVG if self.device.type == "cuda" else dist.ReduceOp.SUM)
-            running /= 1 if self.device.type == "cuda" else self.world
-        mean = float(running) / ((self.seen - self.last_log) // self.config.batch)
-        self.check(np.isfinite(mean))
+            dist.all_reduce(running)
+            running /= self.world
+        self.check()
+        mean = float(running) / ((self.seen - self.last_log) // self.batch)
         self.history.append({"images": self.seen, "loss": mean})
-        if self.rank == 0:
-            report({"images": self.seen, "loss": mean, "lr": self.lr})
         running.zero_()
+        if self.rank == 0:
+            report({"images": self.seen, "loss": mean, "lr": lr})
