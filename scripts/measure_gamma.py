@@ -8,7 +8,7 @@ from mlem_diffusion.models.family import level_name, load_level, read_metadata
 from mlem_diffusion.training.levels import repeated
 
 
-def cost(exp: Experiment, levels: dict[str, Level]) -> dict[str, float]:
+def cost(exp: Experiment, levels: dict[str, Level]) -> dict[str, int]:
     return dict.fromkeys(levels, len(exp.cfg.train.snapshots) * exp.cfg.gamma.images * exp.cfg.gamma.noise_levels)
 
 

@@ -45,10 +45,7 @@ def main(exp: Experiment) -> None:
     chosen = []
     for s in searched:
         errors = {plan.id: measured[s.setting(plan)].row["error"] for at, plan in every if at is s}
-        for plan in planner.select(s.candidates, errors):
-            facts = {"dynamics": s.rule.dynamics, "step_rule": s.rule.name, "selected_error": errors[plan.id]}
-            flops = plan.build(runner.levels.values()).expected_flops(len(plan.table))
-            chosen.append((replace(plan, cost=flops), facts))
+        chosen += plan_search.described(s, planner.select(s.candidates, errors), errors, runner)
     ledger = plan_search.ledger(exp, runner, alone, searched, tried, diagnosed)
     if parallel.is_main():
         save_plans(exp.results / "plans.json", chosen, **ledger, timing=timing)

@@ -147,8 +147,13 @@ class Experiment:
         cfg = self.cfg
         if cfg.family.callable is not None:
             return {level.name: level for level in config.build(cfg.family.callable)}
-        options = {"compile": cfg.compile, "batch": cfg.compare.batch}
-        found = load_family(self.checkpoints, cfg.family.widths, self.device, cfg.precision, **options)
+        options = {
+            "device": self.device,
+            "precision": cfg.precision,
+            "compile": cfg.compile,
+            "batch": cfg.compare.batch,
+        }
+        found = load_family(self.checkpoints, map(level_name, cfg.family.widths), **options)
         if cfg.family.gaussian:
             gauss = self.gaussian_level()
             if gauss.flops < found[0].flops:  # useless if it costs more than the first network
