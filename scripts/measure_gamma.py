@@ -1,5 +1,7 @@
 """Trained levels -> gamma.json, gamma.png: error against FLOPs, and the exponent."""
 
+from collections import Counter
+
 from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.figures.gamma import plot_gamma
@@ -8,8 +10,9 @@ from mlem_diffusion.models.family import level_name, load_level, read_metadata
 from mlem_diffusion.training.levels import repeated
 
 
-def cost(exp: Experiment, levels: dict[str, Level]) -> dict[str, int]:
-    return dict.fromkeys(levels, len(exp.cfg.train.snapshots) * exp.cfg.gamma.images * exp.cfg.gamma.noise_levels)
+def cost(exp: Experiment, levels: dict[str, Level]) -> Counter[str]:
+    evaluations = len(exp.cfg.train.snapshots) * exp.cfg.gamma.images * exp.cfg.gamma.noise_levels
+    return Counter(dict.fromkeys(levels, evaluations))
 
 
 @stage(

@@ -67,10 +67,11 @@ class Step:
 
 def steps_of(grid: TimeGrid) -> list[Step]:
     """The n - 1 steps of a grid."""
-    levels: Any = np.stack([*alpha_sigma(grid.logsnr), grid.logsnr], axis=1).tolist()  # alpha, sigma, logsnr
+    levels = np.stack([*alpha_sigma(grid.logsnr), grid.logsnr], axis=1).tolist()  # alpha, sigma, logsnr
     h = [None, *(0.5 * np.diff(grid.logsnr)).tolist()]
     beta_dt = (grid.beta[:-1] * (grid.time[:-1] - grid.time[1:])).tolist()
-    return [Step(*levels[i], *levels[i + 1], h[i + 1], h[i], beta_dt[i]) for i in range(len(beta_dt))]
+    columns = zip(levels[:-1], levels[1:], h[1:], h[:-1], beta_dt, strict=True)
+    return [Step(*before, *after, *rest) for before, after, *rest in columns]
 
 
 # the four rules x' = a x + b denoised + c z return (a, b, c)
