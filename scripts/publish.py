@@ -6,7 +6,7 @@ from typing import Any
 
 from sample_compare import real_images
 
-from mlem_diffusion.comparison.frechet import save_moments
+from mlem_diffusion.comparison.features import save_moments
 from mlem_diffusion.experiment import environment, runs
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.models import published

@@ -1,6 +1,6 @@
 """Levels and gamma -> compare.csv, compare.png, speedup.json, best.json, grids: EM, ML-EM and baselines compared."""
 
-from mlem_diffusion.comparison import frechet, planned, speedup, table, verdicts
+from mlem_diffusion.comparison import features, planned, speedup, table, verdicts
 from mlem_diffusion.comparison.settings import best_setting
 from mlem_diffusion.experiment.costs import unweighted
 from mlem_diffusion.experiment.stage import Experiment, stage
@@ -9,20 +9,20 @@ from mlem_diffusion.figures.image_grid import comparison_grid
 from mlem_diffusion.files import read_arrays
 
 
-def real_images(exp: Experiment, extractor: frechet.Extractor) -> frechet.RealImages | None:
+def real_images(exp: Experiment, extractor: features.Extractor) -> features.RealImages | None:
     """Feature moments of the training images; without images the published ones."""
     n, seed, images = exp.cfg.compare.num_samples, exp.cfg.compare.seed, exp.images_if_needed()
     if images is None:
-        return frechet.published_images(exp.published, exp.checkpoints, extractor, n, seed)
+        return features.published_images(exp.published, exp.checkpoints, extractor, n, seed)
     rows = images.train()
     with exp.progress("features of the real images", len(rows)) as progress:
-        features = exp.cached(
+        real = exp.cached(
             "real.npz", [images.manifest["sha256"], extractor.key],
             lambda path: read_arrays(path, "run make sample-compare again")["features"],
-            lambda path: frechet.write_features(path, extractor, images.images, rows, progress),
+            lambda path: features.write_features(path, extractor, images.images, rows, progress),
         )  # fmt: skip
-    moments, floor = frechet.feature_moments(features), frechet.distance_floor(features, n, seed)
-    return frechet.RealImages(extractor.name, moments, floor)
+    moments, floor = features.feature_moments(real), features.distance_floor(real, n, seed)
+    return features.RealImages(extractor.name, moments, floor)
 
 
 def cost(exp: Experiment) -> list[tuple[str, dict[str, float]]]:
@@ -53,7 +53,8 @@ def main(exp: Experiment) -> None:
         for name in result:
             exp.figure(f"grids/{name}.png", comparison_grid(planned.examples(sound, name, runner)))
     exp.log({"settings": len(measured), "diverged": len(measured) - len(sound)})
-    exp.print("\n".join([*planned.divergence(measured), speedup.summary(result)]))
+    lost = [f"{table.describe(m.row)}: {m.row['diverged']} samples diverged." for m in measured if "diverged" in m.row]
+    exp.print("\n".join([*lost, speedup.summary(result)]))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class SamplerSetting:
     levels: tuple[str, ...]
     steps: int  # noise levels of the grid
     probabilities: str = ""  # of ml_em: "constant", or the kind that its plan uses
-    coins: str = ""  # kind of coins, "-shared" appended for one set of coins per batch
+    coins: str = ""  # kind of coins
     c: float | None = None  # of ml_em: C of the constant probabilities
     switch: float | None = None  # of stitched: the fraction of evaluations made with the cheaper level
     plan: str = ""  # id of the plan that holds the table of probabilities or weights
@@ -61,7 +61,7 @@ class SamplerSetting:
             return Stitched(family[0], family[-1], self.switch)
         if self.estimator == "ml_em" and self.c is not None:
             p = constant_probabilities([level.flops for level in family], gamma, self.c)
-            return Multilevel(family, p, self.coins.removesuffix("-shared"), self.coins.endswith("-shared"))
+            return Multilevel(family, p, self.coins)
         raise UserError(f"The estimator {self.estimator!r} with c = {self.c}, switch = {self.switch} is unknown.")
 
     def evaluations(self, process: Process) -> int:
@@ -83,7 +83,6 @@ class Measurement:
 
     row: Row  # of compare.csv, costs per image
     errors: np.ndarray  # squared error of each seed [n]
-    clusters: np.ndarray | None = None  # id of the coin draw of each seed [N]
     features: np.ndarray | None = None  # [N, D]
     images: np.ndarray | None = None  # of the first samples, uint8 [M, 3, H, W]
 
@@ -105,10 +104,10 @@ def setting_from(values: Any) -> SamplerSetting:
     except KeyError as error:
         raise UserError(f"The sampler lacks the key {error}; it takes the columns of compare.csv.") from error
     levels = tuple(names.split("+") if isinstance(names, str) else names)
-    more: dict[str, Any] = {key: str(values.get(key) or "") for key in ("probabilities", "coins", "plan")}
-    more |= {key: None if values.get(key) in (None, "") else float(values[key]) for key in ("c", "switch")}
+    words = {key: str(values.get(key) or "") for key in ("probabilities", "coins", "plan")}
+    c, switch = (None if values.get(key) in (None, "") else float(values[key]) for key in ("c", "switch"))
     dynamics, rule, estimator = map(str, given)
-    return SamplerSetting(dynamics, rule, estimator, levels, int(steps), **more)
+    return SamplerSetting(dynamics, rule, estimator, levels, int(steps), c=c, switch=switch, **words)
 
 
 def _choose(names: Sequence[str], which: Any) -> tuple[str, ...]:

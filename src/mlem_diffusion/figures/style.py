@@ -79,11 +79,6 @@ def more_room(ax: Any, below: float = 0.0, above: float = 0.0) -> None:
     ax.set_ylim(low / (high / low) ** below, high * (high / low) ** above)
 
 
-def note(ax: Any, text: str) -> None:
-    ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color="#777777", style="italic")
-    ax.set(xticks=[], yticks=[])
-
-
 def save(figure: Figure | Image.Image, path: Path) -> None:
     """Save a PNG, atomically; a plot in 256 colours: a third of the bytes, and no visible loss in drawings of lines."""
     picture: Any = figure
