@@ -127,11 +127,11 @@ def test_gains_are_rates_per_unit_of_logsnr() -> None:
     gains = np.array([[1.0, 1.0, 1.0, 1.0], [0.04, 0.04, 0.16, 9.0]])
     effects = SimpleNamespace(
         names=("w4", "w8"), dynamics="ode", step_rule="heun", logsnr=np.array([-2.0, 0.0, 0.0, 1.0]),
-        squares=np.full((2, 4), 0.25), gains=lambda: (gains, gains / 10),
+        gains=lambda: (gains, gains / 10),
     )  # fmt: skip
-    top, bottom = plot_gains([effects]).axes  # type: ignore[list-item]
-    assert top.get_title() == "Heun, deterministic (ODE)" and (points(top)[0][:, 1] == 0.5).all()
-    assert np.allclose(points(bottom)[0], [[-2, 0.1], [0, 0.4]])  # sqrt(gain) / step, without the step of length 0
+    (panel,) = plot_gains([effects]).axes  # type: ignore[list-item]
+    assert panel.get_title() == "Heun, deterministic (ODE)"
+    assert np.allclose(points(panel)[0], [[-2, 0.1], [0, 0.4]])  # sqrt(gain) / step, without the step of length 0
 
 
 def test_rates_show_points_and_fitted_exponents() -> None:

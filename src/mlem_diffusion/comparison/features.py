@@ -48,9 +48,8 @@ class Extractor:
 def custom(callable: Callable[[Tensor], Any], name: str) -> Extractor:
     """Extractor from any map of uint8 images [N, 3, H, W] to [N, D] features, with its own name.
 
-    From Hydra: `callable: {_target_: package.Class, ...}`. Its key is computed from the features of a few fixed images,
-    so that changed weights never use an old cache. UserError for the name FID, which is Inception's.
-    """
+    Its key is computed from the features of a few fixed images, so that changed weights never use an old cache.
+    UserError for the name FID, which is Inception's."""
     name = name.strip()
     if name.upper() in ("", "FID"):
         raise UserError("A custom extractor needs a name for its distance, and this name must not be FID.")
@@ -62,8 +61,6 @@ def custom(callable: Callable[[Tensor], Any], name: str) -> Extractor:
     return replace(extractor, key=hashlib.sha256(f"{name}/{text}".encode()).hexdigest()[:16])
 
 
-# ------------------------------------------------------------------------------------------------ light
-
 _FIRST, _SECOND, _SCALES, _CELLS = 16, 32, 3, 4
 _COLOURS = 3 * _CELLS
 _FLOOR = 0.02  # in image units [-1, 1]: below about 2.5 grey levels, detail and rounding look alike
@@ -74,8 +71,7 @@ def light(dim: int = 64, seed: int = 0, device: str = "cpu") -> Extractor:
 
     Two layers of random zero-mean 3x3 filters are rectified at three scales. A fixed random matrix projects the
     logarithm of the mean response and the mean colour, per quadrant, to `dim` numbers. Logarithms make a relative loss
-    of fine detail (blur) as visible as a change of contrast.
-    """
+    of fine detail (blur) as visible as a change of contrast."""
     weights = [torch.from_numpy(array).to(device) for array in _light_weights(dim, seed)]
     return Extractor("FD-random-conv", f"random-conv-1/{dim}/{seed}", lambda images: _light_features(images, *weights))
 
@@ -115,8 +111,7 @@ def inception(weights: str | None = None, device: str = "cpu") -> Extractor:
     """torch-fidelity's InceptionV3 (TF-2015 weights), 2048 pooled features: the distance is FID.
 
     `weights` is a local copy of weights-inception-2015-12-05-6726825d.pth; without it, the file is downloaded to the
-    torch hub folder. UserError for a wrong file or a failed download. About 3 images per second on two CPU cores.
-    """
+    torch hub folder. UserError for a wrong file or a failed download. About 3 images per second on two CPU cores."""
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as URL
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -171,10 +166,9 @@ def frechet_distance(features: Any, reference: FeatureMoments) -> float:
 def fast_frechet(x: np.ndarray, reference: FeatureMoments, counts: np.ndarray, projected: np.ndarray) -> float:
     """Frechet distance for bootstrap replicates: features [n, D], float64, row i counted counts[i] times.
 
-    With S2 the reference covariance, tr (S1 S2)^(1/2) is the sum of the singular values of the centred
-    features times S2^(1/2), divided by sqrt(n - 1). This is an n x n or D x D symmetric eigenvalue problem,
-    whichever is smaller. `projected` = x @ reference.root [n, D] is shared by the replicates.
-    """
+    With S2 the reference covariance, tr (S1 S2)^(1/2) is the sum of the singular values of the centred features times
+    S2^(1/2), divided by sqrt(n - 1): an n x n or D x D symmetric eigenvalue problem, whichever is smaller. `projected`
+    = x @ reference.root [n, D] is shared by the replicates."""
     drawn = counts > 0
     x, y, weights = x[drawn], projected[drawn], counts[drawn]
     n = weights.sum()
@@ -191,8 +185,7 @@ def fast_frechet(x: np.ndarray, reference: FeatureMoments, counts: np.ndarray, p
 def distance_floor(features: np.ndarray, n: int, seed: int) -> float:
     """Real against real: the mean distance of n random real images to the moments of all *other* real ones.
 
-    features: [N, D]. No sampler is expected to go below it with n images. Raises UserError unless N >= n + 2.
-    """
+    features: [N, D]. No sampler is expected to go below it with n images. Raises UserError unless N >= n + 2."""
     if len(features) < n + 2:
         raise UserError(f"compare.num_samples={n} needs {n + 2} real images, but there are {len(features)}.")
     rng = np.random.default_rng(seed)

@@ -203,8 +203,7 @@ def draw(
 ) -> tuple[Ledger, Tensor]:  # fmt: skip
     """Write folder/<seed>.png; the ledger, and the first images as uint8 [at most GRID, 3, H, W].
 
-    Ranks share the batches, and all get the whole result. progress(images done, images of this rank).
-    """
+    Ranks share the batches, and all get the whole result. progress(images done, images of this rank)."""
     if shape[0] != 3:
         raise UserError(f"Samples of shape {list(shape)} are not pictures in RGB.")
     starts, found = parallel.mine(range(0, len(seeds), batch)), {}

@@ -124,8 +124,7 @@ def _choose(names: Sequence[str], which: Any) -> tuple[str, ...]:
 def settings_of(config: Any, names: Sequence[str], base_steps: int) -> list[SamplerSetting]:
     """All settings of a `compare` configuration for a family with these level names, cheap to expensive.
 
-    A Gaussian denoiser has no index; a sweep with levels "all" has it as a baseline too.
-    """
+    A Gaussian denoiser has no index; a sweep with levels "all" has it as a baseline too."""
     names, beside = [n for n in names if n != GAUSSIAN], [n for n in names if n == GAUSSIAN]
     out: list[SamplerSetting] = []
     for sweep in config["baselines"]:

@@ -37,8 +37,7 @@ def speedups(
 
     An entry is {"max", "lower95", "at", "baseline", "ours", "curve"} and, for errors, "error_ratio_at_equal_cost".
     "curve" lists {"at", "speedup", "lower95"} over the baseline frontier. Unreached values are None, and so are bounds
-    with a single seed. "any" compares all multilevel rows, "paper" those with independent coins.
-    """
+    with a single seed. "any" compares all multilevel rows, "paper" those with independent coins."""
     result: dict[str, Any] = {}
     for dynamics in dict.fromkeys(m.row["dynamics"] for m in settings):
         usable = [m for m in settings if m.row["dynamics"] == dynamics and trusted(m.row)]

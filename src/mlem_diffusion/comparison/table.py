@@ -7,15 +7,14 @@ from typing import Any
 import pandas as pd
 
 from ..diffusion.step_rules import STEP_RULE_NAMES
-from ..errors import UserError
 
 # fmt: off
 COLUMNS = [
     "dynamics", "step_rule", "estimator", "probabilities", "coins", "c", "switch", "levels", "steps", "seed",
     "error", "error_se", "distance", "distance_name", "distance_floor",
     "num_samples", "network_calls", "gflops_expected", "gflops_realised", "seconds",
+    "top_evaluations", "plan", "predicted", "largest_effect", "selected_error", "diverged",  # the last five if known
 ]
-EXTRA_COLUMNS = ["top_evaluations", "plan", "predicted", "largest_effect", "selected_error", "diverged"]
 _TEXT = ["dynamics", "step_rule", "estimator", "probabilities", "coins", "levels", "distance_name", "plan"]
 _WHOLE = ["steps", "seed", "num_samples", "top_evaluations", "diverged"]
 # fmt: on
@@ -24,33 +23,23 @@ MIN_FIRES = 100  # with fewer evaluations of the top level in a run, the error a
 
 
 def frame_of(rows: Iterable[Mapping[str, Any]] | pd.DataFrame) -> pd.DataFrame:
-    """Rows as a DataFrame: an empty number is NaN, an empty text "". UserError for a missing column or a bad number."""
+    """Rows as a DataFrame: an empty number is NaN, an empty text "". ValueError for a number that is none."""
     frame = pd.DataFrame(rows)
-    missing = [column for column in COLUMNS if column not in frame]
-    if missing:
-        raise UserError(f"compare.csv lacks the column(s) {', '.join(missing)}.")
-    texts = [column for column in _TEXT if column in frame]
-    try:
-        frame = frame.astype({column: object if column in texts else float for column in frame})
-    except ValueError as error:
-        raise UserError(f"compare.csv has a column that does not hold numbers ({error}).") from error
+    frame = frame.astype({column: object if column in _TEXT else float for column in frame})
     whole = [column for column in _WHOLE if column in frame and frame[column].notna().all()]
-    return frame.fillna(dict.fromkeys(texts, "")).astype(dict.fromkeys(whole, int))
+    return frame.fillna(dict.fromkeys(_TEXT, "")).astype(dict.fromkeys(whole, int))
 
 
 def to_text(frame: pd.DataFrame) -> str:
-    """The content of compare.csv: columns in their fixed order, then extra ones; numbers with six digits."""
-    columns = [name for name in COLUMNS + EXTRA_COLUMNS if name in frame]
+    """The content of compare.csv: columns in their fixed order, numbers with six digits."""
+    columns = [name for name in COLUMNS if name in frame]
     whole = {name: "Int64" for name in _WHOLE if name in frame}
     return frame[columns].astype(whole).to_csv(index=False, float_format="%.6g", lineterminator="\n")
 
 
 def read(path: Path) -> pd.DataFrame:
-    """The frame of a compare.csv; UserError if it is missing or damaged."""
-    try:
-        return frame_of(pd.read_csv(path, dtype={name: str for name in _TEXT}))
-    except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
-        raise UserError(f"{path} cannot be read ({error}).".replace("\n", " ")) from error
+    """The frame of a compare.csv; ValueError if it is damaged."""
+    return frame_of(pd.read_csv(path, dtype=dict.fromkeys(_TEXT, str)))
 
 
 def for_figures(frame: pd.DataFrame) -> pd.DataFrame:
@@ -62,8 +51,7 @@ def for_figures(frame: pd.DataFrame) -> pd.DataFrame:
 def method_of(row: Mapping[str, Any]) -> str:
     """The method of a row: "single" or "stitched" (the baselines), "paper" or "other".
 
-    "paper" means independent coins with any probabilities, "other" means nested or systematic coins, or quadrature.
-    """
+    "paper" means independent coins with any probabilities, "other" means nested or systematic coins, or quadrature."""
     if row["estimator"] in BASELINES:
         return row["estimator"]
     return "paper" if row["coins"] == "independent" else "other"

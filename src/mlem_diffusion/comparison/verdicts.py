@@ -22,8 +22,7 @@ def verdicts(
 
     An entry compares each method ("<coins>, <probabilities> p", "quadrature", and "any" of them) with the first-order
     baselines of the same dynamics and with all of them, and judges the optimiser's foresight. Speed-ups are at equal
-    squared error, in expected FLOPs, or in measured seconds if the plans were made for seconds (`unit`).
-    """
+    squared error, in expected FLOPs, or in measured seconds if the plans were made for seconds (`unit`)."""
     cost = {"flops": "gflops_expected", "seconds": "seconds"}[unit]
     out: dict[str, Any] = {}
     for dynamics, rule in dict.fromkeys((m.row["dynamics"], m.row["step_rule"]) for m in settings if m.row.get("plan")):
@@ -61,8 +60,7 @@ def window(curve: Sequence[dict[str, Any]], least: float) -> dict[str, Any] | No
     """The widest contiguous range of errors in which the lower 95% bound of the speed-up is at least `least`.
 
     curve: {"at": mean squared error, "lower95"} along the baseline frontier (speedup.py). "factor" is the ratio of the
-    root mean squared errors at its ends. None if no point qualifies.
-    """
+    root mean squared errors at its ends. None if no point qualifies."""
     runs = [list(run) for holds, run in groupby(curve, lambda point: (point["lower95"] or 0) >= least) if holds]
     ends = [(run[0]["at"], run[-1]["at"]) for run in runs]
     if not ends:
@@ -78,8 +76,7 @@ def chosen_blindly(
 
     At the cost of each frontier point, the optimiser chooses within that cost the setting of `ours` with the lowest
     error on the selection seeds ("selected_error" of its row). "ratio" is the squared error of this choice on the
-    seeds of the comparison, divided by the point's. It counts as above if the one-sided 95% lower bound exceeds 1.
-    """
+    seeds of the comparison, divided by the point's. It counts as above if the one-sided 95% lower bound exceeds 1."""
     known = [m for m in ours if m.row.get("selected_error") is not None]
     values = errors_of([*known, *theirs], 200, seed)
     base, points = Group.of(theirs, values[len(known) :], cost), []
@@ -99,8 +96,7 @@ def prediction(rows: Iterable[Row]) -> dict[str, Any]:
     """How far measured errors are from predicted ones: {kind of coins: {"rows", "within", "measured_over_predicted"}}.
 
     A setting is within if its squared error agrees with the prediction up to TOLERANCE and two standard errors. The
-    ratios are the least, the median and the largest.
-    """
+    ratios are the least, the median and the largest."""
     known: dict[str, list[tuple[float, float, float]]] = {}
     for row in rows:
         if row.get("predicted") is not None:

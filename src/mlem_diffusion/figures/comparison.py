@@ -35,8 +35,7 @@ def plot_compare(frame: DataFrame, title: str = "") -> Figure:
     """Draw compare.csv, one column of panels per dynamics: distance and error against compute, error against time.
 
     frame: from `table.for_figures`. Errors have bars of two standard errors. Points that are not positive are left out,
-    because log axes cannot show them. Settings that are not trusted are hollow and on no frontier.
-    """
+    because log axes cannot show them. Settings that are not trusted are hollow and on no frontier."""
     panels = [("distance", "gflops_realised"), ("error", "gflops_realised"), ("error", "seconds")]
     if frame.distance.isna().all():
         panels = panels[1:]  # a family without images has no distances

@@ -40,8 +40,7 @@ def plot_diagnostics(content: dict[str, Any]) -> Figure:
     """Draw the mean square differences of levels, for one of the dynamics in diagnostics.json.
 
     Left: against log-SNR, with bands of two standard errors. Right: the pooled value V, and V times the cost of one
-    firing, against the level's FLOPs.
-    """
+    firing, against the level's FLOPs."""
     names = content["levels"]
     where = f"{content['samples']} trajectories of {names[-1]}, {content['dynamics'].upper()}, {content['step_rule']}"
     figure = style.new_figure(13, 4.8, where)
@@ -88,22 +87,20 @@ def _draw_pooled(ax: Any, names: list[str], gflops: np.ndarray, pooled: dict[str
 
 @style.styled
 def plot_gains(all_effects: Sequence[Effects], title: str = "") -> Figure:
-    """One column per step rule: the differences in the top row, their effect on the final image in the bottom row.
+    """The effects of level differences on the final image against log-SNR, a panel per step rule.
 
     Effects are rates: root mean square per unit of log-SNR, with bands of two standard errors. The final denoising has
-    no step and is left out.
-    """
-    figure = style.new_figure(1.5 + 4.6 * len(all_effects), 7.5, title)
-    axes = figure.subplots(2, len(all_effects), squeeze=False, sharex=True)
-    for (top, bottom), effects in zip(axes.T, all_effects, strict=True):
-        _draw_effects(top, bottom, effects)
-    axes[0, 0].set_ylabel("level difference, rms per pixel")
-    axes[1, 0].set_ylabel("effect on the final image,\nrms per unit of log-SNR")
-    axes[0, 0].legend()
+    no step and is left out."""
+    figure = style.new_figure(1.5 + 4.6 * len(all_effects), 4.2, title)
+    panels = figure.subplots(1, len(all_effects), squeeze=False)[0]
+    for ax, effects in zip(panels, all_effects, strict=True):
+        _draw_effects(ax, effects)
+    panels[0].set_ylabel("effect on the final image,\nrms per unit of log-SNR")
+    panels[0].legend()
     return figure
 
 
-def _draw_effects(top: Any, bottom: Any, effects: Effects) -> None:
+def _draw_effects(ax: Any, effects: Effects) -> None:
     gains, errors = effects.gains()
     steps = np.diff(effects.logsnr)
     inside = np.flatnonzero(steps > 0)  # two evaluations at one noise level (Heun) have no rate
@@ -111,13 +108,11 @@ def _draw_effects(top: Any, bottom: Any, effects: Effects) -> None:
     for k, colour in enumerate(style.shades(len(effects.names) - 1), 1):
         gain, error = gains[k, inside], errors[k, inside]
         low, rate, high = (np.sqrt(np.maximum(gain + s * error, 1e-30)) / step for s in (-2, 0, 2))
-        label = f"{effects.names[k]} $-$ {effects.names[k - 1]}"
-        top.plot(effects.logsnr, np.sqrt(effects.squares[k]), color=colour, label=label)
-        bottom.plot(x, rate, color=colour)
-        bottom.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+        ax.plot(x, rate, color=colour, label=f"{effects.names[k]} $-$ {effects.names[k - 1]}")
+        ax.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
         peak = max(peak, float(rate.max()))
-    top.set(yscale="log", title=style.rule_title(effects.dynamics, effects.step_rule))
-    bottom.set(yscale="log", ylim=(1e-5 * peak, 2 * peak), xlabel="log-SNR (noise to data)")
+    ax.set(yscale="log", ylim=(1e-5 * peak, 2 * peak), xlabel="log-SNR (noise to data)")
+    ax.set_title(style.rule_title(effects.dynamics, effects.step_rule))
 
 
 # ------------------------------------------------------------------------------------------------- ablation
