@@ -148,11 +148,9 @@ class FeatureMoments:
 
 
 def feature_moments(features: Any) -> FeatureMoments:
-    """Mean and covariance of features [N, D], by torch-fidelity in float64."""
-    from torch_fidelity.metric_fid import fid_features_to_statistics  # slow import
-
-    out = fid_features_to_statistics(torch.from_numpy(np.asarray(features, dtype=np.float64)))
-    return FeatureMoments(out["mu"], np.atleast_2d(out["sigma"]))
+    """Mean and covariance of features [N, D]."""
+    x = np.asarray(features, dtype=np.float64)
+    return FeatureMoments(x.mean(0), np.atleast_2d(np.cov(x, rowvar=False)))
 
 
 def frechet_distance(features: Any, reference: FeatureMoments) -> float:

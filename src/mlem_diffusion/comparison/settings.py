@@ -1,7 +1,7 @@
 """Sampler settings, from the configuration to compare.csv, and what was measured of each."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import product
 from typing import Any
 
@@ -99,15 +99,12 @@ def setting_from(values: Any) -> SamplerSetting:
     """A setting from a row or a configuration; levels are a list or joined by "+". UserError if it is incomplete."""
     if not isinstance(values, Mapping):
         raise UserError(f"A sampler is best, or a setting such as '{{dynamics: ode, ...}}', and not {values!r}.")
-    try:
-        names, steps, *given = (values[key] for key in ("levels", "steps", "dynamics", "step_rule", "estimator"))
-    except KeyError as error:
-        raise UserError(f"The sampler lacks the key {error}; it takes the columns of compare.csv.") from error
-    levels = tuple(names.split("+") if isinstance(names, str) else names)
-    words = {key: str(values.get(key) or "") for key in ("probabilities", "coins", "plan")}
-    c, switch = (None if values.get(key) in (None, "") else float(values[key]) for key in ("c", "switch"))
-    dynamics, rule, estimator = map(str, given)
-    return SamplerSetting(dynamics, rule, estimator, levels, int(steps), c=c, switch=switch, **words)
+    given = {f.name: values[f.name] for f in fields(SamplerSetting) if values.get(f.name) not in (None, "")}
+    missing = [name for name in ("dynamics", "step_rule", "estimator", "levels", "steps") if name not in given]
+    if missing:
+        raise UserError(f"The sampler lacks the key {missing[0]}; it takes the columns of compare.csv.")
+    names = given["levels"]
+    return SamplerSetting(**given | {"levels": tuple(names.split("+") if isinstance(names, str) else names)})
 
 
 def _choose(names: Sequence[str], which: Any) -> tuple[str, ...]:

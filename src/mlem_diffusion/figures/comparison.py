@@ -42,7 +42,9 @@ def plot_compare(frame: DataFrame, title: str = "") -> Figure:
     distance = f"{frame.distance_name.iloc[0]}  (n = {frame.num_samples.iloc[0]})"
     labels = {"distance": distance, "error": "error (MSE to the reference)"}
     dynamics = [name for name in DYNAMICS_NAMES if (frame.dynamics == name).any()]
-    blues = _level_shades(frame)
+    singles = frame[frame.method == "single"]
+    per_call = (singles.gflops_expected / singles.network_calls).groupby(singles.levels).max().sort_values()
+    blues = dict(zip(per_call.index, style.shades(len(per_call), "Blues"), strict=True))  # the cheapest is light
     figure = style.new_figure(4.9 * len(dynamics) + 2.9, 3.7 * len(panels), title)
     axes = figure.subplots(len(panels), len(dynamics), squeeze=False, sharey="row")
     for line, (measure, cost) in zip(axes, panels, strict=True):
@@ -85,13 +87,6 @@ def _draw_points(ax: Any, frame: Any, cost: str, measure: str, **looks: Any) -> 
     bars = style.error_bars(frame.error.to_numpy(), frame.error_se.fillna(0.0).to_numpy())
     bars = bars if measure == "error" else None
     ax.errorbar(frame[cost], frame[measure], yerr=bars, elinewidth=0.8, capsize=1.5, capthick=0.7, **looks)
-
-
-def _level_shades(frame: Any) -> dict[str, Any]:
-    """A blue per single level, light for cheap and dark for expensive, by GFLOPs per network call."""
-    singles = frame[frame.method == "single"]
-    per_call = (singles.gflops_expected / singles.network_calls).groupby(singles.levels).max().sort_values()
-    return dict(zip(per_call.index, style.shades(len(per_call), "Blues"), strict=True))
 
 
 def _legend(frame: Any, blues: dict[str, Any]) -> list[Line2D]:

@@ -111,5 +111,5 @@ def _draw_losses(ax: Any, lengths: list[dict[str, Any]]) -> None:
 
 
 def _length_label(entry: dict[str, Any]) -> str:
-    span = " to ".join(dict.fromkeys(style.thousands(n) for n in (min(entry["images"]), max(entry["images"]))))
+    span = " to ".join(dict.fromkeys(style.THOUSANDS(n) for n in (min(entry["images"]), max(entry["images"]))))
     return f"{100 * entry['fraction']:.0f}%, {span} images"

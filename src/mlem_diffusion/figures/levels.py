@@ -24,7 +24,7 @@ def plot_training(levels: Sequence[dict[str, Any]], title: str = "") -> Figure:
         left.plot(images, losses, color=colour, marker="." if len(history) < 30 else None, label=level["name"])
         right.plot(held_out["logsnr"], held_out["loss"], color=colour, marker="o", ms=3.5)
     left.set(yscale="log", title="training", xlabel="images seen", ylabel="training loss")
-    left.xaxis.set_major_formatter(style.thousands)
+    left.xaxis.set_major_formatter(style.THOUSANDS)
     right.set(yscale="log", title="held-out images", xlabel=style.LOGSNR, ylabel="denoising error")
     for ax in (left, right):
         style.plain_ticks(ax.yaxis)
