@@ -90,23 +90,16 @@ def _draw_points(ax: Any, frame: Any, cost: str, measure: str, **looks: Any) -> 
 
 
 def _legend(frame: Any, blues: dict[str, Any]) -> list[Line2D]:
-    """A heading and its entries for levels, step rules, methods and frontiers."""
+    """Entries for single levels, step rules, methods and frontiers."""
     methods, rules = set(frame.method), set(frame.step_rule[frame.method == "single"])
-    frontiers = [dict(label=k, color=c, **_THICK) for k, (of, c, _) in _FRONTIERS.items() if of[-1] in methods]
+    entries = [dict(label=f"{name} alone", color=colour, lw=3) for name, colour in blues.items()]
+    for name, label in STEP_RULE_NAMES.items():
+        if name in rules:
+            entries.append(dict(label=label, color="#55606e", **_RULES.get(name, _OTHER_RULE)))
+    entries += [looks for name, looks in _METHODS.items() if name in methods] + [_HOLLOW]
+    for name, (of, colour, _) in _FRONTIERS.items():
+        if of[-1] in methods:
+            entries.append(dict(label=f"frontier: {name}", color=colour, **_THICK))
     if frame.distance.notna().any():
-        frontiers.append(dict(label=f"real images against\nreal images: {frame.distance_floor.max():.3g}", **_FLOOR))
-    sections = {
-        "one level": [dict(label=name, color=colour, lw=3) for name, colour in blues.items()],
-        "step rule": [
-            dict(label=label, color="#55606e", **_RULES.get(name, _OTHER_RULE))
-            for name, label in STEP_RULE_NAMES.items()
-            if name in rules
-        ],
-        "several levels": [looks for name, looks in _METHODS.items() if name in methods] + [_HOLLOW],
-        "frontier": frontiers,
-    }
-    handles = []
-    for name, entries in sections.items():
-        handles.append(Line2D([], [], ls="none", label=r"$\bf{" + name.replace(" ", r"\ ") + "}$"))
-        handles += [Line2D([], [], **looks) for looks in entries]
-    return handles
+        entries.append(dict(label=f"real images against\nreal images: {frame.distance_floor.max():.3g}", **_FLOOR))
+    return [Line2D([], [], **looks) for looks in entries]

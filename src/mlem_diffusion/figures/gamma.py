@@ -10,7 +10,7 @@ from . import style
 
 PAPER_GAMMA = 2.5
 _ESTIMATES = {
-    "loss_fit": (style.BLUE, "o", "loss $-$ fitted floor"),
+    "loss_fit": (style.BLUE, "o", "loss"),
     "differences": (style.ORANGE, "s", "$E|f^k-f^{k-1}|^2$"),
     "to_largest": (style.GREEN, "D", "$E|f^k-f^K|^2$"),
 }
@@ -42,7 +42,6 @@ def _draw_fits(ax: Any, result: dict[str, Any]) -> None:
     for name, (colour, marker, label) in _ESTIMATES.items():
         fit, points = result["estimates"][name], result["points"][name]
         floor = fit["floor"] or 0.0 if fit["amplitude"] else 0.0
-        label = label if fit["amplitude"] else label.removesuffix(" $-$ fitted floor")
         x = np.array([point["gflop"] for point in points])
         y = np.array([point["value"] for point in points]) - floor
         show = y > 0
@@ -61,7 +60,7 @@ def _draw_fits(ax: Any, result: dict[str, Any]) -> None:
     ax.set_ylim(bottom=max(ax.get_ylim()[0], min(lowest, 1.0) / 4))
     style.more_room(ax, below=0.4)
     style.plain_ticks(ax.xaxis)
-    ax.legend(loc="lower left", title="law fitted to the points, 95% interval")
+    ax.legend(loc="lower left", title="law fitted (loss: above its fitted floor), 95% interval")
 
 
 def _law(fit: dict[str, Any], gflops: Any) -> Any:
@@ -85,7 +84,6 @@ def _draw_gammas(ax: Any, x: Sequence[float], entries: list[dict[str, Any]]) -> 
         places, beyond = np.array(x) + i * shift, ~(high <= edge)
         ax.vlines(places, np.minimum(low, 0.9 * top), np.where(beyond, edge, high), color=colour, alpha=0.8)
         ax.plot(places[beyond], np.full(beyond.sum(), edge), "^", color=colour)
-        label = label.replace(" $-$ fitted floor", " (floor fitted)")
         ax.plot(places, np.where(gamma <= edge, gamma, np.nan), marker, color=colour, label=label)
     for value, line, text, va in ((2.0, "-", "HTMC\nabove 2", "top"), (PAPER_GAMMA, ":", "paper 2.5", "bottom")):
         ax.axhline(value, color="0.25", lw=1, ls=line, zorder=0)
