@@ -41,30 +41,27 @@ def speedups(
     result: dict[str, Any] = {}
     for dynamics in dict.fromkeys(m.row["dynamics"] for m in settings):
         usable = [m for m in settings if m.row["dynamics"] == dynamics and trusted(m.row)]
-        values = {"error": errors_of(usable, replicates, seed)}
-        if reference is not None:
-            values["distance"] = _distances(usable, reference, distance_replicates, seed)
-        methods = np.array([method_of(m.row) for m in usable], dtype=str)
-        is_base = np.isin(methods, BASELINES)
-        result[dynamics] = {method: {measure: {} for measure in values} for method in ("paper", "any")}
-        for (measure, value), (unit, column) in product(values.items(), COSTS.items()):
-            for method, is_ours in (("paper", methods == "paper"), ("any", ~is_base)):
-                base, ours = (
-                    Group.of([usable[i] for i in np.flatnonzero(mask)], value[mask], column)
-                    for mask in (is_base, is_ours)
-                )
-                entry = _compare(base, ours, measure)
+        base = [m for m in usable if m.row["estimator"] in BASELINES]
+        multilevel = [m for m in usable if m.row["estimator"] not in BASELINES]
+        paper = [m for m in multilevel if method_of(m.row) == "paper"]
+        distances = {} if reference is None else _distances(usable, reference, distance_replicates, seed)
+        result[dynamics] = {"paper": {}, "any": {}}
+        for method, ours in (("paper", paper), ("any", multilevel)):
+            values = {"error": errors_of([*base, *ours], replicates, seed)}
+            if reference is not None:
+                values["distance"] = np.array([distances[id(m)] for m in (*base, *ours)])
+            for (measure, value), (unit, column) in product(values.items(), COSTS.items()):
+                groups = _groups(base, ours, value, column)
+                entry = _compare(*groups, measure)
                 if measure == "error":
-                    entry["error_ratio_at_equal_cost"] = _error_ratio(base, ours)
-                result[dynamics][method][measure][unit] = entry
+                    entry["error_ratio_at_equal_cost"] = _error_ratio(*groups)
+                result[dynamics][method].setdefault(measure, {})[unit] = entry
     return result
 
 
 def equal_error(base: Sequence[Measurement], ours: Sequence[Measurement], cost: str, seed: int = 0) -> dict[str, Any]:
     """The "max", "lower95", ... of `speedups` at equal error, for two groups of settings and a column of costs."""
-    values = errors_of([*base, *ours], 200, seed)
-    groups = Group.of(base, values[: len(base)], cost), Group.of(ours, values[len(base) :], cost)
-    return _compare(*groups, "error")
+    return _compare(*_groups(base, ours, errors_of([*base, *ours], 200, seed), cost), "error")
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -89,14 +86,16 @@ def errors_of(settings: Sequence[Measurement], replicates: int, seed: int) -> np
     return np.stack([m.errors for m in settings]) @ counts / counts.sum(0)
 
 
-def _distances(settings: Sequence[Measurement], reference: FeatureMoments, replicates: int, seed: int) -> np.ndarray:
-    """Distances [S, 1 + R] to the reference, in the manner of `errors_of`."""
-    out = []
-    for x in (np.asarray(m.features, dtype=np.float64) for m in settings):
+def _distances(
+    settings: Sequence[Measurement], reference: FeatureMoments, replicates: int, seed: int
+) -> dict[int, list[float]]:
+    """Distances [1 + R] to the reference by the id of the measurement, resampled in the manner of `errors_of`."""
+    out = {}
+    for m in settings:
+        x = np.asarray(m.features, dtype=np.float64)
         projected = x @ reference.root
-        counts = _resamples(len(x), replicates, seed)
-        out.append([fast_frechet(x, reference, c, projected) for c in counts.T])
-    return np.array(out) if out else np.zeros((0, 1))
+        out[id(m)] = [fast_frechet(x, reference, c, projected) for c in _resamples(len(x), replicates, seed).T]
+    return out
 
 
 def _resamples(n: int, replicates: int, seed: int) -> np.ndarray:
@@ -140,6 +139,13 @@ class Group:
     def described(self, i: int, measure: str) -> Row:
         """What the files say about a setting."""
         return {key: self.rows[i].get(key) for key in _DESCRIBED} | {measure: float(self.values[i, 0])}
+
+
+def _groups(
+    base: Sequence[Measurement], ours: Sequence[Measurement], values: np.ndarray, column: str
+) -> tuple[Group, Group]:
+    """Baselines and our settings with their values (first the baselines') and costs."""
+    return Group.of(base, values[: len(base)], column), Group.of(ours, values[len(base) :], column)
 
 
 def _compare(base: Group, ours: Group, measure: str) -> dict[str, Any]:
