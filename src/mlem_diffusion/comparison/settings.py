@@ -99,7 +99,8 @@ def setting_from(values: Any) -> SamplerSetting:
     """A setting from a row or a configuration; levels are a list or joined by "+". UserError if it is incomplete."""
     if not isinstance(values, Mapping):
         raise UserError(f"A sampler is best, or a setting such as '{{dynamics: ode, ...}}', and not {values!r}.")
-    given = {f.name: values[f.name] for f in fields(SamplerSetting) if values.get(f.name) not in (None, "")}
+    keys = [field.name for field in fields(SamplerSetting)]
+    given: dict[str, Any] = {key: values[key] for key in keys if values.get(key) not in (None, "")}
     missing = [name for name in ("dynamics", "step_rule", "estimator", "levels", "steps") if name not in given]
     if missing:
         raise UserError(f"The sampler lacks the key {missing[0]}; it takes the columns of compare.csv.")

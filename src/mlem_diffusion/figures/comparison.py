@@ -15,18 +15,20 @@ _COSTS = {"gflops_realised": "compute (GFLOP per image, realised)", "seconds": "
 _RULES = {"em": dict(ls="-", marker="o"), "dpmpp_2m": dict(ls=(0, (1, 1.2)), marker="^")}
 _RULES["ddpm"] = _RULES["ddim"] = dict(ls=(0, (5, 1.5)), marker="s")
 _OTHER_RULE = dict(ls="-.", marker="v")
-_METHODS = {
+_METHODS: dict[str, Any] = {
     "stitched": dict(label="stitched", color="#1a9a8a", marker="D", ms=4.5, ls="none"),
     "paper": dict(label="ML-EM, independent coins", color="#ef8a00", marker="o", ms=5.1, ls="none"),
     "other": dict(label="other coins, quadrature", color="#b4005a", marker="*", ms=7.7, ls="none"),
 }
-_HOLLOW = dict(label="hollow: top level\nfired too rarely", ls="none", marker="o", mfc="none", color="#777777", ms=5)
+_HOLLOW: dict[str, Any] = dict(
+    label="hollow: top level\nfired too rarely", ls="none", marker="o", mfc="none", color="#777777", ms=5
+)
 _FRONTIERS = {  # methods, colour, zorder; drawn if the last method has a row
     "baselines": (("stitched", "single"), "#23395b", 2.0),
     "paper's ML-EM": (("paper",), "#ef8a00", 4.0),
     "any multilevel": (("paper", "other"), "#b4005a", 3.5),
 }
-_FLOOR = dict(color="#555555", ls="--")
+_FLOOR: dict[str, Any] = dict(color="#555555", ls="--")
 _THICK: dict[str, Any] = dict(lw=3.2, alpha=0.55)
 
 
@@ -92,7 +94,7 @@ def _draw_points(ax: Any, frame: Any, cost: str, measure: str, **looks: Any) -> 
 def _legend(frame: Any, blues: dict[str, Any]) -> list[Line2D]:
     """Entries for single levels, step rules, methods and frontiers."""
     methods, rules = set(frame.method), set(frame.step_rule[frame.method == "single"])
-    entries = [dict(label=f"{name} alone", color=colour, lw=3) for name, colour in blues.items()]
+    entries: list[Any] = [dict(label=f"{name} alone", color=colour, lw=3) for name, colour in blues.items()]
     for name, label in STEP_RULE_NAMES.items():
         if name in rules:
             entries.append(dict(label=label, color="#55606e", **_RULES.get(name, _OTHER_RULE)))

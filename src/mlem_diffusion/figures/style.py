@@ -18,7 +18,7 @@ BLUE, ORANGE, PURPLE, YELLOW, GREEN, SKY = "#0072B2", "#D55E00", "#CC79A7", "#E6
 COLOURS = (BLUE, ORANGE, PURPLE, YELLOW, GREEN, SKY)
 MARKERS = "os^Dv<P>"
 GFLOP = "GFLOP per evaluation of one image ($T_k$)"
-THOUSANDS = EngFormatter(sep="")  # 61.44k, 2M
+THOUSANDS = EngFormatter(places=1, sep="")  # 61.4k
 LOGSNR = "log-SNR  $\\log(\\alpha^2/\\sigma^2)$   (noisy → clean)"
 
 styled = rc_context(  # the decorator of every figure function
