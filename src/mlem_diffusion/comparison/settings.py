@@ -105,7 +105,8 @@ def setting_from(values: Any) -> SamplerSetting:
     if missing:
         raise UserError(f"The sampler lacks the key {missing[0]}; it takes the columns of compare.csv.")
     names = given["levels"]
-    return SamplerSetting(**given | {"levels": tuple(names.split("+") if isinstance(names, str) else names)})
+    given["levels"] = tuple(names.split("+") if isinstance(names, str) else names)
+    return SamplerSetting(**given)
 
 
 def _choose(names: Sequence[str], which: Any) -> tuple[str, ...]:
