@@ -9,9 +9,7 @@ from mlem_diffusion import parallel
 from mlem_diffusion.experiment import plan_search
 from mlem_diffusion.experiment.runs import make_runner, run_all
 from mlem_diffusion.experiment.stage import Experiment, stage
-from mlem_diffusion.figures.ablation import plot_ablation
-from mlem_diffusion.figures.diagnostics import plot_diagnostics
-from mlem_diffusion.figures.gains import plot_gains
+from mlem_diffusion.figures.levels import plot_ablation, plot_diagnostics, plot_gains
 from mlem_diffusion.multilevel import ablation, diagnostics, planner
 from mlem_diffusion.multilevel.plan import save_plans
 

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from mlem_diffusion.comparison.frechet import save_moments
+from mlem_diffusion.comparison.features import save_moments
 from mlem_diffusion.experiment import environment, runs
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.files import read_json

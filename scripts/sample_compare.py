@@ -41,7 +41,8 @@ def main(exp: Experiment) -> None:
         for name in result:
             exp.figure(f"grids/{name}.png", comparison_grid(planned.examples(sound, name, runner)))
     exp.log({"settings": len(measured), "diverged": len(measured) - len(sound)})
-    exp.print("\n".join([*planned.divergence(measured), speedup.summary(result)]))
+    lost = [f"{table.describe(m.row)}: {m.row['diverged']} samples diverged." for m in measured if "diverged" in m.row]
+    exp.print("\n".join([*lost, speedup.summary(result)]))
 
 
 if __name__ == "__main__":

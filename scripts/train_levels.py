@@ -13,7 +13,7 @@ from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.experiment.level_training import are_published, train_one, training_of, untrained
 from mlem_diffusion.experiment.runs import worker_count
 from mlem_diffusion.experiment.stage import Experiment, stage
-from mlem_diffusion.figures.training import plot_training
+from mlem_diffusion.figures.levels import plot_training
 from mlem_diffusion.models.family import level_name, read_metadata
 from mlem_diffusion.training.levels import planned
 

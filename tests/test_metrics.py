@@ -11,8 +11,7 @@ from scipy.linalg import sqrtm
 from torch import Tensor
 
 from mlem_diffusion import statistics
-from mlem_diffusion.comparison import features as extractors
-from mlem_diffusion.comparison import frechet
+from mlem_diffusion.comparison import features as frechet
 from mlem_diffusion.data.pixels import to_uint8
 from mlem_diffusion.errors import UserError
 
@@ -49,16 +48,10 @@ def test_squared_errors_are_means_before_clipping() -> None:
     assert statistics.squared_errors(samples, reference) == pytest.approx([9.0, 1 / 3], rel=1e-12)
 
 
-def test_standard_error_matches_its_sampling_spread() -> None:
-    rng, clusters = np.random.default_rng(0), np.repeat(np.arange(40), 10)
-    draws = np.repeat(rng.standard_normal((400, 40)), 10, axis=1) + 0.5 * rng.standard_normal((400, 400))
-    spread = np.std(draws.mean(1))
-    assert np.mean([statistics.standard_error(v, clusters) for v in draws]) == pytest.approx(spread, rel=0.12)
-    # ignoring the clusters is far too sure
-    assert np.mean([statistics.standard_error(v, np.arange(400)) for v in draws]) < 0.5 * spread
-    values, ids = rng.standard_normal(50), np.arange(50)
-    assert statistics.standard_error(values, ids) == pytest.approx(values.std(ddof=1) / np.sqrt(50), rel=1e-12)
-    assert np.isnan(statistics.standard_error(values, np.zeros(50)))
+def test_standard_error() -> None:
+    values = np.random.default_rng(0).standard_normal(50)
+    assert statistics.standard_error(values) == pytest.approx(values.std(ddof=1) / np.sqrt(50), rel=1e-12)
+    assert np.isnan(statistics.standard_error(values[:1]))
 
 
 def distance(x: Any, y: Any) -> float:
@@ -95,35 +88,32 @@ def test_distance_floor_is_that_of_other_real_images() -> None:
     features = gaussian_features(600, 12, 9)
     assert 0 < frechet.distance_floor(features, 100, seed=0) < frechet.distance_floor(features, 30, seed=0)
     # Drawn images are excluded from the statistics: inside, they would pull the distance down.
-    order = np.random.default_rng(0).permutation(600)
-    one = frechet.distance_floor(features, 300, seed=0, repeats=1)
-    assert one == pytest.approx(distance(features[order[:300]], features[order[300:]]), rel=1e-9)
-    assert one > 1.5 * distance(features[order[:300]], features)
+    rng = np.random.default_rng(0)
+    orders, floor = [rng.permutation(600) for _ in range(3)], frechet.distance_floor(features, 300, seed=0)
+    assert floor == pytest.approx(np.mean([distance(features[o[:300]], features[o[300:]]) for o in orders]), rel=1e-9)
+    assert floor > 1.5 * distance(features[orders[0][:300]], features)
     with pytest.raises(UserError, match="602 real images"):
         frechet.distance_floor(features, 600, seed=0)
 
 
 def test_moments_of_real_images_are_read_back_and_published(tmp_path: Path) -> None:
-    extractor, images = extractors.light(dim=8), u8(textures(60, 3)).numpy()
+    extractor, images = frechet.light(dim=8), u8(textures(60, 3)).numpy()
     frechet.write_features(tmp_path / "real.npz", extractor, images, np.arange(5, 60), lambda *done: None)
     features = np.load(tmp_path / "real.npz")["features"]
     assert np.array_equal(features, extractor.features(images[5:]).numpy())
     floor, moments = frechet.distance_floor(features, 20, 0), frechet.feature_moments(features)
-    for kept in (frechet.feature_moments(gaussian_features(30, 600, 1)), moments):
-        frechet.save_moments(tmp_path / "statistics.npz", kept)  # in float32 if there are many features
-        again = frechet.load_moments(tmp_path / "statistics.npz")
-        assert np.allclose(again.cov, kept.cov, atol=1e-6) and np.array_equal(again.cov, again.cov.T)
+    frechet.save_moments(tmp_path / "statistics.npz", moments)
     statistics = {"file": "statistics.npz", "name": extractor.name, "identity": extractor.key}
     index = {"statistics": statistics | {"floor": {"num_samples": 20, "seed": 0, "distance": floor}}}
     for seed, expected in ((0, floor), (1, None)):
         published = frechet.published_images(index, tmp_path, extractor, 20, seed)
         assert published is not None and np.array_equal(published.moments.cov, moments.cov)
         assert published.floor == expected
-    assert frechet.published_images(index, tmp_path, extractors.light(dim=9), 20, 0) is None
+    assert frechet.published_images(index, tmp_path, frechet.light(dim=9), 20, 0) is None
 
 
 def test_light_extractor_orders_distortions() -> None:
-    extractor, real, n = extractors.light(), textures(1200, 4), 200
+    extractor, real, n = frechet.light(), textures(1200, 4), 200
     features = extractor.features(u8(real))
     assert features.shape == (1200, 64) and features.dtype == torch.float32
     floor, reference = frechet.distance_floor(features, n, seed=0), frechet.feature_moments(features[n:])
@@ -143,10 +133,10 @@ def test_light_extractor_orders_distortions() -> None:
 
 
 def test_light_weights_are_the_same_everywhere() -> None:
-    one, again, images = extractors.light(dim=8), extractors.light(dim=8), u8(textures(3, 6))
+    one, again, images = frechet.light(dim=8), frechet.light(dim=8), u8(textures(3, 6))
     assert one.key == again.key and torch.equal(one.features(images), again.features(images))
-    assert len({extractors.light(dim=8, seed=1).key, extractors.light(dim=9).key, one.key}) == 3
-    first = extractors._light_weights(8, 0)[0]  # numpy's legacy stream, frozen by its authors
+    assert len({frechet.light(dim=8, seed=1).key, frechet.light(dim=9).key, one.key}) == 3
+    first = frechet._light_weights(8, 0)[0]  # numpy's legacy stream, frozen by its authors
     assert first[0, 0, 0, 0] == pytest.approx(0.1867375671863556, abs=1e-6)
     # Features do not depend on the batch that an image is in.
     alone = torch.cat([one.features(images[i : i + 1]) for i in range(3)])
@@ -157,11 +147,11 @@ def test_custom_extractor_is_keyed_and_checked() -> None:
     def means(gain: float) -> Any:
         return lambda images: images.double().mean((2, 3)) * gain
 
-    one, same, other = (extractors.custom(means(gain), "FD-means") for gain in (1.0, 1.0, 1.1))
+    one, same, other = (frechet.custom(means(gain), "FD-means") for gain in (1.0, 1.0, 1.1))
     assert one.key == same.key != other.key  # changed weights must not meet the old cache
     for function, name in ((means(1), "FID"), (means(np.nan), "FD-nan"), (lambda x: x.float(), "FD-4d")):
         with pytest.raises(UserError):
-            extractors.custom(function, name)
+            frechet.custom(function, name)
 
 
 def test_inception_refuses_other_files(tmp_path: Path) -> None:
@@ -169,4 +159,4 @@ def test_inception_refuses_other_files(tmp_path: Path) -> None:
     wrong.write_bytes(b"<html>quota exceeded</html>")
     for path in (wrong, tmp_path / "missing.pth"):
         with pytest.raises(UserError, match="do not exist, or their SHA-256"):
-            extractors.inception(str(path))
+            frechet.inception(str(path))

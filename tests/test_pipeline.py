@@ -59,7 +59,7 @@ def test_format_of_gamma_json(done):
 
 def test_format_of_compare_csv(done):
     rows = table(done[0])
-    assert list(rows) == [*COLUMNS, "top_evaluations", "plan", "predicted", "largest_effect", "selected_error"]
+    assert list(rows) == COLUMNS[:-1]  # none has diverged
     kinds = {"single", "ml_em", "stitched", "quadrature"}
     assert set(zip(rows.dynamics, rows.estimator, strict=True)) == {(d, k) for d in ("sde", "ode") for k in kinds}
     # the Gaussian denoiser of the training images is a level, and alone a baseline

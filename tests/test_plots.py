@@ -6,14 +6,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mlem_diffusion.figures.ablation import plot_ablation
 from mlem_diffusion.figures.comparison import plot_compare
-from mlem_diffusion.figures.diagnostics import plot_diagnostics
-from mlem_diffusion.figures.gains import plot_gains
 from mlem_diffusion.figures.gamma import plot_gamma
 from mlem_diffusion.figures.image_grid import comparison_grid, image_grid
+from mlem_diffusion.figures.levels import plot_ablation, plot_diagnostics, plot_gains, plot_training
 from mlem_diffusion.figures.rates import plot_rates
-from mlem_diffusion.figures.training import plot_training
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -53,7 +50,7 @@ def test_comparison_draws_points_frontiers_and_the_floor() -> None:
     assert len(figure.axes) == 6
     distances, errors = figure.axes[0], figure.axes[2]
     assert "real images against\nreal images: 1" in [text.get_text() for text in figure.legends[0].get_texts()]
-    assert distances.get_ylim() == figure.axes[1].get_ylim() and distances.get_yscale() == "linear"
+    assert distances.get_ylim() == figure.axes[1].get_ylim()
     drawn = {tuple(map(tuple, line)) for line in points(errors)}
     assert ((4.0, 0.25), (16.0, 1 / 16), (64.0, 1 / 64)) in drawn  # the single level, and the baselines' frontier
     hollow = points(errors, markerfacecolor="none")
@@ -69,14 +66,12 @@ def test_comparison_without_some_numbers() -> None:
     frame.loc[frame.dynamics == "sde", "distance"] = np.nan
     frame.loc[frame.dynamics == "ode", "error"] = 0.0  # a log axis cannot show it
     figure = plot_compare(frame)
-    assert figure.axes[1].get_yscale() == "log" and texts(figure).count("not computed") == 3
+    assert texts(figure).count("not computed") == 3
 
 
 def test_gamma_shows_fits_intervals_and_training_lengths() -> None:
     result = content("demo/gamma.json")
-    figure = plot_gamma(result, "demo")
-    assert len(figure.axes) == 6
-    fits, per_noise_level, lengths, losses = figure.axes[:4]
+    fits, per_noise_level, lengths, losses = plot_gamma(result, "demo").axes
     measured, fit = result["points"]["loss_fit"], result["estimates"]["loss_fit"]
     above_floor = [[p["gflop"], p["value"] - fit["floor"]] for p in measured]
     assert any(np.allclose(line, above_floor) for line in points(fits) if len(line) == len(measured))
@@ -102,13 +97,12 @@ def test_gamma_without_a_finite_value() -> None:
     assert figure.axes[0].get_legend_handles_labels()[1][0].startswith("loss:  no finite γ")
 
 
-def test_training_leaves_out_what_a_log_axis_cannot_show() -> None:
-    history = [{"images": 1000 * i, "loss": loss} for i, loss in enumerate((0.5, 0.0, float("nan"), 0.2), 1)]
-    held_out = {"logsnr": [3.0, -3.0, 0.0], "loss": [0.1, 0.4, None]}
-    levels = [{"name": "w4", "history": history, "held_out": held_out}, {"name": "w8", "history": []}]
+def test_training_shows_losses_and_held_out_errors() -> None:
+    history = [{"images": 1000 * i, "loss": loss} for i, loss in enumerate((0.5, 0.2), 1)]
+    held_out = {"logsnr": [-3.0, 3.0], "loss": [0.4, 0.1]}
+    levels = [{"name": name, "history": history, "held_out": held_out} for name in ("w4", "w8")]
     left, right = plot_training(levels, "demo").axes
-    assert points(left)[0].tolist() == [[1000, 0.5], [4000, 0.2]] and points(right)[0].tolist() == [[-3, 0.4], [3, 0.1]]
-    assert texts(plot_training(levels[1:])) == ["not recorded"] * 2
+    assert points(left)[0].tolist() == [[1000, 0.5], [2000, 0.2]] and points(right)[1].tolist() == [[-3, 0.4], [3, 0.1]]
 
 
 def test_ablation_marks_removed_levels_hollow() -> None:
@@ -122,7 +116,7 @@ def test_ablation_marks_removed_levels_hollow() -> None:
 
 def test_diagnostics_show_differences_against_noise_and_cost() -> None:
     found = content("demo/diagnostics.json")["ode"]
-    left, right = plot_diagnostics(found, "demo").axes
+    left, right = plot_diagnostics(found).axes
     expected = np.column_stack([found["logsnr"], found["per_noise_level"]["mean_square"][2]])
     assert any(np.array_equal(line, expected) for line in points(left))
     pooled = points(right, marker="s")[0]
@@ -133,11 +127,11 @@ def test_gains_are_rates_per_unit_of_logsnr() -> None:
     gains = np.array([[1.0, 1.0, 1.0, 1.0], [0.04, 0.04, 0.16, 9.0]])
     effects = SimpleNamespace(
         names=("w4", "w8"), dynamics="ode", step_rule="heun", logsnr=np.array([-2.0, 0.0, 0.0, 1.0]),
-        squares=np.full((2, 4), 0.25), gains=lambda: (gains, gains / 10),
+        gains=lambda: (gains, gains / 10),
     )  # fmt: skip
-    top, bottom = plot_gains([effects]).axes  # type: ignore[list-item]
-    assert top.get_title() == "Heun, deterministic (ODE)" and (points(top)[0][:, 1] == 0.5).all()
-    assert np.allclose(points(bottom)[0], [[-2, 0.1], [0, 0.4]])  # sqrt(gain) / step, without the step of length 0
+    (panel,) = plot_gains([effects]).axes  # type: ignore[list-item]
+    assert panel.get_title() == "Heun, deterministic (ODE)"
+    assert np.allclose(points(panel)[0], [[-2, 0.1], [0, 0.4]])  # sqrt(gain) / step, without the step of length 0
 
 
 def test_rates_show_points_and_fitted_exponents() -> None:

@@ -16,17 +16,12 @@ def squared_errors(samples: Tensor, reference: Tensor) -> np.ndarray:
     return difference.square().flatten(1).mean(1).numpy()
 
 
-def standard_error(values: np.ndarray, clusters: np.ndarray) -> float:
-    """Standard error of the mean of values [N]; NaN with fewer than two clusters.
-
-    `clusters` [N] has an id per value, one id per shared coin draw. Values of one cluster count as dependent (the usual
-    cluster-robust formula with the factor G / (G - 1))."""
-    _, index = np.unique(clusters, return_inverse=True)
-    sums = np.bincount(index.ravel(), weights=values - values.mean())
-    groups = len(sums)
-    if groups < 2:
+def standard_error(values: np.ndarray) -> float:
+    """Standard error of the mean of values [N], float64; NaN with fewer than two."""
+    n = len(values)
+    if n < 2:
         return float("nan")
-    return float(np.sqrt(groups / (groups - 1) * np.sum(sums**2)) / len(values))
+    return float(np.sqrt(n / (n - 1) * np.sum((values - values.mean()) ** 2)) / n)
 
 
 def frontier(rows: Iterable[dict[str, Any]], cost: str, measure: str) -> list[dict[str, Any]]:

@@ -1,14 +1,16 @@
-"""Feature extractors for the Frechet distance: a light one without download, Inception, and any callable.
+"""Feature extractors, and Frechet distances between sets of images by their features.
 
-Only `inception` gives the distance that the literature calls FID (Heusel et al. 2017, arXiv:1706.08500). The others
-have their own names.
+The Frechet distance between Gaussians fitted to features is |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))
+(Dowson & Landau 1982; Heusel et al. 2017, arXiv:1706.08500). Its value depends on n: report n and `distance_floor` with
+it. Only with `inception` is it the distance that the literature calls FID; the others have their own names.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import sha256_of
+from ..files import read_arrays, sha256_of, write_arrays
 
 # Hash of the file that torch-fidelity downloads. It is a pickle, so only this exact content is ever loaded.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -35,8 +37,7 @@ class Extractor:
     def features(self, images: Tensor | np.ndarray) -> Tensor:
         """Float32 features [N, D] on the CPU of uint8 images [N, 3, H, W]; UserError if they are not finite [N, D]."""
         parts = []
-        for start in range(0, len(images), BATCH):
-            chunk = torch.as_tensor(images[start : start + BATCH])
+        for chunk in torch.as_tensor(images).split(BATCH):
             out = torch.as_tensor(self.compute(chunk)).to("cpu", torch.float32)
             if out.ndim != 2 or len(out) != len(chunk) or not bool(torch.isfinite(out).all()):
                 raise UserError(f"{self.name}: the extractor must return finite features [N, D], not {out.shape}.")
@@ -44,7 +45,21 @@ class Extractor:
         return torch.cat(parts)
 
 
-# ------------------------------------------------------------------------------------------------ light
+def custom(callable: Callable[[Tensor], Any], name: str) -> Extractor:
+    """Extractor from any map of uint8 images [N, 3, H, W] to [N, D] features, with its own name.
+
+    Its key is computed from the features of a few fixed images, so that changed weights never use an old cache.
+    UserError for the name FID, which is Inception's."""
+    name = name.strip()
+    if name.upper() in ("", "FID"):
+        raise UserError("A custom extractor needs a name for its distance, and this name must not be FID.")
+    images = np.random.RandomState(0).randint(0, 256, (4, 3, 64, 64)).astype(np.uint8)  # see _light_weights
+    images[:2, :, :, 1:] = images[:2, :, :, :1]  # two have stripes
+    extractor = Extractor(name, "", callable)
+    # Five digits, so that the last bits of a convolution seldom matter; a needless cache miss costs only time.
+    text = ",".join(f"{value:.5g}" for value in extractor.features(images).flatten().tolist())
+    return replace(extractor, key=hashlib.sha256(f"{name}/{text}".encode()).hexdigest()[:16])
+
 
 _FIRST, _SECOND, _SCALES, _CELLS = 16, 32, 3, 4
 _COLOURS = 3 * _CELLS
@@ -56,10 +71,7 @@ def light(dim: int = 64, seed: int = 0, device: str = "cpu") -> Extractor:
 
     Two layers of random zero-mean 3x3 filters are rectified at three scales. A fixed random matrix projects the
     logarithm of the mean response and the mean colour, per quadrant, to `dim` numbers. Logarithms make a relative loss
-    of fine detail (blur) as visible as a change of contrast.
-    """
-    if dim < 1:
-        raise UserError(f"The light extractor needs dim >= 1, but dim is {dim}.")
+    of fine detail (blur) as visible as a change of contrast."""
     weights = [torch.from_numpy(array).to(device) for array in _light_weights(dim, seed)]
     return Extractor("FD-random-conv", f"random-conv-1/{dim}/{seed}", lambda images: _light_features(images, *weights))
 
@@ -95,19 +107,15 @@ def _light_features(images: Tensor, first: Tensor, second: Tensor, projection: T
     return torch.cat([*columns, colour], 1) @ projection
 
 
-# ------------------------------------------------------------------------------------ inception, custom
-
-
 def inception(weights: str | None = None, device: str = "cpu") -> Extractor:
     """torch-fidelity's InceptionV3 (TF-2015 weights), 2048 pooled features: the distance is FID.
 
     `weights` is a local copy of weights-inception-2015-12-05-6726825d.pth; without it, the file is downloaded to the
-    torch hub folder. UserError for a wrong file or a failed download. About 3 images per second on two CPU cores.
-    """
+    torch hub folder. UserError for a wrong file or a failed download. About 3 images per second on two CPU cores."""
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as URL
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / URL.rsplit("/", 1)[1])
+    path = Path(weights or Path(torch.hub.get_dir(), "checkpoints", Path(URL).name))
     if not weights and not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,20 +130,105 @@ def inception(weights: str | None = None, device: str = "cpu") -> Extractor:
     return Extractor("FID", f"inception-{INCEPTION_SHA256}", lambda images: network(images.to(device))[0])
 
 
-def custom(callable: Callable[[Tensor], Any], name: str, key: str = "") -> Extractor:
-    """Extractor from any map of uint8 images [N, 3, H, W] to [N, D] features, with its own name.
+# --------------------------------------------------------------------------------------- Frechet distances
 
-    From Hydra: `callable: {_target_: package.Class, ...}`. Without a key, one is computed from the features of a few
-    fixed images, so that changed weights never use an old cache. UserError for the name FID, which is Inception's.
-    """
-    name = name.strip()
-    if name.upper() in ("", "FID"):
-        raise UserError("A custom extractor needs a name for its distance, and this name must not be FID.")
-    extractor = Extractor(name, key, callable)
-    if key:
-        return extractor
-    images = np.random.RandomState(0).randint(0, 256, (4, 3, 64, 64)).astype(np.uint8)  # see _light_weights
-    images[:2, :, :, 1:] = images[:2, :, :, :1]  # two have stripes
-    # Five digits, so that the last bits of a convolution seldom matter; a needless cache miss costs only time.
-    text = ",".join(f"{value:.5g}" for value in extractor.features(images).flatten().tolist())
-    return replace(extractor, key=hashlib.sha256(f"{name}/{text}".encode()).hexdigest()[:16])
+
+@dataclass(frozen=True, eq=False)
+class FeatureMoments:
+    """Mean [D] and unbiased covariance [D, D] of features, float64."""
+
+    mean: np.ndarray
+    cov: np.ndarray
+
+    @cached_property
+    def root(self) -> np.ndarray:
+        """The symmetric square root of the covariance, [D, D]."""
+        values, vectors = np.linalg.eigh(self.cov)
+        return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+
+
+def feature_moments(features: Any) -> FeatureMoments:
+    """Mean and covariance of features [N, D]."""
+    x = np.asarray(features, dtype=np.float64)
+    return FeatureMoments(x.mean(0), np.atleast_2d(np.cov(x, rowvar=False)))
+
+
+def frechet_distance(features: Any, reference: FeatureMoments) -> float:
+    """Frechet distance of features [N, D] to the reference, by torch-fidelity in float64."""
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric  # slow import
+
+    stats = [{"mu": s.mean, "sigma": s.cov} for s in (feature_moments(features), reference)]
+    return float(fid_statistics_to_metric(*stats, verbose=False)[KEY_METRIC_FID])
+
+
+def fast_frechet(x: np.ndarray, reference: FeatureMoments, counts: np.ndarray, projected: np.ndarray) -> float:
+    """Frechet distance for bootstrap replicates: features [n, D], float64, row i counted counts[i] times.
+
+    With S2 the reference covariance, tr (S1 S2)^(1/2) is the sum of the singular values of the centred features times
+    S2^(1/2), divided by sqrt(n - 1): an n x n or D x D symmetric eigenvalue problem, whichever is smaller. `projected`
+    = x @ reference.root [n, D] is shared by the replicates."""
+    drawn = counts > 0
+    x, y, weights = x[drawn], projected[drawn], counts[drawn]
+    n = weights.sum()
+    mean = weights @ x / n
+    square = np.sqrt(weights / (n - 1))[:, None]
+    trace = float(((x - mean) ** 2 * square**2).sum())
+    y = (y - weights @ y / n) * square
+    gram = y.T @ y if len(y) > y.shape[1] else y @ y.T
+    singular = np.sqrt(np.clip(np.linalg.eigvalsh(gram), 0, None)).sum()
+    shift = mean - reference.mean
+    return float(shift @ shift + trace + np.trace(reference.cov) - 2 * singular)
+
+
+def distance_floor(features: np.ndarray, n: int, seed: int) -> float:
+    """Real against real: the mean distance of n random real images to the moments of all *other* real ones.
+
+    features: [N, D]. No sampler is expected to go below it with n images. Raises UserError unless N >= n + 2."""
+    if len(features) < n + 2:
+        raise UserError(f"compare.num_samples={n} needs {n + 2} real images, but there are {len(features)}.")
+    rng = np.random.default_rng(seed)
+    orders = [rng.permutation(len(features)) for _ in range(3)]
+    return float(np.mean([frechet_distance(features[o[:n]], feature_moments(features[o[n:]])) for o in orders]))
+
+
+# --------------------------------------------------------------------------------------------- real images
+
+
+class RealImages(NamedTuple):
+    """What samples are compared with: the name of the distance, moments of real images, and `distance_floor`."""
+
+    name: str
+    moments: FeatureMoments
+    floor: float | None
+
+
+def write_features(
+    path: Path, extractor: Extractor, images: np.ndarray, rows: np.ndarray, progress: Callable[[int, int], object]
+) -> None:
+    """Write the features of rows of packed images, uint8 [N, 3, H, W]."""
+    parts = []
+    for chunk in np.array_split(rows, range(1024, len(rows), 1024)):
+        parts.append(extractor.features(images[chunk]).numpy())
+        progress(sum(map(len, parts)), len(rows))
+    write_arrays(path, {"features": np.concatenate(parts)}, compress=False)
+
+
+def save_moments(path: Path, moments: FeatureMoments) -> None:
+    """Write the mean [D] and the upper triangle of the covariance as npz."""
+    write_arrays(path, {"mean": moments.mean, "upper": moments.cov[np.triu_indices(len(moments.mean))]})
+
+
+def published_images(
+    index: Mapping[str, Any] | None, folder: Path, extractor: Extractor, n: int, seed: int
+) -> RealImages | None:
+    """The moments by this extractor that a family.json (`index`) names, if any; without a floor for other n or seed."""
+    found = (index or {}).get("statistics")
+    if found is None or (found["name"], found["identity"]) != (extractor.name, extractor.key):
+        return None
+    arrays = read_arrays(folder / found["file"], "publish the family again (make publish)")
+    mean = arrays["mean"].astype(np.float64)
+    cov = np.zeros((len(mean), len(mean)))
+    cov[np.triu_indices(len(mean))] = arrays["upper"]
+    same = (found["floor"]["num_samples"], found["floor"]["seed"]) == (n, seed)
+    moments = FeatureMoments(mean, cov + np.triu(cov, 1).T)
+    return RealImages(extractor.name, moments, found["floor"]["distance"] if same else None)

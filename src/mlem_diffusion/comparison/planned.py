@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..files import expect_content
 from ..multilevel.plan import Plan, load_plans
 from ..statistics import frontier
-from .frechet import RealImages, frechet_distance
+from .features import RealImages, frechet_distance
 from .runner import Runner
 from .settings import Measurement, Row, SamplerSetting, setting_of, settings_of
 from .table import BASELINES, describe
@@ -89,12 +89,6 @@ def complete(
             row["distance"] = frechet_distance(found.features, real.moments)
         out.append(replace(found, row=row | planned.facts.get(setting, {})))
     return out
-
-
-def divergence(measured: Iterable[Measurement]) -> list[str]:
-    """A line for each setting with samples that diverged."""
-    rows = [m.row for m in measured if "diverged" in m.row]
-    return [f"{describe(row)}: {row['diverged']} samples diverged." for row in rows]
 
 
 def examples(measured: Iterable[Measurement], dynamics: str, runner: Runner) -> list[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""The comparison: each setting against one fine reference on the same seeds and Brownian paths.
+"""The comparison: each setting against one fine reference on the same seeds and Brownian paths; pictures of samples.
 
 Every batch of a reference and every finished setting is one npz file under a hash of all that it depends on, so a
 stopped comparison can resume.
@@ -6,31 +6,33 @@ stopped comparison can resume.
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from .. import parallel
 from ..data.pixels import to_uint8
 from ..diffusion.brownian import BrownianPath
 from ..diffusion.level import Ledger, Level, joined
 from ..diffusion.process import Process, TimeGrid
 from ..diffusion.sampler import Estimator, SingleLevel, sample
-from ..diffusion.step_rules import REFERENCE_RULE
+from ..diffusion.step_rules import REFERENCE_RULE, StepRule
 from ..errors import Interrupted, UserError
-from ..files import cached, read_arrays, write_arrays
+from ..files import atomic_write, cached, read_arrays, write_arrays
 from ..multilevel.plan import Plan
-from ..parallel import never
 from ..statistics import squared_errors, standard_error
 from .features import Extractor
 from .settings import Measurement, SamplerSetting
 
 ABSURD = 1e3  # size of a pixel value; pixels are in [-1, 1], and no working sampler comes near it
 _PATHS = 2  # batches whose noise is kept for the next setting; each takes at most brownian.WINDOW_BYTES
+GRID = 1024  # the most images in a grid of pictures
 
 
 @dataclass(frozen=True)
@@ -114,22 +116,22 @@ class Runner:
     def is_done(self, setting: SamplerSetting) -> bool:
         return self._file("setting", setting.row).is_file()
 
-    def measure(self, setting: SamplerSetting, should_stop: Callable[[], bool] = never) -> None:
+    def measure(self, setting: SamplerSetting, should_stop: Callable[[], bool] = parallel.never) -> None:
         """Run all batches of a setting and write its file; raises Interrupted between batches."""
         estimator, parts, ledgers = self.build(setting), [], []
         for start in range(0, len(self.seeds), self.batch):
             if should_stop():
                 raise Interrupted("stopped; finished settings are saved")
-            arrays, ledger = self._batch(setting, estimator, start)
-            parts.append(arrays)
+            images, ledger = sample(estimator, setting.rule, self.process.grid(setting.steps), self._path(start))
+            parts.append(self._compared(images.cpu(), setting.dynamics, start))
             ledgers.append(ledger)
         total = joined(ledgers)
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         errors, lost = arrays["errors"], int(arrays.pop("diverged").sum())
-        spread = np.nan if lost else standard_error(errors, arrays["clusters"][: len(errors)])
+        spread = np.nan if lost else standard_error(errors)
         costs = {
             "error": None if lost else float(errors.mean()),  # undefined if a sample has diverged
-            "error_se": spread if np.isfinite(spread) else None,  # not finite if all samples share one coin draw
+            "error_se": spread if np.isfinite(spread) else None,  # not finite for a single seed
             "network_calls": total.calls_per_image,
             "gflops_expected": estimator.expected_flops(setting.evaluations(self.process)) / 1e9,
             "gflops_realised": total.flops_per_image / 1e9,
@@ -140,33 +142,28 @@ class Runner:
         costs |= {"diverged": lost} if lost else {}
         write_arrays(self._file("setting", setting.row), {"costs": json.dumps(costs), **arrays})
 
-    def _batch(self, setting: SamplerSetting, estimator: Estimator, start: int) -> tuple[dict[str, Any], Ledger]:
-        path = self._path(start)
-        images, ledger = sample(estimator, setting.rule, self.process.grid(setting.steps), path)
-        images, reference = images.cpu(), self.reference(setting.dynamics)[start : start + len(path.seeds)]
-        out = {
-            "diverged": diverged(images),
-            "errors": squared_errors(images[: len(reference)], reference),
-            "clusters": np.array(estimator.clusters(path.seeds)),
-        }
+    def _compared(self, images: Tensor, dynamics: str, start: int) -> dict[str, np.ndarray]:
+        """What is kept of a batch: errors to the reference, features, and the first images."""
+        reference = self.reference(dynamics)[start : start + len(images)]
+        out = {"diverged": diverged(images), "errors": squared_errors(images[: len(reference)], reference)}
         if self.extractor is not None:
             pixels = to_uint8(images.nan_to_num())
             out["features"] = self.extractor.features(pixels).numpy()
             out["images"] = pixels[: max(0, self.grid_images - start)].numpy()
-        return out, ledger
+        return out
 
     def read(self, setting: SamplerSetting) -> Measurement:
         """A finished setting; it is measured again if its file is missing or damaged."""
         arrays = cached(self._file("setting", setting.row), _read, lambda: self.measure(setting))
-        return Measurement(setting.row | json.loads(str(arrays.pop("costs"))), **arrays)
+        row = setting.row | json.loads(str(arrays["costs"]))
+        return Measurement(row, arrays["errors"], arrays.get("features"), arrays.get("images"))
 
     def _path(self, start: int) -> BrownianPath:
-        """The randomness of the batch at this position. Neighbouring settings share its noise."""
-        if start not in self._paths:
-            while len(self._paths) >= _PATHS:
-                self._paths.pop(next(iter(self._paths)))
-            self._paths[start] = BrownianPath(self.seeds[start : start + self.batch], self.shape, self.device)
-        return self._paths[start]
+        """The randomness of the batch at this position. The next settings share the noise of the first batches."""
+        path = self._paths.get(start) or BrownianPath(self.seeds[start : start + self.batch], self.shape, self.device)
+        if start < _PATHS * self.batch:
+            self._paths[start] = path
+        return path
 
     def _file(self, kind: str, what: Any) -> Path:
         sizes = [self.seeds[0], len(self.seeds), self.num_reference]
@@ -182,3 +179,40 @@ def _read(path: Path) -> dict[str, Any]:
 def diverged(images: Tensor) -> np.ndarray:
     """bool [N]: which images [N, C, H, W] have a value that is not finite or is at least ABSURD in size."""
     return ~(images.abs().flatten(1).amax(1) < ABSURD).numpy()
+
+
+# ------------------------------------------------------------------------------------------------- pictures
+
+
+def parse_seeds(text: str) -> list[int]:
+    """ "0-63" or "3,7,100-120" -> sample seeds; UserError for anything else."""
+    try:
+        parts = [[int(end) for end in part.split("-")] for part in str(text).split(",")]
+    except ValueError:
+        parts = []
+    if not parts or any(len(part) > 2 or part[0] > part[-1] for part in parts):
+        raise UserError(f"SEEDS={text} is not a list of seeds; write 0-63 or 3,7,100-120.")
+    return list(dict.fromkeys(seed for part in parts for seed in range(part[0], part[-1] + 1)))
+
+
+def draw(
+    estimator: Estimator, rule: StepRule, grid: TimeGrid, seeds: Sequence[int], batch: int, shape: tuple[int, ...],
+    device: torch.device, folder: Path, progress: Callable[[int, int], object],
+) -> tuple[Ledger, Tensor]:  # fmt: skip
+    """Write folder/<seed>.png; the ledger, and the first images as uint8 [at most GRID, 3, H, W].
+
+    Ranks share the batches, and all get the whole result. progress(images done, images of this rank)."""
+    if shape[0] != 3:
+        raise UserError(f"Samples of shape {list(shape)} are not pictures in RGB.")
+    starts, found = parallel.mine(range(0, len(seeds), batch)), {}
+    for start in starts:
+        own = seeds[start : start + batch]
+        images, ledger = sample(estimator, rule, grid, BrownianPath(own, shape, device))
+        pixels = to_uint8(images.cpu())
+        for seed, image in zip(own, pixels, strict=True):
+            picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+            atomic_write(folder / f"{seed:06d}.png", lambda path, p=picture: p.save(path, format="PNG"))
+        found[start] = ledger, pixels[: max(0, GRID - start)]
+        progress(len(found) * batch, len(starts) * batch)
+    ledgers, parts = zip(*parallel.gather(found).values(), strict=True)
+    return joined(ledgers), torch.cat(parts)

@@ -1,7 +1,7 @@
 """Sampler settings, from the configuration to compare.csv, and what was measured of each."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import product
 from typing import Any
 
@@ -29,7 +29,7 @@ class SamplerSetting:
     levels: tuple[str, ...]
     steps: int  # noise levels of the grid
     probabilities: str = ""  # of ml_em: "constant", or the kind that its plan uses
-    coins: str = ""  # kind of coins, "-shared" appended for one set of coins per batch
+    coins: str = ""  # kind of coins
     c: float | None = None  # of ml_em: C of the constant probabilities
     switch: float | None = None  # of stitched: the fraction of evaluations made with the cheaper level
     plan: str = ""  # id of the plan that holds the table of probabilities or weights
@@ -82,7 +82,6 @@ class Measurement:
 
     row: Row  # of compare.csv, costs per image
     errors: np.ndarray  # squared error of each seed [n]
-    clusters: np.ndarray | None = None  # id of the coin draw of each seed [N]
     features: np.ndarray | None = None  # [N, D]
     images: np.ndarray | None = None  # of the first samples, uint8 [M, 3, H, W]
 
@@ -99,15 +98,14 @@ def setting_from(values: Any) -> SamplerSetting:
     """A setting from a row or a configuration; levels are a list or joined by "+". UserError if it is incomplete."""
     if not isinstance(values, Mapping):
         raise UserError(f"A sampler is best, or a setting such as '{{dynamics: ode, ...}}', and not {values!r}.")
-    try:
-        names, steps, *given = (values[key] for key in ("levels", "steps", "dynamics", "step_rule", "estimator"))
-    except KeyError as error:
-        raise UserError(f"The sampler lacks the key {error}; it takes the columns of compare.csv.") from error
-    levels = tuple(names.split("+") if isinstance(names, str) else names)
-    more: dict[str, Any] = {key: str(values.get(key) or "") for key in ("probabilities", "coins", "plan")}
-    more |= {key: None if values.get(key) in (None, "") else float(values[key]) for key in ("c", "switch")}
-    dynamics, rule, estimator = map(str, given)
-    return SamplerSetting(dynamics, rule, estimator, levels, int(steps), **more)
+    keys = [field.name for field in fields(SamplerSetting)]
+    given: dict[str, Any] = {key: values[key] for key in keys if values.get(key) not in (None, "")}
+    missing = [name for name in ("dynamics", "step_rule", "estimator", "levels", "steps") if name not in given]
+    if missing:
+        raise UserError(f"The sampler lacks the key {missing[0]}; it takes the columns of compare.csv.")
+    names = given["levels"]
+    given["levels"] = tuple(names.split("+") if isinstance(names, str) else names)
+    return SamplerSetting(**given)
 
 
 def _choose(names: Sequence[str], which: Any) -> tuple[str, ...]:
@@ -124,8 +122,7 @@ def _choose(names: Sequence[str], which: Any) -> tuple[str, ...]:
 def settings_of(config: Any, names: Sequence[str], base_steps: int) -> list[SamplerSetting]:
     """All settings of a `compare` configuration for a family with these level names, cheap to expensive.
 
-    A Gaussian denoiser has no index; a sweep with levels "all" has it as a baseline too.
-    """
+    A Gaussian denoiser has no index; a sweep with levels "all" has it as a baseline too."""
     names, beside = [n for n in names if n != GAUSSIAN], [n for n in names if n == GAUSSIAN]
     out: list[SamplerSetting] = []
     for sweep in config["baselines"]:

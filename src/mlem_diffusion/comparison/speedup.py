@@ -14,11 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
 
-from .frechet import FeatureMoments, fast_frechet
+from .features import FeatureMoments, fast_frechet
 from .settings import Measurement, Row
 from .table import BASELINES, method_of, trusted
 
@@ -36,41 +37,41 @@ def speedups(
 
     An entry is {"max", "lower95", "at", "baseline", "ours", "curve"} and, for errors, "error_ratio_at_equal_cost".
     "curve" lists {"at", "speedup", "lower95"} over the baseline frontier. Unreached values are None, and so are bounds
-    if all seeds share one coin draw. "any" compares all multilevel rows, "paper" those with independent coins.
-    """
+    with a single seed. "any" compares all multilevel rows, "paper" those with independent coins."""
     result: dict[str, Any] = {}
     for dynamics in dict.fromkeys(m.row["dynamics"] for m in settings):
         usable = [m for m in settings if m.row["dynamics"] == dynamics and trusted(m.row)]
         base = [m for m in usable if m.row["estimator"] in BASELINES]
         multilevel = [m for m in usable if m.row["estimator"] not in BASELINES]
-        memo: dict[Any, np.ndarray] = {}
-        result[dynamics] = {"paper": {}, "any": {}}
         paper = [m for m in multilevel if method_of(m.row) == "paper"]
+        distances = {} if reference is None else _distances(usable, reference, distance_replicates, seed)
+        result[dynamics] = {"paper": {}, "any": {}}
         for method, ours in (("paper", paper), ("any", multilevel)):
             values = {"error": errors_of([*base, *ours], replicates, seed)}
             if reference is not None:
-                values["distance"] = _distances([*base, *ours], reference, distance_replicates, seed, memo)
-            for kind, value in values.items():
-                result[dynamics][method][kind] = {
-                    name: _compare(base, ours, value, column, kind) for name, column in COSTS.items()
-                }
+                values["distance"] = np.array([distances[id(m)] for m in (*base, *ours)])
+            for (measure, value), (unit, column) in product(values.items(), COSTS.items()):
+                groups = _groups(base, ours, value, column)
+                entry = _compare(*groups, measure)
+                if measure == "error":
+                    entry["error_ratio_at_equal_cost"] = _error_ratio(*groups)
+                result[dynamics][method].setdefault(measure, {})[unit] = entry
     return result
 
 
 def equal_error(base: Sequence[Measurement], ours: Sequence[Measurement], cost: str, seed: int = 0) -> dict[str, Any]:
     """The "max", "lower95", ... of `speedups` at equal error, for two groups of settings and a column of costs."""
-    entry = _compare(base, ours, errors_of([*base, *ours], 200, seed), cost, "error")
-    del entry["error_ratio_at_equal_cost"]
-    return entry
+    return _compare(*_groups(base, ours, errors_of([*base, *ours], 200, seed), cost), "error")
 
 
 def summary(result: dict[str, Any]) -> str:
     """One line per speed-up in FLOPs."""
     lines = []
-    for dynamics, method, measure in ((d, m, e) for d in result for m in result[d] for e in result[d][m]):
-        found, low = (result[dynamics][method][measure]["flops"][key] for key in ("max", "lower95"))
-        text = "never reaches a baseline" if found is None else f"{found:.3g}x (95% lower bound {low or 0:.3g}x)"
-        lines.append(f"{dynamics}, {method}, FLOPs at equal {measure}: {text}")
+    for dynamics, methods in result.items():
+        for method, measure in product(methods, methods["any"]):
+            found, low = (methods[method][measure]["flops"][key] for key in ("max", "lower95"))
+            text = "never reaches a baseline" if found is None else f"{found:.3g}x (95% lower bound {low or 0:.3g}x)"
+            lines.append(f"{dynamics}, {method}, FLOPs at equal {measure}: {text}")
     return "\n".join(lines)
 
 
@@ -81,50 +82,34 @@ def errors_of(settings: Sequence[Measurement], replicates: int, seed: int) -> np
     """Mean squared errors [S, 1 + R]: first on all seeds, then on each paired bootstrap resample of them."""
     if not settings:
         return np.zeros((0, 1))
-    counts = _resamples(settings, len(settings[0].errors), replicates, seed)
+    counts = _resamples(len(settings[0].errors), replicates, seed)
     return np.stack([m.errors for m in settings]) @ counts / counts.sum(0)
 
 
 def _distances(
-    settings: Sequence[Measurement], reference: FeatureMoments, replicates: int, seed: int, memo: dict[Any, np.ndarray]
-) -> np.ndarray:
-    """Distances [S, 1 + R] to the reference, in the manner of `errors_of`."""
-    if not settings:
-        return np.zeros((0, 1))
-    features = [np.asarray(m.features, dtype=np.float64) for m in settings]
-    counts = _resamples(settings, len(features[0]), replicates, seed)
-    keys = [(id(m), counts.tobytes()) for m in settings]  # "paper" and "any" mostly share their resamples
-    for key, x in zip(keys, features, strict=True):
-        if key not in memo:
-            projected = x @ reference.root
-            memo[key] = np.array([fast_frechet(x, reference, c, projected) for c in counts.T])
-    return np.stack([memo[key] for key in keys])
+    settings: Sequence[Measurement], reference: FeatureMoments, replicates: int, seed: int
+) -> dict[int, list[float]]:
+    """Distances [1 + R] to the reference by the id of the measurement, resampled in the manner of `errors_of`."""
+    out = {}
+    for m in settings:
+        x = np.asarray(m.features, dtype=np.float64)
+        projected = x @ reference.root
+        out[id(m)] = [fast_frechet(x, reference, c, projected) for c in _resamples(len(x), replicates, seed).T]
+    return out
 
 
-def _resamples(settings: Sequence[Measurement], n: int, replicates: int, seed: int) -> np.ndarray:
-    """How often each seed is drawn, float64 [n, 1 + R]: once each in the first column, then resampled by unit.
-
-    Seeds that share a coin draw in any setting form one unit. A single unit gives no information, so R = 0."""
-    clusters = [np.unique(m.clusters[:n], return_inverse=True)[1].ravel() for m in settings if m.clusters is not None]
-    labels, before = np.arange(n), np.empty(0)
-    while not np.array_equal(labels, before):  # connected components: spread the smallest label over each cluster
-        before = labels
-        for c in clusters:
-            smallest = np.full(n, n)
-            np.minimum.at(smallest, c, labels)
-            labels = smallest[c]
-    units = np.unique(labels, return_inverse=True)[1].ravel()
-    groups = int(units.max()) + 1
-    replicates = replicates if groups > 1 else 0
-    drawn = np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), size=replicates).T
-    return np.concatenate([np.ones((n, 1)), drawn[units].astype(np.float64)], axis=1)
+def _resamples(n: int, replicates: int, seed: int) -> np.ndarray:
+    """How often each seed is drawn, float64 [n, 1 + R]: first once each, then resampled; R = 0 if n = 1."""
+    replicates = replicates if n > 1 else 0
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=replicates).T
+    return np.concatenate([np.ones((n, 1)), drawn.astype(np.float64)], axis=1)
 
 
 # ------------------------------------------------------------------------------------------- comparison
 
 
 @dataclass(frozen=True)
-class _Group:
+class Group:
     """Settings with a positive cost, sorted by it: rows, costs [S] and values [S, 1 + R]."""
 
     rows: list[Row]
@@ -132,10 +117,10 @@ class _Group:
     values: np.ndarray
 
     @classmethod
-    def of(cls, settings: Sequence[Measurement], values: np.ndarray, column: str) -> _Group:
+    def of(cls, settings: Sequence[Measurement], values: np.ndarray, column: str) -> Group:
         costs = np.array([m.row[column] for m in settings])
-        usable = [i for i in np.lexsort((values[:, 0], costs)) if costs[i] > 0]
-        return cls([settings[i].row for i in usable], costs[usable], values[usable])
+        order = [i for i in np.lexsort((values[:, 0], costs)) if costs[i] > 0]
+        return cls([settings[i].row for i in order], costs[order], values[order])
 
     def frontier(self) -> list[int]:
         """Indices of the settings whose value no cheaper or equally cheap setting reaches, cheap to expensive."""
@@ -151,12 +136,20 @@ class _Group:
         """Smallest value among settings of at most this cost, per column [1 + R]; infinite if there are none."""
         return self.values[self.costs <= cost * (1 + _SLACK)].min(0, initial=math.inf)
 
+    def described(self, i: int, measure: str) -> Row:
+        """What the files say about a setting."""
+        return {key: self.rows[i].get(key) for key in _DESCRIBED} | {measure: float(self.values[i, 0])}
 
-def _compare(
-    left: Sequence[Measurement], right: Sequence[Measurement], values: np.ndarray, column: str, kind: str
-) -> dict[str, Any]:
-    """The entry for baselines and our settings. values: theirs, then ours."""
-    base, ours = _Group.of(left, values[: len(left)], column), _Group.of(right, values[len(left) :], column)
+
+def _groups(
+    base: Sequence[Measurement], ours: Sequence[Measurement], values: np.ndarray, column: str
+) -> tuple[Group, Group]:
+    """Baselines and our settings with their values (first the baselines') and costs."""
+    return Group.of(base, values[: len(base)], column), Group.of(ours, values[len(base) :], column)
+
+
+def _compare(base: Group, ours: Group, measure: str) -> dict[str, Any]:
+    """The entry of two groups."""
     entry: dict[str, Any] = dict.fromkeys(("max", "lower95", "at", "baseline", "ours")) | {"curve": []}
     for b in base.frontier():
         target = base.values[b]
@@ -166,15 +159,11 @@ def _compare(
         entry["curve"].append({"at": float(target[0]), "speedup": speed, "lower95": low})
         if speed is not None and speed > (entry["max"] or 0):
             entry |= {"max": speed, "lower95": low, "at": float(target[0])}
-            for side, group, best in (("baseline", base, theirs[0]), ("ours", ours, mine[0])):
-                described = {key: group.rows[best].get(key) for key in _DESCRIBED}
-                entry[side] = described | {kind: float(group.values[best, 0])}
-    if kind == "error":
-        entry["error_ratio_at_equal_cost"] = _error_ratio(base, ours)
+            entry |= {"baseline": base.described(theirs[0], measure), "ours": ours.described(mine[0], measure)}
     return entry
 
 
-def _error_ratio(base: _Group, ours: _Group) -> dict[str, Any]:
+def _error_ratio(base: Group, ours: Group) -> dict[str, Any]:
     """The largest (baseline error) / (lowest ML-EM error within the same cost), at costs of the baseline frontier."""
     found: dict[str, Any] = {"max": None, "lower95": None, "at": None}
     for cost in map(float, base.costs[base.frontier()]):

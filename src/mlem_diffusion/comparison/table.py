@@ -4,19 +4,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from ..diffusion.step_rules import STEP_RULES
-from ..errors import UserError
+from ..diffusion.step_rules import STEP_RULE_NAMES
 
 # fmt: off
 COLUMNS = [
     "dynamics", "step_rule", "estimator", "probabilities", "coins", "c", "switch", "levels", "steps", "seed",
     "error", "error_se", "distance", "distance_name", "distance_floor",
     "num_samples", "network_calls", "gflops_expected", "gflops_realised", "seconds",
+    "top_evaluations", "plan", "predicted", "largest_effect", "selected_error", "diverged",  # the last five if known
 ]
-EXTRA_COLUMNS = ["top_evaluations", "plan", "predicted", "largest_effect", "selected_error", "diverged"]
 _TEXT = ["dynamics", "step_rule", "estimator", "probabilities", "coins", "levels", "distance_name", "plan"]
 _WHOLE = ["steps", "seed", "num_samples", "top_evaluations", "diverged"]
 # fmt: on
@@ -25,36 +23,23 @@ MIN_FIRES = 100  # with fewer evaluations of the top level in a run, the error a
 
 
 def frame_of(rows: Iterable[Mapping[str, Any]] | pd.DataFrame) -> pd.DataFrame:
-    """Rows as a DataFrame: an empty number is NaN, an empty text "". UserError for a missing column or a bad number."""
-    frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(list(rows))
-    missing = [column for column in COLUMNS if column not in frame]
-    if missing:
-        raise UserError(f"compare.csv lacks the column(s) {', '.join(missing)}.")
-    for column in frame:
-        if column in _TEXT:
-            frame[column] = frame[column].astype(object).fillna("")
-            continue
-        try:
-            numbers = frame[column].astype(float)
-        except ValueError as error:
-            raise UserError(f"compare.csv: the column {column} does not hold numbers ({error}).") from error
-        frame[column] = numbers.astype(int) if column in _WHOLE and numbers.notna().all() else numbers
-    return frame
+    """Rows as a DataFrame: an empty number is NaN, an empty text "". ValueError for a number that is none."""
+    frame = pd.DataFrame(rows)
+    frame = frame.astype({column: object if column in _TEXT else float for column in frame})
+    whole = [column for column in _WHOLE if column in frame and frame[column].notna().all()]
+    return frame.fillna(dict.fromkeys(_TEXT, "")).astype(dict.fromkeys(whole, int))
 
 
 def to_text(frame: pd.DataFrame) -> str:
-    """The content of compare.csv: columns in their fixed order, then extra ones; numbers with six digits."""
-    columns = [name for name in COLUMNS + EXTRA_COLUMNS if name in frame]
+    """The content of compare.csv: columns in their fixed order, numbers with six digits."""
+    columns = [name for name in COLUMNS if name in frame]
     whole = {name: "Int64" for name in _WHOLE if name in frame}
     return frame[columns].astype(whole).to_csv(index=False, float_format="%.6g", lineterminator="\n")
 
 
 def read(path: Path) -> pd.DataFrame:
-    """The frame of a compare.csv; UserError if it is missing or damaged."""
-    try:
-        return frame_of(pd.read_csv(path, dtype={name: str for name in _TEXT}))
-    except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
-        raise UserError(f"{path} cannot be read ({error}).".replace("\n", " ")) from error
+    """The frame of a compare.csv; ValueError if it is damaged."""
+    return frame_of(pd.read_csv(path, dtype=dict.fromkeys(_TEXT, str)))
 
 
 def for_figures(frame: pd.DataFrame) -> pd.DataFrame:
@@ -66,32 +51,30 @@ def for_figures(frame: pd.DataFrame) -> pd.DataFrame:
 def method_of(row: Mapping[str, Any]) -> str:
     """The method of a row: "single" or "stitched" (the baselines), "paper" or "other".
 
-    "paper" means independent coins with any probabilities, "other" means nested or systematic coins, or quadrature.
-    """
+    "paper" means independent coins with any probabilities, "other" means nested or systematic coins, or quadrature."""
     if row["estimator"] in BASELINES:
         return row["estimator"]
     return "paper" if row["coins"] == "independent" else "other"
 
 
 def trusted(row: Mapping[str, Any]) -> bool:
-    """False for an ML-EM row with fewer than MIN_FIRES evaluations of its top level; True if they were not counted."""
-    return row["estimator"] != "ml_em" or not row.get("top_evaluations", MIN_FIRES) < MIN_FIRES
+    """False for an ML-EM row with fewer than MIN_FIRES evaluations of its top level."""
+    return row["estimator"] != "ml_em" or row["top_evaluations"] >= MIN_FIRES
 
 
 def describe(row: Mapping[str, Any]) -> str:
     """A readable name of a row's setting.
 
     Examples: "DDIM, w64, 16 steps" or "ML-EM w4+w8+w16, DDIM, 64 steps, systematic coins, C = 0.3"."""
-    names, key = row["levels"].split("+"), f"{row['dynamics']}/{row['step_rule']}"
+    names, kind = row["levels"].split("+"), row["estimator"].replace("ml_em", "ML-EM")
     levels = "+".join(names) if len(names) <= 4 else f"{names[0]}+…+{names[-1]} ({len(names)} levels)"
-    rule = STEP_RULES[key].label if key in STEP_RULES else row["step_rule"]
-    steps, kind = f"{row['steps']} steps", row["estimator"].replace("ml_em", "ML-EM")
+    rule, steps = STEP_RULE_NAMES[row["step_rule"]], f"{row['steps']} steps"
     parts = [rule, levels, steps] if kind == "single" else [f"{kind} {levels}", rule, steps]
     if row["coins"]:
-        parts.append(row["coins"].removesuffix("-shared") + " coins" + ", shared" * row["coins"].endswith("-shared"))
+        parts.append(f"{row['coins']} coins")
     if row["probabilities"] not in ("", "constant"):
         parts.append(f"{row['probabilities']} probabilities")
     for name, label in (("c", "C ="), ("switch", "switch at")):
-        if row[name] is not None and not np.isnan(row[name]):
+        if pd.notna(row[name]):
             parts.append(f"{label} {row[name]:.3g}")
     return ", ".join(parts)

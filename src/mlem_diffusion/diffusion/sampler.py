@@ -36,10 +36,6 @@ class Estimator(ABC):
     def expected_flops(self, evaluations: int) -> float:
         return float(self.expected_evaluations(evaluations) @ [level.flops for level in self.levels])
 
-    def clusters(self, seeds: Sequence[int]) -> list[int]:
-        """One number per sample; samples with equal numbers share their coins."""
-        return list(seeds)
-
 
 class SingleLevel(Estimator):
     """One network for all evaluations: EM, DDPM, DDIM, ... with this level."""

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from .. import parallel
-from ..comparison import frechet
+from ..comparison import features
 from ..comparison.features import Extractor
 from ..comparison.runner import Runner
 from ..comparison.settings import GAUSSIAN, Measurement, SamplerSetting
@@ -33,20 +33,20 @@ def make_extractor(exp: Any) -> Extractor | None:
     return config.build(exp.cfg.metrics, **({"device": str(exp.device)} if own else {}))
 
 
-def real_images(exp: Any, extractor: Extractor) -> frechet.RealImages | None:
+def real_images(exp: Any, extractor: Extractor) -> features.RealImages | None:
     """Feature moments of the training images; without images the published ones."""
     n, seed, images = exp.cfg.compare.num_samples, exp.cfg.compare.seed, exp.images_if_needed()
     if images is None:
-        return frechet.published_images(exp.published, exp.checkpoints, extractor, n, seed)
+        return features.published_images(exp.published, exp.checkpoints, extractor, n, seed)
     rows = images.train()
     with exp.progress("features of the real images", len(rows)) as progress:
-        features = exp.cached(
+        found = exp.cached(
             "real.npz", [images.manifest["sha256"], extractor.key],
             lambda path: read_arrays(path, "run make sample-compare again")["features"],
-            lambda path: frechet.write_features(path, extractor, images.images, rows, progress),
+            lambda path: features.write_features(path, extractor, images.images, rows, progress),
         )  # fmt: skip
-    moments, floor = frechet.feature_moments(features), frechet.distance_floor(features, n, seed)
-    return frechet.RealImages(extractor.name, moments, floor)
+    moments, floor = features.feature_moments(found), features.distance_floor(found, n, seed)
+    return features.RealImages(extractor.name, moments, floor)
 
 
 def check_levels(exp: Any, name: str, made_with: dict[str, Any] | None, target: str) -> None:

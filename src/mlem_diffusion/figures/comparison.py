@@ -15,17 +15,20 @@ _COSTS = {"gflops_realised": "compute (GFLOP per image, realised)", "seconds": "
 _RULES = {"em": dict(ls="-", marker="o"), "dpmpp_2m": dict(ls=(0, (1, 1.2)), marker="^")}
 _RULES["ddpm"] = _RULES["ddim"] = dict(ls=(0, (5, 1.5)), marker="s")
 _OTHER_RULE = dict(ls="-.", marker="v")
-_METHODS = {
-    "stitched": dict(color="#1a9a8a", marker="D", ms=4.5, ls="none"),
-    "paper": dict(color="#ef8a00", marker="o", ms=5.1, ls="none"),
-    "other": dict(color="#b4005a", marker="*", ms=7.7, ls="none"),
+_METHODS: dict[str, Any] = {
+    "stitched": dict(label="stitched", color="#1a9a8a", marker="D", ms=4.5, ls="none"),
+    "paper": dict(label="ML-EM, independent coins", color="#ef8a00", marker="o", ms=5.1, ls="none"),
+    "other": dict(label="other coins, quadrature", color="#b4005a", marker="*", ms=7.7, ls="none"),
 }
+_HOLLOW: dict[str, Any] = dict(
+    label="hollow: top level\nfired too rarely", ls="none", marker="o", mfc="none", color="#777777", ms=5
+)
 _FRONTIERS = {  # methods, colour, zorder; drawn if the last method has a row
     "baselines": (("stitched", "single"), "#23395b", 2.0),
     "paper's ML-EM": (("paper",), "#ef8a00", 4.0),
     "any multilevel": (("paper", "other"), "#b4005a", 3.5),
 }
-_FLOOR = "#555555"
+_FLOOR: dict[str, Any] = dict(color="#555555", ls="--")
 _THICK: dict[str, Any] = dict(lw=3.2, alpha=0.55)
 
 
@@ -34,40 +37,33 @@ def plot_compare(frame: DataFrame, title: str = "") -> Figure:
     """Draw compare.csv, one column of panels per dynamics: distance and error against compute, error against time.
 
     frame: from `table.for_figures`. Errors have bars of two standard errors. Points that are not positive are left out,
-    because log axes cannot show them. Settings that are not trusted are hollow and on no frontier.
-    """
+    because log axes cannot show them. Settings that are not trusted are hollow and on no frontier."""
     panels = [("distance", "gflops_realised"), ("error", "gflops_realised"), ("error", "seconds")]
     if frame.distance.isna().all():
         panels = panels[1:]  # a family without images has no distances
-    # A distance seldom spans decades, and a log axis would hide its zero. Both dynamics use the same kind of axis.
-    wide = frame.distance.max() > 8 * frame.distance.min()
     distance = f"{frame.distance_name.iloc[0]}  (n = {frame.num_samples.iloc[0]})"
     labels = {"distance": distance, "error": "error (MSE to the reference)"}
     dynamics = [name for name in DYNAMICS_NAMES if (frame.dynamics == name).any()]
-    blues = _level_shades(frame)
+    singles = frame[frame.method == "single"]
+    per_call = (singles.gflops_expected / singles.network_calls).groupby(singles.levels).max().sort_values()
+    blues = dict(zip(per_call.index, style.shades(len(per_call), "Blues"), strict=True))  # the cheapest is light
     figure = style.new_figure(4.9 * len(dynamics) + 2.9, 3.7 * len(panels), title)
-    axes = figure.subplots(len(panels), len(dynamics), squeeze=False)
+    axes = figure.subplots(len(panels), len(dynamics), squeeze=False, sharey="row")
     for line, (measure, cost) in zip(axes, panels, strict=True):
         for ax, name in zip(line, dynamics, strict=True):
-            own = frame[frame.dynamics == name]
-            _draw_panel(ax, own, cost, measure, blues, log=measure == "error" or wide)
+            _draw_panel(ax, frame[frame.dynamics == name], cost, measure, blues)
             ax.set_xlabel(_COSTS[cost])
-            if measure == "distance" and ax.has_data():
-                ax.axhline(own.distance_floor.max(), color=_FLOOR, ls="--", zorder=1)
         line[0].set_ylabel(labels[measure])
-        filled = [ax for ax in line if ax.has_data()]
-        for ax in filled:  # one range, so that columns are comparable
-            ax.set_ylim(min(other.get_ylim()[0] for other in filled), max(other.get_ylim()[1] for other in filled))
     for ax, name in zip(axes[0], dynamics, strict=True):
         ax.set_title(DYNAMICS_NAMES[name], fontsize=13, pad=10)
     figure.legend(handles=_legend(frame, blues), loc="outside right upper", fontsize=9.5, handlelength=2.8)
     return figure
 
 
-def _draw_panel(ax: Any, frame: Any, cost: str, measure: str, blues: dict[str, Any], log: bool) -> None:
+def _draw_panel(ax: Any, frame: Any, cost: str, measure: str, blues: dict[str, Any]) -> None:
     frame = frame[(frame[cost] > 0) & (frame[measure] > 0)]
     if frame.empty:
-        style.note(ax, "not computed")
+        ax.text(0.5, 0.5, "not computed", transform=ax.transAxes, ha="center", color="#777777")
         return
     singles = frame[frame.method == "single"].sort_values(cost)
     for (level, rule), group in singles.groupby(["levels", "step_rule"]):
@@ -82,13 +78,11 @@ def _draw_panel(ax: Any, frame: Any, cost: str, measure: str, blues: dict[str, A
         best = [(row[cost], row[measure]) for row in frontier(rows, cost, measure)]
         if best and methods[-1] in set(frame.method):
             ax.step(*np.transpose(best), where="post", color=colour, solid_capstyle="round", zorder=zorder, **_THICK)
-    ax.set_xscale("log")
+    if measure == "distance":
+        ax.axhline(frame.distance_floor.max(), zorder=1, **_FLOOR)
+    ax.set(xscale="log", yscale="log")
     style.plain_ticks(ax.xaxis)
-    if log:
-        ax.set_yscale("log")
-        style.plain_ticks(ax.yaxis)
-    else:
-        ax.set_ylim(bottom=0, top=1.08 * frame[measure].max())
+    style.plain_ticks(ax.yaxis)
 
 
 def _draw_points(ax: Any, frame: Any, cost: str, measure: str, **looks: Any) -> None:
@@ -97,34 +91,17 @@ def _draw_points(ax: Any, frame: Any, cost: str, measure: str, **looks: Any) -> 
     ax.errorbar(frame[cost], frame[measure], yerr=bars, elinewidth=0.8, capsize=1.5, capthick=0.7, **looks)
 
 
-def _level_shades(frame: Any) -> dict[str, Any]:
-    """A blue per single level, light for cheap and dark for expensive, by GFLOPs per network call."""
-    singles = frame[frame.method == "single"]
-    per_call = (singles.gflops_expected / singles.network_calls).groupby(singles.levels).max().sort_values()
-    return dict(zip(per_call.index, style.shades(len(per_call), "Blues"), strict=True))
-
-
 def _legend(frame: Any, blues: dict[str, Any]) -> list[Line2D]:
-    """A heading and its entries for levels, step rules, methods and frontiers."""
+    """Entries for single levels, step rules, methods and frontiers."""
     methods, rules = set(frame.method), set(frame.step_rule[frame.method == "single"])
-    others = frame[frame.method == "other"]
-    kinds = others.coins.where(others.estimator == "ml_em", others.estimator).str.split("-").str[0]
-    other = "multilevel:\n" + ", ".join(sorted(set(kinds)))
-    labels = {"stitched": "stitched", "paper": "ML-EM, independent coins", "other": other}
-    several = {labels[name]: dict(mec="white", **looks) for name, looks in _METHODS.items() if name in methods}
-    if not frame.trusted.all():
-        several["hollow: top level\nfired too rarely"] = dict(ls="none", marker="o", mfc="none", color="#777777", ms=5)
-    frontiers = {k: dict(color=colour, **_THICK) for k, (of, colour, _) in _FRONTIERS.items() if of[-1] in methods}
+    entries: list[Any] = [dict(label=f"{name} alone", color=colour, lw=3) for name, colour in blues.items()]
+    for name, label in STEP_RULE_NAMES.items():
+        if name in rules:
+            entries.append(dict(label=label, color="#55606e", **_RULES.get(name, _OTHER_RULE)))
+    entries += [looks for name, looks in _METHODS.items() if name in methods] + [_HOLLOW]
+    for name, (of, colour, _) in _FRONTIERS.items():
+        if of[-1] in methods:
+            entries.append(dict(label=f"frontier: {name}", color=colour, **_THICK))
     if frame.distance.notna().any():
-        frontiers[f"real images against\nreal images: {frame.distance_floor.max():.3g}"] = dict(color=_FLOOR, ls="--")
-    sections = {
-        "one level": {name: dict(color=colour, lw=3) for name, colour in blues.items()},
-        "step rule": {STEP_RULE_NAMES[k]: _RULES.get(k, _OTHER_RULE) for k in STEP_RULE_NAMES if k in rules},
-        "several levels": several,
-        "frontier": frontiers,
-    }
-    handles = []
-    for name, entries in sections.items():
-        handles.append(Line2D([], [], ls="none", label=r"$\bf{" + name.replace(" ", r"\ ") + "}$"))
-        handles += [Line2D([], [], label=label, **{"color": "#55606e", **looks}) for label, looks in entries.items()]
-    return handles
+        entries.append(dict(label=f"real images against\nreal images: {frame.distance_floor.max():.3g}", **_FLOOR))
+    return [Line2D([], [], **looks) for looks in entries]

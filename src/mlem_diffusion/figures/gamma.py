@@ -10,11 +10,10 @@ from . import style
 
 PAPER_GAMMA = 2.5
 _ESTIMATES = {
-    "loss_fit": (style.BLUE, "o", "loss $-$ fitted floor"),
+    "loss_fit": (style.BLUE, "o", "loss"),
     "differences": (style.ORANGE, "s", "$E|f^k-f^{k-1}|^2$"),
     "to_largest": (style.GREEN, "D", "$E|f^k-f^K|^2$"),
 }
-_FALLS = {"to_largest": "$E|f^k-f^K|^2$", "to_previous": "$E|f^k-f^{k-1}|^2$"}
 _NOTE = "Arrow: the interval goes on. No marker: no finite γ, or beyond the axis.   Errors: images in [−1, 1]."
 
 
@@ -22,19 +21,17 @@ _NOTE = "Arrow: the interval goes on. No marker: no finite γ, or beyond the axi
 def plot_gamma(result: dict[str, Any], title: str = "") -> Figure:
     """Draw the content of gamma.json."""
     lengths = result["training_lengths"]
-    figure = style.new_figure(13, 14.25, title)
-    axes = figure.subplots(3, 2)
-    _draw_fits(axes[0, 0], result)
-    _draw_gammas(axes[0, 1], [row["logsnr"] for row in result["per_noise_level"]], result["per_noise_level"])
-    axes[0, 1].set(xlabel=style.LOGSNR, title="γ per noise level (95% profile intervals)")
-    _draw_gammas(axes[1, 0], range(len(lengths)), lengths)
-    axes[1, 0].set_xticks(range(len(lengths)), [_length_label(entry).replace(", ", "\n") for entry in lengths])
-    axes[1, 0].set(xlabel="training length", title="γ at several training lengths, pooled (95% intervals)")
-    axes[1, 0].set_xlim(-0.6, len(lengths) - 0.4)
-    _draw_losses(axes[1, 1], lengths)
-    for ax, kind in zip(axes[2], _FALLS, strict=True):
-        _draw_ratios(ax, result["differences_fall"], kind)
-    handles, labels = axes[1, 0].get_legend_handles_labels()
+    figure = style.new_figure(13, 9.5, title)
+    fits, per_noise_level, by_length, losses = figure.subplots(2, 2).flat
+    _draw_fits(fits, result)
+    _draw_gammas(per_noise_level, [row["logsnr"] for row in result["per_noise_level"]], result["per_noise_level"])
+    per_noise_level.set(xlabel=style.LOGSNR, title="γ per noise level (95% profile intervals)")
+    _draw_gammas(by_length, range(len(lengths)), lengths)
+    by_length.set_xticks(range(len(lengths)), [_length_label(entry).replace(", ", "\n") for entry in lengths])
+    by_length.set(xlabel="training length", title="γ at several training lengths, pooled (95% intervals)")
+    by_length.set_xlim(-0.6, len(lengths) - 0.4)
+    _draw_losses(losses, lengths)
+    handles, labels = by_length.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, title=_NOTE)
     return figure
 
@@ -45,7 +42,6 @@ def _draw_fits(ax: Any, result: dict[str, Any]) -> None:
     for name, (colour, marker, label) in _ESTIMATES.items():
         fit, points = result["estimates"][name], result["points"][name]
         floor = fit["floor"] or 0.0 if fit["amplitude"] else 0.0
-        label = label if fit["amplitude"] else label.removesuffix(" $-$ fitted floor")
         x = np.array([point["gflop"] for point in points])
         y = np.array([point["value"] for point in points]) - floor
         show = y > 0
@@ -55,19 +51,16 @@ def _draw_fits(ax: Any, result: dict[str, Any]) -> None:
         label += f":  {gamma} [{low:.2f}, {'∞' if high is None else f'{high:.2f}'}]"
         bars = style.error_bars(y, _contrasts(points))[:, show]
         ax.errorbar(x[show], y[show], yerr=bars, fmt=marker, color=colour, lw=1, label=label)
-        if name == "differences" and fit["amplitude"]:  # the law is for pairs of levels: defined at the points only
-            before = np.array([point["gflop_previous"] for point in points])
-            ax.plot(x, _law(fit, before) - _law(fit, x), color=colour, ls="--")
-        elif fit["amplitude"]:
-            dense = np.geomspace(x[0], x[-1], 200)
-            limit = _law(fit, result["levels"][-1]["gflop"]) if name == "to_largest" else 0.0
-            ax.plot(dense, _law(fit, dense) - limit, color=colour)
+        if fit["amplitude"]:  # the law at the points, less the law of the level that they are differences to
+            start = np.array([point.get("gflop_previous", point["gflop"]) for point in points])
+            end = {"loss_fit": np.inf, "differences": x, "to_largest": result["levels"][-1]["gflop"]}[name]
+            ax.plot(x, _law(fit, start) - _law(fit, end), color=colour)
     ax.set(xscale="log", yscale="log", xlabel=style.GFLOP, ylabel="mean squared error per pixel")
     ax.set_title("Error against FLOPs, pooled over noise levels (bars: ±2 s.e.)")
     ax.set_ylim(bottom=max(ax.get_ylim()[0], min(lowest, 1.0) / 4))
     style.more_room(ax, below=0.4)
     style.plain_ticks(ax.xaxis)
-    ax.legend(loc="lower left", title="law fitted to the points, 95% interval")
+    ax.legend(loc="lower left", title="law fitted (loss: above its fitted floor), 95% interval")
 
 
 def _law(fit: dict[str, Any], gflops: Any) -> Any:
@@ -91,7 +84,6 @@ def _draw_gammas(ax: Any, x: Sequence[float], entries: list[dict[str, Any]]) -> 
         places, beyond = np.array(x) + i * shift, ~(high <= edge)
         ax.vlines(places, np.minimum(low, 0.9 * top), np.where(beyond, edge, high), color=colour, alpha=0.8)
         ax.plot(places[beyond], np.full(beyond.sum(), edge), "^", color=colour)
-        label = label.replace(" $-$ fitted floor", " (floor fitted)")
         ax.plot(places, np.where(gamma <= edge, gamma, np.nan), marker, color=colour, label=label)
     for value, line, text, va in ((2.0, "-", "HTMC\nabove 2", "top"), (PAPER_GAMMA, ":", "paper 2.5", "bottom")):
         ax.axhline(value, color="0.25", lw=1, ls=line, zorder=0)
@@ -107,8 +99,7 @@ def _draw_losses(ax: Any, lengths: list[dict[str, Any]]) -> None:
         looks = dict(fmt=style.MARKERS[i % 8], color=colour, lw=1, label=_length_label(entry))
         ax.errorbar(x, losses, yerr=2 * _contrasts(entry["points"]["loss_fit"]), **looks)
         if fit["amplitude"]:
-            dense = np.geomspace(x[0], x[-1], 200)
-            ax.plot(dense, fit["floor"] + _law(fit, dense), color=colour)
+            ax.plot(x, fit["floor"] + _law(fit, x), color=colour)
     ax.set(xscale="log", yscale="log", xlabel=style.GFLOP, ylabel="held-out mean squared error per pixel")
     ax.set_title("Denoising loss against FLOPs (bars: ±2 s.e. between levels)")
     style.more_room(ax, above=0.08 * (1 + len(lengths)))
@@ -117,21 +108,6 @@ def _draw_losses(ax: Any, lengths: list[dict[str, Any]]) -> None:
     ax.legend(loc="upper right", title="training length")
 
 
-def _draw_ratios(ax: Any, falls: dict[str, Any], kind: str) -> None:
-    """Draw ratios of neighbouring squared differences by noise level; crosses mark rises beyond two standard errors."""
-    x, rows = falls["noise_levels"], falls[kind]
-    for pair, ratio, colour in zip(rows["pairs"], rows["ratio"], style.shades(len(rows["pairs"])), strict=True):
-        ax.plot(x, ratio, "o-", color=colour, ms=4, label=f"{pair[1]} / {pair[0]}")
-    rises = [rise for rise in falls["violations"] if rise["kind"] == kind]
-    places, ratios = [rise["logsnr"] for rise in rises], [rise["ratio"] for rise in rises]
-    ax.plot(places, ratios, "x", color=style.ORANGE, ms=10, mew=2)
-    ax.axhline(1.0, color="0.25", lw=1, zorder=0)
-    ax.set(yscale="log", xlabel=style.LOGSNR, ylabel="later level / earlier level")
-    ax.set_title(f"Does {_FALLS[kind]} fall with the level? (crosses: it rises, beyond 2 s.e.)")
-    style.plain_ticks(ax.yaxis)
-    ax.legend(ncols=2)
-
-
 def _length_label(entry: dict[str, Any]) -> str:
-    span = " to ".join(dict.fromkeys(style.thousands(n) for n in (min(entry["images"]), max(entry["images"]))))
+    span = " to ".join(dict.fromkeys(style.THOUSANDS(n) for n in (min(entry["images"]), max(entry["images"]))))
     return f"{100 * entry['fraction']:.0f}%, {span} images"

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torchvision.utils import make_grid
 
 
 def image_grid(images: Any, columns: int | None = None, pad: int = 1) -> Image.Image:
@@ -14,6 +13,8 @@ def image_grid(images: Any, columns: int | None = None, pad: int = 1) -> Image.I
 
     Each pixel becomes a block of pixels, so that images are at least 64 high. `pad` is the gap, also around the grid.
     """
+    from torchvision.utils import make_grid  # it loads the compiler, which takes seconds
+
     images = torch.as_tensor(images).cpu()
     columns = columns or math.ceil(math.sqrt(len(images)))
     scale = math.ceil(64 / images.shape[2])

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from PIL import Image
 
 from ..diffusion.step_rules import DYNAMICS_NAMES, STEP_RULE_NAMES
@@ -18,6 +18,7 @@ BLUE, ORANGE, PURPLE, YELLOW, GREEN, SKY = "#0072B2", "#D55E00", "#CC79A7", "#E6
 COLOURS = (BLUE, ORANGE, PURPLE, YELLOW, GREEN, SKY)
 MARKERS = "os^Dv<P>"
 GFLOP = "GFLOP per evaluation of one image ($T_k$)"
+THOUSANDS = EngFormatter(places=1, sep="")  # 61.4k
 LOGSNR = "log-SNR  $\\log(\\alpha^2/\\sigma^2)$   (noisy → clean)"
 
 styled = rc_context(  # the decorator of every figure function
@@ -49,12 +50,7 @@ def shades(count: int, name: str = "viridis") -> list[Any]:
 
 
 def rule_title(dynamics: str, step_rule: str) -> str:
-    return f"{STEP_RULE_NAMES.get(step_rule, step_rule)}, {DYNAMICS_NAMES[dynamics]}"
-
-
-def thousands(value: float, _position: int | None = None) -> str:
-    size, letter = (1e6, "M") if value >= 1e6 else (1e3, "k") if value >= 1e3 else (1, "")
-    return f"{value / size:.3g}{letter}"
+    return f"{STEP_RULE_NAMES[step_rule]}, {DYNAMICS_NAMES[dynamics]}"
 
 
 def error_bars(values: np.ndarray, errors: np.ndarray) -> np.ndarray:
@@ -77,11 +73,6 @@ def more_room(ax: Any, below: float = 0.0, above: float = 0.0) -> None:
     """Widen a log axis by these shares, for a legend."""
     low, high = ax.get_ylim()
     ax.set_ylim(low / (high / low) ** below, high * (high / low) ** above)
-
-
-def note(ax: Any, text: str) -> None:
-    ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color="#777777", style="italic")
-    ax.set(xticks=[], yticks=[])
 
 
 def save(figure: Figure | Image.Image, path: Path) -> None:
