@@ -133,7 +133,6 @@ def test_extractors_instantiate():
     ("overrides", "sentence"),
     [
         (["metrics=inception", "metrics.weights=/nowhere/inception.pth"], "/nowhere/inception.pth do not exist"),
-        (["metrics=light", "metrics.dim=0"], "needs dim >= 1"),
         (["metrics=custom", "metrics.callable._target_=torch.nn.Flatten", "metrics.name=FID"], "must not be FID"),
         (["metrics=custom", "metrics.callable._target_=nowhere.Network", "metrics.name=x"], "cannot be built"),
         (["metrics=light", "+metrics.colour=red"], r"features\.light cannot be built"),

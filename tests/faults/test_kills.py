@@ -35,14 +35,14 @@ def test_killed_just_before_a_file_is_touched(done, here, tmp_path, stage, event
 
 
 @pytest.mark.parametrize(
-    ("stage", "number", "begun"),
-    [("train_levels", signal.SIGTERM, "ema-*.safetensors"), ("sample_compare", signal.SIGINT, "*.npz")],
+    ("stage", "number", "begun", "workers"),
+    [("train_levels", signal.SIGTERM, "ema-*.safetensors", 1), ("sample_compare", signal.SIGINT, "*.npz", 2)],
 )
-def test_stopped_by_a_signal(done, here, tmp_path, stage, number, begun):
+def test_stopped_by_a_signal(done, here, tmp_path, stage, number, begun, workers):
     place = before(done[0], stage, tmp_path)
     shutil.rmtree(place.results / "cache", ignore_errors=True)
     watched = place.checkpoints if stage == "train_levels" else place.results / "cache"
-    run = Forked(stage, place.overrides("workers=2"), tmp_path)
+    run = Forked(stage, place.overrides(f"workers={workers}"), tmp_path)
     run.signal_when(lambda: any(watched.rglob(begun)), number)
     started = time.monotonic()
     code = run.wait()

@@ -145,11 +145,12 @@ def remove_levels(
 
 def table(content: Mapping[str, Any]) -> str:
     """ablation.json as text; ratios are geometric means (largest) for the step rule that a level helps most."""
-    ((unit, kept),) = content["kept"].items()
     rows = []
     for e in content["levels"]:
-        ratios = (e[f"cost_ratio_{unit}"] or {}).values()
         row = {"level": e["name"], "MFLOP": f"{e['flops'] / 1e6:.4g}", "us/image": f"{1e6 * e['seconds']:.4g}"}
-        row[f"ratio, {unit}"] = max((f"{r['mean']:.3f} ({r['largest']:.2f})" for r in ratios), default="-")
+        for unit in content["kept"]:
+            ratios = (e[f"cost_ratio_{unit}"] or {}).values()
+            row[f"ratio, {unit}"] = max((f"{r['mean']:.3f} ({r['largest']:.2f})" for r in ratios), default="-")
         rows.append(row)
-    return f"{pd.DataFrame(rows).to_string(index=False)}\nLevels that pay off in {unit}: {' + '.join(kept)}."
+    lines = [f"Levels that pay off in {unit}: {' + '.join(kept)}." for unit, kept in content["kept"].items()]
+    return "\n".join([pd.DataFrame(rows).to_string(index=False), *lines])
