@@ -1,8 +1,7 @@
 """Multilevel Euler-Maruyama sampling for diffusion models (arXiv:2603.24594).
 
 This package exports all that you need to sample with your own networks. Training, measurement and comparison have
-sub-packages of their own.
-"""
+sub-packages of their own."""
 
 from .diffusion.brownian import BrownianPath as BrownianPath
 from .diffusion.level import Level as Level

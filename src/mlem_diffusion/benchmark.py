@@ -1,8 +1,7 @@
 """Speed of this repository on a device: networks, training, noise and the sampling loop, as rows of one table.
 
 Parts return rows; torch.utils.benchmark repeats the calls and waits for the device. cfg: one size of the configuration,
-`benchmark.full` or `benchmark.small`. Values of a row that were not measured, or have no meaning, are None.
-"""
+`benchmark.full` or `benchmark.small`. Values of a row that were not measured, or have no meaning, are None."""
 
 import copy
 import gc

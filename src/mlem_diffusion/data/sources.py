@@ -1,7 +1,6 @@
 """Image sources: a zip, tar or folder of JPEG and PNG files, recognised by content, or CelebA by torchvision.
 
-Archives are never unpacked to disk, so the names inside are only names: files are read into memory, one at a time.
-"""
+Archives are never unpacked to disk, so the names inside are only names: files are read into memory, one at a time."""
 
 import hashlib
 import re
@@ -27,8 +26,7 @@ _HIDDEN = re.compile(r"(^|/)(__MACOSX/|\.[^./])")
 class Source:
     """Where images come from: their names in the order of reading, and read(name), the content of a file.
 
-    name: for messages and the manifest; sha256: of the whole; partition: CelebA's list inside or beside, else None.
-    """
+    name: for messages and the manifest; sha256: of the whole; partition: CelebA's list inside or beside, else None."""
 
     kind: str
     name: str
@@ -40,10 +38,8 @@ class Source:
 
 @contextmanager
 def open_source(source: str, downloads: Path) -> Iterator[Source]:
-    """Open the zip, tar or folder at a path; "download" fetches CelebA into `downloads`.
-
-    Raises UserError if it is missing or damaged, or has no image inside.
-    """
+    """Open the zip, tar or folder at a path; "download" fetches CelebA into `downloads`. Raises UserError if it is
+    missing or damaged, or has no image inside."""
     path = download_celeba(downloads) if source == "download" else Path(source).expanduser()
     if not (path.is_dir() or path.is_file()):
         raise UserError(f"{path} does not exist: give a zip, a tar or a folder of JPEG or PNG images.")
@@ -115,24 +111,18 @@ def _folder_sha256(names: list[str], read: Callable[[str], bytes]) -> str:
 def parse_partition(content: bytes, names: list[str]) -> list[int]:
     """CelebA's split (0 train, 1 valid, 2 test) of each name; empty if the list has none of these images.
 
-    Names are matched without folder and extension. Raises UserError if only some of the images are listed.
-    """
+    Names are matched without folder and extension. Raises UserError if only some of the images are listed."""
     lines = _PARTITION_LINE.findall(content.decode("utf-8", "replace"))
     listed = {PurePosixPath(name).stem: int(part) for name, part in lines}
     split = [listed[stem] for name in names if (stem := PurePosixPath(name).stem) in listed]
     if 0 < len(split) < len(names):
-        raise UserError(
-            f"The partition list has only {len(split)} of {len(names)} images: "
-            "fetch list_eval_partition.txt again, or remove it for a seeded split."
-        )
+        text = f"The partition list has only {len(split)} of {len(names)} images"
+        raise UserError(f"{text}: fetch list_eval_partition.txt again, or remove it for a seeded split.")
     return split
 
 
 def download_celeba(folder: Path) -> Path:
-    """Fetch CelebA's aligned images and partition list, unless they are there, with torchvision's checksums.
-
-    Returns the path of the zip. Raises UserError on any failure.
-    """
+    """Fetch CelebA's aligned images and partition list, unless they are there, and return the path of the zip."""
     wanted = ("img_align_celeba.zip", "list_eval_partition.txt")
     try:
         from torchvision.datasets import CelebA

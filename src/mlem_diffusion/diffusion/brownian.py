@@ -2,8 +2,7 @@
 
 A sample's numbers depend only on its seed and the kind of device. The batch size and the numbers of processes, levels
 and steps do not matter. The increments of every coarse grid are sums over the increments of one base grid, so all
-grids share one Brownian path per sample (Giles 2015, section 2, applied over log-SNR).
-"""
+grids share one Brownian path per sample (Giles 2015, section 2, applied over log-SNR)."""
 
 import math
 import time
@@ -46,8 +45,7 @@ def increment_weights(grid: TimeGrid, clock: str) -> np.ndarray:
     """Weights [n-1, N-1] of the base increments in each standardised increment of the grid; rows have norm 1.
 
     clock "snr" weights by sqrt(du) with u = alpha^2/sigma^2, exact for the ancestral step. clock "time" weights by
-    sqrt(dt), for Euler-Maruyama in t.
-    """
+    sqrt(dt), for Euler-Maruyama in t."""
     if clock == "snr":
         # log du, since u spans tens of orders of magnitude; each coarse step is normalised below
         u = grid.base_logsnr
@@ -65,8 +63,7 @@ class BrownianPath:
     """The randomness of one batch of samples, one stream per seed: starting points and Brownian increments.
 
     seeds: one per sample. shape: of one sample. `increment` draws a window of about WINDOW_BYTES at a time and keeps
-    the last one, so settings with the same grid and clock share one draw if they share the path.
-    """
+    the last one, so settings with the same grid and clock share one draw if they share the path."""
 
     def __init__(self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device | str = "cpu"):
         self.seeds, self.shape, self.device = list(seeds), tuple(shape), torch.device(device)

@@ -5,8 +5,7 @@ estimate on the final image follows exactly from the transposed matrices and the
 
 The state has m images, initially (x, 0, ..., 0). The network is always evaluated at state 0.
 
-Notation: a step leads from noise level s to t, h = (logsnr_t - logsnr_s) / 2 > 0, and "denoised" is the estimate.
-"""
+Notation: a step leads from noise level s to t, h = (logsnr_t - logsnr_s) / 2 > 0, and "denoised" is the estimate."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -118,8 +117,7 @@ def heun(grid: TimeGrid) -> Iterator[Evaluation]:
     """Heun's method (Karras et al. 2022, algorithm 1): two evaluations a step.
 
     For y = x / alpha with noise rho = sigma / alpha, the flow is dy = (y - denoised) / rho drho. The state is
-    (the point to evaluate, x advanced with half of the first slope), both in units of x at t.
-    """
+    (the point to evaluate, x advanced with half of the first slope), both in units of x at t."""
     for step in steps_of(grid):
         # rho_t / rho_s = e^-h; the predictor is a DDIM step
         a, b, _ = ddim(step)
@@ -133,8 +131,7 @@ def unipc(grid: TimeGrid) -> Iterator[Evaluation]:
     """UniPC of order 2 with its corrector, B(h) = e^h - 1 (bh2) and data prediction (Zhao et al. 2023).
 
     The first step has order 1. Predictor and corrector share one network evaluation, at the predicted point. The state
-    is (predicted point, corrected point without the term of the estimate at the predicted point, previous estimate).
-    """
+    is (predicted point, corrected point without the term of the estimate at the predicted point, previous estimate)."""
     share = None  # coefficient of the new estimate in the corrected point; None for the first point
     for step in steps_of(grid):
         corrected = np.array([1.0, 0, 0, 0, 0]) if share is None else np.array([0, 1.0, 0, share, 0])
@@ -154,8 +151,7 @@ def unipc(grid: TimeGrid) -> Iterator[Evaluation]:
 def _corrector_weights(h: float, r: float) -> tuple[float, float]:
     """Weights (w, v) of the two difference quotients in UniC-2: w for the new point, v for the previous one at -r h.
 
-    They solve w + v = b_1, w - r v = b_2 with b_1 = phi_2/phi_1, b_2 = 2 phi_3/phi_1 at -h.
-    """
+    They solve w + v = b_1, w - r v = b_2 with b_1 = phi_2/phi_1, b_2 = 2 phi_3/phi_1 at -h."""
     b1, b2 = _phi(2, -h) / _phi(1, -h), 2 * _phi(3, -h) / _phi(1, -h)
     old = (b1 - b2) / (1 + r)
     return b1 - old, old

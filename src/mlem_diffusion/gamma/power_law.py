@@ -3,8 +3,7 @@
 gamma is defined by cost(eps) ~ eps^-gamma, where eps is the root-mean-square error of the drift. A mean squared error
 therefore falls as T^-s with s = 2 / gamma, where T is the FLOPs of one evaluation. Only s enters the three laws
 non-linearly, so the other parameters are eliminated in closed form. The 95% intervals are for *these* trained levels:
-they assume the law, with independent scatter, and do not include what all levels share (data, training length).
-"""
+they assume the law, with independent scatter, and do not include what all levels share (data, training length)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -151,7 +150,6 @@ class ToLargestLaw(DifferencesLaw):
     upper = slice(-1, None)
 
 
-LAWS: dict[str, type[LossLaw] | type[DifferencesLaw]]
 LAWS = {"loss_fit": LossLaw, "differences": DifferencesLaw, "to_largest": ToLargestLaw}
 
 

@@ -6,8 +6,7 @@ networks see x / alpha, the image plus noise of standard deviation sigma / alpha
     "x0" the image,  "epsilon" the noise eps,  "v" = alpha eps - sigma x0,  "score" the gradient of the log density.
 
 An EDM denoiser D(y, sigma) is prediction="x0", coordinates="ve", time="sigma"; a DDPM network is prediction="epsilon",
-time="timestep" with its alphas_cumprod. At high noise, errors of "epsilon" and "score" are multiplied by 1 / alpha.
-"""
+time="timestep" with its alphas_cumprod. At high noise, errors of "epsilon" and "score" are multiplied by 1 / alpha."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,17 +26,10 @@ TOLERANCE = 1e-3  # in log-SNR, at the ends of the trained range: float32 tables
 
 
 def adapt(
-    name: str,
-    network: Callable[..., Any],
-    *,
-    prediction: str,
-    coordinates: str = "vp",
-    time: str | Callable[[Tensor], Tensor] = "logsnr",
-    alphas_cumprod: Any = None,
-    conditioning: Mapping[str, Any] | None = None,
-    shape: tuple[int, ...] | None = None,
-    flops: float | None = None,
-) -> Level:
+    name: str, network: Callable[..., Any], *, prediction: str, coordinates: str = "vp",
+    time: str | Callable[[Tensor], Tensor] = "logsnr", alphas_cumprod: Any = None,
+    conditioning: Mapping[str, Any] | None = None, shape: tuple[int, ...] | None = None, flops: float | None = None,
+) -> Level:  # fmt: skip
     """Return a level for a network that is called as network(input [B,C,H,W], time [B], **conditioning).
 
     The network returns a tensor, a tuple that starts with one, or an object with one in `.sample`; of twice the
@@ -45,8 +37,7 @@ def adapt(
     in the network's coordinates; "timestep", the index into the falling alphas_cumprod [T], fractional (linear in
     log-SNR), whose range each call checks, waiting for the device; or a function of logsnr [B]. conditioning: keyword
     arguments; tensors [1, ...], also nested, are expanded to the batch. flops: of one image; counted for a Module and
-    `shape`. Raises UserError for what does not fit; the level does so for noise levels outside the trained range.
-    """
+    `shape`. Raises UserError for what does not fit; the level does so for noise levels outside the trained range."""
     given = ((prediction, PREDICTIONS), (coordinates, COORDINATES), ("logsnr" if callable(time) else time, TIMES))
     for value, known in given:
         if value not in known:
@@ -91,8 +82,7 @@ def from_diffusers(name: str, unet: nn.Module, scheduler: Any, **options: Any) -
 
     The UNet must take fractional timesteps, as all do that do not look them up in a table. The scheduler's clipping is
     not applied. options: conditioning, shape (by default the UNet's) and flops, as for `adapt`. Sample in
-    Process(LinearSchedule(), *trained_range(scheduler)). Raises UserError for other schedulers.
-    """
+    Process(LinearSchedule(), *trained_range(scheduler)). Raises UserError for other schedulers."""
     predicts = getattr(getattr(scheduler, "config", None), "prediction_type", None)
     prediction = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}.get(str(predicts))
     if prediction is None:
@@ -106,8 +96,7 @@ def from_diffusers(name: str, unet: nn.Module, scheduler: Any, **options: Any) -
 def guided(conditional: Level, unconditional: Level, scale: float) -> Level:
     """Return classifier-free guidance as one level: D_u + scale (D_c - D_u), at the sum of their FLOPs.
 
-    See Ho and Salimans 2022, with scale = 1 + w. The second level may also be a weaker network (autoguidance).
-    """
+    See Ho and Salimans 2022, with scale = 1 + w. The second level may also be a weaker network (autoguidance)."""
 
     def denoise(x: Tensor, logsnr: Tensor) -> Tensor:
         base = unconditional.denoise(x, logsnr)
@@ -118,7 +107,7 @@ def guided(conditional: Level, unconditional: Level, scale: float) -> Level:
 
 def trained_range(source: Any) -> tuple[float, float]:
     """The lowest and highest trained log-SNR of a diffusers scheduler or of alphas_cumprod, for Process."""
-    logsnr, _ = _timestep_table(source)
+    logsnr = _timestep_table(source)[0]
     return float(logsnr[0]), float(logsnr[-1])
 
 

@@ -6,8 +6,7 @@ not by arithmetic.
 Weights, gradients and Adam moments are stored in float32 in each precision: "float32"; "autocast" (torch casts single
 operations to bf16, group norm stays float32); "bf16" (the forward and backward passes run on a bf16 copy of the
 network). The preconditioning and the loss are float32 in each. "auto" is bf16 where the device has its arithmetic,
-since the losses of the three precisions agree to about a percent (tests/test_training_step.py).
-"""
+since the losses of the three precisions agree to about a percent (tests/test_training_step.py)."""
 
 import copy
 import gc
@@ -60,8 +59,7 @@ class TrainStep:
     decay: of the moving average. `running` is the sum of the steps' mean losses, on the device. With several processes,
     gradients are averaged (DistributedDataParallel). rates_on_device: learning rate and decay are tensors, as a CUDA
     graph needs (the default if one is used).
-    Raises UserError if graph = "on" is impossible. If compilation or capture fails, it warns SlowPath once.
-    """
+    Raises UserError if graph = "on" is impossible. If compilation or capture fails, it warns SlowPath once."""
 
     def __init__(self, denoiser: Denoiser, ema: nn.Module, config: TrainConfig, rates_on_device: bool | None = None):
         self.denoiser, self.ema, self.config = denoiser, ema, config
@@ -217,8 +215,7 @@ class GraphedStep:
     """A function step(batch) that runs on fixed buffers: a few calls on a side stream, then as a CUDA graph.
 
     Each call is one training step. A capture only records the step, so the graph is replayed once after it. If the
-    capture fails, all steps run without a graph, with one SlowPath warning.
-    """
+    capture fails, all steps run without a graph, with one SlowPath warning."""
 
     def __init__(self, step: Callable[[Sequence[Tensor]], None], device: torch.device):
         self.step, self.device = step, device
