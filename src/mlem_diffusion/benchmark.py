@@ -144,25 +144,20 @@ class DiffusersUNet(nn.Module):
         super().__init__()
         from diffusers import UNet2DModel
 
-        channels = [width * m for m in multipliers]
+        channels = tuple(width * m for m in multipliers)
         attends = [size // 2**i in attention for i in range(len(channels))]
         heads = max(1, channels[-1] // 64)
         # one number of groups for all norms: that of unet.UNet at its base width, which divides all other widths
         groups = max(g for g in range(1, 33) if width % g == 0 and (width // g >= 4 or g == 1))
         self.unet = UNet2DModel(
-            sample_size=size,
-            block_out_channels=tuple(channels),
-            layers_per_block=blocks,
+            sample_size=size, layers_per_block=blocks, block_out_channels=channels,
             down_block_types=tuple("AttnDownBlock2D" if a else "ResnetDownsampleBlock2D" for a in attends),
             up_block_types=tuple("AttnUpBlock2D" if a else "ResnetUpsampleBlock2D" for a in reversed(attends)),
             add_attention=size // 2 ** (len(channels) - 1) <= max(attention, default=0),
             attention_head_dim=channels[-1] // heads if channels[-1] % heads == 0 else channels[-1],
-            norm_num_groups=groups,
-            attn_norm_num_groups=groups,
-            resnet_time_scale_shift="scale_shift",
-            downsample_type="resnet",
-            upsample_type="resnet",
-        )
+            norm_num_groups=groups, attn_norm_num_groups=groups,
+            resnet_time_scale_shift="scale_shift", downsample_type="resnet", upsample_type="resnet",
+        )  # fmt: skip
 
     def forward(self, x: Tensor, logsnr: Tensor) -> Tensor:
         timestep = 1000 * torch.sigmoid(-logsnr.float())

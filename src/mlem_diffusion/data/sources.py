@@ -132,9 +132,7 @@ def download_celeba(folder: Path) -> Path:
             if name in wanted:
                 download_file_from_google_drive(file_id, str(folder), name, md5)
     except Exception as error:  # a quota page, no network, no gdown: the remedy is the same
-        raise UserError(
-            f"CelebA could not be downloaded ({reason(error).rstrip('.')}): fetch {' and '.join(wanted)} from "
-            "http://mmlab.ie.cuhk.edu.hk/projects/CelebA.html in a browser, and run "
-            f"`make data SOURCE=path/to/{wanted[0]}` (the list beside it)."
-        ) from error
+        text = f"CelebA could not be downloaded ({reason(error).rstrip('.')}): fetch {' and '.join(wanted)} from"
+        text += " http://mmlab.ie.cuhk.edu.hk/projects/CelebA.html in a browser, and run"
+        raise UserError(f"{text} `make data SOURCE=path/to/{wanted[0]}` (the list beside it).") from error
     return folder / wanted[0]

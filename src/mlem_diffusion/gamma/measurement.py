@@ -213,8 +213,7 @@ def htmc_answer(fits: Mapping[str, Fit]) -> tuple[str, str]:
         return "undetermined", f"The 95% intervals do not settle on which side of 2 gamma lies: {intervals}."
     where = "above" if side > 0 else "below"
     if _side(loss) == -side:
-        reason = f"The level differences put gamma {where} 2, the loss on the other side: {intervals}."
-        return "undetermined", reason
+        return "undetermined", f"The level differences put gamma {where} 2, the loss on the other side: {intervals}."
     return "yes" if side > 0 else "no", f"Both estimates from level differences lie {where} 2: {intervals}."
 
 

@@ -179,7 +179,10 @@ def fit(
     booted, interval = None, profile
     if bootstrap > 0 and dof > 0:
         scatter = relative_scatter(values, rss, dof, covariance, between, bootstrap, seed)
-        booted = bootstrap_interval([law.refit(drawn) for drawn in fitted * np.exp(scatter)])
+        refits, tail = [law.refit(drawn) for drawn in fitted * np.exp(scatter)], (1 - CONFIDENCE) / 2
+        # NaN: any exponent fits; such a draw counts at both ends
+        low = np.quantile(np.nan_to_num(refits, nan=0.0), tail)
+        booted = _to_gamma(float(low), float(np.quantile(np.nan_to_num(refits, nan=S_MAX), 1 - tail)))
         high = None if profile[1] is None or booted[1] is None else max(profile[1], booted[1])
         interval = (min(profile[0], booted[0]), high)
     if not proper:
@@ -252,10 +255,3 @@ def relative_scatter(
     if between > 0:
         noise += np.sqrt(between) * rng.standard_normal(shape)
     return noise
-
-
-def bootstrap_interval(found: list[float]) -> Interval:
-    """Percentile interval of refitted s. NaN: any exponent fits; such a draw counts at both ends."""
-    tail = (1 - CONFIDENCE) / 2
-    low = float(np.quantile(np.nan_to_num(found, nan=0.0), tail))
-    return _to_gamma(low, float(np.quantile(np.nan_to_num(found, nan=S_MAX), 1 - tail)))

@@ -75,7 +75,6 @@ def train_level(
     and ema.safetensors at the end. identity: of the network and its data; a state with another identity is refused.
     report({"images", "loss", "lr"}): called every log_every images. snapshot(images seen, EMA denoiser): called at each
     snapshot. Both on rank 0 only.
-
     Raises Interrupted, with the state saved, when should_stop() returns true. Raises UserError for an impossible
     configuration, a foreign or damaged state, and a loss or weight that is not finite; the saved state always is."""
     device = torch.device(device)
