@@ -162,8 +162,7 @@ def _mouth(p: Drawing, c: SimpleNamespace, u: Array, v: Array) -> None:
     p.paint(p.inside(-upper, lower, ends), lips, 0.92 + 1.6 * (line + 0.01))
     gap = np.maximum(-(line + 0.5 * opening * arch), line - 0.95 * opening * arch) - 0.007
     p.paint(p.inside(gap, ends + 0.012), 0.35 * lips)
-    teeth = p.inside(gap, ends + 0.012, line - 0.45 * opening, ends + 0.035)
-    p.paint(teeth * (opening > 0.012), 0.93)
+    p.paint(p.inside(gap, ends + 0.012, line - 0.45 * opening, ends + 0.035) * (opening > 0.012), 0.93)  # teeth
 
 
 def _nose(p: Drawing, c: SimpleNamespace, u: Array, v: Array) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 from ..errors import UserError, is_out_of_memory
 from ..files import sha256_of
 
-_SUFFIXES = (".jpg", ".jpeg", ".png")
 _PARTITIONS = ("list_eval_partition.txt", "list_eval_partition.csv")
 _PARTITION_LINE = re.compile(r"^\s*([^,\s]+)[, \t]+([012])\b", re.MULTILINE)  # name and part
 _HIDDEN = re.compile(r"(^|/)(__MACOSX/|\.[^./])")
@@ -55,15 +54,14 @@ def open_source(source: str, downloads: Path) -> Iterator[Source]:
                 return raw(name)
 
         visible = [name for name in files if not _HIDDEN.search(name)]
-        images = [name for name in visible if name.lower().endswith(_SUFFIXES)]
+        images = [name for name in visible if name.lower().endswith((".jpg", ".jpeg", ".png"))]
         if not images:
             raise UserError(f"{path.name} holds no JPEG or PNG image.")
         lists = sorted(name for name in visible if PurePosixPath(name).name in _PARTITIONS)
         beside = [file for name in _PARTITIONS if (file := path.absolute().parent / name).is_file()]
         partition = next(chain(map(read, lists), map(Path.read_bytes, beside)), None)
         sha256 = _folder_sha256(sorted(images + lists), read) if kind == "folder" else sha256_of(path)
-        kind = source if source == "download" else kind
-        yield Source(kind, path.resolve().name, images, sha256, read, partition)
+        yield Source(source if source == "download" else kind, path.resolve().name, images, sha256, read, partition)
 
 
 def reason(error: BaseException) -> str:

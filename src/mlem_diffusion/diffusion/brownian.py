@@ -79,10 +79,8 @@ class BrownianPath:
         return out
 
     def increments(self, grid: TimeGrid, clock: str, steps: slice = slice(None)) -> Tensor:
-        """Standardised Brownian increments [n-1, B, *shape] of all steps of a grid, or of a slice of them.
-
-        Memory is (n-1) * B images in float32. Drawing all steps costs base_steps normals per pixel, whatever the grid.
-        """
+        """Standardised Brownian increments [n-1, B, *shape], float32, of all steps of a grid, or of a slice of them.
+        All steps cost base_steps normals per pixel, whatever the grid."""
         table = increment_weights(grid, clock)[steps]
         weights = torch.as_tensor(table, dtype=torch.float32, device=self.device)
         # base increments per generator; a block's numbers are the same for every grid; few large draws suit a GPU

@@ -109,8 +109,7 @@ def sample(estimator: Estimator, rule: StepRule, grid: TimeGrid, path: BrownianP
     """Sample one batch: unclipped images [B, *shape] with pixels on the scale [-1, 1], and the ledger of evaluations.
 
     path: the seeds of the samples with their starting points, Brownian increments and coins, on one device.
-    ledger.seconds is the time of the loop without the drawing of noise. On a GPU the loop only queues work: it waits
-    for the device at its start, at its end and when it draws a window of noise."""
+    ledger.seconds is the time of the loop without the drawing of noise."""
     program = rule.program(grid)
     state: list[Any] = [path.initial()] + [None] * (len(program[0].update) - 1)
     estimate = WeightTable(estimator.levels, estimator.weights(len(program), path.seeds))

@@ -4,7 +4,6 @@ All these rules are linear in (state, estimate, noise), so one loop (sampler.py)
 estimate on the final image follows exactly from the transposed matrices and the derivative of the network.
 
 The state has m images, initially (x, 0, ..., 0). The network is always evaluated at state 0.
-
 Notation: a step leads from noise level s to t, h = (logsnr_t - logsnr_s) / 2 > 0, and "denoised" is the estimate."""
 
 import math
@@ -149,9 +148,8 @@ def unipc(grid: TimeGrid) -> Iterator[Evaluation]:
 
 
 def _corrector_weights(h: float, r: float) -> tuple[float, float]:
-    """Weights (w, v) of the two difference quotients in UniC-2: w for the new point, v for the previous one at -r h.
-
-    They solve w + v = b_1, w - r v = b_2 with b_1 = phi_2/phi_1, b_2 = 2 phi_3/phi_1 at -h."""
+    """Weights (w, v) of the two difference quotients in UniC-2, for the new point and for the previous one at -r h:
+    w + v = b_1, w - r v = b_2 with b_1 = phi_2/phi_1, b_2 = 2 phi_3/phi_1 at -h."""
     b1, b2 = _phi(2, -h) / _phi(1, -h), 2 * _phi(3, -h) / _phi(1, -h)
     old = (b1 - b2) / (1 + r)
     return b1 - old, old
@@ -175,8 +173,7 @@ _RULES = [
     StepRule("ode", "unipc", "UniPC", unipc, None),
 ]
 STEP_RULES = {rule.key: rule for rule in _RULES}
-# samples the reference of each dynamics, on the base grid
-REFERENCE_RULE = {"sde": STEP_RULES["sde/ddpm"], "ode": STEP_RULES["ode/dpmpp_2m"]}
+REFERENCE_RULE = {"sde": STEP_RULES["sde/ddpm"], "ode": STEP_RULES["ode/dpmpp_2m"]}  # on the base grid
 STEP_RULE_NAMES = {rule.name: rule.label for rule in _RULES}
 DYNAMICS_NAMES = {"sde": "stochastic (SDE)", "ode": "deterministic (ODE)"}
 

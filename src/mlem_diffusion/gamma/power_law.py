@@ -242,10 +242,8 @@ def _to_gamma(s_low: float, s_high: float) -> Interval:
 def relative_scatter(
     values: np.ndarray, rss: float, dof: int, covariance: np.ndarray | None, between: float, draws: int, seed: int
 ) -> np.ndarray:
-    """Normal errors [draws, n] of the logarithms of the values [n].
-
-    The measurement covariance [n, n] and the variance `between` training seeds are added to the scatter, so their
-    uncorrelated part counts twice."""
+    """Normal errors [draws, n] of the logarithms of the values [n]. The measurement covariance [n, n] and the variance
+    `between` training seeds are added to the scatter, so their uncorrelated part counts twice."""
     rng, shape = np.random.default_rng(seed), (draws, len(values))
     variance = rss / rng.chisquare(dof, draws)  # drawn, because a few residuals determine it poorly
     noise = np.minimum(np.sqrt(variance), 2.0)[:, None] * rng.standard_normal(shape)

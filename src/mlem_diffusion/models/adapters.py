@@ -1,9 +1,8 @@
 """Adapters that turn other denoising networks into levels: declare a network's inputs and prediction, get a `Level`.
 
 A level denoises x = alpha x0 + sigma eps, alpha^2 = sigmoid(logsnr), sigma^2 = sigmoid(-logsnr): "vp" coordinates. "ve"
-networks see x / alpha, the image plus noise of standard deviation sigma / alpha. The predictions are
-
-    "x0" the image,  "epsilon" the noise eps,  "v" = alpha eps - sigma x0,  "score" the gradient of the log density.
+networks see x / alpha, the image plus noise of standard deviation sigma / alpha. Predictions: "x0" the image, "epsilon"
+the noise eps, "v" = alpha eps - sigma x0, "score" the gradient of the log density.
 
 An EDM denoiser D(y, sigma) is prediction="x0", coordinates="ve", time="sigma"; a DDPM network is prediction="epsilon",
 time="timestep" with its alphas_cumprod. At high noise, errors of "epsilon" and "score" are multiplied by 1 / alpha."""
@@ -65,7 +64,11 @@ def adapt(
         output = _tensor(name, network(entering, when, **rows), x).to(logsnr.dtype)
         if prediction == "score" and coordinates == "ve":
             output = output / alpha  # d/dx = d/dy / alpha
-        return _denoised(prediction, output, wide, alpha, sigma).to(x.dtype)
+        if prediction == "v":
+            output = alpha * wide - sigma * output
+        elif prediction != "x0":
+            output = (wide - sigma * output if prediction == "epsilon" else wide + sigma**2 * output) / alpha
+        return output.to(x.dtype)
 
     if flops is None:
         if not isinstance(network, nn.Module) or shape is None:
@@ -135,14 +138,6 @@ def _timestep(name: str, logsnr: Tensor, table: tuple[Tensor, int]) -> Tensor:
     above = torch.searchsorted(known, logsnr.detach().contiguous()).clamp(1, len(known) - 1)
     part = ((logsnr - known[above - 1]) / (known[above] - known[above - 1])).clamp(0, 1)
     return table[1] - (above - 1 + part)
-
-
-def _denoised(prediction: str, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    if prediction == "x0":
-        return output
-    if prediction == "v":
-        return alpha * x - sigma * output
-    return (x - sigma * output if prediction == "epsilon" else x + sigma**2 * output) / alpha
 
 
 def _tensor(name: str, output: Any, x: Tensor) -> Tensor:

@@ -37,9 +37,8 @@ class GaussianMixture:
 
 
 def smooth_field(dim: int, seed: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """A random smooth field g(x [B, D], logsnr [B]) -> [B, D] of mean square about 1 (random Fourier features).
-
-    It turns by 1.4 radians per unit of root mean square of x, and by 0.15 per unit of log-SNR."""
+    """A random smooth field g(x [B, D], logsnr [B]) -> [B, D] of mean square about 1 (random Fourier features). It
+    turns by 1.4 radians per unit of root mean square of x, and by 0.15 per unit of log-SNR."""
     generator, features = torch.Generator().manual_seed(seed), 64
     w = torch.randn(features, dim, generator=generator) * (1.4 / math.sqrt(dim))
     v = torch.randn(features, generator=generator) * 0.15

@@ -151,10 +151,8 @@ class FastDenoiser:
 
 
 class _Graph:
-    """One captured evaluation with fixed buffers, which it copies its inputs to.
-
-    All existing graphs share one memory pool: they are replayed one after another, and each result is copied at once.
-    """
+    """One captured evaluation with fixed buffers, which it copies its inputs to. All existing graphs share one memory
+    pool: they are replayed one after another, and each result is copied at once."""
 
     pool: Any = None
     alive: ClassVar[weakref.WeakSet[_Graph]] = weakref.WeakSet()

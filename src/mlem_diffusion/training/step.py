@@ -1,8 +1,6 @@
 """One training step without host synchronisation: gradients, clipping, Adam, moving average and running loss.
 
-On CUDA the step is captured once as a CUDA graph and replayed, because a narrow network is limited by kernel launches,
-not by arithmetic.
-
+On CUDA the step is captured once as a CUDA graph and replayed, because a narrow network is limited by kernel launches.
 Weights, gradients and Adam moments are stored in float32 in each precision: "float32"; "autocast" (torch casts single
 operations to bf16, group norm stays float32); "bf16" (the forward and backward passes run on a bf16 copy of the
 network). The preconditioning and the loss are float32 in each. "auto" is bf16 where the device has its arithmetic,
