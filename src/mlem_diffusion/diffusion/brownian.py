@@ -44,8 +44,7 @@ def coin_uniforms(seeds: Sequence[int], level: int, count: int) -> np.ndarray:
 def increment_weights(grid: TimeGrid, clock: str) -> np.ndarray:
     """Weights [n-1, N-1] of the base increments in each standardised increment of the grid; rows have norm 1.
 
-    clock "snr" weights by sqrt(du) with u = alpha^2/sigma^2, exact for the ancestral step. clock "time" weights by
-    sqrt(dt), for Euler-Maruyama in t."""
+    clock: "snr" weights by sqrt(du), u = alpha^2/sigma^2, exact for the ancestral step; "time" by sqrt(dt), for EM."""
     if clock == "snr":
         # log du, since u spans tens of orders of magnitude; each coarse step is normalised below
         u = grid.base_logsnr
@@ -86,8 +85,7 @@ class BrownianPath:
         # base increments per generator; a block's numbers are the same for every grid; few large draws suit a GPU
         size, block = math.prod(self.shape), 1024 if self.device.type == "cuda" else 32
         out = torch.zeros(len(table), len(self.seeds), size, device=self.device)
-        # the few coarse steps that each block of base increments touches, and their weights
-        parts = []
+        parts = []  # the few coarse steps that each block of base increments touches, and their weights
         for number, start in enumerate(range(0, table.shape[1], block)):
             touched = np.flatnonzero(table[:, start : start + block].any(axis=1))
             if len(touched):

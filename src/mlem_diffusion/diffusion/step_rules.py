@@ -118,8 +118,7 @@ def heun(grid: TimeGrid) -> Iterator[Evaluation]:
     For y = x / alpha with noise rho = sigma / alpha, the flow is dy = (y - denoised) / rho drho. The state is
     (the point to evaluate, x advanced with half of the first slope), both in units of x at t."""
     for step in steps_of(grid):
-        # rho_t / rho_s = e^-h; the predictor is a DDIM step
-        a, b, _ = ddim(step)
+        a, b, _ = ddim(step)  # the predictor; rho_t / rho_s = e^-h
         to_t, drop = step.alpha_t / step.alpha_s, -0.5 * math.expm1(-step.h)
         yield Evaluation(step.logsnr_s, np.array([[a, 0, b, 0], [to_t * (1 - drop), 0, step.alpha_t * drop, 0]]))
         pull = 0.5 * math.expm1(step.h)  # (rho_s - rho_t) / (2 rho_t)

@@ -43,7 +43,6 @@ class Compiled:
         if setting not in SETTINGS:
             raise UserError(f"compile = {setting!r} is unknown; expected one of {', '.join(SETTINGS)}.")
         self.function, self.what, self.options = function, what, options
-        # whether it is decided that the function is compiled or not
         self.decided = setting == "off" or (setting == "auto" and device.type != "cuda")
         if device.type == "cuda":
             tuned = {"coordinate_descent_tuning": True, "max_autotune": True} if setting == "max" else {}
@@ -160,8 +159,7 @@ class _Graph:
     def __init__(self, run: Callable[..., Tensor], bucket: int, shape: torch.Size, rows: int, device: torch.device):
         if not _Graph.alive:  # the allocator frees a pool with its last graph
             _Graph.pool = torch.cuda.graph_pool_handle()
-        # padding is zeros or samples of earlier calls, so it is finite
-        self.x = torch.zeros(bucket, *shape, device=device)
+        self.x = torch.zeros(bucket, *shape, device=device)  # padding is zeros or earlier samples, so it is finite
         self.logsnr = torch.zeros(rows, device=device)
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))

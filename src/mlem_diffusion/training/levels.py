@@ -79,8 +79,7 @@ def planned(cfg: Any, family: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def settings(train: Mapping[str, Any], level: Mapping[str, Any]) -> dict[str, Any]:
     """The training settings of one level: with train.narrow applied, and with its own seed."""
-    found = at_width(train, level["width"])
-    return found | ({"seed": level["train_seed"]} if "train_seed" in level else {})
+    return at_width(train, level["width"]) | ({"seed": level["train_seed"]} if "train_seed" in level else {})
 
 
 def is_trained(folder: Path, fingerprint: str, overwrite: bool = False) -> bool:
@@ -104,9 +103,8 @@ def is_trained(folder: Path, fingerprint: str, overwrite: bool = False) -> bool:
 
 
 def claim(folder: Path, fingerprint: str, overwrite: bool = False) -> None:
-    """Prepare the level's folder to begin training or to resume it; UserError if it holds another level.
-
-    With overwrite, files of another level and damaged files give way. The caller holds the folder's lock."""
+    """Prepare the level's folder to begin training or to resume it; UserError if it holds another level. With
+    overwrite, files of another level and damaged files give way. The caller holds the folder's lock."""
     marker = folder / CLAIM
     try:
         if marker.is_file() and read_json(marker, AGAIN)["fingerprint"] != fingerprint:

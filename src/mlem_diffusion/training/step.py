@@ -72,13 +72,9 @@ class TrainStep:
         self.rates_on_device = graphed if rates_on_device is None else rates_on_device
         self._rates = torch.zeros(2, device=self.device)  # learning rate, 1 - decay
         self._new_weight: Any = self._rates[1] if self.rates_on_device else 1.0
-        self.optimiser = torch.optim.Adam(
-            self.masters,  # type: ignore[arg-type]
-            lr=self._rates[0] if self.rates_on_device else 0.0,
-            betas=(0.9, 0.99),
-            fused=self.device.type in ("cuda", "cpu"),
-            capturable=graphed,
-        )
+        rate = self._rates[0] if self.rates_on_device else 0.0
+        fused = self.device.type in ("cuda", "cpu")
+        self.optimiser = torch.optim.Adam(self.masters, lr=rate, betas=(0.9, 0.99), fused=fused, capturable=graphed)
         self._make_forward()
         self._take: Any = GraphedStep(self.take, self.device) if graphed else self.take
 
