@@ -95,8 +95,8 @@ def family_pairs(levels: int) -> list[Pair]:
 
 
 def seed_pairs(levels: int, repeated: Sequence[int]) -> list[tuple[str, list[Pair]]]:
-    """Values of the laws that differ by training seed: a law, and one pair per seed. repeated: the index k of each level
-    trained again; these follow the family's `levels` in the list of levels."""
+    """Values of the laws that differ by training seed: a law, and one pair per seed. repeated: the index k of each
+    level trained again; these follow the family's `levels` in the list of levels."""
     groups: list[tuple[str, list[Pair]]] = []
     for k in sorted(set(repeated)):
         own = [k, *(i for i, level in enumerate(repeated, start=levels) if level == k)]

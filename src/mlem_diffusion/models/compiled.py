@@ -80,9 +80,8 @@ def to_bf16(module: nn.Module) -> None:
 
 
 def cover(count: int, batch: int | None = None) -> Iterator[tuple[int, int]]:
-    """Split a batch of `count` into pieces (samples, bucket); buckets are powers of two from 8, and `batch`.
-
-    The smallest bucket that holds the rest is used if it needs little padding, else the largest that the rest fills."""
+    """Split a batch of `count` into pieces (samples, bucket); buckets are powers of two from 8, and `batch`. The
+    smallest bucket that holds the rest is used if it needs little padding, else the largest that the rest fills."""
     while count > 0:
         power = max(_SMALLEST, 1 << (count - 1).bit_length())
         fits = batch if batch is not None and count <= batch < power else power
