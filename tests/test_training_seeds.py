@@ -10,7 +10,7 @@ from toys import process
 
 from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.gamma import measurement
-from mlem_diffusion.gamma.estimate import seed_variances
+from mlem_diffusion.gamma.measurement import seed_variances
 from mlem_diffusion.gamma.power_law import fit
 
 SCATTER = 0.2  # standard deviation between seeds of the logarithm of a squared difference

@@ -1,8 +1,6 @@
 """Speed of this repository on a device: networks, training, noise and the sampling loop, as rows of one table.
 
-Parts return rows; torch.utils.benchmark repeats the calls and waits for the device. cfg: one size of the configuration,
-`benchmark.full` or `benchmark.small`. Values of a row that were not measured, or have no meaning, are None.
-"""
+torch.utils.benchmark repeats the calls and waits for the device. cfg: `benchmark.full` or `benchmark.small`."""
 
 import copy
 import gc
@@ -53,9 +51,8 @@ def parts_of(cfg: Any, process: Process, device: torch.device) -> dict[str, Part
 def measure(
     parts: Mapping[str, Part], progress: Callable[[int, int], object], save: Callable[[list[Row]], object]
 ) -> list[Row]:
-    """The rows of the parts; save(rows) is called after each part, progress(done, total) before it.
-
-    A part that fails, or falls back to a slow path, leaves a row that names the reason."""
+    """The rows of the parts; one that fails, or falls back to a slow path, leaves a row with the reason.
+    save(rows) is called after each part, progress(done, total) before it."""
     rows: list[Row] = []
     for done, (name, part) in enumerate(parts.items()):
         progress(done, len(parts))
@@ -118,9 +115,7 @@ def train(cfg: Any, device: torch.device, precision: str) -> Iterable[Row]:
 
 
 def sampler(cfg: Any, device: torch.device, process: Process) -> Iterable[Row]:
-    """One step of the sampling loop with networks that cost nothing: what the loop adds to its networks.
-
-    DDIM draws no noise after the start, DDPM draws that of each step: the difference is the price of the noise."""
+    """One step of the sampling loop with networks that cost nothing. DDPM draws noise in each step, DDIM does not."""
     batch, flops = max(cfg.batches), (1.0, 6.0, 36.0)  # the FLOPs only decide the probabilities of the coins
     levels = tuple(Level(f"free{k}", lambda x, logsnr: x, cost) for k, cost in enumerate(flops))
     ml_em = Multilevel(levels, constant_probabilities(flops, gamma=2.5, c=4.0), "independent")
@@ -136,34 +131,26 @@ def sampler(cfg: Any, device: torch.device, process: Process) -> Iterable[Row]:
 
 
 class DiffusersUNet(nn.Module):
-    """diffusers' UNet2DModel as the network of a `Denoiser`: [B,3,S,S], logsnr [B] or 0-dim -> [B,3,S,S].
-
-    As in `unet.UNet`: base width, multipliers, residual blocks, attention (heads of 64 channels, in the middle too),
-    conditioning by scale and shift, and resampling inside residual blocks."""
+    """diffusers' UNet2DModel, built like `unet.UNet`, for a `Denoiser`: [B,3,S,S], logsnr [B] or 0-dim -> [B,3,S,S]."""
 
     def __init__(self, width: int, size: int, multipliers: Sequence[int], blocks: int, attention: Sequence[int]):
         super().__init__()
         from diffusers import UNet2DModel
 
-        channels = [width * m for m in multipliers]
+        channels = tuple(width * m for m in multipliers)
         attends = [size // 2**i in attention for i in range(len(channels))]
         heads = max(1, channels[-1] // 64)
         # one number of groups for all norms: that of unet.UNet at its base width, which divides all other widths
         groups = max(g for g in range(1, 33) if width % g == 0 and (width // g >= 4 or g == 1))
         self.unet = UNet2DModel(
-            sample_size=size,
-            block_out_channels=tuple(channels),
-            layers_per_block=blocks,
+            sample_size=size, layers_per_block=blocks, block_out_channels=channels,
             down_block_types=tuple("AttnDownBlock2D" if a else "ResnetDownsampleBlock2D" for a in attends),
             up_block_types=tuple("AttnUpBlock2D" if a else "ResnetUpsampleBlock2D" for a in reversed(attends)),
             add_attention=size // 2 ** (len(channels) - 1) <= max(attention, default=0),
             attention_head_dim=channels[-1] // heads if channels[-1] % heads == 0 else channels[-1],
-            norm_num_groups=groups,
-            attn_norm_num_groups=groups,
-            resnet_time_scale_shift="scale_shift",
-            downsample_type="resnet",
-            upsample_type="resnet",
-        )
+            norm_num_groups=groups, attn_norm_num_groups=groups,
+            resnet_time_scale_shift="scale_shift", downsample_type="resnet", upsample_type="resnet",
+        )  # fmt: skip
 
     def forward(self, x: Tensor, logsnr: Tensor) -> Tensor:
         timestep = 1000 * torch.sigmoid(-logsnr.float())

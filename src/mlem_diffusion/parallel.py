@@ -1,8 +1,7 @@
 """Work shared by processes: torchrun's ranks (one per GPU), and joblib's workers on a CPU.
 
 Under torchrun every rank runs the whole program. Rank i of n takes the items i, i + n, ... of a list, and the ranks
-meet at a barrier. Batches and seeds do not depend on the number of ranks, and so neither do the results.
-"""
+meet at a barrier. Batches and seeds do not depend on the number of ranks, and so neither do the results."""
 
 import multiprocessing
 import os
@@ -64,8 +63,6 @@ def never() -> bool:
     return False
 
 
-# ----------------------------------------------------------------------------------------- workers on a CPU
-
 _stop = threading.Event()
 stop_requested = _stop.is_set  # in a worker: whether its parent asked it to save and stop
 
@@ -96,10 +93,8 @@ def run(
             _check(should_stop, left)
     except TerminatedWorkerError as error:
         _check(should_stop, left)
-        raise UserError(
-            "A worker process was killed, perhaps because memory ran out: run the same command again to continue, "
-            "with ARGS=workers=1 if memory is short."
-        ) from error
+        text = "A worker process was killed, perhaps because memory ran out: run the same command again to continue"
+        raise UserError(f"{text}, with ARGS=workers=1 if memory is short.") from error
     except BaseException as error:
         _ask_to_stop()
         # killing is safe: they write files atomically
@@ -124,8 +119,7 @@ def _pass_on(should_stop: Callable[[], bool], done: threading.Event) -> None:
 
 def _ask_to_stop() -> None:
     for worker in multiprocessing.active_children():
-        if worker.pid:
-            os.kill(worker.pid, signal.SIGTERM)
+        worker.terminate()  # SIGTERM
 
 
 def _work(function: Callable[[Any], Any], index: int, item: Any, threads: int, parent: int) -> tuple[int, Any]:

@@ -1,7 +1,6 @@
 """Errors of samples against a reference, standard errors, and frontiers of error against cost.
 
-Errors are mean squared differences over channels and pixels, for unclipped images on the scale [-1, 1].
-"""
+Errors are mean squared differences over channels and pixels, for unclipped images on the scale [-1, 1]."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -1,7 +1,6 @@
 """Painting an image from signed distances, with colours and lengths from uniform numbers.
 
-Per-pixel arithmetic is limited to + - * / sqrt min max floor, which round alike everywhere.
-"""
+Per-pixel arithmetic is limited to + - * / sqrt min max floor, which round alike everywhere."""
 
 from functools import reduce
 from typing import Any
@@ -12,10 +11,7 @@ Array = np.ndarray
 
 
 class Drawing:
-    """An image [3,S,S] in [0,1], and uniform numbers, which are used up one after another.
-
-    pixel: width of one sample in the drawing's units.
-    """
+    """An image [3,S,S] in [0,1], and uniform numbers, used up one after another. pixel: the width of one sample."""
 
     def __init__(self, uniform: Array, pixel: float) -> None:
         self.numbers, self.pixel, self.rgb = iter(uniform), np.float32(pixel), np.empty(0)

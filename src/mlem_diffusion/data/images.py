@@ -2,8 +2,7 @@
 
 A prepared folder holds images.npy, split.npy and manifest.json. The manifest is removed before the arrays are
 replaced, and written last: a failed run leaves an earlier data set as it was, and after a stop at any moment the
-folder is whole or has no manifest.
-"""
+folder is whole or has no manifest."""
 
 import hashlib
 import io
@@ -65,13 +64,7 @@ def load(destination: Path) -> ImageData:
     return ImageData(images, split, manifest)
 
 
-def prepare(
-    source: str,
-    destination: Path,
-    cfg: Mapping[str, Any],
-    workers: int = 1,
-    progress: Progress = lambda done, total: None,
-) -> dict[str, Any]:
+def prepare(source: str, destination: Path, cfg: Mapping[str, Any], workers: int, progress: Progress) -> dict[str, Any]:
     """Pack the images of `source` into `destination` and return the manifest; a folder prepared alike is reused.
 
     source: "portraits" (embedded; drawn by `workers` processes), "download" (CelebA through torchvision), or the path
@@ -79,8 +72,7 @@ def prepare(
     holdout, seed. crop: "celeba" (aspect ratio 178:218 gives the centred square of 148/178 of the width,
     another the largest), "square" (largest centred square) or "none" (squashed). CelebA's official partition is used
     if its list is inside or next to the source and both sides get images. Otherwise `holdout` images drawn with `seed`
-    are held out, half valid and half test. Raises UserError for wrong input, a full disk, or a destination in use.
-    """
+    are held out, half valid and half test. Raises UserError for wrong input, a full disk, or a destination in use."""
     name, size, seed = cfg["name"], cfg["size"], cfg["seed"]
     if cfg["crop"] not in ("celeba", "square", "none"):
         raise UserError(f"data.crop={cfg['crop']} is unknown: use one of celeba, square, none.")

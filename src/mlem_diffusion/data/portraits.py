@@ -1,8 +1,7 @@
 """Procedural portraits: the embedded data set, drawn with numpy alone, so that nothing has to be downloaded.
 
 Each person is a vector of uniform numbers keyed by (seed, index). Drawing evaluates signed distances on a supersampled
-grid and averages it down. An image depends on neither machine nor batch, and shows the same person at every size.
-"""
+grid and averages it down. An image depends on neither machine nor batch, and shows the same person at every size."""
 
 from types import SimpleNamespace
 
@@ -84,8 +83,7 @@ def _background(p: Drawing, x: Array, y: Array) -> None:
         colour, amount = p.free_colour(0.3, 1.0, 0.3), p.trait("-0.2..0.6")
         edge = step((radius - ellipse(x - cx, y - cy, 1.0, 1.0) - 1) / 0.25)
         p.paint(edge * np.maximum(amount, 0), colour)
-    corner = p.trait("0..0.14")
-    p.rgb *= 1 - corner * (x * x + y * y)
+    p.rgb *= 1 - p.trait("0..0.14") * (x * x + y * y)
 
 
 def _hair_behind(p: Drawing, c: SimpleNamespace, u: Array, v: Array) -> Array:
@@ -164,8 +162,7 @@ def _mouth(p: Drawing, c: SimpleNamespace, u: Array, v: Array) -> None:
     p.paint(p.inside(-upper, lower, ends), lips, 0.92 + 1.6 * (line + 0.01))
     gap = np.maximum(-(line + 0.5 * opening * arch), line - 0.95 * opening * arch) - 0.007
     p.paint(p.inside(gap, ends + 0.012), 0.35 * lips)
-    teeth = p.inside(gap, ends + 0.012, line - 0.45 * opening, ends + 0.035)
-    p.paint(teeth * (opening > 0.012), 0.93)
+    p.paint(p.inside(gap, ends + 0.012, line - 0.45 * opening, ends + 0.035) * (opening > 0.012), 0.93)  # teeth
 
 
 def _nose(p: Drawing, c: SimpleNamespace, u: Array, v: Array) -> None:
@@ -182,8 +179,7 @@ def _nose(p: Drawing, c: SimpleNamespace, u: Array, v: Array) -> None:
     p.paint(0.32 * soft(lit, v - 0.5 * length + 0.03, 0.03, length), np.clip(c.skin * 1.3, 0, 1))
     p.paint(0.4 * soft(lit, v - length + 0.045, wing * 0.6, 0.04), np.clip(c.skin * 1.35, 0, 1))
     for sign in (-1, 1):
-        nostril = ellipse(u - sign * wing * 0.55, v - length, wing * 0.3, 0.014)
-        p.paint(0.7 * p.inside(nostril), c.skin * 0.35)
+        p.paint(0.7 * p.inside(ellipse(u - sign * wing * 0.55, v - length, wing * 0.3, 0.014)), c.skin * 0.35)
 
 
 def _eyes(p: Drawing, c: SimpleNamespace, u: Array, v: Array) -> Array:
@@ -214,8 +210,7 @@ def _eyes(p: Drawing, c: SimpleNamespace, u: Array, v: Array) -> Array:
         p.paint(0.9 * cover * p.inside(spark), 1)
         lid = p.inside(np.abs(upper) - 0.008 - 0.009 * lash, np.abs(ex) - half * (1 + 0.12 * lash))
         p.paint((0.45 + 0.5 * lash) * lid, c.skin * 0.18)
-        crease = p.inside(np.abs(upper + 0.032) - 0.005, np.abs(ex) - half * 0.9)
-        p.paint(0.4 * crease, c.skin * 0.5)
+        p.paint(0.4 * p.inside(np.abs(upper + 0.032) - 0.005, np.abs(ex) - half * 0.9), c.skin * 0.5)  # crease
         along = (ex - 0.01) / (half * 1.45)
         middle = v + 0.07 + brow_y + brow_arch * (1 - along**2) + brow_tilt * (ex - 0.02) * 0.7
         thick = brow_thick * (1.15 - 0.55 * np.clip(along, -1, 1))
@@ -256,9 +251,8 @@ def _hat(p: Drawing, c: SimpleNamespace, u: Array, v: Array, head: Array) -> Non
     """A knitted hat, or one with a brim."""
     line, brimmed, puff = p.traits("-0.36..-0.22 50% 0.05..0.12")
     colour, band = p.free_colour(0.15, 0.8, 0.4), p.free_colour(0.1, 0.9, 0.4)
-    ribs = p.trait("4..9")
     bend = v - line + 0.12 * u * u
-    shade = 0.92 + 0.3 * c.light_x * u + 0.1 * (1 - brimmed) * wave(ribs * u)
+    shade = 0.92 + 0.3 * c.light_x * u + 0.1 * (1 - brimmed) * wave(p.trait("4..9") * u)  # with ribs
     p.paint(c.hat * p.inside(head - puff, bend), colour, shade)
     p.paint(c.hat * p.inside(head - puff, bend, -bend - 0.13), band, shade)
     p.paint(c.hat * brimmed * p.inside(ellipse(u, bend + 0.01, 0.74, 0.055)), colour, shade * 0.75)

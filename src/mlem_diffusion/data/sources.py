@@ -1,7 +1,6 @@
 """Image sources: a zip, tar or folder of JPEG and PNG files, recognised by content, or CelebA by torchvision.
 
-Archives are never unpacked to disk, so the names inside are only names: files are read into memory, one at a time.
-"""
+Archives are never unpacked to disk, so the names inside are only names: files are read into memory, one at a time."""
 
 import hashlib
 import re
@@ -17,7 +16,6 @@ from typing import Any
 from ..errors import UserError, is_out_of_memory
 from ..files import sha256_of
 
-_SUFFIXES = (".jpg", ".jpeg", ".png")
 _PARTITIONS = ("list_eval_partition.txt", "list_eval_partition.csv")
 _PARTITION_LINE = re.compile(r"^\s*([^,\s]+)[, \t]+([012])\b", re.MULTILINE)  # name and part
 _HIDDEN = re.compile(r"(^|/)(__MACOSX/|\.[^./])")
@@ -27,8 +25,7 @@ _HIDDEN = re.compile(r"(^|/)(__MACOSX/|\.[^./])")
 class Source:
     """Where images come from: their names in the order of reading, and read(name), the content of a file.
 
-    name: for messages and the manifest; sha256: of the whole; partition: CelebA's list inside or beside, else None.
-    """
+    name: for messages and the manifest; sha256: of the whole; partition: CelebA's list inside or beside, else None."""
 
     kind: str
     name: str
@@ -40,10 +37,8 @@ class Source:
 
 @contextmanager
 def open_source(source: str, downloads: Path) -> Iterator[Source]:
-    """Open the zip, tar or folder at a path; "download" fetches CelebA into `downloads`.
-
-    Raises UserError if it is missing or damaged, or has no image inside.
-    """
+    """Open the zip, tar or folder at a path; "download" fetches CelebA into `downloads`. Raises UserError if it is
+    missing or damaged, or has no image inside."""
     path = download_celeba(downloads) if source == "download" else Path(source).expanduser()
     if not (path.is_dir() or path.is_file()):
         raise UserError(f"{path} does not exist: give a zip, a tar or a folder of JPEG or PNG images.")
@@ -59,15 +54,14 @@ def open_source(source: str, downloads: Path) -> Iterator[Source]:
                 return raw(name)
 
         visible = [name for name in files if not _HIDDEN.search(name)]
-        images = [name for name in visible if name.lower().endswith(_SUFFIXES)]
+        images = [name for name in visible if name.lower().endswith((".jpg", ".jpeg", ".png"))]
         if not images:
             raise UserError(f"{path.name} holds no JPEG or PNG image.")
         lists = sorted(name for name in visible if PurePosixPath(name).name in _PARTITIONS)
         beside = [file for name in _PARTITIONS if (file := path.absolute().parent / name).is_file()]
         partition = next(chain(map(read, lists), map(Path.read_bytes, beside)), None)
         sha256 = _folder_sha256(sorted(images + lists), read) if kind == "folder" else sha256_of(path)
-        kind = source if source == "download" else kind
-        yield Source(kind, path.resolve().name, images, sha256, read, partition)
+        yield Source(source if source == "download" else kind, path.resolve().name, images, sha256, read, partition)
 
 
 def reason(error: BaseException) -> str:
@@ -115,24 +109,18 @@ def _folder_sha256(names: list[str], read: Callable[[str], bytes]) -> str:
 def parse_partition(content: bytes, names: list[str]) -> list[int]:
     """CelebA's split (0 train, 1 valid, 2 test) of each name; empty if the list has none of these images.
 
-    Names are matched without folder and extension. Raises UserError if only some of the images are listed.
-    """
+    Names are matched without folder and extension. Raises UserError if only some of the images are listed."""
     lines = _PARTITION_LINE.findall(content.decode("utf-8", "replace"))
     listed = {PurePosixPath(name).stem: int(part) for name, part in lines}
     split = [listed[stem] for name in names if (stem := PurePosixPath(name).stem) in listed]
     if 0 < len(split) < len(names):
-        raise UserError(
-            f"The partition list has only {len(split)} of {len(names)} images: "
-            "fetch list_eval_partition.txt again, or remove it for a seeded split."
-        )
+        text = f"The partition list has only {len(split)} of {len(names)} images"
+        raise UserError(f"{text}: fetch list_eval_partition.txt again, or remove it for a seeded split.")
     return split
 
 
 def download_celeba(folder: Path) -> Path:
-    """Fetch CelebA's aligned images and partition list, unless they are there, with torchvision's checksums.
-
-    Returns the path of the zip. Raises UserError on any failure.
-    """
+    """Fetch CelebA's aligned images and partition list, unless they are there, and return the path of the zip."""
     wanted = ("img_align_celeba.zip", "list_eval_partition.txt")
     try:
         from torchvision.datasets import CelebA
@@ -142,9 +130,7 @@ def download_celeba(folder: Path) -> Path:
             if name in wanted:
                 download_file_from_google_drive(file_id, str(folder), name, md5)
     except Exception as error:  # a quota page, no network, no gdown: the remedy is the same
-        raise UserError(
-            f"CelebA could not be downloaded ({reason(error).rstrip('.')}): fetch {' and '.join(wanted)} from "
-            "http://mmlab.ie.cuhk.edu.hk/projects/CelebA.html in a browser, and run "
-            f"`make data SOURCE=path/to/{wanted[0]}` (the list beside it)."
-        ) from error
+        text = f"CelebA could not be downloaded ({reason(error).rstrip('.')}): fetch {' and '.join(wanted)} from"
+        text += " http://mmlab.ie.cuhk.edu.hk/projects/CelebA.html in a browser, and run"
+        raise UserError(f"{text} `make data SOURCE=path/to/{wanted[0]}` (the list beside it).") from error
     return folder / wanted[0]

@@ -2,8 +2,7 @@
 
 A sample's numbers depend only on its seed and the kind of device. The batch size and the numbers of processes, levels
 and steps do not matter. The increments of every coarse grid are sums over the increments of one base grid, so all
-grids share one Brownian path per sample (Giles 2015, section 2, applied over log-SNR).
-"""
+grids share one Brownian path per sample (Giles 2015, section 2, applied over log-SNR)."""
 
 import math
 import time
@@ -45,9 +44,7 @@ def coin_uniforms(seeds: Sequence[int], level: int, count: int) -> np.ndarray:
 def increment_weights(grid: TimeGrid, clock: str) -> np.ndarray:
     """Weights [n-1, N-1] of the base increments in each standardised increment of the grid; rows have norm 1.
 
-    clock "snr" weights by sqrt(du) with u = alpha^2/sigma^2, exact for the ancestral step. clock "time" weights by
-    sqrt(dt), for Euler-Maruyama in t.
-    """
+    clock: "snr" weights by sqrt(du), u = alpha^2/sigma^2, exact for the ancestral step; "time" by sqrt(dt), for EM."""
     if clock == "snr":
         # log du, since u spans tens of orders of magnitude; each coarse step is normalised below
         u = grid.base_logsnr
@@ -65,8 +62,7 @@ class BrownianPath:
     """The randomness of one batch of samples, one stream per seed: starting points and Brownian increments.
 
     seeds: one per sample. shape: of one sample. `increment` draws a window of about WINDOW_BYTES at a time and keeps
-    the last one, so settings with the same grid and clock share one draw if they share the path.
-    """
+    the last one, so settings with the same grid and clock share one draw if they share the path."""
 
     def __init__(self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device | str = "cpu"):
         self.seeds, self.shape, self.device = list(seeds), tuple(shape), torch.device(device)
@@ -82,17 +78,14 @@ class BrownianPath:
         return out
 
     def increments(self, grid: TimeGrid, clock: str, steps: slice = slice(None)) -> Tensor:
-        """Standardised Brownian increments [n-1, B, *shape] of all steps of a grid, or of a slice of them.
-
-        Memory is (n-1) * B images in float32. Drawing all steps costs base_steps normals per pixel, whatever the grid.
-        """
+        """Standardised Brownian increments [n-1, B, *shape], float32, of all steps of a grid, or of a slice of them.
+        All steps cost base_steps normals per pixel, whatever the grid."""
         table = increment_weights(grid, clock)[steps]
         weights = torch.as_tensor(table, dtype=torch.float32, device=self.device)
         # base increments per generator; a block's numbers are the same for every grid; few large draws suit a GPU
         size, block = math.prod(self.shape), 1024 if self.device.type == "cuda" else 32
         out = torch.zeros(len(table), len(self.seeds), size, device=self.device)
-        # the few coarse steps that each block of base increments touches, and their weights
-        parts = []
+        parts = []  # the few coarse steps that each block of base increments touches, and their weights
         for number, start in enumerate(range(0, table.shape[1], block)):
             touched = np.flatnonzero(table[:, start : start + block].any(axis=1))
             if len(touched):

@@ -20,8 +20,7 @@ class Level:
 
     denoise maps (x [B,C,H,W], logsnr) to the denoised image [B,C,H,W], for x = alpha x0 + sigma eps with
     alpha^2 = sigmoid(logsnr). logsnr is 0-dimensional if all samples share it, else [B]. flops is the cost of one
-    evaluation of one image, in FLOPs or another common unit.
-    """
+    evaluation of one image, in FLOPs or another common unit."""
 
     name: str
     denoise: Callable[[Tensor, Tensor], Tensor]
@@ -48,8 +47,7 @@ def weight_type(network: Any) -> torch.dtype | None:
 def flops_per_evaluation(network: nn.Module, shape: Sequence[int], **conditioning: Any) -> float:
     """FLOPs of network(x [1, *shape], time [1], **conditioning), on the meta device, where fused attention counts too.
 
-    A multiply-add counts 2; norms and activations count 0. conditioning: with its tensors on the meta device.
-    """
+    A multiply-add counts 2; norms and activations count 0. conditioning: with its tensors on the meta device."""
     tensors = dict(network.named_parameters()) | dict(network.named_buffers())
     meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
     x, time = torch.empty(1, *shape, device="meta", dtype=weight_type(network)), torch.empty(1, device="meta")

@@ -2,8 +2,7 @@
 
 An estimator combines the levels of a family into one denoised estimate for each evaluation, by a table of weights
 [n, B, K]: of each of K levels in each of n estimates, for each sample. A single level, a stitched schedule and the
-multilevel estimator (ML-EM) differ only in this table. ML-EM is no sampler, so every step rule can use it.
-"""
+multilevel estimator (ML-EM) differ only in this table. ML-EM is no sampler, so every step rule can use it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -110,9 +109,7 @@ def sample(estimator: Estimator, rule: StepRule, grid: TimeGrid, path: BrownianP
     """Sample one batch: unclipped images [B, *shape] with pixels on the scale [-1, 1], and the ledger of evaluations.
 
     path: the seeds of the samples with their starting points, Brownian increments and coins, on one device.
-    ledger.seconds is the time of the loop without the drawing of noise. On a GPU the loop only queues work: it waits
-    for the device at its start, at its end and when it draws a window of noise.
-    """
+    ledger.seconds is the time of the loop without the drawing of noise."""
     program = rule.program(grid)
     state: list[Any] = [path.initial()] + [None] * (len(program[0].update) - 1)
     estimate = WeightTable(estimator.levels, estimator.weights(len(program), path.seeds))

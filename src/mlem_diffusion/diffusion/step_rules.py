@@ -4,9 +4,7 @@ All these rules are linear in (state, estimate, noise), so one loop (sampler.py)
 estimate on the final image follows exactly from the transposed matrices and the derivative of the network.
 
 The state has m images, initially (x, 0, ..., 0). The network is always evaluated at state 0.
-
-Notation: a step leads from noise level s to t, h = (logsnr_t - logsnr_s) / 2 > 0, and "denoised" is the estimate.
-"""
+Notation: a step leads from noise level s to t, h = (logsnr_t - logsnr_s) / 2 > 0, and "denoised" is the estimate."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -118,11 +116,9 @@ def heun(grid: TimeGrid) -> Iterator[Evaluation]:
     """Heun's method (Karras et al. 2022, algorithm 1): two evaluations a step.
 
     For y = x / alpha with noise rho = sigma / alpha, the flow is dy = (y - denoised) / rho drho. The state is
-    (the point to evaluate, x advanced with half of the first slope), both in units of x at t.
-    """
+    (the point to evaluate, x advanced with half of the first slope), both in units of x at t."""
     for step in steps_of(grid):
-        # rho_t / rho_s = e^-h; the predictor is a DDIM step
-        a, b, _ = ddim(step)
+        a, b, _ = ddim(step)  # the predictor; rho_t / rho_s = e^-h
         to_t, drop = step.alpha_t / step.alpha_s, -0.5 * math.expm1(-step.h)
         yield Evaluation(step.logsnr_s, np.array([[a, 0, b, 0], [to_t * (1 - drop), 0, step.alpha_t * drop, 0]]))
         pull = 0.5 * math.expm1(step.h)  # (rho_s - rho_t) / (2 rho_t)
@@ -133,8 +129,7 @@ def unipc(grid: TimeGrid) -> Iterator[Evaluation]:
     """UniPC of order 2 with its corrector, B(h) = e^h - 1 (bh2) and data prediction (Zhao et al. 2023).
 
     The first step has order 1. Predictor and corrector share one network evaluation, at the predicted point. The state
-    is (predicted point, corrected point without the term of the estimate at the predicted point, previous estimate).
-    """
+    is (predicted point, corrected point without the term of the estimate at the predicted point, previous estimate)."""
     share = None  # coefficient of the new estimate in the corrected point; None for the first point
     for step in steps_of(grid):
         corrected = np.array([1.0, 0, 0, 0, 0]) if share is None else np.array([0, 1.0, 0, share, 0])
@@ -152,10 +147,8 @@ def unipc(grid: TimeGrid) -> Iterator[Evaluation]:
 
 
 def _corrector_weights(h: float, r: float) -> tuple[float, float]:
-    """Weights (w, v) of the two difference quotients in UniC-2: w for the new point, v for the previous one at -r h.
-
-    They solve w + v = b_1, w - r v = b_2 with b_1 = phi_2/phi_1, b_2 = 2 phi_3/phi_1 at -h.
-    """
+    """Weights (w, v) of the two difference quotients in UniC-2, for the new point and for the previous one at -r h:
+    w + v = b_1, w - r v = b_2 with b_1 = phi_2/phi_1, b_2 = 2 phi_3/phi_1 at -h."""
     b1, b2 = _phi(2, -h) / _phi(1, -h), 2 * _phi(3, -h) / _phi(1, -h)
     old = (b1 - b2) / (1 + r)
     return b1 - old, old
@@ -179,8 +172,7 @@ _RULES = [
     StepRule("ode", "unipc", "UniPC", unipc, None),
 ]
 STEP_RULES = {rule.key: rule for rule in _RULES}
-# samples the reference of each dynamics, on the base grid
-REFERENCE_RULE = {"sde": STEP_RULES["sde/ddpm"], "ode": STEP_RULES["ode/dpmpp_2m"]}
+REFERENCE_RULE = {"sde": STEP_RULES["sde/ddpm"], "ode": STEP_RULES["ode/dpmpp_2m"]}  # on the base grid
 STEP_RULE_NAMES = {rule.name: rule.label for rule in _RULES}
 DYNAMICS_NAMES = {"sde": "stochastic (SDE)", "ode": "deterministic (ODE)"}
 

@@ -3,8 +3,7 @@
 gamma is defined by cost(eps) ~ eps^-gamma, where eps is the root-mean-square error of the drift. A mean squared error
 therefore falls as T^-s with s = 2 / gamma, where T is the FLOPs of one evaluation. Only s enters the three laws
 non-linearly, so the other parameters are eliminated in closed form. The 95% intervals are for *these* trained levels:
-they assume the law, with independent scatter, and do not include what all levels share (data, training length).
-"""
+they assume the law, with independent scatter, and do not include what all levels share (data, training length)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -151,7 +150,6 @@ class ToLargestLaw(DifferencesLaw):
     upper = slice(-1, None)
 
 
-LAWS: dict[str, type[LossLaw] | type[DifferencesLaw]]
 LAWS = {"loss_fit": LossLaw, "differences": DifferencesLaw, "to_largest": ToLargestLaw}
 
 
@@ -181,7 +179,10 @@ def fit(
     booted, interval = None, profile
     if bootstrap > 0 and dof > 0:
         scatter = relative_scatter(values, rss, dof, covariance, between, bootstrap, seed)
-        booted = bootstrap_interval([law.refit(drawn) for drawn in fitted * np.exp(scatter)])
+        refits, tail = [law.refit(drawn) for drawn in fitted * np.exp(scatter)], (1 - CONFIDENCE) / 2
+        # NaN: any exponent fits; such a draw counts at both ends
+        low = np.quantile(np.nan_to_num(refits, nan=0.0), tail)
+        booted = _to_gamma(float(low), float(np.quantile(np.nan_to_num(refits, nan=S_MAX), 1 - tail)))
         high = None if profile[1] is None or booted[1] is None else max(profile[1], booted[1])
         interval = (min(profile[0], booted[0]), high)
     if not proper:
@@ -241,10 +242,8 @@ def _to_gamma(s_low: float, s_high: float) -> Interval:
 def relative_scatter(
     values: np.ndarray, rss: float, dof: int, covariance: np.ndarray | None, between: float, draws: int, seed: int
 ) -> np.ndarray:
-    """Normal errors [draws, n] of the logarithms of the values [n].
-
-    The measurement covariance [n, n] and the variance `between` training seeds are added to the scatter, so their
-    uncorrelated part counts twice."""
+    """Normal errors [draws, n] of the logarithms of the values [n]. The measurement covariance [n, n] and the variance
+    `between` training seeds are added to the scatter, so their uncorrelated part counts twice."""
     rng, shape = np.random.default_rng(seed), (draws, len(values))
     variance = rss / rng.chisquare(dof, draws)  # drawn, because a few residuals determine it poorly
     noise = np.minimum(np.sqrt(variance), 2.0)[:, None] * rng.standard_normal(shape)
@@ -254,10 +253,3 @@ def relative_scatter(
     if between > 0:
         noise += np.sqrt(between) * rng.standard_normal(shape)
     return noise
-
-
-def bootstrap_interval(found: list[float]) -> Interval:
-    """Percentile interval of refitted s. NaN: any exponent fits; such a draw counts at both ends."""
-    tail = (1 - CONFIDENCE) / 2
-    low = float(np.quantile(np.nan_to_num(found, nan=0.0), tail))
-    return _to_gamma(low, float(np.quantile(np.nan_to_num(found, nan=S_MAX), 1 - tail)))

@@ -1,13 +1,11 @@
 """Adapters that turn other denoising networks into levels: declare a network's inputs and prediction, get a `Level`.
 
 A level denoises x = alpha x0 + sigma eps, alpha^2 = sigmoid(logsnr), sigma^2 = sigmoid(-logsnr): "vp" coordinates. "ve"
-networks see x / alpha, the image plus noise of standard deviation sigma / alpha. The predictions are
-
-    "x0" the image,  "epsilon" the noise eps,  "v" = alpha eps - sigma x0,  "score" the gradient of the log density.
+networks see x / alpha, the image plus noise of standard deviation sigma / alpha. Predictions: "x0" the image, "epsilon"
+the noise eps, "v" = alpha eps - sigma x0, "score" the gradient of the log density.
 
 An EDM denoiser D(y, sigma) is prediction="x0", coordinates="ve", time="sigma"; a DDPM network is prediction="epsilon",
-time="timestep" with its alphas_cumprod. At high noise, errors of "epsilon" and "score" are multiplied by 1 / alpha.
-"""
+time="timestep" with its alphas_cumprod. At high noise, errors of "epsilon" and "score" are multiplied by 1 / alpha."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,17 +25,10 @@ TOLERANCE = 1e-3  # in log-SNR, at the ends of the trained range: float32 tables
 
 
 def adapt(
-    name: str,
-    network: Callable[..., Any],
-    *,
-    prediction: str,
-    coordinates: str = "vp",
-    time: str | Callable[[Tensor], Tensor] = "logsnr",
-    alphas_cumprod: Any = None,
-    conditioning: Mapping[str, Any] | None = None,
-    shape: tuple[int, ...] | None = None,
-    flops: float | None = None,
-) -> Level:
+    name: str, network: Callable[..., Any], *, prediction: str, coordinates: str = "vp",
+    time: str | Callable[[Tensor], Tensor] = "logsnr", alphas_cumprod: Any = None,
+    conditioning: Mapping[str, Any] | None = None, shape: tuple[int, ...] | None = None, flops: float | None = None,
+) -> Level:  # fmt: skip
     """Return a level for a network that is called as network(input [B,C,H,W], time [B], **conditioning).
 
     The network returns a tensor, a tuple that starts with one, or an object with one in `.sample`; of twice the
@@ -45,8 +36,7 @@ def adapt(
     in the network's coordinates; "timestep", the index into the falling alphas_cumprod [T], fractional (linear in
     log-SNR), whose range each call checks, waiting for the device; or a function of logsnr [B]. conditioning: keyword
     arguments; tensors [1, ...], also nested, are expanded to the batch. flops: of one image; counted for a Module and
-    `shape`. Raises UserError for what does not fit; the level does so for noise levels outside the trained range.
-    """
+    `shape`. Raises UserError for what does not fit; the level does so for noise levels outside the trained range."""
     given = ((prediction, PREDICTIONS), (coordinates, COORDINATES), ("logsnr" if callable(time) else time, TIMES))
     for value, known in given:
         if value not in known:
@@ -74,7 +64,11 @@ def adapt(
         output = _tensor(name, network(entering, when, **rows), x).to(logsnr.dtype)
         if prediction == "score" and coordinates == "ve":
             output = output / alpha  # d/dx = d/dy / alpha
-        return _denoised(prediction, output, wide, alpha, sigma).to(x.dtype)
+        if prediction == "v":
+            output = alpha * wide - sigma * output
+        elif prediction != "x0":
+            output = (wide - sigma * output if prediction == "epsilon" else wide + sigma**2 * output) / alpha
+        return output.to(x.dtype)
 
     if flops is None:
         if not isinstance(network, nn.Module) or shape is None:
@@ -91,8 +85,7 @@ def from_diffusers(name: str, unet: nn.Module, scheduler: Any, **options: Any) -
 
     The UNet must take fractional timesteps, as all do that do not look them up in a table. The scheduler's clipping is
     not applied. options: conditioning, shape (by default the UNet's) and flops, as for `adapt`. Sample in
-    Process(LinearSchedule(), *trained_range(scheduler)). Raises UserError for other schedulers.
-    """
+    Process(LinearSchedule(), *trained_range(scheduler)). Raises UserError for other schedulers."""
     predicts = getattr(getattr(scheduler, "config", None), "prediction_type", None)
     prediction = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}.get(str(predicts))
     if prediction is None:
@@ -106,8 +99,7 @@ def from_diffusers(name: str, unet: nn.Module, scheduler: Any, **options: Any) -
 def guided(conditional: Level, unconditional: Level, scale: float) -> Level:
     """Return classifier-free guidance as one level: D_u + scale (D_c - D_u), at the sum of their FLOPs.
 
-    See Ho and Salimans 2022, with scale = 1 + w. The second level may also be a weaker network (autoguidance).
-    """
+    See Ho and Salimans 2022, with scale = 1 + w. The second level may also be a weaker network (autoguidance)."""
 
     def denoise(x: Tensor, logsnr: Tensor) -> Tensor:
         base = unconditional.denoise(x, logsnr)
@@ -118,7 +110,7 @@ def guided(conditional: Level, unconditional: Level, scale: float) -> Level:
 
 def trained_range(source: Any) -> tuple[float, float]:
     """The lowest and highest trained log-SNR of a diffusers scheduler or of alphas_cumprod, for Process."""
-    logsnr, _ = _timestep_table(source)
+    logsnr = _timestep_table(source)[0]
     return float(logsnr[0]), float(logsnr[-1])
 
 
@@ -146,14 +138,6 @@ def _timestep(name: str, logsnr: Tensor, table: tuple[Tensor, int]) -> Tensor:
     above = torch.searchsorted(known, logsnr.detach().contiguous()).clamp(1, len(known) - 1)
     part = ((logsnr - known[above - 1]) / (known[above] - known[above - 1])).clamp(0, 1)
     return table[1] - (above - 1 + part)
-
-
-def _denoised(prediction: str, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    if prediction == "x0":
-        return output
-    if prediction == "v":
-        return alpha * x - sigma * output
-    return (x - sigma * output if prediction == "epsilon" else x + sigma**2 * output) / alpha
 
 
 def _tensor(name: str, output: Any, x: Tensor) -> Tensor:

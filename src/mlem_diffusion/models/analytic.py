@@ -1,7 +1,6 @@
 """A family with a known answer: the exact posterior mean of a Gaussian mixture plus smooth level errors.
 
-Costs are declared, not counted: the method's claim concerns error against any given cost.
-"""
+Costs are declared, not counted: the method's claim concerns error against any given cost."""
 
 import math
 from collections.abc import Callable
@@ -18,8 +17,7 @@ class GaussianMixture:
     """Data distribution: 8 equally weighted normals with means [8, D] and one isotropic standard deviation.
 
     They overlap (distances of about 3 standard deviations in 16 dimensions). Between well separated components a small
-    error would flip a sample's component, and no method would have a rate.
-    """
+    error would flip a sample's component, and no method would have a rate."""
 
     def __init__(self, dim: int):
         means = 0.15 * torch.randn(8, dim, generator=torch.Generator().manual_seed(0))
@@ -39,10 +37,8 @@ class GaussianMixture:
 
 
 def smooth_field(dim: int, seed: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """A random smooth field g(x [B, D], logsnr [B]) -> [B, D] of mean square about 1 (random Fourier features).
-
-    It turns by 1.4 radians per unit of root mean square of x, and by 0.15 per unit of log-SNR.
-    """
+    """A random smooth field g(x [B, D], logsnr [B]) -> [B, D] of mean square about 1 (random Fourier features). It
+    turns by 1.4 radians per unit of root mean square of x, and by 0.15 per unit of log-SNR."""
     generator, features = torch.Generator().manual_seed(seed), 64
     w = torch.randn(features, dim, generator=generator) * (1.4 / math.sqrt(dim))
     v = torch.randn(features, generator=generator) * 0.15
@@ -60,8 +56,7 @@ def analytic_family(levels: int = 7, gamma: float = 2.5, amplitude: float = 0.5)
 
     Level k costs 2^(gamma k) MFLOP. The g_k are independent smooth fields of mean square 1; c_out is the residual
     standard deviation of a linear denoiser (EDM's preconditioning). So amplitude 2^-k is the error of the network's
-    normalised output. The amplitude 0.5 is moderate: UNets of widths 8 and 16 differ by about 0.1 in that measure.
-    """
+    normalised output. The amplitude 0.5 is moderate: UNets of widths 8 and 16 differ by about 0.1 in that measure."""
     if levels < 1:
         raise UserError(f"The analytic family needs at least one level, not {levels}.")
     mixture = GaussianMixture(16)

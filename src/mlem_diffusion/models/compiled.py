@@ -43,7 +43,6 @@ class Compiled:
         if setting not in SETTINGS:
             raise UserError(f"compile = {setting!r} is unknown; expected one of {', '.join(SETTINGS)}.")
         self.function, self.what, self.options = function, what, options
-        # whether it is decided that the function is compiled or not
         self.decided = setting == "off" or (setting == "auto" and device.type != "cuda")
         if device.type == "cuda":
             tuned = {"coordinate_descent_tuning": True, "max_autotune": True} if setting == "max" else {}
@@ -68,8 +67,8 @@ class Compiled:
             if is_out_of_memory(error):
                 raise
             result = work(self.function)  # raises the function's own errors
-            reason = f"compilation failed ({first_line(error)})"
-            warnings.warn(f"{self.what} runs eagerly: {reason}.", SlowPath, stacklevel=3)
+            text = f"{self.what} runs eagerly: compilation failed ({first_line(error)})."
+            warnings.warn(text, SlowPath, stacklevel=3)
         self.decided = True
         return result
 
@@ -81,10 +80,8 @@ def to_bf16(module: nn.Module) -> None:
 
 
 def cover(count: int, batch: int | None = None) -> Iterator[tuple[int, int]]:
-    """Split a batch of `count` into pieces (samples, bucket); buckets are powers of two from 8, and `batch`.
-
-    The smallest bucket that holds the rest is used if it needs little padding, else the largest that the rest fills.
-    """
+    """Split a batch of `count` into pieces (samples, bucket); buckets are powers of two from 8, and `batch`. The
+    smallest bucket that holds the rest is used if it needs little padding, else the largest that the rest fills."""
     while count > 0:
         power = max(_SMALLEST, 1 << (count - 1).bit_length())
         fits = batch if batch is not None and count <= batch < power else power
@@ -103,18 +100,12 @@ class FastDenoiser:
     accumulate them in float32), the noise-level features and the preconditioning stay float32. compile: the setting of
     `Compiled`. On CUDA each batch-size bucket (`cover`; `batch` is an additional bucket) is captured once as a
     CUDA graph, compiled or not. If compilation or capture fails, the network runs without it, with one SlowPath
-    warning. If derivatives with respect to x are needed, it runs eagerly.
-    """
+    warning. If derivatives with respect to x are needed, it runs eagerly."""
 
     def __init__(
-        self,
-        denoiser: nn.Module,
-        precision: str = "float32",
-        compile: str = "auto",
-        name: str = "the network",
-        batch: int | None = None,
-        graphs: bool = True,
-    ):
+        self, denoiser: nn.Module, precision: str = "float32", compile: str = "auto", name: str = "the network",
+        batch: int | None = None, graphs: bool = True,
+    ):  # fmt: skip
         if precision not in ("float32", "bf16"):
             raise UserError(f"precision = {precision!r} is unknown; expected 'float32' or 'bf16'.")
         network: Any = copy.deepcopy(denoiser).eval().requires_grad_(False)
@@ -158,10 +149,8 @@ class FastDenoiser:
 
 
 class _Graph:
-    """One captured evaluation with fixed buffers, which it copies its inputs to.
-
-    All existing graphs share one memory pool: they are replayed one after another, and each result is copied at once.
-    """
+    """One captured evaluation with fixed buffers, which it copies its inputs to. All existing graphs share one memory
+    pool: they are replayed one after another, and each result is copied at once."""
 
     pool: Any = None
     alive: ClassVar[weakref.WeakSet[_Graph]] = weakref.WeakSet()
@@ -169,8 +158,7 @@ class _Graph:
     def __init__(self, run: Callable[..., Tensor], bucket: int, shape: torch.Size, rows: int, device: torch.device):
         if not _Graph.alive:  # the allocator frees a pool with its last graph
             _Graph.pool = torch.cuda.graph_pool_handle()
-        # padding is zeros or samples of earlier calls, so it is finite
-        self.x = torch.zeros(bucket, *shape, device=device)
+        self.x = torch.zeros(bucket, *shape, device=device)  # padding is zeros or earlier samples, so it is finite
         self.logsnr = torch.zeros(rows, device=device)
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))

@@ -2,8 +2,7 @@
 
 Weights are safetensors, and no pickles are read. A published family is a committed folder of the same form, with bf16
 weights, from which a clone can sample without training and without images: gauss.safetensors and statistics.npz replace
-these in later stages. family.json describes it, README.md is the model card. Training never writes into it.
-"""
+these in later stages. family.json describes it, README.md is the model card. Training never writes into it."""
 
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -85,8 +84,7 @@ def at_width(settings: Mapping[str, Any], width: int) -> dict[str, Any]:
     """The settings for a level of this width; UserError for an entry of settings["narrow"] without `upto`.
 
     "narrow" lists changes for narrow levels, such as {upto: 32, images: 500000}. The entry with the smallest `upto` of
-    at least the width applies.
-    """
+    at least the width applies."""
     entries: Any = settings.get("narrow") or ()
     if any(not isinstance(entry, Mapping) or "upto" not in entry for entry in entries):
         raise UserError("Every entry of a list `narrow` needs `upto`, the largest width that it applies to.")
@@ -116,9 +114,8 @@ def read_metadata(directory: Path, names: Iterable[str]) -> list[dict[str, Any]]
     """metadata.json of each named level; UserError if one is not trained or damaged."""
     found = []
     for path in [directory / name / "metadata.json" for name in names]:
-        found.append(
-            read_json(path, AGAIN if path.is_file() else "run make train-levels with the same EXPERIMENT first")
-        )
+        hint = AGAIN if path.is_file() else "run make train-levels with the same EXPERIMENT first"
+        found.append(read_json(path, hint))
         if not isinstance(found[-1], dict) or found[-1].get("name") != path.parent.name:
             raise Damaged(path, f"{path} does not describe the level {path.parent.name}: {AGAIN}.")
     return found
@@ -162,9 +159,6 @@ def load_family(directory: Path, names: Iterable[str], **options: Any) -> list[L
     return levels
 
 
-# ------------------------------------------------------------------------------------------ the published family
-
-
 def levels_folder(directory: Path, names: Sequence[str]) -> Path:
     """The published folder if it has all these levels and `directory` has not; otherwise `directory`."""
 
@@ -184,8 +178,7 @@ def read_index(folder: Path) -> dict[str, Any] | None:
 def publish(source: Path, target: Path, levels: list[dict], repeats: list[dict], facts: dict) -> None:
     """Write the levels of the folder `source`, family.json and the model card into the folder `target`.
 
-    levels, repeats: metadata, of the levels trained again too. facts: about images, training and the other files.
-    """
+    levels, repeats: metadata, of the levels trained again too. facts: about images, training and the other files."""
     for m in [*levels, *repeats]:
         folder = target / m["name"]
         sha256 = save_weights(folder / BF16, load_denoiser(source / m["name"], m), torch.bfloat16)

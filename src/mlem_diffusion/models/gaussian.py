@@ -2,8 +2,7 @@
 
 For data N(mu, C), E[x0 | x] at x = alpha x0 + sigma eps is mu + alpha C (alpha^2 C + sigma^2)^-1 (x - alpha mu), the
 best linear denoiser of any data with that mean and covariance. C = U diag(l) U^T + rho (1 - U U^T) has r principal
-directions and one variance for all others (probabilistic PCA, Tipping and Bishop 1999): two thin matrix products.
-"""
+directions and one variance for all others (probabilistic PCA, Tipping and Bishop 1999): two thin matrix products."""
 
 import math
 from collections.abc import Iterator
@@ -22,8 +21,7 @@ from .family import explained, save_weights
 CHUNK = 1024  # images at a time
 DENSE_LIMIT = 1024  # up to this many dimensions the covariance of all images is diagonalised exactly
 SUBSET_VALUES = 100_000_000  # above DENSE_LIMIT: float32 values in the images that are decomposed (400 MB)
-# Share of the variance at the default rank. On the 16x16 portraits this is rank 58, which is as near to a width-16 UNet
-# as a width-4 UNet is, at 6% of the latter's FLOPs; rank 192 is only 14% nearer (squared).
+# share of the variance at the default rank; for the 16x16 portraits this is rank 58, and rank 192 is hardly better
 SHARE = 0.95
 
 
@@ -31,8 +29,7 @@ class GaussianDenoiser(nn.Module):
     """Posterior mean under N(mean, U diag(variances) U^T + residual (1 - U U^T)); differentiable, in float32.
 
     mean: [C,H,W] in [-1, 1]; basis: U [D, r], orthonormal columns, D = C H W; variances: [r], per direction;
-    residual: variance of each of the D - r other directions.
-    """
+    residual: variance of each of the D - r other directions."""
 
     mean: Tensor
     basis: Tensor
@@ -79,8 +76,7 @@ def fit_gaussian(images: np.ndarray, rank: int | None = None) -> GaussianDenoise
 
     rank: number of principal directions; None: the fewest that explain 95% of the variance, at most 256 and D / 8.
     Up to 1024 dimensions the decomposition is exact. Above, it is randomised (Halko et al. 2011) and uses at most
-    400 MB of images, which for a moment take twice that memory. Raises UserError for a rank outside 1..D.
-    """
+    400 MB of images, which for a moment take twice that memory. Raises UserError for a rank outside 1..D."""
     shape, d = images.shape[1:], math.prod(images.shape[1:])
     if rank is not None and not 1 <= rank <= d:
         raise UserError(f"rank = {rank} is outside 1..{d}, the number of values of an image.")

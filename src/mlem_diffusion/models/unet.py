@@ -84,19 +84,12 @@ class UNet(nn.Module):
 
     width: base channels, multiplied by `multipliers` per resolution. blocks: residual blocks per resolution.
     attention: resolutions with attention, in pixels. patch: squares of this side become channels before the first
-    convolution, so the network works at size / patch. Raises UserError if the size cannot be halved often enough.
-    """
+    convolution, so the network works at size / patch. Raises UserError if the size cannot be halved often enough."""
 
     def __init__(
-        self,
-        width: int,
-        size: int,
-        multipliers: Sequence[int] = (1, 2, 2, 2),
-        blocks: int = 2,
-        attention: Sequence[int] = (16,),
-        dropout: float = 0.0,
-        patch: int = 1,
-    ):
+        self, width: int, size: int, multipliers: Sequence[int] = (1, 2, 2, 2), blocks: int = 2,
+        attention: Sequence[int] = (16,), dropout: float = 0.0, patch: int = 1,
+    ):  # fmt: skip
         super().__init__()
         if patch < 1 or size % patch or (size // patch) % 2 ** (len(multipliers) - 1):
             text = f"An image size of {size} cannot be halved {len(multipliers) - 1} times in patches of {patch}"
@@ -178,8 +171,7 @@ class Denoiser(nn.Module):
 
     With data of root mean square `data_rms`, the network's input and target have unit variance at each log-SNR. target:
     "v" (the mix of image and noise that is uncorrelated with the input; EDM's preconditioning, Karras et al. 2022,
-    table 1; v prediction if data_rms = 1), "epsilon" (the noise), or "x0" (the image over data_rms).
-    """
+    table 1; v prediction if data_rms = 1), "epsilon" (the noise), or "x0" (the image over data_rms)."""
 
     def __init__(self, unet: nn.Module, data_rms: float = 0.5, target: str = "v"):
         super().__init__()

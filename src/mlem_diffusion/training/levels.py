@@ -1,8 +1,7 @@
 """The levels that an experiment trains, their settings, and the folder of each: checkpoints/<experiment>/<level>/.
 
 A folder holds state.pt (to resume), ema.safetensors, ema-<images>.safetensors at the snapshots, claim.json (what is
-trained here) and, once the level is fully trained, metadata.json.
-"""
+trained here) and, once the level is fully trained, metadata.json."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -66,8 +65,7 @@ def repeated(cfg: Any) -> list[tuple[int, int]]:
 def planned(cfg: Any, family: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The levels to train: the described levels of the family, cheap to expensive, then those trained again.
 
-    "train_seed" marks a level that is trained again. With cfg.only (names), only these; UserError for unknown names.
-    """
+    "train_seed" marks a level that is trained again. With cfg.only (names), only these; UserError for unknown names."""
     by_width = {level["width"]: level for level in family}
     again = [{**by_width[width], "name": level_name(width, seed), "train_seed": seed} for width, seed in repeated(cfg)]
     levels = {level["name"]: level for level in family + again}
@@ -81,8 +79,7 @@ def planned(cfg: Any, family: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def settings(train: Mapping[str, Any], level: Mapping[str, Any]) -> dict[str, Any]:
     """The training settings of one level: with train.narrow applied, and with its own seed."""
-    found = at_width(train, level["width"])
-    return found | ({"seed": level["train_seed"]} if "train_seed" in level else {})
+    return at_width(train, level["width"]) | ({"seed": level["train_seed"]} if "train_seed" in level else {})
 
 
 def is_trained(folder: Path, fingerprint: str, overwrite: bool = False) -> bool:
@@ -106,17 +103,13 @@ def is_trained(folder: Path, fingerprint: str, overwrite: bool = False) -> bool:
 
 
 def claim(folder: Path, fingerprint: str, overwrite: bool = False) -> None:
-    """Prepare the level's folder to begin training or to resume it; UserError if it holds another level.
-
-    With overwrite, files of another level and damaged files give way. The caller holds the folder's lock.
-    """
+    """Prepare the level's folder to begin training or to resume it; UserError if it holds another level. With
+    overwrite, files of another level and damaged files give way. The caller holds the folder's lock."""
     marker = folder / CLAIM
     try:
         if marker.is_file() and read_json(marker, AGAIN)["fingerprint"] != fingerprint:
-            raise UserError(
-                f"{folder} holds a level of another configuration or data set; "
-                "give this run another name (name=...), or ARGS=overwrite=true to train it anew."
-            )
+            text = f"{folder} holds a level of another configuration or data set; give this run another name (name=...)"
+            raise UserError(f"{text}, or ARGS=overwrite=true to train it anew.")
         if overwrite:  # what training resumes from
             for file, sha256 in (load_state(folder / STATE) or {}).get("snapshots", {}).items():
                 check_weights(folder / file, sha256)

@@ -1,8 +1,7 @@
 """The training loop of one level: resumable, for one process or torchrun, with lengths in images.
 
 The random numbers of a step depend on (seed, step), are drawn for the full batch and are sliced by rank. So a resumed
-run equals an uninterrupted one, and the number of processes does not change the result.
-"""
+run equals an uninterrupted one, and the number of processes does not change the result."""
 
 import copy
 import time
@@ -46,8 +45,7 @@ def draw_batch(
     """Return this rank's slice of the batch of one step: x0 in [-1, 1], noise, log-SNR.
 
     level_table: log-SNRs at equal distances on the sampler's path. Noise levels are stratified: batch element i falls
-    in the i-th of `batch` equal parts of the path.
-    """
+    in the i-th of `batch` equal parts of the path."""
     device, b = level_table.device, config.batch
     generator = training_generator(device, config.seed, step)
     index = torch.randint(len(data), (b,), generator=generator, device=device)
@@ -66,29 +64,19 @@ def draw_batch(
 
 
 def train_level(
-    denoiser: Denoiser,
-    images: np.ndarray,
-    process: Process,
-    config: TrainConfig,
-    directory: Path,
-    *,
-    width: int,
-    device: torch.device | str = "cpu",
-    report: Callable[[dict[str, Any]], None] = lambda record: None,
+    denoiser: Denoiser, images: np.ndarray, process: Process, config: TrainConfig, directory: Path, *, width: int,
+    device: torch.device | str = "cpu", report: Callable[[dict[str, Any]], None] = lambda record: None,
     snapshot: Callable[[int, Denoiser], None] = lambda images, ema: None,
-    should_stop: Callable[[], bool] = parallel.never,
-    identity: str = "",
-) -> Denoiser:
+    should_stop: Callable[[], bool] = parallel.never, identity: str = "",
+) -> Denoiser:  # fmt: skip
     """Train one level, or resume it from the state in its directory, and return its EMA denoiser.
 
     images: uint8 [N,3,H,W], copied to the device. directory: gets state.pt, ema-<images>.safetensors at the snapshots
     and ema.safetensors at the end. identity: of the network and its data; a state with another identity is refused.
     report({"images", "loss", "lr"}): called every log_every images. snapshot(images seen, EMA denoiser): called at each
     snapshot. Both on rank 0 only.
-
     Raises Interrupted, with the state saved, when should_stop() returns true. Raises UserError for an impossible
-    configuration, a foreign or damaged state, and a loss or weight that is not finite; the saved state always is.
-    """
+    configuration, a foreign or damaged state, and a loss or weight that is not finite; the saved state always is."""
     device = torch.device(device)
     run = _Run(denoiser, config, directory, width, device, identity)
     run.resume()

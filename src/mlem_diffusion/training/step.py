@@ -1,13 +1,10 @@
 """One training step without host synchronisation: gradients, clipping, Adam, moving average and running loss.
 
-On CUDA the step is captured once as a CUDA graph and replayed, because a narrow network is limited by kernel launches,
-not by arithmetic.
-
+On CUDA the step is captured once as a CUDA graph and replayed, because a narrow network is limited by kernel launches.
 Weights, gradients and Adam moments are stored in float32 in each precision: "float32"; "autocast" (torch casts single
 operations to bf16, group norm stays float32); "bf16" (the forward and backward passes run on a bf16 copy of the
 network). The preconditioning and the loss are float32 in each. "auto" is bf16 where the device has its arithmetic,
-since the losses of the three precisions agree to about a percent (tests/test_training_step.py).
-"""
+since the losses of the three precisions agree to about a percent (tests/test_training_step.py)."""
 
 import copy
 import gc
@@ -60,8 +57,7 @@ class TrainStep:
     decay: of the moving average. `running` is the sum of the steps' mean losses, on the device. With several processes,
     gradients are averaged (DistributedDataParallel). rates_on_device: learning rate and decay are tensors, as a CUDA
     graph needs (the default if one is used).
-    Raises UserError if graph = "on" is impossible. If compilation or capture fails, it warns SlowPath once.
-    """
+    Raises UserError if graph = "on" is impossible. If compilation or capture fails, it warns SlowPath once."""
 
     def __init__(self, denoiser: Denoiser, ema: nn.Module, config: TrainConfig, rates_on_device: bool | None = None):
         self.denoiser, self.ema, self.config = denoiser, ema, config
@@ -76,13 +72,9 @@ class TrainStep:
         self.rates_on_device = graphed if rates_on_device is None else rates_on_device
         self._rates = torch.zeros(2, device=self.device)  # learning rate, 1 - decay
         self._new_weight: Any = self._rates[1] if self.rates_on_device else 1.0
-        self.optimiser = torch.optim.Adam(
-            self.masters,  # type: ignore[arg-type]
-            lr=self._rates[0] if self.rates_on_device else 0.0,
-            betas=(0.9, 0.99),
-            fused=self.device.type in ("cuda", "cpu"),
-            capturable=graphed,
-        )
+        rate = self._rates[0] if self.rates_on_device else 0.0
+        fused = self.device.type in ("cuda", "cpu")
+        self.optimiser = torch.optim.Adam(self.masters, lr=rate, betas=(0.9, 0.99), fused=fused, capturable=graphed)
         self._make_forward()
         self._take: Any = GraphedStep(self.take, self.device) if graphed else self.take
 
@@ -217,8 +209,7 @@ class GraphedStep:
     """A function step(batch) that runs on fixed buffers: a few calls on a side stream, then as a CUDA graph.
 
     Each call is one training step. A capture only records the step, so the graph is replayed once after it. If the
-    capture fails, all steps run without a graph, with one SlowPath warning.
-    """
+    capture fails, all steps run without a graph, with one SlowPath warning."""
 
     def __init__(self, step: Callable[[Sequence[Tensor]], None], device: torch.device):
         self.step, self.device = step, device
