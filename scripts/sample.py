@@ -1,8 +1,7 @@
 """Levels -> PNGs and a grid, one image per sample seed, with the best sampler of the comparison or a given one."""
 
 from mlem_diffusion.comparison.runner import draw, parse_seeds
-from mlem_diffusion.comparison.settings import SamplerSetting, setting_from
-from mlem_diffusion.comparison.table import describe
+from mlem_diffusion.comparison.settings import SamplerSetting, describe, setting_from
 from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.experiment.runs import check_levels
 from mlem_diffusion.experiment.stage import Experiment, stage

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlem_diffusion.comparison import table
+from mlem_diffusion.comparison import settings as table
 from mlem_diffusion.comparison.features import Extractor, RealImages, feature_moments, frechet_distance
 from mlem_diffusion.comparison.planned import Planned, complete, examples, expected_evaluations, read_planned
 from mlem_diffusion.comparison.runner import Runner, diverged, draw, parse_seeds
@@ -85,7 +85,7 @@ def full_row(setting: SamplerSetting, **more: Any) -> dict[str, Any]:
 def test_settings_round_trip_through_the_table(plan, tmp_path):
     settings, path = [*SETTINGS, setting_of(plan, "sde", "ddpm")], tmp_path / "compare.csv"
     path.write_text(table.to_text(table.frame_of(full_row(s) for s in settings)))
-    again = table.read(path)
+    again = table.read_table(path)
     empty = again.astype(object).where(again.notna(), None)
     assert [setting_from(row) for row in empty.to_dict("records")] == settings
     assert [setting_from(s.row) for s in settings] == settings
@@ -117,7 +117,7 @@ def test_a_broken_table_is_refused(old, new, tmp_path):
     path = tmp_path / "compare.csv"
     path.write_text(table.to_text(table.frame_of([full_row(SETTINGS[0])])).replace(old, new))
     with pytest.raises(ValueError):
-        table.read(path)
+        table.read_table(path)
 
 
 def test_methods_are_named_for_figures():

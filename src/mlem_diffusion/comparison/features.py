@@ -2,8 +2,7 @@
 
 The Frechet distance between Gaussians fitted to features is |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))
 (Dowson & Landau 1982; Heusel et al. 2017, arXiv:1706.08500). Its value depends on n: report n and `distance_floor` with
-it. Only with `inception` is it the distance that the literature calls FID; the others have their own names.
-"""
+it. Only with `inception` is it the distance that the literature calls FID; the others have their own names."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -130,9 +129,6 @@ def inception(weights: str | None = None, device: str = "cpu") -> Extractor:
     return Extractor("FID", f"inception-{INCEPTION_SHA256}", lambda images: network(images.to(device))[0])
 
 
-# --------------------------------------------------------------------------------------- Frechet distances
-
-
 @dataclass(frozen=True, eq=False)
 class FeatureMoments:
     """Mean [D] and unbiased covariance [D, D] of features, float64."""
@@ -189,9 +185,6 @@ def distance_floor(features: np.ndarray, n: int, seed: int) -> float:
     rng = np.random.default_rng(seed)
     orders = [rng.permutation(len(features)) for _ in range(3)]
     return float(np.mean([frechet_distance(features[o[:n]], feature_moments(features[o[n:]])) for o in orders]))
-
-
-# --------------------------------------------------------------------------------------------- real images
 
 
 class RealImages(NamedTuple):

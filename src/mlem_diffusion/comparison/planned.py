@@ -15,8 +15,7 @@ from ..multilevel.plan import Plan, load_plans
 from ..statistics import frontier
 from .features import RealImages, frechet_distance
 from .runner import Runner
-from .settings import Measurement, Row, SamplerSetting, setting_of, settings_of
-from .table import BASELINES, describe
+from .settings import BASELINES, Measurement, Row, SamplerSetting, describe, setting_of, settings_of
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ..models.family import build_denoiser, level_name, levels_folder, load_stat
 from ..training.levels import CLAIM, METADATA, STATE, claim, is_trained, settings
 from ..training.loop import train_level
 from . import config
-from .environment import device_model
+from .config import device_model
 from .experiment import Experiment
 from .progress import bar
 
@@ -38,19 +38,15 @@ def training_of(exp: Experiment, level: dict[str, Any]) -> dict[str, Any]:
 
 def untrained(exp: Experiment, levels: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The levels that are not fully trained; rank 0 looks, and all ranks get the same answer."""
-    missing = [
-        level
-        for level in (levels if parallel.is_main() else ())
-        if not is_trained(exp.checkpoints / level["name"], fingerprint(exp, level), exp.cfg.overwrite)
-    ]
+    looked, overwrite = levels if parallel.is_main() else [], exp.cfg.overwrite
+    missing = [v for v in looked if not is_trained(exp.checkpoints / v["name"], fingerprint(exp, v), overwrite)]
     return parallel.gather({parallel.rank(): missing})[0]
 
 
 def train_one(task: tuple[Experiment, dict[str, Any], int]) -> None:
     """Train one level and write its metadata, in this process, on all ranks, or in a worker.
 
-    task: experiment, level, line of the progress bar.
-    """
+    task: experiment, level, line of the progress bar."""
     exp, level, line = task
     images, folder = exp.images, exp.checkpoints / level["name"]
     identity, train = fingerprint(exp, level), training_of(exp, level)
@@ -75,9 +71,12 @@ def train_one(task: tuple[Experiment, dict[str, Any], int]) -> None:
         )  # fmt: skip
         if parallel.is_main():
             used = {"train": {k: v for k, v in train.items() if not k.startswith("_")}}
-            facts = {"data_sha256": images.manifest["sha256"], "fingerprint": identity}
-            facts["device"] = device_model(exp.device)
-            write_json(folder / METADATA, {**level, **used, **facts, **measured(exp, level, ema, folder)})
+            where = {
+                "data_sha256": images.manifest["sha256"],
+                "fingerprint": identity,
+                "device": device_model(exp.device),
+            }
+            write_json(folder / METADATA, {**level, **used, **where, **measured(exp, level, ema, folder)})
         parallel.barrier()
 
 
@@ -104,8 +103,8 @@ def measured(exp: Experiment, level: dict[str, Any], ema: Any, folder: Path) -> 
         "logsnr_range": [process.logsnr_min, process.logsnr_max],
         "weights_sha256": sha256_of(folder / "ema.safetensors"),
         "snapshots": [
-            {"images": int(Path(file).stem.removeprefix("ema-")), "file": file, "sha256": state["snapshots"][file]}
-            for file in sorted(state["snapshots"])
+            {"images": int(Path(file).stem.removeprefix("ema-")), "file": file, "sha256": sha256}
+            for file, sha256 in sorted(state["snapshots"].items())
         ],
         "history": state["history"],
         "held_out": {"images": len(held_out), "logsnr": list(logsnr), "loss": list(loss[0].mean(axis=0))},

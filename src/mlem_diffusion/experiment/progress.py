@@ -1,7 +1,6 @@
 """Progress bars, and the signals that stop a run.
 
-Ctrl-C and SIGTERM set a flag; the work saves its state and stops, or is ended after a few seconds.
-"""
+Ctrl-C and SIGTERM set a flag; the work saves its state and stops, or is ended after a few seconds."""
 
 import signal
 import sys

@@ -16,8 +16,7 @@ TIMEOUT, PATIENCE = 20.0, 60.0  # seconds for W&B to begin a run, and to finish 
 class Tracker:
     """Appends records to metrics.jsonl, and copies them to W&B from there: workers and ranks append to the same file.
 
-    W&B fails at most once: then one warning is given, and the run goes on without it.
-    """
+    W&B fails at most once: then one warning is given, and the run goes on without it."""
 
     def __init__(self, folder: Path, stage: str, config: dict[str, Any], mode: str, project: str):
         self.folder, self.stage, self.config, self.project = folder, stage, config, project

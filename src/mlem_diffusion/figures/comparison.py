@@ -20,9 +20,7 @@ _METHODS: dict[str, Any] = {
     "paper": dict(label="ML-EM, independent coins", color="#ef8a00", marker="o", ms=5.1, ls="none"),
     "other": dict(label="other coins, quadrature", color="#b4005a", marker="*", ms=7.7, ls="none"),
 }
-_HOLLOW: dict[str, Any] = dict(
-    label="hollow: top level\nfired too rarely", ls="none", marker="o", mfc="none", color="#777777", ms=5
-)
+_HOLLOW: Any = dict(label="hollow: top level\nfired too rarely", ls="none", marker="o", mfc="none", color="0.5", ms=5)
 _FRONTIERS = {  # methods, colour, zorder; drawn if the last method has a row
     "baselines": (("stitched", "single"), "#23395b", 2.0),
     "paper's ML-EM": (("paper",), "#ef8a00", 4.0),
@@ -86,8 +84,7 @@ def _draw_panel(ax: Any, frame: Any, cost: str, measure: str, blues: dict[str, A
 
 
 def _draw_points(ax: Any, frame: Any, cost: str, measure: str, **looks: Any) -> None:
-    bars = style.error_bars(frame.error.to_numpy(), frame.error_se.fillna(0.0).to_numpy())
-    bars = bars if measure == "error" else None
+    bars = style.error_bars(frame.error, frame.error_se.fillna(0.0)) if measure == "error" else None
     ax.errorbar(frame[cost], frame[measure], yerr=bars, elinewidth=0.8, capsize=1.5, capthick=0.7, **looks)
 
 

@@ -27,11 +27,8 @@ styled = rc_context(  # the decorator of every figure function
         "axes.grid": True,
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "axes.titlesize": 11,
         "grid.color": "#e3e6ea",
         "legend.fontsize": 9,
-        "legend.edgecolor": "none",
-        "lines.linewidth": 1.2,
     }
 )
 
