@@ -5,7 +5,7 @@ The Frechet distance between Gaussians fitted to features is |m1 - m2|^2 + tr(S1
 it. Only with `inception` is it the distance that the literature calls FID; the others have their own names."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -211,9 +211,7 @@ def save_moments(path: Path, moments: FeatureMoments) -> None:
     write_arrays(path, {"mean": moments.mean, "upper": moments.cov[np.triu_indices(len(moments.mean))]})
 
 
-def published_images(
-    index: Mapping[str, Any] | None, folder: Path, extractor: Extractor, n: int, seed: int
-) -> RealImages | None:
+def published_images(index: dict | None, folder: Path, extractor: Extractor, n: int, seed: int) -> RealImages | None:
     """The moments by this extractor that a family.json (`index`) names, if any; without a floor for other n or seed."""
     found = (index or {}).get("statistics")
     if found is None or (found["name"], found["identity"]) != (extractor.name, extractor.key):

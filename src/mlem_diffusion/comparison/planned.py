@@ -60,9 +60,7 @@ def all_settings(config: Any, names: Iterable[str], base_steps: int, planned: Pl
     return sorted(settings, key=lambda s: (s.dynamics, s.rule.clock or "", s.steps))
 
 
-def expected_evaluations(
-    config: Any, levels: Mapping[str, Level], process: Process, planned: Planned
-) -> Mapping[str, float]:
+def expected_evaluations(config: Any, levels: Mapping[str, Level], process: Process, planned: Planned) -> Counter[str]:
     """The evaluations of each level in a comparison: of its settings and their references."""
     gamma, count = 2.5 if config["gamma"] == "auto" else float(config["gamma"]), config["num_samples"]
     settings, total = all_settings(config, levels, process.base_steps, planned), Counter()

@@ -197,7 +197,7 @@ def for_figures(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def method_of(row: Mapping[str, Any]) -> str:
-    """The method of a row: "single", "stitched" (the baselines), "paper" (independent coins, any probabilities) or "other"."""
+    """The method of a row: the baselines "single" and "stitched", "paper" (independent coins, any p) or "other"."""
     if row["estimator"] in BASELINES:
         return row["estimator"]
     return "paper" if row["coins"] == "independent" else "other"

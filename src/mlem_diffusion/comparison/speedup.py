@@ -21,6 +21,7 @@ import numpy as np
 from .features import FeatureMoments, fast_frechet
 from .settings import BASELINES, MIN_FIRES, Measurement, Row, method_of, trusted
 
+Measurements = Sequence[Measurement]
 COSTS = {"flops": "gflops_realised", "seconds": "seconds"}
 FIRST_ORDER = ("em", "ddpm", "ddim")
 TOLERANCE = 0.25  # relative: measured squared errors this close to the prediction agree with it
@@ -30,7 +31,7 @@ _DESCRIBED += ("error", "distance", *COSTS.values())
 
 
 def speedups(
-    settings: Sequence[Measurement], reference: FeatureMoments | None = None, replicates: int = 200,
+    settings: Measurements, reference: FeatureMoments | None = None, replicates: int = 200,
     distance_replicates: int = 50, seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """The content of speedup.json: {dynamics: {"paper" | "any": {"error" | "distance": {"flops" | "seconds": entry}}}}.
@@ -59,7 +60,7 @@ def speedups(
     return result
 
 
-def equal_error(base: Sequence[Measurement], ours: Sequence[Measurement], cost: str, seed: int = 0) -> dict[str, Any]:
+def equal_error(base: Measurements, ours: Measurements, cost: str, seed: int = 0) -> dict[str, Any]:
     """The "max", "lower95", ... of `speedups` at equal error, for two groups of settings and a column of costs."""
     return _compare(*_groups(base, ours, errors_of([*base, *ours], 200, seed), cost), "error")
 
@@ -75,7 +76,7 @@ def summary(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def errors_of(settings: Sequence[Measurement], replicates: int, seed: int) -> np.ndarray:
+def errors_of(settings: Measurements, replicates: int, seed: int) -> np.ndarray:
     """Mean squared errors [S, 1 + R]: first on all seeds, then on each paired bootstrap resample of them."""
     if not settings:
         return np.zeros((0, 1))
@@ -83,9 +84,7 @@ def errors_of(settings: Sequence[Measurement], replicates: int, seed: int) -> np
     return np.stack([m.errors for m in settings]) @ counts / counts.sum(0)
 
 
-def _distances(
-    settings: Sequence[Measurement], reference: FeatureMoments, replicates: int, seed: int
-) -> dict[int, list[float]]:
+def _distances(settings: Measurements, reference: FeatureMoments, replicates: int, seed: int) -> dict[int, list]:
     """Distances [1 + R] to the reference by the id of the measurement, resampled in the manner of `errors_of`."""
     out = {}
     for m in settings:
@@ -111,7 +110,7 @@ class Group:
     values: np.ndarray
 
     @classmethod
-    def of(cls, settings: Sequence[Measurement], values: np.ndarray, column: str) -> Group:
+    def of(cls, settings: Measurements, values: np.ndarray, column: str) -> Group:
         costs = np.array([m.row[column] for m in settings])
         order = [i for i in np.lexsort((values[:, 0], costs)) if costs[i] > 0]
         return cls([settings[i].row for i in order], costs[order], values[order])
@@ -135,9 +134,7 @@ class Group:
         return {key: self.rows[i].get(key) for key in _DESCRIBED} | {measure: float(self.values[i, 0])}
 
 
-def _groups(
-    base: Sequence[Measurement], ours: Sequence[Measurement], values: np.ndarray, column: str
-) -> tuple[Group, Group]:
+def _groups(base: Measurements, ours: Measurements, values: np.ndarray, column: str) -> tuple[Group, Group]:
     """Baselines and our settings with their values (first the baselines') and costs."""
     return Group.of(base, values[: len(base)], column), Group.of(ours, values[len(base) :], column)
 
@@ -177,9 +174,7 @@ def _lower(ratios: np.ndarray) -> float | None:
 # ---------------------------------------------------------------------------------- verdicts on plans
 
 
-def verdicts(
-    settings: Sequence[Measurement], calibration_flops: float, seed: int = 0, unit: str = "flops"
-) -> dict[str, Any]:
+def verdicts(settings: Measurements, calibration_flops: float, seed: int = 0, unit: str = "flops") -> dict[str, Any]:
     """{"dynamics/rule": entry} for each dynamics and step rule for which an optimiser's plans were run.
 
     An entry compares each method ("<coins>, <probabilities> p", "quadrature", and "any" of them) with the first-order
@@ -209,7 +204,7 @@ def verdicts(
     return out
 
 
-def _by_method(planned: Sequence[Measurement]) -> dict[str, Sequence[Measurement]]:
+def _by_method(planned: Measurements) -> dict[str, Measurements]:
     """The settings of each method, and of any."""
     found: dict[str, Any] = {}
     for m in planned:
@@ -232,7 +227,7 @@ def window(curve: Sequence[dict[str, Any]], least: float) -> dict[str, Any] | No
 
 
 def chosen_blindly(
-    ours: Sequence[Measurement], theirs: Sequence[Measurement], cost: str = "gflops_expected", seed: int = 0
+    ours: Measurements, theirs: Measurements, cost: str = "gflops_expected", seed: int = 0
 ) -> dict[str, Any]:
     """Whether an optimiser's choices are nowhere above the frontier of `theirs`.
 

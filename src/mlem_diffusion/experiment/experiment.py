@@ -23,8 +23,7 @@ from ..models.family import describe, identity_of, level_name, levels_folder, lo
 from ..models.gaussian import fit_gaussian, load_gaussian
 from . import config, runs
 from .config import ROOT, shown
-from .progress import bar, stop_asked
-from .tracking import Tracker
+from .tracking import Tracker, bar, stop_asked
 
 T = TypeVar("T")
 

@@ -22,7 +22,7 @@ from ..training.loop import train_level
 from . import config
 from .config import device_model
 from .experiment import Experiment
-from .progress import bar
+from .tracking import bar
 
 
 def fingerprint(exp: Experiment, level: dict[str, Any]) -> str:
@@ -49,10 +49,8 @@ def train_one(task: tuple[Experiment, dict[str, Any], int]) -> None:
     task: experiment, level, line of the progress bar."""
     exp, level, line = task
     images, folder = exp.images, exp.checkpoints / level["name"]
-    identity, train = fingerprint(exp, level), training_of(exp, level)
-    denoiser = build_denoiser(
-        level["width"], level["size"], level["data_rms"], exp.plain("unet")["unet"], level["target"], train["seed"]
-    )
+    identity, train, unet = fingerprint(exp, level), training_of(exp, level), exp.plain("unet")["unet"]
+    denoiser = build_denoiser(level["width"], level["size"], level["data_rms"], unet, level["target"], train["seed"])
     alone = locked(folder, f"training of {level['name']}") if parallel.is_main() else nullcontext()
     with alone, bar(level["name"], train["images"], position=line) as progress:
         if parallel.is_main():
@@ -84,9 +82,8 @@ def preview(exp: Experiment, level: dict[str, Any], seen: int, ema: Any) -> None
     """Draw 16 samples of the moving average after `seen` images."""
     estimator = SingleLevel(Level(level["name"], FastDenoiser(ema, compile="off"), level["flops"]))
     path = BrownianPath(range(16), exp.shape, exp.device)
-    grid = exp.process.grid(min(25, exp.process.base_steps))
-    pictures = sample(estimator, step_rule("ode/ddim"), grid, path)[0]
-    file = exp.results / "training" / f"{level['name']}-{seen:010d}-ema.png"
+    steps, file = min(25, exp.process.base_steps), exp.results / "training" / f"{level['name']}-{seen:010d}-ema.png"
+    pictures = sample(estimator, step_rule("ode/ddim"), exp.process.grid(steps), path)[0]
     style.save(image_grid(to_uint8(pictures.cpu())), file)
     exp.tracker.image(f"{level['name']}/samples-ema", file)
 

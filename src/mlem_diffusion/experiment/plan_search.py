@@ -124,9 +124,7 @@ class Searched:
         return setting_of(plan, self.rule.dynamics, self.rule.name)
 
 
-def search(
-    exp: Any, levels: dict[str, Level], alone: dict[SamplerSetting, float], seconds: dict[str, float]
-) -> list[Searched]:
+def search(exp: Any, levels: dict[str, Level], alone: dict[Any, float], seconds: dict[str, float]) -> list[Searched]:
     """Candidate plans for every rule with methods. alone: `errors_alone`; seconds: of one evaluation of each level."""
     o, names = exp.cfg.optimise, list(levels)
     costs = np.array([level.flops if o.cost == "flops" else seconds[name] for name, level in levels.items()])

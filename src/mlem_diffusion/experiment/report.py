@@ -86,9 +86,7 @@ def _comparison(frame: pd.DataFrame) -> Section:
     columns = ["setting", "gflops_realised", "seconds", "error", "error_se", "distance"]
     for dynamics, words in DYNAMICS_NAMES.items():
         own: Any = rows[(rows.dynamics == dynamics) & rows.trusted]
-        best = [
-            {"setting": describe(row), **row} for row in frontier(own.to_dict("records"), "gflops_realised", "error")
-        ]
+        best = [{"setting": describe(r), **r} for r in frontier(own.to_dict("records"), "gflops_realised", "error")]
         tables[f"Frontier of error against FLOPs, {words}"] = _table(best, columns)
     text = "Errors are mean squared errors to the reference, images in [−1, 1]; costs are per image. "
     text += f"In {(~rows.trusted).sum()} settings the top level fired too rarely: they are on no frontier."

@@ -21,7 +21,7 @@ from ..multilevel.ablation import seconds_per_image
 from ..multilevel.plan import Plan
 from . import config
 from .config import device_model
-from .progress import bar
+from .tracking import bar
 
 
 def make_extractor(exp: Any) -> Extractor | None:

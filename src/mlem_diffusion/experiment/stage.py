@@ -22,7 +22,7 @@ from ..files import locked
 from . import runs
 from .config import ROOT
 from .experiment import Experiment
-from .progress import catch_signals, release_signals
+from .tracking import catch_signals, release_signals
 
 STOPPED = 75  # exit status of work that was stopped
 

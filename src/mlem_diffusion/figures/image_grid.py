@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 def image_grid(images: Any, columns: int | None = None, pad: int = 1) -> Image.Image:
     """Tile images (tensor or array) row by row on white, in a nearly square grid by default.
 
-    Each pixel becomes a block of pixels, so that images are at least 64 high. `pad` is the gap, also around the grid."""
+    Each pixel becomes a block of pixels, so that images are at least 64 high. `pad` is the gap, around the grid too."""
     from torchvision.utils import make_grid  # it loads the compiler, which takes seconds
 
     images = torch.as_tensor(images).cpu()
