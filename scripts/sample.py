@@ -50,8 +50,8 @@ def main(exp: Experiment) -> None:
     exp.note(*(f"samples/{seed:06d}.png" for seed in seeds))
     exp.figure("samples/grid.png", image_grid(pixels))
     exp.save("samples/samples.json", {"setting": setting.row, "gamma": gamma})
-    price = f"{total.flops_per_image / 1e9:.3g} GFLOP per image"
-    exp.print(f"sample: {len(seeds)} images with {describe(setting.row)}, {price}.")
+    gflops = total.flops_per_image / 1e9
+    exp.print(f"sample: {len(seeds)} images with {describe(setting.row)}, {gflops:.3g} GFLOP per image.")
 
 
 if __name__ == "__main__":

@@ -216,8 +216,7 @@ def _by_method(planned: Measurements) -> dict[str, Measurements]:
 def window(curve: Sequence[dict[str, Any]], least: float) -> dict[str, Any] | None:
     """The widest contiguous range of errors in which the lower 95% bound of the speed-up is at least `least`.
 
-    curve: {"at": mean squared error, "lower95"} along the baseline frontier (speedup.py). "factor" is the ratio of the
-    root mean squared errors at its ends. None if no point qualifies."""
+    curve: as in `speedups`. "factor": of the root mean squared errors at its ends. None if no point qualifies."""
     runs = [list(run) for holds, run in groupby(curve, lambda point: (point["lower95"] or 0) >= least) if holds]
     ends = [(run[0]["at"], run[-1]["at"]) for run in runs]
     if not ends:

@@ -98,10 +98,8 @@ def set_up_device(cfg: Any, training: bool) -> torch.device:
             torch.cuda.set_device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"device={name} does not work on this machine ({torch.cuda.device_count()} GPUs): "
-            "set device=auto or device=cpu, or start fewer processes (NPROC)."
-        ) from error
+        text = f"device={name} does not work on this machine ({torch.cuda.device_count()} GPUs): "
+        raise UserError(text + "set device=auto or device=cpu, or start fewer processes (NPROC).") from error
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     if training:

@@ -65,8 +65,6 @@ class Experiment:
         """Hash of the configuration groups and input artefacts that a result depends on."""
         return config.fingerprint(self.plain(*groups), inputs)
 
-    # ------------------------------------------------------------------------------------------------- images
-
     @functools.cached_property
     def images(self) -> datasets.ImageData:
         """The packed images; the procedural default is generated on first use."""
@@ -100,8 +98,6 @@ class Experiment:
         """The shape of one sample, [C, H, W]."""
         size = self.cfg.data.size
         return tuple(self.cfg.family.shape) if self.cfg.family.callable is not None else (3, size, size)
-
-    # ------------------------------------------------------------------------------------------------- levels
 
     @functools.cached_property
     def published(self) -> dict[str, Any] | None:
@@ -167,8 +163,6 @@ class Experiment:
         )
         return fitted.as_level(GAUSSIAN)
 
-    # -------------------------------------------------------------------------------------- work and its files
-
     def cached(self, stem: str, facts: Any, read: Callable[[Path], T], make: Callable[[Path], object]) -> T:
         """read(path) of a cache file; rank 0 makes it first if it is missing or damaged.
 
@@ -214,8 +208,6 @@ class Experiment:
         if parallel.is_main():
             self.tracker.log(values)
 
-    # ------------------------------------------------------------------------------------------- finished work
-
     def is_finished(self, outputs: Sequence[str], depends: Sequence[str] = (), reads: Sequence[str] = ()) -> bool:
         """Whether this stage finished before with the same fingerprint, and its outputs exist; prints so.
 
@@ -256,13 +248,9 @@ class Experiment:
         path, seconds = self.results / "provenance.json", round(time.monotonic() - self.started, 1)
         files.write_text(self.results / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.plain())))
         before = files.read_json(path, "delete it, the stages write it again") if path.is_file() else {}
-        entry = {
-            "seconds": seconds,
-            "finished": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
-            **config.machine(self.device),
-            "overrides": config.overrides(),
-            "outputs": {name: files.sha256_of(self.results / name) for name in self.written},
-        }
+        entry = {"seconds": seconds, "finished": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())}
+        entry |= {**config.machine(self.device), "overrides": config.overrides()}
+        entry["outputs"] = {name: files.sha256_of(self.results / name) for name in self.written}
         images = self.__dict__.get("images")  # if this stage used them
         data = images.manifest if images else (self.published or {}).get("data", before.get("data", {}))
         stages = {**before.get("stages", {}), self.name: entry}

@@ -44,15 +44,14 @@ def render(folder: Path, title: str) -> str:
             with expect_content(path, _AGAIN):
                 sections.append(make(read_table(path) if path.suffix == ".csv" else read_json(path, _AGAIN)))
     sections.append(Section("Samples and training", pictures=("grids/*.png", "training.png", "training/*.png")))
-    found = {s.title: [path for pattern in s.pictures for path in sorted(folder.glob(pattern))] for s in sections}
-    if len(sections) == 1 and not any(found.values()):
+    pictures = {}
+    for s in sections:
+        paths = [path for pattern in s.pictures for path in sorted(folder.glob(pattern))]
+        pictures[s.title] = [(path.stem, base64.b64encode(path.read_bytes()).decode("ascii")) for path in paths]
+    if len(sections) == 1 and not any(pictures.values()):
         raise UserError(f"{folder} holds no results yet: run make train-levels EXPERIMENT={folder.name} first.")
     missing = {name: target for name, target in _STAGES.items() if not (folder / name).is_file()}
     warnings = [f"{name} is missing: run make {target} EXPERIMENT={folder.name}." for name, target in missing.items()]
-    pictures = {
-        title: [(path.stem, base64.b64encode(path.read_bytes()).decode("ascii")) for path in paths]
-        for title, paths in found.items()
-    }
     config = folder / "config.yaml"
     facts = {"title": title, "name": folder.name, "sections": sections, "pictures": pictures, "warnings": warnings}
     facts["config"] = config.read_text("utf-8", "replace") if config.is_file() else ""

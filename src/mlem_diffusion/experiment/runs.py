@@ -164,8 +164,7 @@ def run_task(item: tuple[Any, Runner, Any, bool]) -> None:
         runner.measure_reference(*task)
 
 
-# (experiment, levels by name) -> evaluations of each level
-Cost = Callable[[Any, dict[str, Level]], Mapping[str, float]]
+Cost = Callable[[Any, dict[str, Level]], Mapping[str, float]]  # (experiment, levels by name) -> evaluations of each
 
 
 def estimate(exp: Any, cost: Cost | None) -> str:

@@ -102,10 +102,8 @@ def report(name: str, error: BaseException) -> int:
         where = f" ({error.filename})" if error.filename else ""
         text = f"{error.strerror}{where}: fix this and run the same command again."
     elif is_out_of_memory(error):
-        text = (
-            "there is not enough memory: use smaller batches (compare.batch, gamma.batch), more parts of a batch "
-            "(train.accumulate=2 trains the same) or fewer workers (ARGS=workers=1)."
-        )
+        text = "there is not enough memory: set smaller batches (compare.batch, gamma.batch), train.accumulate=2 "
+        text += "(trains the same) or ARGS=workers=1."
     else:
         traceback.print_exception(error)
         return 1

@@ -32,10 +32,9 @@ _THICK: dict[str, Any] = dict(lw=3.2, alpha=0.55)
 
 @style.styled
 def plot_compare(frame: DataFrame, title: str = "") -> Figure:
-    """Draw compare.csv, one column of panels per dynamics: distance and error against compute, error against time.
+    """Draw `settings.for_figures`, a column of panels per dynamics: distance and error against compute, error in time.
 
-    frame: from `table.for_figures`. Errors have bars of two standard errors. Points that are not positive are left out,
-    because log axes cannot show them. Settings that are not trusted are hollow and on no frontier."""
+    Errors have bars of two standard errors. Settings that are not trusted are hollow and on no frontier."""
     panels = [("distance", "gflops_realised"), ("error", "gflops_realised"), ("error", "seconds")]
     if frame.distance.isna().all():
         panels = panels[1:]  # a family without images has no distances

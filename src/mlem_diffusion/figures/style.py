@@ -21,16 +21,11 @@ GFLOP = "GFLOP per evaluation of one image ($T_k$)"
 THOUSANDS = EngFormatter(places=1, sep="")  # 61.4k
 LOGSNR = "log-SNR  $\\log(\\alpha^2/\\sigma^2)$   (noisy → clean)"
 
-styled = rc_context(  # the decorator of every figure function
-    {
-        "figure.dpi": 130,
-        "axes.grid": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "grid.color": "#e3e6ea",
-        "legend.fontsize": 9,
-    }
-)
+# the decorator of every figure function
+styled = rc_context({
+    "figure.dpi": 130, "axes.grid": True, "axes.spines.top": False, "axes.spines.right": False, "grid.color": "#e3e6ea",
+    "legend.fontsize": 9,
+})  # fmt: skip
 
 
 def new_figure(width: float, height: float, title: str = "") -> Figure:
