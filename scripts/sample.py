@@ -5,7 +5,7 @@ from mlem_diffusion.comparison.settings import SamplerSetting, describe, setting
 from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.experiment.runs import check_levels
 from mlem_diffusion.experiment.stage import Experiment, stage
-from mlem_diffusion.figures.image_grid import image_grid
+from mlem_diffusion.figures.style import image_grid
 from mlem_diffusion.files import expect_content, read_json
 from mlem_diffusion.models.family import level_name
 from mlem_diffusion.multilevel.plan import Plan, load_plans

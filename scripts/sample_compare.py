@@ -8,7 +8,7 @@ from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.experiment.runs import check_levels, make_runner, real_images, run_all
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.figures.comparison import plot_compare
-from mlem_diffusion.figures.image_grid import comparison_grid
+from mlem_diffusion.figures.style import comparison_grid
 
 
 def cost(exp: Experiment, levels: dict[str, Level]) -> Mapping[str, float]:

@@ -171,9 +171,6 @@ def diverged(images: Tensor) -> np.ndarray:
     return ~(images.abs().flatten(1).amax(1) < ABSURD).numpy()
 
 
-# ------------------------------------------------------------------------------------------------- pictures
-
-
 def parse_seeds(text: str) -> list[int]:
     """ "0-63" or "3,7,100-120" -> sample seeds; UserError for anything else."""
     try:

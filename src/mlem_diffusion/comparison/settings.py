@@ -1,6 +1,4 @@
-"""Sampler settings, from the configuration to compare.csv: a row a setting.
-
-Costs are per image (GFLOPs, not GMACs; seconds of wall clock)."""
+"""Sampler settings, from the configuration to the rows of compare.csv, with costs per image (GFLOPs, not GMACs)."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields

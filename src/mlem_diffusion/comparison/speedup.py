@@ -171,9 +171,6 @@ def _lower(ratios: np.ndarray) -> float | None:
     return float(np.quantile(ratios[1:], 0.05, method="lower")) if len(ratios) > 1 else None
 
 
-# ---------------------------------------------------------------------------------- verdicts on plans
-
-
 def verdicts(settings: Measurements, calibration_flops: float, seed: int = 0, unit: str = "flops") -> dict[str, Any]:
     """{"dynamics/rule": entry} for each dynamics and step rule for which an optimiser's plans were run.
 
@@ -251,8 +248,7 @@ def chosen_blindly(
 def prediction(rows: Iterable[Row]) -> dict[str, Any]:
     """How far measured errors are from predicted ones: {kind of coins: {"rows", "within", "measured_over_predicted"}}.
 
-    A setting is within if its squared error agrees with the prediction up to TOLERANCE and two standard errors. The
-    ratios are the least, the median and the largest."""
+    Within: the squared errors agree up to TOLERANCE and two standard errors. Ratios: least, median and largest."""
     known: dict[str, list[tuple[float, float, float]]] = {}
     for row in rows:
         if row.get("predicted") is not None:

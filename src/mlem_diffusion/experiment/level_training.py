@@ -12,7 +12,6 @@ from ..diffusion.level import Level
 from ..diffusion.sampler import SingleLevel, sample
 from ..diffusion.step_rules import step_rule
 from ..figures import style
-from ..figures.image_grid import image_grid
 from ..files import locked, sha256_of, write_json
 from ..gamma.measurement import noise_levels, squared_differences
 from ..models.compiled import FastDenoiser
@@ -38,8 +37,8 @@ def training_of(exp: Experiment, level: dict[str, Any]) -> dict[str, Any]:
 
 def untrained(exp: Experiment, levels: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The levels that are not fully trained; rank 0 looks, and all ranks get the same answer."""
-    looked, overwrite = levels if parallel.is_main() else [], exp.cfg.overwrite
-    missing = [v for v in looked if not is_trained(exp.checkpoints / v["name"], fingerprint(exp, v), overwrite)]
+    own = levels if parallel.is_main() else []
+    missing = [v for v in own if not is_trained(exp.checkpoints / v["name"], fingerprint(exp, v), exp.cfg.overwrite)]
     return parallel.gather({parallel.rank(): missing})[0]
 
 
@@ -82,9 +81,10 @@ def preview(exp: Experiment, level: dict[str, Any], seen: int, ema: Any) -> None
     """Draw 16 samples of the moving average after `seen` images."""
     estimator = SingleLevel(Level(level["name"], FastDenoiser(ema, compile="off"), level["flops"]))
     path = BrownianPath(range(16), exp.shape, exp.device)
-    steps, file = min(25, exp.process.base_steps), exp.results / "training" / f"{level['name']}-{seen:010d}-ema.png"
-    pictures = sample(estimator, step_rule("ode/ddim"), exp.process.grid(steps), path)[0]
-    style.save(image_grid(to_uint8(pictures.cpu())), file)
+    grid = exp.process.grid(min(25, exp.process.base_steps))
+    pictures = sample(estimator, step_rule("ode/ddim"), grid, path)[0]
+    file = exp.results / "training" / f"{level['name']}-{seen:010d}-ema.png"
+    style.save(style.image_grid(to_uint8(pictures.cpu())), file)
     exp.tracker.image(f"{level['name']}/samples-ema", file)
 
 
