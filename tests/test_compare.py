@@ -296,7 +296,7 @@ def test_pictures_do_not_depend_on_the_batches(make, tmp_path):
     grid, rule, estimator = runner.process.grid(8), SETTINGS[3].rule, runner.build(SETTINGS[3])
     for name, batch in (("one", 4), ("two", 3)):
         where = (runner.shape, runner.device, tmp_path / name, lambda done, total: None)
-        assert draw(estimator, rule, grid, seeds, batch, *where)[0].images == 4
+        assert len(draw(estimator, rule, grid, seeds, batch, *where)[0].per_sample) == 4
     files = [sorted((tmp_path / name).iterdir()) for name in ("one", "two")]
     assert [f.name for f in files[0]] == ["000000.png", "000001.png", "000002.png", "000009.png"]
     assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]

@@ -67,13 +67,13 @@ def train_one(task: tuple[Experiment, dict[str, Any], int]) -> None:
             snapshot=partial(preview, exp, level),
         )  # fmt: skip
         if parallel.is_main():
-            used = {"train": {k: v for k, v in train.items() if not k.startswith("_")}}
-            where = {
+            used: dict[str, Any] = {"train": {k: v for k, v in train.items() if not k.startswith("_")}}
+            used |= {
                 "data_sha256": images.manifest["sha256"],
                 "fingerprint": identity,
                 "device": device_model(exp.device),
             }
-            write_json(folder / METADATA, {**level, **used, **where, **measured(exp, level, ema, folder)})
+            write_json(folder / METADATA, {**level, **used, **measured(exp, level, ema, folder)})
         parallel.barrier()
 
 

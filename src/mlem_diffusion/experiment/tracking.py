@@ -59,9 +59,8 @@ class Tracker:
             ending.start()
             ending.join(PATIENCE)
             if ending.is_alive():
-                warnings.warn(
-                    f"W&B did not finish in {PATIENCE:g} s; metrics.jsonl is complete.", SlowPath, stacklevel=2
-                )
+                text = f"W&B did not finish within {PATIENCE:g} s; metrics.jsonl is complete."
+                warnings.warn(text, SlowPath, stacklevel=2)
 
     def _mirror(self) -> None:
         """Send the records that metrics.jsonl has gained."""
