@@ -7,7 +7,7 @@ import torch
 
 from mlem_diffusion.benchmark import measure, parts_of, report
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.experiment.environment import commit, device_model, package_version
+from mlem_diffusion.experiment.config import commit, device_model, package_version
 from mlem_diffusion.experiment.stage import Experiment, stage
 
 

@@ -15,15 +15,12 @@ def cost(exp: Experiment, levels: dict[str, Level]) -> Counter[str]:
     return Counter(dict.fromkeys(levels, evaluations))
 
 
-@stage(
-    ["gamma.json", "gamma.png"], depends=["process", "gamma"], reads=["levels", "images"], cost=cost, trained=True
-)  # fmt: skip
+@stage(["gamma.json", "gamma.png"], ["process", "gamma"], ["levels", "images"], cost, trained=True)
 def main(exp: Experiment) -> None:
     again = read_metadata(exp.checkpoints, [level_name(*level) for level in repeated(exp.cfg)])
 
     def load(metadata, snapshot):
-        folder = exp.checkpoints / metadata["name"]
-        return load_level(folder, metadata, exp.device, snapshot, compile="off")
+        return load_level(exp.checkpoints / metadata["name"], metadata, exp.device, snapshot, compile="off")
 
     result = measure(exp.metadata(), again, load, exp.held_out(), exp.process, exp.cfg.gamma, exp.progress)
     exp.save("gamma.json", result)

@@ -1,7 +1,6 @@
 """Levels -> gains.png, diagnostics.json, plans.json, ablation.json: measure gains, select plans, ablate levels.
 
-Plans are selected on seeds that the comparison does not use.
-"""
+Plans are selected on seeds that the comparison does not use."""
 
 from dataclasses import replace
 

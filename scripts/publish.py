@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mlem_diffusion.comparison.features import save_moments
-from mlem_diffusion.experiment import environment, runs
+from mlem_diffusion.experiment import config, runs
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.files import read_json
 from mlem_diffusion.models.family import PUBLISHED, level_name, publish, read_metadata
@@ -39,7 +39,7 @@ def main(exp: Experiment) -> None:
         facts["gaussian"] = {"file": "gauss.safetensors", "asked_rank": exp.cfg.family.gaussian_rank}
     facts["statistics"] = statistics(exp, folder / "statistics.npz")
     publish(exp.checkpoints, folder, metadata, read_metadata(exp.checkpoints, again), facts)
-    exp.print(f"publish: {len(metadata)} levels and the model card in {environment.shown(folder)}/.")
+    exp.print(f"publish: {len(metadata)} levels and the model card in {config.shown(folder)}/.")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """results/<experiment>/ -> report.html: one self-contained page."""
 
-from mlem_diffusion.experiment.environment import shown
+from mlem_diffusion.experiment.config import shown
 from mlem_diffusion.experiment.report import render
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.files import write_text

@@ -1,12 +1,11 @@
 """Levels -> PNGs and a grid, one image per sample seed, with the best sampler of the comparison or a given one."""
 
 from mlem_diffusion.comparison.runner import draw, parse_seeds
-from mlem_diffusion.comparison.settings import SamplerSetting, setting_from
-from mlem_diffusion.comparison.table import describe
+from mlem_diffusion.comparison.settings import SamplerSetting, describe, setting_from
 from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.experiment.runs import check_levels
 from mlem_diffusion.experiment.stage import Experiment, stage
-from mlem_diffusion.figures.image_grid import image_grid
+from mlem_diffusion.figures.style import image_grid
 from mlem_diffusion.files import expect_content, read_json
 from mlem_diffusion.models.family import level_name
 from mlem_diffusion.multilevel.plan import Plan, load_plans
@@ -51,8 +50,8 @@ def main(exp: Experiment) -> None:
     exp.note(*(f"samples/{seed:06d}.png" for seed in seeds))
     exp.figure("samples/grid.png", image_grid(pixels))
     exp.save("samples/samples.json", {"setting": setting.row, "gamma": gamma})
-    price = f"{total.flops_per_image / 1e9:.3g} GFLOP per image"
-    exp.print(f"sample: {len(seeds)} images with {describe(setting.row)}, {price}.")
+    gflops = total.flops_per_image / 1e9
+    exp.print(f"sample: {len(seeds)} images with {describe(setting.row)}, {gflops:.3g} GFLOP per image.")
 
 
 if __name__ == "__main__":

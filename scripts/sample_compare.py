@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 
-from mlem_diffusion.comparison import planned, speedup, table, verdicts
-from mlem_diffusion.comparison.settings import best_setting
+from mlem_diffusion.comparison import planned, speedup
+from mlem_diffusion.comparison.settings import best_setting, describe, for_figures, frame_of, to_text
 from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.experiment.runs import check_levels, make_runner, real_images, run_all
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.figures.comparison import plot_compare
-from mlem_diffusion.figures.image_grid import comparison_grid
+from mlem_diffusion.figures.style import comparison_grid
 
 
 def cost(exp: Experiment, levels: dict[str, Level]) -> Mapping[str, float]:
@@ -28,20 +28,20 @@ def main(exp: Experiment) -> None:
     settings = planned.all_settings(cfg, runner.levels, exp.process.base_steps, plans)
     real = real_images(exp, runner.extractor) if runner.extractor else None
     measured = planned.complete(settings, run_all(exp, runner, settings, "compare"), runner.seeds, real, plans)
-    frame, sound = table.frame_of(m.row for m in measured), [m for m in measured if "diverged" not in m.row]
+    frame, sound = frame_of(m.row for m in measured), [m for m in measured if "diverged" not in m.row]
     result = speedup.speedups(sound, real and real.moments, cfg.bootstrap, cfg.distance_bootstrap, cfg.seed)
-    exp.save("compare.csv", table.to_text(frame))
-    exp.figure("compare.png", plot_compare(table.for_figures(frame), exp.cfg.title))
+    exp.save("compare.csv", to_text(frame))
+    exp.figure("compare.png", plot_compare(for_figures(frame), exp.cfg.title))
     exp.save("speedup.json", result)
     if plans.settings:
-        exp.save("verdicts.json", verdicts.verdicts(sound, plans.flops, cfg.seed, plans.unit))
+        exp.save("verdicts.json", speedup.verdicts(sound, plans.flops, cfg.seed, plans.unit))
     if real is not None:
         made_with = {"gamma": runner.gamma, "made_with": exp.identity}
         exp.save("best.json", best_setting(m.row for m in sound) | made_with)
         for name in result:
             exp.figure(f"grids/{name}.png", comparison_grid(planned.examples(sound, name, runner)))
     exp.log({"settings": len(measured), "diverged": len(measured) - len(sound)})
-    lost = [f"{table.describe(m.row)}: {m.row['diverged']} samples diverged." for m in measured if "diverged" in m.row]
+    lost = [f"{describe(m.row)}: {m.row['diverged']} samples diverged." for m in measured if "diverged" in m.row]
     exp.print("\n".join([*lost, speedup.summary(result)]))
 
 

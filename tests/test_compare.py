@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlem_diffusion.comparison import table
+from mlem_diffusion.comparison import settings as table
 from mlem_diffusion.comparison.features import Extractor, RealImages, feature_moments, frechet_distance
 from mlem_diffusion.comparison.planned import Planned, complete, examples, expected_evaluations, read_planned
 from mlem_diffusion.comparison.runner import Runner, diverged, draw, parse_seeds
@@ -85,7 +85,7 @@ def full_row(setting: SamplerSetting, **more: Any) -> dict[str, Any]:
 def test_settings_round_trip_through_the_table(plan, tmp_path):
     settings, path = [*SETTINGS, setting_of(plan, "sde", "ddpm")], tmp_path / "compare.csv"
     path.write_text(table.to_text(table.frame_of(full_row(s) for s in settings)))
-    again = table.read(path)
+    again = table.read_table(path)
     empty = again.astype(object).where(again.notna(), None)
     assert [setting_from(row) for row in empty.to_dict("records")] == settings
     assert [setting_from(s.row) for s in settings] == settings
@@ -117,7 +117,7 @@ def test_a_broken_table_is_refused(old, new, tmp_path):
     path = tmp_path / "compare.csv"
     path.write_text(table.to_text(table.frame_of([full_row(SETTINGS[0])])).replace(old, new))
     with pytest.raises(ValueError):
-        table.read(path)
+        table.read_table(path)
 
 
 def test_methods_are_named_for_figures():
@@ -296,7 +296,7 @@ def test_pictures_do_not_depend_on_the_batches(make, tmp_path):
     grid, rule, estimator = runner.process.grid(8), SETTINGS[3].rule, runner.build(SETTINGS[3])
     for name, batch in (("one", 4), ("two", 3)):
         where = (runner.shape, runner.device, tmp_path / name, lambda done, total: None)
-        assert draw(estimator, rule, grid, seeds, batch, *where)[0].per_sample.shape[0] == 4
+        assert len(draw(estimator, rule, grid, seeds, batch, *where)[0].per_sample) == 4
     files = [sorted((tmp_path / name).iterdir()) for name in ("one", "two")]
     assert [f.name for f in files[0]] == ["000000.png", "000001.png", "000002.png", "000009.png"]
     assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]

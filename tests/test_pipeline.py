@@ -11,7 +11,7 @@ from PIL import Image
 from pipeline import RANKS, Place, apart, strict
 from safetensors.torch import load_file
 
-from mlem_diffusion.comparison.table import COLUMNS
+from mlem_diffusion.comparison.settings import COLUMNS
 from mlem_diffusion.files import write_json
 
 RECORDED = ["train_levels", "measure_gamma", "optimise", "sample_compare"]  # in provenance.json

@@ -8,9 +8,9 @@ import pandas as pd
 
 from mlem_diffusion.figures.comparison import plot_compare
 from mlem_diffusion.figures.gamma import plot_gamma
-from mlem_diffusion.figures.image_grid import comparison_grid, image_grid
 from mlem_diffusion.figures.levels import plot_ablation, plot_diagnostics, plot_gains, plot_training
 from mlem_diffusion.figures.rates import plot_rates
+from mlem_diffusion.figures.style import comparison_grid, image_grid
 
 RESULTS = Path(__file__).parents[1] / "results"
 

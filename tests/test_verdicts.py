@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlem_diffusion.comparison.settings import Measurement
-from mlem_diffusion.comparison.verdicts import chosen_blindly, prediction, verdicts, window
+from mlem_diffusion.comparison.speedup import chosen_blindly, prediction, verdicts, window
 
 N = 300
 COSTS = (1, 4, 16, 64)

@@ -2,11 +2,10 @@
 
 The Frechet distance between Gaussians fitted to features is |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))
 (Dowson & Landau 1982; Heusel et al. 2017, arXiv:1706.08500). Its value depends on n: report n and `distance_floor` with
-it. Only with `inception` is it the distance that the literature calls FID; the others have their own names.
-"""
+it. Only with `inception` is it the distance that the literature calls FID; the others have their own names."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -130,9 +129,6 @@ def inception(weights: str | None = None, device: str = "cpu") -> Extractor:
     return Extractor("FID", f"inception-{INCEPTION_SHA256}", lambda images: network(images.to(device))[0])
 
 
-# --------------------------------------------------------------------------------------- Frechet distances
-
-
 @dataclass(frozen=True, eq=False)
 class FeatureMoments:
     """Mean [D] and unbiased covariance [D, D] of features, float64."""
@@ -191,9 +187,6 @@ def distance_floor(features: np.ndarray, n: int, seed: int) -> float:
     return float(np.mean([frechet_distance(features[o[:n]], feature_moments(features[o[n:]])) for o in orders]))
 
 
-# --------------------------------------------------------------------------------------------- real images
-
-
 class RealImages(NamedTuple):
     """What samples are compared with: the name of the distance, moments of real images, and `distance_floor`."""
 
@@ -218,9 +211,7 @@ def save_moments(path: Path, moments: FeatureMoments) -> None:
     write_arrays(path, {"mean": moments.mean, "upper": moments.cov[np.triu_indices(len(moments.mean))]})
 
 
-def published_images(
-    index: Mapping[str, Any] | None, folder: Path, extractor: Extractor, n: int, seed: int
-) -> RealImages | None:
+def published_images(index: dict | None, folder: Path, extractor: Extractor, n: int, seed: int) -> RealImages | None:
     """The moments by this extractor that a family.json (`index`) names, if any; without a floor for other n or seed."""
     found = (index or {}).get("statistics")
     if found is None or (found["name"], found["identity"]) != (extractor.name, extractor.key):

@@ -15,8 +15,7 @@ from ..multilevel.plan import Plan, load_plans
 from ..statistics import frontier
 from .features import RealImages, frechet_distance
 from .runner import Runner
-from .settings import Measurement, Row, SamplerSetting, setting_of, settings_of
-from .table import BASELINES, describe
+from .settings import BASELINES, Measurement, Row, SamplerSetting, describe, setting_of, settings_of
 
 
 @dataclass(frozen=True)
@@ -61,9 +60,7 @@ def all_settings(config: Any, names: Iterable[str], base_steps: int, planned: Pl
     return sorted(settings, key=lambda s: (s.dynamics, s.rule.clock or "", s.steps))
 
 
-def expected_evaluations(
-    config: Any, levels: Mapping[str, Level], process: Process, planned: Planned
-) -> Mapping[str, float]:
+def expected_evaluations(config: Any, levels: Mapping[str, Level], process: Process, planned: Planned) -> Counter[str]:
     """The evaluations of each level in a comparison: of its settings and their references."""
     gamma, count = 2.5 if config["gamma"] == "auto" else float(config["gamma"]), config["num_samples"]
     settings, total = all_settings(config, levels, process.base_steps, planned), Counter()

@@ -1,13 +1,13 @@
 """The comparison: each setting against one fine reference on the same seeds and Brownian paths; pictures of samples.
 
 Every batch of a reference and every finished setting is one npz file under a hash of all that it depends on, so a
-stopped comparison can resume.
-"""
+stopped comparison can resume."""
 
 import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from .settings import Measurement, SamplerSetting
 ABSURD = 1e3  # size of a pixel value; pixels are in [-1, 1], and no working sampler comes near it
 _PATHS = 2  # batches whose noise is kept for the next setting; each takes at most brownian.WINDOW_BYTES
 GRID = 1024  # the most images in a grid of pictures
+_read = partial(read_arrays, hint="remove it and run the same command again")
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,6 @@ class Runner:
             for level in self.levels.values():
                 level.denoise(x, torch.zeros((), device=self.device))
 
-    # ------------------------------------------------------------------------------------------ references
-
     def _reference_files(self, dynamics: str) -> list[Path]:
         """The file of each batch."""
         file = self._file("reference", {"dynamics": dynamics})
@@ -105,13 +104,9 @@ class Runner:
                 parts.append(cached(file, _read, lambda i=i: self.measure_reference(dynamics, i))["images"])
             images = torch.from_numpy(np.concatenate(parts))
             if not images.isfinite().all():
-                raise UserError(
-                    f"The reference of the {dynamics.upper()} is not finite: train its largest level longer."
-                )
+                raise UserError(f"The reference of the {dynamics.upper()} is not finite: train its top level longer.")
             self._references[dynamics] = images
         return self._references[dynamics]
-
-    # -------------------------------------------------------------------------------------------- settings
 
     def is_done(self, setting: SamplerSetting) -> bool:
         return self._file("setting", setting.row).is_file()
@@ -136,8 +131,7 @@ class Runner:
             "gflops_expected": estimator.expected_flops(setting.evaluations(self.process)) / 1e9,
             "gflops_realised": total.flops_per_image / 1e9,
             "seconds": total.seconds_per_image,
-            # only in the samples that the error averages
-            "top_evaluations": int(total.per_sample[: len(errors), -1].sum()),
+            "top_evaluations": int(total.per_sample[: len(errors), -1].sum()),  # in the samples that the error averages
         }
         costs |= {"diverged": lost} if lost else {}
         write_arrays(self._file("setting", setting.row), {"costs": json.dumps(costs), **arrays})
@@ -172,16 +166,9 @@ class Runner:
         return self.cache / f"{kind}-{digest[:20]}.npz"
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return read_arrays(path, "remove it and run the same command again")
-
-
 def diverged(images: Tensor) -> np.ndarray:
     """bool [N]: which images [N, C, H, W] have a value that is not finite or is at least ABSURD in size."""
     return ~(images.abs().flatten(1).amax(1) < ABSURD).numpy()
-
-
-# ------------------------------------------------------------------------------------------------- pictures
 
 
 def parse_seeds(text: str) -> list[int]:

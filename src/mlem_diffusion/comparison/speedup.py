@@ -1,4 +1,4 @@
-"""Speed-up of ML-EM over every baseline at equal error or distance, with one-sided 95% lower bounds.
+"""Speed-up of ML-EM over every baseline at equal error or distance, with one-sided 95% lower bounds; verdicts on plans.
 
 For a baseline setting b that no other baseline beats in both cost and error, with error e_b,
 
@@ -6,31 +6,32 @@ For a baseline setting b that no other baseline beats in both cost and error, wi
 
 So a coarse baseline grid cannot favour ML-EM. The bound is the 5th percentile over paired bootstrap resamples of the
 seeds, at the same b; each resample recomputes e_b and all errors, and counts as 0 if ML-EM does not reach e_b. The
-largest of several noisy speed-ups is biased upwards, which the bound does not correct: see the full curve.
-"""
+largest of several noisy speed-ups is biased upwards, which the bound does not correct: see the full curve."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import groupby, product
 from typing import Any
 
 import numpy as np
 
 from .features import FeatureMoments, fast_frechet
-from .settings import Measurement, Row
-from .table import BASELINES, method_of, trusted
+from .settings import BASELINES, MIN_FIRES, Measurement, Row, method_of, trusted
 
+Measurements = Sequence[Measurement]
 COSTS = {"flops": "gflops_realised", "seconds": "seconds"}
+FIRST_ORDER = ("em", "ddpm", "ddim")
+TOLERANCE = 0.25  # relative: measured squared errors this close to the prediction agree with it
 _SLACK = 1e-9  # relative: rounding must not separate two settings that are the same sampler
 _DESCRIBED = ("step_rule", "estimator", "levels", "probabilities", "coins", "c", "switch", "steps", "plan")
 _DESCRIBED += ("error", "distance", *COSTS.values())
 
 
 def speedups(
-    settings: Sequence[Measurement], reference: FeatureMoments | None = None, replicates: int = 200,
+    settings: Measurements, reference: FeatureMoments | None = None, replicates: int = 200,
     distance_replicates: int = 50, seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """The content of speedup.json: {dynamics: {"paper" | "any": {"error" | "distance": {"flops" | "seconds": entry}}}}.
@@ -59,7 +60,7 @@ def speedups(
     return result
 
 
-def equal_error(base: Sequence[Measurement], ours: Sequence[Measurement], cost: str, seed: int = 0) -> dict[str, Any]:
+def equal_error(base: Measurements, ours: Measurements, cost: str, seed: int = 0) -> dict[str, Any]:
     """The "max", "lower95", ... of `speedups` at equal error, for two groups of settings and a column of costs."""
     return _compare(*_groups(base, ours, errors_of([*base, *ours], 200, seed), cost), "error")
 
@@ -75,10 +76,7 @@ def summary(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-# --------------------------------------------------------------------------------------- resampled values
-
-
-def errors_of(settings: Sequence[Measurement], replicates: int, seed: int) -> np.ndarray:
+def errors_of(settings: Measurements, replicates: int, seed: int) -> np.ndarray:
     """Mean squared errors [S, 1 + R]: first on all seeds, then on each paired bootstrap resample of them."""
     if not settings:
         return np.zeros((0, 1))
@@ -86,9 +84,7 @@ def errors_of(settings: Sequence[Measurement], replicates: int, seed: int) -> np
     return np.stack([m.errors for m in settings]) @ counts / counts.sum(0)
 
 
-def _distances(
-    settings: Sequence[Measurement], reference: FeatureMoments, replicates: int, seed: int
-) -> dict[int, list[float]]:
+def _distances(settings: Measurements, reference: FeatureMoments, replicates: int, seed: int) -> dict[int, list]:
     """Distances [1 + R] to the reference by the id of the measurement, resampled in the manner of `errors_of`."""
     out = {}
     for m in settings:
@@ -105,9 +101,6 @@ def _resamples(n: int, replicates: int, seed: int) -> np.ndarray:
     return np.concatenate([np.ones((n, 1)), drawn.astype(np.float64)], axis=1)
 
 
-# ------------------------------------------------------------------------------------------- comparison
-
-
 @dataclass(frozen=True)
 class Group:
     """Settings with a positive cost, sorted by it: rows, costs [S] and values [S, 1 + R]."""
@@ -117,7 +110,7 @@ class Group:
     values: np.ndarray
 
     @classmethod
-    def of(cls, settings: Sequence[Measurement], values: np.ndarray, column: str) -> Group:
+    def of(cls, settings: Measurements, values: np.ndarray, column: str) -> Group:
         costs = np.array([m.row[column] for m in settings])
         order = [i for i in np.lexsort((values[:, 0], costs)) if costs[i] > 0]
         return cls([settings[i].row for i in order], costs[order], values[order])
@@ -141,9 +134,7 @@ class Group:
         return {key: self.rows[i].get(key) for key in _DESCRIBED} | {measure: float(self.values[i, 0])}
 
 
-def _groups(
-    base: Sequence[Measurement], ours: Sequence[Measurement], values: np.ndarray, column: str
-) -> tuple[Group, Group]:
+def _groups(base: Measurements, ours: Measurements, values: np.ndarray, column: str) -> tuple[Group, Group]:
     """Baselines and our settings with their values (first the baselines') and costs."""
     return Group.of(base, values[: len(base)], column), Group.of(ours, values[len(base) :], column)
 
@@ -178,3 +169,96 @@ def _error_ratio(base: Group, ours: Group) -> dict[str, Any]:
 def _lower(ratios: np.ndarray) -> float | None:
     """The 5th percentile over the resamples of [1 + R]."""
     return float(np.quantile(ratios[1:], 0.05, method="lower")) if len(ratios) > 1 else None
+
+
+def verdicts(settings: Measurements, calibration_flops: float, seed: int = 0, unit: str = "flops") -> dict[str, Any]:
+    """{"dynamics/rule": entry} for each dynamics and step rule for which an optimiser's plans were run.
+
+    An entry compares each method ("<coins>, <probabilities> p", "quadrature", and "any" of them) with the first-order
+    baselines of the same dynamics and with all of them, and judges the optimiser's foresight. Speed-ups are at equal
+    squared error, in expected FLOPs, or in measured seconds if the plans were made for seconds (`unit`)."""
+    cost = {"flops": "gflops_expected", "seconds": "seconds"}[unit]
+    out: dict[str, Any] = {}
+    for dynamics, rule in dict.fromkeys((m.row["dynamics"], m.row["step_rule"]) for m in settings if m.row.get("plan")):
+        here = [m for m in settings if m.row["dynamics"] == dynamics]
+        base = [m for m in here if m.row["estimator"] in BASELINES]
+        ours = [m for m in here if m.row["estimator"] not in BASELINES and m.row["top_evaluations"] >= MIN_FIRES]
+        planned = [m for m in ours if m.row["step_rule"] == rule]
+        first_order = [m for m in base if m.row["step_rule"] in FIRST_ORDER]
+        entry: dict[str, Any] = {"unit": unit, "against_em": {}, "against_all_baselines": {}}
+        for against, theirs in (("against_em", first_order), ("against_all_baselines", base)):
+            for name, mine in _by_method(planned).items() if theirs else ():
+                found = equal_error(theirs, mine, cost, seed)
+                windows = [window(found["curve"], least) for least in (1, 2, 4, 8)]
+                found["windows"] = [w for w in windows if w is not None]
+                if found["max"] is not None and found["max"] > 1:
+                    saved = (found["baseline"]["gflops_realised"] - found["ours"]["gflops_realised"]) * 1e9
+                    found["images_to_repay_calibration"] = calibration_flops / saved
+                entry[against][name] = found
+        entry["optimiser_against_em"] = chosen_blindly([*base, *ours], first_order, cost, seed)
+        entry["predicted_error"] = prediction(m.row for m in planned)
+        out[f"{dynamics}/{rule}"] = entry
+    return out
+
+
+def _by_method(planned: Measurements) -> dict[str, Measurements]:
+    """The settings of each method, and of any."""
+    found: dict[str, Any] = {}
+    for m in planned:
+        name = "{coins}, {probabilities} p".format(**m.row) if m.row["coins"] else m.row["estimator"]
+        found.setdefault(name, []).append(m)
+    return found | {"any": planned} if planned else {}
+
+
+def window(curve: Sequence[dict[str, Any]], least: float) -> dict[str, Any] | None:
+    """The widest contiguous range of errors in which the lower 95% bound of the speed-up is at least `least`.
+
+    curve: as in `speedups`. "factor": of the root mean squared errors at its ends. None if no point qualifies."""
+    runs = [list(run) for holds, run in groupby(curve, lambda point: (point["lower95"] or 0) >= least) if holds]
+    ends = [(run[0]["at"], run[-1]["at"]) for run in runs]
+    if not ends:
+        return None
+    high, low = max(reversed(ends), key=lambda pair: pair[0] / pair[1])
+    return {"least": least, "factor": math.sqrt(high / low), "rms_error": [math.sqrt(high), math.sqrt(low)]}
+
+
+def chosen_blindly(
+    ours: Measurements, theirs: Measurements, cost: str = "gflops_expected", seed: int = 0
+) -> dict[str, Any]:
+    """Whether an optimiser's choices are nowhere above the frontier of `theirs`.
+
+    At the cost of each frontier point, the optimiser chooses within that cost the setting of `ours` with the lowest
+    error on the selection seeds ("selected_error" of its row). "ratio" is the squared error of this choice on the
+    seeds of the comparison, divided by the point's. It counts as above if the one-sided 95% lower bound exceeds 1."""
+    known = [m for m in ours if m.row.get("selected_error") is not None]
+    values = errors_of([*known, *theirs], 200, seed)
+    base, points = Group.of(theirs, values[len(known) :], cost), []
+    for point in base.frontier():
+        within = [j for j, m in enumerate(known) if m.row[cost] <= 1.001 * base.costs[point]]
+        if within:
+            ratios = values[min(within, key=lambda j: known[j].row["selected_error"])] / base.values[point]
+            lower = float(np.quantile(ratios[1:], 0.05)) if len(ratios) > 1 else 0.0
+            place = {cost.removesuffix("_expected"): float(base.costs[point])}
+            points.append({**place, "ratio": float(ratios[0]), "lower95": lower})
+    worst = max(points, key=lambda p: p["lower95"], default=None)
+    never = None if worst is None else worst["lower95"] <= 1
+    return {"never_above": never, "worst": worst, "points": len(points)}
+
+
+def prediction(rows: Iterable[Row]) -> dict[str, Any]:
+    """How far measured errors are from predicted ones: {kind of coins: {"rows", "within", "measured_over_predicted"}}.
+
+    Within: the squared errors agree up to TOLERANCE and two standard errors. Ratios: least, median and largest."""
+    known: dict[str, list[tuple[float, float, float]]] = {}
+    for row in rows:
+        if row.get("predicted") is not None:
+            numbers = row["error"], row["predicted"], row["error_se"] or 0.0
+            known.setdefault(row["coins"] or row["estimator"], []).append(numbers)
+    out = {}
+    for kind, numbers in sorted(known.items()):
+        error, predicted, se = np.array(numbers).T
+        low, high = (1 - TOLERANCE) * predicted, (1 + TOLERANCE) * predicted
+        within, ratios = (error - 2 * se <= high) & (error + 2 * se >= low), error / predicted
+        spread = [float(f(ratios)) for f in (np.min, np.median, np.max)]
+        out[kind] = {"rows": len(numbers), "within": int(within.sum()), "measured_over_predicted": spread}
+    return out

@@ -21,19 +21,15 @@ from ..errors import UserError
 from ..figures import style
 from ..models.family import describe, identity_of, level_name, levels_folder, load_family, read_index, read_metadata
 from ..models.gaussian import fit_gaussian, load_gaussian
-from . import config, environment, runs
-from .environment import ROOT, shown
-from .progress import bar, stop_asked
-from .tracking import Tracker
+from . import config, runs
+from .config import ROOT, shown
+from .tracking import Tracker, bar, stop_asked
 
 T = TypeVar("T")
 
 
 class Experiment:
-    """One run of a script. It can be pickled: a worker rebuilds the levels from it.
-
-    cfg: the configuration; name: of the stage; device; process; data_dir, checkpoints, results: folders.
-    """
+    """One run of a script. It can be pickled: a worker rebuilds the levels from it."""
 
     def __init__(self, name: str, cfg: DictConfig, folder: str | None = None):
         self.name, self.cfg, self.started = name, cfg, time.monotonic()
@@ -50,7 +46,7 @@ class Experiment:
                 self.checkpoints = unswept  # a sweep over later stages shares the levels
             names = [level_name(w) for w in cfg.family.widths]
             self.checkpoints = levels_folder(self.checkpoints, names)
-        self.device = environment.set_up_device(cfg, training=name == "train_levels")
+        self.device = config.set_up_device(cfg, training=name == "train_levels")
         self.process: Process = config.build(cfg.process)
         self.key, self.written = "", []  # fingerprint and outputs of this stage
         mode = cfg.tracking.mode if parallel.is_main() else "disabled"
@@ -68,8 +64,6 @@ class Experiment:
     def fingerprint(self, groups: Sequence[str], **inputs: Any) -> str:
         """Hash of the configuration groups and input artefacts that a result depends on."""
         return config.fingerprint(self.plain(*groups), inputs)
-
-    # ------------------------------------------------------------------------------------------------- images
 
     @functools.cached_property
     def images(self) -> datasets.ImageData:
@@ -90,9 +84,7 @@ class Experiment:
         """Pack the images of data.source, and return the manifest."""
         source = config.source(self.cfg)
         if source is None:
-            raise UserError(
-                "data.source is not set: run make data SOURCE=path/to/archive-or-folder or SOURCE=download."
-            )
+            raise UserError("data.source is not set: run make data SOURCE=archive-or-folder or SOURCE=download.")
         workers = runs.worker_count(self, (self.cfg.data.count or 0) // 1000)  # to start a worker takes seconds
         with bar("images", None) as progress:
             return datasets.prepare(source, self.data_dir, self.cfg.data, workers, progress)
@@ -106,8 +98,6 @@ class Experiment:
         """The shape of one sample, [C, H, W]."""
         size = self.cfg.data.size
         return tuple(self.cfg.family.shape) if self.cfg.family.callable is not None else (3, size, size)
-
-    # ------------------------------------------------------------------------------------------------- levels
 
     @functools.cached_property
     def published(self) -> dict[str, Any] | None:
@@ -147,13 +137,8 @@ class Experiment:
         cfg = self.cfg
         if cfg.family.callable is not None:
             return {level.name: level for level in config.build(cfg.family.callable)}
-        options = {
-            "device": self.device,
-            "precision": cfg.precision,
-            "compile": cfg.compile,
-            "batch": cfg.compare.batch,
-        }
-        found = load_family(self.checkpoints, map(level_name, cfg.family.widths), **options)
+        options = {"precision": cfg.precision, "compile": cfg.compile, "batch": cfg.compare.batch}
+        found = load_family(self.checkpoints, map(level_name, cfg.family.widths), device=self.device, **options)
         if cfg.family.gaussian:
             gauss = self.gaussian_level()
             if gauss.flops < found[0].flops:  # useless if it costs more than the first network
@@ -178,13 +163,10 @@ class Experiment:
         )
         return fitted.as_level(GAUSSIAN)
 
-    # -------------------------------------------------------------------------------------- work and its files
-
     def cached(self, stem: str, facts: Any, read: Callable[[Path], T], make: Callable[[Path], object]) -> T:
         """read(path) of a cache file; rank 0 makes it first if it is missing or damaged.
 
-        stem: such as "effects.npz". The name has a hash of `facts`, of the process and of the levels.
-        """
+        stem: such as "effects.npz". The name has a hash of `facts`, of the process and of the levels."""
         levels = self.identity or self.plain("family")
         key = self.fingerprint(("process", "precision"), levels=levels, facts=facts, device=self.device.type)[:20]
         return _made_once(self.results / "cache" / f"{Path(stem).stem}-{key}{Path(stem).suffix}", read, make)
@@ -226,22 +208,18 @@ class Experiment:
         if parallel.is_main():
             self.tracker.log(values)
 
-    # ------------------------------------------------------------------------------------------- finished work
-
     def is_finished(self, outputs: Sequence[str], depends: Sequence[str] = (), reads: Sequence[str] = ()) -> bool:
         """Whether this stage finished before with the same fingerprint, and its outputs exist; prints so.
 
         The fingerprint is that of the configuration groups `depends` and of what the stage `reads`. The record is in
-        the cache, which is never committed, so a fresh clone recomputes the committed results.
-        """
+        the cache, which is never committed, so a fresh clone recomputes the committed results."""
         self.key = self.fingerprint(depends, **{what: self._content_of(what) for what in reads}) if depends else ""
         noted = self._done().get(self.name) or {}
         names = [*outputs, *noted.get("outputs", ())]
         same = noted.get("key") == self.key and all((self.results / name).is_file() for name in names)
-        finished = same and not self.cfg.force
-        if finished:
+        if same and not self.cfg.force:
             self.print(f"{self.name}: already done, nothing has changed (ARGS=force=true runs it again).")
-        return finished
+        return same and not self.cfg.force
 
     def _content_of(self, what: str) -> Any:
         """Hash of "images", "levels" or a file of the results folder; None if it is missing."""
@@ -270,13 +248,9 @@ class Experiment:
         path, seconds = self.results / "provenance.json", round(time.monotonic() - self.started, 1)
         files.write_text(self.results / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.plain())))
         before = files.read_json(path, "delete it, the stages write it again") if path.is_file() else {}
-        entry = {
-            "seconds": seconds,
-            "finished": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
-            **environment.machine(self.device),
-            "overrides": config.overrides(),
-            "outputs": {name: files.sha256_of(self.results / name) for name in self.written},
-        }
+        entry = {"seconds": seconds, "finished": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())}
+        entry |= {**config.machine(self.device), "overrides": config.overrides()}
+        entry["outputs"] = {name: files.sha256_of(self.results / name) for name in self.written}
         images = self.__dict__.get("images")  # if this stage used them
         data = images.manifest if images else (self.published or {}).get("data", before.get("data", {}))
         stages = {**before.get("stages", {}), self.name: entry}

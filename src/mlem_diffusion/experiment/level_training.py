@@ -12,7 +12,6 @@ from ..diffusion.level import Level
 from ..diffusion.sampler import SingleLevel, sample
 from ..diffusion.step_rules import step_rule
 from ..figures import style
-from ..figures.image_grid import image_grid
 from ..files import locked, sha256_of, write_json
 from ..gamma.measurement import noise_levels, squared_differences
 from ..models.compiled import FastDenoiser
@@ -20,9 +19,9 @@ from ..models.family import build_denoiser, level_name, levels_folder, load_stat
 from ..training.levels import CLAIM, METADATA, STATE, claim, is_trained, settings
 from ..training.loop import train_level
 from . import config
-from .environment import device_model
+from .config import device_model
 from .experiment import Experiment
-from .progress import bar
+from .tracking import bar
 
 
 def fingerprint(exp: Experiment, level: dict[str, Any]) -> str:
@@ -38,25 +37,19 @@ def training_of(exp: Experiment, level: dict[str, Any]) -> dict[str, Any]:
 
 def untrained(exp: Experiment, levels: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The levels that are not fully trained; rank 0 looks, and all ranks get the same answer."""
-    missing = [
-        level
-        for level in (levels if parallel.is_main() else ())
-        if not is_trained(exp.checkpoints / level["name"], fingerprint(exp, level), exp.cfg.overwrite)
-    ]
+    own = levels if parallel.is_main() else []
+    missing = [v for v in own if not is_trained(exp.checkpoints / v["name"], fingerprint(exp, v), exp.cfg.overwrite)]
     return parallel.gather({parallel.rank(): missing})[0]
 
 
 def train_one(task: tuple[Experiment, dict[str, Any], int]) -> None:
     """Train one level and write its metadata, in this process, on all ranks, or in a worker.
 
-    task: experiment, level, line of the progress bar.
-    """
+    task: experiment, level, line of the progress bar."""
     exp, level, line = task
     images, folder = exp.images, exp.checkpoints / level["name"]
-    identity, train = fingerprint(exp, level), training_of(exp, level)
-    denoiser = build_denoiser(
-        level["width"], level["size"], level["data_rms"], exp.plain("unet")["unet"], level["target"], train["seed"]
-    )
+    identity, train, unet = fingerprint(exp, level), training_of(exp, level), exp.plain("unet")["unet"]
+    denoiser = build_denoiser(level["width"], level["size"], level["data_rms"], unet, level["target"], train["seed"])
     alone = locked(folder, f"training of {level['name']}") if parallel.is_main() else nullcontext()
     with alone, bar(level["name"], train["images"], position=line) as progress:
         if parallel.is_main():
@@ -74,10 +67,13 @@ def train_one(task: tuple[Experiment, dict[str, Any], int]) -> None:
             snapshot=partial(preview, exp, level),
         )  # fmt: skip
         if parallel.is_main():
-            used = {"train": {k: v for k, v in train.items() if not k.startswith("_")}}
-            facts = {"data_sha256": images.manifest["sha256"], "fingerprint": identity}
-            facts["device"] = device_model(exp.device)
-            write_json(folder / METADATA, {**level, **used, **facts, **measured(exp, level, ema, folder)})
+            used: dict[str, Any] = {"train": {k: v for k, v in train.items() if not k.startswith("_")}}
+            used |= {
+                "data_sha256": images.manifest["sha256"],
+                "fingerprint": identity,
+                "device": device_model(exp.device),
+            }
+            write_json(folder / METADATA, {**level, **used, **measured(exp, level, ema, folder)})
         parallel.barrier()
 
 
@@ -88,7 +84,7 @@ def preview(exp: Experiment, level: dict[str, Any], seen: int, ema: Any) -> None
     grid = exp.process.grid(min(25, exp.process.base_steps))
     pictures = sample(estimator, step_rule("ode/ddim"), grid, path)[0]
     file = exp.results / "training" / f"{level['name']}-{seen:010d}-ema.png"
-    style.save(image_grid(to_uint8(pictures.cpu())), file)
+    style.save(style.image_grid(to_uint8(pictures.cpu())), file)
     exp.tracker.image(f"{level['name']}/samples-ema", file)
 
 
@@ -104,8 +100,8 @@ def measured(exp: Experiment, level: dict[str, Any], ema: Any, folder: Path) -> 
         "logsnr_range": [process.logsnr_min, process.logsnr_max],
         "weights_sha256": sha256_of(folder / "ema.safetensors"),
         "snapshots": [
-            {"images": int(Path(file).stem.removeprefix("ema-")), "file": file, "sha256": state["snapshots"][file]}
-            for file in sorted(state["snapshots"])
+            {"images": int(Path(file).stem.removeprefix("ema-")), "file": file, "sha256": sha256}
+            for file, sha256 in sorted(state["snapshots"].items())
         ],
         "history": state["history"],
         "held_out": {"images": len(held_out), "logsnr": list(logsnr), "loss": list(loss[0].mean(axis=0))},

@@ -23,7 +23,7 @@ from ..multilevel.diagnostics import diagnose
 from ..multilevel.gains import Effects, measure_effects
 from ..multilevel.learned import learn_probabilities
 from ..multilevel.plan import Plan
-from .environment import device_model
+from .config import device_model
 from .runs import run_all, timed_batch
 
 
@@ -38,11 +38,8 @@ def check(exp: Any) -> None:
 
 def _cached(exp: Any, stem: str, facts: Any, compute: Callable[[], Any]) -> Any:
     """The value of compute(), kept as JSON."""
-
-    def make(path: Path) -> None:
-        write_json(path, compute())
-
-    return exp.cached(f"{stem}.json", facts, lambda path: read_json(path, "run make optimise again"), make)
+    read = partial(read_json, hint="run make optimise again")
+    return exp.cached(f"{stem}.json", facts, read, lambda path: write_json(path, compute()))
 
 
 def _path(exp: Any, count: int) -> BrownianPath:
@@ -127,9 +124,7 @@ class Searched:
         return setting_of(plan, self.rule.dynamics, self.rule.name)
 
 
-def search(
-    exp: Any, levels: dict[str, Level], alone: dict[SamplerSetting, float], seconds: dict[str, float]
-) -> list[Searched]:
+def search(exp: Any, levels: dict[str, Level], alone: dict[Any, float], seconds: dict[str, float]) -> list[Searched]:
     """Candidate plans for every rule with methods. alone: `errors_alone`; seconds: of one evaluation of each level."""
     o, names = exp.cfg.optimise, list(levels)
     costs = np.array([level.flops if o.cost == "flops" else seconds[name] for name, level in levels.items()])
@@ -205,19 +200,13 @@ def ledger(
         {"dynamics": s.dynamics, "step_rule": s.step_rule, "level": s.levels[0], "steps": s.steps, "selected_error": e}
         for s, e in alone.items()
     ]
-    return {
-        "calibration": {"flops": float(spent)},
-        "seeds_used": sorted({*range(o.seed, o.seed + max(o.calibrate, o.diagnose.seeds)), *runner.seeds}),
-        "alone": own,
-        "cost_unit": o.cost,
-        "made_with": exp.identity,
-    }
+    seeds = sorted({*range(o.seed, o.seed + max(o.calibrate, o.diagnose.seeds)), *runner.seeds})
+    found: dict[str, Any] = {"calibration": {"flops": float(spent)}, "seeds_used": seeds, "alone": own}
+    return found | {"cost_unit": o.cost, "made_with": exp.identity}
 
 
 def cost(exp: Any, levels: dict[str, Level]) -> Counter[str]:
-    """Evaluations of each level.
-
-    Candidate plans are assumed to cost a quarter of the largest level at every step of the middle grid."""
+    """Evaluations of each level; candidate plans are assumed to use the largest at a quarter of the middle grid."""
     o, dynamics = exp.cfg.optimise, {rule.dynamics for rule in exp.cfg.optimise.rules}
     *_, largest = levels
     counts = Counter(dict.fromkeys(levels, len(dynamics) * o.diagnose.seeds * o.diagnose.steps))

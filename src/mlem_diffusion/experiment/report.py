@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from ..comparison.table import describe, for_figures, read
+from ..comparison.settings import describe, for_figures, read_table
 from ..diffusion.step_rules import DYNAMICS_NAMES
 from ..errors import UserError
 from ..files import expect_content, read_json
@@ -36,30 +36,27 @@ class Section:
 def render(folder: Path, title: str) -> str:
     """The page of a results folder: images and styles are inline, there are no scripts, and nothing is loaded.
 
-    Raises UserError if the folder holds no results, and Damaged (one sentence) for a file that cannot be read.
-    """
+    Raises UserError if the folder holds no results, and Damaged (one sentence) for a file that cannot be read."""
     sections = []
     for name, make in _SECTIONS.items():
         path = folder / name
         if path.is_file():
             with expect_content(path, _AGAIN):
-                sections.append(make(read(path) if path.suffix == ".csv" else read_json(path, _AGAIN)))
+                sections.append(make(read_table(path) if path.suffix == ".csv" else read_json(path, _AGAIN)))
     sections.append(Section("Samples and training", pictures=("grids/*.png", "training.png", "training/*.png")))
-    found = {s.title: [path for pattern in s.pictures for path in sorted(folder.glob(pattern))] for s in sections}
-    if len(sections) == 1 and not any(found.values()):
+    pictures = {}
+    for s in sections:
+        paths = [path for pattern in s.pictures for path in sorted(folder.glob(pattern))]
+        pictures[s.title] = [(path.stem, base64.b64encode(path.read_bytes()).decode("ascii")) for path in paths]
+    if len(sections) == 1 and not any(pictures.values()):
         raise UserError(f"{folder} holds no results yet: run make train-levels EXPERIMENT={folder.name} first.")
     missing = {name: target for name, target in _STAGES.items() if not (folder / name).is_file()}
     warnings = [f"{name} is missing: run make {target} EXPERIMENT={folder.name}." for name, target in missing.items()]
-    pictures = {title: [(path.stem, _inline(path)) for path in paths] for title, paths in found.items()}
     config = folder / "config.yaml"
     facts = {"title": title, "name": folder.name, "sections": sections, "pictures": pictures, "warnings": warnings}
     facts["config"] = config.read_text("utf-8", "replace") if config.is_file() else ""
     template = (Path(__file__).parent / "templates" / "report.html.jinja").read_text(encoding="utf-8")
     return jinja2.Environment(autoescape=True, trim_blocks=True).from_string(template).render(facts)
-
-
-def _inline(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
 
 
 def _table(rows: Any, columns: list[str] | None = None) -> str:
@@ -88,9 +85,7 @@ def _comparison(frame: pd.DataFrame) -> Section:
     columns = ["setting", "gflops_realised", "seconds", "error", "error_se", "distance"]
     for dynamics, words in DYNAMICS_NAMES.items():
         own: Any = rows[(rows.dynamics == dynamics) & rows.trusted]
-        best = [
-            {"setting": describe(row), **row} for row in frontier(own.to_dict("records"), "gflops_realised", "error")
-        ]
+        best = [{"setting": describe(r), **r} for r in frontier(own.to_dict("records"), "gflops_realised", "error")]
         tables[f"Frontier of error against FLOPs, {words}"] = _table(best, columns)
     text = "Errors are mean squared errors to the reference, images in [−1, 1]; costs are per image. "
     text += f"In {(~rows.trusted).sum()} settings the top level fired too rarely: they are on no frontier."

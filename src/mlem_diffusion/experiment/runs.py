@@ -20,8 +20,8 @@ from ..models.family import build_denoiser
 from ..multilevel.ablation import seconds_per_image
 from ..multilevel.plan import Plan
 from . import config
-from .environment import device_model
-from .progress import bar
+from .config import device_model
+from .tracking import bar
 
 
 def make_extractor(exp: Any) -> Extractor | None:
@@ -105,8 +105,6 @@ def make_runner(exp: Any, plans: Mapping[str, Plan] | None = None) -> Runner:
     )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------ ranks and workers
-
 _in_worker: dict[Any, Runner] = {}  # a worker process reuses its runner between tasks
 
 
@@ -152,29 +150,21 @@ def run_task(item: tuple[Any, Runner, Any, bool]) -> None:
     """Measure one setting, or one batch of a reference given as (dynamics, number); with or without distances."""
     exp, runner, task, distances = item
     if not runner.levels:  # in a worker
-        runner = _rebuilt(exp, runner, distances)
+        key = (exp.results, exp.name, runner.key)
+        if key not in _in_worker:
+            _in_worker.clear()
+            extractor = make_extractor(exp) if distances else None
+            _in_worker[key] = replace(runner, levels=exp.levels(), extractor=extractor, plans={})
+            _in_worker[key].warm_up()
+        _in_worker[key].plans.update(runner.plans)
+        runner = _in_worker[key]
     if isinstance(task, SamplerSetting):
         runner.measure(task, exp.should_stop)
     else:
         runner.measure_reference(*task)
 
 
-def _rebuilt(exp: Any, small: Runner, distances: bool) -> Runner:
-    """The runner with levels and extractor again; the worker keeps it for its next task."""
-    key = (exp.results, exp.name, small.key)
-    if key not in _in_worker:
-        _in_worker.clear()
-        extractor = make_extractor(exp) if distances else None
-        _in_worker[key] = replace(small, levels=exp.levels(), extractor=extractor, plans={})
-        _in_worker[key].warm_up()
-    _in_worker[key].plans.update(small.plans)
-    return _in_worker[key]
-
-
-# ----------------------------------------------------------------------------------------------------- dry runs
-
-# (experiment, levels by name) -> evaluations of each level
-Cost = Callable[[Any, dict[str, Level]], Mapping[str, float]]
+Cost = Callable[[Any, dict[str, Level]], Mapping[str, float]]  # (experiment, levels by name) -> evaluations of each
 
 
 def estimate(exp: Any, cost: Cost | None) -> str:

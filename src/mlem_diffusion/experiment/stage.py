@@ -20,28 +20,23 @@ from .. import parallel
 from ..errors import SYSTEM_ERRORS, Interrupted, SlowPath, UserError, is_out_of_memory
 from ..files import locked
 from . import runs
-from .environment import ROOT
+from .config import ROOT
 from .experiment import Experiment
-from .progress import catch_signals, release_signals
+from .tracking import catch_signals, release_signals
 
 STOPPED = 75  # exit status of work that was stopped
 
 
 def stage(
-    outputs: Sequence[str] = (),
-    depends: Sequence[str] = (),
-    reads: Sequence[str] = (),
-    cost: runs.Cost | None = None,
-    trained: bool = False,
-    folder: str | None = None,
-) -> Callable[[Callable[[Experiment], object]], Callable[[], None]]:
+    outputs: Sequence[str] = (), depends: Sequence[str] = (), reads: Sequence[str] = (), cost: runs.Cost | None = None,
+    trained: bool = False, folder: str | None = None,
+) -> Callable[[Callable[[Experiment], object]], Callable[[], None]]:  # fmt: skip
     """Make main(exp) a script; its name is that of the script's file.
 
     outputs: files in the results folder. The stage is finished if they exist and were made from equal `depends`, which
     are groups of the configuration, and equal `reads`: "images", "levels", or files of earlier stages. cost(exp,
     levels): evaluations of each level by name, for a dry run. trained: there is nothing to do for a family of
-    functions. folder: name of the results folder, if it is independent of the experiment.
-    """
+    functions. folder: name of the results folder, if it is independent of the experiment."""
 
     def decorate(main: Callable[[Experiment], object]) -> Callable[[], None]:
         name = Path(main.__code__.co_filename).stem
@@ -78,7 +73,14 @@ def guarded(name: str, work: Callable[[], None]) -> None:
     if ranks > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # gloo transfers Python objects
         dist.init_process_group(backend, timeout=timedelta(days=7))  # one rank may do hours of work alone
-    quiet(name)
+    # each warning is one line, without its place in the code
+    warnings.formatwarning = lambda message, *where, **more: f"{name}: {message}\n"
+    # torch itself still uses it for its forward derivatives
+    warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=TqdmMonitorWarning)  # bars also work without a thread
+    warnings.filterwarnings("ignore", message=".*tasks which were still being processed")  # joblib, after a stop
+    if not parallel.is_main():
+        warnings.filterwarnings("ignore", category=SlowPath)
     catch_signals()
     try:
         work()
@@ -100,23 +102,10 @@ def report(name: str, error: BaseException) -> int:
         where = f" ({error.filename})" if error.filename else ""
         text = f"{error.strerror}{where}: fix this and run the same command again."
     elif is_out_of_memory(error):
-        text = (
-            "there is not enough memory: use smaller batches (compare.batch, gamma.batch), more parts of a batch "
-            "(train.accumulate=2 trains the same) or fewer workers (ARGS=workers=1)."
-        )
+        text = "there is not enough memory: set smaller batches (compare.batch, gamma.batch), train.accumulate=2 "
+        text += "(trains the same) or ARGS=workers=1."
     else:
         traceback.print_exception(error)
         return 1
     print(f"{name}: {text}", file=sys.stderr)
     return status
-
-
-def quiet(name: str) -> None:
-    """From now on print each warning as one line, without its place in the code, and drop some of libraries."""
-    # torch itself still uses it for its forward derivatives
-    warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=TqdmMonitorWarning)  # bars also work without a thread
-    warnings.filterwarnings("ignore", message=".*tasks which were still being processed")  # joblib, after a stop
-    if not parallel.is_main():
-        warnings.filterwarnings("ignore", category=SlowPath)
-    warnings.formatwarning = lambda message, *where, **more: f"{name}: {message}\n"

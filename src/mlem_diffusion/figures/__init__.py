@@ -1,1 +1,1 @@
-"""Figures: one module per figure, a shared style, and grids of images."""
+"""Figures: one module per figure; a shared style, with grids of images."""

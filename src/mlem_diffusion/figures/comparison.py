@@ -20,9 +20,7 @@ _METHODS: dict[str, Any] = {
     "paper": dict(label="ML-EM, independent coins", color="#ef8a00", marker="o", ms=5.1, ls="none"),
     "other": dict(label="other coins, quadrature", color="#b4005a", marker="*", ms=7.7, ls="none"),
 }
-_HOLLOW: dict[str, Any] = dict(
-    label="hollow: top level\nfired too rarely", ls="none", marker="o", mfc="none", color="#777777", ms=5
-)
+_HOLLOW: Any = dict(label="hollow: top level\nfired too rarely", ls="none", marker="o", mfc="none", color="0.5", ms=5)
 _FRONTIERS = {  # methods, colour, zorder; drawn if the last method has a row
     "baselines": (("stitched", "single"), "#23395b", 2.0),
     "paper's ML-EM": (("paper",), "#ef8a00", 4.0),
@@ -34,10 +32,9 @@ _THICK: dict[str, Any] = dict(lw=3.2, alpha=0.55)
 
 @style.styled
 def plot_compare(frame: DataFrame, title: str = "") -> Figure:
-    """Draw compare.csv, one column of panels per dynamics: distance and error against compute, error against time.
+    """Draw `settings.for_figures`, a column of panels per dynamics: distance and error against compute, error in time.
 
-    frame: from `table.for_figures`. Errors have bars of two standard errors. Points that are not positive are left out,
-    because log axes cannot show them. Settings that are not trusted are hollow and on no frontier."""
+    Errors have bars of two standard errors. Settings that are not trusted are hollow and on no frontier."""
     panels = [("distance", "gflops_realised"), ("error", "gflops_realised"), ("error", "seconds")]
     if frame.distance.isna().all():
         panels = panels[1:]  # a family without images has no distances
@@ -86,8 +83,7 @@ def _draw_panel(ax: Any, frame: Any, cost: str, measure: str, blues: dict[str, A
 
 
 def _draw_points(ax: Any, frame: Any, cost: str, measure: str, **looks: Any) -> None:
-    bars = style.error_bars(frame.error.to_numpy(), frame.error_se.fillna(0.0).to_numpy())
-    bars = bars if measure == "error" else None
+    bars = style.error_bars(frame.error, frame.error_se.fillna(0.0)) if measure == "error" else None
     ax.errorbar(frame[cost], frame[measure], yerr=bars, elinewidth=0.8, capsize=1.5, capthick=0.7, **looks)
 
 

@@ -32,15 +32,9 @@ def plot_training(levels: Sequence[dict[str, Any]], title: str = "") -> Figure:
     return figure
 
 
-# ---------------------------------------------------------------------------------------------- diagnostics
-
-
 @style.styled
 def plot_diagnostics(content: dict[str, Any]) -> Figure:
-    """Draw the mean square differences of levels, for one of the dynamics in diagnostics.json.
-
-    Left: against log-SNR, with bands of two standard errors. Right: the pooled value V, and V times the cost of one
-    firing, against the level's FLOPs."""
+    """Mean square differences of levels, for one of the dynamics in diagnostics.json: against log-SNR, and pooled."""
     names = content["levels"]
     where = f"{content['samples']} trajectories of {names[-1]}, {content['dynamics'].upper()}, {content['step_rule']}"
     figure = style.new_figure(13, 4.8, where)
@@ -82,15 +76,11 @@ def _draw_pooled(ax: Any, names: list[str], gflops: np.ndarray, pooled: dict[str
     style.plain_ticks(ax.xaxis)
 
 
-# ---------------------------------------------------------------------------------------------------- gains
-
-
 @style.styled
 def plot_gains(all_effects: Sequence[Effects], title: str = "") -> Figure:
     """The effects of level differences on the final image against log-SNR, a panel per step rule.
 
-    Effects are rates: root mean square per unit of log-SNR, with bands of two standard errors. The final denoising has
-    no step and is left out."""
+    Effects are rates, with bands of two standard errors. The final denoising has no step and is left out."""
     figure = style.new_figure(1.5 + 4.6 * len(all_effects), 4.2, title)
     panels = figure.subplots(1, len(all_effects), squeeze=False)[0]
     for ax, effects in zip(panels, all_effects, strict=True):
@@ -115,16 +105,11 @@ def _draw_effects(ax: Any, effects: Effects) -> None:
     ax.set_title(style.rule_title(effects.dynamics, effects.step_rule))
 
 
-# ------------------------------------------------------------------------------------------------- ablation
-
-
 @style.styled
 def plot_ablation(content: dict[str, Any], title: str = "") -> Figure:
-    """Draw the content of ablation.json.
+    """Draw the content of ablation.json: each level's cost, and one panel of cost ratios per step rule.
 
-    Left: each level's share of the largest level's FLOPs and seconds. Right, one panel per step rule: cost at equal
-    predicted error without the level, divided by the cost with it. A bar runs from the geometric mean (marker) to the
-    largest value. Hollow markers are levels that the ablation removed."""
+    A bar runs from the geometric mean (marker) to the largest value. Hollow: levels that the ablation removed."""
     levels, units = content["levels"], list(content["kept"])
     rules = list(levels[0][f"cost_ratio_{units[0]}"] or {})
     figure = style.new_figure(4.2 + (1.6 + 0.42 * len(levels)) * len(rules), 4.2, title)
