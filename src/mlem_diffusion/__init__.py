@@ -17,7 +17,7 @@ from .errors import UserError as UserError
 from .models.adapters import adapt as adapt
 from .models.adapters import from_diffusers as from_diffusers
 from .models.adapters import guided as guided
-from .multilevel.calibrate import calibrate as calibrate
 from .multilevel.estimators import Multilevel as Multilevel
 from .multilevel.estimators import Quadrature as Quadrature
 from .multilevel.estimators import constant_probabilities as constant_probabilities
+from .multilevel.planner import calibrate as calibrate
