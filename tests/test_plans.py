@@ -43,7 +43,7 @@ def test_a_plan_builds_its_estimator_and_setting_from_any_family_that_has_its_le
     assert isinstance(estimator, Multilevel) and estimator.coins == "nested" and np.array_equal(estimator.p, TABLE)
     assert estimator.levels == list(FAMILY) and isinstance(WEIGHTS.build(FAMILY), Quadrature)
     alone = SINGLE.build(FAMILY)
-    assert isinstance(alone, SingleLevel) and alone.level.name == "w1"
+    assert isinstance(alone, SingleLevel) and alone.levels[0].name == "w1"
     with pytest.raises(UserError, match="needs the level w2; the family has w0, w1"):
         PLAN.build(FAMILY[:2])
     # a plan of one level is a baseline, whichever method found it, and does not run twice

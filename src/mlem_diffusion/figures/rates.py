@@ -42,8 +42,7 @@ def plot_rates(result: dict[str, Any], frame: DataFrame) -> Figure:
 def _draw_costs(ax: Any, frame: Any, entries: dict[str, Any]) -> None:
     for method, (colour, marker, line, label) in _METHODS.items():
         entry, own = entries[method], frame[frame.method == method]
-        style = dict(fmt=marker, color=colour, ms=3.2, lw=0.8, alpha=0.85)
-        ax.errorbar(own.error, own.cost, xerr=2 * own.error_se, **style)
+        ax.errorbar(own.error, own.cost, xerr=2 * own.error_se, fmt=marker, color=colour, ms=3.2, lw=0.8, alpha=0.85)
         ends, exponent = np.array(entry["error_range"]), entry["exponent"]
         fitted = np.exp(entry["log_cost_at_one"]) * ends**exponent
         ax.plot(ends, fitted, color=colour, ls=line, label=f"{label} −{-exponent:.2f}")

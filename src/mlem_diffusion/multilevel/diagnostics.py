@@ -1,7 +1,5 @@
-"""Diagnostics of a family before it is used: the contract of each level, the telescope of the multilevel estimate,
-variance, kurtosis and cost of each level difference (Giles 2015, section 3) along the largest level's own trajectories,
-and whether the differences fall.
-"""
+"""Diagnostics of a family before it is used: the contract of each level, the telescope of the multilevel estimate, and
+variance, kurtosis and cost of each level difference (Giles 2015, section 3) along the largest level's trajectories."""
 
 import itertools
 import json
@@ -77,9 +75,8 @@ def measure(
     If a step rule evaluates twice at a noise level, the later evaluation is measured."""
     grid = process.grid(steps)
     program = rule.program(grid)
-    visits = {e.logsnr: j for j, e in enumerate(program)}
-    logsnr = np.array(sorted(visits))
-    slots = {visits[value]: s for s, value in enumerate(logsnr)}
+    visits = sorted({e.logsnr: j for j, e in enumerate(program)}.items())
+    logsnr, slots = np.array([value for value, _ in visits]), {j: s for s, (_, j) in enumerate(visits)}
     k, n, s = len(family), len(path.seeds), len(slots)
     square = np.zeros((k + 1, n, s))  # of Y_1, ..., Y_K and f^K: means over pixels
     total = torch.zeros(s, *path.shape, dtype=torch.float64, device=path.device)  # sums of f^K over samples
@@ -152,8 +149,7 @@ def _not_falling(s: LevelStatistics) -> list[dict[str, str]]:
         change = s.square[k] - s.square[k - 1]
         hit = change.mean(0) > 2 * sem(change)
         if len(hit) > 3:  # a single noise level may be chance
-            padded = np.concatenate([[False], hit, [False]])
-            hit = hit & (padded[:-2] | padded[2:])
+            hit &= np.convolve(hit, [1, 0, 1], "same") > 0
         own = s.square[k].mean(0) * s.weights
         share = own[hit].sum() / max(own.sum(), 1e-300)
         if share >= 0.05:
@@ -279,9 +275,8 @@ def differences_fall(errors: Any) -> dict[str, Any]:
     noise level; for to_previous, between the differences to the level before of two levels."""
     places, checks, violations = [None, *errors.logsnr.tolist()], 0, []
     for kind, array, names in (
-        ("to_largest", errors.to_largest, errors.names[:-1]),
-        ("to_previous", errors.to_previous, errors.names[1:]),
-    ):
+        ("to_largest", errors.to_largest, errors.names), ("to_previous", errors.to_previous, errors.names[1:])
+    ):  # fmt: skip
         values = np.concatenate([(array @ errors.weights)[..., None], array], axis=-1)  # pooled, then by noise level
         change = np.diff(values, axis=0)
         checks += len(change) * len(places)

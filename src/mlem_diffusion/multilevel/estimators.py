@@ -2,8 +2,7 @@
 
 ML-EM (arXiv:2603.24594) is F = sum_k (B_k / p_k) (f^k - f^{k-1}) with f^0 = 0. Coin B_k is 1 ("fires") with
 probability p_k, else 0; level 1 always fires (p_1 = 1). Collecting the terms of each network gives F = sum_k w_k f^k
-with w_k = B_k / p_k - B_{k+1} / p_{k+1}. Only networks with w_k != 0 are evaluated.
-"""
+with w_k = B_k / p_k - B_{k+1} / p_{k+1}. Only networks with w_k != 0 are evaluated."""
 
 from collections.abc import Sequence
 from functools import partial

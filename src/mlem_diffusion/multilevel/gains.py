@@ -3,8 +3,7 @@
 A run that uses F_j + e_j instead of the largest level's estimates F_j ends, to first order, at X + sum_j (dX/dF_j) e_j.
 Here e_j = sum_k (w_kj - 1) delta_kj, with differences delta_kj = (f^k - f^{k-1})(x_j) and weights w_kj, such as
 B_kj / p_kj. One backward sweep projects the *effects* of all j and k on a random direction v, random signs over
-sqrt(dimension): s_kj = <v, (dX/dF_j) delta_kj>. E s_kj^2 is the *gain* A_kj = E |(dX/dF_j) delta_kj|^2 / dimension.
-"""
+sqrt(dimension): s_kj = <v, (dX/dF_j) delta_kj>. E s_kj^2 is the *gain* A_kj = E |(dX/dF_j) delta_kj|^2 / dimension."""
 
 from __future__ import annotations
 

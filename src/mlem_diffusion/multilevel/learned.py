@@ -9,8 +9,7 @@ baseline l(0) and the derivative through the weight B_c / p_c sum to an unbiased
     dE[L]/dp_c = -E[D_c],    D_c = l(0) - l(1/p_c) + l'(1/p_c) / p_c = (|d|^2 - 2 <e, d - a / p_c>) / dim
 
 e is the error if the coin fires, d the change of the final image by its firing, and a = dX/dr the tangent. Every draw
-follows one random coin through three runs (fired, not fired, reference) and the tangent, all forward in time.
-"""
+follows one random coin through three runs (fired, not fired, reference) and the tangent, all forward in time."""
 
 from __future__ import annotations
 

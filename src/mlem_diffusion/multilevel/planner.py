@@ -10,8 +10,7 @@ added by coins or omitted evaluations. To first order in the effects s_kj and ga
 
 over the differences k of neighbouring *used* levels. A plan minimises (added error + price * cost). Both are sums over
 these differences, except for shared evaluations. So the best levels for a price are a shortest path from "nothing" to
-the largest used level, whose edge (a, b) is as long as the best estimate of f^b - f^a.
-"""
+the largest used level, whose edge (a, b) is as long as the best estimate of f^b - f^a."""
 
 from __future__ import annotations
 

@@ -3,8 +3,7 @@
 The error is sqrt(E |X(1) - exact|^2 / d), the RMS error to the solution with the *true* drift on the same Brownian
 path. The cost is expected, in units of T_0 = 1: an evaluation of level k costs T_k = 2^(gamma k). It is counted, not
 timed, because all levels are equally cheap to simulate. Settings are chosen on other replicates than measured: EM by
-its measured frontier, the others by an error model, squared error = features @ constants.
-"""
+its measured frontier, the others by an error model, squared error = features @ constants."""
 
 from __future__ import annotations
 
@@ -90,9 +89,7 @@ def predicted_exponent(method: str, gamma: float) -> float:
     """The exponent of cost against error as the error goes to 0; at gamma = 2 without the factor log^2 of ML-EM.
 
     Below 2, ML-EM is better than Monte Carlo's -2, since it always evaluates level 1; the jump process does not."""
-    if method == "em":
-        return -(gamma + 1)
-    return -max(gamma, 2.0) if method == "poisson" else -max(gamma, 1 + gamma / 2)
+    return -{"em": gamma + 1, "ml_em": max(gamma, 1 + gamma / 2), "poisson": max(gamma, 2.0)}[method]
 
 
 def measure(item: Item, paths: int, levels: int, grid: int) -> Measured:
