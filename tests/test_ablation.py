@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from mlem_diffusion.diffusion.level import Level
-from mlem_diffusion.multilevel import ablation
 from mlem_diffusion.multilevel.ablation import Frontiers, remove_levels, seconds_per_image, table
 from mlem_diffusion.multilevel.gains import Effects
 from mlem_diffusion.multilevel.planner import METHODS, Calibration
@@ -139,7 +138,7 @@ def test_a_level_that_one_rule_needs_is_kept() -> None:
     assert ratios["ode/ddim"]["largest"] < 1.001 < 1.1 < ratios["sde/ddpm"]["largest"] and seen[0] == (1, 3)
 
 
-def test_seconds_are_of_one_image_and_in_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seconds_are_of_one_image_and_in_proportion() -> None:
     def level(name: str, pause: float, flops: float) -> Level:
         def denoise(x: torch.Tensor, logsnr: torch.Tensor) -> torch.Tensor:
             assert x.shape == (4, 3, 2, 2) and logsnr.ndim == 0
@@ -148,7 +147,6 @@ def test_seconds_are_of_one_image_and_in_proportion(monkeypatch: pytest.MonkeyPa
 
         return Level(name, denoise, flops)
 
-    monkeypatch.setattr(ablation, "_AT_LEAST", 0.0)
     family = [level("quick", 0.004, 1), level("slow", 0.02, 2)]
-    quick, slow = seconds_per_image(family, (3, 2, 2), 4, torch.device("cpu"))
+    quick, slow = seconds_per_image(family, (3, 2, 2), 4, torch.device("cpu"), at_least=0.0)
     assert 0.001 <= quick < 0.005 <= slow < 0.03
