@@ -169,9 +169,11 @@ def follow_coins(
     step, level: [R]; level 0 is the first level, which has no coin. Rows are ordered by path, with equally many per
     path. x: starts [paths, ...]. noise(j): increments of evaluation j [paths, ...]. coins(j): its coins [R, K]."""
     each, levels, program = len(step) // len(x), p.shape[1], networks.program
-    empty: list[Any] = [None] * (len(program[0].update) - 1)
-    reference, fired = [x, *empty], [x.repeat_interleave(each, 0), *empty]
-    unfired, tangent = list(fired), [torch.zeros_like(fired[0]), *empty]
+    empty = [None] * (len(program[0].update) - 1)
+    reference: list[Any] = [x, *empty]
+    fired: list[Any] = [x.repeat_interleave(each, 0), *empty]
+    unfired: list[Any] = list(fired)
+    tangent: list[Any] = [torch.zeros_like(fired[0]), *empty]
     chance = expand(torch.as_tensor(p[step, level], dtype=x.dtype, device=x.device), x)
     top = np.eye(levels)[-1:].repeat(len(x), axis=0)
     own = np.eye(levels)[level] - np.eye(levels)[level - 1]  # weights of the coin's level difference
