@@ -12,8 +12,7 @@ from mlem_diffusion.diffusion.sampler import SingleLevel, sample
 from mlem_diffusion.diffusion.step_rules import step_rule
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.models.analytic import analytic_family
-from mlem_diffusion.multilevel.calibrate import calibrate
-from mlem_diffusion.multilevel.planner import Calibration
+from mlem_diffusion.multilevel.planner import Calibration, calibrate
 
 SHAPE, FAMILY, RULE = (1, 4, 4), analytic_family(levels=4), step_rule("sde/ddpm")
 PROCESS, STEPS, LARGEST = Process(LinearSchedule(), base_steps=65), (9, 17, 33), FAMILY[-1].flops

@@ -18,8 +18,16 @@ from mlem_diffusion.diffusion.sampler import SingleLevel, sample
 from mlem_diffusion.diffusion.step_rules import STEP_RULES
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.multilevel import estimators
-from mlem_diffusion.multilevel.diagnostics import LevelStatistics, describe, diagnose, judge, measure, table
-from mlem_diffusion.multilevel.level_checks import check_contract, check_telescope
+from mlem_diffusion.multilevel.diagnostics import (
+    LevelStatistics,
+    check_contract,
+    check_telescope,
+    describe,
+    diagnose,
+    judge,
+    measure,
+    table,
+)
 
 PATH, DDPM = BrownianPath(range(12), SHAPE), STEP_RULES["sde/ddpm"]
 GOOD = ([1.0, 4e-3, 1e-3, 2.5e-4], [1, 16, 256, 4096])
@@ -36,8 +44,7 @@ def statistics(pooled: Sequence[float], flops: Sequence[float], samples: int = 4
     noise = 1 + 0.05 * np.random.default_rng(0).standard_normal((k, samples, s))
     square, names = np.array(pooled)[:, None, None] * noise, [f"n{i}" for i in range(k)]
     logsnr, weights = np.linspace(-9, 9, s), np.full(s, 1 / s)
-    zero, ones = np.zeros((k, samples, s)), np.ones((k + 1, s))
-    return LevelStatistics(names, np.array(flops, dtype=float), logsnr, weights, zero, square, ones)
+    return LevelStatistics(names, np.array(flops, dtype=float), logsnr, weights, square, np.ones(s))
 
 
 def texts(found: LevelStatistics | dict[str, Any], severity: str = "warning") -> list[str]:
@@ -52,22 +59,20 @@ def test_differences_of_linear_levels_are_exact() -> None:
     x2 = s.square[0] / 0.25
     np.testing.assert_allclose(s.square[1], 0.2**2 * x2, rtol=1e-5)
     np.testing.assert_allclose(s.square[2], 0.1**2 * x2, rtol=1e-4)
-    np.testing.assert_allclose(s.mean[1], 0.4 * s.mean[0], rtol=1e-3, atol=1e-6)
-    np.testing.assert_allclose(s.spread[3], s.spread[0] * (0.8 / 0.5) ** 2, rtol=1e-5)
-    assert np.all(s.spread[0] <= s.square[0].mean(0) * 12 / 11 + 1e-12)
+    assert np.all((s.spread > 0) & (s.spread <= 0.8**2 * x2.mean(0) * 12 / 11 + 1e-12))
     pooled = describe(s)["pooled"]
     np.testing.assert_allclose(pooled["variance_cost"], pooled["mean_square"] * [1, 4, 16 + 4])
 
 
 @pytest.mark.parametrize(("key", "spent"), [("ode/heun", 12 * (8 * 21 + 7 * 16)), ("sde/ddpm", 12 * 8 * 21)])
 def test_states_are_those_of_the_largest_level_alone_and_batches_do_not_matter(key: str, spent: float) -> None:
-    """At the last noise level the differences sum to the finished image."""
+    """At the last noise level the largest level's output is the finished image."""
     family = toy_family()
     (whole, flops), (parts, again) = (
         measure(family, process(), STEP_RULES[key], PATH, 8, batch, max) for batch in (12, 5)
     )
     images, _ = sample(SingleLevel(family[-1]), STEP_RULES[key], process().grid(8), PATH)
-    np.testing.assert_allclose(whole.mean[..., -1].sum(0), images.flatten(1).mean(1), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(whole.spread[-1], images.double().var(0).mean(), rtol=1e-4)
     np.testing.assert_allclose(whole.square, parts.square, rtol=1e-4, atol=1e-10)
     np.testing.assert_allclose(whole.spread, parts.spread, rtol=1e-4, atol=1e-10)
     assert flops == again == spent and len(whole.logsnr) == 8

@@ -165,7 +165,7 @@ def test_special_quadratures_equal_other_estimators() -> None:
     lambda: Stitched(FAMILY[0], FAMILY[1], 1.5),
     lambda: Stitched(FAMILY[1], FAMILY[0], 0.5),
     *(lambda bad=bad: Quadrature(FAMILY, bad) for bad in (
-        weights_of(12)[:, :2], weights_of(12)[0], weights_of(12) * [1, 1, np.nan], 2 * weights_of(12))),
+        weights_of(12)[:, :2], weights_of(12) * [1, 1, np.nan], 2 * weights_of(12))),
     lambda: Quadrature(FAMILY, weights_of(12)).expected_evaluations(10),
 ])  # fmt: skip
 def test_bad_estimators_are_refused(make) -> None:

@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.multilevel.estimators import draw_coins, telescope_weights
+from mlem_diffusion.multilevel.estimators import draw_coins, evaluation_probabilities, telescope_weights
 from mlem_diffusion.rates import exponents, problem
-from mlem_diffusion.rates import settings as rates
-from mlem_diffusion.rates.exponents import exponent_entry, fit_exponent, slope
+from mlem_diffusion.rates.exponents import RateSetting, exponent_entry, fit_exponent, slope
 from mlem_diffusion.rates.problem import fire, jump_process, linear_response
-from mlem_diffusion.rates.settings import RateSetting
 
 GRID = 768
 MODEL = np.array([12.0, 0.38, 0.6, 0.45])  # constants of the error model
@@ -66,7 +64,7 @@ def test_certain_coins_are_euler_maruyama(replicates):
 
 def test_em_is_of_first_order(replicates):
     counts = [48, 96, 192, 384]
-    found = rates.squared_errors(replicates, settings := [RateSetting("em", 1, 10, n) for n in counts])
+    found = exponents.squared_errors(replicates, settings := [RateSetting("em", 1, 10, n) for n in counts])
     rms = np.sqrt([found[s].mean() for s in settings])
     assert slope(np.array(counts, float), rms)[0] == pytest.approx(-1, abs=0.1)
 
@@ -84,8 +82,8 @@ def test_the_estimator_is_unbiased_for_the_top_level(replicates, p):
 def test_a_setting_does_not_depend_on_the_others(replicates):
     a, b = (RateSetting("ml_em", 2.5, k, 48, 4.0) for k in (5, 4))
     c, d = (RateSetting("poisson", 2.5, k, 0, 4.0) for k in (3, 2))
-    together = rates.squared_errors(replicates, [b, a, d, c])
-    assert all(np.array_equal(rates.squared_errors(replicates, [s])[s], together[s]) for s in (a, c))
+    together = exponents.squared_errors(replicates, [b, a, d, c])
+    assert all(np.array_equal(exponents.squared_errors(replicates, [s])[s], together[s]) for s in (a, c))
 
 
 def test_expected_costs_and_probabilities():
@@ -122,12 +120,13 @@ def test_between_events_the_path_follows_the_brownian_motion():
 @pytest.mark.parametrize("dynamics", ["sde", "ode"])
 def test_the_jump_process_is_the_limit_of_small_steps(dynamics):
     block = problem.draw((5,), 100, 3, 768, problem.NOISE[dynamics])
-    setting = RateSetting("ml_em_over_base", 2.5, 3, 768, 4.0)
-    stepped = problem.euler(block, 768, [((1.0, *setting.p), (j,)) for j in range(12)])
+    setting = RateSetting("poisson", 2.5, 3, 0, 4.0)
+    p = np.minimum(1.0, setting.rates / 768)  # of ML-EM over f^0, with a random level 1 too
+    stepped = problem.euler(block, 768, [((1.0, *p), (j,)) for j in range(12)])
     jumped = jump_process(block, [(setting.rates, (j,)) for j in range(12)])
     errors = [np.sqrt(np.mean((end - block.end) ** 2)) for end in (stepped, jumped)]
     assert errors[1] == pytest.approx(errors[0], rel=0.08)  # 1200 runs each: standard error of the ratio 3%
-    assert replace(setting, method="poisson", steps=0).cost == pytest.approx(setting.cost, rel=0.05)
+    assert setting.cost == pytest.approx(768 * evaluation_probabilities(p[None])[0] @ setting.level_costs, rel=0.05)
 
 
 def test_the_fit_recovers_an_exact_exponent():
@@ -141,27 +140,27 @@ def test_the_fit_recovers_an_exact_exponent():
 
 
 def test_settings_are_chosen_by_the_error_model():
-    settings = rates.pilot_settings(4096, 12, 20000.0)
-    assert np.allclose(rates.calibrate(settings, rates.model_errors(settings, MODEL) ** 2), MODEL)
+    settings = exponents.pilot_settings(4096, 12, 20000.0)
+    assert np.allclose(exponents.calibrate(settings, exponents.model_errors(settings, MODEL) ** 2), MODEL)
     settings = [RateSetting("em", 1, k, n) for k in (1, 2, 3) for n in (4, 8)]
     errors = np.array([0.5, 0.4, 0.3, 0.2, 0.25, 0.1])
-    chosen = rates.cheapest(settings, errors, [0.45, 0.3, 0.28, 0.1, 0.01])
+    chosen = exponents.cheapest(settings, errors, [0.45, 0.3, 0.28, 0.1, 0.01])
     assert [(s.levels, s.steps) for s in chosen] == [(1, 8), (2, 4), (2, 8), (3, 8)]
 
 
 def test_predictions_are_those_of_the_theory():
-    found = {g: [rates.predicted_exponent(m, g) for m in rates.METHODS] for g in (1, 2, 2.5, 4)}
+    found = {g: [exponents.predicted_exponent(m, g) for m in exponents.METHODS] for g in (1, 2, 2.5, 4)}
     assert found == {1: [-2, -1.5, -2], 2: [-3, -2, -2], 2.5: [-3.5, -2.5, -2.5], 4: [-5, -4, -4]}
 
 
 def test_a_small_run_has_the_exponents():
     """EM and ML-EM at gamma = 3 over two octaves and a half of error, chosen by an error model with known constants."""
-    targets = rates.target_errors(2**-3.5, 2**-6, 2)
+    targets = exponents.target_errors(2**-3.5, 2**-6, 2)
     chosen = {}
     for method in ("em", "ml_em"):
-        settings = rates.candidates(method, 3.0, GRID, 10)
-        chosen[method] = rates.cheapest(settings, rates.model_errors(settings, MODEL), targets)
-    squared = rates.measure(("sde", 1, [s.run for found in chosen.values() for s in found]), 200, 10, GRID)
+        settings = exponents.candidates(method, 3.0, GRID, 10)
+        chosen[method] = exponents.cheapest(settings, exponents.model_errors(settings, MODEL), targets)
+    squared = exponents.measure(("sde", 1, [s.run for found in chosen.values() for s in found]), 200, 10, GRID)
     entries = {m: exponent_entry(s, squared, MODEL, 100) for m, s in chosen.items()}
     assert entries["em"]["exponent"] == pytest.approx(-4, abs=0.4)
     assert entries["ml_em"]["exponent"] == pytest.approx(-3.3, abs=0.4)  # a coarse range: above the limit of -3
@@ -170,7 +169,7 @@ def test_a_small_run_has_the_exponents():
         assert e["exponent"] == pytest.approx(e["expected_in_range"], abs=0.25)
     for settings in chosen.values():  # the error model is right to a fifth
         measured = [np.sqrt(squared[s.run].mean()) for s in settings]
-        assert np.allclose(measured, rates.model_errors(settings, MODEL), rtol=0.2)
+        assert np.allclose(measured, exponents.model_errors(settings, MODEL), rtol=0.2)
 
 
 def test_the_study_from_settings_to_results(monkeypatch):
@@ -179,9 +178,9 @@ def test_the_study_from_settings_to_results(monkeypatch):
     def measure(item, paths, levels, grid):
         _, seed, settings = item
         scale = np.random.default_rng(seed).chisquare(2, paths) / 2
-        return {s: rates.model_errors([s], MODEL)[0] ** 2 * scale * (1 + seed) for s in settings}
+        return {s: exponents.model_errors([s], MODEL)[0] ** 2 * scale * (1 + seed) for s in settings}
 
-    monkeypatch.setattr(rates, "measure", measure)
+    monkeypatch.setattr(exponents, "measure", measure)
     targets, poisson = {"coarsest": 1 / 16, "finest": 1 / 256}, {"coarsest": 0.18, "events": 9000, "seeds": 1}
     r = SimpleNamespace(dynamics=["sde"], gammas=[3], choose_seeds=[0], judge_seeds=[9, 4], paths=20, levels=12)
     r.grid, r.bootstrap = 4096, 20
@@ -190,7 +189,7 @@ def test_the_study_from_settings_to_results(monkeypatch):
     result, frame = exponents.verify(r, *others)
     json.dumps(result, allow_nan=False)
     assert set(result["sde"]["3"]) == set(frame.method) == {"em", "ml_em", "poisson"}
-    assert len(result["step_size"]["sde"]["agreement"]) == 2 and "sde, gamma 3, em" in exponents.summary(result)
+    assert len(result["step_size"]["sde"]["curves"]) == 4 and "sde, gamma 3, em" in exponents.summary(result)
     r.judge_seeds = [0, 1]
     with pytest.raises(UserError, match="no seed in common"):
         exponents.verify(r, *others)

@@ -18,7 +18,6 @@ from ..diffusion.step_rules import StepRule, step_rule
 from ..errors import UserError
 from ..files import read_json, write_json
 from ..multilevel import ablation, planner
-from ..multilevel.calibrate import check_reference
 from ..multilevel.diagnostics import diagnose
 from ..multilevel.gains import Effects, measure_effects
 from ..multilevel.learned import learn_probabilities
@@ -33,7 +32,7 @@ def check(exp: Any) -> None:
     if o.cost not in ("flops", "seconds"):
         raise UserError(f"optimise.cost = {o.cost} is unknown; expected flops or seconds.")
     steps = [count for rule in o.rules for count in rule.steps]
-    check_reference(o.reference_steps or exp.process.base_steps, steps, "optimise.reference_steps")
+    planner.check_reference(o.reference_steps or exp.process.base_steps, steps, "optimise.reference_steps")
 
 
 def _cached(exp: Any, stem: str, facts: Any, compute: Callable[[], Any]) -> Any:

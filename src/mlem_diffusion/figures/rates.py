@@ -42,8 +42,7 @@ def plot_rates(result: dict[str, Any], frame: DataFrame) -> Figure:
 def _draw_costs(ax: Any, frame: Any, entries: dict[str, Any]) -> None:
     for method, (colour, marker, line, label) in _METHODS.items():
         entry, own = entries[method], frame[frame.method == method]
-        style = dict(fmt=marker, color=colour, ms=3.2, lw=0.8, alpha=0.85)
-        ax.errorbar(own.error, own.cost, xerr=2 * own.error_se, **style)
+        ax.errorbar(own.error, own.cost, xerr=2 * own.error_se, fmt=marker, color=colour, ms=3.2, lw=0.8, alpha=0.85)
         ends, exponent = np.array(entry["error_range"]), entry["exponent"]
         fitted = np.exp(entry["log_cost_at_one"]) * ends**exponent
         ax.plot(ends, fitted, color=colour, ls=line, label=f"{label} −{-exponent:.2f}")
@@ -74,11 +73,7 @@ def _draw_exponents(ax: Any, result: dict[str, Any], dynamics: list[str], gammas
 def _draw_step_size(ax: Any, study: dict[str, Any]) -> None:
     for i, (name, curve) in enumerate(study["curves"].items()):
         n, error, se = np.array([(r["steps"], r["error"], r["error_se"]) for r in curve["rows"]]).T
-        style = dict(marker=MARKERS[i], color=COLOURS[i], ls=":" if "base" in name else "-", ms=4)
-        ax.errorbar(n, error, yerr=2 * se, label=name, **style)
-    for entry in study["agreement"]:
-        style = dict(color="0.35", lw=1, ls="--" if entry["levels"] == 4 else "-.")
-        ax.axhline(entry["poisson"]["error"], label=f"jump process, {entry['levels']} levels", **style)
+        ax.errorbar(n, error, yerr=2 * se, label=name, marker=MARKERS[i], color=COLOURS[i], ms=4)
     ax.set_xscale("log", base=2)
     ax.set(yscale="log", xlabel="number of steps $n = 1/h$", ylabel="RMS error at $t$ = 1")
     more_room(ax, below=0.45)

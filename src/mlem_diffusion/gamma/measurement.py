@@ -16,7 +16,7 @@ from ..diffusion.level import Level
 from ..diffusion.process import Process, add_noise
 from ..errors import UserError
 from ..models.family import identity_of
-from ..multilevel.level_checks import differences_fall
+from ..multilevel.diagnostics import differences_fall
 from .power_law import Fit, Interval, fit
 
 Metadata = Sequence[Mapping[str, Any]]

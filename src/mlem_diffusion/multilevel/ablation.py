@@ -1,8 +1,6 @@
 """Ablation of levels: how much more the same predicted error costs without each level.
 
-If several levels can replace each other, no single one of them is needed. So levels are also removed one by one, lowest
-cost ratio first, until every remaining level earns its place.
-"""
+Of levels that can replace each other no single one is needed, so they are also removed one by one."""
 
 import itertools
 import math
@@ -51,8 +49,7 @@ def seconds_per_image(
 class Frontiers:
     """Predicted frontiers of a family and of its subsets, for one step rule.
 
-    Plans are cached. A plan of a subset is also a plan of each larger set, so no cost ratio is below 1.
-    """
+    Plans are cached. A plan of a subset is also a plan of each larger set, so no cost ratio is below 1."""
 
     def __init__(self, inputs: Calibration):
         self.inputs, self.names = inputs, inputs.effects.names
@@ -112,21 +109,15 @@ def _turns_up(a: tuple[float, float], b: tuple[float, float], c: tuple[float, fl
     return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])
 
 
-def score(by_rule: Mapping[str, Ratio], mean: float, largest: float) -> float:
-    """1 or more if a level saves more than `mean` on geometric average, or `largest` at one error, for some rule."""
-    return max(
-        max(math.log(r["mean"]) / math.log1p(mean), math.log(r["largest"]) / math.log1p(largest))
-        for r in by_rule.values()
-    )
-
-
 def remove_levels(
     rules: Sequence[Calibration], mean: float, largest: float, progress: Progress
 ) -> tuple[dict[str, dict[str, Ratio]], list[str]]:
-    """Remove the level of the lowest cost ratio (`score`), repeatedly, until every remaining level earns its place.
+    """Remove the level of the lowest cost ratio, repeatedly, until each level earns its place for some rule: without it
+    the cost would rise by more than `mean` on geometric average, or by more than `largest` at one error.
 
     Of equal ones the most expensive goes first. The largest level stays, since errors are measured against it.
     Returns {level: {rule: Ratio}} in the full family, and the names of the levels that are kept."""
+    limits = {"mean": math.log1p(mean), "largest": math.log1p(largest)}
     names, frontiers = rules[0].effects.names, [Frontiers(rule) for rule in rules]
     left, first = list(range(len(names))), {}
     while True:
@@ -136,7 +127,10 @@ def remove_levels(
                 f.find([other for other in left if other != k])
         ratios = {k: {f.inputs.rule: f.cost_ratio(left, k) for f in frontiers} for k in left[:-1]}
         first = first or {names[k]: by_rule for k, by_rule in ratios.items()}
-        scores = {k: score(by_rule, mean, largest) for k, by_rule in ratios.items()}
+        scores = {
+            k: max(math.log(ratio[name]) / limit for ratio in by_rule.values() for name, limit in limits.items())
+            for k, by_rule in ratios.items()
+        }
         least = min(scores, key=lambda k: (round(scores[k], 6), -k), default=None)
         if least is None or scores[least] > 1:
             return first, [names[k] for k in left]

@@ -2,11 +2,9 @@
 
 ML-EM (arXiv:2603.24594) is F = sum_k (B_k / p_k) (f^k - f^{k-1}) with f^0 = 0. Coin B_k is 1 ("fires") with
 probability p_k, else 0; level 1 always fires (p_1 = 1). Collecting the terms of each network gives F = sum_k w_k f^k
-with w_k = B_k / p_k - B_{k+1} / p_{k+1}. Only networks with w_k != 0 are evaluated.
-"""
+with w_k = B_k / p_k - B_{k+1} / p_{k+1}. Only networks with w_k != 0 are evaluated."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -23,23 +21,20 @@ def constant_probabilities(flops: Sequence[float], gamma: float, c: float) -> np
     """p_k = min(1, C (T_k / T_1)^-(1/2 + 1/gamma)) [K], with p_1 = 1, for costs T_k; C trades cost against error.
 
     This is the square-root law p_k ~ sqrt(V_k / T_k), V_k = E|f^k - f^{k-1}|^2, if the error of level k is proportional
-    to T_k^(-1/gamma). Raises UserError unless gamma and c are positive and the costs increase.
-    """
+    to T_k^(-1/gamma). Raises UserError unless gamma and c are positive and the costs increase."""
     costs = np.asarray(flops, dtype=np.float64)
     if not (gamma > 0 and c > 0):
         raise UserError(f"Constant probabilities need positive gamma and c, not gamma = {gamma}, C = {c}.")
     if len(costs) == 0 or np.any(costs <= 0) or np.any(np.diff(costs) <= 0):
         raise UserError("The levels of a family must be ordered by cost, from cheap to expensive, all above zero.")
     p = np.minimum(1.0, c * (costs / costs[0]) ** -(0.5 + 1.0 / gamma))
-    p[0] = 1.0
-    return p
+    return np.concatenate([[1.0], p[1:]])
 
 
 def measured_probabilities(squares: np.ndarray, flops: np.ndarray, c: float) -> np.ndarray:
     """p_k = min(1, C sqrt(V_k / T_k) / sqrt(V_2 / T_2)) [K], with p_1 = 1, from measured V_k = E|f^k - f^{k-1}|^2.
 
-    squares: V [K]; V_1 is not used. Raises UserError unless c and V_2, ..., V_K are positive.
-    """
+    squares: V [K]; V_1 is not used. Raises UserError unless c and V_2, ..., V_K are positive."""
     if not (c > 0 and np.all(squares[1:] > 0)):
         raise UserError("Measured probabilities need a positive c and differences between all neighbouring levels.")
     root = np.sqrt(squares / flops)
@@ -53,8 +48,7 @@ def draw_coins(p: np.ndarray, seeds: Sequence[int], coins: str) -> np.ndarray:
     "systematic": a level fires at the steps where the running sum of its p, plus one random offset, crosses an integer
     (Madow 1949). Its firings are thus evenly spread over the steps. Levels are independent of each other.
     "nested": one uniform number per step decides for all levels: level k fires if the number is below p_k. Steps are
-    independent. If p decreases with k, level k fires only if all levels below it fire.
-    """
+    independent. If p decreases with k, level k fires only if all levels below it fire."""
     if coins not in COINS:
         raise UserError(f"coins = {coins!r} is unknown; expected one of {', '.join(COINS)}.")
     n, levels = p.shape
@@ -112,67 +106,49 @@ def measured_for_cost(squares: np.ndarray, flops: np.ndarray, evaluations: int, 
     return table(high)
 
 
-@dataclass(frozen=True)
-class Multilevel(Estimator):
+class _Tabled(Estimator):
+    """Levels with a table [K], or [n, K] with one row per network evaluation, which is 1 for the first level."""
+
+    def __init__(self, family: Sequence[Level], table: np.ndarray):
+        check_family(family)
+        self.levels, self.table = list(family), np.asarray(table, dtype=np.float64)
+        if self.table.shape[-1:] != (len(family),):
+            raise UserError(f"A table {list(self.table.shape)} does not fit {len(family)} levels.")
+        if not np.isfinite(self.table).all() or np.any(self.table[..., 0] != 1):
+            raise UserError("Probabilities and weights must be finite, and 1 for the first level.")
+
+    def rows(self, evaluations: int) -> np.ndarray:
+        """The table [n, K] of a run."""
+        if self.table.ndim == 2 and len(self.table) != evaluations:
+            raise UserError(f"A table for {len(self.table)} evaluations does not fit a run of {evaluations}.")
+        return np.broadcast_to(self.table, (evaluations, len(self.levels)))
+
+
+class Multilevel(_Tabled):
     """The ML-EM estimate sum_k (B_k / p_k) (f^k - f^{k-1}), unbiased for the largest level at every evaluation.
 
     p: [K], or [n, K] with one row per network evaluation; p_1 = 1. coins: see `draw_coins`."""
 
-    family: tuple[Level, ...]
-    p: np.ndarray
-    coins: str = "independent"
-
-    def __post_init__(self) -> None:
-        check_family(self.family)
-        p = np.asarray(self.p)
-        if p.shape[-1] != len(self.family):
-            raise UserError(f"{p.shape[-1]} probabilities do not fit {len(self.family)} levels.")
-        if not np.all((p > 0) & (p <= 1)) or np.any(p[..., 0] != 1):  # rejects NaN too
-            raise UserError("Inclusion probabilities must lie in (0, 1], with p_1 = 1.")
-
-    @property
-    def levels(self) -> list[Level]:
-        return list(self.family)
+    def __init__(self, family: Sequence[Level], p: np.ndarray, coins: str = "independent"):
+        super().__init__(family, p)
+        self.p, self.coins = self.table, coins
+        if not np.all((self.p > 0) & (self.p <= 1)):
+            raise UserError("Inclusion probabilities must lie in (0, 1].")
 
     def weights(self, evaluations: int, seeds: Sequence[int]) -> np.ndarray:
-        p = _rows(self.p, evaluations, "Probabilities")
+        p = self.rows(evaluations)
         return telescope_weights(p, draw_coins(p, seeds, self.coins))
 
     def expected_evaluations(self, evaluations: int) -> np.ndarray:
-        p = _rows(self.p, evaluations, "Probabilities")
-        return evaluation_probabilities(p, nested=self.coins == "nested").sum(axis=0)
+        return evaluation_probabilities(self.rows(evaluations), nested=self.coins == "nested").sum(axis=0)
 
 
-@dataclass(frozen=True)
-class Quadrature(Estimator):
-    """The estimate f^1 + sum_{k>1} W_k (f^k - f^{k-1}) with fixed weights W [n, K]; W_1 = 1, most others are zero.
+class Quadrature(_Tabled):
+    """The estimate f^1 + sum_{k>1} W_k (f^k - f^{k-1}) with a table of fixed weights W; most are zero.
 
     A difference that is evaluated at one step also stands for the neighbouring steps. The estimate is biased."""
 
-    family: tuple[Level, ...]
-    table: np.ndarray
-
-    def __post_init__(self) -> None:
-        check_family(self.family)
-        table = np.asarray(self.table)
-        if table.ndim != 2 or table.shape[1] != len(self.family):
-            raise UserError(f"A table of weights {list(table.shape)} does not fit {len(self.family)} levels.")
-        if not np.isfinite(table).all() or np.any(table[:, 0] != 1):
-            raise UserError("Quadrature weights must be finite, with W_1 = 1.")
-
-    @property
-    def levels(self) -> list[Level]:
-        return list(self.family)
-
     def weights(self, evaluations: int, seeds: Sequence[int]) -> np.ndarray:
         # sum_k W_k (f^k - f^{k-1}) = sum_k (W_k - W_{k+1}) f^k
-        table = _rows(self.table, evaluations, "Weights")
-        networks = table - following(table)
+        networks = self.rows(evaluations) - following(self.rows(evaluations))
         return np.broadcast_to(networks[:, None], (evaluations, len(seeds), networks.shape[1]))
-
-
-def _rows(values: np.ndarray, evaluations: int, what: str) -> np.ndarray:
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim == 2 and len(values) != evaluations:
-        raise UserError(f"{what} for {len(values)} evaluations do not fit a run of {evaluations}.")
-    return np.broadcast_to(values, (evaluations, values.shape[-1]))

@@ -3,8 +3,7 @@
 A run that uses F_j + e_j instead of the largest level's estimates F_j ends, to first order, at X + sum_j (dX/dF_j) e_j.
 Here e_j = sum_k (w_kj - 1) delta_kj, with differences delta_kj = (f^k - f^{k-1})(x_j) and weights w_kj, such as
 B_kj / p_kj. One backward sweep projects the *effects* of all j and k on a random direction v, random signs over
-sqrt(dimension): s_kj = <v, (dX/dF_j) delta_kj>. E s_kj^2 is the *gain* A_kj = E |(dX/dF_j) delta_kj|^2 / dimension.
-"""
+sqrt(dimension): s_kj = <v, (dX/dF_j) delta_kj>. E s_kj^2 is the *gain* A_kj = E |(dX/dF_j) delta_kj|^2 / dimension."""
 
 from __future__ import annotations
 
@@ -94,26 +93,27 @@ def _interpolation(known: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, n
 
 
 def measure_effects(
-    family: Sequence[Level],
-    rule: StepRule,
-    grid: TimeGrid,
-    path: BrownianPath,
-    probes: int = 2,
-    batch: int = 64,
-    progress: Progress = lambda done, total: None,
-) -> Effects:
+    family: Sequence[Level], rule: StepRule, grid: TimeGrid, path: BrownianPath,
+    probes: int = 2, batch: int = 64, progress: Progress = lambda done, total: None,
+) -> Effects:  # fmt: skip
     """Measure the effects of a family on a grid: one forward run and one backward sweep per batch of the path's seeds.
 
     probes: random directions per seed. Memory: one image per evaluation and sample of a batch. Cost per seed and
     evaluation: each level once, the largest two more times, and `probes` backward passes of it, which count as one
-    evaluation each. Raises UserError if the largest level cannot be differentiated.
-    """
+    evaluation each. Raises UserError if the largest level cannot be differentiated."""
     check_family(family)
     program, values = rule.program(grid), []
     squares = np.zeros((len(family), len(program)))
+    points: list[Tensor] = []  # [n] states [B, ...] of one batch at which the largest level is evaluated
+
+    def visit(x: Tensor, logsnr: Tensor) -> Tensor:
+        points.append(x)
+        return family[-1].denoise(x, logsnr)
+
     for start in range(0, len(path.seeds), batch):
         part = BrownianPath(path.seeds[start : start + batch], path.shape, path.device)
-        points = _trajectory(family[-1], rule, grid, part)
+        points.clear()
+        sample(SingleLevel(replace(family[-1], denoise=visit)), rule, grid, part)
         value, square = _sweep(family, program, points, part.seeds, probes)
         values.append(value)
         squares += square * len(part.seeds) / len(path.seeds)
@@ -122,18 +122,6 @@ def measure_effects(
     spent = len(path.seeds) * len(program) * (flops.sum() + (2 + probes) * flops[-1])
     names, logsnr = tuple(level.name for level in family), np.array([e.logsnr for e in program])
     return Effects(names, flops, rule.dynamics, rule.name, logsnr, np.concatenate(values), squares, float(spent))
-
-
-def _trajectory(level: Level, rule: StepRule, grid: TimeGrid, path: BrownianPath) -> list[Tensor]:
-    """The states [B, *shape] at which a run with this level evaluates its network, in order."""
-    points = []
-
-    def visit(x: Tensor, logsnr: Tensor) -> Tensor:
-        points.append(x)
-        return level.denoise(x, logsnr)
-
-    sample(SingleLevel(Level(level.name, visit, level.flops)), rule, grid, path)
-    return points
 
 
 def _sweep(

@@ -8,16 +8,15 @@ baseline l(0) and the derivative through the weight B_c / p_c sum to an unbiased
 
     dE[L]/dp_c = -E[D_c],    D_c = l(0) - l(1/p_c) + l'(1/p_c) / p_c = (|d|^2 - 2 <e, d - a / p_c>) / dim
 
-e is the error if the coin fires, d the change of the final image by its firing, and a = dX/dr the forward-mode tangent.
-The noise of the other coins cancels. Every draw follows one random coin through three runs (fired, not fired,
-reference) and the tangent, forward in time, so memory does not grow with the number of steps.
-"""
+e is the error if the coin fires, d the change of the final image by its firing, and a = dX/dr the tangent. Every draw
+follows one random coin through three runs (fired, not fired, reference) and the tangent, all forward in time."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,36 +43,24 @@ _EXPLORE = 0.2  # share of the draws that is uniform over all coins
 
 
 def learn_probabilities(
-    family: Sequence[Level],
-    rule: StepRule,
-    grid: TimeGrid,
-    shape: tuple[int, ...],
-    device: torch.device,
-    *,
-    costs: np.ndarray,
-    wanted: float,
-    start: np.ndarray,
-    iterations: int,
-    paths: int,
-    draws: int,
+    family: Sequence[Level], rule: StepRule, grid: TimeGrid, shape: tuple[int, ...], device: torch.device, *,
+    costs: np.ndarray, wanted: float, start: np.ndarray, iterations: int, paths: int, draws: int,
     progress: Progress = lambda done, total: None,
-) -> tuple[np.ndarray, float]:
+) -> tuple[np.ndarray, float]:  # fmt: skip
     """Learned p [n, K] of independent coins with the expected cost `wanted` per image, and the FLOPs of learning.
 
     costs [K]: per evaluation, in FLOPs or seconds. start: p [K]. The log-odds of each level above the first are
     piecewise linear in log-SNR between knots. Adam follows the gradient within the surface of equal cost; then a common
     shift of all log-odds restores the cost. Every iteration follows `paths` new Brownian paths with `draws` coins each.
-    Raises UserError if no probabilities have this cost, or if a level has no forward derivative.
-    """
+    Raises UserError if no probabilities have this cost, or if a level has no forward derivative."""
     program = rule.program(grid)
     for level in family:
         _check_forward_mode(level, shape, device)
-    odds = LogOdds([e.logsnr for e in program], costs, _KNOTS)
+    odds, networks = LogOdds([e.logsnr for e in program], costs, _KNOTS), Networks(family, program, shape, device)
     phi = odds.at_cost(odds.fit(start), wanted)
     parameter = torch.nn.Parameter(torch.as_tensor(phi))
     optimiser = torch.optim.Adam([parameter], lr=0.2, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.1, total_iters=max(1, iterations))
-    networks = Networks(family, program, shape, device)
     for i in range(iterations):
         gradient = gradient_estimate(networks, odds, phi, stream_seed(_LEARN, 0, i), paths, draws)
         parameter.grad = torch.as_tensor(odds.direction(phi, gradient))
@@ -110,8 +97,7 @@ class LogOdds:
         """dp / d(log-odds) [n, K-1], for the probabilities before nearly certain ones become 1."""
         return self._odds(phi) * (1 - self._odds(phi))
 
-    def cost(self, phi: np.ndarray) -> float:
-        """Expected cost per image, exact."""
+    def cost(self, phi: np.ndarray) -> float:  # expected, per image
         return float(evaluation_probabilities(self.table(phi)).sum(axis=0) @ self.costs)
 
     def cost_slope(self, phi: np.ndarray) -> np.ndarray:
@@ -136,7 +122,7 @@ class LogOdds:
         costs = np.array([self.cost(phi + s) for s in shifts])
         crossings = np.flatnonzero((costs[:-1] <= wanted) & (costs[1:] >= wanted))
         if len(crossings) == 0:
-            reach = f"from {costs.min():g} to {costs.max():g}"
+            reach = f"{costs.min():g} to {costs.max():g}"
             raise UserError(f"Learned probabilities can cost {reach} per image, not {wanted:g}.")
         low, high = shifts[crossings[0]], shifts[crossings[0] + 1]
         for _ in range(60):
@@ -152,8 +138,7 @@ def gradient_estimate(
 
     Coins are drawn by systematic sampling, mostly in proportion to the derivative of the cost by their log-odds, to
     which the derivative of the error is proportional at the optimum."""
-    normals = torch.Generator(device=networks.device).manual_seed(seed)
-    uniforms = np.random.default_rng(seed)
+    normals, uniforms = torch.Generator(networks.device).manual_seed(seed), np.random.default_rng(seed)
 
     def images(j: int = 0) -> Tensor:
         return torch.randn(paths, *networks.shape, generator=normals, device=networks.device)
@@ -164,10 +149,11 @@ def gradient_estimate(
     places = (np.arange(count) + uniforms.random()) / count
     chosen = np.minimum(np.searchsorted(running, places * running[-1], side="right"), chances.size - 1)
     step, level = np.unravel_index(uniforms.permutation(chosen), chances.shape)
-    divergence = follow_coins(
-        networks, p, step, level + 1, images(), images, lambda j: uniforms.random((count, p.shape[1])) < p[j]
-    )
-    gradient = np.zeros_like(phi)
+
+    def coins(j: int) -> np.ndarray:
+        return uniforms.random((count, p.shape[1])) < p[j]
+
+    divergence, gradient = follow_coins(networks, p, step, level + 1, images(), images, coins), np.zeros_like(phi)
     each = -divergence * slope[step, level] / (count * chances[step, level])
     np.add.at(gradient, level, each[:, None] * odds.hats[step])
     return gradient
@@ -181,12 +167,13 @@ def follow_coins(
     """D_c [R]: run each row r with coin (step[r], level[r]) fired and not, all else equal, and its path's reference.
 
     step, level: [R]; level 0 is the first level, which has no coin. Rows are ordered by path, with equally many per
-    path. x: starts [paths, ...]. noise(j): increments of evaluation j [paths, ...]. coins(j): its coins [R, K].
-    """
+    path. x: starts [paths, ...]. noise(j): increments of evaluation j [paths, ...]. coins(j): its coins [R, K]."""
     each, levels, program = len(step) // len(x), p.shape[1], networks.program
-    empty: list[Tensor | None] = [None] * (len(program[0].update) - 1)
-    reference, fired = [x, *empty], [x.repeat_interleave(each, 0), *empty]
-    unfired, tangent = list(fired), [torch.zeros_like(_at(fired)), *empty]
+    empty = [None] * (len(program[0].update) - 1)
+    reference: list[Any] = [x, *empty]
+    fired: list[Any] = [x.repeat_interleave(each, 0), *empty]
+    unfired: list[Any] = list(fired)
+    tangent: list[Any] = [torch.zeros_like(fired[0]), *empty]
     chance = expand(torch.as_tensor(p[step, level], dtype=x.dtype, device=x.device), x)
     top = np.eye(levels)[-1:].repeat(len(x), axis=0)
     own = np.eye(levels)[level] - np.eye(levels)[level - 1]  # weights of the coin's level difference
@@ -197,29 +184,24 @@ def follow_coins(
         w, s = telescope_weights(p[None, j], tossed[None])[0], evaluation.logsnr
         # both runs agree before the coin's step; at it, their estimates differ by r * difference with r = 1 / p
         weights = np.concatenate([w[until], w[after], own[at], top])
-        states = [_at(fired)[until], _at(unfired)[after], _at(fired)[at], _at(reference)]
+        states = [fired[0][until], unfired[0][after], fired[0][at], reference[0]]
         plain = networks.estimate(weights, torch.cat(states), s)
         both, other, difference, best = plain.split([len(state) for state in states])
-        if_fired, if_not, slope = (torch.zeros_like(_at(fired)) for _ in range(3))
+        if_fired, if_not, slope = (torch.zeros_like(fired[0]) for _ in range(3))
         if_fired[until], if_not[until], if_not[after] = both, both, other
         if_not[at] -= difference / chance[at]
         slope[at] = difference
         if len(after):
-            if_fired[after], slope[after] = networks.derivative(w[after], _at(fired)[after], _at(tangent)[after], s)
+            if_fired[after], slope[after] = networks.derivative(w[after], fired[0][after], tangent[0][after], s)
         z = None if evaluation.noise is None else noise(j)
         zs = None if z is None else z.repeat_interleave(each, 0)
         reference = advance(evaluation, reference, best, z)
         fired = advance(evaluation, fired, if_fired, zs)
         unfired = advance(evaluation, unfired, if_not, zs)
         tangent = advance(evaluation, tangent, slope, None)
-    error = (_at(fired) - _at(reference).repeat_interleave(each, 0)).double()
-    change = (_at(fired) - _at(unfired)).double()
-    bent = change - _at(tangent).double() / chance.double()
+    error, change = (fired[0] - reference[0].repeat_interleave(each, 0)).double(), (fired[0] - unfired[0]).double()
+    bent = change - tangent[0].double() / chance.double()
     return (change**2 - 2 * error * bent).flatten(1).mean(dim=1).cpu().numpy()
-
-
-def _at(state: Sequence[Tensor | None]) -> Tensor:
-    return state[0]  # type: ignore[return-value]
 
 
 @dataclass
@@ -249,8 +231,7 @@ class Networks:
 @torch.no_grad()
 def _check_forward_mode(level: Level, shape: tuple[int, ...], device: torch.device) -> None:
     """Raise UserError unless a forward derivative on noise agrees with a central difference within 10%."""
-    generator = torch.Generator(device=device).manual_seed(0)
-    x, v = torch.randn(2, 2, *shape, generator=generator, device=device)
+    x, v = torch.randn(2, 2, *shape, generator=torch.Generator(device).manual_seed(0), device=device)
     u, found = torch.zeros((), device=device), torch.zeros_like(x)
     with contextlib.suppress(NotImplementedError, RuntimeError):
         found = Networks([level], [], shape, device).derivative(np.ones((2, 1)), x, v, 0.0)[1]

@@ -10,25 +10,30 @@ added by coins or omitted evaluations. To first order in the effects s_kj and ga
 
 over the differences k of neighbouring *used* levels. A plan minimises (added error + price * cost). Both are sums over
 these differences, except for shared evaluations. So the best levels for a price are a shortest path from "nothing" to
-the largest used level, whose edge (a, b) is as long as the best estimate of f^b - f^a.
-"""
+the largest used level, whose edge (a, b) is as long as the best estimate of f^b - f^a."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
+import torch
 
+from ..diffusion.brownian import BrownianPath
+from ..diffusion.level import Level
 from ..diffusion.process import Process
+from ..diffusion.sampler import SingleLevel, sample
+from ..diffusion.step_rules import REFERENCE_RULE, StepRule
 from ..errors import UserError
+from ..statistics import squared_errors
 from . import options as ways
 from .estimators import evaluation_probabilities, following, measured_for_cost
-from .gains import Effects
+from .gains import Effects, measure_effects
 from .plan import Plan, Progress, frontier
 
 Learn = Callable[[float, Plan], np.ndarray]  # cost in evaluations of the largest level, plan to start from -> p [n, K]
@@ -104,6 +109,39 @@ class Calibration:
             least = min((getattr(plan, limited) for plan in found), default=float("nan"))
             raise UserError(f"No plan has a {words} of {limit:.4g} or less; the least is {least:.4g}.")
         return min(within, key=lambda plan: getattr(plan, wanted))
+
+
+def check_reference(finest: int, steps: Iterable[int], name: str = "reference_steps") -> None:
+    """Raise UserError unless the reference is finer than every grid: on its own the largest level has no error."""
+    if finest <= (most := max(steps, default=0)):
+        raise UserError(f"{name} = {finest} must be more than the most steps of a plan, {most}.")
+
+
+def calibrate(
+    family: Sequence[Level], process: Process, rule: StepRule, shape: tuple[int, ...], *,
+    steps: Sequence[int] = (8, 16, 32, 64, 128), seeds: Sequence[int] = range(10**6, 10**6 + 32),
+    calibrate_steps: int = 64, reference_steps: int = 256, device: torch.device | str = "cpu",
+) -> Calibration:  # fmt: skip
+    """Measure the gains of a family and the error of each level alone, for plans with one of these numbers of steps.
+
+    Evaluate on other seeds, and run a plan before you rely on its predicted error. Raises UserError if the family is
+    not ordered by cost, if the largest level cannot be differentiated, or if the reference is no finer than the plans.
+    """
+    check_reference(reference_steps, steps)
+    if len(seeds) < 2:
+        raise UserError("calibrate: at least two seeds are needed, better 32 or more.")
+    path = BrownianPath(seeds, shape, device)
+    effects = measure_effects(family, rule, process.grid(calibrate_steps), path)
+
+    def run(level: Level, by: StepRule, count: int) -> torch.Tensor:
+        return sample(SingleLevel(level), by, process.grid(count), path)[0].cpu()
+
+    reference, own = run(family[-1], REFERENCE_RULE[rule.dynamics], reference_steps), {}
+    for k, level in enumerate(family):
+        for count in steps:
+            own[k, count] = float(squared_errors(run(level, rule, count), reference).mean())
+    grids = {count: process.grid(count).logsnr for count in sorted(steps)}
+    return Calibration(effects, grids, own, effects.flops)
 
 
 class Planner:

@@ -4,8 +4,7 @@ The SDE is dX = f(X, t) dt + s dW on [0, 1] in two dimensions, with f(x, t) = A 
 smooth, bounded and nonlinear; s = 0 makes it an ODE. Level k is f^k = f + 2^-k g_k with g_k smooth random functions of
 (x, t), independent between levels, of root mean square 1 per component; one evaluation costs T_k = 2^(gamma k).
 Level 0 is the nearly free linear part, f^0 = A x. Each replicate draws its own family, start, Brownian path and coins,
-so replicates are independent. States are arrays [d, R]; a row r is one setting on one replicate.
-"""
+so replicates are independent. States are arrays [d, R]; a row r is one setting on one replicate."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,10 +67,6 @@ class Replicates:
     @property
     def count(self) -> int:
         return self.start.shape[1]
-
-    @property
-    def grid(self) -> int:
-        return len(self.dw)
 
     def columns(self, level: np.ndarray, replicate: np.ndarray) -> np.ndarray:
         """The parameters [2 + 2 d, FEATURES, R] of levels [R] of replicates [R]."""
@@ -202,15 +197,15 @@ def draw_events(rng: np.random.Generator, rate: np.ndarray, count: int) -> Array
 
 def fire(replicates: Replicates, y_grid: np.ndarray, state: Arrays, replicate: np.ndarray, event: Arrays) -> None:
     """Move each row of `state` (V, Y, t) to its next event and apply the jump; rows past t = 1 do not jump."""
-    (v, y, clock), (wait, level, move, normal) = state, event
+    (v, y, clock), (wait, level, move, normal), grid = state, event, len(replicates.dw)
     t = clock + wait
     at = np.minimum(t, 1.0)
     turn = np.exp(-_DECAY * at)
     # Y at the event, by a Brownian bridge from the last known point in this grid cell to the end of the cell
-    cell = np.minimum((at * replicates.grid).astype(int), replicates.grid - 1)
-    left = np.maximum(np.minimum(clock, at), cell / replicates.grid)
-    y[:] = np.where(clock > cell / replicates.grid, y, y_grid[cell, replicate])
-    gap, rest = at - left, np.maximum((cell + 1) / replicates.grid - at, 0.0)
+    cell = np.minimum((at * grid).astype(int), grid - 1)
+    left = np.maximum(np.minimum(clock, at), cell / grid)
+    y[:] = np.where(clock > cell / grid, y, y_grid[cell, replicate])
+    gap, rest = at - left, np.maximum((cell + 1) / grid - at, 0.0)
     share = gap / np.maximum(gap + rest, 1e-300)
     y += (y_grid[cell + 1, replicate] - y) * share + np.sqrt(share * rest) * normal
     z = turn * v + replicates.noise * y
@@ -222,8 +217,8 @@ def fire(replicates: Replicates, y_grid: np.ndarray, state: Arrays, replicate: n
 def linear_response(replicates: Replicates) -> np.ndarray:
     """Complex Y [N + 1, P] on the grid: Y' = e^(A h) Y + int e^(A (h - u)) dW, expanded as dW + A I (to h^2.5)."""
     dw, area = (part[:, 0] + 1j * part[:, 1] for part in (replicates.dw, replicates.area))
-    y = np.zeros((replicates.grid + 1, replicates.count), complex)
-    decay = np.exp(-_DECAY / replicates.grid)
+    y = np.zeros((len(dw) + 1, replicates.count), complex)
+    decay = np.exp(-_DECAY / len(dw))
     for i, forced in enumerate(dw - _DECAY * area):
         y[i + 1] = decay * y[i] + forced
     return y
