@@ -81,7 +81,7 @@ publish: setup  ## trained levels -> checkpoints/EXPERIMENT/published: bf16 weig
 	@$(call RUN,publish)
 
 test: $(VENV)/.installed-test  ## the tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 verify-rates: setup  ## exponents of cost against error on a problem with a known answer; minutes on two CPU cores
 	@$(BIN)/python scripts/verify_rates.py $(SWEEP) $(DRY) $(filter-out -m --multirun,$(ARGS))

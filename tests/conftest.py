@@ -12,6 +12,13 @@ from pipeline import Here, Place, apart
 STAGES = ["prepare_data", "train_levels", "measure_gamma", "optimise", "sample_compare", "sample", "report"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, so that two workers end together; the one that makes the pipeline before all others."""
+    slow = ["test_pipeline", "test_training_loop", "test_parallel", "test_learned", "test_compiled", "test_data"]
+    slow += ["test_kills", "test_resources", "test_damage", "test_divergence"]
+    items.sort(key=lambda item: slow.index(item.path.stem) if item.path.stem in slow else len(slow))
+
+
 @pytest.fixture
 def here(capsys, monkeypatch, tmp_path_factory) -> Iterator[Here]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
