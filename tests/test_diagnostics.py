@@ -18,16 +18,8 @@ from mlem_diffusion.diffusion.sampler import SingleLevel, sample
 from mlem_diffusion.diffusion.step_rules import STEP_RULES
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.multilevel import estimators
-from mlem_diffusion.multilevel.diagnostics import (
-    LevelStatistics,
-    check_contract,
-    check_telescope,
-    describe,
-    diagnose,
-    judge,
-    measure,
-    table,
-)
+from mlem_diffusion.multilevel.diagnostics import LevelStatistics, best_chain, describe, diagnose, judge, measure, table
+from mlem_diffusion.multilevel.level_checks import check_contract, check_telescope
 
 PATH, DDPM = BrownianPath(range(12), SHAPE), STEP_RULES["sde/ddpm"]
 GOOD = ([1.0, 4e-3, 1e-3, 2.5e-4], [1, 16, 256, 4096])
@@ -44,7 +36,9 @@ def statistics(pooled: Sequence[float], flops: Sequence[float], samples: int = 4
     noise = 1 + 0.05 * np.random.default_rng(0).standard_normal((k, samples, s))
     square, names = np.array(pooled)[:, None, None] * noise, [f"n{i}" for i in range(k)]
     logsnr, weights = np.linspace(-9, 9, s), np.full(s, 1 / s)
-    return LevelStatistics(names, np.array(flops, dtype=float), logsnr, weights, square, np.ones(s))
+    sums = np.cumsum(square.mean(1), axis=0)  # of f^j, so that f^j - f^i has sums[j] - sums[i]
+    apart = np.maximum(sums[None] - sums[:, None], 0)
+    return LevelStatistics(names, np.array(flops, dtype=float), logsnr, weights, square, np.ones(s), apart)
 
 
 def texts(found: LevelStatistics | dict[str, Any], severity: str = "warning") -> list[str]:
@@ -143,6 +137,16 @@ def telescope(family: tuple[Level, ...] = toy_family()) -> tuple[str, float, flo
     found = check_telescope(family, STATES, 0.0, 64)
     bias, size = re.findall(r"(?:is|variance) ([\d.]+)", found["text"])
     return found["severity"], float(bias), float(size)
+
+
+def test_levels_that_do_not_repay_their_cost_are_dropped() -> None:
+    """n1 is no better than n0: n2 differs from n1 as much as from n0."""
+    s = statistics([1.0, 1e-2, 1e-2], [1, 8, 64])
+    s.apart[0, 2] = s.apart[1, 2]
+    ratio = (np.sqrt(1e-2 * 64) / (np.sqrt(1e-2 * 8) + np.sqrt(1e-2 * 72))) ** 2
+    assert best_chain(s) == ([0, 2], pytest.approx(ratio, rel=0.02))
+    (text,) = [t for t in texts(s) if t.startswith("Drop")]
+    assert text.startswith("Drop n1: with n0 + n2") and f"{100 * (1 - ratio):.0f}%" in text
 
 
 def test_the_telescope_check_detects_wrong_weights_and_a_wrong_gather(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,10 +155,14 @@ def estimate(errors: LevelErrors, seed: int, bootstrap: int, between: Mapping[st
     for j, value in enumerate(errors.logsnr):
         found = {form: fit(form, errors.flops, values[:, :, j].mean(1)) for form, values in errors.by_form.items()}
         own = {form: {"gamma": f.gamma, "interval": f.interval} for form, f in found.items()}
-        per_noise_level.append({"logsnr": float(value), "estimates": own})
+        raw = {"loss": errors.loss, "to_previous": errors.to_previous, "to_largest": errors.to_largest}
+        means = {name: values[:, :, j].mean(1).tolist() for name, values in raw.items()}
+        weight = float(errors.weights[j])
+        per_noise_level.append({"logsnr": float(value), "weight": weight, "estimates": own, **means})
     htmc, reason = htmc_answer(fits)
     levels = {"name": errors.names, "width": errors.widths, "gflop": errors.flops / 1e9, "images": errors.images}
     levels["loss"] = (errors.loss @ errors.weights).mean(1)
+    levels["loss_se"] = standard_errors(errors.loss @ errors.weights)
     return {
         "estimates": {form: {k: v for k, v in vars(f).items() if k != "falls"} for form, f in fits.items()},
         "htmc": htmc,

@@ -1,5 +1,5 @@
-"""Diagnostics of a family before it is used: the contract of each level, the telescope of the multilevel estimate, and
-variance, kurtosis and cost of each level difference (Giles 2015, section 3) along the largest level's trajectories."""
+"""Diagnostics of a family before it is used: variance, kurtosis and cost of each level difference along the largest
+level's trajectories (Giles 2015, section 3), the checks of level_checks.py, and findings."""
 
 import itertools
 import json
@@ -17,15 +17,11 @@ from torch import Tensor
 from ..diffusion.brownian import BrownianPath
 from ..diffusion.level import Level, check_family
 from ..diffusion.process import Process
-from ..diffusion.sampler import SingleLevel, WeightTable, sample
+from ..diffusion.sampler import SingleLevel, sample
 from ..diffusion.step_rules import StepRule
 from ..errors import UserError
-from .estimators import Multilevel
+from .level_checks import check_contract, check_telescope, finding
 from .plan import Progress
-
-REPEAT_TOLERANCE, BATCH_TOLERANCE = 1e-5, 1e-4  # relative: GPU kernels may sum in another order
-Z_LIMIT = 4.0  # |z| exceeds it with probability 6e-5
-DRAWS, P = 256, 0.5  # of the telescope check
 
 
 @dataclass(frozen=True)
@@ -38,6 +34,7 @@ class LevelStatistics:
     weights: np.ndarray  # [S] Process.drift_weights, with sum 1
     square: np.ndarray  # [K, N, S] mean over pixels of Y_k^2
     spread: np.ndarray  # [S] variance of f^K over samples, mean over pixels
+    apart: np.ndarray  # [K, K, S] [i, j]: mean over samples and pixels of (f^j - f^i)^2 for i < j
 
 
 def diagnose(
@@ -80,7 +77,7 @@ def measure(
     k, n, s = len(family), len(path.seeds), len(slots)
     square = np.zeros((k + 1, n, s))  # of Y_1, ..., Y_K and f^K: means over pixels
     total = torch.zeros(s, *path.shape, dtype=torch.float64, device=path.device)  # sums of f^K over samples
-    calls, done = itertools.cycle(range(len(program))), 0
+    apart, calls, done = np.zeros((k, k, s)), itertools.cycle(range(len(program))), 0
 
     def visit(x: Tensor, at: Tensor) -> Tensor:
         nonlocal done
@@ -94,6 +91,8 @@ def measure(
             outputs.append(output.double())
         for i, y in enumerate([*(b - a for a, b in pairwise(outputs)), outputs[-1]]):
             square[i, part, slot] = y.square().flatten(1).mean(1).cpu().numpy()
+        for i, j in itertools.combinations(range(k), 2):
+            apart[i, j, slot] += float((outputs[j + 1] - outputs[i + 1]).square().mean()) * len(x) / n
         total[slot] += outputs[-1].sum(0)
         done += len(x)
         bar(done, n * s)
@@ -105,7 +104,7 @@ def measure(
     of_mean = total.flatten(1).div(n).square().mean(1).cpu().numpy()
     spread = (square[-1].mean(0) - of_mean).clip(min=0) * (n / (n - 1))
     names, flops = [level.name for level in family], np.array([level.flops for level in family])
-    found = LevelStatistics(names, flops, logsnr, process.drift_weights(logsnr), square[:-1], spread)
+    found = LevelStatistics(names, flops, logsnr, process.drift_weights(logsnr), square[:-1], spread, apart)
     return found, float(np.dot([n * s] * (k - 1) + [n * len(program)], flops))
 
 
@@ -124,6 +123,20 @@ def describe(s: LevelStatistics) -> dict[str, Any]:
     return {"logsnr": s.logsnr, "per_noise_level": each, "pooled": pooled}
 
 
+def best_chain(s: LevelStatistics) -> tuple[list[int], float]:
+    """The chain of levels, from the cheapest to the largest, with the smallest sum of sqrt(V c) over its steps.
+
+    V and c of a step are those of the difference of the two levels that it joins. With the best constant p, the square
+    of the sum is variance times cost of all random differences; also returned: its ratio to that of all levels."""
+    costs = s.flops + np.concatenate([[0], s.flops[1:]])[:, None]  # of one firing; the first level runs anyway
+    roots = np.sqrt(s.apart @ s.weights * costs)
+    best = [(0.0, [0])]  # the shortest path to each level
+    for j in range(1, len(roots)):
+        best.append(min((length + float(roots[i, j]), [*chain, j]) for i, (length, chain) in enumerate(best)))
+    shortest, chain = best[-1]
+    return chain, (shortest / max(float(np.diag(roots, 1).sum()), 1e-300)) ** 2
+
+
 def judge(s: LevelStatistics) -> list[dict[str, str]]:
     """Findings about a measured family as a hierarchy."""
     for name, bad in zip(s.names, ~np.isfinite(s.square.mean(1)), strict=True):
@@ -132,7 +145,14 @@ def judge(s: LevelStatistics) -> list[dict[str, str]]:
             return [finding("error", text + "these noise levels out (process.logsnr_min, process.logsnr_max).")]
     if not s.square[1:].any():
         return [finding("warning", "All levels give the same output: use only the cheapest.")]
-    found = [*_not_falling(s), *_growth(s)]
+    found, (chain, ratio) = [*_not_falling(s)], best_chain(s)
+    if ratio <= 0.9:
+        dropped = " and ".join(name for k, name in enumerate(s.names) if k not in chain)
+        text = (
+            f"Drop {dropped}: with {' + '.join(s.names[k] for k in chain)} variance times cost, (sum of sqrt(V c))^2 "
+        )
+        found.append(finding("warning", text + f"over the levels above the first, is {100 * (1 - ratio):.0f}% lower."))
+    found += _growth(s)
     if all(f["severity"] == "ok" for f in found):
         found.append(finding("ok", "The family is a good hierarchy on these trajectories."))
     return found
@@ -178,94 +198,6 @@ def _growth(s: LevelStatistics) -> list[dict[str, str]]:
         harder, easier = "grows with level, harder than Monte Carlo", "falls with level, easier than Monte Carlo"
         verdict = harder if slope > -1 else easier
     return [finding("ok", f"{figures}, gamma about {-2 / slope:.2g}: V_k T_k {verdict}.")]
-
-
-def finding(severity: str, text: str) -> dict[str, str]:
-    """severity: "error", "warning" or "ok"."""
-    return {"severity": severity, "text": text}
-
-
-@torch.no_grad()
-def check_contract(family: Sequence[Level], x: Tensor, logsnr: float) -> list[dict[str, str]]:
-    """Violations of the level contract on states x [B, ...] at one noise level; at most one finding per level."""
-    noise_level = torch.full((len(x),), logsnr, dtype=torch.float32, device=x.device)
-    found = [(level.name, _violation(level, x, noise_level)) for level in family]
-    return [finding(violation[0], f"{name} {violation[1]}") for name, violation in found if violation]
-
-
-def _violation(level: Level, x: Tensor, logsnr: Tensor) -> tuple[str, str] | None:
-    """Severity and what the level does wrong, or None."""
-    given, where = x.clone(), f"at log-SNR {float(logsnr[0]):.1f}"
-    first = level.denoise(given, logsnr)
-    if getattr(first, "shape", None) != x.shape:
-        shape = list(getattr(first, "shape", [])) or type(first).__name__
-        return "error", f"returns {shape} for images {list(x.shape)}: it must keep their shape."
-    if first.dtype != torch.float32:
-        return "error", f"returns {first.dtype}, not torch.float32: add .float() to its output."
-    if not torch.isfinite(first).all():
-        return "error", f"returns values that are not finite {where}: check its divisions."
-    if not torch.equal(given, x):
-        return "error", "changes its input images: let it work on a copy."
-    first = first.clone()  # a captured graph returns the same memory at every call
-    again = _deviation(level.denoise(given, logsnr), first)
-    if again > REPEAT_TOLERANCE:
-        text = f"gives different outputs for the same input {where} (relative difference {again:.1e}): "
-        return "error", text + "put the network in eval mode and remove random numbers from it."
-    parts = [level.denoise(x[rows].clone(), logsnr[rows]).clone() for rows in (slice(0, 1), slice(1, None))]
-    apart = _deviation(torch.cat(parts), first)
-    text = f"gives a sample a different output in another batch {where} (relative difference {apart:.1e}): "
-    if apart > 1e-2:
-        return "error", text + "put batch norms in eval mode, and let no sample depend on another."
-    if apart > BATCH_TOLERANCE:
-        return "warning", text + "acceptable only if the levels differ by much more; otherwise run it in float32."
-    return None
-
-
-def _deviation(a: Tensor, b: Tensor) -> float:
-    """Largest root-mean-square difference of a sample, relative to the root mean square of b; inf if not finite."""
-    scale = max(float(b.double().square().mean().sqrt()), 1e-12)
-    value = float((a.double() - b.double()).square().flatten(1).mean(1).max().sqrt()) / scale
-    return value if np.isfinite(value) else float("inf")
-
-
-@torch.no_grad()
-def check_telescope(family: Sequence[Level], x: Tensor, logsnr: float, batch: int) -> dict[str, str]:
-    """Whether the multilevel estimate has mean f^K and the predicted variance, for states x [B, ...] in turn.
-
-    Independent coins with p_k = P for k >= 2 at one noise level. In standard errors over DRAWS coin draws, the finding
-    names the mean of <estimate - f^K, Y_k>, the largest over k >= 2, and that of |estimate - f^K|^2 -
-    sum_k (1/p_k - 1) |Y_k|^2."""
-    noise_level = torch.full((len(x),), logsnr, dtype=torch.float32, device=x.device)
-    outputs = torch.stack([level.denoise(x, noise_level).clone() for level in family])
-    top, differences = outputs[-1].double(), (outputs[1:] - outputs[:-1]).double().flatten(2)
-    estimator = Multilevel(family, np.array([1.0] + [P] * (len(family) - 1)))
-    projections, sizes = [], []
-    for start in range(0, DRAWS, batch):
-        seeds = range(start, min(start + batch, DRAWS))
-        index = torch.tensor(seeds, device=x.device) % len(x)
-        estimate = WeightTable(family, estimator.weights(1, seeds))(0, x[index], logsnr)
-        error, own = (estimate.double() - top[index]).flatten(1), differences[:, index]
-        projections.append((error * own).mean(2).cpu().numpy())
-        expected = (1 / P - 1) * own.square().mean(2).sum(0)
-        sizes.append((error.square().mean(1) - expected).cpu().numpy())
-    # float32 rounding of outputs of this size is no deviation, even if the coins leave no variance
-    rms = [float(difference.square().mean().sqrt()) for difference in differences]
-    floor = 1e-6 * float(top.square().mean().sqrt())
-    bias = max(_z(values, floor * r) for values, r in zip(np.concatenate(projections, axis=1), rms, strict=True))
-    size = _z(np.concatenate(sizes), floor * float(np.sqrt(np.square(rms).sum())))
-    figures = f"over {DRAWS} coin draws the mean of the multilevel estimate is {bias:.1f} standard errors from the "
-    figures += f"largest level, and its variance {size:.1f} from the predicted one"
-    if max(bias, size) <= Z_LIMIT:
-        return finding("ok", f"The telescope holds: {figures}.")
-    why = f"more than {Z_LIMIT:.0f} is no accident: the output of a level depends on more than its input"
-    return finding("error", f"The telescope does not hold: {figures}; {why}.")
-
-
-def _z(values: np.ndarray, floor: float) -> float:
-    """Size of the mean in units of its standard error, which is at least `floor`."""
-    if not np.isfinite(values).all():
-        return float("inf")
-    return float(abs(values.mean()) / max(sem(values), floor, 1e-300))
 
 
 def differences_fall(errors: Any) -> dict[str, Any]:
