@@ -96,8 +96,8 @@ class Tiny(nn.Module):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++")
-def test_compiled_equals_eager_for_changing_batches(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "assume_static_by_default", False)  # compiled once, for all sizes
+@torch._dynamo.config.patch(assume_static_by_default=False)  # compiled once, for all sizes
+def test_compiled_equals_eager_for_changing_batches():
     x, tiny = batch(12), Tiny()
     fast, eager = FastDenoiser(tiny, compile="on", name="w4"), FastDenoiser(tiny)
     for count in (12, 5):

@@ -76,7 +76,9 @@ def test_gamma_shows_fits_intervals_and_training_lengths() -> None:
     above_floor = [[p["gflop"], p["value"] - fit["floor"]] for p in measured]
     assert any(np.allclose(line, above_floor) for line in points(fits) if len(line) == len(measured))
     labels = fits.get_legend_handles_labels()[1]
-    assert "γ = 15.34 [2.11, 24.02]" in labels[0] and "no finite γ [3.33, ∞]" in labels[2]
+    low, high = fit["interval"]
+    assert f"γ = {fit['gamma']:.2f} [{low:.2f}, {high:.2f}]" in labels[0]
+    assert f"no finite γ [{result['estimates']['to_largest']['interval'][0]:.2f}, ∞]" in labels[2]
     at_noise = {row["logsnr"] for row in result["per_noise_level"]}
     assert any(set(line[:, 0]) == at_noise for line in points(per_noise_level, marker="s"))
     assert len(lengths.get_xticks()) == 3 and lengths.get_xticklabels()[2].get_text().startswith("100%")
@@ -109,7 +111,9 @@ def test_ablation_marks_removed_levels_hollow() -> None:
     found = content("demo/ablation.json")
     shares, *ratios = plot_ablation(found).axes
     assert len(ratios) == 2 and ratios[0].get_ylim() == ratios[1].get_ylim()
-    assert points(shares)[0][:, 1].tolist() == [level["flops_share"] for level in found["levels"]]
+    assert points(shares)[0][:, 1].tolist() == [
+        level["flops"] / found["levels"][-1]["flops"] for level in found["levels"]
+    ]
     removed = sum(not level["kept_flops"] for level in found["levels"])
     assert len(points(ratios[0], marker="o", markerfacecolor="white")) == removed > 0
 
