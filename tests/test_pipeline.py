@@ -130,16 +130,6 @@ def test_interrupted_training_resumes_to_the_same_weights(done, here, tmp_path):
             assert all((a[name] == b[name]).all() for name in a), path.name
 
 
-def test_an_interrupted_comparison_resumes(done, here, tmp_path):
-    place = done[0].copy_to(tmp_path)
-    shutil.rmtree(place.results / "cache")
-    (place.results / "compare.csv").unlink()
-    run = here("sample_compare", place, "max_minutes=0")
-    assert run.code == 75 and not (place.results / "compare.csv").exists()
-    assert here("sample_compare", place).code == 0
-    pd.testing.assert_frame_equal(table(place).drop(columns="seconds"), table(done[0]).drop(columns="seconds"))
-
-
 @pytest.mark.parametrize("script", ["prepare_data", "train_levels", "measure_gamma"])
 def test_a_family_of_functions_needs_no_images_and_no_training(here, tmp_path, script):
     run = here(script, Place(tmp_path), "family.callable={_target_: mlem_diffusion.models.analytic.analytic_family}")

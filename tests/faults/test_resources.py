@@ -87,7 +87,7 @@ import sys
 from pathlib import Path
 from mlem_diffusion.experiment import tracking
 
-tracking.TIMEOUT, tracking.PATIENCE = 3.0, 3.0
+tracking.TIMEOUT, tracking.PATIENCE = 1.5, 1.5
 folder = Path(sys.argv[1])
 tracker = tracking.Tracker(folder, "train", {{"name": "fault"}}, mode="online", project="test")
 for k in range({RECORDS}):
