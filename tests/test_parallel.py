@@ -22,7 +22,7 @@ def square(x: int) -> int:
 
 def slow(folder: str) -> str:
     """Works until it is told to stop, and says so in a file."""
-    Path(folder, "begun").touch()
+    Path(folder, f"begun-{os.getpid()}").touch()
     until = time.monotonic() + 60
     while not parallel.stop_requested() and time.monotonic() < until:
         time.sleep(0.05)
@@ -51,7 +51,7 @@ def test_a_stop_between_items_is_an_interruption():
 
 def test_a_worker_is_asked_to_save_and_stop(tmp_path: Path):
     with pytest.raises(Interrupted):
-        list(parallel.run(slow, [str(tmp_path)] * 4, 2, lambda: (tmp_path / "begun").exists()))
+        list(parallel.run(slow, [str(tmp_path)] * 4, 2, lambda: len(list(tmp_path.glob("begun-*"))) == 2))
     assert (tmp_path / "saved").exists()
 
 
