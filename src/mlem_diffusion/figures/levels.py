@@ -65,7 +65,7 @@ def _draw_pooled(ax: Any, names: list[str], gflops: np.ndarray, pooled: dict[str
     show = (np.arange(len(names)) > 0) & (values > 0)
     bars = style.error_bars(values[show], errors[show])
     ax.errorbar(gflops[show], values[show], yerr=bars, color=style.ORANGE, marker="s", label="$V_k$, pooled")
-    label = "$V_k c_k$  ($c_k$: style.GFLOP per firing)"
+    label = "$V_k c_k$  ($c_k$: GFLOP per firing)"
     ax.plot(gflops[show], products[show] / 1e9, color=style.BLUE, marker="o", label=label)
     ax.set(xscale="log", yscale="log", xlabel=style.GFLOP, ylabel="mean square, or its product with cost")
     ax.set_title("Pooled over noise levels (bars: ±2 s.e.)")
