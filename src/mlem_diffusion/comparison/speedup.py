@@ -184,10 +184,10 @@ def verdicts(settings: Measurements, calibration_flops: float, seed: int = 0, un
         base = [m for m in here if m.row["estimator"] in BASELINES]
         ours = [m for m in here if m.row["estimator"] not in BASELINES and m.row["top_evaluations"] >= MIN_FIRES]
         planned = [m for m in ours if m.row["step_rule"] == rule]
-        first_order = [m for m in base if m.row["step_rule"] in FIRST_ORDER]
+        methods, first_order = _by_method(planned), [m for m in base if m.row["step_rule"] in FIRST_ORDER]
         entry: dict[str, Any] = {"unit": unit, "against_em": {}, "against_all_baselines": {}}
         for against, theirs in (("against_em", first_order), ("against_all_baselines", base)):
-            for name, mine in _by_method(planned).items() if theirs else ():
+            for name, mine in methods.items() if theirs else ():
                 found = equal_error(theirs, mine, cost, seed)
                 windows = [window(found["curve"], least) for least in (1, 2, 4, 8)]
                 found["windows"] = [w for w in windows if w is not None]

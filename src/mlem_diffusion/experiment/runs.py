@@ -172,7 +172,7 @@ def estimate(exp: Any, cost: Cost | None) -> str:
     text = f"{OmegaConf.to_yaml(OmegaConf.create(exp.plain()))}\nestimated cost of {exp.name}"
     if cost is None:
         return f"{text}: no network is evaluated; seconds to minutes."
-    levels = untrained(exp)
+    levels = fresh_levels(exp)
     counts, family = cost(exp, levels), list(levels.values())
     seconds = seconds_per_image(family, exp.shape, timed_batch(exp, family, 16), exp.device, at_least=0.0)
     total = sum(level.flops * counts.get(level.name, 0) for level in family)
@@ -180,7 +180,7 @@ def estimate(exp: Any, cost: Cost | None) -> str:
     return f"{text} {total / 1e12:.3f} TFLOP, about {tqdm.format_interval(time)} on {device_model(exp.device)}"
 
 
-def untrained(exp: Any) -> dict[str, Level]:
+def fresh_levels(exp: Any) -> dict[str, Level]:
     """The levels by name, networks with fresh weights; a Gaussian level costs nothing."""
     if exp.cfg.family.callable is not None:
         return exp.levels()

@@ -161,8 +161,8 @@ def estimate(errors: LevelErrors, seed: int, bootstrap: int, between: Mapping[st
         per_noise_level.append({"logsnr": float(value), "weight": weight, "estimates": own, **means})
     htmc, reason = htmc_answer(fits)
     levels = {"name": errors.names, "width": errors.widths, "gflop": errors.flops / 1e9, "images": errors.images}
-    levels["loss"] = (errors.loss @ errors.weights).mean(1)
-    levels["loss_se"] = standard_errors(errors.loss @ errors.weights)
+    loss = errors.loss @ errors.weights
+    levels |= {"loss": loss.mean(1), "loss_se": standard_errors(loss)}
     return {
         "estimates": {form: {k: v for k, v in vars(f).items() if k != "falls"} for form, f in fits.items()},
         "htmc": htmc,

@@ -36,6 +36,11 @@ class LevelStatistics:
     spread: np.ndarray  # [S] variance of f^K over samples, mean over pixels
     apart: np.ndarray  # [K, K, S] [i, j]: mean over samples and pixels of (f^j - f^i)^2 for i < j
 
+    @property
+    def firing_costs(self) -> np.ndarray:
+        """FLOPs [K, K] of one firing of f^j - f^i at [i, j], i < j; the first level runs anyway."""
+        return self.flops + np.concatenate([[0], self.flops[1:]])[:, None]
+
 
 def diagnose(
     family: Sequence[Level], process: Process, rule: StepRule, path: BrownianPath, steps: int, batch: int, bar: Progress
@@ -91,8 +96,8 @@ def measure(
             outputs.append(output.double())
         for i, y in enumerate([*(b - a for a, b in pairwise(outputs)), outputs[-1]]):
             square[i, part, slot] = y.square().flatten(1).mean(1).cpu().numpy()
-        for i, j in itertools.combinations(range(k), 2):
-            apart[i, j, slot] += float((outputs[j + 1] - outputs[i + 1]).square().mean()) * len(x) / n
+        for low, high in itertools.combinations(range(k), 2):
+            apart[low, high, slot] += float((outputs[high + 1] - outputs[low + 1]).square().mean()) * len(x) / n
         total[slot] += outputs[-1].sum(0)
         done += len(x)
         bar(done, n * s)
@@ -116,7 +121,7 @@ def describe(s: LevelStatistics) -> dict[str, Any]:
     same size, and 3 N if only one has a difference: then the mean square is unreliable."""
     each = {"mean_square": s.square.mean(1), "mean_square_se": sem(s.square, axis=1), "largest_variance": s.spread}
     q = s.square @ s.weights  # [K, N]
-    costs = s.flops + np.concatenate([[0, 0], s.flops[1:-1]])  # of one firing; the first level runs anyway
+    costs = np.concatenate([s.flops[:1], np.diag(s.firing_costs, 1)])
     pooled = {"mean_square": q.mean(1), "mean_square_se": sem(q, axis=1), "variance_cost": q.mean(1) * costs}
     with np.errstate(invalid="ignore"):
         pooled["kurtosis"] = 3 * (q**2).mean(1) / q.mean(1) ** 2
@@ -128,8 +133,7 @@ def best_chain(s: LevelStatistics) -> tuple[list[int], float]:
 
     V and c of a step are those of the difference of the two levels that it joins. With the best constant p, the square
     of the sum is variance times cost of all random differences; also returned: its ratio to that of all levels."""
-    costs = s.flops + np.concatenate([[0], s.flops[1:]])[:, None]  # of one firing; the first level runs anyway
-    roots = np.sqrt(s.apart @ s.weights * costs)
+    roots = np.sqrt(s.apart @ s.weights * s.firing_costs)
     best = [(0.0, [0])]  # the shortest path to each level
     for j in range(1, len(roots)):
         best.append(min((length + float(roots[i, j]), [*chain, j]) for i, (length, chain) in enumerate(best)))
@@ -148,10 +152,9 @@ def judge(s: LevelStatistics) -> list[dict[str, str]]:
     found, (chain, ratio) = [*_not_falling(s)], best_chain(s)
     if ratio <= 0.9:
         dropped = " and ".join(name for k, name in enumerate(s.names) if k not in chain)
-        text = (
-            f"Drop {dropped}: with {' + '.join(s.names[k] for k in chain)} variance times cost, (sum of sqrt(V c))^2 "
-        )
-        found.append(finding("warning", text + f"over the levels above the first, is {100 * (1 - ratio):.0f}% lower."))
+        text = f"Drop {dropped}: with {' + '.join(s.names[k] for k in chain)} variance times cost, "
+        text += f"(sum of sqrt(V c))^2 over the levels above the first, is {100 * (1 - ratio):.0f}% lower."
+        found.append(finding("warning", text))
     found += _growth(s)
     if all(f["severity"] == "ok" for f in found):
         found.append(finding("ok", "The family is a good hierarchy on these trajectories."))

@@ -150,5 +150,6 @@ class Quadrature(_Tabled):
 
     def weights(self, evaluations: int, seeds: Sequence[int]) -> np.ndarray:
         # sum_k W_k (f^k - f^{k-1}) = sum_k (W_k - W_{k+1}) f^k
-        networks = self.rows(evaluations) - following(self.rows(evaluations))
+        table = self.rows(evaluations)
+        networks = table - following(table)
         return np.broadcast_to(networks[:, None], (evaluations, len(seeds), networks.shape[1]))
