@@ -6,7 +6,7 @@ import torch
 from toys import gaussian_level, gaussian_variance, process, toy_family
 
 from mlem_diffusion.diffusion.level import Level
-from mlem_diffusion.diffusion.process import alpha_sigma
+from mlem_diffusion.diffusion.process import alpha_sigma, uniform_weights
 from mlem_diffusion.gamma.measurement import family_pairs, noise_levels, squared_differences
 
 IMAGES = 0.5 * torch.randn(10, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -70,7 +70,7 @@ def test_noise_levels_cover_the_path_and_its_ends():
     assert len(values) == 10 and np.all(np.diff(values) > 0)
     assert (values[0], values[-1]) == (p.logsnr_min, p.logsnr_max)
     np.testing.assert_allclose(values[1:-1], p.logsnr_at((np.arange(8) + 0.5) / 8))
-    weights = p.drift_weights(values)
+    weights = uniform_weights(values)
     assert weights.sum() == pytest.approx(1) and weights.min() > 0
     denoising_errors(toy_family(1), IMAGES, values, progress=lambda done, of: reported.append((done, of)))
     assert reported == [(i, 10) for i in range(1, 11)]

@@ -8,7 +8,16 @@ import pytest
 import torch
 from toys import process
 
-from mlem_diffusion.diffusion.process import CosineSchedule, LinearSchedule, Process, add_noise, alpha_sigma
+from mlem_diffusion.diffusion.process import (
+    CosineSchedule,
+    LinearSchedule,
+    Process,
+    add_noise,
+    alpha2_weights,
+    alpha_sigma,
+    gain_weights,
+    uniform_weights,
+)
 from mlem_diffusion.errors import UserError
 
 SCHEDULES: list[Any] = [LinearSchedule(), CosineSchedule()]
@@ -89,21 +98,32 @@ def test_bad_arguments_are_refused() -> None:
             process(64).grid(steps)
 
 
-def test_drift_weights_are_a_quadrature_of_alpha2_over_log_snr() -> None:
-    """A weighted mean must not depend on the choice of noise levels, up to quadrature error."""
-    p = process()
+@pytest.mark.parametrize("kind", ["uniform", "gain", "alpha2"])
+def test_pooling_does_not_depend_on_the_choice_of_noise_levels(kind: str) -> None:
     fine = np.linspace(-9, 9, 4001)
+    own = {
+        "uniform": (uniform_weights, np.ones(4001)),
+        "alpha2": (alpha2_weights, alpha_sigma(fine)[0] ** 2),
+        "gain": (lambda logsnr: gain_weights(logsnr, fine, np.exp(-0.3 * fine)), np.exp(-0.3 * fine)),
+    }
+    weights_of, density = own[kind]
 
     def pooled(logsnr: np.ndarray) -> float:
-        weights = p.drift_weights(logsnr)
+        weights = weights_of(logsnr)
         assert weights.sum() == pytest.approx(1)
         return float(weights @ np.exp(-0.1 * logsnr**2))
 
-    exact = pooled(fine)
-    alpha2 = alpha_sigma(fine)[0] ** 2
-    assert exact == pytest.approx(float((alpha2 * np.exp(-0.1 * fine**2)).sum() / alpha2.sum()), rel=1e-3)
-    assert pooled(np.linspace(-9, 9, 40)) == pytest.approx(exact, rel=0.01)
-    assert pooled(np.sort(9 * np.sin(np.linspace(-np.pi / 2, np.pi / 2, 40)))) == pytest.approx(exact, rel=0.01)
+    exact = float((density * np.exp(-0.1 * fine**2)).sum() / density.sum())
+    for logsnr in (fine, np.linspace(-9, 9, 60), np.sort(9 * np.sin(np.linspace(-np.pi / 2, np.pi / 2, 60)))):
+        assert pooled(logsnr) == pytest.approx(exact, rel=0.01)
+
+
+def test_uniform_pooling_gives_high_noise_its_share() -> None:
+    """Effects below log-SNR -1.5 hold half of the total; the earlier weights alpha^2 gave them under a tenth."""
+    logsnr = np.linspace(-9, 9, 16)
+    noisy = logsnr < -1.5
+    assert uniform_weights(logsnr)[noisy].sum() == pytest.approx(7.5 / 18, abs=0.03)
+    assert alpha2_weights(logsnr)[noisy].sum() < 0.1
 
 
 def test_forward_noising_has_the_right_moments() -> None:

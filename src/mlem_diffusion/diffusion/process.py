@@ -115,14 +115,25 @@ class Process:
         time = base_time[index]
         return TimeGrid(base_logsnr[index], time, self.schedule.beta(time), index, base_logsnr, base_time)
 
-    def drift_weights(self, logsnr: np.ndarray) -> np.ndarray:
-        """Weights [S], sum 1, of squared denoising differences at ascending noise levels [S]: alpha^2 d(logsnr).
 
-        A step that integrates the linear term exactly (DDIM, ancestral) adds alpha * denoised * d(logsnr) to x (half of
-        that for the ODE), so the weighted sum is the mean squared error of the drift in the log-SNR clock."""
-        edges = np.concatenate([logsnr[:1], 0.5 * (logsnr[1:] + logsnr[:-1]), logsnr[-1:]])
-        weights = alpha_sigma(logsnr)[0] ** 2 * np.diff(edges)
-        return weights / weights.sum()
+# Weights [S], sum 1, that pool squared differences of denoised images at ascending noise levels [S]
+def uniform_weights(logsnr: np.ndarray) -> np.ndarray:
+    """Uniform in log-SNR: by the width of the interval around each noise level."""
+    edges = np.concatenate([logsnr[:1], 0.5 * (logsnr[1:] + logsnr[:-1]), logsnr[-1:]])
+    return np.diff(edges) / (logsnr[-1] - logsnr[0])
+
+
+def gain_weights(logsnr: np.ndarray, where: np.ndarray, density: np.ndarray) -> np.ndarray:
+    """By measured gains: `density` at log-SNRs `where` is the squared effect on the final image of a unit squared
+    difference per unit of log-SNR squared (multilevel/gains.py)."""
+    weights = uniform_weights(logsnr) * np.interp(logsnr, where, density)
+    return weights / weights.sum()
+
+
+def alpha2_weights(logsnr: np.ndarray) -> np.ndarray:
+    """alpha^2 d(logsnr), the pooling of earlier results: kept for comparison, since it understates high noise."""
+    weights = alpha_sigma(logsnr)[0] ** 2 * uniform_weights(logsnr)
+    return weights / weights.sum()
 
 
 def expand(values: Tensor, like: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..diffusion.brownian import BrownianPath
 from ..diffusion.level import Level
-from ..diffusion.process import Process, add_noise
+from ..diffusion.process import Process, add_noise, uniform_weights
 from ..errors import UserError
 from ..models.family import identity_of
 from ..multilevel.diagnostics import differences_fall
@@ -61,7 +61,7 @@ def measure(
     groups = seed_pairs(k, [widths.index(m["width"]) for m in again])
     pairs = list(dict.fromkeys([*family_pairs(k), *(pair for _, own in groups for pair in own)]))
     logsnr = noise_levels(process, settings.noise_levels)
-    weights, names = process.drift_weights(logsnr), [m["name"] for m in family]
+    weights, names = uniform_weights(logsnr), [m["name"] for m in family]
     flops = np.array([m["flops"] for m in family], dtype=np.float64)
     lengths, losses = [], []
     count = min(len(m["snapshots"]) for m in every)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..diffusion.brownian import BrownianPath
 from ..diffusion.level import Level, check_family
-from ..diffusion.process import Process
+from ..diffusion.process import Process, uniform_weights
 from ..diffusion.sampler import SingleLevel, sample
 from ..diffusion.step_rules import StepRule
 from ..errors import UserError
@@ -31,7 +31,7 @@ class LevelStatistics:
     names: list[str]
     flops: np.ndarray  # [K] T_k, FLOPs per evaluation of one image
     logsnr: np.ndarray  # [S]
-    weights: np.ndarray  # [S] Process.drift_weights, with sum 1
+    weights: np.ndarray  # [S] sum 1
     square: np.ndarray  # [K, N, S] mean over pixels of Y_k^2
     spread: np.ndarray  # [S] variance of f^K over samples, mean over pixels
     apart: np.ndarray  # [K, K, S] [i, j]: mean over samples and pixels of (f^j - f^i)^2 for i < j
@@ -109,7 +109,7 @@ def measure(
     of_mean = total.flatten(1).div(n).square().mean(1).cpu().numpy()
     spread = (square[-1].mean(0) - of_mean).clip(min=0) * (n / (n - 1))
     names, flops = [level.name for level in family], np.array([level.flops for level in family])
-    found = LevelStatistics(names, flops, logsnr, process.drift_weights(logsnr), square[:-1], spread, apart)
+    found = LevelStatistics(names, flops, logsnr, uniform_weights(logsnr), square[:-1], spread, apart)
     return found, float(np.dot([n * s] * (k - 1) + [n * len(program)], flops))
 
 

@@ -26,7 +26,7 @@ import torch
 
 from ..diffusion.brownian import BrownianPath
 from ..diffusion.level import Level
-from ..diffusion.process import Process
+from ..diffusion.process import Process, uniform_weights
 from ..diffusion.sampler import SingleLevel, sample
 from ..diffusion.step_rules import REFERENCE_RULE, StepRule
 from ..errors import UserError
@@ -253,7 +253,7 @@ def candidates(
             if plan is not None and len(plan.levels) > 1:
                 chosen[plan.id] = plan
         found.append(list(chosen.values()))
-    squares = inputs.effects.squares @ process.drift_weights(inputs.effects.logsnr)
+    squares = inputs.effects.squares @ uniform_weights(inputs.effects.logsnr)
     for steps, cost in product(options.measured.steps, options.measured.costs):
         p = measured_for_cost(squares, costs, steps, cost * costs[-1])
         if p is not None:
