@@ -111,9 +111,14 @@ class Process:
             raise UserError(f"steps = {steps} is outside 2..{self.base_steps} (process.base_steps).")
         base_logsnr = self.logsnr_at(np.linspace(0.0, 1.0, self.base_steps))
         base_time = self.schedule.time(base_logsnr)
-        index = np.round(np.linspace(0, self.base_steps - 1, steps)).astype(np.int64)
+        index = spread(self.base_steps, steps)
         time = base_time[index]
         return TimeGrid(base_logsnr[index], time, self.schedule.beta(time), index, base_logsnr, base_time)
+
+
+def spread(base_steps: int, steps: int) -> np.ndarray:
+    """Positions [steps] of a grid in its base grid: evenly over it, rounded, with both ends."""
+    return np.round(np.linspace(0, base_steps - 1, steps)).astype(np.int64)
 
 
 # Weights [S], sum 1, that pool squared differences of denoised images at ascending noise levels [S]

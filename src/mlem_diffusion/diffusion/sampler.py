@@ -109,17 +109,17 @@ def sample(estimator: Estimator, rule: StepRule, grid: TimeGrid, path: BrownianP
     """Sample one batch: unclipped images [B, *shape] with pixels on the scale [-1, 1], and the ledger of evaluations.
 
     path: the seeds of the samples with their starting points, Brownian increments and coins, on one device.
-    ledger.seconds is the time of the loop without the drawing of noise."""
+    ledger.seconds is the time of the loop, with its noise."""
     program = rule.program(grid)
     state: list[Any] = [path.initial()] + [None] * (len(program[0].update) - 1)
     estimate = WeightTable(estimator.levels, estimator.weights(len(program), path.seeds))
-    start, drawn = now(path.device), path.seconds
+    start = now(path.device)
     for j, evaluation in enumerate(program):
         denoised, z = estimate(j, state[0], evaluation.logsnr), None
         if evaluation.noise is not None and rule.clock is not None:
             z = path.increment(grid, rule.clock, evaluation.noise)
         state = advance(evaluation, state, denoised, z)
-    seconds = now(path.device) - start - (path.seconds - drawn)
+    seconds = now(path.device) - start
     return state[0], Ledger([level.flops for level in estimator.levels], estimate.evaluations, seconds)
 
 
