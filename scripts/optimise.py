@@ -18,7 +18,8 @@ OUTPUTS = ["plans.json", "plans.npz", "gains.png", "diagnostics.json", "ablation
 @stage(OUTPUTS, depends=["process", "precision", "optimise"], reads=["levels"], cost=plan_search.cost)
 def main(exp: Experiment) -> None:
     plan_search.check(exp)
-    runner, selecting = (make_runner(exp, part=part) for part in ("calibration", "selection"))
+    selecting = make_runner(exp)
+    runner = plan_search.calibrating(exp, selecting)
     timing = plan_search.timing(exp, runner.levels)  # before workers use the machine
     diagnosed = plan_search.diagnostics(exp, runner.levels)
     exp.save("diagnostics.json", diagnosed)

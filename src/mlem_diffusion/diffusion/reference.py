@@ -4,6 +4,7 @@ SDE: DDPM on the same Brownian path. ODE: DPM-Solver++(2M), an order-2 rule, imp
 that grid and half of it. The same on half of the grid tells how much a finer reference could still change an error."""
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -61,5 +62,5 @@ def sample_reference(
 
     found = [run(process.grid(count)) for count in _grids(dynamics, steps)]
     if dynamics == "ode":  # the leading error is proportional to the squared step
-        found = [fine + (fine - coarse) / 3 for fine, coarse in zip(found, found[1:], strict=False)]
+        found = [fine + (fine - coarse) / 3 for fine, coarse in pairwise(found)]
     return found[0], found[1]

@@ -87,6 +87,12 @@ def effects(exp: Any, levels: dict[str, Level], rule: StepRule) -> Effects:
     return exp.cached("effects.npz", [o.seed, o.calibrate, o.probes, o.calibrate_steps, rule.key], Effects.load, make)
 
 
+def calibrating(exp: Any, selecting: Runner) -> Runner:
+    """The runner on the first `optimise.calibrate` seeds of the calibration, from that of the selection."""
+    seeds = list(runs.sample_seeds(exp.cfg).calibration[: exp.cfg.optimise.calibrate])
+    return replace(selecting, seeds=seeds, num_reference=len(seeds))
+
+
 def errors_alone(exp: Any, runner: Runner) -> dict[SamplerSetting, float]:
     """The squared error of every level alone on every grid of the plans, without those that diverged. runner: of the
     calibration."""

@@ -108,15 +108,14 @@ def sample_seeds(cfg: Any) -> Seeds:
     return Seeds(calibration, selection, judgement)
 
 
-def make_runner(exp: Any, plans: Planned | None = None, part: str = "judgement") -> Runner:
-    """The data that settings share, on a part of the sample seeds: on those of the comparison with these plans; or
-    without distances on those that select plans, or on the first `optimise.calibrate` of the calibration."""
-    c, o, levels, judge = exp.cfg.compare, exp.cfg.optimise, exp.levels(), part == "judgement"
-    seeds = list(getattr(sample_seeds(exp.cfg), part))[: o.calibrate if part == "calibration" else None]
-    settings = (
-        planned.all_settings(c, levels, exp.process.base_steps, plans or Planned()) if judge else planned_steps(o)
-    )
-    extractor = make_extractor(exp) if judge else None
+def make_runner(exp: Any, plans: Planned | None = None) -> Runner:
+    """The data that settings share: on the seeds of the comparison, with these plans; or (None) on those that select
+    plans, without distances."""
+    c, levels, seeds = exp.cfg.compare, exp.levels(), sample_seeds(exp.cfg)
+    settings, select = planned_steps(exp.cfg.optimise), plans is None
+    if plans is not None:
+        settings = planned.all_settings(c, levels, exp.process.base_steps, plans)
+    extractor = None if select else make_extractor(exp)
     if extractor is not None and exp.images_if_needed() is None:  # for functions there is nothing to compare with
         moments = (exp.published or {}).get("statistics") or {}
         extractor = extractor if moments.get("name") == extractor.name else None
@@ -131,11 +130,12 @@ def make_runner(exp: Any, plans: Planned | None = None, part: str = "judgement")
     facts = {"levels": exp.identity or exp.plain("family"), "costs": costs, "device": exp.device.type}
     key = exp.fingerprint(("process", "precision"), **facts, extractor=extractor and extractor.key)
     return Runner(
-        levels=levels, process=exp.process, shape=exp.shape, seeds=seeds,
-        gamma=used_gamma(exp) if judge else 2.5,  # only the comparison runs settings with constant probabilities
-        num_reference=min(c.num_reference, len(seeds)) if judge else len(seeds), batch=c.batch, device=exp.device,
+        levels=levels, process=exp.process, shape=exp.shape, seeds=list(seeds.selection if select else seeds.judgement),
+        gamma=2.5 if select else used_gamma(exp),  # the selection runs no setting with constant probabilities
+        num_reference=len(seeds.selection) if select else min(c.num_reference, c.num_samples), batch=c.batch,
+        device=exp.device,
         extractor=extractor, cache=exp.results / "cache", key=key, grid_images=c.grid_images,
-        plans=dict(plans.plans if plans else {}), reference_steps=planned.references_for(settings, exp.process),
+        plans={} if plans is None else dict(plans.plans), reference_steps=planned.references_for(settings, exp.process),
         timing=timing(exp, levels, [setting.rule for setting in settings]),
     )  # fmt: skip
 
@@ -194,9 +194,10 @@ def timing(exp: Any, levels: Mapping[str, Level], rules: Iterable[StepRule] = ()
     return exp.cached("timing.json", [where, options, [rule.key for rule in chosen]], read, make)
 
 
-def timing_record(exp: Any, found: Timing) -> dict[str, Any]:
+def timing_record(exp: Any, found: Timing | None) -> dict[str, Any]:
     """The content of timing.json."""
-    parts = {name: {"seconds": median, "log_sd": spread} for name, (median, spread) in found.parts.items()}
+    timed = {} if found is None else found.parts
+    parts = {name: {"seconds": median, "log_sd": spread} for name, (median, spread) in timed.items()}
     return {"parts": parts, **timed_where(exp)}
 
 
@@ -243,7 +244,7 @@ def run_task(item: tuple[Any, Runner, Any, bool]) -> None:
     """Measure one setting, or one batch of a reference given as (dynamics, number); with or without distances."""
     exp, runner, task, distances = item
     if not runner.levels:  # in a worker
-        key = (exp.results, exp.name, runner.key)
+        key = (exp.results, exp.name, runner.key, *runner.seeds)
         if key not in _in_worker:
             _in_worker.clear()
             extractor = make_extractor(exp) if distances else None
