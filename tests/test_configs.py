@@ -99,7 +99,7 @@ def test_every_experiment_has_separate_seeds_and_fine_references(experiment):
     for part in (seeds.calibration, seeds.selection):  # at either end of a range
         for first in (part[-1], part[0] - cfg.compare.num_samples + 1):
             cfg.compare.seed = first
-            with pytest.raises(UserError, match="change compare.seed or optimise.seed"):
+            with pytest.raises(UserError, match=r"change compare.seed or optimise.seed"):
                 sample_seeds(cfg)
     process, names = config.build(cfg.process), [f"w{k}" for k in range(len(cfg.family.widths))]
     if cfg.family.callable is not None:
