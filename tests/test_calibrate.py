@@ -72,4 +72,4 @@ def test_impossible_targets_and_calibrations_without_information_are_refused(cal
     with pytest.raises(UserError, match=r"needs reference_steps = 257 or more, .* not 256"):
         calibrate(FAMILY, PROCESS, RULE, SHAPE, steps=(9, 33), reference_steps=256)
     with pytest.raises(UserError, match="two seeds"):
-        calibrate(FAMILY, PROCESS, RULE, SHAPE, seeds=range(1))
+        calibrate(FAMILY, PROCESS, RULE, SHAPE, steps=STEPS, seeds=range(1))

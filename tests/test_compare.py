@@ -225,7 +225,7 @@ def test_errors_are_those_on_the_same_paths(make):
         def error(level: str, steps: int, dynamics=dynamics, rule=rule) -> float:
             return runner.read(SamplerSetting(dynamics, rule, "single", (level,), steps)).row["error"]
 
-        assert error("w8", 16) < (1e-10 if dynamics == "sde" else 1e-5)  # the same path, grid and network
+        assert error("w8", 16) < (1e-10 if dynamics == "sde" else 1e-3)  # the same path, grid and network; extrapolated
         # coarser grids share the path, so their errors are small beside those of unrelated samples
         unrelated = float(2 * runner.reference(dynamics).var())
         assert all(1e-8 < error("w8", steps) < 0.2 * unrelated for steps in (12, 8))

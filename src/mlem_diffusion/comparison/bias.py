@@ -12,8 +12,8 @@ LARGE = 0.1  # of an error: a bias above it is a warning
 def reference_bias(measured: Iterable[Measurement], runner: Runner) -> dict[str, dict[str, Any]]:
     """The content of reference.json: for each dynamics the "steps" of the reference, the "finest" steps compared, and
     "bias", the relative change of the smallest mean squared error, of "setting", when the reference is refined from
-    half of its grid to the whole. If errors fall at least as 1/N, all further refinement together changes it by no more
-    than that."""
+    half of its grid to the whole. Errors of a reference of N steps fall at least as 1/N, so that all further
+    refinement together changes it, to leading order, by no more than that (1/2 + 1/4 + ... = 1)."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for m in measured:
         rows.setdefault(m.row["dynamics"], []).append(m.row)
