@@ -1,6 +1,6 @@
 """Levels -> gains.png, diagnostics.json, plans.json, ablation.json: measure gains, select plans, ablate levels.
 
-Plans are selected on seeds that the comparison does not use."""
+Calibration, selection and the comparison have sample seeds of their own."""
 
 from dataclasses import replace
 
@@ -18,7 +18,8 @@ OUTPUTS = ["plans.json", "plans.npz", "gains.png", "diagnostics.json", "ablation
 @stage(OUTPUTS, depends=["process", "precision", "optimise"], reads=["levels"], cost=plan_search.cost)
 def main(exp: Experiment) -> None:
     plan_search.check(exp)
-    runner = make_runner(exp)
+    selecting = make_runner(exp)
+    runner = plan_search.calibrating(exp, selecting)
     timing = plan_search.timing(exp, runner.levels)  # before workers use the machine
     diagnosed = plan_search.diagnostics(exp, runner.levels)
     exp.save("diagnostics.json", diagnosed)
@@ -36,14 +37,14 @@ def main(exp: Experiment) -> None:
 
     # run all candidates; select those on the frontiers of measured errors
     every = [(s, plan) for s in searched for group in s.candidates for plan in group]
-    runner = replace(runner, plans={plan.id: plan for _, plan in every})
+    selecting = replace(selecting, plans={plan.id: plan for _, plan in every})
     tried = list(dict.fromkeys(s.setting(plan) for s, plan in every))
-    measured = dict(zip(tried, run_all(exp, runner, tried, "plans"), strict=True))
+    measured = dict(zip(tried, run_all(exp, selecting, tried, "plans"), strict=True))
     chosen = []
     for s in searched:
         errors = {plan.id: measured[s.setting(plan)].row["error"] for at, plan in every if at is s}
-        chosen += plan_search.described(s, planner.select(s.candidates, errors), errors, runner)
-    ledger = plan_search.ledger(exp, runner, alone, searched, tried, diagnosed)
+        chosen += plan_search.described(s, planner.select(s.candidates, errors), errors, selecting)
+    ledger = plan_search.ledger(exp, runner, selecting, alone, searched, tried, diagnosed)
     if parallel.is_main():
         save_plans(exp.results / "plans.json", chosen, **ledger, timing=timing)
     exp.note("plans.json", "plans.npz")

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 
 from mlem_diffusion.comparison import planned, speedup
+from mlem_diffusion.comparison.bias import bias_text, reference_bias
 from mlem_diffusion.comparison.settings import best_setting, describe, for_figures, frame_of, to_text
 from mlem_diffusion.diffusion.level import Level
-from mlem_diffusion.experiment.runs import check_levels, make_runner, real_images, run_all
+from mlem_diffusion.experiment.runs import check_levels, make_runner, real_images, run_all, timing_record
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.figures.comparison import plot_compare
 from mlem_diffusion.figures.style import comparison_grid
@@ -24,13 +25,16 @@ def main(exp: Experiment) -> None:
     cfg, plans = exp.cfg.compare, planned.read_planned(exp.results / "plans.json", exp.cfg.compare)
     if plans.settings:
         check_levels(exp, "plans.json", plans.made_with, "make optimise")
-    runner = make_runner(exp, plans.plans)
+    runner = make_runner(exp, plans)
     settings = planned.all_settings(cfg, runner.levels, exp.process.base_steps, plans)
     real = real_images(exp, runner.extractor) if runner.extractor else None
     measured = planned.complete(settings, run_all(exp, runner, settings, "compare"), runner.seeds, real, plans)
     frame, sound = frame_of(m.row for m in measured), [m for m in measured if "diverged" not in m.row]
     result = speedup.speedups(sound, real and real.moments, cfg.bootstrap, cfg.distance_bootstrap, cfg.seed)
+    bias = reference_bias(sound, runner)
     exp.save("compare.csv", to_text(frame))
+    exp.save("timing.json", timing_record(exp, runner.timing))
+    exp.save("reference.json", bias)
     exp.figure("compare.png", plot_compare(for_figures(frame), exp.cfg.title))
     exp.save("speedup.json", result)
     if plans.settings:
@@ -42,7 +46,7 @@ def main(exp: Experiment) -> None:
             exp.figure(f"grids/{name}.png", comparison_grid(planned.examples(sound, name, runner)))
     exp.log({"settings": len(measured), "diverged": len(measured) - len(sound)})
     lost = [f"{describe(m.row)}: {m.row['diverged']} samples diverged." for m in measured if "diverged" in m.row]
-    exp.print("\n".join([*lost, speedup.summary(result)]))
+    exp.print("\n".join([*lost, bias_text(bias), speedup.summary(result)]))
 
 
 if __name__ == "__main__":

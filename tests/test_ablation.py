@@ -1,15 +1,12 @@
 """Ablations with a known answer: duplicate levels, needed levels, and levels that are cheap only in FLOPs."""
 
-import time
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from mlem_diffusion.diffusion.level import Level
-from mlem_diffusion.multilevel.ablation import Frontiers, remove_levels, seconds_per_image, table
+from mlem_diffusion.multilevel.ablation import Frontiers, remove_levels, table
 from mlem_diffusion.multilevel.gains import Effects
 from mlem_diffusion.multilevel.planner import METHODS, Calibration
 
@@ -136,17 +133,3 @@ def test_a_level_that_one_rule_needs_is_kept() -> None:
     ratios = found["w1"]
     assert "w1" in kept and set(ratios) == {"sde/ddpm", "ode/ddim"}
     assert ratios["ode/ddim"]["largest"] < 1.001 < 1.1 < ratios["sde/ddpm"]["largest"] and seen[0] == (1, 3)
-
-
-def test_seconds_are_of_one_image_and_in_proportion() -> None:
-    def level(name: str, pause: float, flops: float) -> Level:
-        def denoise(x: torch.Tensor, logsnr: torch.Tensor) -> torch.Tensor:
-            assert x.shape == (4, 3, 2, 2) and logsnr.ndim == 0
-            time.sleep(pause)
-            return x
-
-        return Level(name, denoise, flops)
-
-    family = [level("quick", 0.004, 1), level("slow", 0.02, 2)]
-    quick, slow = seconds_per_image(family, (3, 2, 2), 4, torch.device("cpu"), at_least=0.0)
-    assert 0.001 <= quick < 0.005 <= slow < 0.03

@@ -15,21 +15,19 @@ from mlem_diffusion.models.analytic import analytic_family
 from mlem_diffusion.multilevel.planner import Calibration, calibrate
 
 SHAPE, FAMILY, RULE = (1, 4, 4), analytic_family(levels=4), step_rule("sde/ddpm")
-PROCESS, STEPS, LARGEST = Process(LinearSchedule(), base_steps=65), (9, 17, 33), FAMILY[-1].flops
+PROCESS, STEPS, LARGEST = Process(LinearSchedule(), base_steps=257), (9, 17, 33), FAMILY[-1].flops
 
 
 @pytest.fixture(scope="module")
 def calibration() -> Calibration:
-    return calibrate(
-        FAMILY, PROCESS, RULE, SHAPE, steps=STEPS, seeds=range(1000, 1064), calibrate_steps=33, reference_steps=65
-    )
+    return calibrate(FAMILY, PROCESS, RULE, SHAPE, steps=STEPS, seeds=range(1000, 1064), calibrate_steps=33)
 
 
 @pytest.mark.parametrize("method", ["nested", "quadrature"])
 def test_plan_within_a_cost(calibration: Calibration, method: str) -> None:
     """Mean cost within 5% over 200 samples; error within 35% plus 3 standard errors of its prediction (64 seeds)."""
     plan, path = calibration.plan(method, cost=3 * LARGEST), BrownianPath(range(200), SHAPE)
-    reference = sample(SingleLevel(FAMILY[-1]), RULE, PROCESS.grid(65), path)[0]
+    reference = sample(SingleLevel(FAMILY[-1]), RULE, PROCESS.grid(257), path)[0]
     images, ledger = sample(plan.build(FAMILY), RULE, PROCESS.grid(plan.steps), path)
     errors = ((images - reference) ** 2).mean(dim=(1, 2, 3)).numpy()
     assert plan.cost <= 3 * LARGEST and ledger.flops_per_image == pytest.approx(plan.cost, rel=0.05)
@@ -71,7 +69,7 @@ def test_impossible_targets_and_calibrations_without_information_are_refused(cal
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             calibration.plan("independent", **target)
-    with pytest.raises(UserError, match=r"reference_steps = 33 must be more than .* 33"):
-        calibrate(FAMILY, PROCESS, RULE, SHAPE, steps=(9, 33), reference_steps=33)
+    with pytest.raises(UserError, match=r"needs reference_steps = 257 or more, .* not 256"):
+        calibrate(FAMILY, PROCESS, RULE, SHAPE, steps=(9, 33), reference_steps=256)
     with pytest.raises(UserError, match="two seeds"):
-        calibrate(FAMILY, PROCESS, RULE, SHAPE, seeds=range(1))
+        calibrate(FAMILY, PROCESS, RULE, SHAPE, steps=STEPS, seeds=range(1))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mlem_diffusion.comparison import settings as table
+from mlem_diffusion.comparison.bias import reference_bias
 from mlem_diffusion.comparison.features import Extractor, RealImages, feature_moments, frechet_distance
 from mlem_diffusion.comparison.planned import Planned, complete, examples, expected_evaluations, read_planned
 from mlem_diffusion.comparison.runner import Runner, diverged, draw, parse_seeds
@@ -20,6 +21,7 @@ from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.diffusion.process import LinearSchedule, Process
 from mlem_diffusion.errors import Interrupted, SlowPath, UserError
 from mlem_diffusion.multilevel.plan import Plan, save_plans
+from mlem_diffusion.multilevel.timing import Timing
 
 NAMES = ["gauss", "w2", "w4", "w8", "w16"]
 EMPTY: dict[str, Any] = {"baselines": [], "stitched": [], "ml_em": []}
@@ -165,7 +167,7 @@ def make(counter: Counter, tmp_path: Path) -> Callable[..., Runner]:
             "levels": {level.name: level for level in levels}, "process": Process(LinearSchedule(), base_steps=16),
             "gamma": 2.5, "shape": (3, 4, 4), "seeds": list(range(100, 110)), "num_reference": 6, "batch": 4,
             "device": torch.device("cpu"), "extractor": extractor, "cache": tmp_path / "cache", "key": "a",
-            "grid_images": 5, "plans": PLANS,
+            "grid_images": 5, "plans": PLANS, "reference_steps": {"sde": 16, "ode": 16},
         }  # fmt: skip
         return Runner(**(given | more))
 
@@ -176,15 +178,19 @@ def make(counter: Counter, tmp_path: Path) -> Callable[..., Runner]:
 def test_costs_are_counted_and_a_finished_setting_is_not_evaluated_again(make, counter, setting):
     runner = make()
     reference = runner.reference(setting.dynamics)
-    assert reference.shape == (6, 3, 4, 4) and counter.images == 16 * 6
-    assert runner.reference_flops(setting.dynamics) == 16 * 6 * 16e9
-    assert torch.equal(make().reference(setting.dynamics), reference) and counter.images == 16 * 6
+    spent = 6 * (16 + 8 if setting.dynamics == "sde" else 16 + 8 + 4)  # whole, half, and for the ODE a quarter
+    assert reference.shape == (6, 3, 4, 4) and counter.images == spent
+    assert runner.reference_flops(setting.dynamics) == spent * 16e9
+    assert torch.equal(make().reference(setting.dynamics), reference) and counter.images == spent
     assert not runner.is_done(setting)
     first, evaluations = runner.read(setting), setting.evaluations(runner.process)
-    calls = counter.images - 16 * 6
+    calls = counter.images - spent
     assert runner.is_done(setting) and calls / 10 == pytest.approx(first.row["network_calls"])
-    again = make().read(setting)  # another process later
-    assert counter.images == calls + 16 * 6 and again.row == first.row
+    timing = Timing({part: (2.0**-i, 0.0) for i, part in enumerate(sorted(first.work))})
+    again = make(timing=timing).read(setting)  # another process later, on a machine that is timed
+    assert counter.images == calls + spent and first.row["seconds"] is None
+    assert again.row == first.row | {"seconds": timing.seconds(first.work)} and again.row["seconds"] > 0
+    assert first.work[f"step {setting.rule.key}"] == evaluations
     for part in ("errors", "features", "images"):
         assert np.array_equal(getattr(again, part), getattr(first, part))
     assert first.errors.shape == (6,) and first.features.shape == (10, 3) and first.images.shape == (5, 3, 4, 4)
@@ -202,7 +208,8 @@ def test_costs_are_counted_and_a_finished_setting_is_not_evaluated_again(make, c
 @pytest.mark.parametrize(
     "change",
     [{"key": "b"}, {"gamma": 3.0}, {"seeds": list(range(200, 210))}, {"seeds": list(range(100, 109))},
-     {"num_reference": 5}, {"batch": 5}, {"grid_images": 4}, {"reference_steps": 8}],
+     {"num_reference": 5}, {"batch": 5}, {"grid_images": 4},
+     {"reference_steps": {"sde": 8, "ode": 8}}],
     ids=lambda change: next(iter(change)),
 )  # fmt: skip
 def test_every_input_of_the_result_is_in_the_key(make, change):
@@ -218,13 +225,20 @@ def test_errors_are_those_on_the_same_paths(make):
         def error(level: str, steps: int, dynamics=dynamics, rule=rule) -> float:
             return runner.read(SamplerSetting(dynamics, rule, "single", (level,), steps)).row["error"]
 
-        assert error("w8", 16) < 1e-10  # the same path, grid and network
+        assert error("w8", 16) < (1e-10 if dynamics == "sde" else 1e-3)  # the same path, grid and network; extrapolated
         # coarser grids share the path, so their errors are small beside those of unrelated samples
         unrelated = float(2 * runner.reference(dynamics).var())
         assert all(1e-8 < error("w8", steps) < 0.2 * unrelated for steps in (12, 8))
         assert error("w8", 16) < error("w4", 16) < error("w2", 16)
-    coarse = make(reference_steps=8)
-    assert coarse.read(SamplerSetting("ode", "dpmpp_2m", "single", ("w8",), 8)).row["error"] < 1e-12
+    coarse = make(reference_steps={"sde": 8})
+    row = coarse.read(SamplerSetting("sde", "ddpm", "single", ("w8",), 8)).row
+    assert row["error"] < 1e-12 < row["error_to_half"]
+    bias = reference_bias([runner.read(SamplerSetting("sde", "ddpm", "single", (w,), 8)) for w in ("w4", "w8")], runner)
+    assert (bias["sde"]["steps"], bias["sde"]["finest"], bias["sde"]["setting"]) == (
+        16,
+        8,
+        "DDPM ancestral, w8, 8 steps",
+    )
 
 
 def test_a_stopped_setting_and_a_damaged_file(make, counter):
@@ -255,22 +269,24 @@ def test_diverged_settings_are_rows_without_an_error(make):
 
 
 def test_plans_add_their_settings_and_columns(make, tmp_path):
-    alone = {"dynamics": "sde", "step_rule": "ddpm", "level": "w8", "steps": 8, "selected_error": 0.5}
     facts = {"dynamics": "sde", "step_rule": "ddpm", "selected_error": 0.15}
-    content = {"seeds_used": [7, 8], "alone": [alone], "calibration": {"flops": 3e9}, "cost_unit": "seconds"}
+    seeds = {"calibration": [5, 6], "selection": [7, 8]}
+    content = {"seeds": seeds, "calibration": {"flops": 3e9}, "cost_unit": "seconds"}
     save_plans(tmp_path / "plans.json", [(plan, facts) for plan in PLANS.values()], **content)
     config = SimpleNamespace(plans="auto", seed=100, num_samples=10)
     planned = read_planned(tmp_path / "plans.json", config)
     assert (planned.flops, planned.unit, len(planned.settings)) == (3e9, "seconds", 4)
-    with pytest.raises(UserError, match="selected on sample seeds of this comparison"):
-        read_planned(tmp_path / "plans.json", SimpleNamespace(plans="auto", seed=0, num_samples=8))
+    for first, part in ((8, "selection: 7 to 8"), (4, "calibration: 5 to 6")):
+        with pytest.raises(UserError, match=rf"sample seeds of this comparison \({part}\)"):
+            read_planned(tmp_path / "plans.json", SimpleNamespace(plans="auto", seed=first, num_samples=2))
+    assert read_planned(tmp_path / "plans.json", SimpleNamespace(plans="auto", seed=9, num_samples=2)).plans
 
     runner, settings = make(), [*planned.settings, replace(SETTINGS[0], steps=8)]
     moments = feature_moments(np.random.default_rng(0).normal(128, 10, (50, 3)))
     found = [runner.read(setting) for setting in settings]
     measured = complete(settings, found, runner.seeds, RealImages("FD-mean", moments, 0.1), planned)
     assert [m.row.get("predicted") for m in measured] == [0.2] * 4 + [None]
-    assert [m.row["selected_error"] for m in measured] == [0.15] * 4 + [0.5]
+    assert [m.row.get("selected_error") for m in measured] == [0.15] * 4 + [None]
     assert measured[0].row["distance"] == frechet_distance(measured[0].features, moments)
     assert table.frame_of(m.row for m in measured).num_samples.tolist() == [10] * 5
     _, (_, images), *others = examples(measured, "sde", runner)
@@ -279,9 +295,9 @@ def test_plans_add_their_settings_and_columns(make, tmp_path):
 
 
 def test_costs_of_a_comparison(make):
-    levels, process = make().levels, Process(LinearSchedule(), base_steps=16)
+    levels, process = make().levels, Process(LinearSchedule(), base_steps=113)
     config = EMPTY | {"baselines": [BASELINE], "gamma": "auto", "num_samples": 10, "num_reference": 6}
-    assert expected_evaluations(config, levels, process, Planned()) == {"w2": 80, "w4": 80, "w8": 80 + 96}
+    assert expected_evaluations(config, levels, process, Planned()) == {"w2": 80, "w4": 80, "w8": 80 + 6 * (57 + 29)}
 
 
 @pytest.mark.parametrize("text", ["x", "5-3", "", "1,,2"])

@@ -13,12 +13,13 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
+from mlem_diffusion.comparison.planned import references_for
 from mlem_diffusion.comparison.settings import settings_of
 from mlem_diffusion.diffusion.process import Process
 from mlem_diffusion.diffusion.step_rules import REFERENCE_RULE, STEP_RULES, step_rule
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.experiment import config
-from mlem_diffusion.experiment.runs import make_extractor
+from mlem_diffusion.experiment.runs import make_extractor, planned_steps, sample_seeds
 from mlem_diffusion.models.family import at_width, build_denoiser, describe, level_name
 from mlem_diffusion.multilevel.planner import METHODS
 from mlem_diffusion.training.levels import TrainConfig
@@ -80,7 +81,7 @@ def test_every_experiment_compares_the_multilevel_method_with_baselines(experime
 
 
 @each_experiment
-def test_every_experiment_selects_plans_on_other_seeds_than_it_judges(experiment):
+def test_every_experiment_has_separate_seeds_and_fine_references(experiment):
     cfg = configuration(f"experiment={experiment}")
     o, base = cfg.optimise, cfg.process.base_steps
     assert set(o.methods) <= set(METHODS) and 2 <= o.calibrate_steps <= base
@@ -91,8 +92,20 @@ def test_every_experiment_selects_plans_on_other_seeds_than_it_judges(experiment
         assert steps == sorted(set(steps)) and steps[-1] <= base
         # learned probabilities start from measured ones at those steps
         assert not rule.get("learn", False) or (o.measured.costs and o.learned.steps in o.measured.steps)
-    calibration = set(range(o.seed, o.seed + max(o.calibrate, o.diagnose.seeds, o.num_select)))
-    assert not calibration & set(range(cfg.compare.seed, cfg.compare.seed + cfg.compare.num_samples))
+    seeds = sample_seeds(cfg)
+    parts = [seeds.calibration, seeds.selection, seeds.judgement]
+    sizes = [max(o.calibrate, o.diagnose.seeds), o.num_select, cfg.compare.num_samples]
+    assert [len(part) for part in parts] == sizes and len(set().union(*parts)) == sum(sizes)
+    for part in (seeds.calibration, seeds.selection):  # at either end of a range
+        for first in (part[-1], part[0] - cfg.compare.num_samples + 1):
+            cfg.compare.seed = first
+            with pytest.raises(UserError, match=r"change compare.seed or optimise.seed"):
+                sample_seeds(cfg)
+    process, names = config.build(cfg.process), [f"w{k}" for k in range(len(cfg.family.widths))]
+    if cfg.family.callable is not None:
+        names = [level.name for level in config.build(cfg.family.callable)]
+    for settings in (settings_of(plain(cfg.compare), names, base), planned_steps(o)):
+        assert set(references_for(settings, process)) == {"sde", "ode"}  # UserError if one is too coarse
 
 
 def test_seeds_and_steps_of_verify_rates():

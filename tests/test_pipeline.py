@@ -30,7 +30,7 @@ def test_all_artefacts_exist(done):
         "gamma.json", "gamma.png", "compare.csv", "compare.png", "speedup.json", "best.json", "provenance.json",
         "plans.json", "plans.npz", "gains.png", "diagnostics.json", "ablation.json", "ablation.png",
         "diagnostics-sde.png", "diagnostics-ode.png", "verdicts.json", "metrics.jsonl", "report.html",
-        "training.png", "grids/sde.png", "grids/ode.png", "config.yaml",
+        "timing.json", "reference.json", "training.png", "grids/sde.png", "grids/ode.png", "config.yaml",
         *(f"samples/{seed:06d}.png" for seed in (0, 1, 2, 5)), "samples/grid.png",
     ]  # fmt: skip
     assert [name for name in expected if not (place.results / name).is_file()] == []
@@ -71,6 +71,16 @@ def test_format_of_compare_csv(done):
     assert ratio[rows.estimator != "ml_em"].sub(1).abs().max() < 1e-5
     assert ratio.sub(1).abs().max() < 0.25  # a few standard errors of 24 images
     assert set(rows.probabilities[rows.plan != ""]) <= {"optimal", "measured"}
+    # equal settings take equal time, whatever the machine did meanwhile; the reference is 8 times finer
+    timing, reference = (strict(done[0].results / name) for name in ("timing.json", "reference.json"))
+    same = rows[(rows.estimator == "single") & (rows.levels == "w6") & (rows.step_rule == "ddpm")]
+    per_step = same.seconds / same.steps
+    assert len(same) == 3 and per_step.max() < 1.001 * per_step.min()
+    assert per_step.min() > 0.99 * sum(timing["parts"][part]["seconds"] for part in ("w6", "step sde/ddpm"))
+    assert set(timing) == {"parts", "batch", "device", "threads"} and timing["threads"] == 1
+    for entry in reference.values():
+        assert entry["steps"] > 8 * (entry["finest"] - 1) and 0 <= entry["bias"] < 1 and entry["setting"]
+    assert "Bias of the smallest error by its reference" in done[1]
 
 
 def test_format_of_speedup_json(done):
@@ -326,7 +336,7 @@ def analytic(tmp_path_factory, request) -> Place:
         "num_samples": 32, "num_reference": 32, "seed": 0, "bootstrap": 20, "stitched": "[]", "ml_em": "[]",
         "baselines": "[{dynamics: sde, step_rule: ddpm, levels: all, steps: [5, 9]}]",
     }  # fmt: skip
-    options = ["process.base_steps=65", "family.callable.levels=3"]
+    options = ["process.base_steps=129", "family.callable.levels=3", "timing.rounds=2", "timing.at_least=0"]
     options += [f"optimise.{key}={value}" for key, value in optimise.items()]
     options += [f"compare.{key}={value}" for key, value in compare.items()]
     return Place(tmp_path_factory.mktemp("analytic"), "analytic", tuple(options))
@@ -337,7 +347,8 @@ def test_plans_are_selected_and_judged_on_separate_seeds(analytic, here):
         run = here(stage, analytic)
         assert run.code == 0, run.err
     content = strict(analytic.results / "plans.json")
-    assert content["seeds_used"] == list(range(500000, 500024))
+    ends = {"calibration": [500000, 500015], "selection": [500016, 500039], "judgement": [0, 31]}
+    assert content["seeds"] == ends and "alone" not in content
     assert content["calibration"]["flops"] > 0
     kinds = {(e["dynamics"], e["method"], e["probabilities"]) for e in content["plans"]}
     methods = ("independent", "nested", "systematic", "quadrature")
@@ -358,8 +369,10 @@ def test_plans_are_selected_and_judged_on_separate_seeds(analytic, here):
 
 def test_seeds_that_plans_were_selected_on_cannot_judge_them(analytic, here):
     run = here("sample_compare", analytic, "compare.seed=500020")
-    assert run.code == 2 and "The plans were selected on sample seeds of" in run.complaint
-    assert here("sample_compare", analytic, "compare.plans=none", "compare.seed=500020").code == 0
+    assert run.code == 2 and "change compare.seed or optimise.seed" in run.complaint
+    run = here("sample_compare", analytic, "compare.seed=500020", "optimise.seed=7")  # other seeds than in plans.json
+    assert run.code == 2 and "sample seeds of this comparison (selection: 500016 to 500039)" in run.complaint
+    assert here("sample_compare", analytic, "compare.plans=none", "compare.seed=600000").code == 0
     assert len(table(analytic)) == 6
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from ..data.pixels import to_uint8
 from ..diffusion.level import Level
 from ..diffusion.process import Process
+from ..diffusion.reference import reference_evaluations, reference_steps
 from ..errors import UserError
 from ..files import expect_content
 from ..multilevel.plan import Plan, load_plans
@@ -24,7 +25,7 @@ class Planned:
 
     plans: Mapping[str, Plan] = field(default_factory=dict)
     settings: Sequence[SamplerSetting] = ()  # those that run the plans
-    facts: Mapping[SamplerSetting, Row] = field(default_factory=dict)  # further columns, also of single levels
+    facts: Mapping[SamplerSetting, Row] = field(default_factory=dict)  # further columns
     flops: float = 0.0  # cost of the calibration
     unit: str = "flops"  # the cost that plans minimise, "flops" or "seconds"
     made_with: dict[str, Any] | None = None  # the hashes of images and levels
@@ -39,17 +40,17 @@ def read_planned(path: Path, config: Any) -> Planned:
     plans, content = load_plans(path)
     with expect_content(path, "run make optimise again"):
         settings, facts = [], {}
-        for e in content["alone"]:
-            setting = SamplerSetting(e["dynamics"], e["step_rule"], "single", (e["level"],), e["steps"])
-            facts[setting] = {"selected_error": e["selected_error"]}
         for e in content["plans"]:
             plan = plans[e["id"]]
             setting = setting_of(plan, e["dynamics"], e["step_rule"])
             more = {"predicted": plan.predicted, "largest_effect": plan.largest_effect} if setting.plan else {}
             facts[setting] = more | {"selected_error": e["selected_error"]}
             settings.append(setting)
-        if not set(content["seeds_used"]).isdisjoint(range(config.seed, config.seed + config.num_samples)):
-            raise UserError("The plans were selected on sample seeds of this comparison: change compare.seed.")
+        for part in ("calibration", "selection"):
+            first, last = content["seeds"][part]
+            if first < config.seed + config.num_samples and config.seed <= last:
+                text = f"The plans were made with sample seeds of this comparison ({part}: {first} to {last})"
+                raise UserError(f"{text}: change compare.seed.")
         spent, made_with = content["calibration"]["flops"], content.get("made_with")
         return Planned(plans, settings, facts, spent, content["cost_unit"], made_with)
 
@@ -60,6 +61,14 @@ def all_settings(config: Any, names: Iterable[str], base_steps: int, planned: Pl
     return sorted(settings, key=lambda s: (s.dynamics, s.rule.clock or "", s.steps))
 
 
+def references_for(settings: Iterable[SamplerSetting], process: Process) -> dict[str, int]:
+    """{dynamics: noise levels of the reference} for these settings; UserError if the base grid is too coarse."""
+    steps: dict[str, list[int]] = {}
+    for setting in settings:
+        steps.setdefault(setting.dynamics, []).append(setting.steps)
+    return {dynamics: reference_steps(process, counts) for dynamics, counts in sorted(steps.items())}
+
+
 def expected_evaluations(config: Any, levels: Mapping[str, Level], process: Process, planned: Planned) -> Counter[str]:
     """The evaluations of each level in a comparison: of its settings and their references."""
     gamma, count = 2.5 if config["gamma"] == "auto" else float(config["gamma"]), config["num_samples"]
@@ -67,8 +76,8 @@ def expected_evaluations(config: Any, levels: Mapping[str, Level], process: Proc
     for setting in settings:
         for name, number in setting.expected_evaluations(levels, gamma, planned.plans, process).items():
             total[name] += number * count
-    references = len({setting.dynamics for setting in settings})
-    total[list(levels)[-1]] += references * process.base_steps * min(config["num_reference"], count)
+    for dynamics, steps in references_for(settings, process).items():
+        total[list(levels)[-1]] += reference_evaluations(dynamics, steps) * min(config["num_reference"], count)
     return total
 
 

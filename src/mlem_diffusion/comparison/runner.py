@@ -5,7 +5,7 @@ stopped comparison can resume."""
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,11 +21,13 @@ from ..data.pixels import to_uint8
 from ..diffusion.brownian import BrownianPath
 from ..diffusion.level import Ledger, Level, joined
 from ..diffusion.process import Process, TimeGrid
-from ..diffusion.sampler import Estimator, SingleLevel, sample
-from ..diffusion.step_rules import REFERENCE_RULE, StepRule
+from ..diffusion.reference import reference_evaluations, sample_reference
+from ..diffusion.sampler import Estimator, sample
+from ..diffusion.step_rules import StepRule
 from ..errors import Interrupted, UserError
 from ..files import atomic_write, cached, read_arrays, write_arrays
 from ..multilevel.plan import Plan
+from ..multilevel.timing import Timing, work_of
 from ..statistics import squared_errors, standard_error
 from .features import Extractor
 from .settings import Measurement, SamplerSetting
@@ -33,6 +35,7 @@ from .settings import Measurement, SamplerSetting
 ABSURD = 1e3  # size of a pixel value; pixels are in [-1, 1], and no working sampler comes near it
 _PATHS = 2  # batches whose noise is kept for the next setting; each takes at most brownian.WINDOW_BYTES
 GRID = 1024  # the most images in a grid of pictures
+_KINDS = ("images", "half")  # the reference, and that on half of its grid
 _read = partial(read_arrays, hint="remove it and run the same command again")
 
 
@@ -53,13 +56,10 @@ class Runner:
     key: str  # hash of the weights, process and extractor
     grid_images: int = 12
     plans: dict[str, Plan] = field(default_factory=dict)
-    reference_steps: int | None = None  # None: the base grid
+    reference_steps: Mapping[str, int] = field(default_factory=dict)  # {dynamics: noise levels of its reference}
+    timing: Timing | None = None  # without it, rows have no seconds
     _paths: dict[int, BrownianPath] = field(default_factory=dict, init=False, repr=False)
-    _references: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
-
-    @property
-    def reference_grid(self) -> TimeGrid:
-        return self.process.grid(self.reference_steps)
+    _references: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def build(self, setting: SamplerSetting) -> Estimator:
         return setting.build(self.levels, self.gamma, self.plans)
@@ -70,19 +70,12 @@ class Runner:
 
     def reference_flops(self, dynamics: str) -> float:
         """FLOPs of a reference over all its samples."""
-        evaluations = len(REFERENCE_RULE[dynamics].program(self.reference_grid))
+        evaluations = reference_evaluations(dynamics, self.reference_steps[dynamics])
         return list(self.levels.values())[-1].flops * evaluations * self.num_reference
-
-    def warm_up(self) -> None:
-        """Evaluate each level once, so that first-call overheads do not enter the seconds of any setting."""
-        x = torch.zeros(min(self.batch, len(self.seeds)), *self.shape, device=self.device)
-        with torch.no_grad():
-            for level in self.levels.values():
-                level.denoise(x, torch.zeros((), device=self.device))
 
     def _reference_files(self, dynamics: str) -> list[Path]:
         """The file of each batch."""
-        file = self._file("reference", {"dynamics": dynamics})
+        file = self._file("reference", dynamics, None)
         return [file.with_stem(f"{file.stem}-{i}") for i in range(-(-self.num_reference // self.batch))]
 
     def reference_tasks(self, dynamics: str) -> list[tuple[str, int]]:
@@ -90,26 +83,31 @@ class Runner:
         return [(dynamics, i) for i, file in enumerate(self._reference_files(dynamics)) if not file.is_file()]
 
     def measure_reference(self, dynamics: str, i: int) -> None:
-        """Sample a batch of a reference: the largest level on the finest grid."""
+        """Sample a batch of a reference and of its check on half of the grid."""
         seeds = self.seeds[: self.num_reference][i * self.batch : (i + 1) * self.batch]
-        estimator, path = SingleLevel(list(self.levels.values())[-1]), BrownianPath(seeds, self.shape, self.device)
-        images, _ = sample(estimator, REFERENCE_RULE[dynamics], self.reference_grid, path)
-        write_arrays(self._reference_files(dynamics)[i], {"images": images.cpu().numpy()})
+        top, path = list(self.levels.values())[-1], BrownianPath(seeds, self.shape, self.device)
+        found = sample_reference(top, dynamics, self.process, self.reference_steps[dynamics], path)
+        arrays = (part.cpu().numpy() for part in found)
+        write_arrays(self._reference_files(dynamics)[i], dict(zip(_KINDS, arrays, strict=True)))
 
     def reference(self, dynamics: str) -> Tensor:
         """The reference samples [num_reference, *shape], float32 on the CPU; UserError if they are not finite."""
+        return self.references(dynamics)[0]
+
+    def references(self, dynamics: str) -> tuple[Tensor, Tensor]:
+        """The reference samples, and those on half of its grid."""
         if dynamics not in self._references:
             parts = []
             for i, file in enumerate(self._reference_files(dynamics)):
-                parts.append(cached(file, _read, lambda i=i: self.measure_reference(dynamics, i))["images"])
-            images = torch.from_numpy(np.concatenate(parts))
-            if not images.isfinite().all():
+                parts.append(cached(file, _read, lambda i=i: self.measure_reference(dynamics, i)))
+            whole, half = (torch.from_numpy(np.concatenate([part[name] for part in parts])) for name in _KINDS)
+            if not (whole.isfinite().all() and half.isfinite().all()):
                 raise UserError(f"The reference of the {dynamics.upper()} is not finite: train its top level longer.")
-            self._references[dynamics] = images
+            self._references[dynamics] = whole, half
         return self._references[dynamics]
 
     def is_done(self, setting: SamplerSetting) -> bool:
-        return self._file("setting", setting.row).is_file()
+        return self._file("setting", setting.dynamics, setting.row).is_file()
 
     def measure(self, setting: SamplerSetting, should_stop: Callable[[], bool] = parallel.never) -> None:
         """Run all batches of a setting and write its file; raises Interrupted between batches."""
@@ -123,23 +121,33 @@ class Runner:
         total = joined(ledgers)
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         errors, lost = arrays["errors"], int(arrays.pop("diverged").sum())
+        to_half = arrays.pop("to_half").mean()
         spread = np.nan if lost else standard_error(errors)
         costs = {
             "error": None if lost else float(errors.mean()),  # undefined if a sample has diverged
             "error_se": spread if np.isfinite(spread) else None,  # not finite for a single seed
+            "error_to_half": None if lost else float(to_half),  # to the reference on half of its grid
             "network_calls": total.calls_per_image,
             "gflops_expected": estimator.expected_flops(setting.evaluations(self.process)) / 1e9,
             "gflops_realised": total.flops_per_image / 1e9,
-            "seconds": total.seconds_per_image,
             "top_evaluations": int(total.per_sample[: len(errors), -1].sum()),  # in the samples that the error averages
         }
         costs |= {"diverged": lost} if lost else {}
-        write_arrays(self._file("setting", setting.row), {"costs": json.dumps(costs), **arrays})
+        texts = {"costs": json.dumps(costs), "work": json.dumps(self.work(setting))}
+        write_arrays(self._file("setting", setting.dynamics, setting.row), {**texts, **arrays})
+
+    def work(self, setting: SamplerSetting) -> dict[str, float]:
+        """How often each part of the sampler's work occurs per image, for `Timing.seconds`."""
+        estimator, evaluations = self.build(setting), setting.evaluations(self.process)
+        batches = [self.seeds[start : start + self.batch] for start in range(0, len(self.seeds), self.batch)]
+        weights = [estimator.weights(evaluations, seeds) for seeds in batches]
+        return work_of(weights, [level.name for level in estimator.levels], setting.rule, len(batches[0]))
 
     def _compared(self, images: Tensor, dynamics: str, start: int) -> dict[str, np.ndarray]:
         """What is kept of a batch: errors to the reference, features, and the first images."""
-        reference = self.reference(dynamics)[start : start + len(images)]
-        out = {"diverged": diverged(images), "errors": squared_errors(images[: len(reference)], reference)}
+        whole, half = (part[start : start + len(images)] for part in self.references(dynamics))
+        out = {"diverged": diverged(images), "errors": squared_errors(images[: len(whole)], whole)}
+        out["to_half"] = squared_errors(images[: len(half)], half)
         if self.extractor is not None:
             pixels = to_uint8(images.nan_to_num())
             out["features"] = self.extractor.features(pixels).numpy()
@@ -148,9 +156,12 @@ class Runner:
 
     def read(self, setting: SamplerSetting) -> Measurement:
         """A finished setting; it is measured again if its file is missing or damaged."""
-        arrays = cached(self._file("setting", setting.row), _read, lambda: self.measure(setting))
+        file = self._file("setting", setting.dynamics, setting.row)
+        arrays = cached(file, _read, lambda: self.measure(setting))
+        work = json.loads(str(arrays["work"]))
         row = setting.row | json.loads(str(arrays["costs"]))
-        return Measurement(row, arrays["errors"], arrays.get("features"), arrays.get("images"))
+        row["seconds"] = None if self.timing is None else self.timing.seconds(work)
+        return Measurement(row, arrays["errors"], arrays.get("features"), arrays.get("images"), work)
 
     def _path(self, start: int) -> BrownianPath:
         """The randomness of the batch at this position. The next settings share the noise of the first batches."""
@@ -159,9 +170,9 @@ class Runner:
             self._paths[start] = path
         return path
 
-    def _file(self, kind: str, what: Any) -> Path:
-        sizes = [self.seeds[0], len(self.seeds), self.num_reference]
-        asked = [kind, what, self.key, *sizes, self.gamma, self.grid_images, self.batch, self.reference_steps]
+    def _file(self, kind: str, dynamics: str, what: Any) -> Path:
+        sizes = [self.seeds[0], len(self.seeds), self.num_reference, self.reference_steps[dynamics]]
+        asked = [kind, dynamics, what, self.key, *sizes, self.gamma, self.grid_images, self.batch]
         digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
         return self.cache / f"{kind}-{digest[:20]}.npz"
 

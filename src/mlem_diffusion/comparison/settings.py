@@ -1,7 +1,7 @@
 """Sampler settings, from the configuration to the rows of compare.csv, with costs per image (GFLOPs, not GMACs)."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,7 @@ class Measurement:
     errors: np.ndarray  # squared error of each seed [n]
     features: np.ndarray | None = None  # [N, D]
     images: np.ndarray | None = None  # of the first samples, uint8 [M, 3, H, W]
+    work: Mapping[str, float] = field(default_factory=dict)  # how often each part of a `Timing` occurs per image
 
 
 def setting_of(plan: Plan, dynamics: str, step_rule: str) -> SamplerSetting:

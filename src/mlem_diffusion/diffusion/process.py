@@ -86,7 +86,7 @@ class Process:
     schedule: LinearSchedule | CosineSchedule
     logsnr_min: float = -9.0
     logsnr_max: float = 9.0
-    base_steps: int = 1000
+    base_steps: int = 2049
     spacing: str = "logsnr"
 
     def __post_init__(self) -> None:

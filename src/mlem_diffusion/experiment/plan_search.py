@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from ..comparison import planned
 from ..comparison.runner import Runner
 from ..comparison.settings import SamplerSetting, setting_of
 from ..diffusion.brownian import BrownianPath
 from ..diffusion.level import Level
+from ..diffusion.reference import reference_evaluations
 from ..diffusion.step_rules import StepRule, step_rule
 from ..errors import UserError
 from ..files import read_json, write_json
@@ -22,8 +23,7 @@ from ..multilevel.diagnostics import diagnose
 from ..multilevel.gains import Effects, measure_effects
 from ..multilevel.learned import learn_probabilities
 from ..multilevel.plan import Plan
-from .config import device_model
-from .runs import run_all, timed_batch
+from . import runs
 
 
 def check(exp: Any) -> None:
@@ -31,8 +31,7 @@ def check(exp: Any) -> None:
     o = exp.cfg.optimise
     if o.cost not in ("flops", "seconds"):
         raise UserError(f"optimise.cost = {o.cost} is unknown; expected flops or seconds.")
-    steps = [count for rule in o.rules for count in rule.steps]
-    planner.check_reference(o.reference_steps or exp.process.base_steps, steps, "optimise.reference_steps")
+    planned.references_for(runs.planned_steps(o), exp.process)
 
 
 def _cached(exp: Any, stem: str, facts: Any, compute: Callable[[], Any]) -> Any:
@@ -42,22 +41,14 @@ def _cached(exp: Any, stem: str, facts: Any, compute: Callable[[], Any]) -> Any:
 
 
 def _path(exp: Any, count: int) -> BrownianPath:
-    """The paths of the first seeds of the calibration; the comparison uses others."""
-    first = exp.cfg.optimise.seed
-    return BrownianPath(range(first, first + count), exp.shape, exp.device)
+    """The paths of the first seeds of the calibration."""
+    return BrownianPath(runs.sample_seeds(exp.cfg).calibration[:count], exp.shape, exp.device)
 
 
 def timing(exp: Any, levels: dict[str, Level]) -> dict[str, Any]:
     """{"seconds": per image of one evaluation of each level, "batch", "device", "threads"}."""
-    family = list(levels.values())
-    batch = timed_batch(exp, family, exp.cfg.compare.batch)
-    where = {"batch": batch, "device": device_model(exp.device), "threads": torch.get_num_threads()}
-
-    def compute() -> dict[str, Any]:
-        seconds = ablation.seconds_per_image(family, exp.shape, batch, exp.device)
-        return {"seconds": dict(zip(levels, seconds, strict=True)), **where}
-
-    return _cached(exp, "seconds", where, compute)
+    parts = runs.timing(exp, levels).parts
+    return {"seconds": {name: parts[name][0] for name in levels}, **runs.timed_where(exp)}
 
 
 def diagnostics(exp: Any, levels: dict[str, Level]) -> dict[str, dict[str, Any]]:
@@ -96,8 +87,15 @@ def effects(exp: Any, levels: dict[str, Level], rule: StepRule) -> Effects:
     return exp.cached("effects.npz", [o.seed, o.calibrate, o.probes, o.calibrate_steps, rule.key], Effects.load, make)
 
 
+def calibrating(exp: Any, selecting: Runner) -> Runner:
+    """The runner on the first `optimise.calibrate` seeds of the calibration, from that of the selection."""
+    seeds = list(runs.sample_seeds(exp.cfg).calibration[: exp.cfg.optimise.calibrate])
+    return replace(selecting, seeds=seeds, num_reference=len(seeds))
+
+
 def errors_alone(exp: Any, runner: Runner) -> dict[SamplerSetting, float]:
-    """The squared error of every level alone on every grid of the plans, without those that diverged."""
+    """The squared error of every level alone on every grid of the plans, without those that diverged. runner: of the
+    calibration."""
     *_, largest = runner.levels.values()
     settings = [
         SamplerSetting(rule.dynamics, rule.step_rule, "single", (name,), steps)
@@ -106,7 +104,7 @@ def errors_alone(exp: Any, runner: Runner) -> dict[SamplerSetting, float]:
         for steps in rule.steps
         if steps <= 600 or level.flops > 0.5 * largest.flops  # on fine grids the cheap levels add nothing
     ]
-    found = run_all(exp, runner, settings, "levels alone")
+    found = runs.run_all(exp, runner, settings, "levels alone")
     return {s: m.row["error"] for s, m in zip(settings, found, strict=True) if m.row["error"] is not None}
 
 
@@ -184,36 +182,30 @@ def described(s: Searched, plans: list[Plan], errors: dict[str, Any], runner: Ru
 
 
 def ledger(
-    exp: Any, runner: Runner, alone: dict[SamplerSetting, float], searched: list[Searched], tried: list[SamplerSetting],
-    diagnosed: dict[str, dict[str, Any]],
+    exp: Any, calibrating: Runner, selecting: Runner, alone: dict[SamplerSetting, float], searched: list[Searched],
+    tried: list[SamplerSetting], diagnosed: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:  # fmt: skip
-    """What calibration and selection cost, which seeds they used, and the errors of single levels."""
-    o, images = exp.cfg.optimise, len(runner.seeds)
-    *_, largest = runner.levels.values()
+    """What calibration and selection cost, and which seeds they used. The runners are those of both parts."""
     spent = sum(content["flops_spent"] for content in diagnosed.values())
-    for s in searched:
-        spent += s.inputs.effects.flops_spent + s.learning
-    spent += sum(runner.build(s).expected_flops(s.evaluations(runner.process)) for s in [*alone, *tried]) * images
-    spent += len(diagnosed) * len(runner.reference_grid.logsnr) * largest.flops * images
-    own = [
-        {"dynamics": s.dynamics, "step_rule": s.step_rule, "level": s.levels[0], "steps": s.steps, "selected_error": e}
-        for s, e in alone.items()
-    ]
-    seeds = sorted({*range(o.seed, o.seed + max(o.calibrate, o.diagnose.seeds)), *runner.seeds})
-    found: dict[str, Any] = {"calibration": {"flops": float(spent)}, "seeds_used": seeds, "alone": own}
-    return found | {"cost_unit": o.cost, "made_with": exp.identity}
+    spent += sum(s.inputs.effects.flops_spent + s.learning for s in searched)
+    for runner, settings in ((calibrating, alone), (selecting, tried)):
+        spent += sum(map(runner.expected_flops, settings))
+        spent += sum(map(runner.reference_flops, {s.dynamics for s in settings}))
+    found = {"calibration": {"flops": float(spent)}, "seeds": runs.sample_seeds(exp.cfg).ends()}
+    return found | {"cost_unit": exp.cfg.optimise.cost, "made_with": exp.identity}
 
 
 def cost(exp: Any, levels: dict[str, Level]) -> Counter[str]:
     """Evaluations of each level; candidate plans are assumed to use the largest at a quarter of the middle grid."""
-    o, dynamics = exp.cfg.optimise, {rule.dynamics for rule in exp.cfg.optimise.rules}
+    o, references = exp.cfg.optimise, planned.references_for(runs.planned_steps(exp.cfg.optimise), exp.process)
     *_, largest = levels
-    counts = Counter(dict.fromkeys(levels, len(dynamics) * o.diagnose.seeds * o.diagnose.steps))
-    counts[largest] += len(dynamics) * (o.reference_steps or exp.process.base_steps) * o.num_select
+    counts = Counter(dict.fromkeys(levels, len(references) * o.diagnose.seeds * o.diagnose.steps))
+    for dynamics, steps in references.items():
+        counts[largest] += reference_evaluations(dynamics, steps) * (o.calibrate + o.num_select)
     for rule in o.rules:
         methods = rule.get("methods", o.methods)
         points = o.calibrate * o.calibrate_steps if methods else 0
-        planned = len(methods) * len(o.bases) * o.plans * rule.steps[len(rule.steps) // 2] // 4
-        counts.update(dict.fromkeys(levels, points + sum(rule.steps) * o.num_select))
-        counts[largest] += points * (2 + o.probes) + planned * o.num_select
+        tried = len(methods) * len(o.bases) * o.plans * rule.steps[len(rule.steps) // 2] // 4
+        counts.update(dict.fromkeys(levels, points + sum(rule.steps) * o.calibrate))
+        counts[largest] += points * (2 + o.probes) + tried * o.num_select
     return counts

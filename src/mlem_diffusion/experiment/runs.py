@@ -1,7 +1,9 @@
 """The runner of an experiment, its settings run by several ranks or workers, and what a stage would cost."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,16 +11,17 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from .. import parallel
-from ..comparison import features
+from ..comparison import features, planned
 from ..comparison.features import Extractor
+from ..comparison.planned import Planned
 from ..comparison.runner import Runner
 from ..comparison.settings import GAUSSIAN, Measurement, SamplerSetting
 from ..diffusion.level import Level
+from ..diffusion.step_rules import StepRule, step_rule
 from ..errors import UserError
-from ..files import expect_content, read_arrays, read_json
+from ..files import expect_content, read_arrays, read_json, write_json
 from ..models.family import build_denoiser
-from ..multilevel.ablation import seconds_per_image
-from ..multilevel.plan import Plan
+from ..multilevel.timing import Timing, measure_timing, seconds_per_image
 from . import config
 from .config import device_model
 from .tracking import bar
@@ -77,10 +80,41 @@ def used_gamma(exp: Any) -> float:
     return finite[0]
 
 
-def make_runner(exp: Any, plans: Mapping[str, Plan] | None = None) -> Runner:
-    """The data that settings share: on the seeds of the comparison, which runs these plans, or (None) on those that
-    select plans, without distances."""
-    c, o, levels, select = exp.cfg.compare, exp.cfg.optimise, exp.levels(), plans is None
+@dataclass(frozen=True)
+class Seeds:
+    """The sample seeds of an experiment: those that measure gains and errors of single levels, those that select among
+    candidate plans, and those of the comparison. No two ranges meet."""
+
+    calibration: range
+    selection: range
+    judgement: range
+
+    def ends(self) -> dict[str, list[int]]:
+        """{part: [first, last]}."""
+        return {part: [seeds.start, seeds.stop - 1] for part, seeds in vars(self).items()}
+
+
+def sample_seeds(cfg: Any) -> Seeds:
+    """The seeds of a configuration; UserError if those of the comparison meet the others."""
+    o, c = cfg.optimise, cfg.compare
+    calibration = range(o.seed, o.seed + max(o.calibrate, o.diagnose.seeds))
+    selection = range(calibration.stop, calibration.stop + o.num_select)
+    judgement = range(c.seed, c.seed + c.num_samples)
+    if judgement.start < selection.stop and calibration.start < judgement.stop:
+        raise UserError(
+            f"The comparison's sample seeds, {c.seed} to {judgement.stop - 1}, meet those that make and select plans, "
+            f"{o.seed} to {selection.stop - 1}: change compare.seed or optimise.seed."
+        )
+    return Seeds(calibration, selection, judgement)
+
+
+def make_runner(exp: Any, plans: Planned | None = None) -> Runner:
+    """The data that settings share: on the seeds of the comparison, with these plans; or (None) on those that select
+    plans, without distances."""
+    c, levels, seeds = exp.cfg.compare, exp.levels(), sample_seeds(exp.cfg)
+    settings, select = planned_steps(exp.cfg.optimise), plans is None
+    if plans is not None:
+        settings = planned.all_settings(c, levels, exp.process.base_steps, plans)
     extractor = None if select else make_extractor(exp)
     if extractor is not None and exp.images_if_needed() is None:  # for functions there is nothing to compare with
         moments = (exp.published or {}).get("statistics") or {}
@@ -92,17 +126,79 @@ def make_runner(exp: Any, plans: Mapping[str, Plan] | None = None) -> Runner:
                 f"compare.num_samples={c.num_samples} images are too few for {extractor.name}: the covariance of its "
                 f"features would be singular. Set compare.num_samples={dimensions + 1} or more, or metrics=none."
             )
-    first, count = (o.seed, o.num_select) if select else (c.seed, c.num_samples)
     costs = {name: level.flops for name, level in levels.items()}  # that of the Gaussian level depends on its rank
     facts = {"levels": exp.identity or exp.plain("family"), "costs": costs, "device": exp.device.type}
     key = exp.fingerprint(("process", "precision"), **facts, extractor=extractor and extractor.key)
     return Runner(
-        levels=levels, process=exp.process, shape=exp.shape, seeds=list(range(first, first + count)),
+        levels=levels, process=exp.process, shape=exp.shape, seeds=list(seeds.selection if select else seeds.judgement),
         gamma=2.5 if select else used_gamma(exp),  # the selection runs no setting with constant probabilities
-        num_reference=count if select else min(c.num_reference, count), batch=c.batch, device=exp.device,
+        num_reference=len(seeds.selection) if select else min(c.num_reference, c.num_samples), batch=c.batch,
+        device=exp.device,
         extractor=extractor, cache=exp.results / "cache", key=key, grid_images=c.grid_images,
-        plans=dict(plans or {}), reference_steps=o.reference_steps if select else None,
+        plans={} if plans is None else dict(plans.plans), reference_steps=planned.references_for(settings, exp.process),
+        timing=timing(exp, levels, [setting.rule for setting in settings]),
     )  # fmt: skip
+
+
+def planned_steps(options: Any) -> list[SamplerSetting]:
+    """Stand-ins for all that make optimise runs, with the rules and steps of its plans."""
+    found = [(r.dynamics, r.step_rule, steps) for r in options.rules for steps in r.steps]
+    more = {*options.measured.steps, *([options.learned.steps] if options.learned.costs else [])}
+    found += [(r.dynamics, r.step_rule, steps) for r in options.rules if r.get("methods") != [] for steps in more]
+    return [SamplerSetting(dynamics, rule, "single", (), steps) for dynamics, rule, steps in found]
+
+
+def timed_rules(cfg: Any, more: Iterable[StepRule] = ()) -> list[StepRule]:
+    """The step rules of the optimiser and of the comparison, so that both use one timing."""
+    asked = [*cfg.optimise.rules, *(s for kind in ("baselines", "stitched", "ml_em") for s in cfg.compare[kind])]
+    found = {rule.key: rule for rule in (*(step_rule(r.dynamics, r.step_rule) for r in asked), *more)}
+    return [found[key] for key in sorted(found)]
+
+
+@contextmanager
+def sampling_threads(exp: Any) -> Iterator[int]:
+    """torch's number of threads in this context: that of a process that samples, which shares the cores."""
+    before, workers = torch.get_num_threads(), worker_count(exp, exp.cfg.compare.num_samples)
+    torch.set_num_threads(max(1, before // workers))
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
+def timed_where(exp: Any) -> dict[str, Any]:
+    """The conditions of the timing: {"batch", "device", "threads"}."""
+    with sampling_threads(exp) as threads:
+        batch = min(exp.cfg.compare.batch, exp.cfg.compare.num_samples)
+        return {"batch": batch, "device": device_model(exp.device), "threads": threads}
+
+
+def timing(exp: Any, levels: Mapping[str, Level], rules: Iterable[StepRule] = ()) -> Timing:
+    """The seconds of all parts of sampling for the configured rules and these, measured once, before workers use the
+    machine, and then read from the cache."""
+    chosen, where, options = timed_rules(exp.cfg, rules), timed_where(exp), exp.plain("timing")["timing"]
+
+    def make(path: Path) -> None:
+        family, grid = list(levels.values()), exp.process.grid(min(33, exp.process.base_steps))
+        with exp.progress("timing", None, "part") as progress, sampling_threads(exp):
+            found = measure_timing(
+                family, chosen, grid, exp.shape, where["batch"], exp.device, **options, progress=progress
+            )
+        write_json(path, {name: list(values) for name, values in found.parts.items()})
+
+    def read(path: Path) -> Timing:
+        with expect_content(path, "run the same command again"):
+            content = read_json(path, "run the same command again")
+            return Timing({name: (float(median), float(spread)) for name, (median, spread) in content.items()})
+
+    return exp.cached("timing.json", [where, options, [rule.key for rule in chosen]], read, make)
+
+
+def timing_record(exp: Any, found: Timing | None) -> dict[str, Any]:
+    """The content of timing.json."""
+    timed = {} if found is None else found.parts
+    parts = {name: {"seconds": median, "log_sd": spread} for name, (median, spread) in timed.items()}
+    return {"parts": parts, **timed_where(exp)}
 
 
 _in_worker: dict[Any, Runner] = {}  # a worker process reuses its runner between tasks
@@ -136,8 +232,6 @@ def run_all(exp: Any, runner: Runner, settings: Sequence[SamplerSetting], label:
     with bar(label, total, unit="GFLOP") as progress:
         for tasks in (references, missing):
             workers = worker_count(exp, len(tasks))
-            if missing and tasks is missing and workers == 1:  # the seconds of references do not count
-                runner.warm_up()
             items = [(exp, small if workers > 1 else runner, task, runner.extractor is not None) for task in tasks]
             for index, _ in parallel.run(run_task, items, workers, exp.should_stop):
                 done += gflops[tasks[index]]
@@ -150,12 +244,11 @@ def run_task(item: tuple[Any, Runner, Any, bool]) -> None:
     """Measure one setting, or one batch of a reference given as (dynamics, number); with or without distances."""
     exp, runner, task, distances = item
     if not runner.levels:  # in a worker
-        key = (exp.results, exp.name, runner.key)
+        key = (exp.results, exp.name, runner.key, *runner.seeds)
         if key not in _in_worker:
             _in_worker.clear()
             extractor = make_extractor(exp) if distances else None
             _in_worker[key] = replace(runner, levels=exp.levels(), extractor=extractor, plans={})
-            _in_worker[key].warm_up()
         _in_worker[key].plans.update(runner.plans)
         runner = _in_worker[key]
     if isinstance(task, SamplerSetting):
@@ -174,7 +267,7 @@ def estimate(exp: Any, cost: Cost | None) -> str:
         return f"{text}: no network is evaluated; seconds to minutes."
     levels = fresh_levels(exp)
     counts, family = cost(exp, levels), list(levels.values())
-    seconds = seconds_per_image(family, exp.shape, timed_batch(exp, family, 16), exp.device, at_least=0.0)
+    seconds = seconds_per_image(family, exp.shape, timed_batch(exp, family, 16), exp.device)
     total = sum(level.flops * counts.get(level.name, 0) for level in family)
     time = sum(each * counts.get(level.name, 0) for level, each in zip(family, seconds, strict=True))
     return f"{text} {total / 1e12:.3f} TFLOP, about {tqdm.format_interval(time)} on {device_model(exp.device)}"

@@ -4,46 +4,20 @@ Of levels that can replace each other no single one is needed, so they are also 
 
 import itertools
 import math
-import statistics
-import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
-from ..diffusion.level import Level
 from ..errors import UserError
 from .plan import Plan, Progress
 from .planner import Calibration
 
 _ABOVE_LOWEST = 1.1  # the comparison starts at this times the lowest error: below, only the finest grid counts
 _POINTS = 97  # number of errors at which frontiers are compared
-_WARM_UP, _RUNS = 2, 9  # runs before the timing, and in it at least
 # cost without a level over the cost with it, at equal predicted error: {"mean": geometric, "largest", "errors": range}
 Ratio = dict[str, Any]
-
-
-@torch.no_grad()
-def seconds_per_image(
-    family: Sequence[Level], shape: tuple[int, ...], batch: int, device: torch.device, at_least: float = 1.0
-) -> list[float]:
-    """Seconds per image of one evaluation of each level on `batch` images of this shape: medians after a warm-up.
-
-    The levels take turns, so that a short load on the machine slows all of them, for `at_least` seconds."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(device)
-    logsnr, times = torch.zeros((), device=device), [[] for _ in family]
-    began = time.perf_counter()
-    while len(times[-1]) < _WARM_UP + _RUNS or time.perf_counter() - began < at_least:
-        for k, level in enumerate(family):
-            wait()
-            started = time.perf_counter()
-            level.denoise(x, logsnr)
-            wait()
-            times[k].append(time.perf_counter() - started)
-    return [statistics.median(each[_WARM_UP:]) / batch for each in times]
 
 
 class Frontiers:

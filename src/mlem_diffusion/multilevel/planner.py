@@ -15,7 +15,7 @@ the largest used level, whose edge (a, b) is as long as the best estimate of f^b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise, product
@@ -24,11 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..diffusion import reference
 from ..diffusion.brownian import BrownianPath
 from ..diffusion.level import Level
 from ..diffusion.process import Process, uniform_weights
 from ..diffusion.sampler import SingleLevel, sample
-from ..diffusion.step_rules import REFERENCE_RULE, StepRule
+from ..diffusion.step_rules import StepRule
 from ..errors import UserError
 from ..statistics import squared_errors
 from . import options as ways
@@ -111,35 +112,29 @@ class Calibration:
         return min(within, key=lambda plan: getattr(plan, wanted))
 
 
-def check_reference(finest: int, steps: Iterable[int], name: str = "reference_steps") -> None:
-    """Raise UserError unless the reference is finer than every grid: on its own the largest level has no error."""
-    if finest <= (most := max(steps, default=0)):
-        raise UserError(f"{name} = {finest} must be more than the most steps of a plan, {most}.")
-
-
 def calibrate(
     family: Sequence[Level], process: Process, rule: StepRule, shape: tuple[int, ...], *,
     steps: Sequence[int] = (8, 16, 32, 64, 128), seeds: Sequence[int] = range(10**6, 10**6 + 32),
-    calibrate_steps: int = 64, reference_steps: int = 256, device: torch.device | str = "cpu",
+    calibrate_steps: int = 64, reference_steps: int | None = None, device: torch.device | str = "cpu",
 ) -> Calibration:  # fmt: skip
     """Measure the gains of a family and the error of each level alone, for plans with one of these numbers of steps.
 
-    Evaluate on other seeds, and run a plan before you rely on its predicted error. Raises UserError if the family is
-    not ordered by cost, if the largest level cannot be differentiated, or if the reference is no finer than the plans.
-    """
-    check_reference(reference_steps, steps)
+    reference_steps: of the reference (diffusion/reference.py); None for as many as the finest plan needs. Evaluate on
+    other seeds, and run a plan before you rely on its predicted error. Raises UserError if the family is not ordered by
+    cost, if the largest level cannot be differentiated, or if the reference is not fine enough for the plans."""
+    if reference_steps is None:
+        reference_steps = reference.reference_steps(process, steps)
+    reference.check_reference(reference_steps, steps, "reference_steps")
     if len(seeds) < 2:
         raise UserError("calibrate: at least two seeds are needed, better 32 or more.")
     path = BrownianPath(seeds, shape, device)
     effects = measure_effects(family, rule, process.grid(calibrate_steps), path)
 
-    def run(level: Level, by: StepRule, count: int) -> torch.Tensor:
-        return sample(SingleLevel(level), by, process.grid(count), path)[0].cpu()
-
-    reference, own = run(family[-1], REFERENCE_RULE[rule.dynamics], reference_steps), {}
+    fine, own = reference.sample_reference(family[-1], rule.dynamics, process, reference_steps, path)[0], {}
     for k, level in enumerate(family):
         for count in steps:
-            own[k, count] = float(squared_errors(run(level, rule, count), reference).mean())
+            images = sample(SingleLevel(level), rule, process.grid(count), path)[0]
+            own[k, count] = float(squared_errors(images, fine).mean())
     grids = {count: process.grid(count).logsnr for count in sorted(steps)}
     return Calibration(effects, grids, own, effects.flops)
 

@@ -3,12 +3,23 @@
 The seconds of a sampler setting are the sum of (how often each part occurs) times (the seconds of that part). So all
 settings are timed under the same conditions, and the spread of each timing enters the bounds of speed-ups."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+
+from ..diffusion.brownian import BrownianPath
+from ..diffusion.level import Level
+from ..diffusion.process import TimeGrid
+from ..diffusion.sampler import Estimator, SingleLevel, sample
+from ..diffusion.step_rules import StepRule, step_rule
+from .plan import Progress
 
 Work = Mapping[str, float]  # how often each part occurs per image
+SPREAD = 0.01  # the least spread of a timing: none is more exact
+CALL = "call"  # the part for each network call beyond the first in an estimate
 
 
 @dataclass(frozen=True)
@@ -32,3 +43,115 @@ class Timing:
         normal = np.concatenate([np.zeros((len(names), 1)), normal], axis=1)
         counts = np.array([[work.get(name, 0.0) for name in names] for work in works]).reshape(len(works), len(names))
         return counts @ (median[:, None] * np.exp(spread[:, None] * normal))
+
+
+def few(batch: int) -> int:
+    """The smaller number of images on which levels are timed."""
+    return max(1, batch // 8)
+
+
+def work_of(weights: Sequence[np.ndarray], names: Sequence[str], rule: StepRule, batch: int) -> dict[str, float]:
+    """How often each part occurs per image in batches with these weights [n, B, K] of the levels with these names.
+
+    batch: that of the timing. The time of a call on r images is taken as affine in r from `few` to `batch` images, and
+    as constant below: so it counts as some images of a full batch, under the level's name, and some of `few`."""
+    small, images = few(batch), sum(table.shape[1] for table in weights)
+    out, further = dict.fromkeys([part for name in names for part in (name, f"few {name}")], 0.0), 0
+    for table in weights:
+        rows = np.count_nonzero(table, axis=1)  # [n, K]
+        full = np.clip((rows - small) / max(batch - small, 1), 0.0, None)
+        least = np.where(rows > 0, 1.0 - full, 0.0)
+        for k, name in enumerate(names):
+            out[name] += float(full[:, k].sum()) * batch / images
+            out[f"few {name}"] += float(least[:, k].sum()) * small / images
+        further += int(np.count_nonzero(rows)) - len(rows)
+    step = {f"step {rule.key}": float(len(weights[0])), CALL: further / images}
+    return {part: count for part, count in (out | step).items() if count}
+
+
+class _Halves(Estimator):
+    """Two levels, of which the second runs on every other sample."""
+
+    def __init__(self, first: Level, second: Level):
+        self.levels = [first, second]
+
+    def weights(self, evaluations: int, seeds: Sequence[int]) -> np.ndarray:
+        table = np.stack([np.ones(len(seeds)), np.arange(len(seeds)) % 2], axis=1)
+        return np.broadcast_to(table, (evaluations, *table.shape))
+
+
+@torch.no_grad()
+def measure_timing(
+    levels: Sequence[Level], rules: Sequence[StepRule], grid: TimeGrid, shape: tuple[int, ...], batch: int,
+    device: torch.device, *, rounds: int = 7, at_least: float = 0.1, progress: Progress = lambda done, total: None,
+) -> Timing:  # fmt: skip
+    """The timing of batches of samples of this shape, by torch's present number of threads.
+
+    The parts, in seconds per image: "<level>", one evaluation in a full batch; "few <level>", in a batch of `few`,
+    since coins select some images; "step <rule>", one evaluation of the rule's program on `grid` with a network that
+    costs nothing, noise included. "call": seconds of the sampler's own work for each network call of a batch beyond the
+    first in an estimate. at_least: seconds that each part is timed in each round."""
+    free = [Level(f"free{k}", lambda x, logsnr: x, k + 1.0) for k in range(2)]
+
+    def run(estimator: Estimator, rule: StepRule) -> Callable[[], object]:
+        return lambda: sample(estimator, rule, grid, BrownianPath(range(batch), shape, device))
+
+    plain, small = step_rule("ode/ddim"), few(batch)
+    programs = {f"step {rule.key}": len(rule.program(grid)) for rule in rules}
+    calls = _evaluations(levels, shape, batch, device)
+    calls |= {f"few {name}": call for name, call in _evaluations(levels, shape, small, device).items()}
+    calls |= {f"step {rule.key}": run(SingleLevel(free[0]), rule) for rule in rules}
+    calls |= {"plain": run(SingleLevel(free[0]), plain), CALL: run(_Halves(*free), plain)}
+    found = _rounds(calls, device, rounds, at_least, progress)
+    alone = found.pop("plain")
+    found[CALL] = np.maximum(found[CALL] - alone, SPREAD * alone) / len(plain.program(grid))  # never negative
+    images = dict.fromkeys(found, batch) | {f"few {level.name}": small for level in levels} | {CALL: 1}
+    images |= {name: batch * count for name, count in programs.items()}
+    return Timing({name: _summary(values / images[name]) for name, values in found.items()})
+
+
+def seconds_per_image(family: Sequence[Level], shape: tuple[int, ...], batch: int, device: torch.device) -> list[float]:
+    """A quick look: seconds per image of one evaluation of each level on `batch` images of this shape."""
+    found = _rounds(_evaluations(family, shape, batch, device), device, rounds=3, at_least=0.0)
+    return [float(np.median(values)) / batch for values in found.values()]
+
+
+def _evaluations(
+    levels: Sequence[Level], shape: tuple[int, ...], batch: int, device: torch.device
+) -> dict[str, Callable[[], object]]:
+    x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+    logsnr = torch.zeros((), device=device)
+    return {level.name: lambda level=level: level.denoise(x, logsnr) for level in levels}
+
+
+@torch.no_grad()
+def _rounds(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, at_least: float,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """The median seconds [rounds] of each call in each round, in turns, so that a short load slows all of them. A first
+    round warms up and does not count."""
+    medians: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 1):
+        for k, (name, call) in enumerate(calls.items()):
+            times: list[float] = []
+            while not times or sum(times) < (at_least if turn else 0.0):
+                began = _now(device)
+                call()
+                times.append(_now(device) - began)
+            medians[name].append(float(np.median(times)))
+            progress(turn * len(calls) + k + 1, (rounds + 1) * len(calls))
+    return {name: np.array(values[1:]) for name, values in medians.items()}
+
+
+def _summary(values: np.ndarray) -> tuple[float, float]:
+    """The median of rounds and the standard deviation of their logarithm, at least SPREAD."""
+    spread = float(np.log(values).std(ddof=1)) if len(values) > 1 else 0.0
+    return float(np.median(values)), max(SPREAD, spread)
+
+
+def _now(device: torch.device) -> float:
+    """The time when all work queued on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,39 @@
+"""How far the references still are from an infinitely fine one, by what refining them changes."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from .runner import Runner
+from .settings import Measurement, describe
+
+LARGE = 0.1  # of an error: a bias above it is a warning
+
+
+def reference_bias(measured: Iterable[Measurement], runner: Runner) -> dict[str, dict[str, Any]]:
+    """The content of reference.json: for each dynamics the "steps" of the reference, the "finest" steps compared, and
+    "bias", the relative change of the smallest mean squared error, of "setting", when the reference is refined from
+    half of its grid to the whole. Errors of a reference of N steps fall at least as 1/N, so that all further
+    refinement together changes it, to leading order, by no more than that (1/2 + 1/4 + ... = 1)."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for m in measured:
+        rows.setdefault(m.row["dynamics"], []).append(m.row)
+    out = {}
+    for dynamics, own in rows.items():
+        out[dynamics] = {"steps": runner.reference_steps[dynamics], "finest": max(row["steps"] for row in own)}
+        least = min((row for row in own if row["error"]), key=lambda row: row["error"], default=None)
+        if least is not None:
+            bias = abs(least["error_to_half"] - least["error"]) / least["error"]
+            out[dynamics] |= {"bias": bias, "setting": describe(least)}
+    return out
+
+
+def bias_text(found: dict[str, dict[str, Any]]) -> str:
+    """One line on all references, and a warning for each large bias."""
+    known = {dynamics: entry for dynamics, entry in found.items() if "bias" in entry}
+    parts = [f"{dynamics} {100 * entry['bias']:.2g}% (of {entry['steps']} steps)" for dynamics, entry in known.items()]
+    lines = [f"Bias of the smallest error by its reference, at most: {', '.join(parts)}."] if parts else []
+    for dynamics, entry in known.items():
+        if entry["bias"] > LARGE:
+            text = f"warning: the {dynamics} reference may bias the error of {entry['setting']}"
+            lines.append(f"{text} by {100 * entry['bias']:.2g}%: set a larger process.base_steps.")
+    return "\n".join(lines)

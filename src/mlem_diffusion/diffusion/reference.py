@@ -1,0 +1,66 @@
+"""The reference that samplers are compared with: the largest level on a grid at least FINER times finer than theirs.
+
+SDE: DDPM on the same Brownian path. ODE: DPM-Solver++(2M), an order-2 rule, improved by Richardson extrapolation from
+that grid and half of it. The same on half of the grid tells how much a finer reference could still change an error."""
+
+from collections.abc import Iterable
+from itertools import pairwise
+
+from torch import Tensor
+
+from ..errors import UserError
+from .brownian import BrownianPath
+from .level import Level
+from .process import Process, TimeGrid
+from .sampler import SingleLevel, sample
+from .step_rules import REFERENCE_RULE
+
+FINER = 8  # intervals of the reference over those of the finest grid compared, at least
+
+
+def check_reference(points: int, steps: Iterable[int], name: str) -> None:
+    """Raise UserError unless a grid of `points` noise levels is FINER times finer than the finest of `steps`."""
+    needed = FINER * ((finest := max(steps, default=2)) - 1) + 1
+    if points < needed:
+        raise UserError(
+            f"The reference of a grid of {finest} steps needs {name} = {needed} or more, {FINER} times as many "
+            f"intervals, not {points}."
+        )
+
+
+def reference_steps(process: Process, steps: Iterable[int]) -> int:
+    """Noise levels of the reference for grids with these numbers of steps: the base grid, or every second, fourth, ...
+    of its points if they are enough. UserError if the base grid is too coarse."""
+    steps, intervals = list(steps), process.base_steps - 1
+    check_reference(process.base_steps, steps, "process.base_steps")
+    while intervals % 2 == 0 and intervals // 2 >= FINER * (max(steps, default=2) - 1):
+        intervals //= 2
+    return intervals + 1
+
+
+def _half(steps: int) -> int:
+    return (steps - 1) // 2 + 1
+
+
+def _grids(dynamics: str, steps: int) -> list[int]:
+    """Steps of the grids on which a reference and its check run: whole, half and, for extrapolation, a quarter."""
+    return [steps, _half(steps), *([_half(_half(steps))] if dynamics == "ode" else [])]
+
+
+def reference_evaluations(dynamics: str, steps: int) -> int:
+    """Network evaluations per image of `sample_reference`."""
+    return sum(_grids(dynamics, steps))
+
+
+def sample_reference(
+    level: Level, dynamics: str, process: Process, steps: int, path: BrownianPath
+) -> tuple[Tensor, Tensor]:
+    """The reference on `steps` noise levels and on half as many intervals: unclipped images [B, *shape] each."""
+
+    def run(grid: TimeGrid) -> Tensor:
+        return sample(SingleLevel(level), REFERENCE_RULE[dynamics], grid, path)[0]
+
+    found = [run(process.grid(count)) for count in _grids(dynamics, steps)]
+    if dynamics == "ode":  # the leading error is proportional to the squared step
+        found = [fine + (fine - coarse) / 3 for fine, coarse in pairwise(found)]
+    return found[0], found[1]
