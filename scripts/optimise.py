@@ -12,7 +12,7 @@ from mlem_diffusion.figures.levels import plot_ablation, plot_diagnostics, plot_
 from mlem_diffusion.multilevel import ablation, diagnostics, planner
 from mlem_diffusion.multilevel.plan import save_plans
 
-OUTPUTS = ["plans.json", "plans.npz", "gains.png", "diagnostics.json", "ablation.json", "ablation.png"]
+OUTPUTS = ["plans.json", "plans.npz", "gains.json", "gains.png", "diagnostics.json", "ablation.json", "ablation.png"]
 
 
 @stage(OUTPUTS, depends=["process", "precision", "optimise"], reads=["levels"], cost=plan_search.cost)
@@ -29,6 +29,7 @@ def main(exp: Experiment) -> None:
 
     alone = plan_search.errors_alone(exp, runner)
     searched = plan_search.search(exp, runner.levels, alone, timing["seconds"])
+    exp.save("gains.json", plan_search.densities(exp, searched))
     ablated = plan_search.ablate(exp, runner.levels, searched, timing["seconds"])
     exp.save("ablation.json", ablated)
     exp.figure("ablation.png", plot_ablation(ablated, exp.cfg.title))

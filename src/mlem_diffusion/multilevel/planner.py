@@ -26,14 +26,14 @@ import torch
 
 from ..diffusion.brownian import BrownianPath
 from ..diffusion.level import Level
-from ..diffusion.process import Process, uniform_weights
+from ..diffusion.process import Process
 from ..diffusion.sampler import SingleLevel, sample
 from ..diffusion.step_rules import REFERENCE_RULE, StepRule
 from ..errors import UserError
 from ..statistics import squared_errors
 from . import options as ways
 from .estimators import evaluation_probabilities, following, measured_for_cost
-from .gains import Effects, measure_effects
+from .gains import Effects, best_chain, measure_effects
 from .plan import Plan, Progress, frontier
 
 Learn = Callable[[float, Plan], np.ndarray]  # cost in evaluations of the largest level, plan to start from -> p [n, K]
@@ -56,6 +56,11 @@ class Calibration:
     @property
     def rule(self) -> str:
         return f"{self.effects.dynamics}/{self.effects.step_rule}"
+
+    @property
+    def chain(self) -> tuple[int, ...]:
+        """The best chain of levels for coins of constant probability (gains.py), at these costs."""
+        return tuple(best_chain(self.effects.between(), self.costs)[0])
 
     def planners(self, method: str) -> list[Planner]:
         """The planner of a method on each grid; made once, since planners cache what they compute."""
@@ -238,32 +243,36 @@ class Planner:
 def candidates(
     inputs: Calibration, process: Process, options: Any, learn: Learn | None, progress: Progress
 ) -> list[list[Plan]]:
-    """Groups of plans for one rule: the thinned predicted frontier of each method; plans by the square-root law from
-    measured differences, constant in time; and learned ones, started from measured ones of similar cost.
+    """Groups of plans for one rule: the thinned predicted frontier of each method, without the stitched schedules, which
+    are baselines and a group of their own; plans by the square-root law from the gains of the differences, constant in
+    time; and learned ones, started from these at similar cost. The last two: of all levels, and of the best chain.
 
     options: the node `optimise` of the configuration."""
-    found, measured, learned, costs = [], [], [], inputs.costs
+    found, schedules, measured, learned, costs = [], {}, [], [], inputs.costs
     for method in inputs.methods:
         chosen: dict[str, Plan] = {}
         for base in (b for b in options.bases if b is None or b < len(costs) - 1):
-            best = inputs.plans(method, base, progress)
-            chosen |= {p.id: p for p in spread([p for p in best if len(p.levels) > 1], options.plans)}
+            best = [p for p in inputs.plans(method, base, progress) if len(p.levels) > 1]
+            for group, alone in ((chosen, False), (schedules, True)):
+                group |= {p.id: p for p in spread([p for p in best if p.is_baseline == alone], options.plans)}
         for cost in options.measured.costs:  # at the same costs as the measured probabilities
             plan = inputs.plan_for_cost(method, cost * costs[-1])
             if plan is not None and len(plan.levels) > 1:
-                chosen[plan.id] = plan
+                (schedules if plan.is_baseline else chosen)[plan.id] = plan
         found.append(list(chosen.values()))
-    squares = inputs.effects.squares @ uniform_weights(inputs.effects.logsnr)
-    for steps, cost in product(options.measured.steps, options.measured.costs):
-        p = measured_for_cost(squares, costs, steps, cost * costs[-1])
-        if p is not None:
-            measured.append(_plan("measured", inputs, process.grid(steps).logsnr, p))
-    if learn is not None and measured:
-        for cost in options.learned.costs:
+    between = inputs.effects.between()
+    for levels in dict.fromkeys([tuple(range(len(costs))), inputs.chain]):
+        gains, own, plans = np.array([0.0, *(between[a, b] for a, b in pairwise(levels))]), costs[list(levels)], []
+        for steps, cost in product(options.measured.steps, options.measured.costs):
+            p = measured_for_cost(gains, own, steps, cost * costs[-1])
+            if p is not None:
+                plans.append(_plan("measured", inputs, levels, process.grid(steps).logsnr, p))
+        measured += plans
+        for cost in options.learned.costs if learn is not None and plans else ():
             steps, wanted = options.learned.steps, cost * costs[-1]
-            start = min(measured, key=lambda plan: (plan.steps != steps, abs(np.log(plan.cost / wanted))))
-            learned.append(_plan("learned", inputs, process.grid(steps).logsnr, learn(cost, start)))
-    return [*found, measured, learned]
+            start = min(plans, key=lambda plan: (plan.steps != steps, abs(np.log(plan.cost / wanted))))
+            learned.append(_plan("learned", inputs, levels, process.grid(steps).logsnr, learn(cost, start)))
+    return [*found, list(schedules.values()), measured, learned]
 
 
 def spread(found: list[Plan], most: int) -> list[Plan]:
@@ -272,14 +281,15 @@ def spread(found: list[Plan], most: int) -> list[Plan]:
     return [found[i] for i in np.unique(np.round(places).astype(int))]
 
 
-def _plan(source: str, inputs: Calibration, logsnr: np.ndarray, p: np.ndarray) -> Plan:
-    """A plan for independent coins on the full family; its error is predicted if the largest level's is known."""
-    names, gains = inputs.effects.names, inputs.effects.on(logsnr).gains()[0][1:].T
+def _plan(source: str, inputs: Calibration, levels: Sequence[int], logsnr: np.ndarray, p: np.ndarray) -> Plan:
+    """A plan for independent coins on some levels; its error is predicted if the largest level's is known."""
+    names, effects = tuple(inputs.effects.names[k] for k in levels), inputs.effects.on(logsnr)
+    gains = np.stack([(effects.difference(a, b) ** 2).mean(axis=0) for a, b in pairwise(levels)], axis=1)
     table = np.broadcast_to(p, (len(logsnr), len(names))).astype(np.float32)
     exact = table.astype(np.float64)
-    ratio, cost = 1 / exact[:, 1:], float(evaluation_probabilities(exact).sum(axis=0) @ inputs.costs)
+    ratio, cost = 1 / exact[:, 1:], float(evaluation_probabilities(exact).sum(axis=0) @ inputs.costs[list(levels)])
     added, effect = float((gains * (ratio - 1)).sum()), float((ratio * np.sqrt(gains)).max(initial=0.0))
-    own = inputs.own_errors.get((len(names) - 1, len(logsnr)))
+    own = inputs.own_errors.get((levels[-1], len(logsnr)))
     predicted = None if own is None else own + added
     return Plan("independent", source, names, len(logsnr), table, cost, predicted, effect)
 
