@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from toys import gaussian_level
 
 from mlem_diffusion.diffusion.brownian import BrownianPath

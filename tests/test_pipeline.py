@@ -28,7 +28,7 @@ def test_all_artefacts_exist(done):
     place, printed = done
     expected = [
         "gamma.json", "gamma.png", "compare.csv", "compare.png", "speedup.json", "best.json", "provenance.json",
-        "plans.json", "plans.npz", "gains.png", "diagnostics.json", "ablation.json", "ablation.png",
+        "plans.json", "plans.npz", "gains.json", "gains.png", "diagnostics.json", "ablation.json", "ablation.png",
         "diagnostics-sde.png", "diagnostics-ode.png", "verdicts.json", "metrics.jsonl", "report.html",
         "training.png", "grids/sde.png", "grids/ode.png", "config.yaml",
         *(f"samples/{seed:06d}.png" for seed in (0, 1, 2, 5)), "samples/grid.png",

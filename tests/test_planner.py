@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 from functools import lru_cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from torch import Tensor
 
 from mlem_diffusion.diffusion.brownian import BrownianPath
+from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.diffusion.process import LinearSchedule, Process
 from mlem_diffusion.diffusion.sampler import SingleLevel, sample
 from mlem_diffusion.diffusion.step_rules import REFERENCE_RULE, STEP_RULES, StepRule
@@ -22,7 +24,7 @@ from mlem_diffusion.multilevel.options import (
     systematic_options,
 )
 from mlem_diffusion.multilevel.plan import Plan
-from mlem_diffusion.multilevel.planner import METHODS, Calibration
+from mlem_diffusion.multilevel.planner import METHODS, Calibration, candidates
 from mlem_diffusion.statistics import squared_errors
 
 SHAPE, PROCESS, FAMILY = (1, 4, 4), Process(LinearSchedule(), base_steps=129), analytic_family(levels=3, amplitude=0.1)
@@ -290,3 +292,44 @@ def test_equal_levels_and_a_wanted_cost(method: str) -> None:
         assert plan is not None and plan.cost <= wanted
         assert plan.predicted <= min(p.predicted for p in within) * 1.05  # type: ignore[operator, type-var]
     assert inputs.plan_for_cost(method, 1.0) is None
+
+
+def test_candidates_of_all_levels_and_of_the_best_chain_follow_the_gains() -> None:
+    """w1 is far from both others, so the best chain leaves it out. p ~ sqrt(gain / cost), although the mean squared
+    differences are all 1. Stitched schedules are a group of their own."""
+    inputs, learned_from = synthetic(3), []
+    values = inputs.effects.values * np.array([1, 6, 1])[:, None]
+    values[:, :, 2] -= 5 * inputs.effects.values[:, :, 1]  # w2 - w0 stays
+    inputs = replace(inputs, effects=replace(inputs.effects, values=values), methods=("systematic", "quadrature"))
+    assert inputs.chain == (0, 2) and synthetic(3).chain == (0, 1, 2)
+    node = SimpleNamespace(costs=[4, 8], steps=[32])
+    options = SimpleNamespace(bases=[None], plans=5, measured=node, learned=SimpleNamespace(costs=[4], steps=32))
+
+    def learn(cost: float, start: Plan) -> np.ndarray:
+        learned_from.append((cost, start))
+        return np.array([1.0, 0.5, 0.25])[: len(start.levels)]
+
+    *found, schedules, measured, learned = candidates(inputs, PROCESS, options, learn, max)
+    assert [p.levels for p in measured] == [("w0", "w1", "w2")] * 2 + [("w0", "w2")] * 2
+    gains, short = inputs.effects.gains()[0].sum(axis=1), (inputs.effects.difference(0, 2) ** 2).mean(0).sum()
+    for plan in measured:
+        p, chain = plan.table[0].astype(float), plan.levels == ("w0", "w2")
+        assert plan.cost == pytest.approx(plan.build(levels_of(inputs)).expected_flops(32), rel=1e-5)
+        if not chain and p[1] < 1:
+            assert p[2] / p[1] == pytest.approx(np.sqrt(gains[2] / 16 / (gains[1] / 4)), rel=1e-5)
+        if chain:  # one difference: first-order error by its gain, on almost the same grid
+            added = (plan.predicted or 0) - inputs.own_errors[2, 32]
+            assert added == pytest.approx(short * (1 / p[1] - 1), rel=1e-2)
+    assert [(p.levels, p.probabilities) for p in learned] == [(p.levels, "learned") for _, p in learned_from]
+    assert [start.cost for _, start in learned_from] == pytest.approx([64, 64], rel=1e-5)
+    assert not schedules and all(found)
+    # where effects are rough in time, no difference stands for its neighbours, and late ones are all that counts
+    rough = np.random.default_rng(0).standard_normal(values.shape) * np.linspace(0, 0.01, 32) ** 4
+    inputs = replace(inputs, effects=replace(inputs.effects, values=rough))
+    *found, schedules, _, _ = candidates(inputs, PROCESS, options, None, max)
+    assert schedules and all(p.is_baseline and p.method == "quadrature" for p in schedules)
+    assert found[0] and not any(p.is_baseline for group in found for p in group)
+
+
+def levels_of(inputs: Calibration) -> list[Level]:
+    return [Level(n, FAMILY[0].denoise, c) for n, c in zip(inputs.effects.names, inputs.costs, strict=True)]

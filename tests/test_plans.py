@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from toys import toy_family
 
-from mlem_diffusion.comparison.settings import SamplerSetting, setting_of
+from mlem_diffusion.comparison.settings import BASELINES, SamplerSetting, setting_of
 from mlem_diffusion.diffusion.sampler import SingleLevel
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.multilevel.estimators import Multilevel, Quadrature
@@ -49,7 +49,25 @@ def test_a_plan_builds_its_estimator_and_setting_from_any_family_that_has_its_le
     # a plan of one level is a baseline, whichever method found it, and does not run twice
     assert setting_of(SINGLE, "ode", "ddim") == SamplerSetting("ode", "ddim", "single", ("w1",), 6)
     assert setting_of(PLAN, "sde", "ddpm").coins == "nested" and setting_of(PLAN, "sde", "ddpm").plan == PLAN.id
-    assert setting_of(WEIGHTS, "sde", "ddpm").estimator == "quadrature"
+    assert setting_of(WEIGHTS, "sde", "ddpm").estimator == "quadrature" and not WEIGHTS.is_baseline
+
+
+@pytest.mark.parametrize(("columns", "order", "switch"), [
+    ([[1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 1]], ("w0", "w2"), (0.833333,)),
+    ([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]], ("w0", "w1", "w2"), (0.333333, 0.5)),
+    ([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 1], [1, 1, 1, 0, 0, 0]], ("w2", "w0", "w1"), (0.5, 0.833333)),
+    ([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]], ("w1",), ()),
+    ([[1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 1]], None, ()),  # w0 - w1 + w2
+    ([[1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 2, 0], [0, 0, 0, 0, 2, 0]], None, ()),  # a weight of 2
+])  # fmt: skip
+def test_a_plan_of_one_network_at_a_time_is_a_stitched_baseline(columns, order, switch) -> None:
+    plan = replace(WEIGHTS, table=np.array(columns, np.float32).T)
+    found = setting_of(plan, "sde", "ddpm")
+    assert (found.estimator in BASELINES) == plan.is_baseline == (order is not None)
+    if order is not None:
+        assert found == SamplerSetting("sde", "ddpm", "stitched" if switch else "single", order, 6, switch=switch)
+        built = found.build({level.name: level for level in FAMILY}, 2.5, {})
+        assert built.expected_flops(6) == plan.build(FAMILY).expected_flops(6)
 
 
 def at(*points: tuple[float, float | None]) -> list[Plan]:

@@ -47,7 +47,7 @@ class SingleLevel(Estimator):
 
 
 class Stitched(Estimator):
-    """T-Stitch (Pan et al. 2024) with any number of levels, in order of use from high noise to low, in any order of cost.
+    """T-Stitch (Pan et al. 2024): one level after another, from high noise to low; `order` need not rise in cost.
 
     switches: the fractions of the evaluations after which the next level takes over, ascending."""
 

@@ -51,7 +51,7 @@ def violations(family: Sequence[Level], process: Process, path: BrownianPath, ba
 
 
 def _states(path: BrownianPath, batch: int) -> Tensor:
-    """A few starting points [B, ...]; nearly standard normal, as in the middle of the path, so they serve all checks."""
+    """A few starting points [B, ...]. States in the middle are nearly standard normal too: they serve all checks."""
     return BrownianPath(path.seeds[: min(8, batch)], path.shape, path.device).initial()
 
 

@@ -110,7 +110,7 @@ class Effects:
 
 
 def firing_costs(costs: np.ndarray) -> np.ndarray:
-    """The cost [K, K] of one firing of f^j - f^i at [i, j], i < j, by those of the levels [K]: the first runs anyway."""
+    """The cost [K, K] of one firing of f^j - f^i at [i, j], i < j, from the levels' [K]; the first runs anyway."""
     return costs + np.concatenate([[0], costs[1:]])[:, None]
 
 

@@ -243,9 +243,9 @@ class Planner:
 def candidates(
     inputs: Calibration, process: Process, options: Any, learn: Learn | None, progress: Progress
 ) -> list[list[Plan]]:
-    """Groups of plans for one rule: the thinned predicted frontier of each method, without the stitched schedules, which
-    are baselines and a group of their own; plans by the square-root law from the gains of the differences, constant in
-    time; and learned ones, started from these at similar cost. The last two: of all levels, and of the best chain.
+    """Groups of plans for one rule: the thinned predicted frontier of each method; the stitched schedules on them, which
+    are baselines; plans by the square-root law from the gains of the differences, constant in time; and learned ones,
+    started from these at similar cost. The last two are made of all levels and of the best chain.
 
     options: the node `optimise` of the configuration."""
     found, schedules, measured, learned, costs = [], {}, [], [], inputs.costs
