@@ -9,7 +9,8 @@ from mlem_diffusion.experiment import plan_search
 from mlem_diffusion.experiment.runs import make_runner, run_all
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.figures.levels import plot_ablation, plot_diagnostics, plot_gains
-from mlem_diffusion.multilevel import ablation, diagnostics, planner
+from mlem_diffusion.multilevel import ablation, diagnostics
+from mlem_diffusion.multilevel.candidates import select
 from mlem_diffusion.multilevel.plan import save_plans
 
 OUTPUTS = ["plans.json", "plans.npz", "gains.json", "gains.png", "diagnostics.json", "ablation.json", "ablation.png"]
@@ -43,7 +44,7 @@ def main(exp: Experiment) -> None:
     chosen = []
     for s in searched:
         errors = {plan.id: measured[s.setting(plan)].row["error"] for at, plan in every if at is s}
-        chosen += plan_search.described(s, planner.select(s.candidates, errors), errors, runner)
+        chosen += plan_search.described(s, select(s.candidates, errors), errors, runner)
     ledger = plan_search.ledger(exp, runner, alone, searched, tried, diagnosed)
     if parallel.is_main():
         save_plans(exp.results / "plans.json", chosen, **ledger, timing=timing)

@@ -1,9 +1,9 @@
 """Diagnostics: statistics of differences against known answers, broken contracts and telescopes, and findings."""
 
-import contextlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -176,20 +176,14 @@ def test_findings_go_by_gains_where_they_are_known() -> None:
 
 def test_gains_are_measured_before_diagnostics_but_after_the_contract(tmp_path: Path) -> None:
     """The diagnosed rule is the first with methods; a level of the wrong shape, which has no gains, is a finding."""
-    rules = [{"dynamics": "sde", "step_rule": "em", "methods": []}, {"dynamics": "sde", "step_rule": "ddpm"}]
-    rules.append({"dynamics": "ode", "step_rule": "ddim", "methods": []})
+    rules = [{"dynamics": d, "step_rule": r, "methods": m} for d, r, m in (
+        ("sde", "em", []), ("sde", "ddpm", ["nested"]), ("ode", "ddim", []))]  # fmt: skip
     numbers = {"seed": 0, "calibrate": 4, "calibrate_steps": 6, "probes": 1, "diagnose": {"seeds": 4, "steps": 6}}
-    cfg = OmegaConf.create({"optimise": numbers | {"rules": rules, "methods": ["nested"]}, "compare": {"batch": 8}})
-
-    def cached(stem: str, facts: Any, read: Callable, make: Callable) -> Any:
-        make(tmp_path / stem)
-        return read(tmp_path / stem)
-
-    exp: Any = SimpleNamespace(cfg=cfg, process=process(), shape=SHAPE, device="cpu", cached=cached)
-    exp.progress = lambda *about: contextlib.nullcontext(max)
-    found = plan_search.diagnostics(exp, {level.name: level for level in toy_family()})
-    assert {d: (f["step_rule"], f["pooling"]) for d, f in found.items()} == {
-        "sde": ("ddpm", "gains"), "ode": ("ddim", "uniform")}  # fmt: skip
+    exp: Any = SimpleNamespace(process=process(), shape=SHAPE, device="cpu", progress=lambda *a: nullcontext(max))
+    exp.cfg = OmegaConf.create({"optimise": numbers | {"rules": rules, "methods": []}, "compare": {"batch": 8}})
+    exp.cached = lambda stem, facts, read, make: (make(tmp_path / stem), read(tmp_path / stem))[1]
+    found = plan_search.diagnostics(exp, {level.name: level for level in toy_family()}).values()
+    assert [(f["step_rule"], f["pooling"]) for f in found] == [("ddpm", "gains"), ("ddim", "uniform")]
     mine = Level("mine", BROKEN["keep their shape"], 4.0)
     found = plan_search.diagnostics(exp, {"w0": toy_family()[0], "mine": mine})
     assert "keep their shape" in texts(found["sde"], "error")[0]

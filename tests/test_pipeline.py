@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from mlem_diffusion.comparison.settings import COLUMNS
 from mlem_diffusion.files import write_json
+from mlem_diffusion.multilevel.plan import load_plans
 
 RECORDED = ["train_levels", "measure_gamma", "optimise", "sample_compare"]  # in provenance.json
 
@@ -71,6 +72,12 @@ def test_format_of_compare_csv(done):
     assert ratio[rows.estimator != "ml_em"].sub(1).abs().max() < 1e-5
     assert ratio.sub(1).abs().max() < 0.25  # a few standard errors of 24 images
     assert set(rows.probabilities[rows.plan != ""]) <= {"optimal", "measured"}
+    plans, gains = (strict(done[0].results / name) for name in ("plans.json", "gains.json"))
+    for rule, chain in plans["chains"].items():
+        used = rows[(rows.dynamics == rule.split("/")[0]) & (rows.probabilities == "constant")].levels
+        assert chain == ["w2", "w3", "w6"] or "+".join(chain) in set(used)
+        assert len(gains["rules"][rule]["logsnr"]) == 11 and min(gains["rules"][rule]["density"]) > 0
+    assert gains["made_with"] == plans["made_with"]
 
 
 def test_format_of_speedup_json(done):
@@ -344,8 +351,9 @@ def test_plans_are_selected_and_judged_on_separate_seeds(analytic, here):
     assert {(d, m, "optimal") for d in ("sde", "ode") for m in methods} <= kinds
     assert {("sde", "independent", "measured"), ("sde", "independent", "learned")} <= kinds
     entries, rows = {e["id"]: e for e in content["plans"]}, table(analytic)
-    planned = rows[rows.plan != ""]
-    assert set(planned.plan) == set(entries) and len(rows) - len(planned) == 6
+    planned, loaded = rows[rows.plan != ""], load_plans(analytic.results / "plans.json")[0]
+    assert set(planned.plan) == {name for name, plan in loaded.items() if not plan.is_baseline}
+    assert (rows.estimator == "single").sum() == 6 and set(content["chains"]) == {"sde/ddpm", "ode/dpmpp_2m"}
     for row in planned.itertuples():
         entry = entries[row.plan]
         assert row.levels == "+".join(entry["levels"]) and row.steps == entry["steps"]

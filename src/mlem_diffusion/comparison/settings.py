@@ -136,7 +136,7 @@ def _choose(names: Sequence[str], which: Any) -> tuple[str, ...]:
     networks = [name for name in names if name != GAUSSIAN]
     try:
         wanted = [i for i in ([-1] if which == "largest" else which) if i != GAUSSIAN or GAUSSIAN in names]
-        chosen = [i if i == GAUSSIAN else networks[int(i)] for i in wanted]
+        chosen = [GAUSSIAN if i == GAUSSIAN else networks[int(i)] for i in wanted]
         return tuple(dict.fromkeys(chosen))  # [0, 2, -1] of three levels names the last one twice
     except (IndexError, TypeError, ValueError) as error:
         raise UserError(f"levels = {which!r} does not fit a family of {len(networks)} levels.") from error
@@ -153,7 +153,8 @@ def settings_of(
     chain may begin with it."""
     out: list[SamplerSetting] = []
     for sweep in config["baselines"]:
-        for name, steps in product(_choose(names, sweep["levels"]), sweep["steps"]):
+        alone: list[Any] = list(_choose(names, sweep["levels"]))
+        for name, steps in product(alone, sweep["steps"]):
             out.append(SamplerSetting(sweep["dynamics"], sweep["step_rule"], "single", (name,), steps))
     for sweep in config["stitched"]:
         rule = (sweep["dynamics"], sweep["step_rule"])
@@ -166,7 +167,10 @@ def settings_of(
         alike = [chain for key, chain in (chains or {}).items() if key.startswith(f"{sweep['dynamics']}/")]
         chain = (chains or {}).get("/".join(rule), alike[0] if alike else known)
         wanted = [family for family in sweep["families"] if family != "chain" or list(chain) != known]
-        families = [tuple(chain) if family == "chain" else _choose(known, family) for family in wanted]
+        families: list[Any] = [
+            tuple(chain) if family == "chain" else _choose(known if family == "all" else names, family)
+            for family in wanted
+        ]
         for levels, steps, coins, c in product(families, sweep["steps"], sweep["coins"], sweep["c"]):
             out.append(SamplerSetting(*rule, "ml_em", levels, steps, "constant", coins, float(c)))
     for setting in out:

@@ -18,6 +18,7 @@ from ..diffusion.step_rules import StepRule, step_rule
 from ..errors import UserError
 from ..files import read_json, write_json
 from ..multilevel import ablation, planner
+from ..multilevel.candidates import candidates
 from ..multilevel.diagnostics import diagnose, violations
 from ..multilevel.gains import Effects, measure_effects
 from ..multilevel.learned import learn_probabilities
@@ -143,7 +144,7 @@ def search(exp: Any, levels: dict[str, Level], alone: dict[Any, float], seconds:
         inputs = planner.Calibration(effects(exp, levels, rule), grids, own, costs.astype(np.float64), methods)
         learned = partial(learn, exp, levels, rule, costs, spent) if r.get("learn", False) else None
         with exp.progress(f"plan {rule.key}", None, "grid") as progress:
-            found = planner.candidates(inputs, exp.process, o, learned, progress)
+            found = candidates(inputs, exp.process, o, learned, progress)
         out.append(Searched(rule, inputs, found, sum(spent)))
     return out
 

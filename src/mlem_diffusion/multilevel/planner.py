@@ -1,5 +1,4 @@
-"""Plans from measured gains: which levels to use, at which evaluations, with which probabilities or weights; and the
-candidates of one step rule, whose probabilities may also follow the square-root law or be learned (learned.py).
+"""Plans from measured gains: which levels to use, at which evaluations, with which probabilities or weights.
 
 The predicted squared error of a plan is the own error of its largest level, measured alone on that grid, plus the error
 added by coins or omitted evaluations. To first order in the effects s_kj and gains A_kj (gains.py) this is
@@ -15,11 +14,10 @@ the largest used level, whose edge (a, b) is as long as the best estimate of f^b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import pairwise, product
-from typing import Any
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -32,11 +30,10 @@ from ..diffusion.step_rules import REFERENCE_RULE, StepRule
 from ..errors import UserError
 from ..statistics import squared_errors
 from . import options as ways
-from .estimators import evaluation_probabilities, following, measured_for_cost
+from .estimators import evaluation_probabilities, following
 from .gains import Effects, best_chain, measure_effects
 from .plan import Plan, Progress, frontier
 
-Learn = Callable[[float, Plan], np.ndarray]  # cost in evaluations of the largest level, plan to start from -> p [n, K]
 METHODS = ("independent", "nested", "systematic", "quadrature")
 _COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
 
@@ -238,62 +235,3 @@ class Planner:
         names = tuple(self.effects.names[i] for i in levels)
         cost, predicted = float(evaluations.sum(axis=0) @ self.costs[list(levels)]), self.own[levels[-1]] + added
         return Plan(self.method, "optimal", names, self.n, table.astype(np.float32), cost, predicted, largest_effect)
-
-
-def candidates(
-    inputs: Calibration, process: Process, options: Any, learn: Learn | None, progress: Progress
-) -> list[list[Plan]]:
-    """Groups of plans for one rule: the thinned predicted frontier of each method; the stitched schedules on them, which
-    are baselines; plans by the square-root law from the gains of the differences, constant in time; and learned ones,
-    started from these at similar cost. The last two are made of all levels and of the best chain.
-
-    options: the node `optimise` of the configuration."""
-    found, schedules, measured, learned, costs = [], {}, [], [], inputs.costs
-    for method in inputs.methods:
-        chosen: dict[str, Plan] = {}
-        for base in (b for b in options.bases if b is None or b < len(costs) - 1):
-            best = [p for p in inputs.plans(method, base, progress) if len(p.levels) > 1]
-            for group, alone in ((chosen, False), (schedules, True)):
-                group |= {p.id: p for p in spread([p for p in best if p.is_baseline == alone], options.plans)}
-        for cost in options.measured.costs:  # at the same costs as the measured probabilities
-            plan = inputs.plan_for_cost(method, cost * costs[-1])
-            if plan is not None and len(plan.levels) > 1:
-                (schedules if plan.is_baseline else chosen)[plan.id] = plan
-        found.append(list(chosen.values()))
-    between = inputs.effects.between()
-    for levels in dict.fromkeys([tuple(range(len(costs))), inputs.chain]):
-        gains, own, plans = np.array([0.0, *(between[a, b] for a, b in pairwise(levels))]), costs[list(levels)], []
-        for steps, cost in product(options.measured.steps, options.measured.costs):
-            p = measured_for_cost(gains, own, steps, cost * costs[-1])
-            if p is not None:
-                plans.append(_plan("measured", inputs, levels, process.grid(steps).logsnr, p))
-        measured += plans
-        for cost in options.learned.costs if learn is not None and plans else ():
-            steps, wanted = options.learned.steps, cost * costs[-1]
-            start = min(plans, key=lambda plan: (plan.steps != steps, abs(np.log(plan.cost / wanted))))
-            learned.append(_plan("learned", inputs, levels, process.grid(steps).logsnr, learn(cost, start)))
-    return [*found, list(schedules.values()), measured, learned]
-
-
-def spread(found: list[Plan], most: int) -> list[Plan]:
-    """At most `most` of a frontier's plans, spread evenly and including both ends."""
-    places = np.linspace(0, len(found) - 1, min(most, len(found)))
-    return [found[i] for i in np.unique(np.round(places).astype(int))]
-
-
-def _plan(source: str, inputs: Calibration, levels: Sequence[int], logsnr: np.ndarray, p: np.ndarray) -> Plan:
-    """A plan for independent coins on some levels; its error is predicted if the largest level's is known."""
-    names, effects = tuple(inputs.effects.names[k] for k in levels), inputs.effects.on(logsnr)
-    gains = np.stack([(effects.difference(a, b) ** 2).mean(axis=0) for a, b in pairwise(levels)], axis=1)
-    table = np.broadcast_to(p, (len(logsnr), len(names))).astype(np.float32)
-    exact = table.astype(np.float64)
-    ratio, cost = 1 / exact[:, 1:], float(evaluation_probabilities(exact).sum(axis=0) @ inputs.costs[list(levels)])
-    added, effect = float((gains * (ratio - 1)).sum()), float((ratio * np.sqrt(gains)).max(initial=0.0))
-    own = inputs.own_errors.get((levels[-1], len(logsnr)))
-    predicted = None if own is None else own + added
-    return Plan("independent", source, names, len(logsnr), table, cost, predicted, effect)
-
-
-def select(groups: Sequence[Sequence[Plan]], errors: Mapping[str, float | None]) -> list[Plan]:
-    """The plans on each group's frontier of measured errors, {id: error, or None if it diverged}, against cost."""
-    return [plan for group in groups for plan in frontier(group, lambda p: errors[p.id])]
