@@ -9,10 +9,11 @@ from mlem_diffusion.experiment import plan_search
 from mlem_diffusion.experiment.runs import make_runner, run_all
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.figures.levels import plot_ablation, plot_diagnostics, plot_gains
-from mlem_diffusion.multilevel import ablation, diagnostics, planner
+from mlem_diffusion.multilevel import ablation, diagnostics
+from mlem_diffusion.multilevel.candidates import select
 from mlem_diffusion.multilevel.plan import save_plans
 
-OUTPUTS = ["plans.json", "plans.npz", "gains.png", "diagnostics.json", "ablation.json", "ablation.png"]
+OUTPUTS = ["plans.json", "plans.npz", "gains.json", "gains.png", "diagnostics.json", "ablation.json", "ablation.png"]
 
 
 @stage(OUTPUTS, depends=["process", "precision", "optimise"], reads=["levels"], cost=plan_search.cost)
@@ -30,6 +31,7 @@ def main(exp: Experiment) -> None:
 
     alone = plan_search.errors_alone(exp, runner)
     searched = plan_search.search(exp, runner.levels, alone, timing["seconds"])
+    exp.save("gains.json", plan_search.densities(exp, searched))
     ablated = plan_search.ablate(exp, runner.levels, searched, timing["seconds"])
     exp.save("ablation.json", ablated)
     exp.figure("ablation.png", plot_ablation(ablated, exp.cfg.title))
@@ -43,7 +45,7 @@ def main(exp: Experiment) -> None:
     chosen = []
     for s in searched:
         errors = {plan.id: measured[s.setting(plan)].row["error"] for at, plan in every if at is s}
-        chosen += plan_search.described(s, planner.select(s.candidates, errors), errors, selecting)
+        chosen += plan_search.described(s, select(s.candidates, errors), errors, selecting)
     ledger = plan_search.ledger(exp, runner, selecting, alone, searched, tried, diagnosed)
     if parallel.is_main():
         save_plans(exp.results / "plans.json", chosen, **ledger, timing=timing)

@@ -26,7 +26,10 @@ from mlem_diffusion.multilevel.timing import Timing
 NAMES = ["gauss", "w2", "w4", "w8", "w16"]
 EMPTY: dict[str, Any] = {"baselines": [], "stitched": [], "ml_em": []}
 BASELINE = {"dynamics": "sde", "step_rule": "ddpm", "levels": "all", "steps": [8]}
-STITCHED = {"dynamics": "sde", "step_rule": "ddpm", "pairs": [[0, -1], [-2, -1]], "switch": [0.25, 0.5], "steps": [8]}
+STITCHED = {
+    "dynamics": "sde", "step_rule": "ddpm", "sequences": [[0, -1], [-1, "gauss"], ["gauss", -2, -1]], "steps": [8],
+    "switch": [[0.25], [0.5], [0.25, 0.75]],
+}  # fmt: skip
 ML_EM = {
     "dynamics": "ode", "step_rule": "ddim", "families": ["all", [0, 2, -1]], "c": [1, 2.5], "steps": [8],
     "coins": ["systematic", "nested"],
@@ -34,11 +37,12 @@ ML_EM = {
 SETTINGS = [
     SamplerSetting("sde", "ddpm", "single", ("w8",), 16),
     SamplerSetting("ode", "dpmpp_2m", "single", ("w2",), 5),
-    SamplerSetting("sde", "ddpm", "stitched", ("w2", "w8"), 16, switch=0.25),
+    SamplerSetting("sde", "ddpm", "stitched", ("w8", "w2"), 16, switch=(0.25,)),
     SamplerSetting("ode", "ddim", "ml_em", ("w2", "w4", "w8"), 16, "constant", "independent", 3.5),
     SamplerSetting("sde", "ddpm", "ml_em", ("w2", "w8"), 16, "constant", "nested", 1.0),
     SamplerSetting("sde", "em", "single", ("w2",), 5),
     SamplerSetting("ode", "unipc", "ml_em", ("w2", "w8"), 16, "constant", "systematic", 1.0),
+    SamplerSetting("sde", "ddpm", "stitched", ("w2", "w8", "w4"), 16, switch=(0.25, 0.5)),
 ]
 
 
@@ -54,10 +58,10 @@ PLANS = {plan.id: plan for plan in map(plan_of, ("independent", "nested", "syste
 
 @pytest.mark.parametrize(
     ("which", "expected"),
-    [("all", NAMES), ("largest", ["w16"]), ([0, 2], ["w2", "w8"]), ([-1], ["w16"]), ([3, -1], ["w16"])],
+    [("all", NAMES), ("largest", ["w16"]), ([0, 2], ["w2", "w8"]), (["gauss", 3, -1], ["gauss", "w16"])],
 )
 def test_levels_by_name_and_by_index(which, expected):
-    """The Gaussian level has no index, and is among all levels."""
+    """The Gaussian level has no index; it is among all levels, and may be named."""
     found = settings_of(EMPTY | {"baselines": [BASELINE | {"levels": which}]}, NAMES, 50)
     assert [s.levels for s in found] == [(name,) for name in expected]
 
@@ -65,10 +69,25 @@ def test_levels_by_name_and_by_index(which, expected):
 def test_configured_settings_are_each_run_once():
     config = {"baselines": [BASELINE, BASELINE | {"levels": "largest"}], "stitched": [STITCHED], "ml_em": [ML_EM]}
     found = settings_of(config, NAMES, 50)
-    assert len(found) == len(set(found)) == 5 + 4 + 8
-    assert found[6] == SamplerSetting("sde", "ddpm", "stitched", ("w2", "w16"), 8, switch=0.5)
-    assert found[9] == SamplerSetting("ode", "ddim", "ml_em", tuple(NAMES[1:]), 8, "constant", "systematic", 1.0)
+    assert len(found) == len(set(found)) == 5 + 5 + 8
+    assert found[6] == SamplerSetting("sde", "ddpm", "stitched", ("w2", "w16"), 8, switch=(0.5,))
+    assert (found[8].levels, found[9].levels) == (("w16", "gauss"), ("gauss", "w8", "w16"))
+    assert len(settings_of(config, NAMES[1:], 50)) == 4 + 2 + 8  # without a Gaussian level
+    assert found[10] == SamplerSetting("ode", "ddim", "ml_em", tuple(NAMES[1:]), 8, "constant", "systematic", 1.0)
     assert (found[-1].levels, found[-1].coins, found[-1].c) == (("w2", "w8", "w16"), "nested", 2.5)
+
+
+def test_the_best_chain_is_a_family_where_plans_name_one():
+    """The rule's own chain, else that of another rule of its dynamics; C is relative to the cheapest network."""
+    config = EMPTY | {"ml_em": [ML_EM | {"families": ["all", "chain"], "c": [2], "coins": ["independent"]}]}
+    every, chain = settings_of(config, NAMES, 50, {"ode/ddim": ["gauss", "w8", "w16"], "ode/em": NAMES})
+    assert (every.levels, chain.levels) == (tuple(NAMES[1:]), ("gauss", "w8", "w16"))
+    assert settings_of(config, NAMES, 50, {"sde/ddpm": NAMES, "ode/em": ["w2", "w16"]})[1].levels == ("w2", "w16")
+    for none in (None, {"sde/ddpm": ["w2", "w16"]}, {"ode/ddim": NAMES[1:]}):
+        assert settings_of(config, NAMES, 50, none) == [every]
+    levels = {name: Level(name, lambda x, logsnr: x, 0.01 + 4.0**i) for i, name in enumerate(NAMES)}
+    built: Any = chain.build(levels, 2.0, {})
+    assert built.p == pytest.approx([1, 2 * 4.01 / 64.01, 2 * 4.01 / 256.01])
 
 
 @pytest.mark.parametrize("change", [{"levels": [4]}, {"levels": "medium"}, {"step_rule": "heun"}, {"steps": [51]}])
@@ -92,6 +111,9 @@ def test_settings_round_trip_through_the_table(plan, tmp_path):
     assert [setting_from(row) for row in empty.to_dict("records")] == settings
     assert [setting_from(s.row) for s in settings] == settings
     assert setting_from(SETTINGS[3].row | {"levels": ["w2", "w4", "w8"]}) == SETTINGS[3]  # as in a configuration
+    for switch in (0.25, "0.25", [0.25]):
+        assert setting_from(SETTINGS[2].row | {"switch": switch}) == SETTINGS[2]
+    assert "switch at 0.25 and 0.5" in table.describe(again.to_dict("records")[7])
 
 
 def test_a_setting_builds_the_estimator_of_its_plan():

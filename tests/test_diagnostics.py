@@ -3,11 +3,15 @@
 import json
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from toys import SHAPE, gaussian_level, nonlinear_denoise, process, toy_family
 
@@ -17,8 +21,10 @@ from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.diffusion.sampler import SingleLevel, sample
 from mlem_diffusion.diffusion.step_rules import STEP_RULES
 from mlem_diffusion.errors import UserError
+from mlem_diffusion.experiment import plan_search
 from mlem_diffusion.multilevel import estimators
-from mlem_diffusion.multilevel.diagnostics import LevelStatistics, best_chain, describe, diagnose, judge, measure, table
+from mlem_diffusion.multilevel.diagnostics import LevelStatistics, describe, diagnose, judge, measure, table
+from mlem_diffusion.multilevel.gains import Effects, best_chain
 from mlem_diffusion.multilevel.level_checks import check_contract, check_telescope
 
 PATH, DDPM = BrownianPath(range(12), SHAPE), STEP_RULES["sde/ddpm"]
@@ -26,8 +32,8 @@ GOOD = ([1.0, 4e-3, 1e-3, 2.5e-4], [1, 16, 256, 4096])
 STATES = torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(0))
 
 
-def run(family: Sequence[Level], key: str = "sde/ddpm", path: BrownianPath = PATH) -> dict[str, Any]:
-    return diagnose(family, process(), STEP_RULES[key], path, steps=8, batch=64, bar=max)
+def run(family: Sequence[Level], path: BrownianPath = PATH, effects: Effects | None = None) -> dict[str, Any]:
+    return diagnose(family, process(), DDPM, path, steps=8, batch=64, bar=max, effects=effects)
 
 
 def statistics(pooled: Sequence[float], flops: Sequence[float], samples: int = 40) -> LevelStatistics:
@@ -144,9 +150,43 @@ def test_levels_that_do_not_repay_their_cost_are_dropped() -> None:
     s = statistics([1.0, 1e-2, 1e-2], [1, 8, 64])
     s.apart[0, 2] = s.apart[1, 2]
     ratio = (np.sqrt(1e-2 * 64) / (np.sqrt(1e-2 * 8) + np.sqrt(1e-2 * 72))) ** 2
-    assert best_chain(s) == ([0, 2], pytest.approx(ratio, rel=0.02))
+    assert s.chain == best_chain(s.apart.mean(axis=2), s.flops) == ([0, 2], pytest.approx(ratio, rel=0.02))
     (text,) = [t for t in texts(s) if t.startswith("Drop")]
     assert text.startswith("Drop n1: with n0 + n2") and f"{100 * (1 - ratio):.0f}%" in text
+
+
+def test_findings_go_by_gains_where_they_are_known() -> None:
+    """The middle level is far from both others at high noise, where an error is 1000 times less effective."""
+
+    def level(name: str, noisy: float, clean: float, flops: float) -> Level:
+        return Level(name, lambda x, u: nonlinear_denoise(x, u) + (noisy if u.max() < 0 else clean), flops)
+
+    family = [level("l0", 0.1, 0.1, 1), level("l1", 1.0, 0.01, 4), level("l2", 0.0, 0.0, 16)]
+    logsnr = np.linspace(-9, 9, 19)
+    offsets = np.where(logsnr < 0, [[0.1], [1.0], [0.0]], [[0.1], [0.01], [0.0]])
+    delta = np.diff(offsets, axis=0, prepend=0)
+    values = np.tile(delta * np.where(logsnr < 0, 1e-3, 1.0), (2, 1, 1, 1))
+    effects = Effects(("l0", "l1", "l2"), np.array([1.0, 4, 16]), "sde", "ddpm", logsnr, values, delta**2, 0.0)
+    uniform, by_gains = run(family), run(family, effects=effects)
+    assert any(t.startswith("Drop l1: with l0 + l2") for t in texts(uniform)) and uniform["pooling"] == "uniform"
+    assert not any("Drop" in t for t in texts(by_gains)) and by_gains["pooling"] == "gains"
+    assert uniform["pooled"]["mean_square"][2] > 0.3 and by_gains["pooled"]["mean_square"][2] < 0.01
+    assert "pooled uniformly in log-SNR" in table(uniform) and "pooled by gains" in table(by_gains)
+
+
+def test_gains_are_measured_before_diagnostics_but_after_the_contract(tmp_path: Path) -> None:
+    """The diagnosed rule is the first with methods; a level of the wrong shape, which has no gains, is a finding."""
+    rules = [{"dynamics": d, "step_rule": r, "methods": m} for d, r, m in (
+        ("sde", "em", []), ("sde", "ddpm", ["nested"]), ("ode", "ddim", []))]  # fmt: skip
+    numbers = {"seed": 0, "calibrate": 4, "calibrate_steps": 6, "probes": 1, "diagnose": {"seeds": 4, "steps": 6}}
+    exp: Any = SimpleNamespace(process=process(), shape=SHAPE, device="cpu", progress=lambda *a: nullcontext(max))
+    exp.cfg = OmegaConf.create({"optimise": numbers | {"rules": rules, "methods": []}, "compare": {"batch": 8}})
+    exp.cached = lambda stem, facts, read, make: (make(tmp_path / stem), read(tmp_path / stem))[1]
+    found = plan_search.diagnostics(exp, {level.name: level for level in toy_family()}).values()
+    assert [(f["step_rule"], f["pooling"]) for f in found] == [("ddpm", "gains"), ("ddim", "uniform")]
+    mine = Level("mine", BROKEN["keep their shape"], 4.0)
+    found = plan_search.diagnostics(exp, {"w0": toy_family()[0], "mine": mine})
+    assert "keep their shape" in texts(found["sde"], "error")[0]
 
 
 def test_the_telescope_check_detects_wrong_weights_and_a_wrong_gather(monkeypatch: pytest.MonkeyPatch) -> None:

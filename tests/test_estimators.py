@@ -100,23 +100,26 @@ def test_cancelled_levels_are_not_evaluated() -> None:
 
 
 def test_single_level_and_stitched_costs_are_exact() -> None:
-    small, _, large = FAMILY
+    small, middle, large = FAMILY
     path, grid = BrownianPath([1, 2, 3], SHAPE), process().grid(10)
     for estimator, evaluations in (
         (SingleLevel(large), [30]),
-        (Stitched(small, large, 0.0), [0, 30]),
-        (Stitched(small, large, 0.3), [9, 21]),
-        (Stitched(small, large, 1.0), [30, 0]),
+        (Stitched([small, large], [0.0]), [0, 30]),
+        (Stitched([small, large], [0.3]), [9, 21]),
+        (Stitched([large, small], [0.3]), [21, 9]),  # the large level first
+        (Stitched([middle, small, large], [0.2, 0.9]), [21, 6, 3]),
+        (Stitched([small, large], [1.0]), [30, 0]),
     ):
         _, ledger = sample(estimator, DDPM, grid, path)
         assert ledger.evaluations == evaluations
         assert ledger.flops_per_image == estimator.expected_flops(10) and ledger.calls_per_image == 10
-    assert np.array_equal(Stitched(small, large, 0.25).weights(8, [1])[:, 0], [[1, 0]] * 2 + [[0, 1]] * 6)
+    three = Stitched([large, small, middle], [0.25, 0.5]).weights(8, [1])[:, 0]
+    assert np.array_equal(three, [[0, 0, 1]] * 2 + [[1, 0, 0]] * 2 + [[0, 1, 0]] * 4)
 
 
 @pytest.mark.parametrize("estimator", [
     SingleLevel(FAMILY[1]),
-    Stitched(FAMILY[0], FAMILY[1], 0.5),
+    Stitched([FAMILY[1], FAMILY[0], FAMILY[2]], [0.3, 0.5]),
     Multilevel(FAMILY, np.array([1.0, 0.5, 0.3])),
     Multilevel(FAMILY, table(12), "systematic"),
     Multilevel(FAMILY, table(12), "nested"),
@@ -150,8 +153,10 @@ def test_special_quadratures_equal_other_estimators() -> None:
 
     assert torch.equal(images(Quadrature(FAMILY, np.ones((8, 3)))), images(SingleLevel(FAMILY[2])))
     assert torch.equal(images(Quadrature(FAMILY, np.tile([1.0, 0, 0], (8, 1)))), images(SingleLevel(FAMILY[0])))
-    tail = Quadrature((FAMILY[0], FAMILY[2]), np.stack([np.ones(8), np.arange(8) >= 2], axis=1))
-    assert torch.equal(images(tail), images(Stitched(FAMILY[0], FAMILY[2], 0.25)))
+    ends = FAMILY[::2]
+    for order, weights in ((ends, np.arange(8) >= 2), (ends[::-1], np.arange(8) < 2)):
+        tail = Quadrature(ends, np.stack([np.ones(8), weights], axis=1))
+        assert torch.equal(images(tail), images(Stitched(order, [0.25])))
 
 
 @pytest.mark.parametrize("make", [
@@ -162,8 +167,8 @@ def test_special_quadratures_equal_other_estimators() -> None:
     lambda: Multilevel((), np.ones(0)),
     lambda: Multilevel(FAMILY, table(12)).expected_evaluations(10),
     lambda: Multilevel(FAMILY, np.ones(3), "stratified").weights(10, [0]),
-    lambda: Stitched(FAMILY[0], FAMILY[1], 1.5),
-    lambda: Stitched(FAMILY[1], FAMILY[0], 0.5),
+    *(lambda switches=s: Stitched(FAMILY, switches) for s in ([0.5, 1.5], [0.5, 0.2], [0.5], [0.1, float("nan")])),
+    lambda: Stitched([FAMILY[0], Level("w0", FAMILY[1].denoise, 9.0)], [0.5]),
     *(lambda bad=bad: Quadrature(FAMILY, bad) for bad in (
         weights_of(12)[:, :2], weights_of(12) * [1, 1, np.nan], 2 * weights_of(12))),
     lambda: Quadrature(FAMILY, weights_of(12)).expected_evaluations(10),

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from toys import gaussian_level
 
 from mlem_diffusion.diffusion.brownian import BrownianPath
 from mlem_diffusion.diffusion.level import Level
@@ -68,8 +69,28 @@ def test_levels_merge_and_seeds_do_not_depend_on_the_batch() -> None:
     one, other = effects(batch=4), effects(batch=6)
     assert np.allclose(one.values, other.values, rtol=1e-4, atol=1e-7)
     assert np.allclose(one.difference(-1, 0) + one.difference(0, 2), one.difference(-1, 2), rtol=1e-6)
+    assert one.between()[[0, 1], [1, 2]] == pytest.approx(one.gains()[0][1:].sum(axis=1)) and one.between()[2, 0] == 0
     gains, error = one.gains()
     assert gains.shape == error.shape == (3, 9) and np.all(gains[1:, 1:-1] > 0)
+
+
+def test_the_density_of_gains_of_a_linear_sampler_is_known() -> None:
+    """DDIM with f = g x moves the image by M_j = b_j prod_{i>j} (a_i + b_i g_i) per unit of F_j: density (M_j / h_j)^2.
+
+    For one pixel the projections are exact, to float32, whatever the lower level is."""
+    top, grid, rule = gaussian_level(0.8, 4.0), PROCESS.grid(9), STEP_RULES["ode/ddim"]
+    low = Level("low", lambda x, u: 0.3 * top.denoise(x, u) + u.sigmoid() * x**2, 1.0)
+    keep, given = np.stack([e.update[0, :2] for e in rule.program(grid)], axis=1)
+    gain = keep + given * [float(top.denoise(torch.ones(1, 1, 1, 1), torch.tensor([u]))) for u in grid.logsnr]
+    moved = given[:-1] * np.cumprod(gain[:0:-1])[::-1]
+    expected = np.log((moved / np.diff(grid.logsnr)) ** 2)
+    measured = measure_effects([low, top], rule, grid, BrownianPath(range(3), (1, 1, 1)))
+    where, density = measured.density()
+    assert np.array_equal(where, grid.logsnr[:-1])  # without the final denoising
+    np.testing.assert_allclose(np.log(density[[0, -1]]), expected[[0, -1]], atol=1e-3)
+    np.testing.assert_allclose(np.log(density[1:-1]), np.convolve(expected, [1 / 3] * 3, "valid"), atol=1e-3)
+    same = measure_effects([low, Level("same", low.denoise, 2.0)], rule, grid, BrownianPath([1, 2], (1, 1, 1)))
+    assert np.array_equal(same.density()[1], [1.0])
 
 
 def test_effects_transfer_to_other_grids() -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from mlem_diffusion.comparison.settings import COLUMNS
 from mlem_diffusion.files import write_json
+from mlem_diffusion.multilevel.plan import load_plans
 
 RECORDED = ["train_levels", "measure_gamma", "optimise", "sample_compare"]  # in provenance.json
 
@@ -28,7 +29,7 @@ def test_all_artefacts_exist(done):
     place, printed = done
     expected = [
         "gamma.json", "gamma.png", "compare.csv", "compare.png", "speedup.json", "best.json", "provenance.json",
-        "plans.json", "plans.npz", "gains.png", "diagnostics.json", "ablation.json", "ablation.png",
+        "plans.json", "plans.npz", "gains.json", "gains.png", "diagnostics.json", "ablation.json", "ablation.png",
         "diagnostics-sde.png", "diagnostics-ode.png", "verdicts.json", "metrics.jsonl", "report.html",
         "timing.json", "reference.json", "training.png", "grids/sde.png", "grids/ode.png", "config.yaml",
         *(f"samples/{seed:06d}.png" for seed in (0, 1, 2, 5)), "samples/grid.png",
@@ -81,6 +82,12 @@ def test_format_of_compare_csv(done):
     for entry in reference.values():
         assert entry["steps"] > 8 * (entry["finest"] - 1) and 0 <= entry["bias"] < 1 and entry["setting"]
     assert "Bias of the smallest error by its reference" in done[1]
+    plans, gains = (strict(done[0].results / name) for name in ("plans.json", "gains.json"))
+    for rule, chain in plans["chains"].items():
+        used = rows[(rows.dynamics == rule.split("/")[0]) & (rows.probabilities == "constant")].levels
+        assert chain == ["w2", "w3", "w6"] or "+".join(chain) in set(used)
+        assert len(gains["rules"][rule]["logsnr"]) == 11 and min(gains["rules"][rule]["density"]) > 0
+    assert gains["made_with"] == plans["made_with"]
 
 
 def test_format_of_speedup_json(done):
@@ -355,8 +362,9 @@ def test_plans_are_selected_and_judged_on_separate_seeds(analytic, here):
     assert {(d, m, "optimal") for d in ("sde", "ode") for m in methods} <= kinds
     assert {("sde", "independent", "measured"), ("sde", "independent", "learned")} <= kinds
     entries, rows = {e["id"]: e for e in content["plans"]}, table(analytic)
-    planned = rows[rows.plan != ""]
-    assert set(planned.plan) == set(entries) and len(rows) - len(planned) == 6
+    planned, loaded = rows[rows.plan != ""], load_plans(analytic.results / "plans.json")[0]
+    assert set(planned.plan) == {name for name, plan in loaded.items() if not plan.is_baseline}
+    assert (rows.estimator == "single").sum() == 6 and set(content["chains"]) == {"sde/ddpm", "ode/dpmpp_2m"}
     for row in planned.itertuples():
         entry = entries[row.plan]
         assert row.levels == "+".join(entry["levels"]) and row.steps == entry["steps"]

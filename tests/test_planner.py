@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import lru_cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,10 +13,10 @@ from mlem_diffusion.diffusion.process import LinearSchedule, Process
 from mlem_diffusion.diffusion.sampler import SingleLevel, sample
 from mlem_diffusion.diffusion.step_rules import REFERENCE_RULE, STEP_RULES, StepRule
 from mlem_diffusion.models.analytic import analytic_family
+from mlem_diffusion.multilevel.candidates import candidates
 from mlem_diffusion.multilevel.estimators import draw_coins, evaluation_probabilities
 from mlem_diffusion.multilevel.gains import Effects, measure_effects
 from mlem_diffusion.multilevel.options import (
-    fill,
     independent_probabilities,
     nested_probabilities,
     quadrature_options,
@@ -98,18 +99,6 @@ def test_nested_probabilities_decrease_and_no_scaling_of_them_is_better(seed: in
 
 
 # ------------------------------------------------------------------------------- one difference: fires and weights
-
-
-@pytest.mark.parametrize("total", [0.3, 1.0, 5.5, 19.999])
-def test_fill_sums_to_the_total_capped_at_one_and_proportional_below(total: float) -> None:
-    density = np.random.default_rng(0).lognormal(0, 2, 20)
-    p = fill(density, total)
-    assert p.sum() == pytest.approx(total) and np.all((p > 0) & (p <= 1))
-    below = p < 1
-    assert np.ptp(p[below] / density[below]) < 1e-9 * np.max(p[below] / density[below])
-    if below.any() and not below.all():
-        assert density[below].max() <= density[~below].min()
-    assert np.array_equal(fill(density, 25.0), np.ones(20))  # a total above the number of entries
 
 
 def random_effects(seed: int, rows: int = 400, n: int = 40, smooth: float = 6.0) -> np.ndarray:
@@ -217,18 +206,6 @@ def test_predicted_errors_match_measured_errors(key: str, method: str) -> None:
     assert compared >= 3
 
 
-def test_better_estimators_add_less_error_at_the_same_cost() -> None:
-    """Along a smooth trajectory, quadrature and systematic coins are 5 times below independent coins at 20% of f3."""
-    budget = 0.2 * 33 * FAMILY[-1].flops
-
-    def least(method: str) -> float:
-        found = [p for p in planned(RULES[1], method) if p.cost <= budget and p.levels[-1] == "f3"]
-        own = calibration(RULES[1])[0].own_errors
-        return min((p.predicted or 0.0) - own[2, p.steps] for p in found)
-
-    assert 5 * least("quadrature") < least("independent") and 5 * least("systematic") < least("independent")
-
-
 def synthetic(levels: int, n: int = 32, decay: float = 2.0) -> Calibration:
     """Smooth effects along a trajectory on a uniform grid, smaller by a factor from level to level.
 
@@ -262,23 +239,6 @@ def test_other_costs_make_other_plans(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_subset_of_the_levels_plans_like_a_family_of_them(method: str) -> None:
-    """The best path among some levels is the best path of a family in which the other levels are merged away."""
-    inputs, kept = synthetic(4), [0, 2, 3]
-    effects, v = inputs.effects, inputs.effects.values
-    merged = replace(
-        effects, names=("w0", "w2", "w3"), flops=effects.flops[kept], squares=effects.squares[kept],
-        values=np.stack([v[:, :, 0], v[:, :, 1:3].sum(axis=2), v[:, :, 3]], axis=2),
-    )  # fmt: skip
-    (planner,) = replace(inputs, own_errors={(3, 32): 0.0}).planners(method)
-    (smaller,) = Calibration(merged, inputs.grids, {(2, 32): 0.0}, merged.flops).planners(method)
-    for price in (1e-5, 1e-3):
-        one, other = planner.plan(3, price, among=(0, 2, 3)), smaller.plan(2, price)
-        assert one.levels == other.levels and one.cost == pytest.approx(other.cost, rel=1e-4)
-        assert one.predicted == pytest.approx(other.predicted, rel=1e-3, abs=1e-12)
-
-
-@pytest.mark.parametrize("method", METHODS)
 def test_equal_levels_and_a_wanted_cost(method: str) -> None:
     inputs = synthetic(3)
     values = inputs.effects.values.copy()
@@ -290,3 +250,35 @@ def test_equal_levels_and_a_wanted_cost(method: str) -> None:
         assert plan is not None and plan.cost <= wanted
         assert plan.predicted <= min(p.predicted for p in within) * 1.05  # type: ignore[operator, type-var]
     assert inputs.plan_for_cost(method, 1.0) is None
+
+
+def test_candidates_of_all_levels_and_of_the_best_chain_follow_the_gains() -> None:
+    """w1 is far from both others, so the best chain leaves it out. p ~ sqrt(gain / cost), although the mean squared
+    differences are all 1. Stitched schedules are a group of their own."""
+    inputs, learned_from = synthetic(3), []
+    values = inputs.effects.values * np.array([1, 6, 1])[:, None]
+    values[:, :, 2] -= 5 * inputs.effects.values[:, :, 1]  # w2 - w0 stays
+    inputs = replace(inputs, effects=replace(inputs.effects, values=values), methods=("systematic", "quadrature"))
+    assert inputs.chain == (0, 2) and synthetic(3).chain == (0, 1, 2)
+    node = SimpleNamespace(costs=[4, 8], steps=[32])
+    options = SimpleNamespace(bases=[None], plans=5, measured=node, learned=SimpleNamespace(costs=[4], steps=32))
+
+    def learn(cost: float, start: Plan) -> np.ndarray:
+        learned_from.append(start)
+        return np.array([1.0, 0.5, 0.25])[: len(start.levels)]
+
+    *found, schedules, measured, learned = candidates(inputs, PROCESS, options, learn, max)
+    assert [p.levels for p in measured] == [("w0", "w1", "w2")] * 2 + [("w0", "w2")] * 2
+    gains, short = inputs.effects.gains()[0].sum(axis=1), (inputs.effects.difference(0, 2) ** 2).mean(0).sum()
+    p, added = measured[0].table[0], (measured[2].predicted or 0) - inputs.own_errors[2, 32]
+    assert p[1] < 1 and p[2] / p[1] == pytest.approx(np.sqrt(gains[2] / 16 / (gains[1] / 4)), rel=1e-5)
+    assert added == pytest.approx(short * (1 / measured[2].table[0, 1] - 1), rel=1e-2)  # on almost the same grid
+    assert [plan.cost for plan in measured] == pytest.approx([64, 128] * 2, rel=1e-5)
+    assert [p.levels for p in learned] == [p.levels for p in learned_from] == [("w0", "w1", "w2"), ("w0", "w2")]
+    assert not schedules and all(found)
+    # where effects are rough in time, no difference stands for its neighbours, and late ones are all that counts
+    rough = np.random.default_rng(0).standard_normal(values.shape) * np.linspace(0, 0.01, 32) ** 4
+    inputs = replace(inputs, effects=replace(inputs.effects, values=rough))
+    *found, schedules, _, _ = candidates(inputs, PROCESS, options, None, max)
+    assert schedules and all(p.is_baseline and p.method == "quadrature" for p in schedules)
+    assert found[0] and not any(p.is_baseline for group in found for p in group)

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from toys import toy_family
 
-from mlem_diffusion.comparison.settings import SamplerSetting, setting_of
+from mlem_diffusion.comparison.settings import BASELINES, SamplerSetting, setting_of
 from mlem_diffusion.diffusion.sampler import SingleLevel
 from mlem_diffusion.errors import UserError
+from mlem_diffusion.multilevel.candidates import select, spread
 from mlem_diffusion.multilevel.estimators import Multilevel, Quadrature
-from mlem_diffusion.multilevel.plan import Plan, frontier, load_plans, save_plans
-from mlem_diffusion.multilevel.planner import select, spread
+from mlem_diffusion.multilevel.plan import Plan, load_plans, save_plans
 
 FAMILY = toy_family()
 TABLE = np.stack([np.ones(6), np.linspace(0.3, 0.6, 6), np.linspace(0.05, 0.2, 6)], axis=1).astype(np.float32)
@@ -49,24 +49,29 @@ def test_a_plan_builds_its_estimator_and_setting_from_any_family_that_has_its_le
     # a plan of one level is a baseline, whichever method found it, and does not run twice
     assert setting_of(SINGLE, "ode", "ddim") == SamplerSetting("ode", "ddim", "single", ("w1",), 6)
     assert setting_of(PLAN, "sde", "ddpm").coins == "nested" and setting_of(PLAN, "sde", "ddpm").plan == PLAN.id
-    assert setting_of(WEIGHTS, "sde", "ddpm").estimator == "quadrature"
+    assert setting_of(WEIGHTS, "sde", "ddpm").estimator == "quadrature" and not WEIGHTS.is_baseline
 
 
-def at(*points: tuple[float, float | None]) -> list[Plan]:
-    return [replace(PLAN, cost=cost, predicted=error) for cost, error in points]
-
-
-def test_the_frontier_has_the_smallest_error_at_each_cost() -> None:
-    some = at((4, 1.0), (1, 3.0), (2, 3.0), (3, None), (1, 5.0), (3, 2.0), (9, 1.0), (8, 0.5))
-    found = frontier(some, lambda p: p.predicted)
-    assert [(p.cost, p.predicted) for p in found] == [(1, 3.0), (3, 2.0), (4, 1.0), (8, 0.5)]
-    assert frontier([], lambda p: p.predicted) == []
+@pytest.mark.parametrize(("columns", "order", "switch"), [
+    ("000001 000001", ("w0", "w2"), (0.833333,)), ("001111 000111", ("w0", "w1", "w2"), (0.333333, 0.5)),
+    ("111001 111000", ("w2", "w0", "w1"), (0.5, 0.833333)), ("111111 000000", ("w1",), ()),
+    ("000011 000111", None, ()),  # w0 - w1 + w2
+    ("000020 000020", None, ()),  # a weight of 2
+])  # fmt: skip
+def test_a_plan_of_one_network_at_a_time_is_a_stitched_baseline(columns, order, switch) -> None:
+    plan = replace(WEIGHTS, table=np.array([list(column) for column in ("111111 " + columns).split()], np.float32).T)
+    found = setting_of(plan, "sde", "ddpm")
+    assert (found.estimator in BASELINES) == plan.is_baseline == (order is not None)
+    if order is not None:
+        assert found == SamplerSetting("sde", "ddpm", "stitched" if switch else "single", order, 6, switch=switch)
+        built = found.build({level.name: level for level in FAMILY}, 2.5, {})
+        assert built.expected_flops(6) == plan.build(FAMILY).expected_flops(6)
 
 
 def test_selection_keeps_the_measured_frontier_of_each_group() -> None:
     plans = [replace(PLAN, steps=steps, cost=cost) for steps, cost in ((6, 1.0), (7, 2.0), (8, 3.0), (9, 4.0))]
-    errors = dict(zip([p.id for p in plans], (3.0, 4.0, None, 1.0), strict=True))
-    assert select([plans[:2], plans[1:]], errors) == [plans[0], plans[1], plans[3]]
+    errors = dict(zip([p.id for p in plans], (3.0, 3.0, None, 1.0), strict=True))
+    assert select([plans[:2], plans[1:], []], errors) == [plans[0], plans[1], plans[3]]
     assert spread(plans, 2) == [plans[0], plans[3]] and spread(plans, 4) == plans
 
 

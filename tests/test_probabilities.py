@@ -64,12 +64,6 @@ def test_nested_coins_by_enumeration(p: np.ndarray) -> None:
         assert variance == pytest.approx((np.diff(1 / p) * (f[-1] - f[:-1]) ** 2).sum(), abs=1e-12)
 
 
-@pytest.mark.parametrize("kind", COINS)
-def test_certain_coins_run_the_top_level_alone(kind: str) -> None:
-    weights = telescope_weights(np.ones((5, 4)), draw_coins(np.ones((5, 4)), [0, 1, 2], kind))
-    assert np.array_equal(weights, np.broadcast_to([0.0, 0, 0, 1], (5, 3, 4)))
-
-
 def time_dependent(n: int) -> np.ndarray:
     t = np.linspace(0, 1, n)
     return np.stack([np.ones(n), 0.2 + 0.7 * t, 0.6 * np.exp(-3 * t)], axis=1)
@@ -107,15 +101,6 @@ def test_systematic_fires_are_the_sum_of_p_rounded_and_evenly_spread(p: np.ndarr
     p = np.full((30, 2), [1.0, 0.37])
     p[::4, 1] = 1
     assert np.all(draw_coins(p, range(200), "systematic")[::4, :, 1])
-
-
-@pytest.mark.parametrize("kind", COINS)
-def test_coins_of_a_level_ignore_the_other_levels_and_samples(kind: str) -> None:
-    p = time_dependent(20)
-    all_levels = draw_coins(p, [7, 8, 9], kind)
-    assert np.array_equal(draw_coins(p[:, :2], [7, 8, 9], kind), all_levels[:, :, :2])
-    assert np.array_equal(draw_coins(p, [8], kind), all_levels[:, 1:2])
-    assert not np.array_equal(all_levels[:, 0], all_levels[:, 1])
 
 
 def test_constant_and_measured_probabilities_are_the_square_root_law() -> None:

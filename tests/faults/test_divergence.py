@@ -39,7 +39,7 @@ OPTIONS = (
     "+family.callable.broken=1", "family.callable.levels=4", "family.callable._target_=broken_family.broken_family",
     "compare.num_samples=12", "compare.num_reference=8", "compare.batch=6", "compare.bootstrap=20",
     "compare.baselines=[{dynamics:sde,step_rule:ddpm,levels:all,steps:[9]}]",
-    "compare.stitched=[{dynamics:sde,step_rule:ddpm,pairs:[[1,3],[0,3]],switch:[0.5],steps:[17]}]",
+    "compare.stitched=[{dynamics:sde,step_rule:ddpm,sequences:[[1,3],[3,0]],switch:[[0.5]],steps:[17]}]",
     "compare.ml_em=[{dynamics:sde,step_rule:ddpm,families:[all,[0,2,3]],coins:[systematic],c:[4],steps:[17]}]",
     "optimise.calibrate=8", "optimise.calibrate_steps=9", "optimise.num_select=8", "optimise.plans=2",
     "optimise.rules=[{dynamics:sde,step_rule:ddpm,steps:[9],learn:false}]", "workers=1",

@@ -26,6 +26,7 @@ class Planned:
     plans: Mapping[str, Plan] = field(default_factory=dict)
     settings: Sequence[SamplerSetting] = ()  # those that run the plans
     facts: Mapping[SamplerSetting, Row] = field(default_factory=dict)  # further columns
+    chains: Mapping[str, Sequence[str]] = field(default_factory=dict)  # {rule: its best chain of levels}
     flops: float = 0.0  # cost of the calibration
     unit: str = "flops"  # the cost that plans minimise, "flops" or "seconds"
     made_with: dict[str, Any] | None = None  # the hashes of images and levels
@@ -52,12 +53,12 @@ def read_planned(path: Path, config: Any) -> Planned:
                 text = f"The plans were made with sample seeds of this comparison ({part}: {first} to {last})"
                 raise UserError(f"{text}: change compare.seed.")
         spent, made_with = content["calibration"]["flops"], content.get("made_with")
-        return Planned(plans, settings, facts, spent, content["cost_unit"], made_with)
+        return Planned(plans, settings, facts, content.get("chains", {}), spent, content["cost_unit"], made_with)
 
 
 def all_settings(config: Any, names: Iterable[str], base_steps: int, planned: Planned) -> list[SamplerSetting]:
     """The configured settings and the plans; those that share noise increments are neighbours."""
-    settings = dict.fromkeys([*settings_of(config, list(names), base_steps), *planned.settings])
+    settings = dict.fromkeys([*settings_of(config, list(names), base_steps, planned.chains), *planned.settings])
     return sorted(settings, key=lambda s: (s.dynamics, s.rule.clock or "", s.steps))
 
 

@@ -25,7 +25,7 @@ COLUMNS = [
     "num_samples", "network_calls", "gflops_expected", "gflops_realised", "seconds",
     "top_evaluations", "plan", "predicted", "largest_effect", "selected_error", "diverged",  # the last five if known
 ]  # fmt: skip
-_TEXT = ["dynamics", "step_rule", "estimator", "probabilities", "coins", "levels", "distance_name", "plan"]
+_TEXT = ["dynamics", "step_rule", "estimator", "probabilities", "coins", "switch", "levels", "distance_name", "plan"]
 _WHOLE = ["steps", "seed", "num_samples", "top_evaluations", "diverged"]
 BASELINES = ("single", "stitched")
 MIN_FIRES = 100  # with fewer evaluations of the top level in a run, the error and its standard error are not reliable
@@ -38,12 +38,12 @@ class SamplerSetting:
     dynamics: str
     step_rule: str
     estimator: str  # "single", "stitched", "ml_em" or "quadrature"
-    levels: tuple[str, ...]
+    levels: tuple[str, ...]  # cheap to expensive; of stitched: in order of use
     steps: int  # noise levels of the grid
     probabilities: str = ""  # of ml_em: "constant", or the kind that its plan uses
     coins: str = ""  # kind of coins
     c: float | None = None  # of ml_em: C of the constant probabilities
-    switch: float | None = None  # of stitched: the fraction of evaluations made with the cheaper level
+    switch: tuple[float, ...] = ()  # of stitched: the fractions of evaluations after which the next level takes over
     plan: str = ""  # id of the plan that holds the table of probabilities or weights
 
     @property
@@ -53,7 +53,7 @@ class SamplerSetting:
     @property
     def row(self) -> Row:
         """The setting's fields in compare.csv."""
-        row = asdict(self) | {"levels": "+".join(self.levels)}
+        row = asdict(self) | {"levels": "+".join(self.levels), "switch": "+".join(f"{s:g}" for s in self.switch)}
         return row if self.plan else {key: value for key, value in row.items() if key != "plan"}
 
     def build(self, levels: Mapping[str, Level], gamma: float, plans: Mapping[str, Plan]) -> Estimator:
@@ -68,12 +68,14 @@ class SamplerSetting:
         family = tuple(levels[name] for name in self.levels)
         if self.estimator == "single":
             return SingleLevel(family[0])
-        if self.estimator == "stitched" and self.switch is not None:
-            return Stitched(family[0], family[-1], self.switch)
+        if self.estimator == "stitched":
+            return Stitched(family, self.switch)
         if self.estimator == "ml_em" and self.c is not None:
-            p = constant_probabilities([level.flops for level in family], gamma, self.c)
+            # C is relative to the cheapest network: beside the Gaussian level it would have no useful size
+            unit = min(level.flops for name, level in levels.items() if name != GAUSSIAN)
+            p = constant_probabilities([level.flops for level in family], gamma, self.c, unit)
             return Multilevel(family, p, self.coins)
-        raise UserError(f"The estimator {self.estimator!r} with c = {self.c}, switch = {self.switch} is unknown.")
+        raise UserError(f"The estimator {self.estimator!r} with c = {self.c} is unknown.")
 
     def evaluations(self, process: Process) -> int:
         """Network evaluations that the step rule makes on a grid of `steps` noise levels."""
@@ -100,9 +102,13 @@ class Measurement:
 
 
 def setting_of(plan: Plan, dynamics: str, step_rule: str) -> SamplerSetting:
-    """The setting that runs a plan."""
+    """The setting that runs a plan. If each evaluation runs one network alone, it is a baseline, whoever found it."""
     if len(plan.levels) == 1:
         return SamplerSetting(dynamics, step_rule, "single", plan.levels, plan.steps)
+    if plan.stages is not None:
+        order, firsts = zip(*plan.stages, strict=True)
+        switch = tuple(round(first / len(plan.table), 6) for first in firsts[1:])  # as compare.csv keeps them
+        return SamplerSetting(dynamics, step_rule, "stitched" if switch else "single", order, plan.steps, switch=switch)
     kind, coins = ("quadrature", "") if plan.method == "quadrature" else ("ml_em", plan.method)
     return SamplerSetting(dynamics, step_rule, kind, plan.levels, plan.steps, plan.probabilities, coins, plan=plan.id)
 
@@ -118,38 +124,55 @@ def setting_from(values: Any) -> SamplerSetting:
         raise UserError(f"The sampler lacks the key {missing[0]}; it takes the columns of compare.csv.")
     names = given["levels"]
     given["levels"] = tuple(names.split("+") if isinstance(names, str) else names)
+    if "switch" in given:  # "0.25+0.5", a list, or one number
+        parts = given["switch"] if isinstance(given["switch"], (list, tuple)) else str(given["switch"]).split("+")
+        given["switch"] = tuple(map(float, parts))
     return SamplerSetting(**given)
 
 
 def _choose(names: Sequence[str], which: Any) -> tuple[str, ...]:
-    """Level names from "all", "largest" or a list of indices."""
+    """Level names from "all", "largest" or a list of indices of networks and "gauss", which not every family has."""
     if which == "all":
         return tuple(names)
+    networks = [name for name in names if name != GAUSSIAN]
     try:
-        chosen = [names[int(i)] for i in ([-1] if which == "largest" else which)]
+        wanted = [i for i in ([-1] if which == "largest" else which) if i != GAUSSIAN or GAUSSIAN in names]
+        chosen = [GAUSSIAN if i == GAUSSIAN else networks[int(i)] for i in wanted]
         return tuple(dict.fromkeys(chosen))  # [0, 2, -1] of three levels names the last one twice
     except (IndexError, TypeError, ValueError) as error:
-        raise UserError(f"levels = {which!r} does not fit a family of {len(names)} levels.") from error
+        raise UserError(f"levels = {which!r} does not fit a family of {len(networks)} levels.") from error
 
 
-def settings_of(config: Any, names: Sequence[str], base_steps: int) -> list[SamplerSetting]:
+def settings_of(
+    config: Any, names: Sequence[str], base_steps: int, chains: Mapping[str, Sequence[str]] | None = None
+) -> list[SamplerSetting]:
     """All settings of a `compare` configuration for a family with these level names, cheap to expensive.
 
-    A Gaussian denoiser has no index; a sweep with levels "all" has it as a baseline too."""
-    names, beside = [n for n in names if n != GAUSSIAN], [n for n in names if n == GAUSSIAN]
+    chains: {rule: names of its best chain of levels}, from plans.json; for other rules that of the same dynamics. A
+    family "chain" is left out if none is known or if it is that of all networks. The Gaussian level belongs to "all" of
+    the baselines, but not to "all" of ML-EM, whose constant probabilities assume a power law of the networks' errors; a
+    chain may begin with it."""
     out: list[SamplerSetting] = []
     for sweep in config["baselines"]:
-        alone: list[Any] = [*(beside if sweep["levels"] == "all" else []), *_choose(names, sweep["levels"])]
+        alone: list[Any] = list(_choose(names, sweep["levels"]))
         for name, steps in product(alone, sweep["steps"]):
             out.append(SamplerSetting(sweep["dynamics"], sweep["step_rule"], "single", (name,), steps))
     for sweep in config["stitched"]:
         rule = (sweep["dynamics"], sweep["step_rule"])
-        for pair, steps, switch in product(sweep["pairs"], sweep["steps"], sweep["switch"]):
-            out.append(SamplerSetting(*rule, "stitched", _choose(names, pair), steps, switch=float(switch)))
+        for sequence, steps, switch in product(sweep["sequences"], sweep["steps"], sweep["switch"]):
+            order = _choose(names, sequence)
+            if len(order) == len(sequence) == len(switch) + 1:  # else the family lacks a level, or names one twice
+                out.append(SamplerSetting(*rule, "stitched", order, steps, switch=tuple(map(float, switch))))
     for sweep in config["ml_em"]:
-        rule = (sweep["dynamics"], sweep["step_rule"])
-        for family, steps, coins, c in product(sweep["families"], sweep["steps"], sweep["coins"], sweep["c"]):
-            levels = _choose(names, family)
+        rule, known = (sweep["dynamics"], sweep["step_rule"]), [name for name in names if name != GAUSSIAN]
+        alike = [chain for key, chain in (chains or {}).items() if key.startswith(f"{sweep['dynamics']}/")]
+        chain = (chains or {}).get("/".join(rule), alike[0] if alike else known)
+        wanted = [family for family in sweep["families"] if family != "chain" or list(chain) != known]
+        families: list[Any] = [
+            tuple(chain) if family == "chain" else _choose(known if family == "all" else names, family)
+            for family in wanted
+        ]
+        for levels, steps, coins, c in product(families, sweep["steps"], sweep["coins"], sweep["c"]):
             out.append(SamplerSetting(*rule, "ml_em", levels, steps, "constant", coins, float(c)))
     for setting in out:
         step_rule(setting.dynamics, setting.step_rule)  # raises UserError if it is unknown
@@ -217,7 +240,8 @@ def describe(row: Mapping[str, Any]) -> str:
         parts.append(f"{row['coins']} coins")
     if row["probabilities"] not in ("", "constant"):
         parts.append(f"{row['probabilities']} probabilities")
-    for name, label in (("c", "C ="), ("switch", "switch at")):
-        if pd.notna(row[name]):
-            parts.append(f"{label} {row[name]:.3g}")
+    if pd.notna(row["c"]):
+        parts.append(f"C = {row['c']:.3g}")
+    if row["switch"]:
+        parts.append(f"switch at {row['switch'].replace('+', ' and ')}")
     return ", ".join(parts)

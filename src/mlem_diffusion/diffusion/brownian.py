@@ -94,9 +94,7 @@ class BrownianPath:
 
 
 @lru_cache(maxsize=512)
-def _terms(
-    base_logsnr: bytes, base_time: bytes, index: bytes, clock: str, size: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _terms(base_logsnr: bytes, base_time: bytes, index: bytes, clock: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     """The blocks [m] of random numbers that these increments need, and their coefficients [n-1, m * size] in them.
 
     One generator draws a block; its numbers are the same for every grid."""

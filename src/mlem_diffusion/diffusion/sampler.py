@@ -47,19 +47,22 @@ class SingleLevel(Estimator):
 
 
 class Stitched(Estimator):
-    """T-Stitch (Pan et al. 2024): the small level for the first fraction `switch` of the evaluations (high noise), then
-    the large level."""
+    """T-Stitch (Pan et al. 2024): one level after another, from high noise to low; `order` need not rise in cost.
 
-    def __init__(self, small: Level, large: Level, switch: float):
-        self.levels, self.switch = [small, large], switch
+    switches: the fractions of the evaluations after which the next level takes over, ascending."""
+
+    def __init__(self, order: Sequence[Level], switches: Sequence[float]):
+        self.levels, self.switches = sorted(dict.fromkeys(order), key=lambda level: level.flops), list(switches)
         check_family(self.levels)
-        if not 0 <= switch <= 1:
-            raise UserError(f"stitched: the switch fraction {switch} is outside 0..1.")
+        self.order = [self.levels.index(level) for level in order]
+        if len(self.switches) != len(order) - 1 or not np.all(np.diff([0, *self.switches, 1]) >= 0):
+            raise UserError(f"stitched: {len(order)} levels need ascending switches in 0..1, not {self.switches}.")
 
     def weights(self, evaluations: int, seeds: Sequence[int]) -> np.ndarray:
-        is_large = np.arange(evaluations) >= round(self.switch * evaluations)
-        table = np.stack([~is_large, is_large], axis=1).astype(np.float64)
-        return np.broadcast_to(table[:, None], (evaluations, len(seeds), 2))
+        firsts = [round(switch * evaluations) for switch in self.switches]
+        stages = np.searchsorted(firsts, np.arange(evaluations), side="right")
+        table = np.eye(len(self.levels))[np.take(self.order, stages)]
+        return np.broadcast_to(table[:, None], (evaluations, len(seeds), len(self.levels)))
 
 
 class WeightTable:

@@ -19,7 +19,8 @@ from ..diffusion.step_rules import StepRule, step_rule
 from ..errors import UserError
 from ..files import read_json, write_json
 from ..multilevel import ablation, planner
-from ..multilevel.diagnostics import diagnose
+from ..multilevel.candidates import candidates
+from ..multilevel.diagnostics import diagnose, violations
 from ..multilevel.gains import Effects, measure_effects
 from ..multilevel.learned import learn_probabilities
 from ..multilevel.plan import Plan
@@ -52,23 +53,29 @@ def timing(exp: Any, levels: dict[str, Level]) -> dict[str, Any]:
 
 
 def diagnostics(exp: Any, levels: dict[str, Level]) -> dict[str, dict[str, Any]]:
-    """The diagnostics of the family for the first rule of each dynamics."""
-    rules: dict[str, StepRule] = {}
-    for r in exp.cfg.optimise.rules:
-        rules.setdefault(r.dynamics, step_rule(r.dynamics, r.step_rule))
-    return {dynamics: _diagnosis(exp, levels, rule) for dynamics, rule in rules.items()}
+    """The diagnostics of the family for the first rule of each dynamics that has methods, else for its first rule."""
+    o, rules = exp.cfg.optimise, {}
+    for r in sorted(o.rules, key=lambda r: not r.get("methods", o.methods)):
+        rules.setdefault(r.dynamics, r)
+    return {dynamics: _diagnosis(exp, levels, r) for dynamics, r in rules.items()}
 
 
-def _diagnosis(exp: Any, levels: dict[str, Level], rule: StepRule) -> dict[str, Any]:
-    """The diagnostics for one rule; UserError if a value is not finite."""
-    o = exp.cfg.optimise
+def _diagnosis(exp: Any, levels: dict[str, Level], entry: Any) -> dict[str, Any]:
+    """The diagnostics for one entry of optimise.rules, by gains if it has methods; UserError if a value is not finite.
+
+    A family that violates the contract is reported before anything else is measured of it."""
+    o, rule = exp.cfg.optimise, step_rule(entry.dynamics, entry.step_rule)
+    family, path, batch = list(levels.values()), _path(exp, o.diagnose.seeds), exp.cfg.compare.batch
+    broken = _cached(exp, "contract", [o.seed, batch], lambda: violations(family, exp.process, path, batch))
+    planned = entry.get("methods", o.methods) and not any(f["severity"] == "error" for f in broken)
+    known = effects(exp, levels, rule) if planned else None
 
     def compute() -> dict[str, Any]:
         with exp.progress(f"diagnose {rule.dynamics}", None) as progress:
-            family, path, batch = list(levels.values()), _path(exp, o.diagnose.seeds), exp.cfg.compare.batch
-            return diagnose(family, exp.process, rule, path, o.diagnose.steps, batch, progress)
+            return diagnose(family, exp.process, rule, path, o.diagnose.steps, batch, progress, known)
 
-    found = _cached(exp, "diagnostics", [o.seed, dict(o.diagnose), rule.key], compute)
+    facts = [o.seed, dict(o.diagnose), rule.key, known and [o.calibrate, o.probes, o.calibrate_steps]]
+    found = _cached(exp, "diagnostics", facts, compute)
     for f in found["findings"]:
         if f["severity"] == "error" and "not finite" in f["text"]:
             raise UserError(f["text"])
@@ -135,7 +142,7 @@ def search(exp: Any, levels: dict[str, Level], alone: dict[Any, float], seconds:
         inputs = planner.Calibration(effects(exp, levels, rule), grids, own, costs.astype(np.float64), methods)
         learned = partial(learn, exp, levels, rule, costs, spent) if r.get("learn", False) else None
         with exp.progress(f"plan {rule.key}", None, "grid") as progress:
-            found = planner.candidates(inputs, exp.process, o, learned, progress)
+            found = candidates(inputs, exp.process, o, learned, progress)
         out.append(Searched(rule, inputs, found, sum(spent)))
     return out
 
@@ -143,14 +150,15 @@ def search(exp: Any, levels: dict[str, Level], alone: dict[Any, float], seconds:
 def learn(
     exp: Any, levels: dict[str, Level], rule: StepRule, costs: np.ndarray, spent: list[float], cost: float, start: Plan
 ) -> np.ndarray:
-    """Learned p [n, K] at a cost, begun with those of a plan; appends the FLOPs of learning to `spent`."""
+    """Learned p [n, K] of a plan's levels at a cost, begun with its p; appends the FLOPs of learning to `spent`."""
     options = exp.plain("optimise")["optimise"]["learned"]
+    family, costs = [levels[name] for name in start.levels], costs[[list(levels).index(n) for n in start.levels]]
     grid, numbers = exp.process.grid(options["steps"]), {k: options[k] for k in ("iterations", "paths", "draws")}
 
     def compute() -> dict[str, Any]:
         with exp.progress(f"learn {rule.key}, cost {cost:g}", options["iterations"], "iteration") as progress:
             p, flops = learn_probabilities(
-                list(levels.values()), rule, grid, exp.shape, exp.device, costs=costs, wanted=cost * costs[-1],
+                family, rule, grid, exp.shape, exp.device, costs=costs, wanted=cost * costs[-1],
                 start=start.table[0].astype(np.float64), progress=progress, **numbers,
             )  # fmt: skip
         return {"p": p.tolist(), "flops": flops}
@@ -169,6 +177,13 @@ def ablate(exp: Any, levels: dict[str, Level], searched: list[Searched], seconds
         costs = {"flops": float(level.flops), "seconds": seconds[name]}
         found.append({"name": name, **costs, f"cost_ratio_{unit}": ratios.get(name), f"kept_{unit}": name in kept})
     return {"levels": found, "kept": {unit: kept}, "tolerance": tolerance}
+
+
+def densities(exp: Any, searched: list[Searched]) -> dict[str, Any]:
+    """The content of gains.json: the density of gains for each rule."""
+    found = {s.rule.key: s.inputs.effects.density() for s in searched}
+    rules = {key: {"logsnr": where.tolist(), "density": values.tolist()} for key, (where, values) in found.items()}
+    return {"made_with": exp.identity, "rules": rules}
 
 
 def described(s: Searched, plans: list[Plan], errors: dict[str, Any], runner: Runner) -> list[tuple[Plan, dict]]:
@@ -191,7 +206,8 @@ def ledger(
     for runner, settings in ((calibrating, alone), (selecting, tried)):
         spent += sum(map(runner.expected_flops, settings))
         spent += sum(map(runner.reference_flops, {s.dynamics for s in settings}))
-    found = {"calibration": {"flops": float(spent)}, "seeds": runs.sample_seeds(exp.cfg).ends()}
+    found: dict[str, Any] = {"calibration": {"flops": float(spent)}, "seeds": runs.sample_seeds(exp.cfg).ends()}
+    found["chains"] = {s.rule.key: [s.inputs.effects.names[k] for k in s.inputs.chain] for s in searched}
     return found | {"cost_unit": exp.cfg.optimise.cost, "made_with": exp.identity}
 
 

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from ..diffusion.brownian import BrownianPath
 from ..diffusion.level import Level, check_family
-from ..diffusion.process import Process, uniform_weights
+from ..diffusion.process import Process, gain_weights, uniform_weights
 from ..diffusion.sampler import SingleLevel, sample
 from ..diffusion.step_rules import StepRule
 from ..errors import UserError
+from .gains import Effects, best_chain, firing_costs
 from .level_checks import check_contract, check_telescope, finding
 from .plan import Progress
 
@@ -31,23 +32,41 @@ class LevelStatistics:
     names: list[str]
     flops: np.ndarray  # [K] T_k, FLOPs per evaluation of one image
     logsnr: np.ndarray  # [S]
-    weights: np.ndarray  # [S] sum 1
+    weights: np.ndarray  # [S] sum 1, of pooling: by gains if `between` is known, else uniform in log-SNR
     square: np.ndarray  # [K, N, S] mean over pixels of Y_k^2
     spread: np.ndarray  # [S] variance of f^K over samples, mean over pixels
     apart: np.ndarray  # [K, K, S] [i, j]: mean over samples and pixels of (f^j - f^i)^2 for i < j
+    between: np.ndarray | None = None  # [K, K] the summed gains of the same differences, if they were measured
 
     @property
-    def firing_costs(self) -> np.ndarray:
-        """FLOPs [K, K] of one firing of f^j - f^i at [i, j], i < j; the first level runs anyway."""
-        return self.flops + np.concatenate([[0], self.flops[1:]])[:, None]
+    def chain(self) -> tuple[list[int], float]:
+        """The best chain (gains.py), by gains or by pooled squares."""
+        return best_chain(self.apart @ self.weights if self.between is None else self.between, self.flops)
+
+
+def violations(family: Sequence[Level], process: Process, path: BrownianPath, batch: int) -> list[dict[str, str]]:
+    """Violations of the level contract (level_checks.py) at the noisy end or in the middle of the process."""
+    x = _states(path, batch)
+    return check_contract(family, x, process.logsnr_min) or check_contract(family, x, _middle(process))
+
+
+def _states(path: BrownianPath, batch: int) -> Tensor:
+    """A few starting points [B, ...]. States in the middle are nearly standard normal too: they serve all checks."""
+    return BrownianPath(path.seeds[: min(8, batch)], path.shape, path.device).initial()
+
+
+def _middle(process: Process) -> float:
+    return float(process.logsnr_at(np.array(0.5)))
 
 
 def diagnose(
-    family: Sequence[Level], process: Process, rule: StepRule, path: BrownianPath, steps: int, batch: int, bar: Progress
-) -> dict[str, Any]:
+    family: Sequence[Level], process: Process, rule: StepRule, path: BrownianPath, steps: int, batch: int,
+    bar: Progress, effects: Effects | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Check a family's levels and telescope, and measure their differences along the largest level's trajectories.
 
     steps: number of visited noise levels. bar: called with (images done, all images), counted over noise levels.
+    effects: measured ones, if known; then differences are pooled by their gains.
     Returns JSON values without NaN. Lists start at the cheapest level, whose difference is its own output; arrays have
     axes (levels, noise levels). If a level violates the contract, this is a finding and there are no statistics."""
     check_family(family)
@@ -55,14 +74,11 @@ def diagnose(
         raise UserError("Diagnostics need at least two levels and two seeds.")
     out: dict[str, Any] = {"dynamics": rule.dynamics, "step_rule": rule.name, "samples": len(path.seeds)}
     out |= {"levels": [level.name for level in family], "flops": [float(level.flops) for level in family]}
-    x = BrownianPath(path.seeds[: min(8, batch)], path.shape, path.device).initial()
-    # states in the middle of the path are nearly standard normal too, so one set of states serves all checks
-    middle, spent = float(process.logsnr_at(np.array(0.5))), 0.0
-    found = check_contract(family, x, process.logsnr_min) or check_contract(family, x, middle)
+    found, spent = violations(family, process, path, batch), 0.0
     if not any(f["severity"] == "error" for f in found):
-        statistics, spent = measure(family, process, rule, path, steps, batch, bar)
+        statistics, spent = measure(family, process, rule, path, steps, batch, bar, effects)
         out |= describe(statistics)
-        found += [*judge(statistics), check_telescope(family, x, middle, batch)]
+        found += [*judge(statistics), check_telescope(family, _states(path, batch), _middle(process), batch)]
     found.sort(key=lambda f: ["error", "warning", "ok"].index(f["severity"]))
     out |= {"flops_spent": spent, "findings": found}
     # arrays become lists, and NaN, which is not JSON, becomes None
@@ -70,8 +86,9 @@ def diagnose(
 
 
 def measure(
-    family: Sequence[Level], process: Process, rule: StepRule, path: BrownianPath, steps: int, batch: int, bar: Progress
-) -> tuple[LevelStatistics, float]:
+    family: Sequence[Level], process: Process, rule: StepRule, path: BrownianPath, steps: int, batch: int,
+    bar: Progress, effects: Effects | None = None,
+) -> tuple[LevelStatistics, float]:  # fmt: skip
     """Statistics of all levels on the largest level's trajectories through `steps` noise levels; and the FLOPs spent.
 
     If a step rule evaluates twice at a noise level, the later evaluation is measured."""
@@ -109,7 +126,10 @@ def measure(
     of_mean = total.flatten(1).div(n).square().mean(1).cpu().numpy()
     spread = (square[-1].mean(0) - of_mean).clip(min=0) * (n / (n - 1))
     names, flops = [level.name for level in family], np.array([level.flops for level in family])
-    found = LevelStatistics(names, flops, logsnr, uniform_weights(logsnr), square[:-1], spread, apart)
+    weights, between = uniform_weights(logsnr), None
+    if effects is not None:
+        weights, between = gain_weights(logsnr, *effects.density()), effects.between()
+    found = LevelStatistics(names, flops, logsnr, weights, square[:-1], spread, apart, between)
     return found, float(np.dot([n * s] * (k - 1) + [n * len(program)], flops))
 
 
@@ -121,24 +141,12 @@ def describe(s: LevelStatistics) -> dict[str, Any]:
     same size, and 3 N if only one has a difference: then the mean square is unreliable."""
     each = {"mean_square": s.square.mean(1), "mean_square_se": sem(s.square, axis=1), "largest_variance": s.spread}
     q = s.square @ s.weights  # [K, N]
-    costs = np.concatenate([s.flops[:1], np.diag(s.firing_costs, 1)])
+    costs = np.concatenate([s.flops[:1], np.diag(firing_costs(s.flops), 1)])
     pooled = {"mean_square": q.mean(1), "mean_square_se": sem(q, axis=1), "variance_cost": q.mean(1) * costs}
     with np.errstate(invalid="ignore"):
         pooled["kurtosis"] = 3 * (q**2).mean(1) / q.mean(1) ** 2
-    return {"logsnr": s.logsnr, "per_noise_level": each, "pooled": pooled}
-
-
-def best_chain(s: LevelStatistics) -> tuple[list[int], float]:
-    """The chain of levels, from the cheapest to the largest, with the smallest sum of sqrt(V c) over its steps.
-
-    V and c of a step are those of the difference of the two levels that it joins. With the best constant p, the square
-    of the sum is variance times cost of all random differences; also returned: its ratio to that of all levels."""
-    roots = np.sqrt(s.apart @ s.weights * s.firing_costs)
-    best = [(0.0, [0])]  # the shortest path to each level
-    for j in range(1, len(roots)):
-        best.append(min((length + float(roots[i, j]), [*chain, j]) for i, (length, chain) in enumerate(best)))
-    shortest, chain = best[-1]
-    return chain, (shortest / max(float(np.diag(roots, 1).sum()), 1e-300)) ** 2
+    pooling = "uniform" if s.between is None else "gains"
+    return {"logsnr": s.logsnr, "per_noise_level": each, "pooling": pooling, "pooled": pooled}
 
 
 def judge(s: LevelStatistics) -> list[dict[str, str]]:
@@ -149,7 +157,7 @@ def judge(s: LevelStatistics) -> list[dict[str, str]]:
             return [finding("error", text + "these noise levels out (process.logsnr_min, process.logsnr_max).")]
     if not s.square[1:].any():
         return [finding("warning", "All levels give the same output: use only the cheapest.")]
-    found, (chain, ratio) = [*_not_falling(s)], best_chain(s)
+    found, (chain, ratio) = [*_not_falling(s)], s.chain
     if ratio <= 0.9:
         dropped = " and ".join(name for k, name in enumerate(s.names) if k not in chain)
         text = f"Drop {dropped}: with {' + '.join(s.names[k] for k in chain)} variance times cost, "
@@ -231,5 +239,7 @@ def table(content: dict[str, Any]) -> str:
         columns |= {"kurtosis": of["kurtosis"], "V c": of["variance_cost"]}
         frame = pd.DataFrame(columns, index=content["levels"]).astype(float)
         lines += ["", frame.to_string(float_format="{:.3g}".format), ""]
-        lines += ["V: mean square difference to the level before; V c: times the FLOPs of one firing.", ""]
+        pooling = "by gains" if content["pooling"] == "gains" else "uniformly in log-SNR"
+        lines += [f"V: mean square difference to the level before, pooled {pooling}.", ""]
+        lines[-2] += " V c: times the FLOPs of one firing."
     return "\n".join([*lines, *(f"{f['severity']:<8}{f['text']}" for f in content["findings"])])

@@ -17,9 +17,10 @@ from ..errors import UserError
 COINS = ("independent", "systematic", "nested")
 
 
-def constant_probabilities(flops: Sequence[float], gamma: float, c: float) -> np.ndarray:
+def constant_probabilities(flops: Sequence[float], gamma: float, c: float, unit: float | None = None) -> np.ndarray:
     """p_k = min(1, C (T_k / T_1)^-(1/2 + 1/gamma)) [K], with p_1 = 1, for costs T_k; C trades cost against error.
 
+    unit: replaces T_1, so that C means the same for a level 1 that the power law does not describe.
     This is the square-root law p_k ~ sqrt(V_k / T_k), V_k = E|f^k - f^{k-1}|^2, if the error of level k is proportional
     to T_k^(-1/gamma). Raises UserError unless gamma and c are positive and the costs increase."""
     costs = np.asarray(flops, dtype=np.float64)
@@ -27,7 +28,7 @@ def constant_probabilities(flops: Sequence[float], gamma: float, c: float) -> np
         raise UserError(f"Constant probabilities need positive gamma and c, not gamma = {gamma}, C = {c}.")
     if len(costs) == 0 or np.any(costs <= 0) or np.any(np.diff(costs) <= 0):
         raise UserError("The levels of a family must be ordered by cost, from cheap to expensive, all above zero.")
-    p = np.minimum(1.0, c * (costs / costs[0]) ** -(0.5 + 1.0 / gamma))
+    p = np.minimum(1.0, c * (costs / (unit or costs[0])) ** -(0.5 + 1.0 / gamma))
     return np.concatenate([[1.0], p[1:]])
 
 

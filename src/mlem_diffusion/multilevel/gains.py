@@ -7,6 +7,7 @@ sqrt(dimension): s_kj = <v, (dX/dF_j) delta_kj>. E s_kj^2 is the *gain* A_kj = E
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -51,6 +52,28 @@ class Effects:
         merged = self.values[:, :, low + 1 : high + 1].sum(axis=2, dtype=np.float64)
         return merged.reshape(-1, merged.shape[-1])
 
+    def between(self) -> np.ndarray:
+        """The gains of f^j - f^i, summed over the evaluations, at [i, j] for i < j [K, K], 0 elsewhere."""
+        out = np.zeros((len(self.names),) * 2)
+        for low, high in itertools.combinations(range(len(out)), 2):
+            out[low, high] = (self.difference(low, high) ** 2).mean(axis=0).sum()
+        return out
+
+    def density(self) -> tuple[np.ndarray, np.ndarray]:
+        """Log-SNRs [m], and the squared effect of a unit squared difference there, per unit of log-SNR squared [m].
+
+        That is sum_k A_kj / sum_k E|delta_kj|^2 / h_j^2 over the levels above the first, for evaluations j with an
+        interval of width h_j: the final denoising has none. Geometric means over three neighbours make it smooth; the
+        ends stay, since multistep rules weight them differently. Ones if the levels never differ."""
+        gains, squares = (values[1:].sum(axis=0)[:-1] for values in (self.gains()[0], self.squares))
+        widths = np.diff(self.logsnr)
+        inside = (widths > 0) & (gains > 0) & (squares > 0)
+        if not inside.any():
+            return self.logsnr[:1], np.ones(1)
+        logs = np.log(gains[inside] / squares[inside] / widths[inside] ** 2)
+        logs[1:-1] = (logs[:-2] + logs[1:-1] + logs[2:]) / 3
+        return self.logsnr[:-1][inside], np.exp(logs)
+
     def on(self, logsnr: np.ndarray) -> Effects:
         """These effects on another grid with the same ends; both grids need one evaluation per interval.
 
@@ -84,6 +107,25 @@ class Effects:
         with expect_content(path, "measure the gains again"):
             facts: dict[str, Any] = json.loads(str(arrays.pop("facts")))
             return Effects(**facts | {"names": tuple(facts["names"])}, **arrays)
+
+
+def firing_costs(costs: np.ndarray) -> np.ndarray:
+    """The cost [K, K] of one firing of f^j - f^i at [i, j], i < j, from the levels' [K]; the first runs anyway."""
+    return costs + np.concatenate([[0], costs[1:]])[:, None]
+
+
+def best_chain(values: np.ndarray, costs: np.ndarray) -> tuple[list[int], float]:
+    """The chain of levels, from the cheapest to the largest, with the smallest sum of sqrt(V c) over its steps.
+
+    values: V [K, K] of f^j - f^i at [i, j], squared differences or their gains; costs [K] of the levels. With the best
+    constant p, the square of the sum is variance times cost of all random differences; also returned: its ratio to that
+    of all levels."""
+    roots = np.sqrt(values * firing_costs(costs))
+    best = [(0.0, [0])]  # the shortest path to each level
+    for j in range(1, len(roots)):
+        best.append(min((length + float(roots[i, j]), [*chain, j]) for i, (length, chain) in enumerate(best)))
+    shortest, chain = best[-1]
+    return chain, (shortest / max(float(np.diag(roots, 1).sum()), 1e-300)) ** 2
 
 
 def _interpolation(known: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from ..diffusion.level import Level
 from ..diffusion.sampler import Estimator, SingleLevel
 from ..errors import UserError
 from ..files import Damaged, expect_content, read_arrays, read_json, write_arrays, write_json
-from .estimators import Multilevel, Quadrature
+from .estimators import Multilevel, Quadrature, following
 
 AGAIN = "run make optimise with the same EXPERIMENT"
 Progress = Callable[[int, int], object]  # called with (done, total)
@@ -41,6 +41,21 @@ class Plan:
         """Hash of method, levels, steps and table; predictions do not enter."""
         text = json.dumps([self.method, self.levels, self.steps, list(self.table.shape)]).encode()
         return hashlib.sha256(text + np.ascontiguousarray(self.table, dtype=np.float32).tobytes()).hexdigest()[:12]
+
+    @property
+    def stages(self) -> list[tuple[str, int]] | None:
+        """The levels in order of use and the first evaluation of each, if one network alone, with weight 1, runs at
+        every evaluation: such a plan is a stitched schedule. Else None."""
+        networks = self.table - following(self.table)  # with coins only p = 1 everywhere passes
+        if np.any((networks != 0).sum(axis=1) != 1) or np.any(networks.sum(axis=1) != 1):
+            return None
+        used = networks.argmax(axis=1)
+        return [(self.levels[used[j]], int(j)) for j in np.flatnonzero(np.diff(used, prepend=-1))]
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether this is a single level or a stitched schedule."""
+        return self.stages is not None
 
     def build(self, family: Iterable[Level]) -> Estimator:
         """The estimator of this plan; UserError if the family lacks one of its levels."""

@@ -1,5 +1,4 @@
-"""Plans from measured gains: which levels to use, at which evaluations, with which probabilities or weights; and the
-candidates of one step rule, whose probabilities may also follow the square-root law or be learned (learned.py).
+"""Plans from measured gains: which levels to use, at which evaluations, with which probabilities or weights.
 
 The predicted squared error of a plan is the own error of its largest level, measured alone on that grid, plus the error
 added by coins or omitted evaluations. To first order in the effects s_kj and gains A_kj (gains.py) this is
@@ -15,11 +14,10 @@ the largest used level, whose edge (a, b) is as long as the best estimate of f^b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import pairwise, product
-from typing import Any
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -27,17 +25,16 @@ import torch
 from ..diffusion import reference
 from ..diffusion.brownian import BrownianPath
 from ..diffusion.level import Level
-from ..diffusion.process import Process, uniform_weights
+from ..diffusion.process import Process
 from ..diffusion.sampler import SingleLevel, sample
 from ..diffusion.step_rules import StepRule
 from ..errors import UserError
 from ..statistics import squared_errors
 from . import options as ways
-from .estimators import evaluation_probabilities, following, measured_for_cost
-from .gains import Effects, measure_effects
+from .estimators import evaluation_probabilities, following
+from .gains import Effects, best_chain, measure_effects
 from .plan import Plan, Progress, frontier
 
-Learn = Callable[[float, Plan], np.ndarray]  # cost in evaluations of the largest level, plan to start from -> p [n, K]
 METHODS = ("independent", "nested", "systematic", "quadrature")
 _COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
 
@@ -57,6 +54,11 @@ class Calibration:
     @property
     def rule(self) -> str:
         return f"{self.effects.dynamics}/{self.effects.step_rule}"
+
+    @property
+    def chain(self) -> tuple[int, ...]:
+        """The best chain of levels for coins of constant probability (gains.py), at these costs."""
+        return tuple(best_chain(self.effects.between(), self.costs)[0])
 
     def planners(self, method: str) -> list[Planner]:
         """The planner of a method on each grid; made once, since planners cache what they compute."""
@@ -228,57 +230,3 @@ class Planner:
         names = tuple(self.effects.names[i] for i in levels)
         cost, predicted = float(evaluations.sum(axis=0) @ self.costs[list(levels)]), self.own[levels[-1]] + added
         return Plan(self.method, "optimal", names, self.n, table.astype(np.float32), cost, predicted, largest_effect)
-
-
-def candidates(
-    inputs: Calibration, process: Process, options: Any, learn: Learn | None, progress: Progress
-) -> list[list[Plan]]:
-    """Groups of plans for one rule: the thinned predicted frontier of each method; plans by the square-root law from
-    measured differences, constant in time; and learned ones, started from measured ones of similar cost.
-
-    options: the node `optimise` of the configuration."""
-    found, measured, learned, costs = [], [], [], inputs.costs
-    for method in inputs.methods:
-        chosen: dict[str, Plan] = {}
-        for base in (b for b in options.bases if b is None or b < len(costs) - 1):
-            best = inputs.plans(method, base, progress)
-            chosen |= {p.id: p for p in spread([p for p in best if len(p.levels) > 1], options.plans)}
-        for cost in options.measured.costs:  # at the same costs as the measured probabilities
-            plan = inputs.plan_for_cost(method, cost * costs[-1])
-            if plan is not None and len(plan.levels) > 1:
-                chosen[plan.id] = plan
-        found.append(list(chosen.values()))
-    squares = inputs.effects.squares @ uniform_weights(inputs.effects.logsnr)
-    for steps, cost in product(options.measured.steps, options.measured.costs):
-        p = measured_for_cost(squares, costs, steps, cost * costs[-1])
-        if p is not None:
-            measured.append(_plan("measured", inputs, process.grid(steps).logsnr, p))
-    if learn is not None and measured:
-        for cost in options.learned.costs:
-            steps, wanted = options.learned.steps, cost * costs[-1]
-            start = min(measured, key=lambda plan: (plan.steps != steps, abs(np.log(plan.cost / wanted))))
-            learned.append(_plan("learned", inputs, process.grid(steps).logsnr, learn(cost, start)))
-    return [*found, measured, learned]
-
-
-def spread(found: list[Plan], most: int) -> list[Plan]:
-    """At most `most` of a frontier's plans, spread evenly and including both ends."""
-    places = np.linspace(0, len(found) - 1, min(most, len(found)))
-    return [found[i] for i in np.unique(np.round(places).astype(int))]
-
-
-def _plan(source: str, inputs: Calibration, logsnr: np.ndarray, p: np.ndarray) -> Plan:
-    """A plan for independent coins on the full family; its error is predicted if the largest level's is known."""
-    names, gains = inputs.effects.names, inputs.effects.on(logsnr).gains()[0][1:].T
-    table = np.broadcast_to(p, (len(logsnr), len(names))).astype(np.float32)
-    exact = table.astype(np.float64)
-    ratio, cost = 1 / exact[:, 1:], float(evaluation_probabilities(exact).sum(axis=0) @ inputs.costs)
-    added, effect = float((gains * (ratio - 1)).sum()), float((ratio * np.sqrt(gains)).max(initial=0.0))
-    own = inputs.own_errors.get((len(names) - 1, len(logsnr)))
-    predicted = None if own is None else own + added
-    return Plan("independent", source, names, len(logsnr), table, cost, predicted, effect)
-
-
-def select(groups: Sequence[Sequence[Plan]], errors: Mapping[str, float | None]) -> list[Plan]:
-    """The plans on each group's frontier of measured errors, {id: error, or None if it diverged}, against cost."""
-    return [plan for group in groups for plan in frontier(group, lambda p: errors[p.id])]
