@@ -141,9 +141,9 @@ class Runner:
         reference = self.reference(dynamics)[start : start + len(images)]
         out = {"diverged": diverged(images), "errors": squared_errors(images[: len(reference)], reference)}
         if self.extractor is not None:
-            pixels = to_uint8(images.nan_to_num())
-            out["features"] = self.extractor.features(pixels).numpy()
-            out["images"] = pixels[: max(0, self.grid_images - start)].numpy()
+            out["features"] = self.extractor.features(to_uint8(images.nan_to_num())).numpy()
+        if self.shape[0] == 3:  # pictures, and not functions
+            out["images"] = to_uint8(images[: max(0, self.grid_images - start)].nan_to_num()).numpy()
         return out
 
     def read(self, setting: SamplerSetting) -> Measurement:

@@ -79,9 +79,9 @@ def used_gamma(exp: Any) -> float:
 
 def make_runner(exp: Any, plans: Mapping[str, Plan] | None = None) -> Runner:
     """The data that settings share: on the seeds of the comparison, which runs these plans, or (None) on those that
-    select plans, without distances."""
+    select plans. Distances need the seeds of the comparison, and features.MIN_IMAGES of them."""
     c, o, levels, select = exp.cfg.compare, exp.cfg.optimise, exp.levels(), plans is None
-    extractor = None if select else make_extractor(exp)
+    extractor = None if select or c.num_samples < features.MIN_IMAGES else make_extractor(exp)
     if extractor is not None and exp.images_if_needed() is None:  # for functions there is nothing to compare with
         moments = (exp.published or {}).get("statistics") or {}
         extractor = extractor if moments.get("name") == extractor.name else None
