@@ -150,7 +150,10 @@ def test_workers_draw_the_same_samples_and_enough_images_have_distances(done, he
     other = ["seconds", *(name for name in rows if name.startswith("distance"))]
     pd.testing.assert_frame_equal(rows.drop(columns=other), before.drop(columns=other))
     found = rows[rows.distance != ""].astype({name: float for name in ("distance", "distance_low", "distance_high")})
-    assert 4 <= len(found) < len(rows) and (found.groupby("dynamics").error.min() == rows.groupby("dynamics").error.min()).all()
+    assert (
+        4 <= len(found) < len(rows)
+        and (found.groupby("dynamics").error.min() == rows.groupby("dynamics").error.min()).all()
+    )
     assert (found.distance_low < found.distance).all() and (found.distance < found.distance_high).all()
     assert strict(place.results / "best.json")["distance"] <= 1.05 * found.distance.min() + 1e-6
 

@@ -41,13 +41,23 @@ def frame_of(**changes: Any) -> pd.DataFrame:
             rows.append(row | {"levels": "w4+w8", "coins": "systematic", "estimator": "ml_em"})
     defaults = {"method": "single", "trusted": True, "levels": "w8", "coins": "", "estimator": "single", "steps": 8}
     facts = {"step_rule": "em", "num_samples": 64, "network_calls": 4, "gflops_expected": 1.0, "error_se": 1e-3}
-    facts |= {"distance": 2.0, "distance_low": 1.5, "distance_high": 3.0, "distance_name": "Frechet", "distance_floor": 1.0, "seconds": 0.1}
+    facts |= {
+        "distance": 2.0,
+        "distance_low": 1.5,
+        "distance_high": 3.0,
+        "distance_name": "Frechet",
+        "distance_floor": 1.0,
+        "seconds": 0.1,
+    }
     return pd.DataFrame(rows).fillna(defaults).assign(**facts | changes)
 
 
 def test_comparison_draws_points_frontiers_and_the_floor() -> None:
     wide = {"lower95": 1.5, "rms_error": [0.5, 0.25]}
-    entries = {"any": {"all": {"flops": {"window": wide}}}, "coins": {"all": {"flops": {"window": wide | {"lower95": 1}}}}}
+    entries = {
+        "any": {"all": {"flops": {"window": wide}}},
+        "coins": {"all": {"flops": {"window": wide | {"lower95": 1}}}},
+    }
     figure = plot_compare(frame_of(), "demo", {"strict": {"sde": entries, "ode": {}}})
     assert len(figure.axes) == 6
     distances, errors = figure.axes[0], figure.axes[2]
@@ -67,7 +77,7 @@ def test_comparison_draws_points_frontiers_and_the_floor() -> None:
 def test_comparison_without_some_numbers() -> None:
     frame = frame_of(distance=np.nan, distance_floor=np.nan)
     assert len(plot_compare(frame[frame.dynamics == "sde"]).axes) == 2  # no panel for distances
-    frame = frame_of(distance=np.geomspace(1, 1000, 14), error_se=np.nan)
+    frame = frame_of(distance=np.geomspace(1, 1e3, 14), distance_low=1.0, distance_high=1e3, error_se=np.nan)
     frame.loc[frame.dynamics == "sde", "distance"] = np.nan
     frame.loc[frame.dynamics == "ode", "error"] = 0.0  # a log axis cannot show it
     figure = plot_compare(frame)

@@ -85,7 +85,9 @@ def blind(ours: list[Measurement], theirs: list[Measurement]) -> dict[str, Any]:
 
 
 def test_blind_choices_are_made_by_the_selection_seeds_and_judged_on_others() -> None:
-    theirs = singles((1, 1.0), (2, 1.5), (4, 0.25), (16, 0.0625), selected_error=0.01)  # (2, 1.5) is not on the frontier
+    theirs = singles(
+        (1, 1.0), (2, 1.5), (4, 0.25), (16, 0.0625), selected_error=0.01
+    )  # (2, 1.5) is not on the frontier
     ours = [
         setting("ml_em", 2, 0.5, selected_error=0.6), setting("ml_em", 3, 0.5, selected_error=0.2),
         setting("ml_em", 4, 0.01), setting("ml_em", 15, 0.03, selected_error=0.3),

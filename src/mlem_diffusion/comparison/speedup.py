@@ -56,9 +56,7 @@ class Field:
         if name == "all":
             return lambda row: not is_multilevel(row)
         levels = {"em_largest": [self.largest], "em_any": {row["levels"] for row in self.rows}}[name]
-        return lambda row: (
-            row["estimator"] == "single" and row["step_rule"] in FIRST_ORDER and row["levels"] in levels
-        )
+        return lambda row: row["estimator"] == "single" and row["step_rule"] in FIRST_ORDER and row["levels"] in levels
 
     def group(self, choice: Choice, unit: str) -> Group:
         found = [i for i, row in enumerate(self.rows) if choice(row) and self.costs[unit][i, 0] > 0]

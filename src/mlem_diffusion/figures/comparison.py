@@ -29,7 +29,9 @@ _FRONTIERS = {  # methods, colour, zorder; drawn if the last method has a row
 _FLOOR: dict[str, Any] = dict(color="#555555", ls="--")
 _THICK: dict[str, Any] = dict(lw=3.2, alpha=0.55)
 _WINDOWS: Any = {"any": (0.985, "#b4005a"), "coins": (0.925, "#ef8a00")}  # place across the panel, colour
-_BAR: Any = dict(label="bar: window in which all\nbaselines cost at least so\nmany times as much", color="#b4005a", lw=4)
+_BAR: Any = dict(
+    label="bar: window in which all\nbaselines cost at least so\nmany times as much", color="#b4005a", lw=4
+)
 
 
 @style.styled
@@ -55,7 +57,9 @@ def plot_compare(frame: DataFrame, title: str = "", speedups: dict[str, Any] | N
             _draw_panel(ax, frame[frame.dynamics == name], cost, measure, blues)
             ax.set_xlabel(_COSTS[cost])
             if speedups and measure == "error":
-                marked |= _mark_windows(ax, speedups["strict"].get(name, {}), "seconds" if cost == "seconds" else "flops")
+                marked |= _mark_windows(
+                    ax, speedups["strict"].get(name, {}), "seconds" if cost == "seconds" else "flops"
+                )
         line[0].set_ylabel(labels[measure])
     for ax, name in zip(axes[0], dynamics, strict=True):
         ax.set_title(DYNAMICS_NAMES[name], fontsize=13, pad=10)
