@@ -30,7 +30,7 @@ def texts(figure: Any) -> list[str]:
 
 
 def frame_of(**changes: Any) -> pd.DataFrame:
-    """One level with three step counts, a stitched, one with independent coins and two other settings, for both dynamics."""
+    """One level with three step counts, a stitched, one with independent coins and two other settings."""
     rows: list[dict[str, Any]] = []
     for dynamics in ("sde", "ode"):
         rows += [{"dynamics": dynamics, "steps": n, "gflops_realised": n, "error": 1 / n} for n in (4, 16, 64)]
@@ -67,7 +67,7 @@ def test_comparison_draws_points_frontiers_and_the_floor() -> None:
     assert ((4.0, 0.25), (16.0, 1 / 16), (64.0, 1 / 64)) in drawn  # the single level, and the baselines' frontier
     assert texts(figure) == ["≥ 1.5×"] and len(errors.texts) == 1  # the window, but not the one that gains nothing
     assert points(errors, linewidth=4)[0][:, 1].tolist() == [0.25, 0.0625]
-    assert any(np.allclose(bar.get_segments()[0][:, 1], [1.5, 3]) for bar in distances.collections)
+    assert any(np.allclose(bar.get_paths()[0].vertices[:, 1], [1.5, 3]) for bar in distances.collections)
     hollow = points(errors, markerfacecolor="none")
     assert len(hollow) == 1 and hollow[0].tolist() == [[2, 1e-3]]
     steps = points(errors, drawstyle="steps-post")  # the setting that is not trusted is on no frontier

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,7 @@ def test_between_two_points_the_speedup_is_at_least_the_smaller_one() -> None:
     for _ in range(20):
         base, ours = (group(*rng.lognormal(0, 1.5, (12, 2))) for _ in range(2))
         targets = base.errors[base.frontier()]
-        fine = np.concatenate([np.linspace(*ends) for ends in zip(targets, targets[1:], strict=False)])
+        fine = np.concatenate([np.linspace(*ends) for ends in pairwise(targets)])
         at, between = (base.least_costs(t)[:, 0] / ours.least_costs(t)[:, 0] for t in (targets, fine))
         least = np.repeat(np.minimum(at[:-1], at[1:]), 50)
         assert (between >= least * (1 - 1e-6)).all()
@@ -172,8 +173,8 @@ def test_seeds_are_resampled_in_pairs_and_a_single_one_bounds_nothing() -> None:
 def trial(true: float, rng: np.random.Generator, n: int, timing_spread: float, span: float, power: float) -> list[Any]:
     """The windows in FLOPs and in seconds of 20 baselines and 20 settings of ours on n seeds.
 
-    Squared errors fall as cost^-power, and scatter over seeds log-normally, by 0.8 in the logarithm, which is correlated
-    by 0.7 between all settings and by 0.85 within each side. Baselines run one of two networks, ours run both. The
+    Squared errors fall as cost^-power, and scatter over seeds log-normally, by 0.8 in the logarithm, correlated by 0.7
+    between all settings and by 0.85 within each side. Baselines run one of two networks, ours run both. The
     stated seconds of each network differ from the true ones by `timing_spread`."""
     cost = np.concatenate([np.geomspace(1, span, 20) * rng.uniform(0.9, 1.1, 20) for _ in range(2)])
     sides, own = np.repeat(rng.standard_normal((2, n)), 20, axis=0), rng.standard_normal((40, n))

@@ -19,7 +19,8 @@ def setting(estimator: str, cost: float, error: float, seed: int = 0, spread: fl
     noise = 1 + spread * np.random.default_rng(seed).standard_normal(N)
     defaults = {
         "dynamics": "sde", "step_rule": "ddpm", "estimator": estimator, "steps": 16, "probabilities": "", "coins": "",
-        "levels": "w8", "network_calls": cost, "error": error, "gflops_realised": cost, "gflops_expected": cost, "seconds": cost, "top_evaluations": 1000,
+        "levels": "w8", "network_calls": cost, "error": error, "gflops_realised": cost, "gflops_expected": cost,
+        "seconds": cost, "top_evaluations": 1000,
     }  # fmt: skip
     return Measurement({**defaults, **row}, error * noise, work={"net": row.get("seconds", cost)})
 
@@ -85,9 +86,7 @@ def blind(ours: list[Measurement], theirs: list[Measurement]) -> dict[str, Any]:
 
 
 def test_blind_choices_are_made_by_the_selection_seeds_and_judged_on_others() -> None:
-    theirs = singles(
-        (1, 1.0), (2, 1.5), (4, 0.25), (16, 0.0625), selected_error=0.01
-    )  # (2, 1.5) is not on the frontier
+    theirs = singles((1, 1.0), (2, 1.5), (4, 0.25), (16, 0.0625), selected_error=0.01)
     ours = [
         setting("ml_em", 2, 0.5, selected_error=0.6), setting("ml_em", 3, 0.5, selected_error=0.2),
         setting("ml_em", 4, 0.01), setting("ml_em", 15, 0.03, selected_error=0.3),

@@ -6,9 +6,9 @@ For a baseline setting b that no other baseline beats in both cost and error, wi
 
 Both sides may *mix* two settings: chance decides for every image, so mean cost and mean squared error are averages of
 theirs, and least cost against error is a convex curve with corners at the best settings. So neither side gains or loses
-by the gaps between its step counts. Between two neighbouring points b the baselines' curve is straight and ours is on or
-below its chord, and a quotient of averages is at least the smaller of the two quotients. So what holds at neighbouring
-points holds everywhere between them.
+by the gaps between its step counts. Between two neighbouring points b the baselines' curve is straight and ours is on
+or below its chord, and a quotient of averages is at least the smaller of the two quotients. So what holds at
+neighbouring points holds everywhere between them.
 
 The bound is the 5th percentile over replicates, at the same b: each resamples the seeds, paired over all settings, and
 draws all timings anew; it recomputes e_b and both curves, and counts as 0 if ours does not reach e_b."""

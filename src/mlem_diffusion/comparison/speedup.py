@@ -21,6 +21,7 @@ METHODS = {"coins": "independent coins", "any": "any multilevel"}
 AGAINST = {"em_largest": "EM, largest level", "em_any": "EM, any level", "all": "all baselines"}
 UNITS = {"flops": "FLOPs", "seconds": "seconds"}
 Choice = Callable[[Row], bool]
+_TITLES = ("protocol", "dynamics", "method", "against", "counted in")
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,10 @@ def speedups(
 ) -> dict[str, Any]:
     """The content of speedup.json: {protocol: {dynamics: {method: {against: {unit: entry}}}}}.
 
-    protocol: "strict", all settings on the same seeds and paths, their squared error to one reference; methods, baselines
-    and units: METHODS, AGAINST, UNITS, without seconds if there is no timing. entry: `curves.compare`, without points
-    coarser than the best of the cheapest level alone. The window is the headline; its one-sided 95% bound holds at every
-    point of it, and it is not chosen by its largest ratio. "max" is the largest of many noisy ratios: no headline."""
+    protocol: "strict", all settings on the same seeds and paths, with their squared error to one reference; methods,
+    baselines and units: METHODS, AGAINST, UNITS, seconds only with a timing. entry: `curves.compare`, without points
+    coarser than the best of the cheapest level alone. The window is the headline. "max" is the largest of many
+    noisy ratios, and so no headline."""
     found: dict[str, Any] = {}
     for dynamics in dict.fromkeys(m.row["dynamics"] for m in settings):
         field = Field.of(settings, dynamics, replicates, seed, timing, "gflops_realised")
@@ -92,14 +93,14 @@ def speedups(
 
 def table(result: dict[str, Any]) -> list[dict[str, str]]:
     """A row for each entry of speedup.json: first its window, then its largest single point."""
-    rows = []
+    rows: list[dict[str, str]] = []
     for protocol, found in result.items():
         for dynamics, method, against, unit in product(found, METHODS, AGAINST, UNITS):
             entry = found[dynamics][method][against].get(unit)
             if entry is not None:
                 wide, best = entry["window"], entry["max"]
                 names = (protocol, dynamics, METHODS[method], AGAINST[against], UNITS[unit])
-                row = dict(zip(("protocol", "dynamics", "method", "against", "counted in"), names, strict=True))
+                row: dict[str, str] = dict(zip(_TITLES, names, strict=True))
                 row["at least, in a window"] = f"{wide['lower95']:.3g}" if wide else "–"
                 row["its rms errors"] = "{:.3g} to {:.3g}".format(*wide["rms_error"]) if wide else "–"
                 bound = "" if best is None or best["lower95"] is None else f" (at least {best['lower95']:.3g})"

@@ -34,8 +34,8 @@ def verdicts(
         for key, against in (("against_em", "em_any"), ("against_all_baselines", "all")):
             theirs = field.against(against)
             for name, ours in _methods(planned, rule).items() if any(map(theirs, field.rows)) else ():
-                groups = (field.group(choice, unit) for choice in (theirs, ours))
-                entry[key][name] = _judged(compare(*groups, field.coarsest), calibration_flops)
+                found = compare(field.group(theirs, unit), field.group(ours, unit), field.coarsest)
+                entry[key][name] = _judged(found, calibration_flops)
         entry["optimiser_against_em"] = chosen_blindly(field, field.against("em_any"), unit)
         entry["predicted_error"] = prediction(planned)
         out[f"{dynamics}/{rule}"] = entry

@@ -64,11 +64,9 @@ def _table(rows: Any, columns: list[str] | None = None) -> str:
 
 
 def _speedups(content: dict[str, Any]) -> Section:
-    text = "A window: the cheapest baseline costs at least so many times what the cheapest setting of the method does, at\n"
-    text += (
-        "every error in a range of a factor of two or more in rms error (one-sided 95% bound over seeds and timings).\n"
-    )
-    text += "The speed-up is established if this is above 1. A dash: the curve spans less than a factor of two."
+    text = "A window: the baselines cost at least so many times what the method does, at every error in a range\n"
+    text += "of a factor of two or more in rms error (one-sided 95% bound over seeds and timings).\n"
+    text += "A speed-up is established if this is above 1. A dash: the curve spans less than a factor of two."
     return Section("Speed-ups", text, tables={"Speed-ups at equal error": _table(speedup.table(content))})
 
 

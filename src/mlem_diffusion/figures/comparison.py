@@ -29,17 +29,16 @@ _FRONTIERS = {  # methods, colour, zorder; drawn if the last method has a row
 _FLOOR: dict[str, Any] = dict(color="#555555", ls="--")
 _THICK: dict[str, Any] = dict(lw=3.2, alpha=0.55)
 _WINDOWS: Any = {"any": (0.985, "#b4005a"), "coins": (0.925, "#ef8a00")}  # place across the panel, colour
-_BAR: Any = dict(
-    label="bar: window in which all\nbaselines cost at least so\nmany times as much", color="#b4005a", lw=4
-)
+_BAR: Any = dict(label="bar: window in which all\nbaselines cost at least\nso many times as much", color="0.4", lw=4)
 
 
 @style.styled
 def plot_compare(frame: DataFrame, title: str = "", speedups: dict[str, Any] | None = None) -> Figure:
     """Draw `settings.for_figures`, a column of panels per dynamics: distance and error against compute, error in time.
 
-    Errors have bars of two standard errors, distances their intervals. Settings that are not trusted are hollow and on no frontier. speedups: the
-    content of speedup.json, whose windows over all baselines are marked at the right if their bound is above 1."""
+    Errors have bars of two standard errors, distances their intervals. Settings that are not trusted are hollow and on
+    no frontier. speedups: the content of speedup.json, whose windows over all baselines are marked at the right if
+    their bound is above 1."""
     panels = [("distance", "gflops_realised"), ("error", "gflops_realised"), ("error", "seconds")]
     if frame.distance.isna().all():
         panels = panels[1:]  # a family without images, or few samples
