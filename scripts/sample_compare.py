@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from mlem_diffusion.comparison import planned, speedup
+from mlem_diffusion.comparison import planned, speedup, verdicts
 from mlem_diffusion.comparison.bias import bias_text, reference_bias
 from mlem_diffusion.comparison.settings import best_setting, describe, for_figures, frame_of, to_text
 from mlem_diffusion.diffusion.level import Level
@@ -28,21 +28,22 @@ def main(exp: Experiment) -> None:
     runner = make_runner(exp, plans)
     settings = planned.all_settings(cfg, runner.levels, exp.process.base_steps, plans)
     real = real_images(exp, runner.extractor) if runner.extractor else None
-    measured = planned.complete(settings, run_all(exp, runner, settings, "compare"), runner.seeds, real, plans)
+    found = run_all(exp, runner, settings, "compare")
+    measured = planned.complete(settings, found, runner.seeds, real, plans, cfg.distance_bootstrap)
     frame, sound = frame_of(m.row for m in measured), [m for m in measured if "diverged" not in m.row]
-    result = speedup.speedups(sound, real and real.moments, cfg.bootstrap, cfg.distance_bootstrap, cfg.seed)
+    result = speedup.speedups(sound, runner.timing, cfg.bootstrap, cfg.seed)
     bias = reference_bias(sound, runner)
     exp.save("compare.csv", to_text(frame))
     exp.save("timing.json", timing_record(exp, runner.timing))
     exp.save("reference.json", bias)
-    exp.figure("compare.png", plot_compare(for_figures(frame), exp.cfg.title))
+    exp.figure("compare.png", plot_compare(for_figures(frame), exp.cfg.title, result))
     exp.save("speedup.json", result)
     if plans.settings:
-        exp.save("verdicts.json", speedup.verdicts(sound, plans.flops, cfg.seed, plans.unit))
-    if real is not None:
+        exp.save("verdicts.json", verdicts.verdicts(sound, plans.flops, cfg.seed, plans.unit, runner.timing))
+    if runner.shape[0] == 3:  # pictures, and not functions
         made_with = {"gamma": runner.gamma, "made_with": exp.identity}
         exp.save("best.json", best_setting(m.row for m in sound) | made_with)
-        for name in result:
+        for name in result["strict"]:
             exp.figure(f"grids/{name}.png", comparison_grid(planned.examples(sound, name, runner)))
     exp.log({"settings": len(measured), "diverged": len(measured) - len(sound)})
     lost = [f"{describe(m.row)}: {m.row['diverged']} samples diverged." for m in measured if "diverged" in m.row]

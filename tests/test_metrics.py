@@ -84,6 +84,17 @@ def test_fast_frechet_equals_torch_fidelity() -> None:
     assert fast(x[:15], reference) == pytest.approx(distance(x[:15], y), rel=1e-4)
 
 
+def test_a_distance_has_an_interval_that_covers_fresh_samples() -> None:
+    reference = frechet.feature_moments(gaussian_features(5000, 6, 5))
+    samples = [gaussian_features(300, 6, seed, 0.5) for seed in range(100, 160)]
+    drawn = np.array([fast(x, reference) for x in samples])
+    found, low, high = np.transpose([frechet.distance_interval(x, reference, 30, 1) for x in samples])
+    assert found == pytest.approx(drawn) and (low < found).all()
+    # the standard deviation of 60 samples is known to 9%; the bootstrap's is somewhat too large with few images
+    assert 0.8 < ((high - low) / 2).mean() / (1.96 * drawn.std()) < 1.4
+    assert np.mean((low < drawn.mean()) & (drawn.mean() < high)) >= 0.88
+
+
 def test_distance_floor_is_that_of_other_real_images() -> None:
     features = gaussian_features(600, 12, 9)
     assert 0 < frechet.distance_floor(features, 100, seed=0) < frechet.distance_floor(features, 30, seed=0)

@@ -11,7 +11,9 @@ from PIL import Image
 from pipeline import RANKS, Place, apart, strict
 from safetensors.torch import load_file
 
+from mlem_diffusion.comparison import features
 from mlem_diffusion.comparison.settings import COLUMNS
+from mlem_diffusion.comparison.speedup import AGAINST, METHODS
 from mlem_diffusion.files import write_json
 from mlem_diffusion.multilevel.plan import load_plans
 
@@ -67,7 +69,7 @@ def test_format_of_compare_csv(done):
     assert set(rows.levels[rows.estimator == "single"]) == {"gauss", "w2", "w3", "w6"}
     for name in ("error", "error_se", "network_calls", "gflops_expected", "gflops_realised", "seconds"):
         assert (rows[name].astype(float) > 0).all(), name
-    assert (rows.distance.astype(float) >= 0).all() and "FID" not in set(rows.distance_name)
+    assert set(rows.distance) == set(rows.distance_high) == set(rows.distance_name) == {""}  # 24 images are too few
     ratio = rows.gflops_realised / rows.gflops_expected
     assert ratio[rows.estimator != "ml_em"].sub(1).abs().max() < 1e-5
     assert ratio.sub(1).abs().max() < 0.25  # a few standard errors of 24 images
@@ -92,12 +94,10 @@ def test_format_of_compare_csv(done):
 
 def test_format_of_speedup_json(done):
     result = strict(done[0].results / "speedup.json")
-    assert set(result) == {"sde", "ode"}
-    for kinds in result.values():
-        for kind in ("paper", "any"):
-            for costs in kinds[kind].values():
-                for entry in (costs["flops"], costs["seconds"]):
-                    assert entry is None or {"max", "lower95", "at", "baseline", "ours"} <= set(entry)
+    assert set(result) == {"strict"} and set(result["strict"]) == {"sde", "ode"}
+    for methods in result["strict"].values():
+        for units in (methods[method][against] for method in METHODS for against in AGAINST):
+            assert "flops" in units and all(set(entry) == {"window", "max", "curve"} for entry in units.values())
 
 
 def test_records_of_every_stage(done):
@@ -156,13 +156,23 @@ def test_a_family_of_functions_needs_no_images_and_no_training(here, tmp_path, s
 # --------------------------------------------------------------------------------------------- side by side
 
 
-def test_workers_draw_the_same_samples(done, here, tmp_path):
-    """Two workers instead of one process: an equal table."""
+def test_workers_draw_the_same_samples_and_enough_images_have_distances(done, here, tmp_path, monkeypatch):
+    """Two workers instead of one process: an equal table, but for distances on the frontiers."""
     place = done[0].copy_to(tmp_path)
     shutil.rmtree(place.results / "cache")
+    monkeypatch.setattr(features, "MIN_IMAGES", 24)
     run = here("sample_compare", place, "workers=2", "force=true")
     assert run.code == 0, run.err
-    pd.testing.assert_frame_equal(table(place).drop(columns="seconds"), table(done[0]).drop(columns="seconds"))
+    rows, before = table(place), table(done[0])
+    other = ["seconds", *(name for name in rows if name.startswith("distance"))]
+    pd.testing.assert_frame_equal(rows.drop(columns=other), before.drop(columns=other))
+    found = rows[rows.distance != ""].astype({name: float for name in ("distance", "distance_low", "distance_high")})
+    assert (
+        4 <= len(found) < len(rows)
+        and (found.groupby("dynamics").error.min() == rows.groupby("dynamics").error.min()).all()
+    )
+    assert (found.distance_low < found.distance).all() and (found.distance < found.distance_high).all()
+    assert strict(place.results / "best.json")["distance"] <= 1.05 * found.distance.min() + 1e-6
 
 
 def test_ranks_draw_the_same_samples(done, tmp_path):
@@ -372,7 +382,7 @@ def test_plans_are_selected_and_judged_on_separate_seeds(analytic, here):
         # judged on 32 other seeds than those of the selection: within a factor of a few, even for large effects
         assert 0.1 < row.error / entry["selected_error"] < 10
     assert set(strict(analytic.results / "verdicts.json")) == {"sde/ddpm", "ode/dpmpp_2m"}
-    assert not (analytic.results / "best.json").exists()  # without distances there is no best sampler
+    assert not (analytic.results / "best.json").exists()  # functions are no pictures to sample
 
 
 def test_seeds_that_plans_were_selected_on_cannot_judge_them(analytic, here):

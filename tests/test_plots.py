@@ -30,29 +30,44 @@ def texts(figure: Any) -> list[str]:
 
 
 def frame_of(**changes: Any) -> pd.DataFrame:
-    """One level with three step counts, a stitched, a paper's and two other settings, for both dynamics."""
+    """One level with three step counts, a stitched, one with independent coins and two other settings."""
     rows: list[dict[str, Any]] = []
     for dynamics in ("sde", "ode"):
         rows += [{"dynamics": dynamics, "steps": n, "gflops_realised": n, "error": 1 / n} for n in (4, 16, 64)]
         for method, cost, error, trusted in (
-            ("stitched", 8, 0.3, True), ("paper", 6, 0.1, True), ("other", 5, 0.05, True), ("other", 2, 1e-3, False),
+            ("stitched", 8, 0.3, True), ("coins", 6, 0.1, True), ("other", 5, 0.05, True), ("other", 2, 1e-3, False),
         ):  # fmt: skip
             row = {"dynamics": dynamics, "method": method, "gflops_realised": cost, "error": error, "trusted": trusted}
             rows.append(row | {"levels": "w4+w8", "coins": "systematic", "estimator": "ml_em"})
     defaults = {"method": "single", "trusted": True, "levels": "w8", "coins": "", "estimator": "single", "steps": 8}
     facts = {"step_rule": "em", "num_samples": 64, "network_calls": 4, "gflops_expected": 1.0, "error_se": 1e-3}
-    facts |= {"distance": 2.0, "distance_name": "Frechet", "distance_floor": 1.0, "seconds": 0.1}
+    facts |= {
+        "distance": 2.0,
+        "distance_low": 1.5,
+        "distance_high": 3.0,
+        "distance_name": "Frechet",
+        "distance_floor": 1.0,
+        "seconds": 0.1,
+    }
     return pd.DataFrame(rows).fillna(defaults).assign(**facts | changes)
 
 
 def test_comparison_draws_points_frontiers_and_the_floor() -> None:
-    figure = plot_compare(frame_of(), "demo")
+    wide = {"lower95": 1.5, "rms_error": [0.5, 0.25]}
+    entries = {
+        "any": {"all": {"flops": {"window": wide}}},
+        "coins": {"all": {"flops": {"window": wide | {"lower95": 1}}}},
+    }
+    figure = plot_compare(frame_of(), "demo", {"strict": {"sde": entries, "ode": {}}})
     assert len(figure.axes) == 6
     distances, errors = figure.axes[0], figure.axes[2]
     assert "real images against\nreal images: 1" in [text.get_text() for text in figure.legends[0].get_texts()]
     assert distances.get_ylim() == figure.axes[1].get_ylim()
     drawn = {tuple(map(tuple, line)) for line in points(errors)}
     assert ((4.0, 0.25), (16.0, 1 / 16), (64.0, 1 / 64)) in drawn  # the single level, and the baselines' frontier
+    assert texts(figure) == ["≥ 1.5×"] and len(errors.texts) == 1  # the window, but not the one that gains nothing
+    assert points(errors, linewidth=4)[0][:, 1].tolist() == [0.25, 0.0625]
+    assert any(np.allclose(bar.get_paths()[0].vertices[:, 1], [1.5, 3]) for bar in distances.collections)
     hollow = points(errors, markerfacecolor="none")
     assert len(hollow) == 1 and hollow[0].tolist() == [[2, 1e-3]]
     steps = points(errors, drawstyle="steps-post")  # the setting that is not trusted is on no frontier
@@ -62,7 +77,7 @@ def test_comparison_draws_points_frontiers_and_the_floor() -> None:
 def test_comparison_without_some_numbers() -> None:
     frame = frame_of(distance=np.nan, distance_floor=np.nan)
     assert len(plot_compare(frame[frame.dynamics == "sde"]).axes) == 2  # no panel for distances
-    frame = frame_of(distance=np.geomspace(1, 1000, 14), error_se=np.nan)
+    frame = frame_of(distance=np.geomspace(1, 1e3, 14), distance_low=1.0, distance_high=1e3, error_se=np.nan)
     frame.loc[frame.dynamics == "sde", "distance"] = np.nan
     frame.loc[frame.dynamics == "ode", "error"] = 0.0  # a log axis cannot show it
     figure = plot_compare(frame)

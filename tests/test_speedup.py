@@ -1,32 +1,36 @@
 """Speed-ups of synthetic samplers whose true speed-up is known."""
 
 import json
+import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 
-from mlem_diffusion.comparison.features import FeatureMoments, fast_frechet
+from mlem_diffusion.comparison.curves import Group, compare, errors_of, headline, window
 from mlem_diffusion.comparison.settings import Measurement
-from mlem_diffusion.comparison.speedup import equal_error, errors_of, speedups, summary
+from mlem_diffusion.comparison.speedup import AGAINST, speedups, summary
+from mlem_diffusion.multilevel.timing import Timing
 
 N = 400
 COSTS = [1.0, 2.0, 4.0, 8.0, 16.0]
+EXACT = Timing({"net": (0.1, 0.0), "small": (0.1, 0.0)})
 
 
 def setting(estimator: str, cost: float, error: float, spread: float = 0.02, seed: int = 0, **row: Any) -> Measurement:
     """A setting whose per-image errors scatter around `error`; the scatter is common to all of one `seed`."""
     noise = 1 + spread * np.random.default_rng(seed).standard_normal(N)
-    features = row.pop("features", None)
     defaults = {
-        "dynamics": "ode", "estimator": estimator, "coins": "independent" if estimator == "ml_em" else "",
-        "error": error, "gflops_realised": cost, "gflops_expected": cost, "seconds": cost / 10, "top_evaluations": 1000,
+        "dynamics": "ode", "step_rule": "ddim", "estimator": estimator, "levels": "w8", "network_calls": cost,
+        "coins": "independent" if estimator == "ml_em" else "", "error": error, "gflops_realised": cost,
+        "gflops_expected": cost, "top_evaluations": 1000,
     }  # fmt: skip
-    return Measurement(defaults | row, error * noise, features)
+    return Measurement(defaults | row, error * noise / noise.mean(), work={"net": cost})
 
 
 def em(costs: list[float], **row: Any) -> list[Measurement]:
-    """EM with error = 1 / cost."""
+    """EM with squared error = 1 / cost."""
     return [setting("single", c, 1 / c, **row) for c in costs]
 
 
@@ -35,132 +39,160 @@ def ml_em(costs: list[float], speedup: float, **row: Any) -> list[Measurement]:
     return [setting("ml_em", c / speedup, 1 / c, **row) for c in costs]
 
 
-def flops(settings: list[Measurement], method: str = "any", **more: Any) -> dict[str, Any]:
-    return speedups(settings, **more)["ode"][method]["error"]["flops"]
+def entry_of(settings: list[Measurement], method: str = "any", against: str = "all", unit: str = "flops") -> Any:
+    return speedups(settings, EXACT)["strict"]["ode"][method][against][unit]
 
 
 @pytest.mark.parametrize("true", [4.0, 1.0, 0.5])
 def test_known_speedup_is_found_below_one_included(true: float) -> None:
-    out = speedups(em(COSTS) + ml_em(COSTS, true))
-    assert list(out) == ["ode"] and set(out["ode"]) == {"paper", "any"}
-    for entry in (out["ode"][m]["error"][cost] for m in ("paper", "any") for cost in ("flops", "seconds")):
-        assert entry["max"] == entry["lower95"] == pytest.approx(true, rel=1e-9)  # same scatter: no uncertainty
-        assert len(entry["curve"]) == len(COSTS)
-        ratio = entry["baseline"]["gflops_realised"] / entry["ours"]["gflops_realised"]
-        assert ratio == pytest.approx(true, rel=1e-9)
-        assert entry["at"] == entry["baseline"]["error"]
-    assert f"ode, paper, FLOPs at equal error: {true:.3g}x (95% lower bound {true:.3g}x)" in summary(out)
+    out = speedups(em(COSTS) + ml_em(COSTS, true), EXACT)
+    assert json.loads(json.dumps(out, allow_nan=False)) == out
+    assert list(out) == ["strict"] and list(out["strict"]) == ["ode"] and list(out["strict"]["ode"]) == ["coins", "any"]
+    entries = [units[u] for m in out["strict"]["ode"].values() for units in m.values() for u in ("flops", "seconds")]
+    assert len(entries) == 2 * len(AGAINST) * 2
+    for entry in entries:
+        assert list(entry) == ["window", "max", "curve"] and len(entry["curve"]) == len(COSTS)
+        # same scatter, exact timing: no uncertainty; errors of 1 to 1/16 are a factor of 4 in rms error
+        assert entry["window"] == {"lower95": pytest.approx(true), "rms_error": pytest.approx([1, 0.25])}
+        best = entry["max"]
+        assert best["speedup"] == pytest.approx(true) and best["lower95"] == pytest.approx(true)
+        assert best["at"] == pytest.approx(best["baseline"]["error"])
+        assert best["baseline"]["gflops_realised"] / best["ours"]["gflops_realised"] == pytest.approx(true)
+    words = f"ode independent coins EM, any level seconds {true:.3g} 1 to 0.25 {true:.3g} (at least {true:.3g})"
+    assert words in " ".join(summary(out).split())
+    assert "seconds" not in speedups(em(COSTS) + ml_em(COSTS, true))["strict"]["ode"]["any"]["all"]
 
 
-def test_a_coarse_baseline_grid_does_not_flatter() -> None:
-    """Targets are the baseline's own errors, although our errors are between them."""
-    ours = [setting("ml_em", 2.0, 0.5), setting("ml_em", 50.0, 1 / 50.0), setting("ml_em", 100.0, 0.01)]
-    entry = flops(em([1.0, 100.0]) + ours)  # not 100 / 50: EM has no setting at that error
-    assert [p["speedup"] for p in entry["curve"]] == [pytest.approx(0.5), pytest.approx(1.0)]
+def group(*points: tuple[float, float]) -> Group:
+    costs, errors = np.array(points).T[..., None]
+    return Group([{}] * len(points), costs, errors)
 
 
-def test_the_cheapest_baseline_counts_whatever_its_rule() -> None:
-    entry = flops([*em(COSTS), setting("stitched", 2.0, 1 / 16), *ml_em([16.0], 4.0)])
-    assert entry["max"] == pytest.approx(0.5) and entry["baseline"]["estimator"] == "stitched"
-    assert len(entry["curve"]) == 2  # EM at 2, 4, 8 and 16 is beaten by the stitched setting
+def test_mixtures_fill_the_gaps_of_both_sides() -> None:
+    ends = ((1.0, 1.0), (10.0, 0.1))
+    found = compare(group((1, 1), (4, 0.4), (10, 0.1)), group(*ends))["curve"]
+    assert [p["speedup"] for p in found] == pytest.approx([1, 4 / 7, 1])  # ours mixes 1/3 of the first, 2/3 of the last
+    found = compare(group((1, 1), (8, 0.4), (10, 0.1)), group((3.5, 0.4)))["curve"]
+    assert [p["speedup"] for p in found] == [1 / 3.5, pytest.approx(7 / 3.5), None]  # the baselines mix, too
+
+
+def test_between_two_points_the_speedup_is_at_least_the_smaller_one() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        base, ours = (group(*rng.lognormal(0, 1.5, (12, 2))) for _ in range(2))
+        targets = base.errors[base.frontier()]
+        fine = np.concatenate([np.linspace(*ends) for ends in pairwise(targets)])
+        at, between = (base.least_costs(t)[:, 0] / ours.least_costs(t)[:, 0] for t in (targets, fine))
+        least = np.repeat(np.minimum(at[:-1], at[1:]), 50)
+        assert (between >= least * (1 - 1e-6)).all()
+
+
+def test_all_baselines_count_and_em_is_first_order() -> None:
+    settings = [*em(COSTS), *ml_em([16.0], 4.0), setting("stitched", 2.0, 1 / 16)]
+    settings += em([3.0], levels="w2", network_calls=30)
+    settings[-1] = setting("single", 3.0, 1 / 16, levels="w2", network_calls=30)
+    settings.append(setting("single", 1.5, 1 / 16, step_rule="heun", levels="w2", network_calls=15))
+    found = {against: entry_of(settings, against=against)["max"] for against in AGAINST}
+    assert [e["speedup"] for e in found.values()] == pytest.approx([4, 0.75, 0.375])
+    assert [e["baseline"]["levels"] for e in found.values()] == ["w8", "w2", "w2"]
+    assert entry_of(settings[:-2])["max"]["baseline"]["estimator"] == "stitched"
+
+
+def test_errors_above_those_of_the_cheapest_level_are_left_out() -> None:
+    cheap = [setting("single", c, e, levels="gauss", network_calls=100 * c) for c, e in ((0.02, 0.9), (0.03, 0.3))]
+    settings = em(COSTS) + ml_em(COSTS, 2.0) + [setting("ml_em", 0.01, 0.5)]  # 200 times cheaper than EM
+    assert entry_of(settings)["max"]["speedup"] == pytest.approx(200)
+    entry = entry_of(settings + cheap, against="em_largest")
+    assert [p["at"] for p in entry["curve"]] == pytest.approx([1 / 4, 1 / 8, 1 / 16])
+    assert entry["max"]["speedup"] < 20
+    assert [p["at"] for p in entry_of(settings + cheap)["curve"]] == pytest.approx([0.3, 1 / 4, 1 / 8, 1 / 16])
+
+
+def curve_of(*points: tuple[float, float | None]) -> list[dict[str, Any]]:
+    return [{"at": at, "lower95": lower} for at, lower in points]
+
+
+def test_a_headline_holds_throughout_a_factor_of_two_in_rms_error() -> None:
+    curve = curve_of((16, 5), (8, 9), (4, 4), (1, 3.9), (0.25, 4.5), (1e-2, 6), (1e-4, 4), (1e-6, None))
+    # 5 and 6 do not hold over a factor of two; 4.5 does from 0.25 to 0.01
+    assert headline(curve) == {"lower95": 4.5, "rms_error": pytest.approx([0.5, 0.1])}
+    assert headline(curve[:3]) == {"lower95": 4, "rms_error": [4, 2]} and headline(curve[:2]) is headline([]) is None
+    assert headline(curve_of((16, 5), (1, None))) == {"lower95": 0, "rms_error": [4, 1]}
+    at_4, whole, single = window(curve, 4), window(curve, 3), window(curve, 5.5)
+    assert at_4 == {"least": 4, "factor": pytest.approx(50), "rms_error": pytest.approx([0.5, 0.01])}
+    assert whole is not None and whole["factor"] == pytest.approx(400)
+    assert single is not None and single["factor"] == 1 and window(curve, 10) is None
 
 
 def test_unreached_errors_and_empty_sides_give_null() -> None:
     for some in (em(COSTS), ml_em(COSTS, 2.0), [*em(COSTS), setting("ml_em", 0.1, 5.0)]):
-        out = speedups(some)
-        entry = out["ode"]["any"]["error"]["flops"]
-        assert [entry[key] for key in ("max", "lower95", "at", "baseline", "ours")] == [None] * 5
-        assert all(p["speedup"] is None and p["lower95"] is None for p in entry["curve"])
-        assert json.loads(json.dumps(out, allow_nan=False)) == out and "never reaches" in summary(out)
-    assert speedups([]) == {}
+        entry = entry_of(some)
+        assert entry["max"] is None and all(p["speedup"] is None for p in entry["curve"])
+        assert (entry["window"] or {"lower95": 0})["lower95"] == 0
+        assert "0 1 to 0.25" in " ".join(summary(speedups(some)).split()) or not entry["curve"]
+    assert speedups([]) == {"strict": {}}
 
 
-def test_methods_and_dynamics_are_separate() -> None:
+def test_methods_and_dynamics_are_separate_and_rarely_fired_rows_left_out() -> None:
     others = [s for k, coins in ((4.0, "systematic"), (3.9, "nested")) for s in ml_em(COSTS, k, coins=coins)]
     fixed = [setting("quadrature", c / 5, 1 / c, top_evaluations=1) for c in COSTS]  # has no coins to count
-    planned = ml_em(COSTS, 3.0, plan="abc")
+    planned, rare = ml_em(COSTS, 3.0, plan="abc"), ml_em(COSTS, 100.0, top_evaluations=99)
     sde = em(COSTS, dynamics="sde") + ml_em(COSTS, 0.25, dynamics="sde")
-    out = speedups(em(COSTS) + ml_em(COSTS, 2.0) + others + planned + fixed + sde)
-    found = {(d, m): out[d][m]["error"]["flops"]["max"] for d in ("ode", "sde") for m in ("paper", "any")}
-    assert list(found.values()) == [pytest.approx(x) for x in (3, 5, 0.25, 0.25)]
-    assert out["ode"]["paper"]["error"]["flops"]["ours"]["plan"] == "abc"
+    out = speedups(em(COSTS) + ml_em(COSTS, 2.0) + others + planned + rare + fixed + sde)["strict"]
+    found = {(d, m): out[d][m]["all"]["flops"]["max"]["speedup"] for d in ("ode", "sde") for m in ("coins", "any")}
+    assert list(found.values()) == pytest.approx([3, 5, 0.25, 0.25])
+    assert out["ode"]["coins"]["all"]["flops"]["max"]["ours"]["plan"] == "abc"
 
 
-def test_rarely_fired_rows_are_left_out() -> None:
-    rare = ml_em(COSTS, 100.0, top_evaluations=99)
-    entry = flops(em(COSTS, top_evaluations=1) + ml_em(COSTS, 2.0, top_evaluations=100) + rare)
-    assert entry["max"] == pytest.approx(2)
+def test_timings_widen_the_bound_unless_both_sides_share_them() -> None:
+    shared = em(COSTS) + ml_em(COSTS, 2.0)
+    apart = em(COSTS) + [Measurement(m.row, m.errors, work={"small": m.work["net"]}) for m in ml_em(COSTS, 2.0)]
+    noisy = Timing({"net": (0.1, 0.1), "small": (0.1, 0.1)})
+    bounds = []
+    for settings, timing in ((shared, EXACT), (shared, noisy), (apart, EXACT), (apart, noisy)):
+        entry = speedups(settings, timing, replicates=1000)["strict"]["ode"]["any"]["all"]
+        assert entry["flops"]["window"]["lower95"] == pytest.approx(2)
+        assert entry["seconds"]["max"]["speedup"] == pytest.approx(2)
+        bounds.append(entry["seconds"]["window"]["lower95"])
+    assert bounds[:3] == pytest.approx([2, 2, 2])
+    assert bounds[3] == pytest.approx(2 * math.exp(-1.645 * 0.1 * math.sqrt(2)), rel=0.03)
 
 
-def test_two_groups_are_compared_in_any_cost() -> None:
-    ours = ml_em(COSTS, 4.0, gflops_expected=1.0)
-    assert equal_error(em(COSTS), ours, "gflops_expected")["max"] == pytest.approx(16)
-    assert equal_error(em(COSTS), ml_em(COSTS, 4.0), "seconds")["lower95"] == pytest.approx(4)
-    assert equal_error(ml_em(COSTS, 4.0), em(COSTS), "seconds")["max"] == pytest.approx(0.25)
-
-
-def test_error_ratio_at_equal_cost() -> None:
-    ours = [setting("ml_em", 4.0, 1 / 40), setting("ml_em", 9.0, 1 / 20), setting("ml_em", 0.5, 3.0)]
-    # At EM's cost 4: 1/4 against 1/40; at 8 and beyond EM is better. Ours at 0.5 and 9 lie between EM's costs.
-    found = flops(em(COSTS) + ours)["error_ratio_at_equal_cost"]
-    assert found == {"max": pytest.approx(10), "lower95": pytest.approx(10), "at": 4.0}
-
-
-def test_lower_bound_covers_the_true_speedup() -> None:
-    """At cost 1 our sampler misses the target in half of all draws; at cost 2 it always reaches it."""
-    misses, trials = 0, 60
-    for trial in range(trials):
-        base = setting("single", 4.0, 1.0, spread=0.3, seed=3 * trial)
-        misser = setting("ml_em", 1.0, 1.01, spread=0.3, seed=3 * trial + 1)
-        sure = setting("ml_em", 2.0, 0.5, spread=0.3, seed=3 * trial + 2)
-        entry = flops([base, misser, sure], replicates=100)
-        assert entry["max"] in (pytest.approx(2), pytest.approx(4))
-        misses += entry["lower95"] > 2.0 + 1e-9  # the true value, since 1.01 > 1, is 2
-    assert misses <= 0.1 * trials
-
-
-def scaled(one: Measurement, mean: float) -> Measurement:
-    return Measurement(one.row, one.errors * (mean / one.errors.mean()))
-
-
-def test_targets_and_errors_are_resampled() -> None:
-    dear = setting("single", 4.0, 1.0, spread=0.3, seed=1)
-    cheap = setting("single", 1.0, 1.0, spread=0.3, seed=2)
-    barely = scaled(setting("ml_em", 1.0, 1.0, spread=0.3, seed=2), 0.999 * dear.errors.mean())
-    entry = flops([dear, barely])  # half of the resamples do not reach the target
-    assert entry["max"] == pytest.approx(4) and entry["lower95"] == 0
-    # a cheap baseline reaches the target on half of the resamples
-    entry = flops([scaled(cheap, 1.0001 * dear.errors.mean()), dear, setting("ml_em", 1.0, 0.5)])
-    assert entry["max"] == pytest.approx(4) and entry["lower95"] == pytest.approx(1)
-    values = errors_of([dear, Measurement({}, 2 * dear.errors)], replicates=50, seed=3)
-    assert values.shape == (2, 51) and np.allclose(values[1], 2 * values[0])  # paired
+def test_seeds_are_resampled_in_pairs_and_a_single_one_bounds_nothing() -> None:
+    one = setting("single", 4.0, 1.0, spread=0.3, seed=1)
+    values = errors_of([one, Measurement({}, 2 * one.errors)], replicates=50, seed=3)
+    assert values.shape == (2, 51) and np.allclose(values[1], 2 * values[0])
     assert 0.3 < values[0, 1:].std() / (0.3 / np.sqrt(N)) < 1.6
+    barely = setting("ml_em", 1.0, 0.999, spread=0.3, seed=2)  # half of the resamples do not reach the target
+    assert entry_of([one, barely])["max"]["speedup"] == pytest.approx(4)
+    assert entry_of([one, barely])["max"]["lower95"] == 0
+    base, ours = (Measurement(m.row, np.ones(1), work=m.work) for m in (one, barely))
+    assert entry_of([base, ours])["max"]["lower95"] is None
 
 
-def test_a_single_seed_bounds_nothing() -> None:
-    base, ours = (Measurement(setting(kind, 1.0, 1.0).row, np.ones(1)) for kind in ("single", "ml_em"))
-    found = flops([base, ours])
-    assert found["max"] == pytest.approx(1) and found["lower95"] is None and found["curve"][0]["lower95"] is None
-    assert found["error_ratio_at_equal_cost"]["lower95"] is None
+def trial(true: float, rng: np.random.Generator, n: int, timing_spread: float, span: float, power: float) -> list[Any]:
+    """The windows in FLOPs and in seconds of 20 baselines and 20 settings of ours on n seeds.
+
+    Squared errors fall as cost^-power, and scatter over seeds log-normally, by 0.8 in the logarithm, correlated by 0.7
+    between all settings and by 0.85 within each side. Baselines run one of two networks, ours run both. The
+    stated seconds of each network differ from the true ones by `timing_spread`."""
+    cost = np.concatenate([np.geomspace(1, span, 20) * rng.uniform(0.9, 1.1, 20) for _ in range(2)])
+    sides, own = np.repeat(rng.standard_normal((2, n)), 20, axis=0), rng.standard_normal((40, n))
+    scatter = math.sqrt(0.7) * rng.standard_normal(n) + math.sqrt(0.15) * (sides + own)
+    errors = cost[:, None] ** -power * np.exp(0.8 * scatter - 0.32)
+    large = np.concatenate([rng.integers(0, 2, 20), rng.uniform(0.3, 0.9, 20)])
+    cost[20:] /= true
+    rows = [m.row for m in (*em(cost[:20].tolist()), *ml_em(cost[20:].tolist(), 1.0))]
+    works = [{"net": share * c, "small": (1 - share) * c} for share, c in zip(large, cost, strict=True)]
+    settings = [Measurement(row, e, work=work) for row, e, work in zip(rows, errors, works, strict=True)]
+    stated = {name: (float(np.exp(timing_spread * rng.standard_normal())), timing_spread) for name in ("net", "small")}
+    entry = speedups(settings, Timing(stated), 100, seed=int(rng.integers(1 << 30)))["strict"]["ode"]["any"]["all"]
+    return [entry[unit]["window"]["lower95"] for unit in ("flops", "seconds")]
 
 
-def test_distance_is_compared_like_the_error() -> None:
-    def features(stretch: float, seed: int) -> np.ndarray:
-        return (stretch * np.random.default_rng(seed).standard_normal((N, 6))).astype(np.float32)
-
-    def distance(features: Any) -> float:
-        return fast_frechet(features, reference, np.ones(N), features @ reference.root)
-
-    reference, stretches = FeatureMoments(np.zeros(6), np.eye(6)), [3.0, 2.5, 2.0, 1.5, 1.0]
-    base = [setting("single", c, 1 / c, features=features(k, int(c))) for c, k in zip(COSTS, stretches, strict=True)]
-    ours = [
-        setting("ml_em", c / 5, 1 / c, features=features(k - 0.2, int(c)))
-        for c, k in zip(COSTS, stretches, strict=True)
-    ]
-    out = speedups(base + ours[:-1], reference, distance_replicates=20)
-    entry = out["ode"]["any"]["distance"]["flops"]
-    assert entry["max"] == pytest.approx(5.0) and 0 < entry["lower95"] <= 5.0
-    assert "error_ratio_at_equal_cost" not in entry and entry["at"] == entry["baseline"]["distance"]
-    assert [p["at"] for p in entry["curve"]] == pytest.approx([distance(s.features) for s in base])
-    assert out["ode"]["paper"]["distance"] == out["ode"]["any"]["distance"]
-    assert "distance" not in speedups(base + ours)["ode"]["any"]  # no reference, no distances
+@pytest.mark.parametrize(("true", "least"), [(1.0, 1.0), (2.0, 1.3)])
+def test_headlines_are_rarely_false_and_often_found(true: float, least: float) -> None:
+    """With 1000 trials at each of many n, spreads, spans and powers: at most 2% false, and at least 88% found."""
+    rng = np.random.default_rng(5)
+    found = np.mean([np.greater(trial(true, rng, 64, 0.06, 60, 1.0), least) for _ in range(60)], axis=0)
+    assert (found <= 0.05).all() if true == 1 else (found >= 0.8).all(), found

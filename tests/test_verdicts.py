@@ -1,49 +1,38 @@
 """Conclusions from synthetic comparisons with known answers."""
 
 import json
-import math
 from typing import Any
 
 import numpy as np
 import pytest
 
 from mlem_diffusion.comparison.settings import Measurement
-from mlem_diffusion.comparison.speedup import chosen_blindly, prediction, verdicts, window
+from mlem_diffusion.comparison.speedup import Field
+from mlem_diffusion.comparison.verdicts import chosen_blindly, prediction, verdicts
+from mlem_diffusion.multilevel.timing import Timing
 
 N = 300
 COSTS = (1, 4, 16, 64)
-
-
-def test_the_widest_window_is_found_in_ratios_of_rms_errors() -> None:
-    points = [(16.0, 5.0), (4.0, 4.0), (1.0, 3.9), (0.25, 4.5), (1e-2, 6.0), (1e-4, 4.0), (1e-6, None)]
-    curve = [{"at": at, "lower95": lower} for at, lower in points]
-    at_4, whole, single = window(curve, 4), window(curve, 3), window(curve, 5.5)
-    factor = pytest.approx(math.sqrt(0.25 / 1e-4))
-    assert at_4 == {"least": 4, "factor": factor, "rms_error": pytest.approx([0.5, 0.01])}
-    assert whole is not None and whole["factor"] == pytest.approx(400)
-    assert single is not None and single["factor"] == 1 and single["rms_error"] == pytest.approx([0.1, 0.1])
-    assert window(curve, 7) is None and window([], 1) is None
-    last = window(curve[::-1][-2:], 4)
-    assert last is not None and last["rms_error"] == [2.0, 4.0]  # up to the end
 
 
 def setting(estimator: str, cost: float, error: float, seed: int = 0, spread: float = 0.0, **row: Any) -> Measurement:
     noise = 1 + spread * np.random.default_rng(seed).standard_normal(N)
     defaults = {
         "dynamics": "sde", "step_rule": "ddpm", "estimator": estimator, "steps": 16, "probabilities": "", "coins": "",
-        "error": error, "gflops_realised": cost, "gflops_expected": cost, "seconds": cost, "top_evaluations": 1000,
+        "levels": "w8", "network_calls": cost, "error": error, "gflops_realised": cost, "gflops_expected": cost,
+        "seconds": cost, "top_evaluations": 1000,
     }  # fmt: skip
-    return Measurement({**defaults, **row}, error * noise)
+    return Measurement({**defaults, **row}, error * noise, work={"net": row.get("seconds", cost)})
 
 
 def singles(*points: tuple[float, float], **row: Any) -> list[Measurement]:
     return [setting("single", cost, error, **row) for cost, error in points]
 
 
-def planned(coins: str, probabilities: str, speed: float, **row: Any) -> list[Measurement]:
+def planned(coins: str, probabilities: str, speed: float, costs: Any = COSTS, **row: Any) -> list[Measurement]:
     """Plans with the errors 1 / c at the costs c / speed."""
     more = {"coins": coins, "probabilities": probabilities, "plan": "p"} | row
-    return [setting("ml_em" if coins else "quadrature", c / speed, 1 / c, **more) for c in COSTS]
+    return [setting("ml_em" if coins else "quadrature", c / speed, 1 / c, **more) for c in costs]
 
 
 BASE = singles(*((c, 1 / c) for c in COSTS))
@@ -56,27 +45,28 @@ def test_a_complete_comparison() -> None:
         *planned("independent", "measured", 1), *planned("independent", "optimal", 2),
         *planned("systematic", "optimal", 4), setting("ml_em", 3, 0.9, coins="independent", probabilities="constant"),
     ]  # fmt: skip
-    faster = planned("independent", "optimal", 0.5)  # twice the FLOPs and half the seconds of EM
-    for m in faster:
-        m.row["seconds"] /= 4
+    # twice the FLOPs and half the seconds of EM
+    faster = [m for c in COSTS for m in planned("independent", "optimal", 0.5, costs=[c], seconds=c / 2)]
     out = verdicts(settings, calibration_flops=48e9 * 1000)
     assert list(out) == ["sde/ddpm"] and json.loads(json.dumps(out, allow_nan=False)) == out
     entry = out["sde/ddpm"]
     em, everything = entry["against_em"], entry["against_all_baselines"]
-    assert {name: em[name]["max"] for name in em} == {
+    assert {name: em[name]["max"]["speedup"] for name in em} == {
         "independent, constant p": pytest.approx(1 / 3), "independent, measured p": pytest.approx(1),
         "independent, optimal p": pytest.approx(2), "systematic, optimal p": pytest.approx(4), "any": pytest.approx(4),
     }  # fmt: skip
+    assert em["any"]["window"] == {"lower95": pytest.approx(4), "rms_error": pytest.approx([1, 1 / 8])}
     # 4 x everywhere: the window is the whole frontier, a factor of 8 in rms error
     assert [(w["least"], w["factor"]) for w in em["any"]["windows"]] == [(n, pytest.approx(8)) for n in (1, 2, 4)]
     # the second-order rule reaches 0.0625 at 4, and so do systematic coins
-    assert everything["any"]["max"] == pytest.approx(1)
-    assert everything["independent, optimal p"]["max"] == pytest.approx(0.5)
+    assert everything["any"]["max"]["speedup"] == pytest.approx(1)
+    assert everything["independent, optimal p"]["max"]["speedup"] == pytest.approx(0.5)
     optimal = em["independent, optimal p"]
-    repaid = optimal["images_to_repay_calibration"] * optimal["baseline"]["gflops_realised"]
+    repaid = optimal["images_to_repay_calibration"] * optimal["max"]["baseline"]["gflops_realised"]
     assert repaid == pytest.approx(2 * 48000) and "images_to_repay_calibration" not in em["independent, measured p"]
-    seconds = verdicts([*BASE, *faster], 1.0, unit="seconds")["sde/ddpm"]
-    assert seconds["unit"] == "seconds" and seconds["against_em"]["any"]["max"] == pytest.approx(2)
+    for timing, unit, speed in ((Timing({"net": (1.0, 0.1)}), "seconds", 2), (None, "flops", 0.5)):
+        found = verdicts([*BASE, *faster], 1.0, 0, "seconds", timing)["sde/ddpm"]
+        assert found["unit"] == unit and found["against_em"]["any"]["max"]["lower95"] == pytest.approx(speed)
 
 
 def test_dynamics_and_rules_are_separate_and_no_plan_gives_no_verdict() -> None:
@@ -86,23 +76,29 @@ def test_dynamics_and_rules_are_separate_and_no_plan_gives_no_verdict() -> None:
     out = verdicts([*BASE, *ode, *planned("nested", "optimal", 4)], 1.0)
     assert set(out) == {"ode/dpmpp_2m", "sde/ddpm"}
     assert out["ode/dpmpp_2m"]["against_em"] == {}
-    assert out["ode/dpmpp_2m"]["against_all_baselines"]["quadrature"]["max"] == pytest.approx(2)
-    assert out["sde/ddpm"]["against_em"]["nested, optimal p"]["max"] == pytest.approx(4)
+    assert out["ode/dpmpp_2m"]["against_all_baselines"]["quadrature"]["max"]["speedup"] == pytest.approx(2)
+    assert out["sde/ddpm"]["against_em"]["nested, optimal p"]["max"]["speedup"] == pytest.approx(4)
+
+
+def blind(ours: list[Measurement], theirs: list[Measurement]) -> dict[str, Any]:
+    field = Field.of([*ours, *theirs], "sde", 200, 0, None, "gflops_expected")
+    return chosen_blindly(field, field.against("em_any"))
 
 
 def test_blind_choices_are_made_by_the_selection_seeds_and_judged_on_others() -> None:
-    theirs = singles((1, 1.0), (2, 1.5), (4, 0.25), (16, 0.0625))  # (2, 1.5) is not on the frontier
+    theirs = singles((1, 1.0), (2, 1.5), (4, 0.25), (16, 0.0625), selected_error=0.01)
     ours = [
-        setting("single", 2, 0.5, selected_error=0.6), setting("ml_em", 3, 0.5, selected_error=0.2),
+        setting("ml_em", 2, 0.5, selected_error=0.6), setting("ml_em", 3, 0.5, selected_error=0.2),
         setting("ml_em", 4, 0.01), setting("ml_em", 15, 0.03, selected_error=0.3),
         setting("ml_em", 16.01, 0.05, selected_error=0.1),
     ]  # fmt: skip
-    found = chosen_blindly(ours, theirs)
-    # at cost 4 the choice is the best on the selection seeds, with 0.5 on these seeds, although another is better
+    found = blind(ours, theirs)
+    # at cost 4 the choice is the best on the selection seeds, with 0.5 on these seeds, although another is better;
+    # no baseline can be chosen, although theirs were better on the selection seeds
     assert found["points"] == 2 and found["never_above"] is False
     assert found["worst"] == {"gflops": 4, "ratio": pytest.approx(2), "lower95": pytest.approx(2)}
-    assert chosen_blindly(ours[3:], theirs)["worst"]["ratio"] == pytest.approx(0.8)  # within a thousandth of the cost
-    for empty in (chosen_blindly([], theirs), chosen_blindly(ours, []), chosen_blindly([], [])):
+    assert blind(ours[3:], theirs)["worst"]["ratio"] == pytest.approx(0.8)  # within a thousandth of the cost
+    for empty in (blind([], theirs), blind(ours, []), blind([], [])):
         assert empty["never_above"] is None and empty["points"] == 0
 
 

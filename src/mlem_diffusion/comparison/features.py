@@ -22,6 +22,7 @@ from ..files import read_arrays, sha256_of, write_arrays
 # Hash of the file that torch-fidelity downloads. It is a pickle, so only this exact content is ever loaded.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 BATCH = 64  # images per call
+MIN_IMAGES = 1000  # with fewer, a distance says more about their number than about the sampler
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,20 @@ def frechet_distance(features: Any, reference: FeatureMoments) -> float:
 
     stats = [{"mu": s.mean, "sigma": s.cov} for s in (feature_moments(features), reference)]
     return float(fid_statistics_to_metric(*stats, verbose=False)[KEY_METRIC_FID])
+
+
+def distance_interval(
+    features: Any, reference: FeatureMoments, replicates: int, seed: int
+) -> tuple[float, float, float]:
+    """`frechet_distance` of features [N, D], and the ends of its 95% interval at this N.
+
+    Only the standard deviation comes from bootstrap resamples of the images: a resample holds fewer different images
+    than the sample, so its distance is larger."""
+    x, distance = np.asarray(features, dtype=np.float64), frechet_distance(features, reference)
+    counts = np.random.default_rng(seed).multinomial(len(x), np.full(len(x), 1 / len(x)), size=replicates)
+    projected = x @ reference.root
+    half = 1.96 * np.std([fast_frechet(x, reference, c.astype(np.float64), projected) for c in counts], ddof=1)
+    return distance, max(0.0, distance - half), distance + half
 
 
 def fast_frechet(x: np.ndarray, reference: FeatureMoments, counts: np.ndarray, projected: np.ndarray) -> float:

@@ -14,9 +14,9 @@ from ..errors import UserError
 from ..files import expect_content
 from ..multilevel.plan import Plan, load_plans
 from ..statistics import frontier
-from .features import RealImages, frechet_distance
+from .features import RealImages, distance_interval
 from .runner import Runner
-from .settings import BASELINES, Measurement, Row, SamplerSetting, describe, setting_of, settings_of
+from .settings import Measurement, Row, SamplerSetting, describe, is_multilevel, setting_of, settings_of, trusted
 
 
 @dataclass(frozen=True)
@@ -84,25 +84,36 @@ def expected_evaluations(config: Any, levels: Mapping[str, Level], process: Proc
 
 def complete(
     settings: Sequence[SamplerSetting], measured: Sequence[Measurement], seeds: Sequence[int],
-    real: RealImages | None, planned: Planned,
+    real: RealImages | None, planned: Planned, replicates: int = 20,
 ) -> list[Measurement]:  # fmt: skip
-    """The measurements with whole rows: seeds, the distance to real images, and what plans add."""
-    shared = {"seed": seeds[0], "num_samples": len(seeds), "distance": None}
+    """The measurements with whole rows: seeds, what plans add, and, for settings on a frontier of error against FLOPs,
+    the distance to real images with its interval from this many bootstrap replicates."""
+    columns = ("distance", "distance_low", "distance_high")
+    shared = {"seed": seeds[0], "num_samples": len(seeds), **dict.fromkeys(columns)}
     shared |= {"distance_name": real.name if real else "", "distance_floor": real.floor if real else None}
-    out = []
-    for setting, found in zip(settings, measured, strict=True):
-        row = found.row | shared
-        if real and "diverged" not in row:
-            row["distance"] = frechet_distance(found.features, real.moments)
-        out.append(replace(found, row=row | planned.facts.get(setting, {})))
+    pairs = zip(settings, measured, strict=True)
+    out = [replace(m, row=m.row | shared | planned.facts.get(setting, {})) for setting, m in pairs]
+    if real is not None:
+        for m in _on_frontiers(out):
+            found = distance_interval(m.features, real.moments, replicates, seeds[0])
+            m.row.update(zip(columns, found, strict=True))
     return out
+
+
+def _on_frontiers(measured: Sequence[Measurement]) -> list[Measurement]:
+    """The settings on the frontiers of error against FLOPs of each dynamics: of its baselines, and of the others."""
+    groups: dict[Any, list[Row]] = {}
+    for i, m in enumerate(measured):
+        if trusted(m.row):
+            groups.setdefault((m.row["dynamics"], is_multilevel(m.row)), []).append(m.row | {"index": i})
+    return [measured[row["index"]] for rows in groups.values() for row in frontier(rows, "gflops_realised", "error")]
 
 
 def examples(measured: Iterable[Measurement], dynamics: str, runner: Runner) -> list[tuple[str, Any]]:
     """(label, images) of the reference, and of three baselines on their frontier with the best ML-EM as cheap."""
     rows: list[Row] = [m.row | {"images": m.images} for m in measured if m.row["dynamics"] == dynamics]
-    multilevel = [row for row in rows if row["estimator"] not in BASELINES]
-    base = frontier([row for row in rows if row["estimator"] in BASELINES], "gflops_realised", "error")
+    multilevel = [row for row in rows if is_multilevel(row)]
+    base = frontier([row for row in rows if not is_multilevel(row)], "gflops_realised", "error")
     found: list[tuple[str, Any]] = []
     for i in sorted({len(base) // 4, len(base) // 2, (3 * len(base)) // 4}) if base else ():
         ours = [row for row in multilevel if row["gflops_realised"] <= 1.02 * base[i]["gflops_realised"]]

@@ -149,9 +149,9 @@ class Runner:
         out = {"diverged": diverged(images), "errors": squared_errors(images[: len(whole)], whole)}
         out["to_half"] = squared_errors(images[: len(half)], half)
         if self.extractor is not None:
-            pixels = to_uint8(images.nan_to_num())
-            out["features"] = self.extractor.features(pixels).numpy()
-            out["images"] = pixels[: max(0, self.grid_images - start)].numpy()
+            out["features"] = self.extractor.features(to_uint8(images.nan_to_num())).numpy()
+        if self.shape[0] == 3:  # pictures, and not functions
+            out["images"] = to_uint8(images[: max(0, self.grid_images - start)].nan_to_num()).numpy()
         return out
 
     def read(self, setting: SamplerSetting) -> Measurement:

@@ -21,13 +21,14 @@ GAUSSIAN = "gauss"  # name of the linear Gaussian denoiser among the levels
 Row = dict[str, Any]  # one row of compare.csv
 COLUMNS = [
     "dynamics", "step_rule", "estimator", "probabilities", "coins", "c", "switch", "levels", "steps", "seed",
-    "error", "error_se", "distance", "distance_name", "distance_floor",
+    "error", "error_se", "distance", "distance_low", "distance_high", "distance_name", "distance_floor",
     "num_samples", "network_calls", "gflops_expected", "gflops_realised", "seconds",
     "top_evaluations", "plan", "predicted", "largest_effect", "selected_error", "diverged",  # the last five if known
 ]  # fmt: skip
 _TEXT = ["dynamics", "step_rule", "estimator", "probabilities", "coins", "switch", "levels", "distance_name", "plan"]
 _WHOLE = ["steps", "seed", "num_samples", "top_evaluations", "diverged"]
 BASELINES = ("single", "stitched")
+GOOD_ENOUGH = 1e-3  # squared error that hardly shows: its root is four grey levels
 MIN_FIRES = 100  # with fewer evaluations of the top level in a run, the error and its standard error are not reliable
 
 
@@ -92,7 +93,8 @@ class SamplerSetting:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured of a setting, with the same seeds in all settings; no features and images without distances."""
+    """What was measured of a setting, with the same seeds in all settings; no features without distances, and no images
+    of functions."""
 
     row: Row  # of compare.csv, costs per image
     errors: np.ndarray  # squared error of each seed [n]
@@ -117,7 +119,7 @@ def setting_from(values: Any) -> SamplerSetting:
     """A setting from a row or a configuration; levels are a list or joined by "+". UserError if it is incomplete."""
     if not isinstance(values, Mapping):
         raise UserError(f"A sampler is best, or a setting such as '{{dynamics: ode, ...}}', and not {values!r}.")
-    keys = [field.name for field in fields(SamplerSetting)]
+    keys = [f.name for f in fields(SamplerSetting)]
     given: dict[str, Any] = {key: values[key] for key in keys if values.get(key) not in (None, "")}
     missing = [name for name in ("dynamics", "step_rule", "estimator", "levels", "steps") if name not in given]
     if missing:
@@ -182,13 +184,16 @@ def settings_of(
 
 
 def best_setting(rows: Iterable[Row]) -> Row:
-    """The cheapest row (FLOPs) whose distance is within 5% of the smallest distance, without its seed."""
-    measured = [row for row in rows if row["distance"] is not None]
-    if not measured:
-        raise UserError("No setting has a distance, so none can be called best.")
-    best = min(row["distance"] for row in measured)
-    limit = best + 0.05 * abs(best)  # rounding can make a zero distance negative
-    found = min((row for row in measured if row["distance"] <= limit), key=lambda row: row["gflops_realised"])
+    """The row to sample with, without its seed, of those that can be trusted and did not diverge.
+
+    If any has a distance, the cheapest (FLOPs) whose distance is within 5% of the smallest; else the cheapest with a
+    squared error of at most GOOD_ENOUGH; else the one with the smallest error."""
+    sound = [row for row in rows if row["error"] is not None and trusted(row)]
+    measure, limit = "error", GOOD_ENOUGH
+    if measured := [row for row in sound if row["distance"] is not None]:
+        sound, measure, limit = measured, "distance", 1.05 * max(0.0, min(row["distance"] for row in measured))
+    limit = max(limit, min(row[measure] for row in sound))
+    found = min((row for row in sound if row[measure] <= limit), key=lambda row: row["gflops_realised"])
     return {key: value for key, value in found.items() if key != "seed"}
 
 
@@ -218,11 +223,15 @@ def for_figures(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(method=[method_of(row) for row in rows], trusted=[trusted(row) for row in rows])
 
 
+def is_multilevel(row: Mapping[str, Any]) -> bool:
+    return row["estimator"] not in BASELINES
+
+
 def method_of(row: Mapping[str, Any]) -> str:
-    """The method of a row: the baselines "single" and "stitched", "paper" (independent coins, any p) or "other"."""
-    if row["estimator"] in BASELINES:
+    """The method of a row: the baselines "single" and "stitched", "coins" (independent coins, any p) or "other"."""
+    if not is_multilevel(row):
         return row["estimator"]
-    return "paper" if row["coins"] == "independent" else "other"
+    return "coins" if row["coins"] == "independent" else "other"
 
 
 def trusted(row: Mapping[str, Any]) -> bool:

@@ -110,12 +110,12 @@ def sample_seeds(cfg: Any) -> Seeds:
 
 def make_runner(exp: Any, plans: Planned | None = None) -> Runner:
     """The data that settings share: on the seeds of the comparison, with these plans; or (None) on those that select
-    plans, without distances."""
+    plans. Distances need the seeds of the comparison, and features.MIN_IMAGES of them."""
     c, levels, seeds = exp.cfg.compare, exp.levels(), sample_seeds(exp.cfg)
     settings, select = planned_steps(exp.cfg.optimise), plans is None
     if plans is not None:
         settings = planned.all_settings(c, levels, exp.process.base_steps, plans)
-    extractor = None if select else make_extractor(exp)
+    extractor = None if select or c.num_samples < features.MIN_IMAGES else make_extractor(exp)
     if extractor is not None and exp.images_if_needed() is None:  # for functions there is nothing to compare with
         moments = (exp.published or {}).get("statistics") or {}
         extractor = extractor if moments.get("name") == extractor.name else None

@@ -17,27 +17,31 @@ _RULES["ddpm"] = _RULES["ddim"] = dict(ls=(0, (5, 1.5)), marker="s")
 _OTHER_RULE = dict(ls="-.", marker="v")
 _METHODS: dict[str, Any] = {
     "stitched": dict(label="stitched", color="#1a9a8a", marker="D", ms=4.5, ls="none"),
-    "paper": dict(label="ML-EM, independent coins", color="#ef8a00", marker="o", ms=5.1, ls="none"),
+    "coins": dict(label="ML-EM, independent coins", color="#ef8a00", marker="o", ms=5.1, ls="none"),
     "other": dict(label="other coins, quadrature", color="#b4005a", marker="*", ms=7.7, ls="none"),
 }
 _HOLLOW: Any = dict(label="hollow: top level\nfired too rarely", ls="none", marker="o", mfc="none", color="0.5", ms=5)
 _FRONTIERS = {  # methods, colour, zorder; drawn if the last method has a row
     "baselines": (("stitched", "single"), "#23395b", 2.0),
-    "paper's ML-EM": (("paper",), "#ef8a00", 4.0),
-    "any multilevel": (("paper", "other"), "#b4005a", 3.5),
+    "independent coins": (("coins",), "#ef8a00", 4.0),
+    "any multilevel": (("coins", "other"), "#b4005a", 3.5),
 }
 _FLOOR: dict[str, Any] = dict(color="#555555", ls="--")
 _THICK: dict[str, Any] = dict(lw=3.2, alpha=0.55)
+_WINDOWS: Any = {"any": (0.985, "#b4005a"), "coins": (0.925, "#ef8a00")}  # place across the panel, colour
+_BAR: Any = dict(label="bar: window in which all\nbaselines cost at least\nso many times as much", color="0.4", lw=4)
 
 
 @style.styled
-def plot_compare(frame: DataFrame, title: str = "") -> Figure:
+def plot_compare(frame: DataFrame, title: str = "", speedups: dict[str, Any] | None = None) -> Figure:
     """Draw `settings.for_figures`, a column of panels per dynamics: distance and error against compute, error in time.
 
-    Errors have bars of two standard errors. Settings that are not trusted are hollow and on no frontier."""
+    Errors have bars of two standard errors, distances their intervals. Settings that are not trusted are hollow and on
+    no frontier. speedups: the content of speedup.json, whose windows over all baselines are marked at the right if
+    their bound is above 1."""
     panels = [("distance", "gflops_realised"), ("error", "gflops_realised"), ("error", "seconds")]
     if frame.distance.isna().all():
-        panels = panels[1:]  # a family without images has no distances
+        panels = panels[1:]  # a family without images, or few samples
     distance = f"{frame.distance_name.iloc[0]}  (n = {frame.num_samples.iloc[0]})"
     labels = {"distance": distance, "error": "error (MSE to the reference)"}
     dynamics = [name for name in DYNAMICS_NAMES if (frame.dynamics == name).any()]
@@ -46,14 +50,20 @@ def plot_compare(frame: DataFrame, title: str = "") -> Figure:
     blues = dict(zip(per_call.index, style.shades(len(per_call), "Blues"), strict=True))  # the cheapest is light
     figure = style.new_figure(4.9 * len(dynamics) + 2.9, 3.7 * len(panels), title)
     axes = figure.subplots(len(panels), len(dynamics), squeeze=False, sharey="row")
+    marked = False
     for line, (measure, cost) in zip(axes, panels, strict=True):
         for ax, name in zip(line, dynamics, strict=True):
             _draw_panel(ax, frame[frame.dynamics == name], cost, measure, blues)
             ax.set_xlabel(_COSTS[cost])
+            if speedups and measure == "error":
+                marked |= _mark_windows(
+                    ax, speedups["strict"].get(name, {}), "seconds" if cost == "seconds" else "flops"
+                )
         line[0].set_ylabel(labels[measure])
     for ax, name in zip(axes[0], dynamics, strict=True):
         ax.set_title(DYNAMICS_NAMES[name], fontsize=13, pad=10)
-    figure.legend(handles=_legend(frame, blues), loc="outside right upper", fontsize=9.5, handlelength=2.8)
+    handles = [*_legend(frame, blues), *([Line2D([], [], **_BAR)] if marked else [])]
+    figure.legend(handles=handles, loc="outside right upper", fontsize=9.5, handlelength=2.8)
     return figure
 
 
@@ -82,8 +92,27 @@ def _draw_panel(ax: Any, frame: Any, cost: str, measure: str, blues: dict[str, A
     style.plain_ticks(ax.yaxis)
 
 
+def _mark_windows(ax: Any, found: dict[str, Any], unit: str) -> bool:
+    """A bar over the squared errors of the window of each method over all baselines; whether there is one."""
+    marked = False
+    for method, (place, colour) in _WINDOWS.items():
+        wide = found.get(method, {}).get("all", {}).get(unit, {}).get("window")
+        if wide and wide["lower95"] > 1:
+            ends, across = np.square(wide["rms_error"]), ax.get_yaxis_transform()
+            ax.plot([place] * 2, ends, transform=across, color=colour, lw=4, solid_capstyle="butt", zorder=6)
+            looks: Any = dict(ha="right", va="center", rotation=90, color=colour, fontsize=10, fontweight="bold")
+            ax.text(place - 0.012, np.sqrt(ends.prod()), f"≥ {wide['lower95']:.3g}×", transform=across, **looks)
+            marked = True
+    if marked:  # room for the bars
+        low, high = ax.get_xlim()
+        ax.set_xlim(low, high * (high / low) ** 0.15)
+    return marked
+
+
 def _draw_points(ax: Any, frame: Any, cost: str, measure: str, **looks: Any) -> None:
-    bars = style.error_bars(frame.error, frame.error_se.fillna(0.0)) if measure == "error" else None
+    bars = np.stack([frame.distance - frame.distance_low, frame.distance_high - frame.distance])
+    if measure == "error":
+        bars = style.error_bars(frame.error, frame.error_se.fillna(0.0))
     ax.errorbar(frame[cost], frame[measure], yerr=bars, elinewidth=0.8, capsize=1.5, capthick=0.7, **looks)
 
 
