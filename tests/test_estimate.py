@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from laws import FORMS, contains, flops_of, law, noisy_family
 
-from mlem_diffusion.gamma.measurement import estimate, hierarchy_warnings, htmc_answer, overfitting_warnings
+from mlem_diffusion.gamma.estimates import estimate
+from mlem_diffusion.gamma.measurement import hierarchy_warnings, overfitting_warnings
+from mlem_diffusion.gamma.verdict import htmc_answer
 from mlem_diffusion.gamma.power_law import fit
 
 
