@@ -59,7 +59,10 @@ def check_levels(exp: Any, name: str, made_with: dict[str, Any] | None, target: 
 
 
 def used_gamma(exp: Any) -> float:
-    """gamma of the constant probabilities: the number in the configuration, or the measured value of these levels."""
+    """gamma of the constant probabilities: the number in the configuration, or the measured value of these levels.
+
+    Of the measured ones the first finite one: differences to the level before and to the largest if they apply, else
+    the drops in loss, else the loss; at last those that do not apply."""
     if exp.cfg.compare.gamma != "auto":
         try:
             return float(exp.cfg.compare.gamma)
@@ -70,11 +73,23 @@ def used_gamma(exp: Any) -> float:
     with expect_content(path, hint):
         content = read_json(path, hint)
         check_levels(exp, path.name, content.get("made_with"), "make measure-gamma")
-        found = [content["estimates"][name]["gamma"] for name in ("differences", "to_largest", "loss_fit")]
-        finite = [float(gamma) for gamma in found if gamma is not None]
+        order = ("differences", "to_largest", "drops", "loss_fit")  # earlier results have no drops
+        estimates = [content["estimates"][name] for name in order if name in content["estimates"]]
+        estimates.sort(key=lambda own: not own.get("applicable", True))
+        finite = [float(own["gamma"]) for own in estimates if own["gamma"] is not None]
     if not finite:
         raise UserError("No estimate in gamma.json is finite; set compare.gamma to a number.")
     return finite[0]
+
+
+def gain_densities(exp: Any) -> Mapping[str, Any] | None:
+    """The densities of gains by step rule in gains.json (make optimise); None unless it was made with these levels."""
+    path, hint = exp.results / "gains.json", "remove it, or run make optimise again"
+    if not path.is_file():
+        return None
+    with expect_content(path, hint):
+        content = read_json(path, hint)
+        return content["rules"] if content["made_with"] == exp.identity else None
 
 
 def make_runner(exp: Any, plans: Mapping[str, Plan] | None = None) -> Runner:
