@@ -72,11 +72,11 @@ def fit_drops(
     if law.rss_of_none - rss <= limit:
         return Fit(note="The loss does not fall measurably with FLOPs."), scatter
     # the weights hold the variance of the residuals, so in this sum of squares it is 1
-    interval, fitted = profile_interval(law.rss, law.grid, s, rss, dof, 1.0), {"falls": True}
+    interval = profile_interval(law.rss, law.grid, s, rss, dof, 1.0)
     if S_MIN < s < S_EDGE:
         amplitude = float(law.solve(np.array([s]))[0][0]) / s * to_gflop(flops, s)
-        return Fit(2 / s, interval, interval, None, amplitude, **fitted), scatter
+        return Fit(2 / s, interval, interval, None, amplitude, falls=True), scatter
     slow = s <= S_MIN  # the interval of a best fit at an edge includes that edge
     interval = (interval[0], None) if slow else (0.0, interval[1])
     note = "The drops in loss do not fall with FLOPs" if slow else "The drops in loss vanish at once"
-    return Fit(None, interval, interval, note=f"{note}: no finite exponent.", **fitted), scatter
+    return Fit(None, interval, interval, note=f"{note}: no finite exponent.", falls=True), scatter
