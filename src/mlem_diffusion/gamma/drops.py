@@ -25,7 +25,6 @@ class DropsLaw:
         self.of_drops = -np.diff(np.eye(len(loss)), axis=0)  # D
         self.law = DifferencesLaw(flops, np.ones(len(loss) - 1))
         self.on_grid = np.exp(self.law.log_shape(self.grid))
-        self.set_scatter(float(np.mean(self.drops**2 / loss[1:] ** 2)) or 1.0)
 
     def set_scatter(self, scatter: float) -> None:
         total = self.of_drops @ (self.covariance + scatter * np.diag(self.loss**2)) @ self.of_drops.T
@@ -54,6 +53,8 @@ def fit_drops(
 
     The scatter makes the residuals as large as expected of them, and is at least `between`, the variance of the
     logarithm of a level's loss between training seeds, where measured."""
+    if (loss <= 0).any():
+        return Fit(note="A law needs values above zero."), 0.0
     law, dof = DropsLaw(flops, loss, covariance), len(loss) - DropsLaw.unknowns
     least, most = 1e-14, 1e4
 
