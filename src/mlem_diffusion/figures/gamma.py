@@ -75,7 +75,7 @@ def _draw_fits(ax: Any, result: dict[str, Any]) -> None:
     ax.set(xscale="log", yscale="log", xlabel=style.GFLOP, ylabel="mean squared error per pixel")
     ax.set_title("Error against FLOPs, pooled over noise levels (bars: ±2 s.e.)")
     ax.set_ylim(bottom=max(ax.get_ylim()[0], min(lowest, 1.0) / 4))
-    style.more_room(ax, below=0.45, above=0.05)
+    style.more_room(ax, below=0.65, above=0.05)
     style.plain_ticks(ax.xaxis)
     title = "law fitted (loss: above its fitted floor), 95% interval"
     if "nestedness" in result:
