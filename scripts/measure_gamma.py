@@ -3,6 +3,7 @@
 from collections import Counter
 
 from mlem_diffusion.diffusion.level import Level
+from mlem_diffusion.experiment.runs import gain_densities
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.figures.gamma import plot_gamma
 from mlem_diffusion.gamma.measurement import measure, summary
@@ -15,14 +16,15 @@ def cost(exp: Experiment, levels: dict[str, Level]) -> Counter[str]:
     return Counter(dict.fromkeys(levels, evaluations))
 
 
-@stage(["gamma.json", "gamma.png"], ["process", "gamma"], ["levels", "images"], cost, trained=True)
+@stage(["gamma.json", "gamma.png"], ["process", "gamma"], ["levels", "images", "gains.json"], cost, trained=True)
 def main(exp: Experiment) -> None:
     again = read_metadata(exp.checkpoints, [level_name(*level) for level in repeated(exp.cfg)])
 
     def load(metadata, snapshot):
         return load_level(exp.checkpoints / metadata["name"], metadata, exp.device, snapshot, compile="off")
 
-    result = measure(exp.metadata(), again, load, exp.held_out(), exp.process, exp.cfg.gamma, exp.progress)
+    settings, gains = exp.cfg.gamma, gain_densities(exp)
+    result = measure(exp.metadata(), again, load, exp.held_out(), exp.process, settings, exp.progress, gains)
     exp.save("gamma.json", result)
     exp.figure("gamma.png", plot_gamma(result, exp.cfg.title))
     exp.log({f"gamma/{name}": e["gamma"] for name, e in result["estimates"].items()})

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mlem_diffusion.gamma.measurement import LevelErrors
+from mlem_diffusion.gamma.estimates import LevelErrors
 
 FORMS = ("loss_fit", "differences", "to_largest")
 AMPLITUDE, FLOOR = 0.02, 0.01

@@ -50,7 +50,7 @@ def test_all_artefacts_exist(done):
 
 def test_format_of_gamma_json(done):
     gamma = strict(done[0].results / "gamma.json")
-    assert set(gamma["estimates"]) == {"loss_fit", "differences", "to_largest"}
+    assert set(gamma["estimates"]) == {"loss_fit", "drops", "differences", "to_largest"}
     for entry in gamma["estimates"].values():
         assert entry["gamma"] is None or isinstance(entry["gamma"], float)
         assert isinstance(entry["interval"], list) and len(entry["interval"]) == 2

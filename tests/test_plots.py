@@ -10,7 +10,7 @@ from mlem_diffusion.figures.comparison import plot_compare
 from mlem_diffusion.figures.gamma import plot_gamma
 from mlem_diffusion.figures.levels import plot_ablation, plot_diagnostics, plot_gains, plot_training
 from mlem_diffusion.figures.rates import plot_rates
-from mlem_diffusion.figures.style import comparison_grid, image_grid
+from mlem_diffusion.figures.style import PURPLE, comparison_grid, image_grid
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -109,7 +109,19 @@ def test_gamma_without_a_finite_value() -> None:
     for entry in [result, *result["per_noise_level"]]:
         for estimate in entry["estimates"].values():
             estimate |= {"gamma": None, "amplitude": None, "floor": None}
+    # a drop below zero has no place on a log axis; estimates that do not apply are hollow and grey
+    drops = {"gamma": 3.0, "amplitude": 0.01, "floor": None, "interval": [2.0, None]}
+    result["estimates"]["drops"] = drops
+    result["points"]["drops"] = [{**p, "value": -p["value"]} for p in result["points"]["differences"]]
+    result["estimates"]["differences"]["applicable"] = False
+    result["nestedness"] = [{"names": ["a", "b"], "ratio": ratio, "se": 0.1} for ratio in (1.234, None, 20.0)]
+    for entry in [*result["per_noise_level"], *result["training_lengths"]]:
+        entry["estimates"]["drops"] = drops
     figure = plot_gamma(result)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    assert labels[1].startswith("drop in loss:  γ = 3.00") and "not applicable:  no finite γ" in labels[2]
+    assert [handle[0].get_markerfacecolor() for handle in handles[1:3]] == [PURPLE, "white"]
+    assert {"×1.23", "no drop", "×20"} <= set(texts(figure))
     assert len(figure.axes[2].get_xticks()) == 1
     assert figure.axes[0].get_legend_handles_labels()[1][0].startswith("loss:  no finite γ")
 

@@ -1,6 +1,7 @@
 """How repeated levels widen gamma's intervals, for synthetic families with a known spread between seeds."""
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -52,29 +53,39 @@ def test_coverage_improves_where_seeds_scatter(form):
     assert covered["with"] >= 0.92 * repeats
 
 
-def test_a_measurement_holds_every_length_and_the_repeats():
-    """Levels that add a known shift to a noisy image: all differences are known, and repeats meet the same noise."""
+def test_a_measurement_holds_every_length_the_repeats_and_the_poolings():
+    """Levels that add a known shift to a noisy image, twice as large at high noise: all differences are known."""
     shifts = {"a": 0.4, "b": 0.2, "c": 0.1, "d": 0.0, "a1": 0.5, "b1": 0.25}
-    family = [{"name": n, "width": i, "flops": float(4**i)} for i, n in enumerate("abcd")]
+    family = [{"name": n, "width": i, "flops": float(4**i), "unet": {"blocks": 1}} for i, n in enumerate("abcd")]
     again = [{**family[i], "name": f"{n}1", "train_seed": 7} for i, n in enumerate("ab")]
     for m in [*family, *again]:
         m |= {"snapshots": [{"images": 5}, {"images": 10}], "images": 10, "weights_sha256": "0", "data_sha256": "1"}
 
     def load(m, snapshot):
-        return Level(m["name"], lambda x, logsnr: x + shifts[m["name"]] * (1 if snapshot == -1 else 2), m["flops"])
+        shift = shifts[m["name"]] * (1 if snapshot == -1 else 2)
+        return Level(m["name"], lambda x, logsnr: x + shift * (2 if logsnr < 0 else 1), m["flops"])
 
-    class Settings:
-        noise_levels, batch, seed, bootstrap = 3, 2, 4, 20
-
-    held_out = torch.zeros(3, 1, 2, 2)
+    settings, held_out = SimpleNamespace(noise_levels=21, batch=3, seed=4, bootstrap=20), torch.zeros(3, 1, 2, 2)
     bar = lambda *_: nullcontext(lambda *_: None)  # noqa: E731
-    result = measurement.measure(family, again, load, held_out, process(), Settings, bar)
+    gains = {"sde/ddpm": {"logsnr": [-9, -0.1, 0, 9], "density": [0, 0, 1, 1]}}  # low noise only
+    result = measurement.measure(family, again, load, held_out, process(), settings, bar, gains)
     assert [(e["fraction"], e["images"]) for e in result["training_lengths"]] == [(0.5, [5] * 4), (1.0, [10] * 4)]
     assert result["estimates"] == result["training_lengths"][-1]["estimates"] and result["held_out_images"] == 3
-    values = {form: [p["value"] for p in points] for form, points in result["points"].items()}
-    assert values["differences"] == pytest.approx([0.04, 0.01, 0.01], rel=1e-4)
-    assert values["to_largest"] == pytest.approx([0.16, 0.04, 0.01], rel=1e-4)
+    values = {form: np.array([p["value"] for p in points]) for form, points in result["points"].items()}
+    p = process()
+    mean = 1 + 3 * p.logsnr_min / (p.logsnr_min - p.logsnr_max)  # uniformly over log-SNR
+    assert values["differences"] / mean == pytest.approx([0.04, 0.01, 0.01], rel=0.06)
+    assert values["to_largest"] / mean == pytest.approx([0.16, 0.04, 0.01], rel=0.06)
     pairs = [(0.16, 0.25), (0.04, 0.0625)]  # |a - d|^2 and |a1 - d|^2, |b - d|^2 and |b1 - d|^2
     variance = np.mean([np.log(one / other) ** 2 / 2 for one, other in pairs])
     assert result["between_seeds"]["log_error_sd"]["to_largest"] == pytest.approx(variance**0.5 / 2, rel=1e-4)
-    assert "gamma (differences)" in measurement.summary(result)
+    by_gains = result["weighted_by_gains"]["sde/ddpm"]
+    low = [(row["loss"], row["weight"]) for row in result["per_noise_level"] if row["logsnr"] >= 0]
+    expected = np.average([loss for loss, _ in low], axis=0, weights=[weight for _, weight in low])
+    assert by_gains["levels"] == pytest.approx(expected, rel=1e-3)
+    assert by_gains["estimates"].keys() == result["estimates"].keys() and by_gains["htmc"] != "no verdict"
+    assert "gamma (drops) weighted by gains of sde/ddpm" in measurement.summary(result)
+    family[0]["unet"] = {"blocks": 2}
+    mixed = measurement.measure(family, [], load, held_out, process(), settings, bar)
+    assert (mixed["htmc"], "blocks 2 in a, 1 in b+c+d" in mixed["htmc_reason"]) == ("no verdict", True)
+    assert "weighted_by_gains" not in mixed

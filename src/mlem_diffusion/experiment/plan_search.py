@@ -43,7 +43,7 @@ def _cached(exp: Any, stem: str, facts: Any, compute: Callable[[], Any]) -> Any:
 
 def _path(exp: Any, count: int) -> BrownianPath:
     """The paths of the first seeds of the calibration."""
-    return BrownianPath(runs.sample_seeds(exp.cfg).calibration[:count], exp.shape, exp.device)
+    return BrownianPath(sample_seeds(exp.cfg).calibration[:count], exp.shape, exp.device)
 
 
 def timing(exp: Any, levels: dict[str, Level]) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def effects(exp: Any, levels: dict[str, Level], rule: StepRule) -> Effects:
 
 def calibrating(exp: Any, selecting: Runner) -> Runner:
     """The runner on the first `optimise.calibrate` seeds of the calibration, from that of the selection."""
-    seeds = list(runs.sample_seeds(exp.cfg).calibration[: exp.cfg.optimise.calibrate])
+    seeds = list(sample_seeds(exp.cfg).calibration[: exp.cfg.optimise.calibrate])
     return replace(selecting, seeds=seeds, num_reference=len(seeds))
 
 
@@ -206,7 +206,7 @@ def ledger(
     for runner, settings in ((calibrating, alone), (selecting, tried)):
         spent += sum(map(runner.expected_flops, settings))
         spent += sum(map(runner.reference_flops, {s.dynamics for s in settings}))
-    found: dict[str, Any] = {"calibration": {"flops": float(spent)}, "seeds": runs.sample_seeds(exp.cfg).ends()}
+    found: dict[str, Any] = {"calibration": {"flops": float(spent)}, "seeds": sample_seeds(exp.cfg).ends()}
     found["chains"] = {s.rule.key: [s.inputs.effects.names[k] for k in s.inputs.chain] for s in searched}
     return found | {"cost_unit": exp.cfg.optimise.cost, "made_with": exp.identity}
 

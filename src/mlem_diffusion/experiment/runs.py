@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..models.family import build_denoiser
 from ..multilevel.timing import Timing, measure_timing, seconds_per_image
 from . import config
 from .config import device_model
+from .seeds import sample_seeds
 from .tracking import bar
 
 
@@ -62,7 +63,10 @@ def check_levels(exp: Any, name: str, made_with: dict[str, Any] | None, target: 
 
 
 def used_gamma(exp: Any) -> float:
-    """gamma of the constant probabilities: the number in the configuration, or the measured value of these levels."""
+    """gamma of the constant probabilities: the number in the configuration, or the measured value of these levels.
+
+    Of the measured ones the first finite one: differences to the level before and to the largest if they apply, else
+    the drops in loss, else the loss; at last those that do not apply."""
     if exp.cfg.compare.gamma != "auto":
         try:
             return float(exp.cfg.compare.gamma)
@@ -73,39 +77,23 @@ def used_gamma(exp: Any) -> float:
     with expect_content(path, hint):
         content = read_json(path, hint)
         check_levels(exp, path.name, content.get("made_with"), "make measure-gamma")
-        found = [content["estimates"][name]["gamma"] for name in ("differences", "to_largest", "loss_fit")]
-        finite = [float(gamma) for gamma in found if gamma is not None]
+        order = ("differences", "to_largest", "drops", "loss_fit")  # earlier results have no drops
+        estimates = [content["estimates"][name] for name in order if name in content["estimates"]]
+        estimates.sort(key=lambda own: not own.get("applicable", True))
+        finite = [float(own["gamma"]) for own in estimates if own["gamma"] is not None]
     if not finite:
         raise UserError("No estimate in gamma.json is finite; set compare.gamma to a number.")
     return finite[0]
 
 
-@dataclass(frozen=True)
-class Seeds:
-    """The sample seeds of an experiment: those that measure gains and errors of single levels, those that select among
-    candidate plans, and those of the comparison. No two ranges meet."""
-
-    calibration: range
-    selection: range
-    judgement: range
-
-    def ends(self) -> dict[str, list[int]]:
-        """{part: [first, last]}."""
-        return {part: [seeds.start, seeds.stop - 1] for part, seeds in vars(self).items()}
-
-
-def sample_seeds(cfg: Any) -> Seeds:
-    """The seeds of a configuration; UserError if those of the comparison meet the others."""
-    o, c = cfg.optimise, cfg.compare
-    calibration = range(o.seed, o.seed + max(o.calibrate, o.diagnose.seeds))
-    selection = range(calibration.stop, calibration.stop + o.num_select)
-    judgement = range(c.seed, c.seed + c.num_samples)
-    if judgement.start < selection.stop and calibration.start < judgement.stop:
-        raise UserError(
-            f"The comparison's sample seeds, {c.seed} to {judgement.stop - 1}, meet those that make and select plans, "
-            f"{o.seed} to {selection.stop - 1}: change compare.seed or optimise.seed."
-        )
-    return Seeds(calibration, selection, judgement)
+def gain_densities(exp: Any) -> Mapping[str, Any] | None:
+    """The densities of gains by step rule in gains.json (make optimise); None unless it was made with these levels."""
+    path, hint = exp.results / "gains.json", "remove it, or run make optimise again"
+    if not path.is_file():
+        return None
+    with expect_content(path, hint):
+        content = read_json(path, hint)
+        return content["rules"] if content["made_with"] == exp.identity else None
 
 
 def make_runner(exp: Any, plans: Planned | None = None) -> Runner:

@@ -11,9 +11,11 @@ from . import style
 PAPER_GAMMA = 2.5
 _ESTIMATES = {
     "loss_fit": (style.BLUE, "o", "loss"),
+    "drops": (style.PURPLE, "v", "drop in loss"),
     "differences": (style.ORANGE, "s", "$E|f^k-f^{k-1}|^2$"),
     "to_largest": (style.GREEN, "D", "$E|f^k-f^K|^2$"),
 }
+_GREY = "0.6"  # of estimates that do not apply, which are hollow too
 _NOTE = "Arrow: the interval goes on. No marker: no finite γ, or beyond the axis.   Errors: images in [−1, 1]."
 
 
@@ -24,43 +26,61 @@ def plot_gamma(result: dict[str, Any], title: str = "") -> Figure:
     figure = style.new_figure(13, 9.5, title)
     fits, per_noise_level, by_length, losses = figure.subplots(2, 2).flat
     _draw_fits(fits, result)
-    _draw_gammas(per_noise_level, [row["logsnr"] for row in result["per_noise_level"]], result["per_noise_level"])
+    looks = _looks(result["estimates"])
+    _draw_gammas(per_noise_level, [r["logsnr"] for r in result["per_noise_level"]], result["per_noise_level"], looks)
     per_noise_level.set(xlabel=style.LOGSNR, title="γ per noise level (95% profile intervals)")
-    _draw_gammas(by_length, range(len(lengths)), lengths)
+    _draw_gammas(by_length, range(len(lengths)), lengths, looks)
     by_length.set_xticks(range(len(lengths)), [_length_label(entry).replace(", ", "\n") for entry in lengths])
     by_length.set(xlabel="training length", title="γ at several training lengths, pooled (95% intervals)")
     by_length.set_xlim(-0.6, len(lengths) - 0.4)
     _draw_losses(losses, lengths)
     handles, labels = by_length.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, title=_NOTE)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, title=_NOTE)
     return figure
+
+
+def _looks(estimates: dict[str, Any]) -> dict[str, tuple[str, str, str, str]]:
+    """Colour, marker, its filling and label of each estimate that the result has."""
+    found = {}
+    for name, (colour, marker, label) in _ESTIMATES.items():
+        if name in estimates and estimates[name].get("applicable", True):
+            found[name] = (colour, marker, colour, label)
+        elif name in estimates:
+            found[name] = (_GREY, marker, "white", f"{label}, not applicable")
+    return found
 
 
 def _draw_fits(ax: Any, result: dict[str, Any]) -> None:
     """Measured errors with bars, and the fitted laws."""
     lowest = np.inf
-    for name, (colour, marker, label) in _ESTIMATES.items():
+    for name, (colour, marker, filling, label) in _looks(result["estimates"]).items():
         fit, points = result["estimates"][name], result["points"][name]
         floor = fit["floor"] or 0.0 if fit["amplitude"] else 0.0
         x = np.array([point["gflop"] for point in points])
         y = np.array([point["value"] for point in points]) - floor
         show = y > 0
-        lowest = min(lowest, *y[show])
+        lowest = min([lowest, *y[show]])
         low, high = fit["interval"]
         gamma = "no finite γ" if fit["gamma"] is None else f"γ = {fit['gamma']:.2f}"
         label += f":  {gamma} [{low:.2f}, {'∞' if high is None else f'{high:.2f}'}]"
         bars = style.error_bars(y, _contrasts(points))[:, show]
-        ax.errorbar(x[show], y[show], yerr=bars, fmt=marker, color=colour, lw=1, label=label)
+        ax.errorbar(x[show], y[show], yerr=bars, fmt=marker, color=colour, mfc=filling, lw=1, label=label)
         if fit["amplitude"]:  # the law at the points, less the law of the level that they are differences to
             start = np.array([point.get("gflop_previous", point["gflop"]) for point in points])
-            end = {"loss_fit": np.inf, "differences": x, "to_largest": result["levels"][-1]["gflop"]}[name]
+            end = {"loss_fit": np.inf, "to_largest": result["levels"][-1]["gflop"]}.get(name, x)
             ax.plot(x, _law(fit, start) - _law(fit, end), color=colour)
+    for pair, point in zip(result.get("nestedness", ()), result["points"]["differences"], strict=False):
+        text = "no drop" if pair["ratio"] is None else f"×{pair['ratio']:.{2 if pair['ratio'] < 10 else 0}f}"
+        ax.text(point["gflop"], 0.96, text, transform=ax.get_xaxis_transform(), ha="center", fontsize=8.5)
     ax.set(xscale="log", yscale="log", xlabel=style.GFLOP, ylabel="mean squared error per pixel")
     ax.set_title("Error against FLOPs, pooled over noise levels (bars: ±2 s.e.)")
     ax.set_ylim(bottom=max(ax.get_ylim()[0], min(lowest, 1.0) / 4))
-    style.more_room(ax, below=0.4)
+    style.more_room(ax, below=0.65, above=0.05)
     style.plain_ticks(ax.xaxis)
-    ax.legend(loc="lower left", title="law fitted (loss: above its fitted floor), 95% interval")
+    title = "law fitted (loss: above its fitted floor), 95% interval"
+    if "nestedness" in result:
+        title += "\n×, above: $E|f^k-f^{k-1}|^2$ over the drop in loss (nested: 1)"
+    ax.legend(loc="lower left", title=title)
 
 
 def _law(fit: dict[str, Any], gflops: Any) -> Any:
@@ -72,19 +92,19 @@ def _contrasts(points: list[dict[str, Any]]) -> np.ndarray:
     return np.array([point.get("contrast_se", point["se"]) for point in points])
 
 
-def _draw_gammas(ax: Any, x: Sequence[float], entries: list[dict[str, Any]]) -> None:
+def _draw_gammas(ax: Any, x: Sequence[float], entries: list[dict[str, Any]], looks: dict[str, Any]) -> None:
     """Gamma with intervals at every x by every estimate; an interval that exceeds the axis ends in an arrow."""
     finite = [e["gamma"] for entry in entries for e in entry["estimates"].values() if e["gamma"] is not None]
     typical = float(np.quantile(finite, 0.9)) if finite else PAPER_GAMMA
     top = float(np.clip(1.6 * typical, 5.0, 20.0))  # above most points; wide intervals may exceed it
     edge, shift = 0.97 * top, 0.18 * min(np.diff(sorted(x)), default=1.0)
-    for i, (name, (colour, marker, label)) in enumerate(_ESTIMATES.items(), -1):
+    for i, (name, (colour, marker, filling, label)) in enumerate(looks.items()):
         rows = [(e["gamma"], *e["interval"]) for e in (entry["estimates"][name] for entry in entries)]
         gamma, low, high = np.array(rows, dtype=float).T  # nan: not finite
-        places, beyond = np.array(x) + i * shift, ~(high <= edge)
+        places, beyond = np.array(x) + (i - (len(looks) - 1) / 2) * shift, ~(high <= edge)
         ax.vlines(places, np.minimum(low, 0.9 * top), np.where(beyond, edge, high), color=colour, alpha=0.8)
         ax.plot(places[beyond], np.full(beyond.sum(), edge), "^", color=colour)
-        ax.plot(places, np.where(gamma <= edge, gamma, np.nan), marker, color=colour, label=label)
+        ax.plot(places, np.where(gamma <= edge, gamma, np.nan), marker, color=colour, mfc=filling, label=label)
     for value, line, text, va in ((2.0, "-", "HTMC\nabove 2", "top"), (PAPER_GAMMA, ":", "paper 2.5", "bottom")):
         ax.axhline(value, color="0.25", lw=1, ls=line, zorder=0)
         ax.text(1.01, value, text, transform=ax.get_yaxis_transform(), va=va, fontsize=8.5, color="0.25")

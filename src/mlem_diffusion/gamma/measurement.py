@@ -2,22 +2,22 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
 from ..diffusion.brownian import BrownianPath
 from ..diffusion.level import Level
-from ..diffusion.process import Process, add_noise, uniform_weights
+from ..diffusion.process import Process, add_noise, gain_weights, uniform_weights
 from ..errors import UserError
 from ..models.family import identity_of
 from ..multilevel.diagnostics import differences_fall
-from .power_law import Fit, Interval, fit
+from .estimates import LevelErrors, estimate, pooled, standard_errors
+from .verdict import interval_text, mixed_architectures
 
 Metadata = Sequence[Mapping[str, Any]]
 Load = Callable[[Mapping[str, Any], int], Level]
@@ -26,42 +26,22 @@ Bar = Callable[[str, int, str], AbstractContextManager[Progress]]
 Pair = tuple[int, int | None]  # two levels, by index; None is the clean image
 
 
-@dataclass(frozen=True)
-class LevelErrors:
-    """Squared errors of K levels (cheap to expensive) on the same M images, S noise levels and noise; means over
-    channels and pixels, for images in [-1, 1]."""
-
-    widths: list[int]
-    names: list[str]
-    flops: np.ndarray  # [K] FLOPs per evaluation of one image, ascending
-    images: list[int]  # images seen in training, per level
-    logsnr: np.ndarray  # [S] noise levels
-    weights: np.ndarray  # [S] sum 1, used to pool over noise levels
-    loss: np.ndarray  # [K, M, S] |f^k - x0|^2 per image
-    to_previous: np.ndarray  # [K-1, M, S] |f^k - f^(k-1)|^2, k = 2..K
-    to_largest: np.ndarray  # [K-1, M, S] |f^k - f^K|^2, k = 1..K-1
-
-    @property
-    def by_form(self) -> dict[str, np.ndarray]:
-        """The squared errors [n, M, S] that each law is fitted to."""
-        return {"loss_fit": self.loss, "differences": self.to_previous, "to_largest": self.to_largest}
-
-
 def measure(
-    family: Metadata, again: Metadata, load: Load, held_out: Tensor, process: Process, settings: Any, bar: Bar
-) -> dict[str, Any]:
+    family: Metadata, again: Metadata, load: Load, held_out: Tensor, process: Process, settings: Any, bar: Bar,
+    gains: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Measure a family, given the metadata of its levels and of levels trained `again` from other seeds.
 
     load(metadata, snapshot) returns a level after a part of its training (snapshot -1: at the end). held_out
     [M,3,S,S] in [-1, 1]. settings: noise_levels, batch, seed, bootstrap. bar(label, total, unit) is a context whose
-    value is called with (done, total)."""
+    value is called with (done, total). gains: by step rule, the `density` at `logsnr` of `gain_weights`."""
     if len(family) < 3:
         raise UserError("gamma needs at least three levels (family.widths), better seven.")
     k, every, widths = len(family), [*family, *again], [m["width"] for m in family]
     groups = seed_pairs(k, [widths.index(m["width"]) for m in again])
     pairs = list(dict.fromkeys([*family_pairs(k), *(pair for _, own in groups for pair in own)]))
     logsnr = noise_levels(process, settings.noise_levels)
-    weights, names = uniform_weights(logsnr), [m["name"] for m in family]
+    weights, names, mixture = uniform_weights(logsnr), [m["name"] for m in family], mixed_architectures(family)
     flops = np.array([m["flops"] for m in family], dtype=np.float64)
     lengths, losses = [], []
     count = min(len(m["snapshots"]) for m in every)
@@ -72,11 +52,19 @@ def measure(
         loss, to_previous, to_largest, _ = np.split(found, [k, 2 * k - 1, 3 * k - 2])
         errors = LevelErrors(widths, names, flops, images, logsnr, weights, loss, to_previous, to_largest)
         of_pair = dict(zip(pairs, found, strict=True))
-        between = seed_variances([(form, [of_pair[p] for p in own]) for form, own in groups], weights)
+        by_seed = [(form, [of_pair[p] for p in own]) for form, own in groups]
+        between = seed_variances(by_seed, weights)
         result = estimate(errors, settings.seed, settings.bootstrap, between)
         drawn = {key: result[key] for key in ("estimates", "levels", "points")}
         lengths.append({"fraction": round(images[0] / family[0]["images"], 3), "images": images, **drawn})
         losses.append(loss @ weights)
+    by_gains = {}  # of the final levels
+    for rule, where in (gains or {}).items():
+        own = replace(errors, weights=gain_weights(logsnr, *(np.array(where[key]) for key in ("logsnr", "density"))))
+        by_gains[rule] = pooled(own, settings.seed, settings.bootstrap, seed_variances(by_seed, own.weights))
+    if mixture:
+        for entry in [result, *by_gains.values()]:
+            entry |= {"htmc": "no verdict", "htmc_reason": mixture}
     falls, warnings = differences_fall(errors), hierarchy_warnings(errors)
     if falls["violations"]:
         count = f"{len(falls['violations'])} of {falls['checks']} checks"
@@ -85,6 +73,8 @@ def measure(
     facts: dict[str, Any] = {"made_with": identity_of(family), "held_out_images": len(held_out)}
     if again:  # standard deviations of the logarithm of a root-mean-square error: half those for the squared error
         facts["between_seeds"] = {"log_error_sd": {form: float(np.sqrt(v)) / 2 for form, v in between.items()}}
+    if by_gains:
+        facts["weighted_by_gains"] = by_gains
     return {**result, "differences_fall": falls, "warnings": warnings, **facts, "training_lengths": lengths}
 
 
@@ -139,51 +129,6 @@ def squared_differences(
     return out
 
 
-def estimate(errors: LevelErrors, seed: int, bootstrap: int, between: Mapping[str, float] | None = None) -> dict:
-    """The estimates of gamma by all laws, pooled over noise levels and at each noise level, ready for JSON.
-
-    Amplitudes are for T in GFLOP. per_noise_level has no bootstrap, only profile intervals. between: the variances of
-    `seed_variances`, for the pooled intervals."""
-    fits, points = {}, {}
-    for form, values in errors.by_form.items():
-        pooled = values @ errors.weights  # [n, M]
-        covariance = np.cov(pooled) / pooled.shape[1]
-        variance = (between or {}).get(form, 0.0)
-        fits[form] = fit(form, errors.flops, pooled.mean(1), covariance, variance, bootstrap, seed)
-        points[form] = _points(errors.flops / 1e9, form, pooled)
-    per_noise_level = []
-    for j, value in enumerate(errors.logsnr):
-        found = {form: fit(form, errors.flops, values[:, :, j].mean(1)) for form, values in errors.by_form.items()}
-        own = {form: {"gamma": f.gamma, "interval": f.interval} for form, f in found.items()}
-        raw = {"loss": errors.loss, "to_previous": errors.to_previous, "to_largest": errors.to_largest}
-        means = {name: values[:, :, j].mean(1).tolist() for name, values in raw.items()}
-        weight = float(errors.weights[j])
-        per_noise_level.append({"logsnr": float(value), "weight": weight, "estimates": own, **means})
-    htmc, reason = htmc_answer(fits)
-    levels = {"name": errors.names, "width": errors.widths, "gflop": errors.flops / 1e9, "images": errors.images}
-    loss = errors.loss @ errors.weights
-    levels |= {"loss": loss.mean(1), "loss_se": standard_errors(loss)}
-    return {
-        "estimates": {form: {k: v for k, v in vars(f).items() if k != "falls"} for form, f in fits.items()},
-        "htmc": htmc,
-        "htmc_reason": reason,
-        "levels": pd.DataFrame(levels).to_dict("records"),
-        "points": points,
-        "per_noise_level": per_noise_level,
-    }
-
-
-def _points(gflop: np.ndarray, form: str, values: np.ndarray) -> list[dict]:
-    """The pooled values [n, M] of a law as points of a plot."""
-    columns = {"gflop": gflop[: len(values)], "value": values.mean(1), "se": standard_errors(values)}
-    if form == "loss_fit":
-        # images differ far more than levels do, so levels are compared by their loss minus the mean over all levels
-        columns["contrast_se"] = standard_errors(values - values.mean(0))
-    if form == "differences":
-        columns |= {"gflop": gflop[1:], "gflop_previous": gflop[:-1]}
-    return pd.DataFrame(columns).to_dict("records")
-
-
 def seed_variances(groups: Sequence[tuple[str, Sequence[np.ndarray]]], weights: np.ndarray) -> dict[str, float]:
     """The variance of a value's logarithm between training seeds, by law; it excludes what they share (data, recipe).
 
@@ -198,52 +143,24 @@ def seed_variances(groups: Sequence[tuple[str, Sequence[np.ndarray]]], weights: 
     return {form: (2 if form == "differences" else 1) * squares[form] / dof[form] for form in dof}
 
 
-def htmc_answer(fits: Mapping[str, Fit]) -> tuple[str, str]:
-    """Whether the problem is harder than Monte Carlo (gamma > 2): "yes", "no" or "undetermined", and a reason.
-
-    The two estimates without L_inf decide together. The loss fit is often too weak to decide, but it can veto: by an
-    interval on the other side, or by a loss that does not fall with FLOPs."""
-    loss, deciding = fits["loss_fit"], {name: fits[name] for name in ("differences", "to_largest")}
-    for name, found in deciding.items():
-        if found.gamma is None:
-            return "undetermined", f"The estimate from {name} has no finite exponent. {found.note}"
-    if not loss.falls:
-        reason = "The loss does not fall measurably with FLOPs, so the levels are no hierarchy of accuracy."
-        return "undetermined", reason
-    intervals = "; ".join(f"{n} {interval_text(f.interval)}" for n, f in {**deciding, "loss_fit": loss}.items())
-    side, other = (_side(found) for found in deciding.values())
-    if side != other or side == 0:
-        return "undetermined", f"The 95% intervals do not settle on which side of 2 gamma lies: {intervals}."
-    where = "above" if side > 0 else "below"
-    if _side(loss) == -side:
-        return "undetermined", f"The level differences put gamma {where} 2, the loss on the other side: {intervals}."
-    return "yes" if side > 0 else "no", f"Both estimates from level differences lie {where} 2: {intervals}."
-
-
-def _side(found: Fit) -> int:
-    """1 if the interval is above 2, -1 if below, 0 if it contains 2."""
-    low, high = found.interval
-    return 1 if low > 2 else -1 if high is not None and high < 2 else 0
-
-
-def interval_text(interval: Interval) -> str:
-    high = "unbounded" if interval[1] is None else f"{interval[1]:.2f}"
-    return f"[{interval[0]:.2f}, {high}]"
-
-
-def standard_errors(values: np.ndarray) -> np.ndarray:
-    """Standard errors [...] of the means of values [..., M]."""
-    return values.std(-1, ddof=1) / np.sqrt(values.shape[-1])
-
-
 def summary(result: Mapping[str, Any]) -> str:
     """The estimates, the answer to gamma > 2 and the warnings of gamma.json, as lines of text."""
+    lines = _lines(result, "")
+    for pair in result.get("nestedness", ()):
+        ratio = "the loss does not drop" if pair["ratio"] is None else f"{pair['ratio']:.2f} (s.e. {pair['se']:.2f})"
+        lines.append(f"squared difference / drop in loss, {' to '.join(pair['names'])}: {ratio}")
+    for rule, own in result.get("weighted_by_gains", {}).items():
+        lines += _lines(own, f" weighted by gains of {rule}")
+    return "\n".join([*lines, *(f"warning: {text}" for text in result["warnings"])])
+
+
+def _lines(result: Mapping[str, Any], how: str) -> list[str]:
     lines = []
     for name, e in result["estimates"].items():
         gamma = "none" if e["gamma"] is None else f"{e['gamma']:.2f}"
-        lines.append(f"gamma ({name}): {gamma}, 95% interval {interval_text(e['interval'])}")
-    lines.append(f"harder than Monte Carlo (gamma > 2): {result['htmc']}. {result['htmc_reason']}")
-    return "\n".join([*lines, *(f"warning: {text}" for text in result["warnings"])])
+        note = "" if e.get("applicable", True) else ", NOT APPLICABLE"
+        lines.append(f"gamma ({name}){how}: {gamma}, 95% interval {interval_text(e['interval'])}{note}")
+    return [*lines, f"harder than Monte Carlo (gamma > 2){how}: {result['htmc']}. {result['htmc_reason']}"]
 
 
 def hierarchy_warnings(errors: LevelErrors) -> list[str]:

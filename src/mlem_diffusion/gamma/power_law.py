@@ -187,9 +187,13 @@ def fit(
         interval = (min(profile[0], booted[0]), high)
     if not proper:
         return Fit(None, interval, profile, booted, None, floor, falls, law.edge if falls else law.flat)
-    to_gflop = float(np.exp(s * (np.log(flops).mean() - np.log(1e9))))  # from units of the geometric mean
     note = "L_inf is at its bound of zero: a pure power law fits best." if floor == 0 else ""
-    return Fit(2 / s, interval, profile, booted, amplitude * to_gflop, floor, falls, note)
+    return Fit(2 / s, interval, profile, booted, amplitude * to_gflop(flops, s), floor, falls, note)
+
+
+def to_gflop(flops: np.ndarray, s: float) -> float:
+    """The factor of an amplitude from units of the geometric mean of the FLOPs to GFLOP."""
+    return float(np.exp(s * (np.log(flops).mean() - np.log(1e9))))
 
 
 def minimise(rss: RSS, grid: np.ndarray) -> tuple[float, float]:
