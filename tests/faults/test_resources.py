@@ -1,7 +1,6 @@
 """A full disk, a folder in use, and W&B down: one sentence or warning, and nothing is lost."""
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -12,35 +11,10 @@ from pathlib import Path
 
 import pytest
 from outputs import outputs
-from pipeline import Place, python
+from pipeline import python
+from test_kills import before
 
 from mlem_diffusion.files import locked
-
-
-def unfinished(done: Place, stage: str, folder: Path) -> Place:
-    place = done.copy_to(folder, *(["data"] if stage == "train_levels" else []))
-    shutil.rmtree(place.results / "cache", ignore_errors=True)
-    return place
-
-
-def test_a_write_that_finds_the_disk_full(done, here, monkeypatch, tmp_path):
-    stage, write = "sample_compare", 9
-    place, count, fsync = unfinished(done[0], stage, tmp_path), 0, os.fsync
-
-    def full(handle: int) -> None:
-        nonlocal count
-        count += 1
-        if count >= write:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        fsync(handle)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        run = here(stage, place, "force=true", "workers=1")
-    assert run.code == 2 and "is full" in run.complaint and not list(place.folder.rglob("*.partial"))
-    again = here(stage, place, "force=true")
-    assert again.code == 0, again.err
-    assert outputs(place, stage) == outputs(done[0], stage)
 
 
 @contextlib.contextmanager
@@ -58,7 +32,7 @@ def small_disk(folder: Path, size: int) -> Iterator[None]:
 
 def test_a_disk_that_is_really_full(done, here, tmp_path):
     with small_disk(tmp_path / "disk", 4 << 20):
-        place = unfinished(done[0], "train_levels", tmp_path / "disk")
+        place = before(done[0], "train_levels", tmp_path / "disk")
         filler = tmp_path / "disk" / "filler"
         with filler.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(filler.parent).free - (96 << 10))
