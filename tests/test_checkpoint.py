@@ -40,12 +40,14 @@ def test_parameters_alone_are_rounded(tmp_path: Path):
     assert torch.equal(found.running_mean, network.running_mean)  # pyright: ignore
 
 
-@pytest.mark.parametrize("fault", ["missing", "not safetensors", "other network"])
+@pytest.mark.parametrize("fault", ["missing", "other hash", "not safetensors", "other network"])
 def test_bad_weights_give_one_sentence(tmp_path: Path, fault: str):
     path = tmp_path / "w.safetensors"
     sha256 = save_weights(path, net(width=5 if fault == "other network" else 4))
     if fault == "missing":
         path.unlink()
+    elif fault == "other hash":
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
     elif fault == "not safetensors":
         path.write_bytes(b"<html>")
         sha256 = sha256_of(path)

@@ -134,20 +134,12 @@ def test_portraits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "seed", "digest"),
-    [(8, 0, "6b13ad8da756a8bc"), (16, 1, "99e0b2986e8fc8b9"), (64, 2, "3e6bc35d67e53237")],
+    ("size", "seed", "digest"), [(8, 0, "6b13ad8da756a8bc"), (16, 1, "99e0b2986e8fc8b9"), (64, 2, "3e6bc35d67e53237")]
 )
 def test_portraits_are_those_of_version_1(size: int, seed: int, digest: str) -> None:
     images = portraits(24, size, seed)
     assert images.shape == (24, 3, size, size) and images.dtype == np.uint8
     assert hashlib.sha256(images.tobytes()).hexdigest().startswith(digest)
-
-
-def test_a_portrait_is_the_same_person_at_every_size() -> None:
-    large, small = portraits(24, 64, seed=1).astype(float), portraits(24, 16, seed=1).astype(float)
-    averaged = large.reshape(24, 3, 16, 4, 16, 4).mean((3, 5))
-    distances = [np.sqrt(((averaged - other) ** 2).mean()) for other in (small, np.roll(small, 1, 0))]
-    assert distances[0] < 5 and distances[1] > 40  # grey levels of 255; the second is to other persons
 
 
 CELEBA = [(178, 218, 148), (89, 109, 74), (356, 436, 296), (64, 78, 53), (36, 44, 30)]  # 148/178 of the width is kept

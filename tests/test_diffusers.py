@@ -1,6 +1,4 @@
-"""Step rules against diffusers' schedulers, on the same noise levels, noise and denoiser.
-
-test_samplers.py has Heun's, in the coordinates of its paper, which are those of the scheduler."""
+"""Step rules against diffusers' schedulers, on the same noise levels, noise and denoiser."""
 
 from typing import Any
 

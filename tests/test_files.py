@@ -117,11 +117,7 @@ def test_two_runs_on_one_folder_do_not_mix(tmp_path: Path):
 def test_lack_of_memory_is_told_from_other_failures():
     with pytest.raises(RuntimeError) as error:
         torch.empty(2**60, dtype=torch.uint8)
-    for lack in (
-        error.value,
-        MemoryError(),
-        torch.cuda.OutOfMemoryError("CUDA out of memory"),
-    ):
+    for lack in (error.value, MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory")):
         assert is_out_of_memory(lack)
     for other in (RuntimeError("shapes do not fit"), ValueError("can't allocate memory"), None):
         assert not is_out_of_memory(other)

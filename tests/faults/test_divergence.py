@@ -78,10 +78,7 @@ def test_samplers_that_diverge_are_rows_without_an_error(analytic, here):
 
 @pytest.mark.parametrize(
     ("stage", "broken", "sentence"),
-    [
-        ("sample_compare", 3, "The reference of the SDE"),
-        ("optimise", 1, "f2 returns values that are not finite"),
-    ],
+    [("sample_compare", 3, "The reference of the SDE"), ("optimise", 1, "f2 returns values that are not finite")],
 )
 def test_a_reference_or_a_plan_that_needs_the_failing_level_is_refused(analytic, here, stage, broken, sentence):
     run = here(stage, analytic, "+family.callable.above=0", f"family.callable.broken={broken}")
