@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +17,6 @@ from mlem_diffusion.diffusion.level import flops_per_evaluation
 from mlem_diffusion.diffusion.process import LinearSchedule, Process
 from mlem_diffusion.errors import Interrupted
 
-ROOT = Path(__file__).resolve().parents[1]
 CPU, PROCESS = torch.device("cpu"), Process(LinearSchedule(), base_steps=20)
 TINY = {"multipliers": [1, 2], "blocks": 1, "attention": [8]}
 REFERENCE = {"multipliers": [1, 2, 2, 2], "blocks": 2, "attention": [16]}
@@ -81,14 +79,8 @@ def test_diffusers_network_has_the_same_flops_and_parameters(unet: dict[str, Any
 
 
 def test_fractions_and_ratios_take_equal_precisions_and_shapes() -> None:
-    rows = [
-        row("matmul", "float32", took(1e-3), flops=1e9),
-        row("matmul", "bf16", took(1e-3), flops=4e9),
-    ]
-    rows += [
-        row("train", "autocast", took(1e-3), batch=1, flops=1e9),
-        row("sampler", "ddpm", took(1.0)),
-    ]
+    rows = [row("matmul", "float32", took(1e-3), flops=1e9), row("matmul", "bf16", took(1e-3), flops=4e9)]
+    rows += [row("train", "autocast", took(1e-3), batch=1, flops=1e9), row("sampler", "ddpm", took(1.0))]
     rows += [row("train_diffusers", "autocast", took(3e-3), batch=1), row("train", "bf16", batch=1)]
     found = benchmark.compared(rows)
     assert [r["fraction_of_matmul"] for r in found] == [1, 1, 0.25, None, None, None]
@@ -99,18 +91,7 @@ def test_the_table(rows: list[benchmark.Row]) -> None:
     text = benchmark.report({**HEAD, "timing": "median", "rows": rows})
     assert text.startswith("a card, torch 2, CUDA 13, 2026-01-02, size small (16x16 images); median.\n\n| what |")
     assert "_diffusers" not in text and re.findall(r"\| forward \| 4 \| (\d+) ", text) == ["2"]
-    peak, failed = (
-        row("matmul", "bf16", took(1.5e-3), flops=2.0 * 8192**3),
-        row("forward", "f", width=8),
-    )
+    peak, failed = row("matmul", "bf16", took(1.5e-3), flops=2.0 * 8192**3), row("forward", "f", width=8)
     lines = benchmark.report({**HEAD, "timing": "", "rows": [peak, failed]}).splitlines()
     assert lines[2] == "| what | width | mode | ms | IQR | TFLOP/s |"
     assert lines[4:] == ["| matmul |  | bf16 | 1.5 | 0.0% | 733 |", "| forward | 8 | f |  |  |  |"]
-
-
-@pytest.mark.parametrize("name", ["NVIDIA-H200", "AMD-EPYC-2-threads"])
-def test_committed_files_are_readable(name: str) -> None:
-    document = json.loads((ROOT / "results" / "benchmark" / f"{name}.json").read_text())
-    ratios = [r["ratio_to_diffusers"] for r in document["rows"]]
-    assert "| matmul |" in benchmark.report(document)
-    assert [r["ratio_to_diffusers"] for r in benchmark.compared(document["rows"])] == pytest.approx(ratios)

@@ -7,15 +7,13 @@ import torch
 from torch import nn
 
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.files import sha256_of, write_json
+from mlem_diffusion.files import sha256_of
 from mlem_diffusion.models.family import (
     at_width,
     build_denoiser,
     describe,
-    load_family,
     load_state,
     load_weights,
-    read_metadata,
     save_state,
     save_weights,
 )
@@ -23,25 +21,13 @@ from mlem_diffusion.models.family import (
 SMALL = {"multipliers": [1, 2], "blocks": 1, "attention": [4]}
 
 
-def net(seed: int = 0, width: int = 4) -> nn.Module:
-    torch.manual_seed(seed)
+def net(width: int = 4) -> nn.Module:
     return nn.Sequential(nn.Linear(3, width), nn.Linear(width, 2))
 
 
 def in_one_sentence(error: pytest.ExceptionInfo[UserError], *words: str) -> bool:
     text = str(error.value)
     return "\n" not in text and text.endswith(".") and len(text) < 400 and all(word in text for word in words)
-
-
-def test_weights_and_state_round_trip(tmp_path: Path):
-    a, b = net(0), net(1)
-    sha256 = save_weights(tmp_path / "a" / "w.safetensors", a)  # the folder is made
-    load_weights(tmp_path / "a" / "w.safetensors", b, sha256)
-    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
-    assert load_state(tmp_path / "state.pt") is None
-    save_state(tmp_path / "state.pt", {"model": a.state_dict(), "images": 7})
-    state = load_state(tmp_path / "state.pt")
-    assert state is not None and state["images"] == 7 and torch.equal(state["model"]["0.weight"], a[0].weight)
 
 
 def test_parameters_alone_are_rounded(tmp_path: Path):
@@ -70,49 +56,15 @@ def test_bad_weights_give_one_sentence(tmp_path: Path, fault: str):
     assert in_one_sentence(error, str(path), "make train-levels")
 
 
-class Foreign:
-    """An object that weights_only must refuse to unpickle."""
-
-
-@pytest.mark.parametrize("damage", ["empty", "truncated", "one bit", "pickled object"])
-def test_bad_states_give_one_sentence(tmp_path: Path, damage: str):
+def test_one_wrong_bit_of_a_state_is_one_sentence(tmp_path: Path):
     path = tmp_path / "state.pt"
     save_state(path, {"model": torch.arange(1000.0)})
-    good = path.read_bytes()
-    if damage == "pickled object":
-        torch.save({"model": Foreign()}, path)
-    else:
-        flipped = bytearray(good)
-        flipped[len(good) // 2] ^= 1  # in the tensor's data
-        path.write_bytes({"empty": b"", "truncated": good[: len(good) // 2], "one bit": bytes(flipped)}[damage])
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # in the tensor's data
+    path.write_bytes(content)
     with pytest.raises(UserError) as error:
         load_state(path)
     assert in_one_sentence(error, str(path), "delete it")
-
-
-def test_a_family_is_loaded_as_it_was_saved(tmp_path: Path):
-    x, networks = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), {}
-    for width in (3, 5):
-        facts = describe(width, 8, 0.4, SMALL, "v")
-        network = networks[facts["name"]] = build_denoiser(width, 8, 0.4, SMALL, "v", seed=3)
-        for p in network.parameters():
-            p.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(width))
-        sha256 = save_weights(tmp_path / facts["name"] / "ema.safetensors", network)
-        write_json(tmp_path / facts["name"] / "metadata.json", {**facts, "snapshots": [], "weights_sha256": sha256})
-    levels = load_family(tmp_path, ["w3", "w5"])
-    assert [level.name for level in levels] == ["w3", "w5"] and levels[0].flops < levels[1].flops
-    for level in levels:
-        with torch.no_grad():
-            expected = networks[level.name](x, torch.zeros(2))
-        assert torch.allclose(level.denoise(x, torch.tensor(0.0)), expected, atol=1e-6)
-        assert torch.allclose(level.denoise(x, torch.zeros(2)), expected, atol=1e-6)
-    with pytest.raises(UserError) as error:
-        load_family(tmp_path, ["w3", "w5", "w9"])
-    assert in_one_sentence(error, "w9", "make train-levels")
-    (tmp_path / "w3" / "metadata.json").write_text('{"name": "w5"}')
-    with pytest.raises(UserError) as error:
-        read_metadata(tmp_path, ["w3"])
-    assert in_one_sentence(error, "does not describe the level w3")
 
 
 def test_initial_weights_depend_on_seed_and_width_alone():

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from mlem_diffusion.comparison.planned import references_for
 from mlem_diffusion.comparison.settings import settings_of
 from mlem_diffusion.diffusion.process import Process
-from mlem_diffusion.diffusion.step_rules import REFERENCE_RULE, STEP_RULES, step_rule
+from mlem_diffusion.diffusion.step_rules import REFERENCE_RULE, step_rule
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.experiment import config
 from mlem_diffusion.experiment.runs import make_extractor, planned_steps
@@ -28,7 +28,6 @@ from mlem_diffusion.training.levels import TrainConfig
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 EXPERIMENTS = sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml"))
 GROUPS = sorted(f"{p.parent.name}={p.stem}" for p in CONFIGS.glob("*/*.yaml") if p.parent.name != "experiment")
-each_experiment = pytest.mark.parametrize("experiment", EXPERIMENTS)
 
 
 @pytest.fixture(autouse=True)
@@ -43,19 +42,17 @@ def configuration(*overrides: str) -> DictConfig:
     return compose("config", overrides=list(overrides))
 
 
+@pytest.fixture(params=EXPERIMENTS)
+def cfg(request: pytest.FixtureRequest) -> DictConfig:
+    return configuration(f"experiment={request.param}")
+
+
 def plain(node: Any) -> Any:
     return OmegaConf.to_container(node, resolve=True)
 
 
-def test_there_is_one_root_file():
-    assert [p.name for p in CONFIGS.glob("*.yaml")] == ["config.yaml"]
-    assert {"demo", "smoke", "celeba32", "celeba64", "analytic"} <= set(EXPERIMENTS)
-
-
-@each_experiment
-def test_every_experiment_instantiates(experiment):
-    cfg = configuration(f"experiment={experiment}")
-    assert cfg.name == experiment and cfg.paths.results == f"results/{experiment}"
+def test_every_experiment_instantiates(cfg):
+    assert cfg.name in EXPERIMENTS and cfg.paths.results == f"results/{cfg.name}"
     assert isinstance(config.build(cfg.process), Process)
     widths, unet = list(cfg.family.widths), plain(cfg.unet)
     assert widths == sorted(set(widths)) and cfg.compare.num_reference <= cfg.compare.num_samples
@@ -66,9 +63,7 @@ def test_every_experiment_instantiates(experiment):
     assert cfg.data.holdout >= 2 and cfg.gamma.images <= cfg.data.holdout
 
 
-@each_experiment
-def test_every_experiment_compares_the_multilevel_method_with_baselines(experiment):
-    cfg = configuration(f"experiment={experiment}")
+def test_every_experiment_compares_the_multilevel_method_with_baselines(cfg):
     names = [level_name(w) for w in cfg.family.widths]
     if cfg.family.callable is not None:
         names = [level.name for level in config.build(cfg.family.callable)]
@@ -81,9 +76,7 @@ def test_every_experiment_compares_the_multilevel_method_with_baselines(experime
         assert setting.estimator != "ml_em" or setting.levels[-1] == names[-1]  # unbiased for the largest level
 
 
-@each_experiment
-def test_every_experiment_has_separate_seeds_and_fine_references(experiment):
-    cfg = configuration(f"experiment={experiment}")
+def test_every_experiment_has_separate_seeds_and_fine_references(cfg):
     o, base = cfg.optimise, cfg.process.base_steps
     assert set(o.methods) <= set(METHODS) and 2 <= o.calibrate_steps <= base
     for rule in o.rules:
@@ -187,7 +180,3 @@ def test_absolute_paths_stay_private():
     cfg = configuration("data.source=/home/me/images.zip", "metrics=inception", "metrics.weights=/mnt/w.pth")
     found = config.plain(cfg)
     assert found["data"]["source"] == "images.zip" and found["metrics"]["weights"] == "w.pth" and "paths" not in found
-
-
-def test_every_rule_of_the_code_has_a_name():
-    assert all(key == rule.key for key, rule in STEP_RULES.items())

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from torch import Tensor, nn
 
 from mlem_diffusion.diffusion.level import Ledger, flops_per_evaluation, joined
@@ -42,14 +41,6 @@ def test_unet_of_width_8_at_64_pixels() -> None:
     assert flops[0] == pytest.approx(0.233, rel=0.01)
     assert 3.7 < flops[1] / flops[0] < 4
     assert flops_per_evaluation(UNet(8, 64, attention=()), (3, 64, 64)) / 1e9 < 0.99 * flops[0]
-
-
-def test_counting_leaves_the_network_alone() -> None:
-    network = Denoiser(UNet(8, 16)).train()
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    flops_per_evaluation(network, (3, 16, 16))
-    assert network.training and all(p.device.type == "cpu" for p in network.parameters())
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
 def test_ledgers_add_up() -> None:

@@ -1,6 +1,7 @@
-"""A published family: rounded weights that load as float32, the committed family, and refusals."""
+"""Families on disk: as they were saved, published with rounded weights, the committed one, and refusals."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from mlem_diffusion.files import write_json
 from mlem_diffusion.models import family
 from mlem_diffusion.models.family import build_denoiser, describe, identity_of, load_family, read_metadata, save_weights
 from mlem_diffusion.models.gaussian import load_gaussian
+from mlem_diffusion.models.unet import Denoiser
 
 COMMITTED = Path(__file__).resolve().parents[1] / "checkpoints" / "celeba32" / "published"
 EXPECTED = [  # mean and standard deviation of two images of each level, from the Gaussian one to w24
@@ -32,7 +34,7 @@ FACTS = {
 }  # fmt: skip
 
 
-def write_level(folder: Path, width: int, **more: object) -> None:
+def write_level(folder: Path, width: int, **more: object) -> Denoiser:
     facts = describe(width, 8, 0.4, {"multipliers": [1, 2], "blocks": 1, "attention": [4]}, "v") | more
     network = build_denoiser(width, 8, 0.4, facts["unet"], "v")
     for p in network.parameters():
@@ -42,16 +44,37 @@ def write_level(folder: Path, width: int, **more: object) -> None:
     held_out = {"images": 32, "loss": [0.1, 0.2]}
     facts |= {"weights_sha256": sha256, "snapshots": snapshots, "held_out": held_out, "images": 10, "config": {}}
     write_json(folder / facts["name"] / "metadata.json", facts | {"data_sha256": "da7a", "logsnr_range": [-9, 9]})
+    return network
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Denoiser]]:
+    """The folder of a trained and published family, and its networks."""
+    folder = tmp_path_factory.mktemp("family")
+    networks = [write_level(folder, width) for width in (2, 3)]
+    write_level(folder, 2, name="w2-seed7")
+    levels, repeats = read_metadata(folder, ["w2", "w3"]), read_metadata(folder, ["w2-seed7"])
+    family.publish(folder, folder / family.PUBLISHED, levels, repeats, FACTS)
+    return folder, networks
 
 
 @pytest.fixture
-def trained(tmp_path: Path) -> Path:
-    write_level(tmp_path, 2)
-    write_level(tmp_path, 3)
-    write_level(tmp_path, 2, name="w2-seed7")
-    levels, repeats = read_metadata(tmp_path, ["w2", "w3"]), read_metadata(tmp_path, ["w2-seed7"])
-    family.publish(tmp_path, tmp_path / family.PUBLISHED, levels, repeats, FACTS)
-    return tmp_path
+def trained(written: tuple[Path, list[Denoiser]], tmp_path: Path) -> Path:
+    return shutil.copytree(written[0], tmp_path, dirs_exist_ok=True)
+
+
+def test_a_family_is_loaded_as_it_was_saved(written: tuple[Path, list[Denoiser]], trained: Path):
+    x, levels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), load_family(trained, ["w2", "w3"])
+    assert [level.name for level in levels] == ["w2", "w3"] and levels[0].flops < levels[1].flops
+    for level, network in zip(levels, written[1], strict=True):
+        for logsnr in (torch.tensor(0.0), torch.zeros(2)):
+            with torch.no_grad():
+                assert torch.allclose(level.denoise(x, logsnr), network(x, torch.zeros(2)), atol=1e-6)
+    with pytest.raises(UserError, match=r"w9.*make train-levels"):
+        load_family(trained, ["w2", "w3", "w9"])
+    write_json(trained / "w3" / "metadata.json", {"name": "w5"})
+    with pytest.raises(UserError, match="does not describe the level w3"):
+        read_metadata(trained, ["w3"])
 
 
 def test_a_published_family_is_the_trained_one_rounded(trained: Path):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from toys import portraits
 
+from mlem_diffusion import parallel
 from mlem_diffusion.diffusion.process import CosineSchedule, LinearSchedule, Process
 from mlem_diffusion.errors import Interrupted, UserError
 from mlem_diffusion.models.family import build_denoiser, load_state
@@ -102,6 +103,8 @@ def test_a_killed_run_resumes_from_its_last_saved_state(images, whole, tmp_path)
     with pytest.raises(ZeroDivisionError):  # in the middle of a step: logged, but not saved
         train(images, tmp_path, replace(CONFIG, save_every=0.0), report=die)
     assert state_of(tmp_path)["images"] == 80
+    with pytest.raises(UserError, match="not the state of this network"):
+        train(images, tmp_path, identity="another network or other images")
     train(images, tmp_path)
     ema = train(images, tmp_path, report=die, should_stop=lambda: True)  # a finished run is not trained further
     assert_same_folder(whole, tmp_path)
@@ -210,9 +213,15 @@ SMALL = {**UNET, "attention": []}
 
 
 def _rank(rank: int, folder: Path) -> None:
-    """Train as one of two ranks."""
+    """Share work and train as one of two ranks."""
     where, limit = f"file://{folder}/meeting", timedelta(minutes=2)
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=2, timeout=limit)
+    items = list(range(5))
+    assert parallel.mine(items) == items[rank::2]
+    squares = parallel.gather({i: i * i for i in parallel.mine(items)})
+    assert list(squares.items()) == [(i, i * i) for i in items]  # in order on both ranks
+    assert parallel.agree(rank == 1) and not parallel.agree(False)
+    parallel.barrier()
     pictures = portraits(96, SIZE, seed=1)
     with pytest.raises(Interrupted):  # only one process gets the stop; all must stop
         train(pictures, folder / "stopped", LONG, SMALL, should_stop=lambda: rank == 1)

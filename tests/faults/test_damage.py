@@ -4,7 +4,7 @@ import ast
 import io
 import os
 import pickle
-import shutil
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from outputs import outputs
-from pipeline import ROOT, Place
+from pipeline import ROOT
 
 FORCE = "force=true"
 
@@ -81,35 +81,6 @@ def test_a_damaged_file_gives_the_same_result_or_one_sentence(done, here, tmp_pa
         assert run.code == 2 and (path.name in run.complaint or str(path.parent) in run.complaint), run.err
 
 
-def weights_of_another_level(place: Place) -> None:
-    name = "ema-0000000640.safetensors"
-    shutil.copy(place.checkpoints / "w2" / name, place.checkpoints / "w3" / name)
-
-
-def metadata_of_another_level(place: Place) -> None:
-    shutil.copy(place.checkpoints / "w2" / "metadata.json", place.checkpoints / "w3" / "metadata.json")
-
-
-def state_of_another_level(place: Place) -> None:
-    (place.checkpoints / "w3" / "metadata.json").unlink()
-    shutil.copy(place.checkpoints / "w2" / "state.pt", place.checkpoints / "w3" / "state.pt")
-
-
-@pytest.mark.parametrize(
-    ("make", "stage", "words"),
-    [
-        (weights_of_another_level, "measure_gamma", "not the file named in its level's metadata.json"),
-        (metadata_of_another_level, "measure_gamma", "does not describe the level w3"),
-        (state_of_another_level, "train_levels", "is not the state of this network"),
-    ],
-)
-def test_files_of_another_level_are_refused(done, here, tmp_path, make, stage, words):
-    place = done[0].copy_to(tmp_path)
-    make(place)
-    run = here(stage, place, FORCE, "workers=1")
-    assert run.code == 2 and words in run.complaint and "w3" in run.complaint
-
-
 # ------------------------------------------------------------------------------------- readers that run no code
 
 PICKLES = {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
@@ -121,18 +92,15 @@ INSTANTIATES = "experiment/config.py"  # only this file builds objects from a co
 def violations(source: str, file: str) -> Iterator[str]:
     """Imports and calls in Python source that can run code from data."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
-            yield from (f"{file} imports {name}" for name in names if name.split(".")[0] in PICKLES)
+        text = ast.unparse(node)
+        if isinstance(node, ast.Import | ast.ImportFrom) and PICKLES.intersection(re.findall(r"\w+", text)):
+            yield f"{file}: {text}"
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
-            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-            if name in NEVER or (name.endswith("instantiate") and not file.endswith(INSTANTIATES)):
-                yield f"{file} calls {name}"
-            if name == "torch.load" and given.get("weights_only") != "True":
-                yield f"{file} calls torch.load without weights_only=True"
-            if given.get("allow_pickle", "False") != "False" or given.get("shell", "False") != "False":
-                yield f"{file} calls {name} with {given}"
+            banned = name in NEVER or (name.endswith("instantiate") and not file.endswith(INSTANTIATES))
+            unsafe = re.search(r"\b(allow_pickle|shell)=(?!False)", text)
+            if banned or unsafe or (name == "torch.load" and "weights_only=True" not in text):
+                yield f"{file}: {text}"
 
 
 def test_no_source_file_runs_code_from_data():

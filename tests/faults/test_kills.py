@@ -40,7 +40,6 @@ def test_killed_just_before_a_file_is_touched(done, here, tmp_path, stage, event
 )
 def test_stopped_by_a_signal(done, here, tmp_path, stage, number, begun, workers):
     place = before(done[0], stage, tmp_path)
-    shutil.rmtree(place.results / "cache", ignore_errors=True)
     watched = place.checkpoints if stage == "train_levels" else place.results / "cache"
     run = Forked(stage, place.overrides(f"workers={workers}"), tmp_path)
     run.signal_when(lambda: any(watched.rglob(begun)), number)

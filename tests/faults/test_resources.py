@@ -1,7 +1,5 @@
 """A full disk, a folder in use, and W&B down: one sentence or warning, and nothing is lost."""
 
-import contextlib
-import errno
 import json
 import os
 import shutil
@@ -12,70 +10,40 @@ from pathlib import Path
 
 import pytest
 from outputs import outputs
-from pipeline import Place, python
+from pipeline import python
+from test_kills import before
 
 from mlem_diffusion.files import locked
 
 
-def unfinished(done: Place, stage: str, folder: Path) -> Place:
-    place = done.copy_to(folder, *(["data"] if stage == "train_levels" else []))
-    shutil.rmtree(place.results / "cache", ignore_errors=True)
-    return place
-
-
-def test_a_write_that_finds_the_disk_full(done, here, monkeypatch, tmp_path):
-    stage, write = "sample_compare", 9
-    place, count, fsync = unfinished(done[0], stage, tmp_path), 0, os.fsync
-
-    def full(handle: int) -> None:
-        nonlocal count
-        count += 1
-        if count >= write:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        fsync(handle)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        run = here(stage, place, "force=true", "workers=1")
-    assert run.code == 2 and "is full" in run.complaint and not list(place.folder.rglob("*.partial"))
-    again = here(stage, place, "force=true")
-    assert again.code == 0, again.err
-    assert outputs(place, stage) == outputs(done[0], stage)
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: int) -> Iterator[None]:
-    """A file system of its own; the test is skipped if mounting is not permitted."""
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MB; the test is skipped if mounting is not permitted."""
+    (folder := tmp_path / "disk").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4M", "tmpfs", str(folder)]
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("file systems may not be mounted here")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], capture_output=True)
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], capture_output=True)
 
 
-def test_a_disk_that_is_really_full(done, here, tmp_path):
-    with small_disk(tmp_path / "disk", 4 << 20):
-        place = unfinished(done[0], "train_levels", tmp_path / "disk")
-        filler = tmp_path / "disk" / "filler"
-        with filler.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(filler.parent).free - (96 << 10))
-        run = here("train_levels", place, "workers=1")
-        assert run.code == 2 and "full" in run.err and "Traceback" not in run.err, run.err
-        filler.unlink()
-        again = here("train_levels", place)
-        assert again.code == 0, again.err
-        assert outputs(place, "train_levels") == outputs(done[0], "train_levels")
+def test_a_disk_that_is_really_full(done, here, disk):
+    place, filler = before(done[0], "train_levels", disk), disk / "filler"
+    with filler.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - (96 << 10))
+    run = here("train_levels", place, "workers=1")
+    assert run.code == 2 and "full" in run.err and "Traceback" not in run.err, run.err
+    filler.unlink()
+    again = here("train_levels", place)
+    assert again.code == 0, again.err
+    assert outputs(place, "train_levels") == outputs(done[0], "train_levels")
 
 
-@pytest.mark.parametrize("stage", ["sample_compare", "report"])
-def test_a_folder_in_use_is_refused(done, here, tmp_path, stage):
+def test_a_folder_in_use_is_refused(done, here, tmp_path):
     place = done[0].copy_to(tmp_path)
     before = place.digest()
     with locked(place.results / "cache", "train_levels"):
-        run = here(stage, place, "force=true")
+        run = here("report", place, "force=true")
     assert run.code == 2 and "in use by another run" in run.complaint and place.digest() == before
 
 

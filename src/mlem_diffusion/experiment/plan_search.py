@@ -25,6 +25,7 @@ from ..multilevel.gains import Effects, measure_effects
 from ..multilevel.learned import learn_probabilities
 from ..multilevel.plan import Plan
 from . import runs
+from .seeds import sample_seeds
 
 
 def check(exp: Any) -> None:
