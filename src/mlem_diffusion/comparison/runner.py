@@ -31,7 +31,6 @@ from .features import Extractor
 from .settings import Measurement, SamplerSetting
 
 ABSURD = 1e3  # size of a pixel value; pixels are in [-1, 1], and no working sampler comes near it
-_PATHS = 2  # batches whose noise is kept for the next setting; each takes at most brownian.WINDOW_BYTES
 GRID = 1024  # the most images in a grid of pictures
 _read = partial(read_arrays, hint="remove it and run the same command again")
 
@@ -54,7 +53,6 @@ class Runner:
     grid_images: int = 12
     plans: dict[str, Plan] = field(default_factory=dict)
     reference_steps: int | None = None  # None: the base grid
-    _paths: dict[int, BrownianPath] = field(default_factory=dict, init=False, repr=False)
     _references: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -117,7 +115,8 @@ class Runner:
         for start in range(0, len(self.seeds), self.batch):
             if should_stop():
                 raise Interrupted("stopped; finished settings are saved")
-            images, ledger = sample(estimator, setting.rule, self.process.grid(setting.steps), self._path(start))
+            path = BrownianPath(self.seeds[start : start + self.batch], self.shape, self.device)
+            images, ledger = sample(estimator, setting.rule, self.process.grid(setting.steps), path)
             parts.append(self._compared(images.cpu(), setting.dynamics, start))
             ledgers.append(ledger)
         total = joined(ledgers)
@@ -151,13 +150,6 @@ class Runner:
         arrays = cached(self._file("setting", setting.row), _read, lambda: self.measure(setting))
         row = setting.row | json.loads(str(arrays["costs"]))
         return Measurement(row, arrays["errors"], arrays.get("features"), arrays.get("images"))
-
-    def _path(self, start: int) -> BrownianPath:
-        """The randomness of the batch at this position. The next settings share the noise of the first batches."""
-        path = self._paths.get(start) or BrownianPath(self.seeds[start : start + self.batch], self.shape, self.device)
-        if start < _PATHS * self.batch:
-            self._paths[start] = path
-        return path
 
     def _file(self, kind: str, what: Any) -> Path:
         sizes = [self.seeds[0], len(self.seeds), self.num_reference]

@@ -80,7 +80,7 @@ class BrownianPath:
 
     def _draw(self, base_logsnr: bytes, base_time: bytes, index: bytes, clock: str) -> Tensor:
         """Increments [n-1, B, *shape] between the base points index [n]."""
-        blocks, table = _terms(base_logsnr, base_time, index, clock, 64 if self.device.type == "cuda" else 8)
+        blocks, table = _terms(base_logsnr, base_time, index, clock, _block(self.device))
         weights = torch.as_tensor(table, dtype=torch.float32, device=self.device)
         out = torch.empty(len(table), len(self.seeds), math.prod(self.shape), device=self.device)
         normals = torch.empty(len(blocks), table.shape[1] // len(blocks), out.shape[2], device=self.device)
@@ -93,10 +93,13 @@ class BrownianPath:
         return out.reshape(len(table), len(self.seeds), *self.shape)
 
 
+def _block(device: torch.device) -> int:
+    """Numbers per pixel that one generator draws: few, so that few are unused, but on a GPU each draw is a launch."""
+    return 64 if device.type == "cuda" else 4
+
+
 @lru_cache(maxsize=512)
-def _terms(
-    base_logsnr: bytes, base_time: bytes, index: bytes, clock: str, size: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _terms(base_logsnr: bytes, base_time: bytes, index: bytes, clock: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     """The blocks [m] of random numbers that these increments need, and their coefficients [n-1, m * size] in them.
 
     One generator draws a block; its numbers are the same for every grid."""
