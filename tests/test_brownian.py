@@ -5,53 +5,90 @@ import pytest
 import torch
 from toys import SHAPE, process
 
-from mlem_diffusion.diffusion import brownian
-from mlem_diffusion.diffusion.brownian import (
-    BrownianPath,
-    coin_uniforms,
-    increment_weights,
-    stream_seed,
-    training_generator,
-)
-from mlem_diffusion.diffusion.process import CosineSchedule, Process
+from mlem_diffusion.diffusion.bridge import bridge_tree
+from mlem_diffusion.diffusion.brownian import BrownianPath, coin_uniforms, stream_seed, training_generator
+from mlem_diffusion.diffusion.process import CosineSchedule, Process, TimeGrid
 
 CPU = torch.device("cpu")
 CLOCKS = ["snr", "time"]
+BASES = [process(2), process(75), process(512, "logsnr"), process(129), Process(CosineSchedule(), -9, 9, 120)]
+
+
+def in_numbers(grid: TimeGrid, clock: str) -> np.ndarray:
+    """Increments [n-1, 2N-2] by the independent normals that a path draws."""
+    tree = bridge_tree(grid.base_logsnr.tobytes(), grid.base_time.tobytes())
+    columns, coefficients = tree.coefficients(grid.index, clock)
+    out = np.zeros((len(grid.index) - 1, 2 * len(grid.base_time) - 2))
+    out[:, columns] = coefficients
+    return out
+
+
+def in_base_steps(grid: TimeGrid, clock: str) -> np.ndarray:
+    """Increments [n-1, N-1] by the white noise of the base steps: dW = sum sqrt(ds_i) z_i, divided by its spread."""
+    position = np.exp(grid.base_logsnr) if clock == "snr" else -grid.base_time
+    out, width = np.zeros((len(grid.index) - 1, len(position) - 1)), np.diff(position)
+    for row, start, stop in zip(out, grid.index[:-1], grid.index[1:], strict=True):
+        row[start:stop] = np.sqrt(width[start:stop] / (position[stop] - position[start]))
+    return out
+
+
+@pytest.mark.parametrize("p", BASES)
+def test_the_law_is_exact(p: Process) -> None:
+    """Covariances of two grids and clocks are those of sums of white noise, to float64 precision.
+
+    Base steps are the same normals in both clocks, so EM in t and the ancestral step follow one path."""
+    base = in_numbers(p.grid(), "snr")
+    np.testing.assert_allclose(in_numbers(p.grid(), "time"), base, atol=1e-8)  # negligible terms are left out
+    np.testing.assert_allclose(base @ base.T, np.eye(p.base_steps - 1), atol=1e-12)
+    for steps in {min(n, p.base_steps) for n in (2, 3, 6, 12, 24, 32, 33, 74)}:
+        for clock in CLOCKS:
+            np.testing.assert_allclose(
+                in_numbers(p.grid(steps), clock), in_base_steps(p.grid(steps), clock) @ base, atol=1e-8
+            )
+
+
+def test_clocks_that_agree_or_span_many_orders_are_exact() -> None:
+    """Proportional clocks leave nothing for V; here u spans 35 orders of magnitude."""
+    logsnr = np.linspace(-40, 40, 200)
+    for time in (-np.exp(logsnr), -logsnr, -logsnr - 1e-7 * np.cos(logsnr)):
+        index = np.array([0, 3, 50, 51, 120, 199])
+        grids = [TimeGrid(logsnr, time, time, i, logsnr, time) for i in (np.arange(200), index)]
+        base = in_numbers(grids[0], "snr")
+        np.testing.assert_allclose(base @ base.T, np.eye(199), atol=1e-12)
+        for clock in CLOCKS:
+            expected = in_base_steps(grids[1], clock) @ base
+            np.testing.assert_allclose(in_numbers(grids[1], clock), expected, atol=1e-7)
 
 
 @pytest.mark.parametrize("clock", CLOCKS)
-@pytest.mark.parametrize("p", [process(75), Process(CosineSchedule(), -9, 9, 75, "logsnr")])
-def test_coarse_increments_are_exact_sums_of_the_fine_ones(p: Process, clock: str) -> None:
-    """Coarse increments equal base increments dW = sqrt(ds) xi summed one by one, in either clock."""
-    base = p.grid()
-    fine = BrownianPath([5, 8], SHAPE).increments(base, clock).double().numpy()
-    position = np.exp(base.logsnr) if clock == "snr" else -base.time
-    for steps in (2, 5, 33, 74):
-        grid = p.grid(steps)
-        coarse = BrownianPath([5, 8], SHAPE).increments(grid, clock).double().numpy()
-        for j in range(steps - 1):
-            start, stop = grid.index[j], grid.index[j + 1]
-            total = sum(np.sqrt(position[i + 1] - position[i]) * fine[i] for i in range(start, stop))
-            expected = total / np.sqrt(position[stop] - position[start])
-            np.testing.assert_allclose(coarse[j], expected, rtol=1e-5, atol=1e-5)
+def test_coarse_increments_are_exact_sums_of_the_fine_ones(clock: str) -> None:
+    p = process(200)
+    fine = BrownianPath([5, 8], SHAPE).increments(p.grid(), "snr").double().numpy()
+    for steps in (2, 5, 33, 150):
+        coarse = BrownianPath([5, 8], SHAPE).increments(p.grid(steps), clock)
+        expected = np.tensordot(in_base_steps(p.grid(steps), clock), fine, 1)
+        np.testing.assert_allclose(coarse.numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("clock", CLOCKS)
-def test_the_base_grid_uses_the_base_increments_unchanged(clock: str) -> None:
-    """Both clocks use the same standard normals, so EM in t and the ancestral step follow one path."""
-    grid = process(40).grid()
-    np.testing.assert_allclose(increment_weights(grid, clock), np.eye(39), atol=1e-12)
-
-
-@pytest.mark.parametrize("clock", CLOCKS)
-def test_increments_are_standard_and_uncorrelated(clock: str) -> None:
-    grid = process(100).grid(12)
-    np.testing.assert_allclose((increment_weights(grid, clock) ** 2).sum(1), 1, rtol=1e-12)
+def test_increments_are_standard_and_uncorrelated() -> None:
     n = 4 * 3 * 64 * 64
-    flat = BrownianPath([0, 1, 2, 3], (3, 64, 64)).increments(grid, clock).reshape(11, n).double().numpy()
-    assert np.abs(flat.mean(1)).max() < 5 / np.sqrt(n)
+    flat = BrownianPath([0, 1, 2, 3], (3, 64, 64)).increments(process(100).grid(12), "time").reshape(11, n).double()
+    assert flat.mean(1).abs().max() < 5 / np.sqrt(n)
     # a sample covariance of standard normals has standard error 1/sqrt(n), a variance sqrt(2/n)
-    assert np.abs(flat @ flat.T / n - np.eye(11)).max() < 5 * np.sqrt(2 / n)
+    assert (flat @ flat.T / n - torch.eye(11)).abs().max() < 5 * np.sqrt(2 / n)
+
+
+def test_a_run_of_32_steps_draws_few_numbers_whatever_the_base_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At least 31 are necessary. A sum over base steps would draw 511 to 16384."""
+    drawn, normal = [], torch.Tensor.normal_
+    monkeypatch.setattr(torch.Tensor, "normal_", lambda x, **options: drawn.append(x.numel()) or normal(x, **options))
+    for base_steps in (512, 1000, 4097, 16385):
+        drawn.clear()
+        BrownianPath([1], SHAPE).increments(process(base_steps, "logsnr").grid(32), "snr")
+        assert sum(drawn) <= 110 * 48
+    drawn.clear()
+    BrownianPath([1], SHAPE).increments(process(4097, "logsnr").grid(), "snr")
+    assert sum(drawn) <= 3 * 4096 * 48
 
 
 def test_numbers_depend_on_the_seed_alone() -> None:
@@ -82,29 +119,8 @@ def test_training_randomness_can_be_derived_again() -> None:
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
-@pytest.mark.parametrize("clock", CLOCKS)
-@pytest.mark.parametrize("held", [1, 3, 7, 100])
-def test_a_path_is_drawn_a_few_steps_at_a_time(clock: str, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    grid, seeds = process(200).grid(23), [4, 9, 11]
-    whole = BrownianPath(seeds, SHAPE).increments(grid, clock)
-    monkeypatch.setattr(brownian, "WINDOW_BYTES", held * 4 * whole[0].numel())
-    path, windows = BrownianPath(seeds, SHAPE), set()
-    for j in range(22):
-        torch.testing.assert_close(path.increment(grid, clock, j), whole[j], rtol=0, atol=1e-6)
-        windows.add(path.seconds)  # spent on drawing
-    assert len(windows) == -(-22 // held)
-    torch.testing.assert_close(path.increment(grid, clock, 0), whole[0], rtol=0, atol=1e-6)  # and again from the start
-
-
-def test_a_path_tells_grids_and_clocks_apart() -> None:
+def test_a_path_tells_grids_and_clocks_apart_and_starts_again() -> None:
     p, path = process(200), BrownianPath([4, 9], SHAPE)
-    for grid, clock in ((p.grid(23), "snr"), (p.grid(9), "snr"), (p.grid(9), "time"), (process(100).grid(9), "time")):
+    for grid, clock in ((p.grid(150), "snr"), (p.grid(9), "snr"), (p.grid(9), "time"), (process(100).grid(9), "time")):
         whole = BrownianPath([4, 9], SHAPE).increments(grid, clock)
-        assert all(torch.equal(path.increment(grid, clock, j), whole[j]) for j in range(3))
-
-
-def test_a_range_of_steps_draws_only_the_blocks_it_touches(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr(brownian, "stream_seed", lambda *key: calls.append(key) or stream_seed(*key))
-    BrownianPath([1], SHAPE).increments(process(320).grid(), "snr", slice(0, 10))
-    assert [number for _, _, number in calls] == [0]  # ten base increments lie in the first block of 32
+        assert all(torch.equal(path.increment(grid, clock, j), whole[j]) for j in (*range(len(whole)), 0, 7, 3))

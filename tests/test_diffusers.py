@@ -31,8 +31,8 @@ class GivenPath(BrownianPath):
         super().__init__(SEEDS, SHAPE)
         self.noise = noise
 
-    def increments(self, grid: Any, clock: str, steps: slice = slice(None)) -> Tensor:
-        return self.noise[steps]
+    def increment(self, grid: Any, clock: str, step: int) -> Tensor:
+        return self.noise[step]
 
 
 def agrees(rule: str, scheduler: Any, logsnr: np.ndarray, monkeypatch: pytest.MonkeyPatch, draws: int = 0) -> bool:

@@ -7,7 +7,6 @@ import pytest
 import torch
 from toys import SHAPE, gaussian_level, gaussian_variance, grid_of, nonlinear_denoise, process, toy_family
 
-from mlem_diffusion.diffusion import brownian
 from mlem_diffusion.diffusion.brownian import BrownianPath
 from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.diffusion.process import TimeGrid, alpha_sigma
@@ -373,13 +372,3 @@ def test_fine_grids_give_the_variance_of_the_data(rule: StepRule) -> None:
     images, _ = sample(estimator, rule, p.grid(), BrownianPath(range(5), (4, 32, 32)))
     assert float(images.double().var()) == pytest.approx(S**2, rel=0.06)
     assert abs(float(images.double().mean())) < 4 * S / 20480**0.5
-
-
-def test_long_paths_are_drawn_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing a few steps at a time changes neither the samples nor the counts."""
-    level, grid = toy_family(1)[0], process(100, spacing="logsnr").grid(40)
-    whole, _ = sample(SingleLevel(level), STEP_RULES["sde/ddpm"], grid, BrownianPath([3, 5], SHAPE))
-    monkeypatch.setattr(brownian, "WINDOW_BYTES", 4 * whole.numel() * 4)  # four steps at a time
-    again, ledger = sample(SingleLevel(level), STEP_RULES["sde/ddpm"], grid, BrownianPath([3, 5], SHAPE))
-    torch.testing.assert_close(again, whole, rtol=0, atol=1e-5)
-    assert ledger.evaluations == [80]

@@ -33,7 +33,6 @@ from .features import Extractor
 from .settings import Measurement, SamplerSetting
 
 ABSURD = 1e3  # size of a pixel value; pixels are in [-1, 1], and no working sampler comes near it
-_PATHS = 2  # batches whose noise is kept for the next setting; each takes at most brownian.WINDOW_BYTES
 GRID = 1024  # the most images in a grid of pictures
 _KINDS = ("images", "half")  # the reference, and that on half of its grid
 _read = partial(read_arrays, hint="remove it and run the same command again")
@@ -58,7 +57,6 @@ class Runner:
     plans: dict[str, Plan] = field(default_factory=dict)
     reference_steps: Mapping[str, int] = field(default_factory=dict)  # {dynamics: noise levels of its reference}
     timing: Timing | None = None  # without it, rows have no seconds
-    _paths: dict[int, BrownianPath] = field(default_factory=dict, init=False, repr=False)
     _references: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def build(self, setting: SamplerSetting) -> Estimator:
@@ -115,7 +113,8 @@ class Runner:
         for start in range(0, len(self.seeds), self.batch):
             if should_stop():
                 raise Interrupted("stopped; finished settings are saved")
-            images, ledger = sample(estimator, setting.rule, self.process.grid(setting.steps), self._path(start))
+            path = BrownianPath(self.seeds[start : start + self.batch], self.shape, self.device)
+            images, ledger = sample(estimator, setting.rule, self.process.grid(setting.steps), path)
             parts.append(self._compared(images.cpu(), setting.dynamics, start))
             ledgers.append(ledger)
         total = joined(ledgers)
@@ -162,13 +161,6 @@ class Runner:
         row = setting.row | json.loads(str(arrays["costs"]))
         row["seconds"] = None if self.timing is None else self.timing.seconds(work)
         return Measurement(row, arrays["errors"], arrays.get("features"), arrays.get("images"), work)
-
-    def _path(self, start: int) -> BrownianPath:
-        """The randomness of the batch at this position. The next settings share the noise of the first batches."""
-        path = self._paths.get(start) or BrownianPath(self.seeds[start : start + self.batch], self.shape, self.device)
-        if start < _PATHS * self.batch:
-            self._paths[start] = path
-        return path
 
     def _file(self, kind: str, dynamics: str, what: Any) -> Path:
         sizes = [self.seeds[0], len(self.seeds), self.num_reference, self.reference_steps[dynamics]]

@@ -80,7 +80,7 @@ class BrownianPath:
 
     def _draw(self, base_logsnr: bytes, base_time: bytes, index: bytes, clock: str) -> Tensor:
         """Increments [n-1, B, *shape] between the base points index [n]."""
-        blocks, table = _terms(base_logsnr, base_time, index, clock, 64 if self.device.type == "cuda" else 8)
+        blocks, table = _terms(base_logsnr, base_time, index, clock, _block(self.device))
         weights = torch.as_tensor(table, dtype=torch.float32, device=self.device)
         out = torch.empty(len(table), len(self.seeds), math.prod(self.shape), device=self.device)
         normals = torch.empty(len(blocks), table.shape[1] // len(blocks), out.shape[2], device=self.device)
@@ -91,6 +91,11 @@ class BrownianPath:
                 block.normal_(generator=generator.manual_seed(key))
             out[:, i] = weights @ normals.flatten(0, 1)
         return out.reshape(len(table), len(self.seeds), *self.shape)
+
+
+def _block(device: torch.device) -> int:
+    """Numbers per pixel that one generator draws: few, so that few are unused, but on a GPU each draw is a launch."""
+    return 64 if device.type == "cuda" else 4
 
 
 @lru_cache(maxsize=512)
