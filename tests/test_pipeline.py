@@ -369,9 +369,9 @@ def test_plans_are_selected_and_judged_on_separate_seeds(analytic, here):
 
 def test_seeds_that_plans_were_selected_on_cannot_judge_them(analytic, here):
     run = here("sample_compare", analytic, "compare.seed=500020")
-    assert run.code == 2 and "change compare.seed or optimise.seed" in run.complaint
-    run = here("sample_compare", analytic, "compare.seed=500020", "optimise.seed=7")  # other seeds than in plans.json
     assert run.code == 2 and "sample seeds of this comparison (selection: 500016 to 500039)" in run.complaint
+    run = here("sample_compare", analytic, "compare.seed=500020", "compare.plans=none")  # as configured, too
+    assert run.code == 2 and "change compare.seed or optimise.seed" in run.complaint
     assert here("sample_compare", analytic, "compare.plans=none", "compare.seed=600000").code == 0
     assert len(table(analytic)) == 6
 
