@@ -75,9 +75,8 @@ def test_format_of_compare_csv(done):
     timing, reference = (strict(done[0].results / name) for name in ("timing.json", "reference.json"))
     same = rows[(rows.estimator == "single") & (rows.levels == "w6") & (rows.step_rule == "ddpm")]
     per_step = same.seconds / same.steps
-    assert len(same) == 3 and per_step.max() < 1.001 * per_step.min()
+    assert len(same) == 2 and per_step.max() < 1.001 * per_step.min() and timing["threads"] == 1
     assert per_step.min() > 0.99 * sum(timing["parts"][part]["seconds"] for part in ("w6", "step sde/ddpm"))
-    assert set(timing) == {"parts", "batch", "device", "threads"} and timing["threads"] == 1
     for entry in reference.values():
         assert entry["steps"] > 8 * (entry["finest"] - 1) and 0 <= entry["bias"] < 1 and entry["setting"]
     assert "Bias of the smallest error by its reference" in done[1]
