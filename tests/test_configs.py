@@ -96,7 +96,8 @@ def test_every_experiment_has_separate_seeds_and_fine_references(experiment):
     assert references_for(planned_steps(o), config.build(cfg.process)).keys() == {"sde", "ode"}
     parts, sizes = vars(sample_seeds(cfg)).values(), (max(o.calibrate, o.diagnose.seeds), o.num_select)
     assert len(set().union(*parts)) == sum(map(len, parts)) == sum(sizes) + cfg.compare.num_samples
-    for cfg.compare.seed in (o.seed + sum(sizes) - 1, o.seed + 1 - cfg.compare.num_samples):  # at either end
+    for first in (o.seed + sum(sizes) - 1, o.seed + 1 - cfg.compare.num_samples):  # at either end
+        cfg.compare.seed = first
         with pytest.raises(UserError, match=r"change compare.seed or optimise.seed"):
             sample_seeds(cfg)
 

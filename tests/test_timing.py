@@ -26,7 +26,7 @@ def test_parts_are_timed_apart() -> None:
     assert set(seconds) == {"quick", "slow", "few quick", "few slow", "step sde/ddpm", "call"}
     assert 0.005 / 16 <= seconds["quick"] < 0.025 / 16 < 0.05 / 16 <= seconds["slow"]
     assert seconds["few slow"] == pytest.approx(8 * seconds["slow"], rel=0.5)
-    assert 0 < seconds["call"] < 0.01 and min(spread for _, spread in timing.parts.values()) >= SPREAD
+    assert 0 < seconds["call"] < 0.1 and min(spread for _, spread in timing.parts.values()) >= SPREAD
 
 
 def test_work_gives_the_time_of_calls_on_any_number_of_images() -> None:
