@@ -68,6 +68,7 @@ def test_every_experiment_compares_the_multilevel_method_with_baselines(cfg):
     if cfg.family.callable is not None:
         names = [level.name for level in config.build(cfg.family.callable)]
     settings = settings_of(plain(cfg.compare), names, cfg.process.base_steps)
+    assert references_for(settings, config.build(cfg.process)).keys() == {"sde", "ode"}  # UserError if too coarse
     kinds = {(s.dynamics, s.estimator) for s in settings}
     assert {("sde", "single"), ("ode", "single"), ("sde", "ml_em")} <= kinds
     assert {"sde/ddpm", "ode/ddim", "ode/dpmpp_2m"} <= {f"{s.dynamics}/{s.step_rule}" for s in settings}
@@ -86,20 +87,13 @@ def test_every_experiment_has_separate_seeds_and_fine_references(cfg):
         assert steps == sorted(set(steps)) and steps[-1] <= base
         # learned probabilities start from measured ones at those steps
         assert not rule.get("learn", False) or (o.measured.costs and o.learned.steps in o.measured.steps)
-    seeds = sample_seeds(cfg)
-    parts = [seeds.calibration, seeds.selection, seeds.judgement]
-    sizes = [max(o.calibrate, o.diagnose.seeds), o.num_select, cfg.compare.num_samples]
-    assert [len(part) for part in parts] == sizes and len(set().union(*parts)) == sum(sizes)
-    for part in (seeds.calibration, seeds.selection):  # at either end of a range
-        for first in (part[-1], part[0] - cfg.compare.num_samples + 1):
-            cfg.compare.seed = first
-            with pytest.raises(UserError, match=r"change compare.seed or optimise.seed"):
-                sample_seeds(cfg)
-    process, names = config.build(cfg.process), [f"w{k}" for k in range(len(cfg.family.widths))]
-    if cfg.family.callable is not None:
-        names = [level.name for level in config.build(cfg.family.callable)]
-    for settings in (settings_of(plain(cfg.compare), names, base), planned_steps(o)):
-        assert set(references_for(settings, process)) == {"sde", "ode"}  # UserError if one is too coarse
+    assert references_for(planned_steps(o), config.build(cfg.process)).keys() == {"sde", "ode"}
+    parts, sizes = vars(sample_seeds(cfg)).values(), (max(o.calibrate, o.diagnose.seeds), o.num_select)
+    assert len(set().union(*parts)) == sum(map(len, parts)) == sum(sizes) + cfg.compare.num_samples
+    for first in (o.seed + sum(sizes) - 1, o.seed + 1 - cfg.compare.num_samples):  # at either end
+        cfg.compare.seed = first
+        with pytest.raises(UserError, match=r"change compare.seed or optimise.seed"):
+            sample_seeds(cfg)
 
 
 def test_seeds_and_steps_of_verify_rates():
