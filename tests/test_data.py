@@ -5,6 +5,7 @@ import os
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def faces(count: int = 12, folder: str = "img_align_celeba/") -> Files:
     return {f"{folder}{i:06d}.png": encode(noise(i)) for i in range(1, count + 1)}
 
 
-def write(path: Path, kind: str, files: Files, mode: str = "w") -> Path:
+def write(path: Path, kind: str, files: Files, mode: Any = "w") -> Path:
     if kind == "folder":
         for name, contents in files.items():
             (path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -97,14 +97,11 @@ def test_pooling_does_not_depend_on_the_choice_of_noise_levels(kind: str) -> Non
     }
     weights_of, density = own[kind]
 
-    def error(logsnr: np.ndarray) -> np.ndarray:
-        return np.exp(-0.1 * (logsnr + 2) ** 2)  # larger at high noise
-
     def pooled(logsnr: np.ndarray) -> float:
         weights = weights_of(logsnr)
         assert weights.sum() == pytest.approx(1)
-        return float(weights @ error(logsnr))
+        return float(weights @ np.exp(-0.1 * (logsnr + 2) ** 2))
 
-    exact = float((density * error(fine)).sum() / density.sum())
+    exact = float((density * np.exp(-0.1 * (fine + 2) ** 2)).sum() / density.sum())
     for logsnr in (fine, np.linspace(-9, 9, 60), np.sort(9 * np.sin(np.linspace(-np.pi / 2, np.pi / 2, 60)))):
         assert pooled(logsnr) == pytest.approx(exact, rel=0.01)

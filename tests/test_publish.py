@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ FACTS = {
 }  # fmt: skip
 
 
-def write_level(folder: Path, width: int, **more: object) -> Denoiser:
+def write_level(folder: Path, width: int, **more: Any) -> Denoiser:
     facts = describe(width, 8, 0.4, {"multipliers": [1, 2], "blocks": 1, "attention": [4]}, "v") | more
     network = build_denoiser(width, 8, 0.4, facts["unet"], "v")
     for p in network.parameters():

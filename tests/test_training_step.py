@@ -170,7 +170,7 @@ def test_a_failing_compilation_of_the_backward_pass_trains_eagerly(images, monke
 def test_every_call_of_a_graphed_step_is_one_step(images, monkeypatch, works):
     """Tests the order of warm-up, capture and replay, without the device's part."""
 
-    def capture(self: GraphedStep) -> Any:
+    def capture(self: Any) -> Any:
         if not works:
             raise RuntimeError("operation not permitted when stream is capturing")
         self.replay = lambda: self.step(self.buffers)  # as a graph: the same work on the buffers' current content

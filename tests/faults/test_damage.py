@@ -37,7 +37,7 @@ def damaged(path: Path, kind: str, executed: Path) -> bytes:
     elif path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as stored:
             names = stored.files
-        np.savez(out, **dict.fromkeys(names, objects))
+        np.savez(out, **dict.fromkeys(names, objects))  # pyright: ignore[reportArgumentType]
     elif path.suffix == ".npy":
         np.save(out, objects, allow_pickle=True)
     else:
