@@ -50,8 +50,8 @@ $(VENV)/.installed-test: $(VENV)/.installed
 demo: setup  ## the full experiment on procedural portraits; about 8 minutes on two CPU cores
 	@$(call RUN,prepare_data)
 	@$(call SEVERAL,train_levels)
-	@$(call RUN,measure_gamma)
 	@$(call SEVERAL,optimise)
+	@$(call RUN,measure_gamma)
 	@$(call SEVERAL,sample_compare)
 	@$(call RUN,report)
 

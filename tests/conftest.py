@@ -9,7 +9,7 @@ from filelock import FileLock
 from hydra.core.global_hydra import GlobalHydra
 from pipeline import Here, Place, apart
 
-STAGES = ["prepare_data", "train_levels", "measure_gamma", "optimise", "sample_compare", "sample", "report"]
+STAGES = ["prepare_data", "train_levels", "optimise", "measure_gamma", "sample_compare", "sample", "report"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
