@@ -34,8 +34,8 @@ def test_training_that_diverges_keeps_a_finite_state_and_can_begin_again(done, h
 
 
 OPTIONS = (
-    "process.base_steps=129", "timing={rounds:1,at_least:0}", "metrics._target_=null", "compare.plans=none",
-    "compare.gamma=2.5",
+    "process.base_steps=129", "timing={rounds:1,at_least:0}", "optimise.measured.steps=[9]", "metrics._target_=null",
+    "compare.plans=none", "compare.gamma=2.5",
     "+family.callable.broken=1", "family.callable.levels=4", "family.callable._target_=broken_family.broken_family",
     "compare.num_samples=12", "compare.num_reference=8", "compare.batch=6", "compare.bootstrap=20",
     "compare.baselines=[{dynamics:sde,step_rule:ddpm,levels:all,steps:[9]}]",
