@@ -44,7 +44,7 @@ def test_each_target_runs_its_script_on_the_experiment(target, script):
 
 def test_the_demo_runs_every_stage_in_order():
     found = commands("demo", "DRY_RUN=1", "ARGS=-m force=true")
-    stages = ["prepare_data", "train_levels", "measure_gamma", "optimise", "sample_compare", "report"]
+    stages = ["prepare_data", "train_levels", "optimise", "measure_gamma", "sample_compare", "report"]
     assert [Path(c[1]).stem for c in found] == stages
     assert all(c[2:] == ["-m", "experiment=demo", "dry_run=true", "force=true"] for c in found)
     assert all("experiment=smoke" in c for c in commands("demo", "EXPERIMENT=smoke"))

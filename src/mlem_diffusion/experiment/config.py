@@ -59,6 +59,8 @@ def fingerprint(groups: dict[str, Any], inputs: dict[str, Any]) -> str:
             train.pop("narrow", None)
         for key in _WATCHING:
             groups["train"].pop(key, None)
+        if "process" in groups:  # the finest grid of samplers, so a finer reference needs no new training
+            groups["process"].pop("base_steps", None)
     text = json.dumps([_without_modules(groups), inputs], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -130,10 +130,12 @@ def make_runner(exp: Any, plans: Planned | None = None) -> Runner:
 
 def planned_steps(options: Any) -> list[SamplerSetting]:
     """Stand-ins for all that make optimise runs, with the rules and steps of its plans."""
-    found = [(r.dynamics, r.step_rule, steps) for r in options.rules for steps in r.steps]
-    more = {*options.measured.steps, *([options.learned.steps] if options.learned.costs else [])}
-    found += [(r.dynamics, r.step_rule, steps) for r in options.rules if r.get("methods") != [] for steps in more]
-    return [SamplerSetting(dynamics, rule, "single", (), steps) for dynamics, rule, steps in found]
+    found = []
+    for r in options.rules:
+        steps = [*r.steps, *(options.measured.steps if options.measured.costs and r.get("methods") != [] else ())]
+        steps += [options.learned.steps] if options.learned.costs and r.get("learn") else []
+        found += [SamplerSetting(r.dynamics, r.step_rule, "single", (), count) for count in steps]
+    return found
 
 
 def timed_rules(cfg: Any, more: Iterable[StepRule] = ()) -> list[StepRule]:
