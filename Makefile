@@ -47,7 +47,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@$(PIP) -e ".[test]"
 	@touch $@
 
-demo: setup  ## the full experiment on procedural portraits; about 8 minutes on two CPU cores
+demo: setup  ## the full experiment on procedural portraits; about 9 minutes on two CPU cores
 	@$(call RUN,prepare_data)
 	@$(call SEVERAL,train_levels)
 	@$(call SEVERAL,optimise)
