@@ -80,13 +80,13 @@ ESTIMATORS = {
 }
 
 
-def largest_bound(found: dict[str, Any]) -> float | None:
-    return max((p["lower95"] for p in found.get("curve", []) if p["lower95"] is not None), default=None)
-
-
-def factor(found: dict[str, Any], least: int) -> float | None:
-    """The factor in rms error over which the bound is at least `least`."""
-    return next((w["factor"] for w in found.get("windows", []) if w["least"] == least and w["factor"] > 1), None)
+def bounds(found: dict[str, Any]) -> str:
+    """The window's lower bound, and in brackets the largest one at a point; empty if the method was not run."""
+    points = [p["lower95"] for p in found.get("curve", []) if p["lower95"] is not None]
+    wide = found.get("window")
+    return (
+        f"{wide['lower95']:.3g} ({max(points):.3g})" if points and wide else f"– ({max(points):.3g})" if points else ""
+    )
 
 
 def estimator_table() -> str:
@@ -98,10 +98,7 @@ def estimator_table() -> str:
     ]
     rows = [("estimator", *(title for title, _ in columns))]
     for key, words in ESTIMATORS.items():
-        cells = []
-        for _, found in columns:
-            bound, four = largest_bound(found.get(key, {})), factor(found.get(key, {}), 4)
-            cells.append("" if bound is None else f"{bound:.3g}" + (f"; 4x over {four:.1f}" if four else ""))
+        cells = [bounds(found.get(key, {})) for _, found in columns]
         if any(cells):
             rows.append((words, *cells))
     return table(rows)
