@@ -16,7 +16,7 @@ from mlem_diffusion.multilevel.plan import save_plans
 OUTPUTS = ["plans.json", "plans.npz", "gains.json", "gains.png", "diagnostics.json", "ablation.json", "ablation.png"]
 
 
-@stage(OUTPUTS, depends=["process", "precision", "optimise"], reads=["levels"], cost=plan_search.cost)
+@stage(OUTPUTS, depends=["process", "precision", "optimise", "timing"], reads=["levels"], cost=plan_search.cost)
 def main(exp: Experiment) -> None:
     plan_search.check(exp)
     selecting = make_runner(exp)

@@ -18,7 +18,8 @@ def cost(exp: Experiment, levels: dict[str, Level]) -> Mapping[str, float]:
 
 
 @stage(
-    outputs=["compare.csv", "compare.png", "speedup.json"], depends=["process", "precision", "compare", "metrics"],
+    outputs=["compare.csv", "compare.png", "speedup.json"],
+    depends=["process", "precision", "compare", "metrics", "timing", "compile"],
     reads=["levels", "images", "gamma.json", "plans.json", "plans.npz"], cost=cost,
 )  # fmt: skip
 def main(exp: Experiment) -> None:

@@ -109,7 +109,7 @@ def test_a_headline_holds_throughout_a_factor_of_two_in_rms_error() -> None:
     # 5 and 6 do not hold over a factor of two; 4.5 does from 0.25 to 0.01
     assert headline(curve) == {"lower95": 4.5, "rms_error": pytest.approx([0.5, 0.1])}
     assert headline(curve[:3]) == {"lower95": 4, "rms_error": [4, 2]} and headline(curve[:2]) is headline([]) is None
-    assert headline(curve[-2:]) == {"lower95": 0, "rms_error": pytest.approx([1e-2, 1e-3])}
+    assert headline(curve[-2:]) is None  # one of the two has no bound
     assert window(curve, 4) == {"least": 4, "factor": pytest.approx(50), "rms_error": pytest.approx([0.5, 0.01])}
     assert (window(curve, 3) or {})["factor"] == pytest.approx(400) and window(curve, 10) is None
 
@@ -118,7 +118,7 @@ def test_unreached_errors_and_empty_sides_give_null() -> None:
     for some in (em(COSTS), ml_em(COSTS, 2.0), [*em(COSTS), setting("ml_em", 0.1, 5.0)]):
         entry = entry_of(some)
         assert entry["max"] is None and all(p["speedup"] is None for p in entry["curve"])
-        assert "0 1 to 0.25" in " ".join(summary(speedups(some)).split()) or not entry["curve"]
+        assert entry["window"] is None and summary(speedups(some)).count("–") >= 6
     assert speedups([]) == {"strict": {}}
 
 

@@ -7,9 +7,13 @@ import pytest
 import torch
 from toys import SHAPE, process
 
+from mlem_diffusion.diffusion.brownian import BrownianPath
 from mlem_diffusion.diffusion.level import Level
+from mlem_diffusion.diffusion.sampler import SingleLevel
 from mlem_diffusion.diffusion.step_rules import step_rule
-from mlem_diffusion.multilevel.timing import SPREAD, Timing, measure_timing, work_of
+from mlem_diffusion.errors import UserError
+from mlem_diffusion.multilevel.estimators import Multilevel
+from mlem_diffusion.multilevel.timing import SPREAD, Timing, measure_timing, random_work, work_of
 
 RULE = step_rule("sde/ddpm")
 
@@ -23,10 +27,24 @@ def test_parts_are_timed_apart() -> None:
     family, where = [sleeper("quick", 0.005), sleeper("slow", 0.05)], (process().grid(9), SHAPE, 16)
     timing = measure_timing(family, [RULE], *where, torch.device("cpu"), rounds=2, at_least=0.0)
     seconds = {name: median for name, (median, _) in timing.parts.items()}
-    assert set(seconds) == {"quick", "slow", "few quick", "few slow", "step sde/ddpm", "call"}
+    drawn, levels = {"start", "noise", "coins"}, {"quick", "slow", "few quick", "few slow"}
+    assert set(seconds) == levels | drawn | {"step sde/ddpm", "call"}
     assert 0.005 / 16 <= seconds["quick"] < 0.025 / 16 < 0.05 / 16 <= seconds["slow"]
     assert seconds["few slow"] == pytest.approx(8 * seconds["slow"], rel=0.5)
     assert 0 < seconds["call"] < 0.1 and min(spread for _, spread in timing.parts.values()) >= SPREAD
+
+
+def test_random_numbers_take_time_too() -> None:
+    """Coins only in a multilevel run; steps that are no power of two draw more numbers for the same path."""
+    path, grids = BrownianPath([0], SHAPE), [process(513).grid(steps) for steps in (16, 24, 32)]
+    family = [sleeper(f"w{k}", k) for k in (1, 2, 3)]
+    alone, several = SingleLevel(family[0]), Multilevel(family, np.array([1.0, 0.5, 0.25]))
+    assert random_work(alone, step_rule("ode/ddim"), grids[0], path) == {"start": 1, "noise": 0, "coins": 0}
+    assert random_work(several, step_rule("ode/ddim"), grids[0], path)["coins"] == 2
+    noise = [random_work(alone, RULE, grid, path)["noise"] for grid in grids]
+    assert 15 <= noise[0] < noise[2] < noise[1] < 512
+    with pytest.raises(UserError, match="The timing lacks coins"):
+        Timing({"start": (1.0, 0.1)}).draws([{"start": 1.0, "coins": 2.0}], 2, seed=0)
 
 
 def test_work_gives_the_time_of_calls_on_any_number_of_images() -> None:

@@ -93,8 +93,9 @@ def _corners(errors: list[float], costs: list[float]) -> tuple[list[float], list
     for error, cost in zip(errors, costs, strict=True):
         # while the last corner is on or above the chord from the one before it to this setting
         while len(x) > 1 and (y[-1] - y[-2]) * (x[-2] - error) >= (cost - y[-2]) * (x[-2] - x[-1]):
-            x.pop(), y.pop()
-        x.append(error), y.append(cost)
+            del x[-1], y[-1]
+        x.append(error)
+        y.append(cost)
     return x[::-1], y[::-1]
 
 
@@ -135,8 +136,8 @@ def window(curve: Sequence[dict[str, Any]], least: float) -> dict[str, Any] | No
 
 def headline(curve: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """{"lower95": x, "rms_error": [from, to]}: the largest x that the lower bound keeps throughout a factor SPAN in rms
-    error, and the widest range in which it does; None if the curve spans less. A point without a bound counts as 0."""
-    for x in sorted({point["lower95"] or 0.0 for point in curve}, reverse=True):
+    error, and the widest range in which it does; None if there is none above 0, or if the curve spans less."""
+    for x in sorted({point["lower95"] for point in curve if point["lower95"]}, reverse=True):
         found = window(curve, x)
         if found is not None and found["factor"] >= SPAN * (1 - _SLACK):
             return {"lower95": x, "rms_error": found["rms_error"]}

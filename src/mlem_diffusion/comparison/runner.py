@@ -27,7 +27,7 @@ from ..diffusion.step_rules import StepRule
 from ..errors import Interrupted, UserError
 from ..files import atomic_write, cached, read_arrays, write_arrays
 from ..multilevel.plan import Plan
-from ..multilevel.timing import Timing, work_of
+from ..multilevel.timing import Timing, random_work, work_of
 from ..statistics import squared_errors, standard_error
 from .features import Extractor
 from .settings import Measurement, SamplerSetting
@@ -157,7 +157,8 @@ class Runner:
         """A finished setting; it is measured again if its file is missing or damaged."""
         file = self._file("setting", setting.dynamics, setting.row)
         arrays = cached(file, _read, lambda: self.measure(setting))
-        work = json.loads(str(arrays["work"]))
+        path, grid = BrownianPath([0], self.shape, self.device), self.process.grid(setting.steps)
+        work = json.loads(str(arrays["work"])) | random_work(self.build(setting), setting.rule, grid, path)
         row = setting.row | json.loads(str(arrays["costs"]))
         row["seconds"] = None if self.timing is None else self.timing.seconds(work)
         return Measurement(row, arrays["errors"], arrays.get("features"), arrays.get("images"), work)

@@ -189,6 +189,8 @@ def best_setting(rows: Iterable[Row]) -> Row:
     If any has a distance, the cheapest (FLOPs) whose distance is within 5% of the smallest; else the cheapest with a
     squared error of at most GOOD_ENOUGH; else the one with the smallest error."""
     sound = [row for row in rows if row["error"] is not None and trusted(row)]
+    if not sound:
+        raise UserError("No setting gave finite images, so none can be called best: train the levels longer.")
     measure, limit = "error", GOOD_ENOUGH
     if measured := [row for row in sound if row["distance"] is not None]:
         sound, measure, limit = measured, "distance", 1.05 * max(0.0, min(row["distance"] for row in measured))

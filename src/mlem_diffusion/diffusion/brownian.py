@@ -68,6 +68,12 @@ class BrownianPath:
         steps = range(0, len(grid.index) - 1, _WINDOW)
         return torch.cat([self._draw(*base, grid.index[j : j + _WINDOW + 1].tobytes(), clock) for j in steps])
 
+    def numbers(self, grid: TimeGrid, clock: str) -> int:
+        """Random numbers per pixel that all steps of a grid draw."""
+        base = grid.base_logsnr.tobytes(), grid.base_time.tobytes()
+        parts = [grid.index[j : j + _WINDOW + 1].tobytes() for j in range(0, len(grid.index) - 1, _WINDOW)]
+        return sum(_terms(*base, part, clock, _block(self.device))[1].shape[1] for part in parts)
+
     def increment(self, grid: TimeGrid, clock: str, step: int) -> Tensor:
         """The standardised increment [B, *shape] of one step; steps should be asked for in order."""
         first = step - step % _WINDOW

@@ -167,8 +167,9 @@ class Experiment:
         """read(path) of a cache file; rank 0 makes it first if it is missing or damaged.
 
         stem: such as "effects.npz". The name has a hash of `facts`, of the process and of the levels."""
-        levels = self.identity or self.plain("family")
-        key = self.fingerprint(("process", "precision"), levels=levels, facts=facts, device=self.device.type)[:20]
+        key = self.fingerprint(
+            ("process", "precision"), levels=self._content_of("levels"), facts=facts, device=self.device.type
+        )[:20]
         return _made_once(self.results / "cache" / f"{Path(stem).stem}-{key}{Path(stem).suffix}", read, make)
 
     def progress(self, label: str, total: int | None, unit: str = "img") -> bar:
@@ -227,7 +228,8 @@ class Experiment:
             images = self.images_if_needed()
             return images and images.manifest["sha256"]
         if what == "levels":
-            return self.identity or self.plain("family")
+            extra = {key: self.cfg.family[key] for key in ("gaussian", "gaussian_rank")}
+            return {**self.identity, **extra} if self.identity else self.plain("family")
         path = self.results / what
         return files.sha256_of(path) if path.is_file() else None
 

@@ -92,7 +92,9 @@ def effects(exp: Any, levels: dict[str, Level], rule: StepRule) -> Effects:
             grid, part, batch = exp.process.grid(o.calibrate_steps), _path(exp, o.calibrate), exp.cfg.compare.batch
             measure_effects(list(levels.values()), rule, grid, part, o.probes, batch, progress).save(path)
 
-    return exp.cached("effects.npz", [o.seed, o.calibrate, o.probes, o.calibrate_steps, rule.key], Effects.load, make)
+    return exp.cached(
+        "effects.npz", ["bridge", o.seed, o.calibrate, o.probes, o.calibrate_steps, rule.key], Effects.load, make
+    )
 
 
 def calibrating(exp: Any, selecting: Runner) -> Runner:

@@ -181,7 +181,8 @@ def timing(exp: Any, levels: Mapping[str, Level], rules: Iterable[StepRule] = ()
             content = read_json(path, "run the same command again")
             return Timing({name: (float(median), float(spread)) for name, (median, spread) in content.items()})
 
-    return exp.cached("timing.json", [where, options, [rule.key for rule in chosen]], read, make)
+    facts = [where, options, [rule.key for rule in chosen], exp.plain("compile", "autotune")]
+    return exp.cached("timing.json", facts, read, make)
 
 
 def timing_record(exp: Any, found: Timing | None) -> dict[str, Any]:

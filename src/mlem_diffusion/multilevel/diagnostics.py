@@ -212,7 +212,7 @@ def _growth(s: LevelStatistics) -> list[dict[str, str]]:
 
 
 def differences_fall(errors: Any) -> dict[str, Any]:
-    """Whether the differences of LevelErrors (gamma/estimate.py) fall from each level to the next; ready for JSON.
+    """Whether the differences of LevelErrors (gamma/estimates.py) fall from each level to the next; ready for JSON.
 
     "violations": rises by more than two standard errors over the same held-out images, pooled (logsnr None) or at one
     noise level; for to_previous, between the differences to the level before of two levels."""

@@ -9,17 +9,21 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..diffusion.brownian import BrownianPath
 from ..diffusion.level import Level
 from ..diffusion.process import TimeGrid
 from ..diffusion.sampler import Estimator, SingleLevel, sample
 from ..diffusion.step_rules import StepRule, step_rule
+from ..errors import UserError
+from .estimators import Multilevel
 from .plan import Progress
 
 Work = Mapping[str, float]  # how often each part occurs per image
 SPREAD = 0.01  # the least spread of a timing: none is more exact
 CALL = "call"  # the part for each network call beyond the first in an estimate
+START, NOISE, COINS = "start", "noise", "coins"  # parts that random numbers take
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class Timing:
         median, spread = np.array([self.parts[name] for name in names]).T
         normal = np.random.default_rng(seed).standard_normal((len(names), replicates))
         normal = np.concatenate([np.zeros((len(names), 1)), normal], axis=1)
+        if unknown := {name for work in works for name in work} - set(names):
+            raise UserError(f"The timing lacks {', '.join(sorted(unknown))}: run the stage again with ARGS=force=true.")
         counts = np.array([[work.get(name, 0.0) for name in names] for work in works]).reshape(len(works), len(names))
         return counts @ (median[:, None] * np.exp(spread[:, None] * normal))
 
@@ -69,6 +75,27 @@ def work_of(weights: Sequence[np.ndarray], names: Sequence[str], rule: StepRule,
     return {part: count for part, count in (out | step).items() if count}
 
 
+def random_work(estimator: Estimator, rule: StepRule, grid: TimeGrid, path: BrownianPath) -> dict[str, float]:
+    """The parts that random numbers take per image: the starting point, the increments of the grid, the coins."""
+    drawn = path.numbers(grid, rule.clock) if rule.clock else 0
+    coins = len(estimator.levels) - 1 if isinstance(estimator, Multilevel) else 0
+    return {START: 1.0, NOISE: float(drawn), COINS: float(coins)}
+
+
+class _Ready(BrownianPath):
+    """A path that draws nothing."""
+
+    def initial(self) -> Tensor:
+        return self._ready
+
+    def increment(self, grid: TimeGrid, clock: str, step: int) -> Tensor:
+        return self._ready
+
+    def __init__(self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device):
+        super().__init__(seeds, shape, device)
+        self._ready = super().initial()
+
+
 class _Halves(Estimator):
     """Two levels, of which the second runs on every other sample."""
 
@@ -89,24 +116,30 @@ def measure_timing(
 
     The parts, in seconds per image: "<level>", one evaluation in a full batch; "few <level>", in a batch of `few`,
     since coins select some images; "step <rule>", one evaluation of the rule's program on `grid` with a network that
-    costs nothing, noise included. "call": seconds of the sampler's own work for each network call of a batch beyond the
-    first in an estimate. at_least: seconds that each part is timed in each round."""
+    costs nothing, without noise; "start", a starting point; "noise", a random number per pixel of the increments;
+    "coins", the coins of one level. "call": seconds of the sampler's own work for each network call of a batch beyond
+    the first in an estimate. at_least: seconds that each part is timed in each round."""
     free = [Level(f"free{k}", lambda x, logsnr: x, k + 1.0) for k in range(2)]
 
+    path, ready = BrownianPath(range(batch), shape, device), _Ready(range(batch), shape, device)
+    tossed = Multilevel(free, np.array([1.0, 0.5]))
+
     def run(estimator: Estimator, rule: StepRule) -> Callable[[], object]:
-        return lambda: sample(estimator, rule, grid, BrownianPath(range(batch), shape, device))
+        return lambda: sample(estimator, rule, grid, ready)
 
     plain, small = step_rule("ode/ddim"), few(batch)
     programs = {f"step {rule.key}": len(rule.program(grid)) for rule in rules}
     calls = _evaluations(levels, shape, batch, device)
     calls |= {f"few {name}": call for name, call in _evaluations(levels, shape, small, device).items()}
     calls |= {f"step {rule.key}": run(SingleLevel(free[0]), rule) for rule in rules}
+    calls |= {START: path.initial, NOISE: lambda: path.increments(grid, "snr")}
+    calls |= {COINS: lambda: tossed.weights(len(grid.index), range(batch))}
     calls |= {"plain": run(SingleLevel(free[0]), plain), CALL: run(_Halves(*free), plain)}
     found = _rounds(calls, device, rounds, at_least, progress)
     alone = found.pop("plain")
     found[CALL] = np.maximum(found[CALL] - alone, SPREAD * alone) / len(plain.program(grid))  # never negative
     images = dict.fromkeys(found, batch) | {f"few {level.name}": small for level in levels} | {CALL: 1}
-    images |= {name: batch * count for name, count in programs.items()}
+    images |= {name: batch * count for name, count in programs.items()} | {NOISE: batch * path.numbers(grid, "snr")}
     return Timing({name: _summary(values / images[name]) for name, values in found.items()})
 
 
