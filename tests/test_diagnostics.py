@@ -178,9 +178,12 @@ def test_gains_are_measured_before_diagnostics_but_after_the_contract(tmp_path: 
     """The diagnosed rule is the first with methods; a level of the wrong shape, which has no gains, is a finding."""
     rules = [{"dynamics": d, "step_rule": r, "methods": m} for d, r, m in (
         ("sde", "em", []), ("sde", "ddpm", ["nested"]), ("ode", "ddim", []))]  # fmt: skip
-    numbers = {"seed": 0, "calibrate": 4, "calibrate_steps": 6, "probes": 1, "diagnose": {"seeds": 4, "steps": 6}}
+    numbers = {"seed": 0, "calibrate": 4, "calibrate_steps": 6, "probes": 1, "diagnose": {"seeds": 4, "steps": 6},
+               "num_select": 4}  # fmt: skip
     exp: Any = SimpleNamespace(process=process(), shape=SHAPE, device="cpu", progress=lambda *a: nullcontext(max))
-    exp.cfg = OmegaConf.create({"optimise": numbers | {"rules": rules, "methods": []}, "compare": {"batch": 8}})
+    exp.cfg = OmegaConf.create(
+        {"optimise": numbers | {"rules": rules, "methods": []}, "compare": {"batch": 8, "seed": 90, "num_samples": 4}}
+    )
     exp.cached = lambda stem, facts, read, make: (make(tmp_path / stem), read(tmp_path / stem))[1]
     found = plan_search.diagnostics(exp, {level.name: level for level in toy_family()}).values()
     assert [(f["step_rule"], f["pooling"]) for f in found] == [("ddpm", "gains"), ("ddim", "uniform")]

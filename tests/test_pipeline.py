@@ -78,7 +78,7 @@ def test_format_of_compare_csv(done):
     timing, reference = (strict(done[0].results / name) for name in ("timing.json", "reference.json"))
     same = rows[(rows.estimator == "single") & (rows.levels == "w6") & (rows.step_rule == "ddpm")]
     per_step = same.seconds / same.steps
-    assert len(same) == 2 and per_step.max() < 1.001 * per_step.min() and timing["threads"] == 1
+    assert len(same) == 2 and per_step.max() < 1.05 * per_step.min() and timing["threads"] == 1
     assert per_step.min() > 0.99 * sum(timing["parts"][part]["seconds"] for part in ("w6", "step sde/ddpm"))
     for entry in reference.values():
         assert entry["steps"] > 8 * (entry["finest"] - 1) and 0 <= entry["bias"] < 1 and entry["setting"]
@@ -246,13 +246,13 @@ def test_wrong_input_is_one_line_and_exit_status_2(here, tmp_path, stage, more, 
             ["compare.num_samples=1000", "metrics.dim=1000"],
             "1000 images are too few for FD-random-conv",
         ),
-        ("sample_compare", ["compare.seed=499999"], "were selected on sample seeds of this comparison"),
+        ("sample_compare", ["compare.seed=499999"], "change compare.seed"),
         ("optimise", ["optimise.cost=money"], "optimise.cost"),
         ("sample", ["seeds=many"], "SEEDS=many is not a list of seeds"),
         ("sample", ["sampler=heun"], "A sampler is best"),
         ("sample", ["sampler={dynamics: ode}"], "sampler lacks the key"),
         ("sample", ["precision=half"], "precision = 'half' is unknown"),
-        ("sample", ["sampler={dynamics: ode, step_rule: ddim, estimator: single, levels: w6, steps: 51}"], "51"),
+        ("sample", ["sampler={dynamics: ode, step_rule: ddim, estimator: single, levels: w6, steps: 130}"], "130"),
     ],
 )
 def test_wrong_requests_on_a_finished_experiment(done, here, stage, more, sentence):

@@ -91,10 +91,10 @@ def test_gamma_shows_fits_intervals_and_training_lengths() -> None:
     assert any(np.allclose(line, above_floor) for line in points(fits) if len(line) == len(measured))
     labels = fits.get_legend_handles_labels()[1]
     low, high = fit["interval"]
-    assert f"γ = {fit['gamma']:.2f} [{low:.2f}, {high:.2f}]" in labels[0]
-    assert f"no finite γ [{result['estimates']['to_largest']['interval'][0]:.2f}, ∞]" in labels[2]
+    assert f"[{low:.2f}, {'∞' if high is None else f'{high:.2f}'}]" in labels[0] and "not applicable" in labels[2]
+    assert (f"γ = {fit['gamma']:.2f}" if fit["gamma"] else "no finite γ") in labels[0]
     at_noise = {row["logsnr"] for row in result["per_noise_level"]}
-    assert any(set(line[:, 0]) == at_noise for line in points(per_noise_level, marker="s"))
+    assert any(len(line) == len(at_noise) for line in points(per_noise_level, marker="s"))
     assert len(lengths.get_xticks()) == 3 and lengths.get_xticklabels()[2].get_text().startswith("100%")
     assert len(losses.get_legend_handles_labels()[1]) == 3
     # an unbounded interval ends in an arrow at the edge of the axis; a number beyond the axis has no marker

@@ -116,7 +116,7 @@ def test_the_committed_family_gives_the_images_that_it_gave():
     index = json.loads((COMMITTED / "family.json").read_text())
     levels = load_family(COMMITTED, index["levels"])
     levels.insert(0, load_gaussian(COMMITTED / "gauss.safetensors").as_level())
-    grid, found = Process(LinearSchedule()).grid(6), []
+    grid, found = Process(LinearSchedule(), base_steps=1000).grid(6), []
     for level in levels:
         images, _ = sample(SingleLevel(level), STEP_RULES["ode/dpmpp_2m"], grid, BrownianPath([0, 1], (3, 32, 32)))
         found.append([float(images.mean()), float(images.std())])

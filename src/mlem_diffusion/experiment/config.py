@@ -104,10 +104,8 @@ def set_up_device(cfg: Any, training: bool) -> torch.device:
         raise UserError(text + "set device=auto or device=cpu, or start fewer processes (NPROC).") from error
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    if training:
-        torch.set_float32_matmul_precision("high")
-    else:
-        torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("high" if training else "highest")
+    torch.backends.cudnn.allow_tf32 = training
     torch.backends.cudnn.benchmark = bool(cfg.autotune)
     return device
 
