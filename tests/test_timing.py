@@ -13,7 +13,7 @@ from mlem_diffusion.diffusion.sampler import SingleLevel
 from mlem_diffusion.diffusion.step_rules import step_rule
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.multilevel.estimators import Multilevel
-from mlem_diffusion.multilevel.timing import SPREAD, Timing, measure_timing, random_work, work_of
+from mlem_diffusion.multilevel.timing import SPREAD, Timing, measure_timing, random_work, summarised, work_of
 
 RULE = step_rule("sde/ddpm")
 
@@ -32,6 +32,13 @@ def test_parts_are_timed_apart() -> None:
     assert 0.005 / 16 <= seconds["quick"] < 0.025 / 16 < 0.05 / 16 <= seconds["slow"]
     assert seconds["few slow"] == pytest.approx(8 * seconds["slow"], rel=0.5)
     assert 0 < seconds["call"] < 0.1 and min(spread for _, spread in timing.parts.values()) >= SPREAD
+
+
+def test_what_slows_all_parts_alike_is_no_spread() -> None:
+    load = np.array([1.0, 3.0, 1.5, 2.0, 1.2])
+    parts = summarised({"a": load, "b": 2 * load, "c": 4 * load * [1, 1, 1.3, 1, 1]}).parts
+    assert parts["a"] == pytest.approx((1.5, SPREAD)) and parts["b"] == pytest.approx((3.0, SPREAD))
+    assert parts["c"] == pytest.approx((6.0, np.log([1.3, 1, 1, 1, 1]).std(ddof=1)))
 
 
 def test_random_numbers_take_time_too() -> None:

@@ -140,7 +140,7 @@ def measure_timing(
     found[CALL] = np.maximum(found[CALL] - alone, SPREAD * alone) / len(plain.program(grid))  # never negative
     images = dict.fromkeys(found, batch) | {f"few {level.name}": small for level in levels} | {CALL: 1}
     images |= {name: batch * count for name, count in programs.items()} | {NOISE: batch * path.numbers(grid, "snr")}
-    return Timing({name: _summary(values / images[name]) for name, values in found.items()})
+    return summarised({name: values / images[name] for name, values in found.items()})
 
 
 def seconds_per_image(family: Sequence[Level], shape: tuple[int, ...], batch: int, device: torch.device) -> list[float]:
@@ -177,10 +177,18 @@ def _rounds(
     return {name: np.array(values[1:]) for name, values in medians.items()}
 
 
-def _summary(values: np.ndarray) -> tuple[float, float]:
-    """The median of rounds and the standard deviation of their logarithm, at least SPREAD."""
-    spread = float(np.log(values).std(ddof=1)) if len(values) > 1 else 0.0
-    return float(np.median(values)), max(SPREAD, spread)
+def summarised(rounds: Mapping[str, np.ndarray]) -> Timing:
+    """The timing of parts with these seconds [rounds] in each round.
+
+    What slows all parts alike in a round cancels in every speed-up, so each round is first divided by its common
+    factor: the median over parts of their ratios to their own medians. A spread is at least SPREAD."""
+    logs = np.log(np.stack(list(rounds.values())))  # [parts, rounds]
+    logs = logs - np.median(logs - np.median(logs, axis=1, keepdims=True), axis=0)
+    spreads = logs.std(axis=1, ddof=1) if logs.shape[1] > 1 else np.zeros(len(logs))
+    medians = np.exp(np.median(logs, axis=1))
+    return Timing(
+        {name: (float(m), max(SPREAD, float(s))) for name, m, s in zip(rounds, medians, spreads, strict=True)}
+    )
 
 
 def _now(device: torch.device) -> float:
