@@ -64,21 +64,17 @@ class BrownianPath:
     def increments(self, grid: TimeGrid, clock: str) -> Tensor:
         """Standardised Brownian increments [n-1, B, *shape], float32, of all steps of a grid. clock: "snr" weights by
         sqrt(du), u = alpha^2/sigma^2, exact for the ancestral step; "time" by sqrt(dt), for EM."""
-        base = grid.base_logsnr.tobytes(), grid.base_time.tobytes()
-        steps = range(0, len(grid.index) - 1, _WINDOW)
-        return torch.cat([self._draw(*base, grid.index[j : j + _WINDOW + 1].tobytes(), clock) for j in steps])
+        return torch.cat([self._draw(*_window(grid, clock, j)) for j in range(0, len(grid.index) - 1, _WINDOW)])
 
     def numbers(self, grid: TimeGrid, clock: str) -> int:
         """Random numbers per pixel that all steps of a grid draw."""
-        base = grid.base_logsnr.tobytes(), grid.base_time.tobytes()
-        parts = [grid.index[j : j + _WINDOW + 1].tobytes() for j in range(0, len(grid.index) - 1, _WINDOW)]
-        return sum(_terms(*base, part, clock, _block(self.device))[1].shape[1] for part in parts)
+        windows = [_window(grid, clock, j) for j in range(0, len(grid.index) - 1, _WINDOW)]
+        return sum(_terms(*window, _block(self.device))[1].shape[1] for window in windows)
 
     def increment(self, grid: TimeGrid, clock: str, step: int) -> Tensor:
         """The standardised increment [B, *shape] of one step; steps should be asked for in order."""
         first = step - step % _WINDOW
-        index = grid.index[first : first + _WINDOW + 1]
-        asked = (grid.base_logsnr.tobytes(), grid.base_time.tobytes(), index.tobytes(), clock)
+        asked = _window(grid, clock, first)
         if self._drawn != asked:
             self._window = torch.empty(0)  # frees the memory before the next draw
             self._window, self._drawn = self._draw(*asked), asked
@@ -97,6 +93,12 @@ class BrownianPath:
                 block.normal_(generator=generator.manual_seed(key))
             out[:, i] = weights @ normals.flatten(0, 1)
         return out.reshape(len(table), len(self.seeds), *self.shape)
+
+
+def _window(grid: TimeGrid, clock: str, first: int) -> tuple[bytes, bytes, bytes, str]:
+    """What `_terms` needs of the steps from the first one on: the base grid, the points between them, the clock."""
+    index = grid.index[first : first + _WINDOW + 1]
+    return grid.base_logsnr.tobytes(), grid.base_time.tobytes(), index.tobytes(), clock
 
 
 def _block(device: torch.device) -> int:

@@ -3,7 +3,6 @@
 The seconds of a sampler setting are the sum of (how often each part occurs) times (the seconds of that part). So all
 settings are timed under the same conditions, and the spread of each timing enters the bounds of speed-ups."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..diffusion.brownian import BrownianPath
+from ..diffusion.brownian import BrownianPath, now
 from ..diffusion.level import Level
 from ..diffusion.process import TimeGrid
 from ..diffusion.sampler import Estimator, SingleLevel, sample
@@ -169,9 +168,9 @@ def _rounds(
         for k, (name, call) in enumerate(calls.items()):
             times: list[float] = []
             while not times or sum(times) < (at_least if turn else 0.0):
-                began = _now(device)
+                began = now(device)
                 call()
-                times.append(_now(device) - began)
+                times.append(now(device) - began)
             medians[name].append(float(np.median(times)))
             progress(turn * len(calls) + k + 1, (rounds + 1) * len(calls))
     return {name: np.array(values[1:]) for name, values in medians.items()}
@@ -189,10 +188,3 @@ def summarised(rounds: Mapping[str, np.ndarray]) -> Timing:
     return Timing(
         {name: (float(m), max(SPREAD, float(s))) for name, m, s in zip(rounds, medians, spreads, strict=True)}
     )
-
-
-def _now(device: torch.device) -> float:
-    """The time when all work queued on the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
