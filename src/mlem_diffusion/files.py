@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 _FULL_WORDS = ("os error 28", os.strerror(errno.ENOSPC))  # safetensors and torch put the system's error into words
 
+_LACKING = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # a call that this file system does not have
+
 
 class Damaged(UserError):
     """The file at `path` cannot be read, or does not have the expected content."""
@@ -69,7 +71,7 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
-        with temporary.open("rb") as file:
+        with temporary.open("rb") as file, where_possible():
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except Exception as error:
@@ -77,6 +79,16 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def where_possible() -> Iterator[None]:
+    """Context for a call that some file systems (of networks, in user space) do not have: then it is left out."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _LACKING:
+            raise
 
 
 def _explained(error: Exception, path: Path) -> Exception:
@@ -145,8 +157,11 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise UserError(f"{folder} is in use by another run ({what}): wait for it, or stop it.") from None
-    except OSError as error:
-        raise _explained(error, folder / ".lock") from error
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in _LACKING:
+            raise _explained(error, folder / ".lock") from error
+        text = f"{folder} is on a file system without locks: start no second run on it while this one works."
+        warnings.warn(text, SlowPath, stacklevel=3)
     try:
         for left in folder.rglob(".*.partial"):  # of writers that were killed
             left.unlink(missing_ok=True)

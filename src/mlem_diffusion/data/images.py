@@ -21,7 +21,7 @@ import numpy as np
 
 from .. import parallel
 from ..errors import UserError
-from ..files import atomic_write, locked, read_json, write_json
+from ..files import atomic_write, locked, read_json, where_possible, write_json
 from . import pixels, portraits
 from .sources import Source, open_source, parse_partition, readable, reason
 
@@ -164,7 +164,7 @@ def _pack(destination: Path, manifest: dict[str, Any], split: np.ndarray, found:
     def write(path: Path) -> None:
         images = np.lib.format.open_memmap(path, "w+", np.uint8, (len(split), 3, *manifest["size"]))
         if hasattr(os, "posix_fallocate"):  # a full disk is an error now; later, in the memory map, it kills
-            with path.open("r+b") as file:
+            with path.open("r+b") as file, where_possible():
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         treatment: Counter[str] = Counter()
         for row, image, done in found:

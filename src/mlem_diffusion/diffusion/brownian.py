@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ class BrownianPath:
 
     def initial(self) -> Tensor:
         """Standard normal starting points [B, *shape]."""
-        out = torch.empty(len(self.seeds), *self.shape, device=self.device)
+        out = torch.empty(len(self.seeds), *self.shape, dtype=torch.float32, device=self.device)
         for i, seed in enumerate(self.seeds):
             out[i].normal_(generator=torch.Generator(device=self.device).manual_seed(stream_seed(_INITIAL, seed)))
         return out
@@ -84,8 +85,9 @@ class BrownianPath:
         """Increments [n-1, B, *shape] between the base points index [n]."""
         blocks, table = _terms(base_logsnr, base_time, index, clock, _block(self.device))
         weights = torch.as_tensor(table, dtype=torch.float32, device=self.device)
-        out = torch.empty(len(table), len(self.seeds), math.prod(self.shape), device=self.device)
-        normals = torch.empty(len(blocks), table.shape[1] // len(blocks), out.shape[2], device=self.device)
+        options: Any = {"dtype": torch.float32, "device": self.device}  # whatever torch's own defaults are
+        out = torch.empty(len(table), len(self.seeds), math.prod(self.shape), **options)
+        normals = torch.empty(len(blocks), table.shape[1] // len(blocks), out.shape[2], **options)
         generator = torch.Generator(device=self.device)
         for i, seed in enumerate(self.seeds):
             keys = _mixed((_PATH, seed)).generate_state(blocks[-1] + 1, np.uint64)[blocks] >> np.uint64(1)

@@ -34,7 +34,7 @@ def check_family(levels: Sequence[Level]) -> None:
     if len({level.name for level in levels}) < len(levels):
         raise UserError(f"Levels need distinct names, not {', '.join(level.name for level in levels)}.")
     costs = [level.flops for level in levels]
-    if costs[0] <= 0 or any(b <= a for a, b in pairwise(costs)):
+    if not costs[0] > 0 or not all(b > a for a, b in pairwise(costs)):  # NaN is refused too
         raise UserError("The levels of a family must be ordered by cost, from cheap to expensive, all above zero.")
 
 

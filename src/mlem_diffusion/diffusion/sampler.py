@@ -85,8 +85,9 @@ class WeightTable:
     def __call__(self, j: int, x: Tensor, logsnr: float) -> Tensor:
         """The j-th estimate at x [B, ...]. All samples share the log-SNR, so each level gets a scalar."""
         if self.on_device is None:
-            table = torch.tensor(self.weights, dtype=x.dtype).to(x.device)  # a copy: the weights may be read-only
-            self.on_device = table, torch.as_tensor(self.positions).to(x.device)
+            # a copy, because the weights may be read-only
+            table = torch.tensor(self.weights, dtype=x.dtype, device="cpu").to(x.device)
+            self.on_device = table, torch.from_numpy(self.positions).to(x.device)
         table, positions = self.on_device
         estimate, noise_level = None, torch.full((), logsnr, dtype=torch.float32, device=x.device)
         for k, level in enumerate(self.levels):
@@ -95,16 +96,29 @@ class WeightTable:
                 continue
             self.evaluations[:, k] += self.weights[j, k] != 0
             if count == len(x):
-                output = level.denoise(x, noise_level).to(x.dtype)
+                output = _checked(level, x, noise_level)
                 w = float(self.weights[j, k, 0]) if self.same[j, k] else expand(table[j, k], x)
                 estimate = w * output if estimate is None else estimate.add_(w * output)
             else:
                 first = self.start[j * len(self.levels) + k]
                 rows = positions[first : first + count]
-                output = level.denoise(x[rows], noise_level).to(x.dtype)
+                output = _checked(level, x[rows], noise_level)
                 estimate = torch.zeros_like(x) if estimate is None else estimate
                 estimate.index_add_(0, rows, expand(table[j, k][rows], x) * output)
         return torch.zeros_like(x) if estimate is None else estimate
+
+
+def _checked(level: Level, x: Tensor, logsnr: Tensor) -> Tensor:
+    """The level's output, in the type of x; UserError if it has another shape, or if x, the sampler's own, is changed.
+
+    The value of logsnr is not looked at, so the device is not waited for."""
+    before = None if x.is_inference() else x._version
+    output = level.denoise(x, logsnr)
+    if before is not None and x._version != before:
+        raise UserError(f"{level.name} writes into its input: give the network a copy (x.clone()).")
+    if output.shape != x.shape:
+        raise UserError(f"{level.name} returned the shape {list(output.shape)} for images of {list(x.shape)}.")
+    return output.to(x.dtype)
 
 
 @torch.no_grad()
