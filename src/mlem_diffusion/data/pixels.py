@@ -1,24 +1,95 @@
 """From the bytes of an image file to pixels of one size, and from 8-bit pixels to numbers in [-1, 1] and back."""
 
 import io
+import zlib
+from functools import cache
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import UserError
 
+# Still pictures that begin with a signature and that Pillow decodes itself. Left out: what starts another program (EPS
+# starts Ghostscript) or needs one, video, icons and textures, and formats without a signature, as which Pillow could
+# take a damaged file (TGA, PCX).
+_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "AVIF", "PPM", "QOI")
+_FLIP = Image.Transpose
+_UPRIGHT = {2: _FLIP.FLIP_LEFT_RIGHT, 3: _FLIP.ROTATE_180, 4: _FLIP.FLIP_TOP_BOTTOM, 5: _FLIP.TRANSPOSE}
+_UPRIGHT |= {6: _FLIP.ROTATE_270, 7: _FLIP.TRANSVERSE, 8: _FLIP.ROTATE_90}  # by EXIF's orientation
+
+
+@cache
+def suffixes() -> tuple[str, ...]:
+    """The endings of the names of files that `decode` reads, lower case; Pillow may be built without some formats."""
+    Image.init()
+    known = Image.registered_extensions().items()
+    return (*(suffix for suffix, kind in known if kind in _FORMATS and kind in Image.OPEN), ".mpo")
+
 
 def decode(content: bytes, size: int, crop: str) -> tuple[np.ndarray, str]:
-    """A JPEG or PNG file -> uint8 [3,size,size] and what was done to it. A damaged file raises almost any exception."""
-    treated, done = _treat(_to_rgb(Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))), size, crop)
+    """An image file -> uint8 [3,size,size] and what was done to it. Damaged pixels raise almost any exception; damaged
+    texts, profiles and orientations are ignored. The format is told by content; of several pictures the first counts.
+    """
+    try:
+        image = _loaded(content)
+    except Exception as error:
+        try:
+            image = _loaded(_bare(content))
+        except Exception:
+            if isinstance(error, UnidentifiedImageError):
+                raise ValueError(f"its content is no image that can be read: {content[:24]!r}...") from None
+            raise error from None
+    treated, done = _treat(_to_rgb(image), size, crop)
     return np.asarray(treated).transpose(2, 0, 1), done
+
+
+def _loaded(content: bytes) -> Image.Image:
+    suffixes()  # makes Pillow load its formats
+    image = Image.open(io.BytesIO(content), formats=[kind for kind in _FORMATS if kind in Image.OPEN])
+    image.load()
+    return image
+
+
+def _bare(content: bytes) -> bytes:
+    """A PNG or JPEG without what its pixels do not need, such as texts and profiles; the EXIF data remain if whole."""
+    at, kept = 0, []
+    if content.startswith(b"\x89PNG"):
+        kept, at = [content[:8]], 8
+        while at < len(content):
+            end = at + 12 + int.from_bytes(content[at : at + 4], "big")
+            kind, check = content[at + 4 : at + 8], zlib.crc32(content[at + 4 : end - 4]).to_bytes(4, "big")
+            if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND") or (
+                kind == b"eXIf" and content[end - 4 : end] == check
+            ):
+                kept.append(content[at:end])
+            at = end
+    elif content.startswith(b"\xff\xd8"):
+        kept, at = [content[:2]], 2
+        while content[at : at + 1] == b"\xff" and content[at + 1] != 0xDA:  # until the pixels
+            end = at + 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+            segment, data = content[at + 1], content[at + 4 : end]
+            if (
+                not 0xE0 <= segment <= 0xEF
+                or data.startswith(b"Exif")
+                or (data.startswith(b"Adobe") and len(data) >= 12)
+            ):
+                kept.append(content[at:end])
+            at = end
+    return b"".join(kept) + content[at:]
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Convert to upright RGB: apply the EXIF orientation, put transparency on white, scale 16-bit grey to 8 bits."""
-    image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+        raise ValueError("its pixels have 32 bits, and their range is unknown: convert it to 8 or 16 bits")
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(0x0112))
+    except Exception:  # malformed metadata raise almost any exception; the pixels are fine
+        turn = None
+    if turn is not None:
+        image = image.transpose(turn)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
