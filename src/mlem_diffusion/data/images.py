@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -90,7 +91,8 @@ def prepare(source: str, destination: Path, cfg: Mapping[str, Any], workers: int
         opening: Any = nullcontext(Source(source, f"portraits, version {portraits.VERSION}", names, sha256))
     else:
         opening = open_source(source, destination.parent / "celeba-download")
-    with opening as opened:
+    with opening as opened, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")  # on metadata, without the name of the file
         names = sorted(opened.images)[:count]
         if len(names) < (count or 0):
             raise UserError(f"data.count={count} is more than the {len(names)} images in {opened.name}.")
@@ -119,9 +121,7 @@ def _sha256_of(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _split(
-    names: list[str], partition: tuple[str, bytes] | None, holdout: int, seed: int
-) -> tuple[np.ndarray, str, str]:
+def _split(names: list[str], partition: Any, holdout: int, seed: int) -> tuple[np.ndarray, str, str]:
     """Split uint8 [N], its method (official if CelebA's list gives both sides images, else seeded), and why not."""
     label, content = partition or ("", b"")
     official = parts_of(names, content, label) if partition else []

@@ -5,7 +5,6 @@ import csv
 import re
 import unicodedata
 from collections.abc import Iterator
-from pathlib import PurePosixPath
 
 from ..errors import UserError
 
@@ -15,10 +14,11 @@ _PART = re.compile(r"[012](\.0*)?")  # pandas writes 0.0 for a column with gaps
 def parts_of(names: list[str], content: bytes, label: str) -> list[int]:
     """The part (0 train, 1 valid, 2 test) of each image; empty if the list, called `label`, has none of them.
 
-    Of a name counts what image and list have in common from its end, without extension; case counts only where two
-    names differ in nothing else. Raises UserError for a list without entries, or with some of the images only."""
+    Names are matched without extension, from their end, and without case if need be. Raises UserError for a list
+    without entries, or with only some of the images."""
     exact: dict[str, int] = {}  # one bit for each part that a name has in the list
     loose: dict[str, int] = {}
+    cure = "fetch it again, or remove it for a seeded split"
     try:
         for name, part in _entries(content):
             for key in _keys(name):
@@ -27,19 +27,18 @@ def parts_of(names: list[str], content: bytes, label: str) -> list[int]:
     except (csv.Error, UnicodeError):
         exact = {}
     if not exact:
-        text = f"{label} has no line with an image and its part, such as `000001.jpg 0` (0 train, 1 valid, 2 test)"
-        raise UserError(f"{text}: fetch it again, or remove it for a seeded split.")
+        text = f"{label} has no line with a name and a part (0 train, 1 valid, 2 test), such as `000001.jpg 0`"
+        raise UserError(f"{text}: {cure}.")
     found = []
     for name in names:
         bits = next((bits for key in _keys(name) if (bits := exact.get(key) or loose.get(key.casefold()))), 0)
         if bits not in (0, 1, 2, 4):
             raise UserError(f"{label} gives {name!r} more than one part: list it once, with its folder.")
         found.append(bits.bit_length() - 1)
-    listed = len(names) - found.count(-1)
-    if 0 < listed < len(names):
-        text = f"{label} has only {listed} of {len(names)} images (not {names[found.index(-1)]!r})"
-        raise UserError(f"{text}: fetch it again, or remove it for a seeded split.")
-    return found if listed else []
+    if -1 not in found or set(found) == {-1}:
+        return found if -1 not in found else []
+    text = f"{label} has only {len(names) - found.count(-1)} of {len(names)} images"
+    raise UserError(f"{text} (not {names[found.index(-1)]!r}): {cure}.")
 
 
 def _entries(content: bytes) -> Iterator[tuple[str, int]]:
@@ -58,6 +57,6 @@ def _entries(content: bytes) -> Iterator[tuple[str, int]]:
 
 def _keys(name: str) -> list[str]:
     """The name without extension: with all folders, then with fewer. Composed: macOS splits letters from accents."""
-    path = PurePosixPath(unicodedata.normalize("NFC", name.replace("\\", "/")))
-    parts = (*path.parts[:-1], path.stem)
+    parts = unicodedata.normalize("NFC", name.replace("\\", "/")).split("/")
+    parts[-1] = parts[-1].rpartition(".")[0] or parts[-1]
     return ["/".join(parts[i:]) for i in range(len(parts))]

@@ -1,6 +1,7 @@
 """From the bytes of an image file to pixels of one size, and from 8-bit pixels to numbers in [-1, 1] and back."""
 
 import io
+import re
 import zlib
 from functools import cache
 
@@ -15,9 +16,9 @@ from ..errors import UserError
 # starts Ghostscript) or needs one, video, icons and textures, and formats without a signature, as which Pillow could
 # take a damaged file (TGA, PCX).
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "AVIF", "PPM", "QOI")
-_FLIP = Image.Transpose
-_UPRIGHT = {2: _FLIP.FLIP_LEFT_RIGHT, 3: _FLIP.ROTATE_180, 4: _FLIP.FLIP_TOP_BOTTOM, 5: _FLIP.TRANSPOSE}
-_UPRIGHT |= {6: _FLIP.ROTATE_270, 7: _FLIP.TRANSVERSE, 8: _FLIP.ROTATE_90}  # by EXIF's orientation
+# The chunks of a PNG and the segments of a JPEG that its pixels need
+_NEEDED = re.compile(rb"....(IHDR|PLTE|tRNS|IDAT|IEND|eXIf)|\xff([^\xe0-\xef]|\xe1..Exif|\xee\0[\x0e-\xff]Adobe)", re.S)
+_UPRIGHT = dict(enumerate((0, 3, 1, 5, 4, 6, 2), 2))  # EXIF's orientation -> Image.Transpose
 
 
 @cache
@@ -33,51 +34,39 @@ def decode(content: bytes, size: int, crop: str) -> tuple[np.ndarray, str]:
     texts, profiles and orientations are ignored. The format is told by content; of several pictures the first counts.
     """
     try:
-        image = _loaded(content)
+        image = _open(content)
     except Exception as error:
+        if isinstance(error, UnidentifiedImageError):
+            error = ValueError(f"its content is no image that can be read: {content[:24]!r}...")
         try:
-            image = _loaded(_bare(content))
+            image = _open(_bare(content))
         except Exception:
-            if isinstance(error, UnidentifiedImageError):
-                raise ValueError(f"its content is no image that can be read: {content[:24]!r}...") from None
             raise error from None
     treated, done = _treat(_to_rgb(image), size, crop)
     return np.asarray(treated).transpose(2, 0, 1), done
 
 
-def _loaded(content: bytes) -> Image.Image:
-    suffixes()  # makes Pillow load its formats
+def _open(content: bytes) -> Image.Image:
+    Image.init()
     image = Image.open(io.BytesIO(content), formats=[kind for kind in _FORMATS if kind in Image.OPEN])
     image.load()
     return image
 
 
 def _bare(content: bytes) -> bytes:
-    """A PNG or JPEG without what its pixels do not need, such as texts and profiles; the EXIF data remain if whole."""
-    at, kept = 0, []
-    if content.startswith(b"\x89PNG"):
-        kept, at = [content[:8]], 8
-        while at < len(content):
-            end = at + 12 + int.from_bytes(content[at : at + 4], "big")
-            kind, check = content[at + 4 : at + 8], zlib.crc32(content[at + 4 : end - 4]).to_bytes(4, "big")
-            if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND") or (
-                kind == b"eXIf" and content[end - 4 : end] == check
-            ):
-                kept.append(content[at:end])
-            at = end
-    elif content.startswith(b"\xff\xd8"):
-        kept, at = [content[:2]], 2
-        while content[at : at + 1] == b"\xff" and content[at + 1] != 0xDA:  # until the pixels
-            end = at + 2 + int.from_bytes(content[at + 2 : at + 4], "big")
-            segment, data = content[at + 1], content[at + 4 : end]
-            if (
-                not 0xE0 <= segment <= 0xEF
-                or data.startswith(b"Exif")
-                or (data.startswith(b"Adobe") and len(data) >= 12)
-            ):
-                kept.append(content[at:end])
-            at = end
-    return b"".join(kept) + content[at:]
+    """A PNG or JPEG without what its pixels do not need, but with EXIF data if they are whole; other files as is."""
+    png = content.startswith(b"\x89PNG")
+    at = 8 if png else 2 if content.startswith(b"\xff\xd8") else len(content)
+    kept = [content[:at]]
+    while at < len(content) and (png or content[at : at + 2] != b"\xff\xda"):
+        length = content[at : at + 4] if png else content[at + 2 : at + 4]
+        end = at + int.from_bytes(length, "big") + (12 if png else 2)
+        checksum = zlib.crc32(content[at + 4 : end - 4]).to_bytes(4, "big")
+        whole = content[at + 4 : at + 8] != b"eXIf" or content[end - 4 : end] == checksum
+        if whole and _NEEDED.match(content, at):
+            kept.append(content[at:end])
+        at = end
+    return b"".join([*kept, content[at:]])
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -85,11 +74,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
         raise ValueError("its pixels have 32 bits, and their range is unknown: convert it to 8 or 16 bits")
     try:
-        turn = _UPRIGHT.get(image.getexif().get(0x0112))
+        orientation = image.getexif().get(0x0112)
     except Exception:  # malformed metadata raise almost any exception; the pixels are fine
-        turn = None
-    if turn is not None:
-        image = image.transpose(turn)
+        orientation = None
+    if orientation in _UPRIGHT:
+        image = image.transpose(Image.Transpose(_UPRIGHT[orientation]))
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:

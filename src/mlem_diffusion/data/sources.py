@@ -7,10 +7,11 @@ import os
 import re
 import tarfile
 import zipfile
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,6 +22,7 @@ from . import pixels
 _PARTITIONS = ("list_eval_partition.txt", "list_eval_partition.csv")
 _HIDDEN = re.compile(r"(^|/)(__MACOSX/|\.[^./]|(?i:thumbs\.db|desktop\.ini)$)")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
+_SPLIT = re.compile(r"\.(z?\d\d+|part\d+\.\w+)$", re.IGNORECASE)
 _ELSE = "unpack it with another program and give the folder"
 
 
@@ -47,15 +49,18 @@ def open_source(source: str, downloads: Path) -> Iterator[Source]:
     missing or damaged, or has no image inside."""
     path = download_celeba(downloads) if source == "download" else Path(source).expanduser()
     if not (path.is_dir() or path.is_file()):
-        raise UserError(f"{printable(str(path))} does not exist: give a zip, a tar or a folder of images.")
-    label = printable(path.resolve().name)
+        raise UserError(f"{path} does not exist: give a zip, a tar or a folder of images.")
+    label = os.fsencode(path.resolve().name).decode("utf-8", "backslashreplace")  # a name may have any bytes
     with ExitStack() as stack:
         try:
             kind, files, raw = _open(path, stack)
-        except UserError:
+        except (UserError, PermissionError):
             raise
         except Exception as error:  # damaged archives raise almost any exception
-            raise UserError(f"{label} {_unopened(path)} ({reason(error)}), or {_ELSE}.") from error
+            split = _SPLIT.search(path.name) or path.with_suffix(".z01").exists()
+            what = "one part of a split archive" if split else "no zip or tar, or a truncated or damaged one"
+            cure = "join the parts (zip -s 0, or 7-Zip)" if split else "copy or download it again"
+            raise UserError(f"{label} is {what} ({reason(error)}): {cure}, or {_ELSE}.") from error
 
         def read(name: str) -> bytes:
             with readable(name, label):
@@ -67,23 +72,15 @@ def open_source(source: str, downloads: Path) -> Iterator[Source]:
         passed_over = _passed_over(set(visible) - set(images) - set(lists))
         if not images:
             inner = min((name for name in visible if name.lower().endswith(_ARCHIVES)), default=None)
-            text = f"{label} holds no image that can be read ({passed_over or 'it has no visible file'})"
             cure = f"give the archive {inner!r} that is inside" if inner else "give a zip, a tar or a folder of images"
-            raise UserError(f"{text}: {cure}.")
-        beside = (file for name in _PARTITIONS if (file := path.absolute().parent / name).is_file())
-        partition = (printable(lists[0]), read(lists[0])) if lists else None
-        if not partition and (file := next(beside, None)):
-            with readable(file.name, "the folder of the source"):
-                partition = (file.name, file.read_bytes())
+            raise UserError(f"{label} holds no image that can be read; {passed_over or 'it is empty'}: {cure}.")
+        beside = [file for name in _PARTITIONS if (file := path.absolute().parent / name).is_file()]
+        found = ((PurePosixPath(name).name, read(name)) for name in lists)
+        partition = next(chain(found, ((file.name, file.read_bytes()) for file in beside)), None)
         sha256 = _folder_sha256(sorted(images + lists), read) if kind == "folder" else sha256_of(path)
         plain = all(files[name] == name and name.lower().endswith((".jpg", ".jpeg", ".png")) for name in images)
         kind = source if source == "download" else kind
         yield Source(kind, label, images, sha256, read, partition, passed_over, plain)
-
-
-def printable(text: str) -> str:
-    """The text with bytes that are no UTF-8, which a file name can have, written as \\xff."""
-    return os.fsencode(text).decode("utf-8", "backslashreplace")
 
 
 def reason(error: BaseException) -> str:
@@ -108,8 +105,7 @@ def readable(name: str, source: str) -> Iterator[None]:
 
 
 def _open(path: Path, stack: ExitStack) -> tuple[str, dict[str, str], Callable[[str], bytes]]:
-    """The kind; the names of the files, in the order of fastest reading, to the names they are stored under; and
-    read(stored name)."""
+    """The kind; the files' names, in the order of fastest reading, with the stored names; read(stored name)."""
     if path.is_dir():
         files = sorted(_walk(path))
         return "folder", dict(zip(files, files, strict=True)), lambda name: (path / name).read_bytes()
@@ -130,43 +126,30 @@ def _open(path: Path, stack: ExitStack) -> tuple[str, dict[str, str], Callable[[
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """The names of the files in a folder; links to folders are followed.
+    """The names of the files in a folder and in the folders that links lead to. A folder with several paths counts
+    once, so that loops end, and under its own path if that is inside."""
 
-    A folder that several paths lead to counts once, so that loops end: under its own path if that is inside."""
-    seen, waiting = set(), deque([""])
-    while waiting:
-        folder = waiting.popleft()
-        try:
-            status = os.stat(root / folder)
-            entries = sorted(os.scandir(root / folder), key=lambda entry: entry.name)
-        except OSError as error:
-            text = f"The folder {printable(str(root / folder))} cannot be read ({error.strerror})"
-            raise UserError(f"{text}: make it readable, or move it away.") from error
-        if (status.st_dev, status.st_ino) in seen:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        for entry in entries:
-            name = folder + entry.name
-            if not os.path.isdir(entry.path):
-                yield name
-            elif not _HIDDEN.search(f"{name}/"):
-                (waiting.append if entry.is_symlink() else waiting.appendleft)(f"{name}/")
+    def fail(error: OSError) -> None:
+        text = f"The folder {error.filename} cannot be read ({error.strerror}): make it readable, or move it away."
+        raise UserError(text) from error
 
-
-def _unopened(path: Path) -> str:
-    """What is wrong with an archive that cannot be opened, and what to do."""
-    if re.search(r"\.(z?\d\d+|part\d+\.\w+)$", path.name, re.IGNORECASE) or path.with_suffix(".z01").exists():
-        return "is one part of a split archive: join the parts (`zip -s 0`, 7-Zip)"
-    return "is no zip or tar, or a truncated or damaged one: copy or download it again"
+    seen, tops = set(), [os.fspath(root)]
+    for top in tops:  # which the links are added to
+        for folder, folders, files in os.walk(top, onerror=fail):
+            status = os.stat(folder)
+            new = (status.st_dev, status.st_ino) not in seen
+            seen.add((status.st_dev, status.st_ino))
+            folders[:] = sorted(name for name in folders if new and not name.startswith("."))
+            tops += [link for name in folders if os.path.islink(link := os.path.join(folder, name))]
+            yield from (Path(folder, name).relative_to(root).as_posix() for name in files if new)
 
 
 def _passed_over(names: set[str]) -> str:
     """How many files are left out, and the most frequent kinds of them."""
-    kinds = Counter(PurePosixPath(name).suffix.lower() for name in names)
-    known = [(kind, n) for kind, n in kinds.most_common(5) if re.fullmatch(r"\.[a-z0-9]{1,9}", kind)]
-    rest = len(names) - sum(n for _, n in known)
-    counts = [f"{kind} {n}" for kind, n in known] + [f"others {rest}"] * bool(rest)
-    return f"passed over {len(names)} files of other formats: {', '.join(counts)}" if names else ""
+    kinds = Counter(PurePosixPath(name).suffix.lower() for name in sorted(names))
+    counts = [f"{kind} {n}" for kind, n in kinds.most_common(5) if re.fullmatch(r"\.\w{1,9}", kind, re.ASCII)]
+    files = "1 file" if len(names) == 1 else f"{len(names)} files"
+    return f"passed over {files} of other formats ({', '.join(counts) or 'no ending'})" if names else ""
 
 
 def _folder_sha256(names: list[str], read: Callable[[str], bytes]) -> str:
