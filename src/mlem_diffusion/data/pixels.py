@@ -35,20 +35,18 @@ def decode(content: bytes, size: int, crop: str) -> tuple[np.ndarray, str]:
     """
     try:
         image = _open(content)
-    except Exception as error:
-        if isinstance(error, UnidentifiedImageError):
-            error = ValueError(f"its content is no image that can be read: {content[:24]!r}...")
-        try:
-            image = _open(_bare(content))
-        except Exception:
-            raise error from None
+    except Exception:
+        image = _open(_bare(content))
     treated, done = _treat(_to_rgb(image), size, crop)
     return np.asarray(treated).transpose(2, 0, 1), done
 
 
 def _open(content: bytes) -> Image.Image:
     Image.init()
-    image = Image.open(io.BytesIO(content), formats=[kind for kind in _FORMATS if kind in Image.OPEN])
+    try:
+        image = Image.open(io.BytesIO(content), formats=[kind for kind in _FORMATS if kind in Image.OPEN])
+    except UnidentifiedImageError:
+        raise ValueError(f"its content is no image that can be read: {content[:24]!r}...") from None
     image.load()
     return image
 

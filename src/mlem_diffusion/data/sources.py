@@ -57,7 +57,7 @@ def open_source(source: str, downloads: Path) -> Iterator[Source]:
         except (UserError, PermissionError):
             raise
         except Exception as error:  # damaged archives raise almost any exception
-            split = _SPLIT.search(path.name) or path.with_suffix(".z01").exists()
+            split = _SPLIT.search(path.name) or "other parts" in str(error)
             what = "one part of a split archive" if split else "no zip or tar, or a truncated or damaged one"
             cure = "join the parts (zip -s 0, or 7-Zip)" if split else "copy or download it again"
             raise UserError(f"{label} is {what} ({reason(error)}): {cure}, or {_ELSE}.") from error
@@ -111,7 +111,7 @@ def _open(path: Path, stack: ExitStack) -> tuple[str, dict[str, str], Callable[[
         return "folder", dict(zip(files, files, strict=True)), lambda name: (path / name).read_bytes()
     if not tarfile.is_tarfile(path):
         archive = stack.enter_context(zipfile.ZipFile(path))
-        if any(member.volume for member in archive.infolist()):
+        if any(member.volume for member in archive.infolist()) or path.with_suffix(".z01").exists():
             raise zipfile.BadZipFile("its other parts are missing")
         # Windows' own archiver writes backslashes. Of members that share a name, the last counts, as in archive.read.
         stored = {name.replace("\\", "/"): name for name in archive.namelist()}
