@@ -35,8 +35,8 @@ def parts_of(names: list[str], content: bytes, label: str) -> list[int]:
         if bits not in (0, 1, 2, 4):
             raise UserError(f"{label} gives {name!r} more than one part: list it once, with its folder.")
         found.append(bits.bit_length() - 1)
-    if -1 not in found or set(found) == {-1}:
-        return found if -1 not in found else []
+    if -1 not in found or max(found) == -1:
+        return [part for part in found if part >= 0]
     text = f"{label} has only {len(names) - found.count(-1)} of {len(names)} images"
     raise UserError(f"{text} (not {names[found.index(-1)]!r}): {cure}.")
 

@@ -139,7 +139,7 @@ def _walk(root: Path) -> Iterator[str]:
             status = os.stat(folder)
             new = (status.st_dev, status.st_ino) not in seen
             seen.add((status.st_dev, status.st_ino))
-            folders[:] = sorted(name for name in folders if new and not name.startswith("."))
+            folders[:] = sorted(name for name in folders if new and not _HIDDEN.search(name))
             tops += [link for name in folders if os.path.islink(link := os.path.join(folder, name))]
             yield from (Path(folder, name).relative_to(root).as_posix() for name in files if new)
 
