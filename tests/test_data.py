@@ -2,8 +2,12 @@ import hashlib
 import io
 import json
 import os
+import struct
+import sys
 import tarfile
+import unicodedata
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +88,7 @@ def test_every_kind_of_source_gives_the_same_array(tmp_path: Path, kind: str) ->
         "__MACOSX/img_align_celeba/000001.png": b"resource fork",
         "img_align_celeba/._000001.png": b"resource fork",
         ".hidden/1.jpg": b"x",
+        "Thumbs.db": b"thumbnails",
     }
     source = write(tmp_path / "images.zip", kind, files)  # the kind is recognised by content
     manifest = prepare(source, tmp_path / "packed")
@@ -127,6 +132,75 @@ def test_the_last_of_members_that_share_a_name_counts(tmp_path: Path, kind: str)
     assert np.array_equal(packed(tmp_path / "packed")[0], noise(77))
 
 
+PIXEL = bytes.fromhex(  # a black PNG of 1x1
+    "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c4944415478"
+    "9c6360606000000004000160c0d9ea0000000049454e44ae426082"
+)
+
+
+def test_hash_and_fingerprint_of_plain_sources_stay(tmp_path: Path) -> None:
+    """Those of commit 8d1619c, so that data prepared then are not prepared again."""
+    files = {f"img/{i}.PNG": PIXEL for i in range(5)} | {LIST: b"0 0\n1 1\n2 2\n3 0\n4 0\n", "x.txt": b""}
+    manifest = prepare(write(tmp_path / "a", "folder", files), tmp_path / "packed", size=4)
+    assert manifest["source"]["sha256"].startswith("1132ec01c3f41d33")
+    assert manifest["fingerprint"].startswith("ab9cbbd7aad82677")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_backslashes_of_windows_archives(tmp_path: Path) -> None:
+    files = {"faces 2/z.png": encode(noise(0))} | faces(12, "faces/") | {"faces/": b"", LIST: b"z 2\n" + PARTITION}
+    first, windows = prepare(write(tmp_path / "a", "zip", files), tmp_path / "packed"), tmp_path / "w"
+    files = {"faces/000003.png": b"the first of two"} | {n.replace("/", "\\"): files[n] for n in files}
+    again = prepare(write(windows, "zip", files | {"__MACOSX\\x.png": b""}), tmp_path / "again")
+    assert [again[key] for key in ("count", "sha256", "split", "notes")] == [13, first["sha256"], first["split"], []]
+
+
+def test_every_format_is_read_and_the_rest_counted(tmp_path: Path) -> None:
+    kinds = dict(
+        webp="WEBP", bmp="BMP", tif="TIFF", gif="GIF", ppm="PPM", jfif="JPEG", MPO="MPO", jpg="WEBP", png="GIF"
+    )
+    files = {f"a.{suffix}": encode(noise(3), kind) for suffix, kind in kinds.items()}
+    others = {"a.txt": b"", "b.TXT": b"", "c.eps": b"%!PS-Adobe-3.0 EPSF-3.0", "none": b"", "desktop.ini": b""}
+    for kind in KINDS:
+        manifest = prepare(write(tmp_path / f"a{kind}", kind, files | others), tmp_path / "packed")
+        assert manifest["count"] == 9 and manifest["notes"] == ["passed over 4 files of other formats (.txt 2, .eps 1)"]
+    eps = write(tmp_path / "eps", "zip", faces() | {"a.jpg": others["c.eps"]})
+    assert_refused(eps, tmp_path / "other", r"'a.jpg' in eps is broken .*no image that can be read: b'%!PS")
+
+
+def test_links_to_folders_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, outside = write(tmp_path / "a", "folder", faces(6, "b/")), write(tmp_path / "o", "folder", faces(3, "c/"))
+    alone = prepare(source, tmp_path / "alone")
+    for link, target in (("a", source / "b"), ("b/loop", source), ("b/self", "self")):
+        (source / link).symlink_to(target)
+    assert prepare(source, tmp_path / "alone")["source"] == alone["source"]  # the folder's own path counts
+    (source / "link").symlink_to(outside)
+    (outside / "back").symlink_to(source)
+    assert prepare(source, tmp_path / "packed")["count"] == 9
+    assert np.array_equal(packed(tmp_path / "packed")[6:], np.stack([noise(i) for i in range(1, 4)]))
+    scandir = os.scandir  # chmod does not stop root
+    monkeypatch.setattr(os, "scandir", lambda path: scandir("/nowhere" if str(path).endswith("/c") else path))
+    assert_refused(source, tmp_path / "other", "The folder .*cannot be read")
+
+
+def test_broken_metadata_leave_the_pixels() -> None:
+    bomb, plain, turned, jpeg = zlib.compress(bytes(1 << 21)), encode(noise(1)), Image.Exif(), encode(noise(1), "JPEG")
+    turned[0x0112] = 6
+    chunks = [b"iCCPx\0\0" + bomb, b"iCCPx", b"zTXtk\0\0" + bomb, b"iTXtk\0\1\0\0\0" + bomb, b"pHYs1", b"eXIfgarbage"]
+    extra = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
+    cases = [(encode(noise(1), exif=turned), e, np.rot90(noise(1), -1)) for e in (*extra[:-1], extra[0][:-1] + b"?")]
+    cases += [(plain, extra[-1], noise(1))]
+    for segment in (b"\xe0JFIF", b"\xe2ICC_PROFILE\0", b"\xeeAdobe\0", b"\xe1Exif\0\0garbage"):
+        header = b"\xff" + segment[:1] + struct.pack(">H", len(segment) + 1)
+        cases += [(jpeg, header + segment[1:], np.asarray(Image.open(io.BytesIO(jpeg))))]
+    for content, metadata, expected in cases:
+        start = 2 if content is jpeg else 33
+        content = content[:start] + metadata + content[start:]
+        assert np.array_equal(pixels.decode(content, 16, "celeba")[0].transpose(1, 2, 0), expected), metadata[:20]
+        with pytest.raises((OSError, SyntaxError)):  # damaged pixels are no less refused
+            pixels.decode(content[:-400], 16, "celeba")
+
+
 def test_portraits(tmp_path: Path) -> None:
     manifest = prepare("portraits", tmp_path / "packed", workers=2, count=20, holdout=5, seed=3)
     loaded = data.load(tmp_path / "packed")
@@ -162,6 +236,7 @@ def test_every_colour_mode_becomes_upright_rgb() -> None:
     grey, colour, opaque, exif = noise(1)[..., 0], noise(2), noise(3)[..., :1] > 127, Image.Exif()
     exif[0x0112] = 6  # shown turned by a quarter to the right
     upright, jpeg = np.repeat(grey[..., None], 3, 2), encode(colour, "JPEG")
+    jpeg_pixels = np.asarray(Image.open(io.BytesIO(jpeg)))
     alpha, palette = (255 * opaque).astype(np.uint8), Image.fromarray(colour).quantize(16)
     cases = [
         (encode(grey), upright),
@@ -171,7 +246,11 @@ def test_every_colour_mode_becomes_upright_rgb() -> None:
         (encode(palette), np.asarray(palette.convert("RGB"))),
         (encode(colour, exif=exif), np.rot90(colour, -1)),
         (encode(colour, save_all=True, append_images=[Image.fromarray(noise(3))]), colour),  # the first frame
-        (jpeg, np.asarray(Image.open(io.BytesIO(jpeg)))),
+        (jpeg, jpeg_pixels),
+        (encode(Image.fromarray(colour), "MPO", save_all=True, append_images=[palette.convert("RGB")]), jpeg_pixels),
+        (encode(Image.fromarray(grey > 127)), 255 * (upright > 127)),
+        (encode(grey.astype(np.uint16) * 256, "TIFF", exif=exif), np.rot90(upright, -1)),
+        (encode(colour, "WEBP", lossless=True, exif=exif), np.rot90(colour, -1)),
     ]
     for content, expected in cases:
         assert np.array_equal(pixels.decode(content, 16, "celeba")[0].transpose(1, 2, 0), expected)
@@ -181,14 +260,26 @@ LIST = "list_eval_partition.txt"
 PARTITION = "".join(f"{i:06d}.jpg {(i > 8) + (i > 10)}\n" for i in range(1, 30)).encode()
 
 
-@pytest.mark.parametrize("place", ["inside", "beside", "beside, as a table"])
+TABLE = b"image_id,partition\n" + PARTITION.replace(b" ", b",")
+LISTS = {
+    "table": TABLE,
+    "with a mark": b"\xef\xbb\xbf" + PARTITION,
+    "UTF-16": PARTITION.replace(b" ", b"\t").decode().encode("utf-16"),
+    "quoted": TABLE.replace(b",", b'","').replace(b"\n", b'"\r\n"'),
+    "semicolons": TABLE.replace(b",", b";"),
+    "index": b",image_id,partition\n"
+    + PARTITION.replace(b"0000", b"7,0000").replace(b" ", b",").replace(b"\n", b".0\n"),
+    "folders, other case": PARTITION.upper().replace(b"0000", b"img\\0000"),
+}
+
+
+@pytest.mark.parametrize("place", ["inside", "beside", *LISTS])
 def test_official_partition(tmp_path: Path, place: str) -> None:
     source = write(tmp_path / "a", "zip", faces() | ({f"Eval/{LIST}": PARTITION} if place == "inside" else {}))
     if place == "beside":
         (tmp_path / LIST).write_bytes(PARTITION)
     elif place != "inside":
-        table = b"image_id,partition\n" + PARTITION.replace(b" ", b",")
-        (tmp_path / "list_eval_partition.csv").write_bytes(table)
+        (tmp_path / "list_eval_partition.csv").write_bytes(LISTS[place])
     manifest = prepare(source, tmp_path / "packed")
     assert manifest["split"] == {"method": "official", "train": 8, "valid": 2, "test": 2}
     assert data.load(tmp_path / "packed").split.tolist() == [0] * 8 + [1] * 2 + [2] * 2
@@ -199,14 +290,28 @@ def test_a_partition_that_does_not_fit(tmp_path: Path) -> None:
     source = write(tmp_path / "a.zip", "zip", faces())
     (tmp_path / LIST).write_bytes(PARTITION)
     # The first eight are all training images: a seeded split.
-    assert prepare(source, tmp_path / "first", count=8)["split"]["method"] == "seeded"
+    assert prepare(source, tmp_path / "first", count=8)["notes"] == [f"{LIST} has these images on one side only"]
     (tmp_path / LIST).write_text("elsewhere.jpg 0\n")
-    assert prepare(source, tmp_path / "other")["split"]["method"] == "seeded"
-    (tmp_path / LIST).write_bytes(PARTITION[:50])
-    assert_refused(source, tmp_path / "part", "of 12 images")
+    manifest = prepare(source, tmp_path / "other")
+    assert manifest["split"]["method"] == "seeded" and manifest["notes"] == [f"{LIST} has none of these images"]
+    (tmp_path / LIST).write_bytes(PARTITION)  # a folder prepared with another split is not reused
+    assert prepare(source, tmp_path / "other")["split"]["method"] == "official"
+    wrong = {PARTITION[:50]: "of 12 images", PARTITION + b"000003.jpg 1": "more than one part"}
+    for content, words in (wrong | dict.fromkeys([b"", b"<html>", b'"' + 9999 * PARTITION], "no line with")).items():
+        (tmp_path / LIST).write_bytes(content)
+        assert_refused(source, tmp_path / "part", words)
     write(source, "zip", faces() | {LIST: PARTITION})
     source.write_bytes(source.read_bytes().replace(b"000007.jpg 0", b"000007.jpg 1"))  # its checksum does not fit
     assert_refused(source, tmp_path / "broken", f"{LIST}.*broken")
+
+
+def test_names_of_a_partition_in_folders_and_in_any_bytes(tmp_path: Path) -> None:
+    names = ["a/1.png", "b/1.png", "a/É 2.png", "b/é 2.png", "b/ü.png"]
+    source = tmp_path / (os.fsdecode(b"faces\xff") if sys.platform == "linux" else "faces\\xff")  # the name is no UTF-8
+    write(source, "folder", {unicodedata.normalize("NFD", name): PIXEL for name in names})
+    (tmp_path / LIST).write_text("x/a/1.jpg 0\nx/b/1.jpg 1\na/É 2.jpg 0\nb/é 2.jpg 2\nü.jpg 0\n", encoding="utf-8")
+    assert prepare(source, tmp_path / "packed", size=4)["source"]["name"] == "faces\\xff"
+    assert data.load(tmp_path / "packed").split.tolist() == [0, 0, 1, 2, 0]
 
 
 def test_a_seeded_split_of_the_first_names(tmp_path: Path) -> None:
@@ -259,7 +364,9 @@ def test_load_refuses_arrays_that_do_not_fit_the_manifest(tmp_path: Path) -> Non
 
 def test_sources_with_too_few_images(tmp_path: Path) -> None:
     empty = write(tmp_path / "empty", "zip", {"notes.txt": b""})
-    assert_refused(empty, tmp_path / "packed", "no JPEG or PNG image")
+    assert_refused(empty, tmp_path / "packed", r"no image that can be read; passed over 1 file .*\(.txt 1\)")
+    nested = write(tmp_path / "nested", "folder", {"sub/inner.zip": empty.read_bytes()})
+    assert_refused(nested, tmp_path / "packed", "give the archive 'sub/inner.zip'")
     full = write(tmp_path / "full", "zip", faces())
     assert_refused(full, tmp_path / "packed", "more than the 12 images", count=13)
 
@@ -271,6 +378,18 @@ def test_a_truncated_archive(tmp_path: Path, kind: str, keep: float) -> None:
     end = int(source.stat().st_size * keep) if keep < 1 else int(keep)  # a tar has 1536 bytes for each of these files
     os.truncate(source, end)
     assert_refused(source, tmp_path / "packed", "truncated")
+
+
+def test_archives_that_python_does_not_read(tmp_path: Path) -> None:
+    source, other = write(tmp_path / "a.zip", "zip", faces()), tmp_path / "other.zip"
+    # of a member's two headers, the bytes for: encrypted, Deflate64, begins in another part
+    for local, central, value, words in ((6, 8, 1, "encrypted"), (8, 10, 9, "method"), (0, 34, 80, "split archive")):
+        content = bytearray(source.read_bytes())
+        content[content.find(b"PK\3\4") + local] = content[content.find(b"PK\1\2") + central] = value
+        other.write_bytes(content)
+        assert_refused(other, tmp_path / "packed", f"{words}.* unpack it")
+    os.truncate(other, 300)
+    assert_refused(other.rename(tmp_path / "a.zip.001"), tmp_path / "packed", "split archive.*join the parts")
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,8 @@ from .. import parallel
 from ..errors import UserError
 from ..files import atomic_write, locked, read_json, where_possible, write_json
 from . import pixels, portraits
-from .sources import Source, open_source, parse_partition, readable, reason
+from .partition import parts_of
+from .sources import Source, open_source, readable, reason
 
 _FORMAT = 2  # version of the prepared folder; part of the fingerprint, so a change prepares the data again
 _READ_AHEAD = 64  # files in memory at a time
@@ -68,11 +70,12 @@ def prepare(source: str, destination: Path, cfg: Mapping[str, Any], workers: int
     """Pack the images of `source` into `destination` and return the manifest; a folder prepared alike is reused.
 
     source: "portraits" (embedded; drawn by `workers` processes), "download" (CelebA through torchvision), or the path
-    of a zip, tar or folder of JPEG or PNG files. cfg: name, size, count (the first by name are used; None: all), crop,
+    of a zip, tar or folder of images. cfg: name, size, count (the first by name are used; None: all), crop,
     holdout, seed. crop: "celeba" (aspect ratio 178:218 gives the centred square of 148/178 of the width,
     another the largest), "square" (largest centred square) or "none" (squashed). CelebA's official partition is used
     if its list is inside or next to the source and both sides get images. Otherwise `holdout` images drawn with `seed`
-    are held out, half valid and half test. Raises UserError for wrong input, a full disk, or a destination in use."""
+    are held out, half valid and half test. The manifest's `notes` say why a list is not used, and what files are passed
+    over. Raises UserError for wrong input, a full disk, or a destination in use."""
     name, size, seed = cfg["name"], cfg["size"], cfg["seed"]
     if cfg["crop"] not in ("celeba", "square", "none"):
         raise UserError(f"data.crop={cfg['crop']} is unknown: use one of celeba, square, none.")
@@ -88,23 +91,27 @@ def prepare(source: str, destination: Path, cfg: Mapping[str, Any], workers: int
         opening: Any = nullcontext(Source(source, f"portraits, version {portraits.VERSION}", names, sha256))
     else:
         opening = open_source(source, destination.parent / "celeba-download")
-    with opening as opened:
+    with opening as opened, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")  # on metadata, without the name of the file
         names = sorted(opened.images)[:count]
         if len(names) < (count or 0):
             raise UserError(f"data.count={count} is more than the {len(names)} images in {opened.name}.")
         if not drawn:
-            settings["partition"] = hashlib.sha256(opened.partition).hexdigest() if opened.partition else None
-        split, method = _split(names, opened.partition, cfg["holdout"], seed)
+            settings["partition"] = hashlib.sha256(opened.partition[1]).hexdigest() if opened.partition else None
+        if not opened.plain:  # other images than earlier versions found in the same archive
+            settings["images"] = names
+        split, method, note = _split(names, opened.partition, cfg["holdout"], seed)
         manifest: dict[str, Any] = {"name": name, "count": len(names), "size": [size, size], "crop": cfg["crop"]}
         manifest["source"] = {"kind": opened.kind, "name": opened.name, "sha256": opened.sha256}
         sides = zip(("train", "valid", "test"), np.bincount(split, minlength=3).tolist(), strict=True)
         manifest["split"] = {"method": method, **dict(sides)}
+        manifest["notes"] = [text for text in (note, opened.passed_over) if text]
         manifest["fingerprint"] = _sha256_of({**settings, "count": count, "source": manifest["source"]})
-        if finished := _finished(destination, manifest["fingerprint"]):
+        if finished := _finished(destination, manifest):
             return finished
         found = _drawn(count, size, seed, workers) if drawn else _decoded(opened, names, size, cfg["crop"])
         with locked(destination, "prepare_data"):
-            if finished := _finished(destination, manifest["fingerprint"]):  # by another process in the meantime
+            if finished := _finished(destination, manifest):  # by another process in the meantime
                 return finished
             _pack(destination, manifest, split, found, progress)
         return manifest
@@ -114,27 +121,30 @@ def _sha256_of(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _split(names: list[str], partition: bytes | None, holdout: int, seed: int) -> tuple[np.ndarray, str]:
-    """Split uint8 [N] and its method: official if CelebA's list gives both sides images, else seeded."""
-    official = parse_partition(partition, names) if partition else []
+def _split(names: list[str], partition: Any, holdout: int, seed: int) -> tuple[np.ndarray, str, str]:
+    """Split uint8 [N], its method (official if CelebA's list gives both sides images, else seeded), and why not."""
+    label, content = partition or ("", b"")
+    official = parts_of(names, content, label) if partition else []
     if 0 < np.count_nonzero(official) < len(names):
-        return np.asarray(official, np.uint8), "official"
+        return np.asarray(official, np.uint8), "official", ""
     if 2 * holdout >= len(names):
         raise UserError(f"data.holdout={holdout} is half or more of the {len(names)} images: hold out fewer.")
     split = np.zeros(len(names), np.uint8)
     chosen = np.random.default_rng(seed).permutation(len(names))[:holdout]
     split[chosen[: holdout // 2]] = 1
     split[chosen[holdout // 2 :]] = 2
-    return split, "seeded"
+    note = f"{label} {'has these images on one side only' if official else 'has none of these images'}"
+    return split, "seeded", note if partition else ""
 
 
-def _finished(destination: Path, fingerprint: str) -> dict[str, Any] | None:
-    """The manifest of an earlier preparation with the same result, or None."""
+def _finished(destination: Path, manifest: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of an earlier preparation with the same result, with the notes of this one, or None."""
     try:
         earlier = load(destination).manifest
     except UserError:
         return None
-    return earlier if earlier.get("fingerprint") == fingerprint else None
+    same = all(earlier.get(key) == manifest[key] for key in ("fingerprint", "split"))
+    return {**earlier, "notes": manifest["notes"]} if same else None
 
 
 def _drawn(count: int, size: int, seed: int, workers: int) -> Pixels:

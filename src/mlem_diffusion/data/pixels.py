@@ -1,24 +1,82 @@
 """From the bytes of an image file to pixels of one size, and from 8-bit pixels to numbers in [-1, 1] and back."""
 
 import io
+import re
+import zlib
+from functools import cache
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import UserError
 
+# Still pictures that begin with a signature and that Pillow decodes itself. Left out: what starts another program (EPS
+# starts Ghostscript) or needs one, video, icons and textures, and formats without a signature, as which Pillow could
+# take a damaged file (TGA, PCX).
+_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "AVIF", "PPM", "QOI")
+# The chunks of a PNG and the segments of a JPEG that its pixels need
+_NEEDED = re.compile(rb"....(IHDR|PLTE|tRNS|IDAT|IEND|eXIf)|\xff([^\xe0-\xef]|\xe1..Exif|\xee\0[\x0e-\xff]Adobe)", re.S)
+_UPRIGHT = dict(enumerate((0, 3, 1, 5, 4, 6, 2), 2))  # EXIF's orientation -> Image.Transpose
+
+
+@cache
+def suffixes() -> tuple[str, ...]:
+    """The endings of the names of files that `decode` reads, lower case; Pillow may be built without some formats."""
+    Image.init()
+    known = Image.registered_extensions().items()
+    return (*(suffix for suffix, kind in known if kind in _FORMATS and kind in Image.OPEN), ".mpo")
+
 
 def decode(content: bytes, size: int, crop: str) -> tuple[np.ndarray, str]:
-    """A JPEG or PNG file -> uint8 [3,size,size] and what was done to it. A damaged file raises almost any exception."""
-    treated, done = _treat(_to_rgb(Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))), size, crop)
+    """An image file -> uint8 [3,size,size] and what was done to it. Damaged pixels raise almost any exception; damaged
+    texts, profiles and orientations are ignored. The format is told by content; of several pictures the first counts.
+    """
+    try:
+        image = _open(content)
+    except Exception:
+        image = _open(_bare(content))
+    treated, done = _treat(_to_rgb(image), size, crop)
     return np.asarray(treated).transpose(2, 0, 1), done
+
+
+def _open(content: bytes) -> Image.Image:
+    Image.init()
+    try:
+        image = Image.open(io.BytesIO(content), formats=[kind for kind in _FORMATS if kind in Image.OPEN])
+    except UnidentifiedImageError:
+        raise ValueError(f"its content is no image that can be read: {content[:24]!r}...") from None
+    image.load()
+    return image
+
+
+def _bare(content: bytes) -> bytes:
+    """A PNG or JPEG without what its pixels do not need, but with EXIF data if they are whole; other files as is."""
+    png = content.startswith(b"\x89PNG")
+    at = 8 if png else 2 if content.startswith(b"\xff\xd8") else len(content)
+    kept = [content[:at]]
+    while at < len(content) and (png or content[at : at + 2] != b"\xff\xda"):
+        length = content[at : at + 4] if png else content[at + 2 : at + 4]
+        end = at + int.from_bytes(length, "big") + (12 if png else 2)
+        checksum = zlib.crc32(content[at + 4 : end - 4]).to_bytes(4, "big")
+        whole = content[at + 4 : at + 8] != b"eXIf" or content[end - 4 : end] == checksum
+        if whole and _NEEDED.match(content, at):
+            kept.append(content[at:end])
+        at = end
+    return b"".join([*kept, content[at:]])
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Convert to upright RGB: apply the EXIF orientation, put transparency on white, scale 16-bit grey to 8 bits."""
-    image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+        raise ValueError("its pixels have 32 bits, and their range is unknown: convert it to 8 or 16 bits")
+    try:
+        orientation = image.getexif().get(0x0112)
+    except Exception:  # malformed metadata raise almost any exception; the pixels are fine
+        orientation = None
+    if orientation in _UPRIGHT:
+        image = image.transpose(Image.Transpose(_UPRIGHT[orientation]))
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:

@@ -1,11 +1,13 @@
-"""Image sources: a zip, tar or folder of JPEG and PNG files, recognised by content, or CelebA by torchvision.
+"""Image sources: a zip, tar or folder of image files, recognised by content, or CelebA by torchvision.
 
 Archives are never unpacked to disk, so the names inside are only names: files are read into memory, one at a time."""
 
 import hashlib
+import os
 import re
 import tarfile
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,24 +17,30 @@ from typing import Any
 
 from ..errors import UserError, is_out_of_memory
 from ..files import sha256_of
+from . import pixels
 
 _PARTITIONS = ("list_eval_partition.txt", "list_eval_partition.csv")
-_PARTITION_LINE = re.compile(r"^\s*([^,\s]+)[, \t]+([012])\b", re.MULTILINE)  # name and part
-_HIDDEN = re.compile(r"(^|/)(__MACOSX/|\.[^./])")
+_HIDDEN = re.compile(r"(^|/)(__MACOSX/|\.[^./]|(?i:thumbs\.db|desktop\.ini)$)")
+_ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
+_SPLIT = re.compile(r"\.(z?\d\d+|part\d+\.\w+)$", re.IGNORECASE)
+_ELSE = "unpack it with another program and give the folder"
 
 
 @dataclass(frozen=True)
 class Source:
     """Where images come from: their names in the order of reading, and read(name), the content of a file.
 
-    name: for messages and the manifest; sha256: of the whole; partition: CelebA's list inside or beside, else None."""
+    name: for messages and the manifest; sha256: of the whole; partition: name and content of CelebA's list inside or
+    beside, else None; passed_over: the files left out, in words; plain: only .jpg, .jpeg, .png, named as stored."""
 
     kind: str
     name: str
     images: list[str]
     sha256: str
     read: Any = None
-    partition: bytes | None = None
+    partition: tuple[str, bytes] | None = None
+    passed_over: str = ""
+    plain: bool = True
 
 
 @contextmanager
@@ -41,27 +49,38 @@ def open_source(source: str, downloads: Path) -> Iterator[Source]:
     missing or damaged, or has no image inside."""
     path = download_celeba(downloads) if source == "download" else Path(source).expanduser()
     if not (path.is_dir() or path.is_file()):
-        raise UserError(f"{path} does not exist: give a zip, a tar or a folder of JPEG or PNG images.")
+        raise UserError(f"{path} does not exist: give a zip, a tar or a folder of images.")
+    label = os.fsencode(path.resolve().name).decode("utf-8", "backslashreplace")  # a name may have any bytes
     with ExitStack() as stack:
         try:
             kind, files, raw = _open(path, stack)
+        except (UserError, PermissionError):
+            raise
         except Exception as error:  # damaged archives raise almost any exception
-            what = "cannot be read" if path.is_dir() else "is no archive, or a truncated or damaged one"
-            raise UserError(f"{path.name} {what} ({reason(error)}): copy or download it again.") from error
+            split = _SPLIT.search(path.name) or "other parts" in str(error)
+            what = "one part of a split archive" if split else "no zip or tar, or a truncated or damaged one"
+            cure = "join the parts (zip -s 0, or 7-Zip)" if split else "copy or download it again"
+            raise UserError(f"{label} is {what} ({reason(error)}): {cure}, or {_ELSE}.") from error
 
         def read(name: str) -> bytes:
-            with readable(name, path.name):
-                return raw(name)
+            with readable(name, label):
+                return raw(files[name])
 
         visible = [name for name in files if not _HIDDEN.search(name)]
-        images = [name for name in visible if name.lower().endswith((".jpg", ".jpeg", ".png"))]
+        images = [name for name in visible if name.lower().endswith(pixels.suffixes())]
+        lists = sorted(name for name in visible if PurePosixPath(name).name.lower() in _PARTITIONS)
+        passed_over = _passed_over(set(visible) - set(images) - set(lists))
         if not images:
-            raise UserError(f"{path.name} holds no JPEG or PNG image.")
-        lists = sorted(name for name in visible if PurePosixPath(name).name in _PARTITIONS)
+            inner = min((name for name in visible if name.lower().endswith(_ARCHIVES)), default=None)
+            cure = f"give the archive {inner!r} that is inside" if inner else "give a zip, a tar or a folder of images"
+            raise UserError(f"{label} holds no image that can be read; {passed_over or 'it is empty'}: {cure}.")
         beside = [file for name in _PARTITIONS if (file := path.absolute().parent / name).is_file()]
-        partition = next(chain(map(read, lists), map(Path.read_bytes, beside)), None)
+        found = ((PurePosixPath(name).name, read(name)) for name in lists)
+        partition = next(chain(found, ((file.name, file.read_bytes()) for file in beside)), None)
         sha256 = _folder_sha256(sorted(images + lists), read) if kind == "folder" else sha256_of(path)
-        yield Source(source if source == "download" else kind, path.resolve().name, images, sha256, read, partition)
+        plain = all(files[name] == name and name.lower().endswith((".jpg", ".jpeg", ".png")) for name in images)
+        kind = source if source == "download" else kind
+        yield Source(kind, label, images, sha256, read, partition, passed_over, plain)
 
 
 def reason(error: BaseException) -> str:
@@ -77,25 +96,60 @@ def readable(name: str, source: str) -> Iterator[None]:
     except Exception as error:  # damaged files raise almost any exception
         if is_out_of_memory(error):
             raise
-        raise UserError(f"{name!r} in {source} is broken ({reason(error)}): replace or remove it.") from error
+        what, cure = f"is broken ({reason(error)})", "replace or remove it"
+        if isinstance(error, PermissionError):
+            what, cure = f"cannot be read ({error.strerror})", "make it readable, or remove it"
+        elif isinstance(error, RuntimeError):  # of zipfile: a password, or a compression that it lacks
+            what, cure = f"cannot be read ({reason(error)})", _ELSE
+        raise UserError(f"{name!r} in {source} {what}: {cure}.") from error
 
 
-def _open(path: Path, stack: ExitStack) -> tuple[str, list[str], Callable[[str], bytes]]:
-    """The kind, the names of the files in the order of fastest reading, and read(name)."""
+def _open(path: Path, stack: ExitStack) -> tuple[str, dict[str, str], Callable[[str], bytes]]:
+    """The kind; the files' names, in the order of fastest reading, with the stored names; read(stored name)."""
     if path.is_dir():
-        files = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir())
-        return "folder", files, lambda name: (path / name).read_bytes()
+        files = sorted(_walk(path))
+        return "folder", dict(zip(files, files, strict=True)), lambda name: (path / name).read_bytes()
     if not tarfile.is_tarfile(path):
         archive = stack.enter_context(zipfile.ZipFile(path))
-        names = dict.fromkeys(archive.namelist())
-        return "zip", list(names), archive.read  # of members that share a name, read gives the last
+        if any(member.volume for member in archive.infolist()) or path.with_suffix(".z01").exists():
+            raise zipfile.BadZipFile("its other parts are missing")
+        # Windows' own archiver writes backslashes. Of members that share a name, the last counts, as in archive.read.
+        stored = {name.replace("\\", "/"): name for name in archive.namelist()}
+        return "zip", {name: own for name, own in stored.items() if not name.endswith("/")}, archive.read
     tar: Any = stack.enter_context(tarfile.open(path))  # noqa: SIM115
     # Links are followed inside the archive. Of members that share a name, the last counts, as when unpacking.
     members = {member.name: member for member in tar if not member.isdir()}
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError("its end marker is missing")  # tarfile takes a cut between two files for the end
-    return "tar", list(members), lambda name: tar.extractfile(members[name]).read()
+    return "tar", {name: name for name in members}, lambda name: tar.extractfile(members[name]).read()
+
+
+def _walk(root: Path) -> Iterator[str]:
+    """The names of the files in a folder and in the folders that links lead to. A folder with several paths counts
+    once, so that loops end, and under its own path if that is inside."""
+
+    def fail(error: OSError) -> None:
+        text = f"The folder {error.filename} cannot be read ({error.strerror}): make it readable, or move it away."
+        raise UserError(text) from error
+
+    seen, tops = set(), [os.fspath(root)]
+    for top in tops:  # which the links are added to
+        for folder, folders, files in os.walk(top, onerror=fail):
+            status = os.stat(folder)
+            new = (status.st_dev, status.st_ino) not in seen
+            seen.add((status.st_dev, status.st_ino))
+            folders[:] = sorted(name for name in folders if new and not _HIDDEN.search(name))
+            tops += [link for name in folders if os.path.islink(link := os.path.join(folder, name))]
+            yield from (Path(folder, name).relative_to(root).as_posix() for name in files if new)
+
+
+def _passed_over(names: set[str]) -> str:
+    """How many files are left out, and the most frequent kinds of them."""
+    kinds = Counter(PurePosixPath(name).suffix.lower() for name in sorted(names))
+    counts = [f"{kind} {n}" for kind, n in kinds.most_common(5) if re.fullmatch(r"\.\w{1,9}", kind, re.ASCII)]
+    files = "1 file" if len(names) == 1 else f"{len(names)} files"
+    return f"passed over {files} of other formats ({', '.join(counts) or 'no ending'})" if names else ""
 
 
 def _folder_sha256(names: list[str], read: Callable[[str], bytes]) -> str:
@@ -104,19 +158,6 @@ def _folder_sha256(names: list[str], read: Callable[[str], bytes]) -> str:
         content = read(name)
         digest.update(f"{name}\0{len(content)}\0".encode("utf-8", "surrogateescape") + content)
     return digest.hexdigest()
-
-
-def parse_partition(content: bytes, names: list[str]) -> list[int]:
-    """CelebA's split (0 train, 1 valid, 2 test) of each name; empty if the list has none of these images.
-
-    Names are matched without folder and extension. Raises UserError if only some of the images are listed."""
-    lines = _PARTITION_LINE.findall(content.decode("utf-8", "replace"))
-    listed = {PurePosixPath(name).stem: int(part) for name, part in lines}
-    split = [listed[stem] for name in names if (stem := PurePosixPath(name).stem) in listed]
-    if 0 < len(split) < len(names):
-        text = f"The partition list has only {len(split)} of {len(names)} images"
-        raise UserError(f"{text}: fetch list_eval_partition.txt again, or remove it for a seeded split.")
-    return split
 
 
 def download_celeba(folder: Path) -> Path:
