@@ -1,18 +1,14 @@
 """The decorator of every script: Hydra, device, lock, finished work, provenance, signals and one-sentence errors."""
 
 import functools
-import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 
 import hydra
-import torch
-import torch.distributed as dist
 from omegaconf import DictConfig
 from tqdm import TqdmMonitorWarning
 
@@ -22,7 +18,7 @@ from ..files import locked
 from . import runs
 from .config import ROOT
 from .experiment import Experiment
-from .tracking import catch_signals, release_signals
+from .tracking import catch_signals, release_signals, stop_asked
 
 STOPPED = 75  # exit status of work that was stopped
 
@@ -69,20 +65,17 @@ def stage(
 
 def guarded(name: str, work: Callable[[], None]) -> None:
     """Run the work as one of torchrun's ranks, or alone; errors are printed and end the process."""
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if ranks > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # gloo transfers Python objects
-        dist.init_process_group(backend, timeout=timedelta(days=7))  # one rank may do hours of work alone
     # each warning is one line, without its place in the code
     warnings.formatwarning = lambda message, *where, **more: f"{name}: {message}\n"
     # torch itself still uses it for its forward derivatives
     warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", category=TqdmMonitorWarning)  # bars also work without a thread
     warnings.filterwarnings("ignore", message=".*tasks which were still being processed")  # joblib, after a stop
-    if not parallel.is_main():
-        warnings.filterwarnings("ignore", category=SlowPath)
     catch_signals()
     try:
+        parallel.connect(stop_asked)
+        if not parallel.is_main():
+            warnings.filterwarnings("ignore", category=SlowPath)
         work()
     except (UserError, Interrupted, KeyboardInterrupt, OSError, MemoryError, RuntimeError, ImportError) as error:
         sys.exit(report(name, error))
