@@ -112,16 +112,23 @@ def set_up_device(cfg: Any, training: bool) -> torch.device:
 
 def commit() -> str:
     """The checked-out commit; changed results and checkpoints do not count, since every run writes them."""
+    if not (ROOT / ".git").exists():  # a repository around this folder is not ours
+        return "unknown (not a git checkout)"
+    # named, so that git neither searches nor minds another owner; a hook's variables do not count
+    where = ["git", "--no-optional-locks", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}"]
+    own = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")} | {"LC_ALL": "C"}
 
     def git(*words: str) -> str:
-        command = ["git", "-C", str(ROOT), *words]
-        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
+        done = subprocess.run([*where, *words], text=True, capture_output=True, cwd=ROOT, env=own, check=True)
+        return done.stdout.strip()
 
     try:
         dirty = git("status", "--porcelain", "--", "src", "scripts", "configs")
-        return git("rev-parse", "HEAD") + (" with uncommitted changes" if dirty else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown (not a git checkout)"
+        return git("log", "-1", "--no-show-signature", "--format=%H") + (" with uncommitted changes" if dirty else "")
+    except OSError:
+        return "unknown (git cannot be run)"
+    except subprocess.CalledProcessError as error:
+        return f"unknown ({error.stderr.partition(chr(10))[0]})".replace(f"{ROOT}/", "")
 
 
 def device_model(device: torch.device) -> str:

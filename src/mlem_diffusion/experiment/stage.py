@@ -18,7 +18,7 @@ from ..files import locked
 from . import runs
 from .config import ROOT
 from .experiment import Experiment
-from .tracking import catch_signals, release_signals, stop_asked
+from .tracking import catch_signals, lenient_streams, release_signals, stop_asked
 
 STOPPED = 75  # exit status of work that was stopped
 
@@ -72,15 +72,16 @@ def guarded(name: str, work: Callable[[], None]) -> None:
     warnings.filterwarnings("ignore", category=TqdmMonitorWarning)  # bars also work without a thread
     warnings.filterwarnings("ignore", message=".*tasks which were still being processed")  # joblib, after a stop
     catch_signals()
-    try:
-        parallel.connect(stop_asked)
-        if not parallel.is_main():
-            warnings.filterwarnings("ignore", category=SlowPath)
-        work()
-    except (UserError, Interrupted, KeyboardInterrupt, OSError, MemoryError, RuntimeError, ImportError) as error:
-        sys.exit(report(name, error))
-    finally:
-        release_signals()
+    with lenient_streams():
+        try:
+            parallel.connect(stop_asked)
+            if not parallel.is_main():
+                warnings.filterwarnings("ignore", category=SlowPath)
+            work()
+        except (UserError, Interrupted, KeyboardInterrupt, OSError, MemoryError, RuntimeError, ImportError) as error:
+            sys.exit(report(name, error))
+        finally:
+            release_signals()
 
 
 def report(name: str, error: BaseException) -> int:

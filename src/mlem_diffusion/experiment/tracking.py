@@ -1,15 +1,18 @@
 """What a run shows and hears: progress bars, records, and the signals that stop it.
 
-Records go to metrics.jsonl, and a copy to Weights & Biases if it is installed and not disabled. Ctrl-C and SIGTERM set
-a flag; the work saves its state and stops, or is ended after a few seconds."""
+Records go to metrics.jsonl, and a copy to Weights & Biases if it is installed and not disabled. Ctrl-C, SIGTERM and
+SIGHUP set a flag; the work saves its state and stops, or is ended after a few seconds."""
 
+import contextlib
+import io
 import json
 import math
+import os
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +104,11 @@ class bar(tqdm):
         position: int | None = None,
     ):  # fmt: skip
         self.should_stop = should_stop
-        seconds = 1.0 if sys.stderr.isatty() else 30.0  # a log file needs few lines
+        file: Any = Lenient(sys.stderr)
+        seconds = 1.0 if file.isatty() else 30.0  # a log file needs few lines
         super().__init__(
             total=total, desc=label, unit=unit, position=position, unit_scale=True, dynamic_ncols=True, leave=False,
-            mininterval=seconds, disable=not parallel.is_main(),
+            mininterval=seconds, disable=not parallel.is_main(), file=file,
         )  # fmt: skip
 
     def __call__(self, done: int, total: int) -> None:
@@ -114,12 +118,53 @@ class bar(tqdm):
             raise Interrupted("stopped; finished work is saved")
 
 
+class Lenient:
+    """A stream for messages that never raises: what cannot be shown is lost, and the work goes on."""
+
+    def __init__(self, stream: Any):
+        self.stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115  None: closed by the shell
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # letters that the terminal's encoding lacks
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, action: Callable[..., object], *arguments: str) -> None:
+        try:
+            action(*arguments)
+        except (OSError, ValueError):  # its reader or terminal has gone, or it was closed
+            with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nothing:
+                os.dup2(nothing.fileno(), self.stream.fileno())  # also for what it still holds
+
+
+@contextlib.contextmanager
+def lenient_streams() -> Iterator[None]:
+    """Context in which no print, warning or bar can end the work."""
+    before: Any = sys.stdout, sys.stderr
+    now: Any = tuple(map(Lenient, before))
+    sys.stdout, sys.stderr = now
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = before
+
+
 def catch_signals() -> None:
-    """Handle SIGINT and SIGTERM from now on."""
+    """Handle SIGINT, SIGTERM and SIGHUP from now on."""
     global _asked
     _asked = False
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        signal.signal(signal.SIGHUP, _stop)
     signal.signal(signal.SIGALRM, _end)
 
 
@@ -128,6 +173,8 @@ def release_signals() -> None:
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGHUP) == _stop:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def stop_asked() -> bool:
