@@ -35,7 +35,10 @@ def stage(
     functions. folder: name of the results folder, if it is independent of the experiment."""
 
     def decorate(main: Callable[[Experiment], object]) -> Callable[[], None]:
-        name = Path(main.__code__.co_filename).stem
+        file = Path(main.__code__.co_filename)
+        name = file.stem
+        if main.__module__ == "__main__" and Path(sys.path[0]).resolve() == file.resolve().parent:
+            del sys.path[0]  # the scripts must not hide modules of the user, such as sample.py
 
         def work(cfg: DictConfig) -> None:
             exp = Experiment(name, cfg, folder)
@@ -95,6 +98,8 @@ def report(name: str, error: BaseException) -> int:
     elif isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
         where = f" ({error.filename})" if error.filename else ""
         text = f"{error.strerror}{where}: fix this and run the same command again."
+    elif "gloo/transport" in str(error):
+        text, status = "another process of this run ended (see above); run the same command again.", STOPPED
     elif is_out_of_memory(error):
         text = "there is not enough memory: set smaller batches (compare.batch, gamma.batch), train.accumulate=2 "
         text += "(trains the same) or ARGS=workers=1."

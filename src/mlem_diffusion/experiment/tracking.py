@@ -34,7 +34,8 @@ class Tracker:
     def __init__(self, folder: Path, stage: str, config: dict[str, Any], mode: str, project: str):
         self.folder, self.stage, self.config, self.project = folder, stage, config, project
         self.path, self.run = folder / "metrics.jsonl", None
-        self.mode: Any = mode
+        off = os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes")
+        self.mode: Any = "disabled" if off else (mode or "offline").strip().lower()
         # what earlier runs of a stage have logged stays in their own W&B runs
         self.sent = self.path.stat().st_size if self.path.is_file() else 0
 
@@ -83,6 +84,8 @@ class Tracker:
             import wandb
 
             if self.run is None:
+                if "WANDB_MODE" in os.environ:  # W&B refuses what we understand: empty or upper case
+                    os.environ["WANDB_MODE"] = self.mode
                 settings = wandb.Settings(silent=True, init_timeout=TIMEOUT, console="off")
                 name = f"{self.config.get('name', self.folder.name)}-{self.stage}"
                 self.run = wandb.init(
@@ -92,7 +95,7 @@ class Tracker:
             action(wandb, self.run)
         except (Exception, SystemExit) as error:
             self.mode = "disabled"
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = " ".join(map(str.strip, str(error).splitlines()[:3])) or type(error).__name__
             warnings.warn(f"W&B is off ({reason}); metrics.jsonl is still written.", SlowPath, stacklevel=3)
 
 
@@ -124,7 +127,7 @@ class Lenient:
     def __init__(self, stream: Any):
         self.stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115  None: closed by the shell
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # letters that the terminal's encoding lacks
+            self._try(lambda: stream.reconfigure(errors="backslashreplace"))  # letters that the encoding lacks
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
