@@ -139,6 +139,7 @@ def run(
     left = len(items)
     try:
         options: Any = {"return_as": "generator_unordered", "batch_size": 1, "pre_dispatch": workers}
+        options["max_nbytes"] = None  # no files in /dev/shm or TMPDIR, which containers keep small
         for found in Parallel(workers, **options)(tasks):
             left -= 1
             yield found  # pyright: ignore[reportReturnType]

@@ -125,7 +125,10 @@ class Lenient:
     """A stream for messages that never raises: what cannot be shown is lost, and the work goes on."""
 
     def __init__(self, stream: Any):
-        self.stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115  None: closed by the shell
+        self.stream = stream
+        if stream is None:  # closed by the shell: 2>&-
+            self.stream = open(os.devnull, "w")  # noqa: SIM115
+            os.set_inheritable(self.stream.fileno(), True)  # workers need it
         if isinstance(stream, io.TextIOWrapper):
             self._try(lambda: stream.reconfigure(errors="backslashreplace"))  # letters that the encoding lacks
 
