@@ -114,6 +114,7 @@ def test_offline_wandb_makes_a_run_folder(tmp_path: Path):
 )
 def test_the_mode_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, used: str | None):
     monkeypatch.setitem(sys.modules, "wandb", fake := Fake())
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv(name, value)
     tracker(tmp_path, os.environ.get("WANDB_MODE", "offline")).log({"loss": 1.0})
     assert vars(fake).get("options", {}).get("mode") == used
