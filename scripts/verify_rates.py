@@ -1,6 +1,6 @@
 """A problem with a known answer -> results/rates/: exponents of cost against error for EM, ML-EM and jump process."""
 
-import os
+from joblib import cpu_count
 
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.figures.rates import plot_rates
@@ -9,7 +9,7 @@ from mlem_diffusion.rates.exponents import summary, verify
 
 @stage(outputs=["rates.json", "rates.png", "rates.csv"], depends=["rates"], folder="rates")
 def main(exp: Experiment) -> None:
-    workers = (os.cpu_count() or 1) if exp.cfg.workers == "auto" else int(exp.cfg.workers)
+    workers = cpu_count() if exp.cfg.workers == "auto" else int(exp.cfg.workers)
     result, frame = verify(exp.cfg.rates, workers, exp.progress, exp.should_stop)
     exp.save("rates.json", result)
     exp.save("rates.csv", frame.to_csv(index=False, float_format="%.6g"))

@@ -4,7 +4,6 @@ import json
 import runpy
 import sys
 
-sys.path.insert(0, "scripts")
 for script, arguments in json.loads(sys.argv[1]):
     sys.argv = [f"scripts/{script}.py", *arguments]
     runpy.run_path(sys.argv[0], run_name="__main__")

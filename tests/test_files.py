@@ -61,6 +61,8 @@ def test_arrays_round_trip_and_truncated_ones_are_refused(tmp_path: Path, compre
     [
         (OSError(errno.ENOSPC, "No space left on device"), "is full"),
         (OSError(errno.EDQUOT, "quota"), "is full"),
+        (OSError(errno.EFBIG, "File too large"), "ulimit -f"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"), "is full"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "is full"),
         (OSError(errno.EACCES, "Permission denied"), "cannot be written"),
     ],

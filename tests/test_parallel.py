@@ -1,4 +1,4 @@
-"""Work shared by workers on a CPU; test_training_loop.py has two of torchrun's ranks."""
+"""Work shared by workers on a CPU; test_stage.py has ranks that do not come, test_training_loop.py two that do."""
 
 import os
 import time

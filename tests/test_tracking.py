@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -105,3 +106,16 @@ def test_offline_wandb_makes_a_run_folder(tmp_path: Path):
         warnings.simplefilter("error", SlowPath)
         run.finish()
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "used"),
+    [("WANDB_MODE", "", "offline"), ("WANDB_MODE", "Online", "online"), ("WANDB_DISABLED", "true", None)],
+)
+def test_the_mode_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, used: str | None):
+    monkeypatch.setitem(sys.modules, "wandb", fake := Fake())
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv(name, value)
+    tracker(tmp_path, os.environ.get("WANDB_MODE", "offline")).log({"loss": 1.0})
+    assert vars(fake).get("options", {}).get("mode") == used
+    assert used is None or os.environ["WANDB_MODE"] == used  # W&B reads it too, and refuses others

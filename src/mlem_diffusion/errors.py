@@ -32,6 +32,6 @@ _PART = ("can't allocate memory", "std::bad_alloc", "not enough memory", "CUDA o
 # oneDNN; its messages for unsupported operations begin alike but are longer
 _EXACT = ("could not create a primitive", "could not execute a primitive")
 
-# errors of the operating system that the user can mend: disk full or read-only, no permission, too many open files
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+# errors of the operating system that the user can mend: disk full or read-only, no permission, a limit on files
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 SYSTEM_ERRORS = (*_DISK, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)

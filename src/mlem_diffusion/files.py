@@ -17,7 +17,9 @@ from .errors import SlowPath, UserError, is_out_of_memory
 
 T = TypeVar("T")
 
-_FULL_WORDS = ("os error 28", os.strerror(errno.ENOSPC))  # safetensors and torch put the system's error into words
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# safetensors and torch put the system's error into words
+_FULL_WORDS = ("os error 28", "os error 27", "unexpected pos", os.strerror(errno.ENOSPC), os.strerror(errno.EFBIG))
 
 _LACKING = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # a call that this file system does not have
 
@@ -94,8 +96,8 @@ def where_possible() -> Iterator[None]:
 def _explained(error: Exception, path: Path) -> Exception:
     """A UserError if the disk is full or the path cannot be written, else the error itself."""
     number = error.errno if isinstance(error, OSError) else None
-    if number in (errno.ENOSPC, errno.EDQUOT) or any(word in str(error) for word in _FULL_WORDS):
-        text = f"The disk that holds {path.parent} is full, so {path.name} could not be written"
+    if number in _FULL or any(word in str(error) for word in _FULL_WORDS):
+        text = f"The disk that holds {path.parent} is full (or ulimit -f is low), so {path.name} could not be written"
         return UserError(f"{text}: make room and run the same command again.")
     if isinstance(error, OSError) and not is_out_of_memory(error) and number not in (errno.EMFILE, errno.ENFILE):
         reason = error.strerror or error

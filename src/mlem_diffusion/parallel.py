@@ -3,12 +3,14 @@
 Under torchrun every rank runs the whole program. Rank i of n takes the items i, i + n, ... of a list, and the ranks
 meet at a barrier. Batches and seeds do not depend on the number of ranks, and so neither do the results."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +22,56 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 from .errors import Interrupted, UserError
 
 T = TypeVar("T")
+PATIENCE = 120.0  # seconds for all ranks to meet
+
+
+def connect(should_stop: Callable[[], bool]) -> None:
+    """Meet the other ranks, if torchrun's variables in the environment say that there are any.
+
+    Raises UserError if a variable is missing or wrong, or if not all ranks come within PATIENCE; Interrupted if
+    should_stop() is true meanwhile."""
+    ranks = _variable("WORLD_SIZE", 1, default="1")
+    if ranks == 1 or dist.is_initialized():
+        return
+    for name, highest in (("RANK", ranks - 1), ("LOCAL_RANK", ranks - 1), ("MASTER_PORT", 65535)):
+        _variable(name, 0, highest)
+    address = os.environ.get("MASTER_ADDR")
+    if not address:
+        raise UserError(f"The environment variable MASTER_ADDR is not set: {_CURE}.")
+    failed: list[str] = []
+
+    def meet() -> None:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # gloo transfers Python objects
+        try:
+            dist.init_process_group(backend, timeout=timedelta(days=7))  # one rank may do hours of work alone
+        except Exception as error:
+            failed.append(str(error).partition("\n")[0])
+
+    meeting = threading.Thread(target=meet, daemon=True)  # torch does not hear signals while it waits
+    meeting.start()
+    until = time.monotonic() + PATIENCE
+    while meeting.is_alive() and not failed:
+        meeting.join(0.1)
+        if should_stop():
+            raise Interrupted(f"stopped while waiting for {ranks} processes (WORLD_SIZE)")
+        if time.monotonic() > until:
+            failed.append(f"not all came within {PATIENCE:g} s")
+    if failed:
+        where = f"{address}:{os.environ['MASTER_PORT']}"
+        raise UserError(f"WORLD_SIZE={ranks} processes could not meet at {where} ({failed[0]}): {_CURE}.")
+
+
+_CURE = "start with NPROC=2 (torchrun), or unset WORLD_SIZE"
+
+
+def _variable(name: str, lowest: int, highest: int = 65535, default: str | None = None) -> int:
+    """The whole number in a variable of the environment."""
+    text = os.environ.get(name, default)
+    with contextlib.suppress(ValueError):
+        if text is not None and lowest <= int(text) <= highest:
+            return int(text)
+    found = "is not set" if text is None else f"is {text!r}, not a number from {lowest} to {highest}"
+    raise UserError(f"The environment variable {name} {found}: {_CURE}.")
 
 
 def rank() -> int:
@@ -87,6 +139,7 @@ def run(
     left = len(items)
     try:
         options: Any = {"return_as": "generator_unordered", "batch_size": 1, "pre_dispatch": workers}
+        options["max_nbytes"] = None  # no files in /dev/shm or TMPDIR, which containers keep small
         for found in Parallel(workers, **options)(tasks):
             left -= 1
             yield found  # pyright: ignore[reportReturnType]
@@ -129,10 +182,11 @@ def _work(function: Callable[[Any], Any], index: int, item: Any, threads: int, p
 
 
 def _become_worker(parent: int) -> None:
-    """Once per worker: SIGTERM sets a flag, Ctrl-C is the parent's, and the worker ends with its parent."""
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    """Once per worker: SIGTERM sets a flag, Ctrl-C and SIGHUP are the parent's, and the worker ends with its parent."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN or os.getpid() == parent:  # joblib works here without /dev/shm
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: _stop.set())
 
     def watch() -> None:

@@ -15,9 +15,11 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from joblib import cpu_count
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .. import parallel
 from ..errors import UserError
 from ..models.family import at_width
 
@@ -95,15 +97,15 @@ def set_up_device(cfg: Any, training: bool) -> torch.device:
     name = cfg.device
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
+        if device == torch.device("cuda") and parallel.world() > 1:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         text = f"device={name} does not work on this machine ({torch.cuda.device_count()} GPUs): "
         raise UserError(text + "set device=auto or device=cpu, or start fewer processes (NPROC).") from error
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
+    # a container's limit and taskset count
+    torch.set_num_threads(cfg.threads or min(torch.get_num_threads(), cpu_count()))
     torch.set_float32_matmul_precision("high" if training else "highest")
     torch.backends.cudnn.allow_tf32 = training
     torch.backends.cudnn.benchmark = bool(cfg.autotune)
@@ -112,16 +114,23 @@ def set_up_device(cfg: Any, training: bool) -> torch.device:
 
 def commit() -> str:
     """The checked-out commit; changed results and checkpoints do not count, since every run writes them."""
+    if not (ROOT / ".git").exists():  # a repository around this folder is not ours
+        return "unknown (not a git checkout)"
+    # named, so that git neither searches nor minds another owner; a hook's variables do not count
+    where = ["git", "--no-optional-locks", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}"]
+    own = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")} | {"LC_ALL": "C"}
 
     def git(*words: str) -> str:
-        command = ["git", "-C", str(ROOT), *words]
-        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
+        done = subprocess.run([*where, *words], text=True, capture_output=True, cwd=ROOT, env=own, check=True)
+        return done.stdout.strip()
 
     try:
         dirty = git("status", "--porcelain", "--", "src", "scripts", "configs")
-        return git("rev-parse", "HEAD") + (" with uncommitted changes" if dirty else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown (not a git checkout)"
+        return git("log", "-1", "--no-show-signature", "--format=%H") + (" with uncommitted changes" if dirty else "")
+    except OSError:
+        return "unknown (git cannot be run)"
+    except subprocess.CalledProcessError as error:
+        return f"unknown ({error.stderr.partition(chr(10))[0]})".replace(f"{ROOT}/", "")
 
 
 def device_model(device: torch.device) -> str:

@@ -1,18 +1,14 @@
 """The decorator of every script: Hydra, device, lock, finished work, provenance, signals and one-sentence errors."""
 
 import functools
-import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 
 import hydra
-import torch
-import torch.distributed as dist
 from omegaconf import DictConfig
 from tqdm import TqdmMonitorWarning
 
@@ -22,7 +18,7 @@ from ..files import locked
 from . import runs
 from .config import ROOT
 from .experiment import Experiment
-from .tracking import catch_signals, release_signals
+from .tracking import catch_signals, lenient_streams, release_signals, stop_asked
 
 STOPPED = 75  # exit status of work that was stopped
 
@@ -39,7 +35,10 @@ def stage(
     functions. folder: name of the results folder, if it is independent of the experiment."""
 
     def decorate(main: Callable[[Experiment], object]) -> Callable[[], None]:
-        name = Path(main.__code__.co_filename).stem
+        file = Path(main.__code__.co_filename)
+        name = file.stem
+        if main.__module__ == "__main__" and Path(sys.path[0]).resolve() == file.resolve().parent:
+            del sys.path[0]  # the scripts must not hide modules of the user, such as sample.py
 
         def work(cfg: DictConfig) -> None:
             exp = Experiment(name, cfg, folder)
@@ -69,25 +68,23 @@ def stage(
 
 def guarded(name: str, work: Callable[[], None]) -> None:
     """Run the work as one of torchrun's ranks, or alone; errors are printed and end the process."""
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if ranks > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # gloo transfers Python objects
-        dist.init_process_group(backend, timeout=timedelta(days=7))  # one rank may do hours of work alone
     # each warning is one line, without its place in the code
     warnings.formatwarning = lambda message, *where, **more: f"{name}: {message}\n"
     # torch itself still uses it for its forward derivatives
     warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", category=TqdmMonitorWarning)  # bars also work without a thread
     warnings.filterwarnings("ignore", message=".*tasks which were still being processed")  # joblib, after a stop
-    if not parallel.is_main():
-        warnings.filterwarnings("ignore", category=SlowPath)
     catch_signals()
-    try:
-        work()
-    except (UserError, Interrupted, KeyboardInterrupt, OSError, MemoryError, RuntimeError, ImportError) as error:
-        sys.exit(report(name, error))
-    finally:
-        release_signals()
+    with lenient_streams():
+        try:
+            parallel.connect(stop_asked)
+            if not parallel.is_main():
+                warnings.filterwarnings("ignore", category=SlowPath)
+            work()
+        except (UserError, Interrupted, KeyboardInterrupt, OSError, MemoryError, RuntimeError, ImportError) as error:
+            sys.exit(report(name, error))
+        finally:
+            release_signals()
 
 
 def report(name: str, error: BaseException) -> int:
@@ -101,6 +98,8 @@ def report(name: str, error: BaseException) -> int:
     elif isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
         where = f" ({error.filename})" if error.filename else ""
         text = f"{error.strerror}{where}: fix this and run the same command again."
+    elif "gloo/transport" in str(error):
+        text, status = "another process of this run ended (see above); run the same command again.", STOPPED
     elif is_out_of_memory(error):
         text = "there is not enough memory: set smaller batches (compare.batch, gamma.batch), train.accumulate=2 "
         text += "(trains the same) or ARGS=workers=1."

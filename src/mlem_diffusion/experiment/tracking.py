@@ -1,15 +1,18 @@
 """What a run shows and hears: progress bars, records, and the signals that stop it.
 
-Records go to metrics.jsonl, and a copy to Weights & Biases if it is installed and not disabled. Ctrl-C and SIGTERM set
-a flag; the work saves its state and stops, or is ended after a few seconds."""
+Records go to metrics.jsonl, and a copy to Weights & Biases if it is installed and not disabled. Ctrl-C, SIGTERM and
+SIGHUP set a flag; the work saves its state and stops, or is ended after a few seconds."""
 
+import contextlib
+import io
 import json
 import math
+import os
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,8 @@ class Tracker:
     def __init__(self, folder: Path, stage: str, config: dict[str, Any], mode: str, project: str):
         self.folder, self.stage, self.config, self.project = folder, stage, config, project
         self.path, self.run = folder / "metrics.jsonl", None
-        self.mode: Any = mode
+        off = os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes")
+        self.mode: Any = "disabled" if off else (mode or "offline").strip().lower()
         # what earlier runs of a stage have logged stays in their own W&B runs
         self.sent = self.path.stat().st_size if self.path.is_file() else 0
 
@@ -80,6 +84,8 @@ class Tracker:
             import wandb
 
             if self.run is None:
+                if "WANDB_MODE" in os.environ:  # W&B refuses what we understand: empty or upper case
+                    os.environ["WANDB_MODE"] = self.mode
                 settings = wandb.Settings(silent=True, init_timeout=TIMEOUT, console="off")
                 name = f"{self.config.get('name', self.folder.name)}-{self.stage}"
                 self.run = wandb.init(
@@ -89,7 +95,7 @@ class Tracker:
             action(wandb, self.run)
         except (Exception, SystemExit) as error:
             self.mode = "disabled"
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = " ".join(map(str.strip, str(error).splitlines()[:3])) or type(error).__name__
             warnings.warn(f"W&B is off ({reason}); metrics.jsonl is still written.", SlowPath, stacklevel=3)
 
 
@@ -101,10 +107,11 @@ class bar(tqdm):
         position: int | None = None,
     ):  # fmt: skip
         self.should_stop = should_stop
-        seconds = 1.0 if sys.stderr.isatty() else 30.0  # a log file needs few lines
+        file: Any = Lenient(sys.stderr)
+        seconds = 1.0 if file.isatty() else 30.0  # a log file needs few lines
         super().__init__(
             total=total, desc=label, unit=unit, position=position, unit_scale=True, dynamic_ncols=True, leave=False,
-            mininterval=seconds, disable=not parallel.is_main(),
+            mininterval=seconds, disable=not parallel.is_main(), file=file,
         )  # fmt: skip
 
     def __call__(self, done: int, total: int) -> None:
@@ -114,12 +121,56 @@ class bar(tqdm):
             raise Interrupted("stopped; finished work is saved")
 
 
+class Lenient:
+    """A stream for messages that never raises: what cannot be shown is lost, and the work goes on."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+        if stream is None:  # closed by the shell: 2>&-
+            self.stream = open(os.devnull, "w")  # noqa: SIM115
+            os.set_inheritable(self.stream.fileno(), True)  # workers need it
+        if isinstance(stream, io.TextIOWrapper):
+            self._try(lambda: stream.reconfigure(errors="backslashreplace"))  # letters that the encoding lacks
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, action: Callable[..., object], *arguments: str) -> None:
+        try:
+            action(*arguments)
+        except (OSError, ValueError):  # its reader or terminal has gone, or it was closed
+            with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nothing:
+                os.dup2(nothing.fileno(), self.stream.fileno())  # also for what it still holds
+
+
+@contextlib.contextmanager
+def lenient_streams() -> Iterator[None]:
+    """Context in which no print, warning or bar can end the work."""
+    before: Any = sys.stdout, sys.stderr
+    now: Any = tuple(map(Lenient, before))
+    sys.stdout, sys.stderr = now
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = before
+
+
 def catch_signals() -> None:
-    """Handle SIGINT and SIGTERM from now on."""
+    """Handle SIGINT, SIGTERM and SIGHUP from now on."""
     global _asked
     _asked = False
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        signal.signal(signal.SIGHUP, _stop)
     signal.signal(signal.SIGALRM, _end)
 
 
@@ -128,6 +179,8 @@ def release_signals() -> None:
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGHUP) == _stop:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def stop_asked() -> bool:

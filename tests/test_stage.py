@@ -1,0 +1,129 @@
+"""What surrounds a stage: ranks that do not come, signals, broken streams, the commit, the user's own modules."""
+
+import io
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mlem_diffusion import parallel
+from mlem_diffusion.experiment import config
+from mlem_diffusion.experiment.stage import guarded, report
+from mlem_diffusion.experiment.tracking import bar, stop_asked
+
+RANK = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+WRONG = [("WORLD_SIZE", ""), ("WORLD_SIZE", "two"), ("RANK", "2"), ("LOCAL_RANK", "x"), ("MASTER_PORT", "70000")]
+
+
+@pytest.mark.parametrize(("name", "value"), [*WRONG, ("RANK", None), ("MASTER_ADDR", None), ("MASTER_ADDR", "")])
+def test_a_wrong_variable_of_torchrun_is_named(capsys, monkeypatch, name: str, value: str | None):
+    for key, text in {**RANK, name: value}.items():
+        monkeypatch.delenv(key, raising=False) if text is None else monkeypatch.setenv(key, text)
+    with pytest.raises(SystemExit, match="2"):
+        guarded("train", lambda: None)
+    assert f"variable {name} is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("patience", "after", "status", "sentence"), [(0.2, 60, 2, "unset WORLD_SIZE"), (60, 1, 75, "waiting for 2")]
+)
+def test_a_rank_without_peers_ends_after_a_while_or_by_a_signal(
+    tmp_path, monkeypatch, patience, after, status, sentence
+):
+    def alone() -> None:
+        sys.stderr = (tmp_path / "log").open("w")
+        threading.Timer(after, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        try:
+            guarded("train", lambda: None)
+        except SystemExit as end:
+            sys.stderr.flush()
+            os._exit(end.code)  # type: ignore[arg-type]
+
+    for key, text in RANK.items():
+        monkeypatch.setenv(key, text)
+    monkeypatch.setattr(parallel, "PATIENCE", patience, raising=False)
+    process = multiprocessing.get_context("fork").Process(target=alone)
+    process.start()
+    process.join(20)
+    process.kill()
+    assert process.exitcode == status and sentence in (tmp_path / "log").read_text()
+
+
+def test_a_peer_that_died_is_one_sentence(capsys):
+    assert report("train", RuntimeError("[/gloo/transport/tcp/pair.cc:561] Connection closed by peer")) == 75
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_threads_fit_the_cores_that_may_be_used(monkeypatch):
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")  # stands for the limit of a container
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    config.set_up_device(SimpleNamespace(device="cpu", threads=None, autotune=True), training=False)
+    assert torch.get_num_threads() == 1
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [lambda: None, lambda: io.TextIOWrapper(io.BytesIO(), "ascii"), lambda: open("/dev/full", "w")],  # noqa: SIM115
+)
+def test_messages_that_cannot_be_shown_do_not_end_a_run(monkeypatch, stream):
+    def work() -> None:
+        print("\u03b3 = 2.5", flush=True)
+        with bar("sample", 2) as progress:
+            progress(1, 2)
+            progress.refresh()
+        done.append(1)
+
+    done: list[int] = []
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, stream())
+    guarded("sample", work)
+    assert done == [1]
+
+
+@pytest.mark.parametrize(("before", "stops"), [(lambda *_: None, True), (signal.SIG_IGN, False)])  # False: nohup
+def test_a_terminal_that_closes_stops_a_run_unless_nohup(before, stops):
+    asked, old = [], signal.signal(signal.SIGHUP, before)
+    guarded("sample", lambda: [os.kill(os.getpid(), signal.SIGHUP), asked.append(stop_asked())])
+    signal.signal(signal.SIGHUP, old)
+    assert asked == [stops]
+
+
+def test_the_commit_is_that_of_our_own_repository(tmp_path, monkeypatch):
+    def git(folder: Path, *words: str) -> str:
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "-C", str(folder), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    monkeypatch.setattr(config, "ROOT", own := tmp_path / "own")
+    own.mkdir()
+    git(tmp_path, "init")
+    git(tmp_path, "commit", "--allow-empty", "-m", "around")
+    assert config.commit() == "unknown (not a git checkout)"
+    git(own, "init")
+    assert "not have any commits" in config.commit()
+    git(own, "commit", "--allow-empty", "-m", "own")
+    expected = git(own, "rev-parse", "HEAD")
+    if os.geteuid() == 0:
+        os.chown(own / ".git", 12345, 12345)  # git itself now refuses: dubious ownership
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))  # of a hook
+    assert config.commit() == expected
+    monkeypatch.setenv("PATH", "")
+    assert config.commit() == "unknown (git cannot be run)"
+
+
+def test_scripts_do_not_hide_modules_of_the_user(tmp_path, monkeypatch):
+    (script := tmp_path / "sample.py").write_text(
+        "import mlem_diffusion.experiment.stage as s\ns.stage()(lambda exp: None)"
+    )
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])  # as Python does
+    runpy.run_path(str(script), run_name="__main__")
+    assert str(tmp_path) not in sys.path
