@@ -20,6 +20,7 @@ from .. import parallel
 from ..errors import SYSTEM_ERRORS, Interrupted, SlowPath, UserError, is_out_of_memory
 from ..files import locked
 from . import runs
+from .checks import settle
 from .config import ROOT
 from .experiment import Experiment
 from .tracking import catch_signals, release_signals
@@ -42,6 +43,7 @@ def stage(
         name = Path(main.__code__.co_filename).stem
 
         def work(cfg: DictConfig) -> None:
+            settle(cfg)
             exp = Experiment(name, cfg, folder)
             if trained and cfg.family.callable is not None:
                 exp.print(f"{name}: nothing to do, the levels of this experiment are functions (family.callable).")
