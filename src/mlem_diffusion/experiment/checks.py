@@ -15,7 +15,6 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from hydra import compose
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -86,18 +85,18 @@ def _either(*kinds: Kind) -> Kind:
     return Kind(" or ".join(kind.text for kind in kinds), read)
 
 
-def _list(kind: Kind, alone: bool = True, rising: bool = False) -> Kind:
-    """A list; alone: one value stands for a list of one. rising: not empty, and each entry above the one before."""
+def _list(kind: Kind, alone: bool = True, empty: bool = False, rising: bool = False) -> Kind:
+    """A list; alone: one value stands for a list of one. rising: each entry is above the one before."""
 
     def read(value: Any) -> list[Any]:
         if not isinstance(value, list) and not alone:
             raise ValueError
         found = [kind.read(v) for v in (value if isinstance(value, list) else [value])]
-        if rising and (not found or any(b <= a for a, b in pairwise(found))):
+        if not (found or empty) or (rising and any(b <= a for a, b in pairwise(found))):
             raise ValueError
         return found
 
-    return Kind(f"a {'rising ' if rising else ''}list, each entry {kind.text}", read)
+    return Kind(f"a {'rising ' if rising else ''}list{'' if empty else ' of one or more'}, each {kind.text}", read)
 
 
 def _group(value: Any) -> Any:
@@ -130,7 +129,8 @@ _TRAINING = ("float32", "autocast", "bf16")
 _KINDS = {
     "name": NAME, "seed": _whole(0), "compile": _words(*SETTINGS),
     "dynamics": _words("sde", "ode"),     "precision": _words("float32", "bf16"),
-    "methods": _list(_words(*METHODS)), "coins": _list(_words(*COINS)), "costs": _list(POSITIVE),
+    "methods": _list(_words(*METHODS), empty=True), "coins": _list(_words(*COINS)), "costs": _list(POSITIVE, empty=True),
+    "attention": _list(_whole(), empty=True), "optimise.measured.steps": _list(_whole(), empty=True),
     "family.widths": _list(_whole(), rising=True), "family.target": _words("v", "epsilon", "x0"),
     "family.gaussian_rank": _either(NULL, _whole()), "family.shape": _either(NULL, _list(_whole())),
     "family.callable": _either(NULL, GROUP),
@@ -144,9 +144,9 @@ _KINDS = {
     "warmup_images": _whole(0), "lr": POSITIVE, "clip": POSITIVE, "decay_fraction": FRACTION, 
     "snapshots": _list(FRACTION), "graph": _words("auto", "on", "off"),
     "train.precision": _words("auto", *_TRAINING), "train.narrow.precision": _words("auto", *_TRAINING),
-    "gamma.noise_levels": _whole(2), "gamma.repeats.levels": _whole(0), "gamma.repeats.seeds": _list(_whole(0)),
+    "gamma.noise_levels": _whole(2), "gamma.repeats.levels": _whole(0), "gamma.repeats.seeds": _list(_whole(0), empty=True),
     "optimise.cost": _words("flops", "seconds"), "optimise.calibrate": _whole(2), "optimise.calibrate_steps": _whole(2),
-    "optimise.bases": _list(_either(NULL, _whole(0))),
+    "optimise.bases": _list(_either(NULL, _whole(0)), empty=True),
     "compare.gamma": _either(_words("auto"), POSITIVE), "compare.plans": _words("auto", "none"),
     "compare.grid_images": _whole(0), "compare.baselines.levels": _either(_words("all", "largest"), _list(_INDEX)),
     "compare.stitched.sequences": _list(_list(_INDEX, alone=False)),
@@ -194,12 +194,10 @@ def _kind_of(default: Any) -> Kind:
     return {bool: FLAG, int: _whole(), float: AMOUNT, str: TEXT, dict: GROUP}[type(default)]
 
 
-def settle(cfg: DictConfig, given: Sequence[str] | None = None) -> None:
+def settle(cfg: DictConfig, given: Sequence[str]) -> None:
     """Check the configuration and bring it into its final form, in place; UserError for the first fault.
 
-    given: the overrides of the command line; None: those of the running script."""
-    if given is None:
-        given = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
+    given: the overrides of the command line."""
     try:
         _choose_groups(cfg, given)
         _walk(cfg, _defaults(), "")

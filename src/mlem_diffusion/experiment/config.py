@@ -84,11 +84,17 @@ def build(node: Any, **more: Any) -> Any:
         raise UserError(f"{node.get('_target_')} cannot be built from the configuration ({reason}).") from error
 
 
-def overrides() -> list[str]:
-    """The command line's overrides that change results, sorted."""
+def given() -> list[str]:
+    """The overrides of the command line, as they were written."""
     if not HydraConfig.initialized():
         return []
-    return sorted(text for text in HydraConfig.get().overrides.task if not _ELSEWHERE.match(text))
+    found: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    return found
+
+
+def overrides() -> list[str]:
+    """The command line's overrides that change results, sorted."""
+    return sorted(text for text in given() if not _ELSEWHERE.match(text))
 
 
 def job_folder(overrides: str) -> str:

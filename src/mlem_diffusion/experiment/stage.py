@@ -21,7 +21,7 @@ from ..errors import SYSTEM_ERRORS, Interrupted, SlowPath, UserError, is_out_of_
 from ..files import locked
 from . import runs
 from .checks import settle
-from .config import ROOT
+from .config import ROOT, given
 from .experiment import Experiment
 from .tracking import catch_signals, release_signals
 
@@ -43,7 +43,7 @@ def stage(
         name = Path(main.__code__.co_filename).stem
 
         def work(cfg: DictConfig) -> None:
-            settle(cfg)
+            settle(cfg, given())
             exp = Experiment(name, cfg, folder)
             if trained and cfg.family.callable is not None:
                 exp.print(f"{name}: nothing to do, the levels of this experiment are functions (family.callable).")
