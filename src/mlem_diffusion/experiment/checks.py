@@ -1,18 +1,17 @@
 """The configuration checked as a whole, before anything runs: every value is of its kind, or one sentence says so.
 
-The kind of a setting is that of its default in configs/config.yaml (and in the groups that it names): 16 asks for a
-whole number of 1 or more, 0.5 for a number of 0 or more. `_KINDS` has those whose default does not say enough."""
+The kind of a setting follows from its default in configs/: 16 asks for a whole number of 1 or more, 0.5 for a number of
+0 or more. `_KINDS` has those whose default says too little. A kind is written as it is read: "auto or a path"."""
 
-import difflib
 import functools
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path, PurePath
-from typing import Any, NamedTuple
+from typing import Any
 
 from hydra import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -27,86 +26,173 @@ from ..multilevel.planner import METHODS
 
 _CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 _GROUPS = ("data", "process", "unet", "metrics")
+_OPEN = ("metrics", "process.schedule", "sampler")  # may have keys of the user's own
+_PATHS = ("paths.data", "paths.checkpoints", "paths.results", "data.source", "metrics.weights")
+
+_ANY, _AMOUNT, _POSITIVE, _FRACTION = "a number", "a number of 0 or more", "a number above 0", "a number in 0..1"
+_COUNT, _NATURAL, _TWO = (f"a whole number of {least} or more" for least in (1, 0, 2))
+_NAME, _GROUP = "the name of a folder, such as mine or faces/mine", "a group of settings in braces"
+_LIST, _FULL = "a list, each ", "a list of one or more, each "
+_INDICES = f"{_FULL}gauss|a whole number"  # of levels
+_TRAINING = "float32|autocast|bf16"
+# by path, or by last key; a list takes everything after "each"
+_KINDS = {
+    "name": _NAME, "seed": _NATURAL, "compile": "|".join(SETTINGS), "dynamics": "sde|ode", "precision": "float32|bf16",
+    "methods": _LIST + "|".join(METHODS), "coins": _LIST + "|".join(COINS), "costs": _LIST + _POSITIVE,
+    "attention": _LIST + _COUNT, "dropout": _FRACTION, "warmup_images": _NATURAL, "lr": _POSITIVE, "clip": _POSITIVE,
+    "decay_fraction": _FRACTION, "snapshots": _FULL + _FRACTION, "graph": "auto|on|off", "seconds": _POSITIVE,
+    "family.widths": f"a rising list of one or more, each {_COUNT}", "family.target": "v|epsilon|x0",
+    "family.gaussian_rank": f"null|{_COUNT}", "family.callable": f"null|{_GROUP}",
+    "family.shape": f"null|{_FULL}{_COUNT}", "threads": f"null|{_COUNT}", "workers": f"auto|{_COUNT}",
+    "max_minutes": f"null|{_AMOUNT}", "only": f"null|{_FULL}text", "data.size": "a whole number of 4 or more",
+    "data.crop": "celeba|square|none", "data.count": f"null|{_TWO}", "process.logsnr_min": _ANY,
+    "process.logsnr_max": _ANY, "process.base_steps": _TWO, "process.spacing": "time|logsnr",
+    "metrics.weights": "null|a path", "train.precision": f"auto|{_TRAINING}",
+    "train.narrow.precision": f"auto|{_TRAINING}", "gamma.noise_levels": _TWO, "gamma.repeats.levels": _NATURAL,
+    "gamma.repeats.seeds": _LIST + _NATURAL, "optimise.cost": "flops|seconds",
+    "optimise.bases": f"{_LIST}null|{_NATURAL}", "optimise.calibrate": _TWO, "optimise.calibrate_steps": _TWO,
+    "optimise.measured.steps": _LIST + _COUNT, "compare.gamma": f"auto|{_POSITIVE}", "compare.plans": "auto|none",
+    "compare.grid_images": _NATURAL, "compare.baselines.levels": f"all|largest|{_INDICES}",
+    "compare.stitched.sequences": _FULL + _INDICES, "compare.stitched.switch": _FULL + _FULL + _FRACTION,
+    "compare.ml_em.families": f"{_FULL}all|chain|{_INDICES}", "compare.ml_em.c": _FULL + _POSITIVE,
+    "seeds": "seeds such as 0-63", "sampler": f"best|{_GROUP}", "rates.dynamics": f"{_FULL}sde|ode",
+    "rates.gammas": _FULL + _POSITIVE, "rates.choose_seeds": _FULL + _NATURAL, "rates.judge_seeds": _FULL + _NATURAL,
+    "benchmark.size": "auto|full|small", "modes": f"{_FULL}eager|compiled", "precisions": _FULL + _TRAINING,
+    "process.schedule.offset": _AMOUNT, "optimise.diagnose.seeds": _COUNT, "rates.poisson.seeds": _COUNT,
+    **dict.fromkeys(_PATHS[:4], "a path"),
+}  # fmt: skip
 
 
-class Kind(NamedTuple):
-    """What a value must be, in words, and how it is read: the value in its type, or ValueError."""
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    """The defaults as plain values. Of a list of groups, all keys are known, and those that every one has needed."""
 
-    text: str
-    read: Callable[[Any], Any]
+    def load(name: str) -> Any:
+        return OmegaConf.to_container(OmegaConf.load(_CONFIGS / f"{name}.yaml"))
 
-
-def _number(limits: str, fits: Callable[[Any], bool], whole: bool = False) -> Kind:
-    """A finite number. A whole one becomes int, so that 3e2 has the hash of 300; text may come from the environment."""
-
-    def read(value: Any) -> Any:
-        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-            raise ValueError
-        found: Any = float(value) if isinstance(value, str) else value
-        if not math.isfinite(found) or not fits(found) or (whole and found != int(found)):
-            raise ValueError
-        return int(found) if whole else found
-
-    return Kind(f"a {'whole ' if whole else ''}number{limits}", read)
-
-
-def _whole(least: int = 1) -> Kind:
-    return _number(f" of {least} or more", lambda value: value >= least, whole=True)
+    found = load("config")
+    found |= {
+        group: load(f"{group}/{entry[group]}") for entry in found["defaults"] for group in _GROUPS if group in entry
+    }
+    found["unet"]["patch"] = 1
+    for part in ("unet", "train"):
+        found[part]["narrow"] = [{"upto": 1}, {"upto": 1, **found[part]}]
+    for size in ("full", "small"):
+        found["benchmark"][size]["unet"] = found["unet"]
+    found["optimise"]["rules"].append({**found["optimise"]["rules"][1], "methods": []})
+    found = {key: value for key, value in found.items() if key not in ("defaults", "hydra")}
+    return found | {"sampler": {"dynamics": "ode", "steps": 20, "gamma": 2.5}}
 
 
-def _text(text: str, fits: Callable[[str], bool]) -> Kind:
-    def read(value: Any) -> str:
-        if isinstance(value, bool) or not isinstance(value, (str, int, float)) or not fits(str(value)):
-            raise ValueError
-        return str(value)  # a folder may be called 2026
+def settle(cfg: DictConfig, given: Sequence[str]) -> None:
+    """Bring the configuration into its final form, in place; UserError for the first fault.
 
-    return Kind(text, read)
-
-
-def _words(*known: Any) -> Kind:
-    def read(value: Any) -> Any:
-        switches = isinstance(value, bool) and "off" in known  # YAML reads on and off so
-        value = ("on" if value else "off") if switches else value
-        if not any(value is word or (isinstance(word, str) and value == word) for word in known):
-            raise ValueError
-        return value
-
-    text = [*map(_shown, known)]
-    return Kind(" or ".join([*filter(None, [", ".join(text[:-1])]), text[-1]]), read)
+    given: the overrides of the command line. A group chosen there stands as in its file, with the fields given there:
+    the experiment's were meant for another choice. Whole floats become int, and ~ the home folder."""
+    parsed = OverridesParser.create().parse_overrides(list(given))
+    chosen = {o.key_or_group for o in parsed if o.key_or_group in _GROUPS and isinstance(o.value(), str)}
+    own = [str(o.input_line) for o in parsed if o.key_or_group.split(".")[0] in chosen]
+    fresh = compose("config", own) if chosen else {}  # without the experiment
+    for group in chosen:
+        cfg[group] = fresh[group]
+    try:
+        _check(cfg, _defaults(), "")
+        if cfg.family.callable is None:
+            _check_attention(cfg)
+    except OmegaConfBaseException as error:
+        raise UserError(f"The configuration cannot be resolved: {' '.join(str(error).split())}.") from error
 
 
-def _either(*kinds: Kind) -> Kind:
-    def read(value: Any) -> Any:
-        for kind in kinds:
-            with suppress(ValueError):
-                return kind.read(value)
+def _check(node: DictConfig, defaults: Mapping[str, Any], where: str) -> None:
+    """Check the keys and values below the node at the path `where`."""
+    rule = re.sub(r"\[\d+\]", "", where)
+    for key in map(str, node):
+        path, general = f"{where}.{key}".lstrip("."), f"{rule}.{key}".lstrip(".")
+        if key == "_target_" or OmegaConf.is_missing(node, key):
+            continue
+        value, default = node[key], defaults.get(key)
+        if key not in defaults and general not in _KINDS:  # at the top, values of one's own may stand beside the groups
+            if rule not in _OPEN and (rule or isinstance(value, DictConfig)):
+                raise UserError(f"{path} is no setting; {where or 'the configuration'} has {', '.join(defaults)}.")
+        elif isinstance(default, Mapping) and isinstance(value, DictConfig):
+            _check(value, default, path)
+        elif isinstance(default, list) and default and isinstance(default[0], Mapping):
+            _check_entries(node, key, default, path)
+        else:
+            _check_value(node, key, _KINDS.get(general) or _KINDS.get(key) or _kind_of(default), path)
+
+
+def _check_entries(node: DictConfig, key: str, defaults: Sequence[Mapping[str, Any]], path: str) -> None:
+    """Check a list of groups of settings."""
+    node[key] = [] if node[key] is None else node[key]
+    if not isinstance(node[key], ListConfig) or not all(isinstance(entry, DictConfig) for entry in node[key]):
+        raise UserError(f"{path}={_shown(node[key])} must be {_LIST}{_GROUP}.")
+    for i, entry in enumerate(node[key]):
+        _check(entry, {k: v for default in defaults for k, v in default.items()}, f"{path}[{i}]")
+        for name in defaults[0]:
+            if name not in entry and all(name in default for default in defaults):
+                raise UserError(f"{path}[{i}] lacks the key {name}.")
+
+
+def _check_value(node: DictConfig, key: str, kind: str, path: str) -> None:
+    """Check one value, and write it back if reading changes it."""
+    value = OmegaConf.to_container(node[key], resolve=True) if OmegaConf.is_config(node[key]) else node[key]
+    try:
+        found = _read(value, kind)
+    except (ValueError, OverflowError):
+        raise UserError(f"{path}={_shown(value)} must be {kind.replace('|', ' or ')}.") from None
+    if path in _PATHS and str(found).startswith("~"):
+        raw: Any = OmegaConf.to_container(node, resolve=False)
+        # with its ${name}, which a sweep changes
+        found = os.path.expanduser(raw[key] if raw[key].startswith("~") else found)
+        if found.startswith("~"):
+            raise UserError(f"{path}={value}: no such home folder is known here (HOME); write the whole path.")
+    if repr(found) != repr(value):
+        node[key] = found
+
+
+def _read(value: Any, kind: str, alone: bool = True) -> Any:
+    """The value in the type of its kind, or ValueError. alone: one value stands for a list of one."""
+    options, form, inner = re.fullmatch(r"(.*?)(?:(a (?:rising )?list[^,]*), each (.*))?", kind).groups()  # type: ignore
+    for option in filter(None, options.split("|")):
+        with suppress(ValueError):
+            return _read_one(value, option)
+    if form is None or not (alone or isinstance(value, list)):
         raise ValueError
-
-    return Kind(" or ".join(kind.text for kind in kinds), read)
-
-
-def _list(kind: Kind, alone: bool = True, empty: bool = False, rising: bool = False) -> Kind:
-    """A list; alone: one value stands for a list of one. rising: each entry is above the one before."""
-
-    def read(value: Any) -> list[Any]:
-        if not isinstance(value, list) and not alone:
-            raise ValueError
-        found = [kind.read(v) for v in (value if isinstance(value, list) else [value])]
-        if not (found or empty) or (rising and any(b <= a for a, b in pairwise(found))):
-            raise ValueError
-        return found
-
-    return Kind(f"a {'rising ' if rising else ''}list{'' if empty else ' of one or more'}, each {kind.text}", read)
-
-
-def _group(value: Any) -> Any:
-    if not isinstance(value, Mapping):
+    found = [_read(v, inner, alone=False) for v in (value if isinstance(value, list) else [value])]
+    if ("more" in form and not found) or ("rising" in form and any(b <= a for a, b in pairwise(found))):
         raise ValueError
-    return value
+    return found
 
 
-def _inside(name: str) -> bool:
-    return bool(name.strip()) and not PurePath(name).is_absolute() and ".." not in PurePath(name).parts
+def _read_one(value: Any, option: str) -> Any:
+    if number := re.fullmatch(r"a (whole )?number(?: (of|above|in) (\d+)\D*(\d*))?", option):
+        found: Any = float(value) if isinstance(value, str) else value  # text may come from the environment
+        whole, sign, least, most = number.groups()
+        if isinstance(found, (int, float)) and not isinstance(found, bool) and math.isfinite(found):
+            inside = float(least or "-inf") <= found <= float(most or "inf") and (sign != "above" or found > 0)
+            if inside and (not whole or found == int(found)):
+                return int(found) if whole else found
+    elif option == _GROUP:
+        if isinstance(value, Mapping):
+            return value
+    elif option in ("text", "a path", _NAME, _KINDS["seeds"]):
+        if isinstance(value, (str, int)) and not isinstance(value, bool):  # a folder may be called 2026
+            parts, text = PurePath(str(value)), str(value)
+            if option == "text" or (
+                text.strip() and (option != _NAME or not (parts.is_absolute() or ".." in parts.parts))
+            ):
+                return text
+    elif _shown(value) == option or (option in ("on", "off") and value is (option == "on")):  # YAML's reading of on
+        return {"null": None, "true": True, "false": False}.get(option, option)
+    raise ValueError
+
+
+def _kind_of(default: Any) -> str:
+    """The kind that a default asks for."""
+    if isinstance(default, list):
+        return _FULL + _kind_of(default[0])
+    return {bool: "true|false", int: _COUNT, float: _AMOUNT, str: "text", dict: _GROUP}[type(default)]
 
 
 def _shown(value: Any) -> str:
@@ -116,183 +202,12 @@ def _shown(value: Any) -> str:
     return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
 
 
-NULL, FLAG, GROUP = _words(None), _words(True, False), Kind("a group of settings in braces", _group)
-TEXT, PATH = _text("text", lambda text: True), _text("a path", lambda text: bool(text.strip()))
-NAME = _text("the name of a folder, such as mine or faces/mine", _inside)
-ANY, WHOLE = _number("", lambda value: True), _number("", lambda value: True, whole=True)
-AMOUNT, POSITIVE = _number(" of 0 or more", lambda value: value >= 0), _number(" above 0", lambda value: value > 0)
-FRACTION = _number(" in 0..1", lambda value: 0 <= value <= 1)
-_INDEX = _either(_words("gauss"), WHOLE)  # of a level
-_TRAINING = ("float32", "autocast", "bf16")
-
-# by path, or by last key
-_KINDS = {
-    "name": NAME, "seed": _whole(0), "compile": _words(*SETTINGS),
-    "dynamics": _words("sde", "ode"),     "precision": _words("float32", "bf16"),
-    "methods": _list(_words(*METHODS), empty=True), "coins": _list(_words(*COINS)), "costs": _list(POSITIVE, empty=True),
-    "attention": _list(_whole(), empty=True), "optimise.measured.steps": _list(_whole(), empty=True),
-    "family.widths": _list(_whole(), rising=True), "family.target": _words("v", "epsilon", "x0"),
-    "family.gaussian_rank": _either(NULL, _whole()), "family.shape": _either(NULL, _list(_whole())),
-    "family.callable": _either(NULL, GROUP),
-    "threads": _either(NULL, _whole()), "workers": _either(_words("auto"), _whole()),
-    "max_minutes": _either(NULL, AMOUNT), "only": _either(NULL, _list(TEXT)),
-    "paths.data": PATH, "paths.checkpoints": PATH, "paths.results": PATH, "data.source": PATH,
-    "data.size": _whole(4), "data.crop": _words("celeba", "square", "none"), "data.count": _either(NULL, _whole(2)),
-    "process.base_steps": _whole(2), "process.logsnr_min": ANY, "process.logsnr_max": ANY,
-    "process.spacing": _words("time", "logsnr"), "process.schedule.offset": AMOUNT,
-    "dropout": FRACTION, "metrics.weights": _either(NULL, PATH), "metrics.name": TEXT,
-    "warmup_images": _whole(0), "lr": POSITIVE, "clip": POSITIVE, "decay_fraction": FRACTION, 
-    "snapshots": _list(FRACTION), "graph": _words("auto", "on", "off"),
-    "train.precision": _words("auto", *_TRAINING), "train.narrow.precision": _words("auto", *_TRAINING),
-    "gamma.noise_levels": _whole(2), "gamma.repeats.levels": _whole(0), "gamma.repeats.seeds": _list(_whole(0), empty=True),
-    "optimise.cost": _words("flops", "seconds"), "optimise.calibrate": _whole(2), "optimise.calibrate_steps": _whole(2),
-    "optimise.bases": _list(_either(NULL, _whole(0)), empty=True),
-    "compare.gamma": _either(_words("auto"), POSITIVE), "compare.plans": _words("auto", "none"),
-    "compare.grid_images": _whole(0), "compare.baselines.levels": _either(_words("all", "largest"), _list(_INDEX)),
-    "compare.stitched.sequences": _list(_list(_INDEX, alone=False)),
-    "compare.stitched.switch": _list(_list(FRACTION, alone=False)),
-    "compare.ml_em.families": _list(_either(_words("all", "chain"), _list(_INDEX, alone=False))),
-    "compare.ml_em.c": _list(POSITIVE), "sampler.c": _either(NULL, POSITIVE),
-    "seeds": Kind("a list of seeds such as 0-63", lambda v: v if isinstance(v, str) else str(_whole(0).read(v))),
-    "sampler": _words("best", "a setting in braces"),
-    "rates.dynamics": _list(_words("sde", "ode")), "rates.gammas": _list(POSITIVE),
-    "rates.choose_seeds": _list(_whole(0)), "rates.judge_seeds": _list(_whole(0)),
-    "optimise.diagnose.seeds": _whole(), "rates.poisson.seeds": _whole(),
-    "benchmark.size": _words("auto", "full", "small"), "seconds": POSITIVE, "modes": _list(_words("eager", "compiled")),
-    "precisions": _list(_words(*_TRAINING)),
-}  # fmt: skip
-_OPEN = ("metrics", "process.schedule", "sampler")  # other keys are possible
-_PATHS = ("paths.data", "paths.checkpoints", "paths.results", "data.source", "metrics.weights")
-
-
-@functools.cache
-def _defaults() -> dict[str, Any]:
-    """The defaults as plain values; of a list of entries, all keys are known, and those that every entry has needed."""
-
-    def load(name: str) -> Any:
-        return OmegaConf.to_container(OmegaConf.load(_CONFIGS / f"{name}.yaml"))
-
-    found = load("config")
-    chosen = {
-        group: option for entry in found["defaults"] if isinstance(entry, dict) for group, option in entry.items()
-    }
-    found |= {group: load(f"{group}/{chosen[group]}") for group in _GROUPS}
-    found["unet"]["patch"] = 1
-    for part in ("unet", "train"):
-        found[part]["narrow"] = [{"upto": 1}, {"upto": 1, **found[part]}]
-    for size in ("full", "small"):
-        found["benchmark"][size]["unet"] = found["unet"]
-    rules = found["optimise"]["rules"]
-    rules.append({**rules[-1], "methods": found["optimise"]["methods"]})
-    found["sampler"] = {"dynamics": "ode", "steps": 20, "gamma": 2.5}
-    return found
-
-
-def _kind_of(default: Any) -> Kind:
-    if isinstance(default, list):
-        return _list(_kind_of(default[0]))
-    return {bool: FLAG, int: _whole(), float: AMOUNT, str: TEXT, dict: GROUP}[type(default)]
-
-
-def settle(cfg: DictConfig, given: Sequence[str]) -> None:
-    """Check the configuration and bring it into its final form, in place; UserError for the first fault.
-
-    given: the overrides of the command line."""
-    try:
-        _choose_groups(cfg, given)
-        _walk(cfg, _defaults(), "")
-        _check_attention(cfg)
-    except OmegaConfBaseException as error:
-        raise UserError(f"The configuration cannot be resolved: {' '.join(str(error).split())}.") from error
-
-
-def _choose_groups(cfg: DictConfig, given: Sequence[str]) -> None:
-    """A group chosen on the command line is that of its file and of the fields given there: those of the experiment
-    were meant for another choice."""
-    parsed = OverridesParser.create().parse_overrides(list(given))
-    chosen = {o.key_or_group for o in parsed if o.key_or_group in _GROUPS and isinstance(o.value(), str)}
-    own = [str(o.input_line) for o in parsed if o.key_or_group.split(".")[0] in chosen]
-    fresh = compose("config", own) if chosen else {}  # without the experiment
-    for group in chosen:
-        cfg[group] = fresh[group]
-
-
-def _home(path: str) -> str:
-    """The path with ~ replaced; UserError if nothing says what it stands for."""
-    found = os.path.expanduser(path)
-    if found.startswith("~"):
-        raise UserError(f"{path}: no home folder of that name is known here (HOME); write the whole path.")
-    return found
-
-
-def _walk(node: DictConfig, defaults: Mapping[str, Any], where: str) -> None:
-    """Check the keys and values below a node; `where` is its path."""
-    rule = re.sub(r"\[\d+\]", "", where)
-    for key in map(str, node):
-        path, general = f"{where}.{key}".lstrip("."), f"{rule}.{key}".lstrip(".")
-        if key == "_target_" or OmegaConf.is_missing(node, key):
-            continue
-        if key not in defaults and general not in _KINDS:
-            _refuse_unknown(node, key, defaults, where, rule)
-            continue
-        value, default = node[key], defaults.get(key)
-        if isinstance(default, Mapping) and isinstance(value, DictConfig):
-            _walk(value, default, path)
-        elif isinstance(default, list) and default and isinstance(default[0], Mapping):
-            _walk_entries(node, key, default, path)
-        else:
-            _read(node, key, _KINDS.get(general) or _KINDS.get(key) or _kind_of(default), path)
-
-
-def _refuse_unknown(node: DictConfig, key: str, defaults: Mapping[str, Any], where: str, rule: str) -> None:
-    near = difflib.get_close_matches(key, defaults, 1, 0.6 if rule else 0.8)
-    if not rule:  # values of one's own may stand beside the groups
-        near = [name for name in near if isinstance(node[key], DictConfig) and isinstance(defaults[name], Mapping)]
-    if (rule or near) and rule not in _OPEN:
-        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(defaults)}."
-        raise UserError(f"{where or 'The configuration'} has no key {key}; {hint}")
-
-
-def _walk_entries(node: DictConfig, key: str, defaults: Sequence[Mapping[str, Any]], path: str) -> None:
-    """Check a list of groups of settings."""
-    if node[key] is None:
-        node[key] = []
-    if not isinstance(node[key], ListConfig) or not all(isinstance(entry, DictConfig) for entry in node[key]):
-        raise UserError(f"{path}={_shown(node[key])} must be a list of entries in braces.")
-    for i, entry in enumerate(node[key]):
-        _walk(entry, {k: v for default in defaults for k, v in default.items()}, f"{path}[{i}]")
-        for name in defaults[0]:
-            if name not in entry and all(name in default for default in defaults):
-                raise UserError(f"{path}[{i}] lacks the key {name}.")
-
-
-def _read(node: DictConfig, key: str, kind: Kind, path: str) -> None:
-    """Check one value; it is written back if reading changes it."""
-    value = OmegaConf.to_container(node[key], resolve=True) if OmegaConf.is_config(node[key]) else node[key]
-    try:
-        found = kind.read(value)
-    except (ValueError, OverflowError):
-        raise UserError(f"{path}={_shown(value)} must be {kind.text}.") from None
-    if path in _PATHS and str(found).startswith("~"):
-        raw = str(OmegaConf.to_container(node, resolve=False)[key])  # type: ignore[index]
-        node[key] = _home(raw if raw.startswith("~") else found)  # with its ${name}, which a sweep changes
-    elif repr(found) != repr(value):
-        node[key] = found
-
-
 def _check_attention(cfg: DictConfig) -> None:
     """UserError if a resolution with attention occurs in no network of the family."""
-    if cfg.family.callable is not None:
-        return
     unet: Any = OmegaConf.to_container(cfg.unet, resolve=True)
-    sizes, wanted = set(), set()
-    for own in (at_width(unet, width) for width in cfg.family.widths):
-        top = cfg.data.size // own.get("patch", 1)
-        sizes |= {top >> i for i in range(len(own.get("multipliers", ())))}
-        wanted |= set(own.get("attention", ()))
-    if not wanted <= sizes:
-        known = ", ".join(map(str, sorted(sizes, reverse=True)))
-        raise UserError(
-            f"unet.attention={_shown(sorted(wanted))} names resolutions that no network has; theirs are {known} "
-            "(data.size over patches, halved by unet.multipliers)."
-        )
+    networks, sizes = [at_width(unet, width) for width in cfg.family.widths], set()
+    for own in networks:
+        sizes |= {cfg.data.size // own.get("patch", 1) >> i for i in range(len(own["multipliers"]))}
+    if unknown := {size for own in networks for size in own["attention"]} - sizes:
+        text = f"unet.attention={_shown(sorted(unknown))}: no network of this family works at that resolution, only at "
+        raise UserError(f"{text}{', '.join(map(str, sorted(sizes, reverse=True)))} (data.size, unet.multipliers).")
