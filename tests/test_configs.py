@@ -18,7 +18,7 @@ from mlem_diffusion.comparison.settings import settings_of
 from mlem_diffusion.diffusion.process import Process
 from mlem_diffusion.diffusion.step_rules import REFERENCE_RULE, step_rule
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.experiment import config
+from mlem_diffusion.experiment import checks, config
 from mlem_diffusion.experiment.runs import make_extractor, planned_steps
 from mlem_diffusion.experiment.seeds import sample_seeds
 from mlem_diffusion.models.family import at_width, build_denoiser, describe, level_name
@@ -40,6 +40,12 @@ def hydra_context() -> Iterator[None]:
 
 def configuration(*overrides: str) -> DictConfig:
     return compose("config", overrides=list(overrides))
+
+
+def settled(*overrides: str) -> DictConfig:
+    cfg = configuration("experiment=smoke", *overrides)
+    checks.settle(cfg, overrides)
+    return cfg
 
 
 @pytest.fixture(params=EXPERIMENTS)
@@ -174,3 +180,75 @@ def test_absolute_paths_stay_private():
     cfg = configuration("data.source=/home/me/images.zip", "metrics=inception", "metrics.weights=/mnt/w.pth")
     found = config.plain(cfg)
     assert found["data"]["source"] == "images.zip" and found["metrics"]["weights"] == "w.pth" and "paths" not in found
+
+
+@pytest.mark.parametrize("option", [*GROUPS, *(f"experiment={name}" for name in EXPERIMENTS)])
+def test_the_checks_leave_every_shipped_configuration_as_it_is(option):
+    cfg = configuration(option)
+    before = OmegaConf.to_yaml(cfg)
+    checks.settle(cfg, [option])
+    assert OmegaConf.to_yaml(cfg) == before
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [("gamma.images", "3e2", 300), ("family.widths", "8.0", [8]), ("optimise.bases", "[null,1.0]", [None, 1])]
+    + [("train.compile", "false", "off"), ("name", "2026", "2026"), ("only", "w2", ["w2"]), ("seeds", "5", "5")]
+    + [("+metrics.x", "5", 5), ("+mine", "yes", "yes"), ("unet.attention", "[]", []), ("train.narrow", "null", [])],
+)
+def test_whole_floats_and_single_values_are_read_as_what_they_mean(key, text, value):
+    found = OmegaConf.select(settled(f"{key}={text}"), key.lstrip("+"))
+    assert (found, repr(found)) == (value, repr(value))
+
+
+BASELINE = "compare.baselines=[{dynamics: sde, step_rule: ddpm, levels: all, "
+WRONG = ["gamma.images=many", "gamma.images=-1", "gamma.images=null", "gamma.images=2.5", "gamma.images=true"]
+WRONG += ["family.widths=[2.5,4]", "family.widths=[4,4]", "family.widths=[6,2,4]", "family.widths=[]", "workers=0"]
+WRONG += ["train.lr=nan", "train.lr=inf", "train.lr=-1", "train.decay_fraction=2", "train.flips=yes", "threads=0"]
+WRONG += ["paths.results=", "paths.data=null", "name=../../x", "name=/x", "name=", "precision=fp16", "compare.batch=0"]
+WRONG += ["compare.gamma=often", "sampler=heun", "optimise.cost=money", "max_minutes=-1", "compare.seed=-3", "train=5"]
+WRONG += [
+    "rates.gammas=[0]",
+    "benchmark.small.batches=[a]",
+    "timing.rounds=0",
+    "compare.baselines=all",
+    "unet.dropout=2",
+]
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [(text, rf"^{text.split('=')[0]}=.* must be ") for text in WRONG]
+    + [
+        (f"{BASELINE}step: 4}}]", r"baselines\[0\]\.step is no setting"),
+        (f"{BASELINE}steps: [a]}}]", r"\[0\]\.steps=\[a\]"),
+    ]
+    + [("train.narrow=[{images: 9}]", "lacks the key upto"), ("+optimize={seed: 1}", "optimize is no setting")]
+    + [("paths.data='~nobody-here/x'", "HOME"), ("paths.data='${nope}'", "cannot be resolved: .*nope")]
+    + [("unet.attention=[7]", r"unet\.attention=\[7\].* only at 8, 4"), ("unet=adm", r"attention=\[16\].* 8, 4, 2, 1")],
+)
+def test_a_wrong_value_is_one_sentence_that_names_its_key(override, sentence):
+    with pytest.raises(UserError, match=sentence) as error:
+        settled(override)
+    assert "\n" not in str(error.value)
+
+
+def test_a_group_chosen_on_the_command_line_has_no_fields_of_the_experiment():
+    assert set(settled("metrics=inception").metrics) == {"_target_", "weights"}
+    assert settled("metrics=light").metrics.dim == 64 and settled("metrics=light", "metrics.dim=8").metrics.dim == 8
+    assert settled("process=cosine").process.base_steps == 2049 and settled("metrics.dim=8").process.base_steps == 129
+
+
+def test_home_stands_for_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("MLEM_SOURCE", "~/faces.zip")
+    cfg = settled("paths.results='~/x/${name}'", "data.source=${oc.env:MLEM_SOURCE}", "metrics=inception",
+                  "metrics.weights='~/w'")  # fmt: skip
+    cfg.name = "smoke/job"  # as a sweep does
+    assert cfg.paths.results == "/home/me/x/smoke/job" and cfg.metrics.weights == "/home/me/w"
+    assert cfg.data.source == "/home/me/faces.zip"
+
+
+def test_folders_of_jobs_have_short_and_distinct_names():
+    names = [config.job_folder(text) for text in ("a=1", "a=x/y", "é" * 200, "é" * 201)]
+    assert names[:2] == ["a=1", "a=x_y"] and len(set(names)) == 4 and all(len(n.encode()) <= 200 for n in names)

@@ -124,7 +124,8 @@ def _check(node: DictConfig, defaults: Mapping[str, Any], where: str) -> None:
 
 def _check_entries(node: DictConfig, key: str, defaults: Sequence[Mapping[str, Any]], path: str) -> None:
     """Check a list of groups of settings."""
-    node[key] = [] if node[key] is None else node[key]
+    if node[key] is None:
+        node[key] = []
     if not isinstance(node[key], ListConfig) or not all(isinstance(entry, DictConfig) for entry in node[key]):
         raise UserError(f"{path}={_shown(node[key])} must be {_LIST}{_GROUP}.")
     for i, entry in enumerate(node[key]):
