@@ -5,13 +5,18 @@ PYTHON ?= python3
 NPROC ?= 1
 VENV ?= .venv
 BIN := $(VENV)/bin
-DRY := $(if $(DRY_RUN),dry_run=true)
+DRY := $(if $(filter-out 0 n N no No NO off false False FALSE,$(DRY_RUN)),dry_run=true)
+# The environment carries any path unchanged past make, the shell and Hydra, and no record shows it
+export MLEM_SOURCE = $(value SOURCE)
+unexport SOURCE
 # Hydra requires its flag before the first override
 SWEEP = $(filter -m --multirun,$(ARGS))
 OVERRIDES = experiment=$(EXPERIMENT) $(DRY) $(1) $(filter-out -m --multirun,$(ARGS))
 RUN = $(BIN)/python scripts/$(1).py $(SWEEP) $(call OVERRIDES,$(2))
 # one process per GPU
-RANKS = $(if $(filter-out 1,$(NPROC)),-m torch.distributed.run --standalone --nproc-per-node $(NPROC))
+RANKS = $(if $(filter-out 1,$(NPROC)),$(if $(shell [ "$(NPROC)" -ge 1 ] 2>/dev/null && echo yes),\
+    -m torch.distributed.run --standalone --nproc-per-node $(NPROC),\
+    $(error NPROC=$(NPROC) must be a whole number of 1 or more)))
 SEVERAL = $(BIN)/python $(RANKS) scripts/$(1).py $(SWEEP) $(call OVERRIDES,$(2))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -57,7 +62,7 @@ demo: setup  ## the full experiment on procedural portraits; about 9 minutes on 
 
 data: EXPERIMENT := $(if $(filter file default,$(origin EXPERIMENT)),celeba64,$(EXPERIMENT))
 data: setup  ## images -> packed array: make data SOURCE=path/to/img_align_celeba.zip (or a folder, or download)
-	@$(call RUN,prepare_data,$(if $(SOURCE),"data.source='$(SOURCE)'"))
+	@$(call RUN,prepare_data,$(if $(value SOURCE),'data.source=$${oc.env:MLEM_SOURCE}'))
 
 train-levels: setup  ## train every level of the family
 	@$(call SEVERAL,train_levels)
@@ -75,7 +80,7 @@ report: setup  ## results/EXPERIMENT/report.html
 	@$(call RUN,report)
 
 sample: setup  ## PNGs and a grid with the best sampler of the comparison: make sample SEEDS=0-63
-	@$(call SEVERAL,sample,"seeds='$(SEEDS)'")
+	@$(call SEVERAL,sample,'seeds="$(subst ",,$(subst ',,$(value SEEDS)))"')
 
 publish: setup  ## trained levels -> checkpoints/EXPERIMENT/published: bf16 weights and model card, to commit
 	@$(call RUN,publish)

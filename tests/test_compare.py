@@ -329,7 +329,7 @@ def test_costs_of_a_comparison(make):
     assert expected_evaluations(config, levels, process, Planned()) == {"w2": 80, "w4": 80, "w8": 80 + 6 * (57 + 29)}
 
 
-@pytest.mark.parametrize("text", ["x", "5-3", "", "1,,2"])
+@pytest.mark.parametrize("text", ["x", "5-3", "", "1,,2", "0-", "0-999999999"])
 def test_bad_seeds_are_refused(text):
     with pytest.raises(UserError):
         parse_seeds(text)

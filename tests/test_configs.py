@@ -1,5 +1,7 @@
 """The configuration composes and instantiates for every experiment and every option of each group."""
 
+import copy
+import functools
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from mlem_diffusion.comparison.planned import references_for
@@ -18,7 +21,7 @@ from mlem_diffusion.comparison.settings import settings_of
 from mlem_diffusion.diffusion.process import Process
 from mlem_diffusion.diffusion.step_rules import REFERENCE_RULE, step_rule
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.experiment import config
+from mlem_diffusion.experiment import checks, config
 from mlem_diffusion.experiment.runs import make_extractor, planned_steps
 from mlem_diffusion.experiment.seeds import sample_seeds
 from mlem_diffusion.models.family import at_width, build_denoiser, describe, level_name
@@ -42,6 +45,30 @@ def configuration(*overrides: str) -> DictConfig:
     return compose("config", overrides=list(overrides))
 
 
+def unchanged(cfg: DictConfig) -> bool:
+    """Whether the checks leave a shipped configuration as it is."""
+    before = OmegaConf.to_yaml(cfg)
+    checks.settle(cfg, [])
+    return OmegaConf.to_yaml(cfg) == before
+
+
+@functools.cache
+def smoke() -> DictConfig:
+    return configuration("experiment=smoke")
+
+
+def settled(*overrides: str) -> DictConfig:
+    """The miniature with these overrides; only groups and new values of groups need Hydra's slow composition."""
+    cfg = copy.deepcopy(smoke())
+    for o in OverridesParser.create().parse_overrides(list(overrides)):
+        if o.key_or_group in ("metrics", "process", "unet"):
+            cfg = configuration("experiment=smoke", *overrides)
+            break
+        OmegaConf.update(cfg, o.key_or_group, o.value(), force_add=True)
+    checks.settle(cfg, overrides)
+    return cfg
+
+
 @pytest.fixture(params=EXPERIMENTS)
 def cfg(request: pytest.FixtureRequest) -> DictConfig:
     return configuration(f"experiment={request.param}")
@@ -52,6 +79,7 @@ def plain(node: Any) -> Any:
 
 
 def test_every_experiment_instantiates(cfg):
+    assert unchanged(cfg)
     assert cfg.name in EXPERIMENTS and cfg.paths.results == f"results/{cfg.name}"
     assert isinstance(config.build(cfg.process), Process)
     widths, unet = list(cfg.family.widths), plain(cfg.unet)
@@ -106,7 +134,7 @@ def test_seeds_and_steps_of_verify_rates():
 def test_every_option_of_every_group_composes(option):
     group, name = option.split("=")
     cfg = configuration(option)
-    assert plain(cfg.compare) and group in cfg
+    assert plain(cfg.compare) and group in cfg and unchanged(cfg)
     if group == "process":
         grid = config.build(cfg.process).grid()
         assert np.all(np.isfinite(grid.beta)) and np.all(np.diff(grid.time) < 0)
@@ -174,3 +202,69 @@ def test_absolute_paths_stay_private():
     cfg = configuration("data.source=/home/me/images.zip", "metrics=inception", "metrics.weights=/mnt/w.pth")
     found = config.plain(cfg)
     assert found["data"]["source"] == "images.zip" and found["metrics"]["weights"] == "w.pth" and "paths" not in found
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("gamma.images", "3e2", 300), ("family.widths", "8.0", [8]), ("optimise.bases", "[null,1.0]", [None, 1]),
+        ("train.compile", "false", "off"), ("name", "2026", "2026"), ("only", "w2", ["w2"]), ("seeds", "5", "5"),
+        ("+metrics.x", "5", 5), ("+mine", "yes", "yes"), ("unet.attention", "[]", []), ("train.narrow", "null", []),
+    ],
+)  # fmt: skip
+def test_whole_floats_and_single_values_are_read_as_what_they_mean(key, text, value):
+    found = OmegaConf.select(settled(f"{key}={text}"), key.lstrip("+"))
+    assert (found, repr(found)) == (value, repr(value))
+
+
+BASELINE = "compare.baselines=[{dynamics: sde, step_rule: ddpm, levels: all, "
+WRONG = ["gamma.images=many", "gamma.images=-1", "gamma.images=null", "gamma.images=2.5", "gamma.images=true"]
+WRONG += ["family.widths=[2.5,4]", "family.widths=[4,4]", "family.widths=[6,2,4]", "family.widths=[]", "workers=0"]
+WRONG += ["train.lr=nan", "train.lr=inf", "train.lr=-1", "train.decay_fraction=2", "train.flips=yes", "threads=0"]
+WRONG += ["paths.results=", "paths.data=null", "name=../../x", "name=/x", "name=", "precision=fp16", "compare.batch=0"]
+WRONG += ["compare.gamma=often", "sampler=heun", "optimise.cost=money", "max_minutes=-1", "compare.seed=-3", "train=5"]
+WRONG += [
+    "rates.gammas=[0]",
+    "benchmark.small.batches=[a]",
+    "timing.rounds=0",
+    "compare.baselines=all",
+    "unet.dropout=2",
+]
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [(text, rf"^{text.split('=')[0]}=.* must be ") for text in WRONG]
+    + [
+        (f"{BASELINE}step: 4}}]", r"baselines\[0\]\.step is no setting"),
+        (f"{BASELINE}steps: [a]}}]", r"\[0\]\.steps=\[a\]"),
+    ]
+    + [("train.narrow=[{images: 9}]", "lacks the key upto"), ("+optimize={seed: 1}", "optimize is no setting")]
+    + [("paths.data='~nobody-here/x'", "HOME"), ("paths.data='${nope}'", "cannot be resolved: .*nope")]
+    + [("unet.attention=[7]", r"unet\.attention=\[7\].* only at 8, 4"), ("unet=adm", r"attention=\[16\].* 8, 4, 2, 1")],
+)
+def test_a_wrong_value_is_one_sentence_that_names_its_key(override, sentence):
+    with pytest.raises(UserError, match=sentence) as error:
+        settled(override)
+    assert "\n" not in str(error.value)
+
+
+def test_a_group_chosen_on_the_command_line_has_no_fields_of_the_experiment():
+    cfg = settled("metrics=inception", "process=cosine")
+    assert set(cfg.metrics) == {"_target_", "weights"} and cfg.process.base_steps == 2049
+    assert dict(settled("metrics=light32", "metrics.seed=8").metrics)["dim"] == 32
+
+
+def test_home_stands_for_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("MLEM_SOURCE", "~/faces.zip")
+    cfg = settled("paths.results='~/x/${name}'", "data.source=${oc.env:MLEM_SOURCE}", "metrics=inception",
+                  "metrics.weights='~/w'")  # fmt: skip
+    cfg.name = "smoke/job"  # as a sweep does
+    assert cfg.paths.results == "/home/me/x/smoke/job" and cfg.metrics.weights == "/home/me/w"
+    assert cfg.data.source == "/home/me/faces.zip"
+
+
+def test_folders_of_jobs_have_short_and_distinct_names():
+    names = [config.job_folder(text) for text in ("a=1", "a=x/y", "é" * 200, "é" * 201)]
+    assert names[:2] == ["a=1", "a=x_y"] and len(set(names)) == 4 and all(len(n.encode()) <= 200 for n in names)

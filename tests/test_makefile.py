@@ -66,8 +66,7 @@ def test_celeba_is_the_default_of_data_and_benchmark():
 
 @pytest.mark.parametrize(
     ("target", "variable", "key", "value"),
-    [("data", "SOURCE", "data.source", source) for source in ("download", "my images (1), new=true.zip", "~/faces")]
-    + [("sample", "SEEDS", "seeds", seeds) for seeds in ("0-63", "5", "3,7,100-120")],
+    [("sample", "SEEDS", "seeds", seeds) for seeds in ("0-63", "5", "3,7,100-120", "$x", "1;2 `id`")],
 )
 def test_a_variable_is_passed_on_as_one_hydra_value(target, variable, key, value):
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -75,6 +74,32 @@ def test_a_variable_is_passed_on_as_one_hydra_value(target, variable, key, value
     word = next(w for w in only(target, f"{variable}={value}") if w.startswith(f"{key}="))
     override = OverridesParser.create().parse_overrides([word])[0]
     assert not override.is_sweep_override() and str(override.value()) == value
+
+
+@pytest.mark.parametrize("source", ["download", "a b (1), c=d#e.zip", 'it\'s "é"', "$x$(y", "a\\b", "~/faces"])
+def test_any_source_reaches_the_configuration_unchanged(source, tmp_path):
+    """An interpreter of our own shows what it gets."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text('#!/bin/sh\nprintf \'%s\\n\' "$3" "$MLEM_SOURCE"\n')
+    (tmp_path / "bin" / "python").chmod(0o755)
+    (tmp_path / ".installed").touch()
+    command = ["make", "--no-print-directory", "data", f"VENV={tmp_path}", f"SOURCE={source}"]
+    shown = subprocess.check_output(command, cwd=ROOT, text=True, env={"PATH": os.environ["PATH"]})
+    assert shown.splitlines() == ["data.source=${oc.env:MLEM_SOURCE}", source]
+
+
+def test_a_dry_run_is_one_that_was_asked_for():
+    dry = {
+        word: "dry_run=true" in only("report", f"DRY_RUN={word}") for word in ("1", "true", "yes", "0", "false", "no")
+    }
+    assert list(dry.values()) == [True] * 3 + [False] * 3
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "two"])
+def test_a_wrong_number_of_processes_is_one_sentence(number):
+    command = ["make", "-n", "train-levels", f"NPROC={number}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and f"NPROC={number} must be" in done.stderr
 
 
 @pytest.mark.parametrize("target", ["train-levels", "optimise", "sample-compare", "sample"])

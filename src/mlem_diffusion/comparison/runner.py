@@ -34,6 +34,7 @@ from .settings import Measurement, SamplerSetting
 
 ABSURD = 1e3  # size of a pixel value; pixels are in [-1, 1], and no working sampler comes near it
 GRID = 1024  # the most images in a grid of pictures
+MOST = 1_000_000  # seeds in one list
 _KINDS = ("images", "half")  # the reference, and that on half of its grid
 _read = partial(read_arrays, hint="remove it and run the same command again")
 
@@ -183,6 +184,8 @@ def parse_seeds(text: str) -> list[int]:
         parts = []
     if not parts or any(len(part) > 2 or part[0] > part[-1] for part in parts):
         raise UserError(f"SEEDS={text} is not a list of seeds; write 0-63 or 3,7,100-120.")
+    if (count := sum(part[-1] - part[0] + 1 for part in parts)) > MOST:
+        raise UserError(f"SEEDS={text} are {count:,} seeds; ask for {MOST:,} at most at a time.")
     return list(dict.fromkeys(seed for part in parts for seed in range(part[0], part[-1] + 1)))
 
 

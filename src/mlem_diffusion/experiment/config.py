@@ -29,6 +29,7 @@ _PACKAGES = ("torch", "torchvision", "torch-fidelity", "hydra-core", "numpy", "s
 _ELSEWHERE = re.compile(
     r"[+~]*(paths\.|data\.source|metrics\.weights|dry_run|force|overwrite|max_minutes|workers|threads)"
 )
+_LONGEST = 200  # bytes of a folder's name, which file systems limit to 255
 # settings of training that do not affect the trained model
 _WATCHING = ("log_every", "save_every", "compile", "graph")
 
@@ -85,11 +86,26 @@ def build(node: Any, **more: Any) -> Any:
         raise UserError(f"{node.get('_target_')} cannot be built from the configuration ({reason}).") from error
 
 
-def overrides() -> list[str]:
-    """The command line's overrides that change results, sorted."""
+def given() -> list[str]:
+    """The overrides of the command line, as they were written."""
     if not HydraConfig.initialized():
         return []
-    return sorted(text for text in HydraConfig.get().overrides.task if not _ELSEWHERE.match(text))
+    found: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    return found
+
+
+def overrides() -> list[str]:
+    """The command line's overrides that change results, sorted."""
+    return sorted(text for text in given() if not _ELSEWHERE.match(text))
+
+
+def job_folder(overrides: str) -> str:
+    """The name of a folder for the job of a sweep with these overrides: shortened, with a hash, if it is too long."""
+    name = re.sub(r"[/$]", "_", overrides)
+    if len(name.encode()) <= _LONGEST:
+        return name
+    start = name.encode()[: _LONGEST - 17].decode(errors="ignore")
+    return f"{start}-{hashlib.sha256(overrides.encode()).hexdigest()[:16]}"
 
 
 def set_up_device(cfg: Any, training: bool) -> torch.device:

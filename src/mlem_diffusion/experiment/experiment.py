@@ -37,7 +37,7 @@ class Experiment:
         if folder is not None:
             cfg.name = folder
         elif HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-            job = HydraConfig.get().job.override_dirname.replace("/", "_")
+            job = config.job_folder(HydraConfig.get().job.override_dirname)
             cfg.name = f"{cfg.name}/{job}" if job else cfg.name  # each job of a sweep gets its own folders
         self.data_dir, self.results = ROOT / cfg.paths.data, ROOT / cfg.paths.results
         self.checkpoints = ROOT / cfg.paths.checkpoints

@@ -68,10 +68,7 @@ def used_gamma(exp: Any) -> float:
     Of the measured ones the first finite one: differences to the level before and to the largest if they apply, else
     the drops in loss, else the loss; at last those that do not apply."""
     if exp.cfg.compare.gamma != "auto":
-        try:
-            return float(exp.cfg.compare.gamma)
-        except ValueError as error:
-            raise UserError(f"compare.gamma = {exp.cfg.compare.gamma} is neither a number nor auto.") from error
+        return float(exp.cfg.compare.gamma)
     hint = "run make measure-gamma with the same EXPERIMENT first, or set compare.gamma"
     path = exp.results / "gamma.json"
     with expect_content(path, hint):

@@ -16,7 +16,8 @@ from .. import parallel
 from ..errors import SYSTEM_ERRORS, Interrupted, SlowPath, UserError, is_out_of_memory
 from ..files import locked
 from . import runs
-from .config import ROOT
+from .checks import settle
+from .config import ROOT, given
 from .experiment import Experiment
 from .tracking import catch_signals, lenient_streams, release_signals, stop_asked
 
@@ -41,6 +42,7 @@ def stage(
             del sys.path[0]  # the scripts must not hide modules of the user, such as sample.py
 
         def work(cfg: DictConfig) -> None:
+            settle(cfg, given())
             exp = Experiment(name, cfg, folder)
             if trained and cfg.family.callable is not None:
                 exp.print(f"{name}: nothing to do, the levels of this experiment are functions (family.callable).")

@@ -10,7 +10,6 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import expect_content, read_json, write_json
-from ..models.compiled import SETTINGS
 from ..models.family import AGAIN, at_width, check_weights, level_name, load_state, weights_of
 
 STATE, CLAIM, METADATA = "state.pt", "claim.json", "metadata.json"
@@ -42,13 +41,6 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.snapshots or min(self.snapshots) <= 0 or max(self.snapshots) != 1:
             raise UserError(f"train.snapshots = {list(self.snapshots)} must be fractions in (0, 1] that include 1.")
-        for name in ("images", "batch", "accumulate"):
-            if getattr(self, name) < 1:
-                raise UserError(f"train.{name} = {getattr(self, name)} must be at least 1.")
-        precisions, graphs = ("auto", "float32", "autocast", "bf16"), ("auto", "on", "off")
-        for name, known in (("precision", precisions), ("graph", graphs), ("compile", SETTINGS)):
-            if (value := getattr(self, name)) not in known:
-                raise UserError(f"train.{name} = {value!r} is unknown; expected one of {', '.join(known)}.")
 
 
 def repeated(cfg: Any) -> list[tuple[int, int]]:
