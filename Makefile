@@ -5,6 +5,10 @@ PYTHON ?= python3
 NPROC ?= 1
 VENV ?= .venv
 BIN := $(VENV)/bin
+# a copy of this folder, or a worktree, runs its own code
+export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
+# an environment whose interpreter has gone is set up again
+$(shell test -x $(BIN)/python || rm -f $(VENV)/.installed $(VENV)/.installed-test $(BIN)/python*)
 DRY := $(if $(filter-out 0 n N no No NO off false False FALSE,$(DRY_RUN)),dry_run=true)
 # The environment carries any path unchanged past make, the shell and Hydra, and no record shows it
 export MLEM_SOURCE = $(value SOURCE)
@@ -40,8 +44,9 @@ help:  ## list the targets and their variables
 setup: $(VENV)/.installed  ## create .venv and install the package (other targets do this if necessary)
 
 $(VENV)/.installed: pyproject.toml
-	@command -v $(PYTHON) >/dev/null || \
-	    { echo "make: $(PYTHON) is missing; install Python 3.10 or later, or set PYTHON=path."; exit 2; }
+	@used=$(BIN)/python; test -x $$used || used=$(PYTHON); \
+	$$used -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
+	    { echo "make: $$used is missing or too old; install Python 3.10 or later (PYTHON=path), remove $(VENV)."; exit 2; }
 	@echo "Setting up $(VENV) (torch and other packages: minutes, several GB)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 2; }
 	@$(PIP) --upgrade pip

@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -124,11 +125,21 @@ def test_help_lists_every_target_and_experiment():
         assert variable in shown
 
 
-def test_set_up_happens_automatically_and_once(tmp_path):
+def test_set_up_happens_automatically_and_once_per_interpreter(tmp_path):
     env = {k: v for k, v in os.environ.items() if k not in OWN}
-    command = ["make", "-n", "report", f"VENV={tmp_path}/venv"]
-    planned = [subprocess.check_output(command, cwd=ROOT, env=env, text=True)]
-    (tmp_path / "venv").mkdir()
-    (tmp_path / "venv" / ".installed").touch()
-    planned.append(subprocess.check_output(command, cwd=ROOT, env=env, text=True))
-    assert "-m venv" in planned[0] and "-m venv" not in planned[1] and "pip" not in planned[1]
+    python, planned = tmp_path / "venv" / "bin" / "python", []
+    python.parent.mkdir(parents=True)
+    for target in (sys.executable, tmp_path / "gone"):
+        (tmp_path / "venv" / ".installed").touch()
+        python.unlink(missing_ok=True)
+        python.symlink_to(target)
+        command = ["make", "-n", "report", f"VENV={tmp_path}/venv"]
+        planned.append(subprocess.check_output(command, cwd=ROOT, env=env, text=True))
+    assert "-m venv" not in planned[0] and "pip" not in planned[0] and "-m venv" in planned[1]
+    old = tmp_path / "python3"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    run = subprocess.run(
+        ["make", "report", f"VENV={tmp_path}/new", f"PYTHON={old}"], cwd=ROOT, env=env, text=True, capture_output=True
+    )
+    assert run.returncode == 2 and "Python 3.10 or later" in run.stderr + run.stdout and not (tmp_path / "new").exists()

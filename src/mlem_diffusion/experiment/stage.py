@@ -1,6 +1,7 @@
 """The decorator of every script: Hydra, device, lock, finished work, provenance, signals and one-sentence errors."""
 
 import functools
+import os
 import sys
 import traceback
 import warnings
@@ -9,6 +10,8 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from tqdm import TqdmMonitorWarning
 
@@ -40,6 +43,10 @@ def stage(
         name = file.stem
         if main.__module__ == "__main__" and Path(sys.path[0]).resolve() == file.resolve().parent:
             del sys.path[0]  # the scripts must not hide modules of the user, such as sample.py
+        if file.resolve().parents[1] != ROOT:
+            print(f"{name}: the package in use is that of {ROOT}: run pip install -e . here.", file=sys.stderr)
+            sys.exit(2)
+        process, failed = os.getpid(), []
 
         def work(cfg: DictConfig) -> None:
             settle(cfg, given())
@@ -60,8 +67,20 @@ def stage(
 
         @hydra.main(version_base=None, config_path=str(ROOT / "configs"), config_name="config")
         @functools.wraps(main)
-        def script(cfg: DictConfig) -> None:
-            guarded(name, lambda: work(cfg))
+        def job(cfg: DictConfig) -> None:
+            try:
+                guarded(name, lambda: work(cfg))
+            except SystemExit as end:
+                here = os.getpid() == process and parallel.world() == 1  # ranks would wait for each other
+                if end.code == STOPPED or not here or HydraConfig.get().mode != RunMode.MULTIRUN:
+                    raise
+                failed.append(end.code)  # the other jobs of the sweep do not depend on this one
+
+        def script() -> None:
+            job()
+            if failed:
+                print(f"{name}: {len(failed)} jobs of the sweep ended with an error.", file=sys.stderr)
+                sys.exit(max(failed))
 
         return script
 
