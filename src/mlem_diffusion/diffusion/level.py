@@ -51,15 +51,14 @@ def flops_per_evaluation(
 
     A multiply-add counts 2; norms and activations count 0. time: by default a float [1]. conditioning: with its tensors
     on the meta device."""
-    # a copy on the meta device, without a copy of the weights: some networks keep tensors of their forward pass
+    network = getattr(network, "_orig_mod", network)  # of torch.compile
+    # a copy, because some networks keep tensors of their forward pass; the weights' values are not copied
     tensors = [*network.parameters(), *network.buffers()]
     meta = copy.deepcopy(network, {id(tensor): tensor.detach().to("meta") for tensor in tensors})
-    x, time = (
-        torch.empty(1, *shape, device="meta", dtype=weight_type(network)),
-        torch.empty(1) if time is None else time,
-    )
+    x = torch.empty(1, *shape, device="meta", dtype=weight_type(network))
+    time = torch.empty(1, device="meta") if time is None else time.to("meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        meta(x, time.to("meta"), **conditioning)
+        meta(x, time, **conditioning)
     return float(counter.get_total_flops())
 
 

@@ -26,7 +26,6 @@ T = TypeVar("T")
 
 SETTINGS = ("auto", "on", "off", "max")
 _PROGRAMS = 256  # programs that dynamo may cache per function: each level of a family needs its own
-_CACHES = {"TORCHINDUCTOR_CACHE_DIR": "compile", "TRITON_CACHE_DIR": "triton"}  # variables, and our folders' names
 _PROBE = 1 << 20  # bytes written to see whether a folder's disk is full
 _SMALLEST, _WASTE = 8, 0.25  # smallest bucket; largest padding as a fraction of the samples
 
@@ -39,24 +38,24 @@ def first_line(error: BaseException) -> str:
 def set_compile_caches() -> None:
     """Let torch.compile and Triton keep programs in folders that can be written, named in their variables.
 
-    Each is the folder that its variable names, else one of ours in the user's cache folder. If it cannot be written, a
+    Each is the folder that its variable names, else ours in the user's cache folder. If it cannot be written, a
     temporary folder stands in until the process ends, with one SlowPath warning."""
-    home, blocked = os.environ.get("XDG_CACHE_HOME") or "~/.cache", []
-    for variable, name in _CACHES.items():
-        wanted = os.environ.get(variable) or f"{home}/mlem-diffusion/{name}"
+    usual, blocked = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/mlem-diffusion/compile", []
+    for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        wanted = os.environ.get(variable) or usual
         try:
             folder = Path(wanted).expanduser().absolute()
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder) as file:
                 file.write(bytes(_PROBE))
         except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: no home folder
-            blocked.append(f"{wanted} cannot be written ({getattr(error, 'strerror', None) or first_line(error)})")
+            reason = getattr(error, "strerror", None) or first_line(error)
+            blocked.append(f"{wanted} cannot be written ({reason}); set {variable} to another folder")
             folder = Path(tempfile.mkdtemp(prefix="mlem-diffusion-"))
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        os.environ[variable] = str(folder)
+        os.environ[variable], usual = str(folder), f"{folder}/triton"
     if blocked:
-        text = f"Compiled programs are kept for this run only: {blocked[0]}; set XDG_CACHE_HOME to another folder."
-        warnings.warn(text, SlowPath, stacklevel=4)
+        warnings.warn(f"Compiled programs are kept for this run only: {blocked[0]}.", SlowPath, stacklevel=4)
 
 
 class Compiled:
