@@ -108,25 +108,18 @@ def test_compiled_equals_eager_for_changing_batches():
 
 
 @pytest.fixture
-def caches(monkeypatch, tmp_path):
-    """A function of the variables that decide where compiled programs are kept; in an empty folder, without a home."""
-    variables = ("HOME", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-    for variable in variables:
-        monkeypatch.setenv(variable, "")  # the old values come back later
+def environ(monkeypatch, tmp_path):
+    """The environment: empty, of a user without a home folder, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
-
-    def set_variables(**given):
-        for variable in variables:
-            os.environ.pop(variable, None)
-        os.environ.update(given)
-
-    set_variables(HOME=str(tmp_path))
-    return set_variables
+    monkeypatch.setattr(os, "environ", {})
+    return os.environ
 
 
 @pytest.mark.parametrize("failing", [1, 2])  # of these calls; later ones compile for other shapes
-def test_a_failed_compilation_runs_eagerly_with_one_warning(failing, monkeypatch, caches):
+def test_a_failed_compilation_runs_eagerly_with_one_warning(failing, monkeypatch, environ):
+    environ["HOME"] = os.getcwd()
+
     def compiled(*inputs):
         calls.append(inputs)
         if len(calls) == failing:
@@ -143,21 +136,20 @@ def test_a_failed_compilation_runs_eagerly_with_one_warning(failing, monkeypatch
 
 
 @pytest.mark.parametrize("blocked", ["HOME", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", None])
-def test_a_cache_that_cannot_be_written_is_replaced_with_one_warning(blocked, caches, tmp_path):
-    (tmp_path / "file").touch()
-    caches(**({blocked: str(tmp_path / "file")} if blocked else {}))
+def test_a_cache_that_cannot_be_written_is_replaced_with_one_warning(blocked, environ):
+    environ |= {blocked: __file__} if blocked else {}
     with pytest.warns(SlowPath, match="cannot be written") as caught:
         set_compile_caches()
         set_compile_caches()
-    assert len(caught) == 1 and os.listdir() == ["file"]  # no folder named ~
-    assert all(os.access(os.environ[name], os.W_OK) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"))
+    assert len(caught) == 1 and os.listdir() == []  # no folder named ~
+    assert all(os.access(environ[name], os.W_OK) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"))
 
 
-def test_caches_that_can_be_written_are_used(caches, tmp_path, recwarn):
-    caches(HOME=str(tmp_path), TORCHINDUCTOR_CACHE_DIR="~/programs", TRITON_CACHE_DIR="")
+def test_caches_that_can_be_written_are_used(environ, tmp_path, recwarn):
+    environ |= {"HOME": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": "~/programs", "TRITON_CACHE_DIR": ""}
     set_compile_caches()
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "programs") and not recwarn
-    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "programs/triton")
+    used = environ["TORCHINDUCTOR_CACHE_DIR"], environ["TRITON_CACHE_DIR"]
+    assert used == (str(tmp_path / "programs"), str(tmp_path / "programs/triton")) and not recwarn
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

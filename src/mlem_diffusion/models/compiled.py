@@ -92,9 +92,8 @@ class Compiled:
                 self.function = torch.compile(self.eager, **self.options)
             result = work(self.function)
         except Exception as error:
-            if is_out_of_memory(error) or (
-                self.decided and not isinstance(error, torch._dynamo.exc.TorchDynamoException)
-            ):
+            compiler: Any = torch._dynamo
+            if is_out_of_memory(error) or (self.decided and not isinstance(error, compiler.exc.TorchDynamoException)):
                 raise
             self.function = self.eager
             result = work(self.eager)  # raises the function's own errors
