@@ -85,9 +85,8 @@ class Compiled:
         try:
             if not self.decided:
                 set_compile_caches()
-                logging.getLogger("torch.utils.cpp_extension").setLevel(
-                    logging.ERROR
-                )  # it warns without a CUDA toolkit
+                # it warns without a CUDA toolkit
+                logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
                 torch._dynamo.config.cache_size_limit = max(_PROGRAMS, torch._dynamo.config.cache_size_limit)
                 self.function = torch.compile(self.eager, **self.options)
             result = work(self.function)
