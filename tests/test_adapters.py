@@ -1,6 +1,7 @@
 """Adapted networks against the denoiser that they wrap, in every convention; diffusers UNets against schedulers."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -103,8 +104,10 @@ def test_trained_range() -> None:
     for outside in (lowest - 0.01, highest + 0.01, float("nan")):
         with pytest.raises(UserError, match="is outside"):
             level.denoise(x, torch.tensor([outside]))
-    zero = torch.cat([ALPHAS_CUMPROD[:-1], torch.zeros(1)])  # the last timestep is pure noise and has no log-SNR
-    assert trained_range(zero)[0] == pytest.approx(float(TABLE[-2]))
+    for last in (0.0, 2.0**-24):  # the last timestep is pure noise and has no log-SNR; diffusers clamps it
+        ending = torch.cat([ALPHAS_CUMPROD[:-1], torch.tensor([last])])
+        assert trained_range(ending)[0] == pytest.approx(float(TABLE[-2]))
+        assert ending[-1] == last  # the caller's table is as before
 
 
 class Conditioned(nn.Module):
@@ -142,13 +145,74 @@ def test_conditioning_and_guidance() -> None:
     assert half.dtype == torch.float32 and 0 < (half - (expected - 0.5)).abs().max() < 0.05
 
 
+class Habits(nn.Module):
+    """It takes times [B,1], keeps a tensor of its first call, and writes into its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.kept = nn.Linear(1, 3), None
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        self.kept = torch.ones((), device=x.device) if self.kept is None else self.kept
+        return x.mul_(self.kept).add_(self.layer(time)[:, :, None, None])
+
+
+COLUMN: dict[str, Any] = {"prediction": "x0", "time": lambda logsnr: logsnr.float()[:, None]}
+
+
+def test_a_network_with_habits_becomes_a_level() -> None:
+    x, network = points(-3, 3, torch.float64, 4)[0], Habits()
+    before, level = x.clone(), adapt("net", network, shape=SHAPE, **COLUMN)
+    shift = network.layer(torch.tensor([0.5])).double()[:, None, None]
+    torch.testing.assert_close(level.denoise(x, 0.5), before + shift, rtol=0, atol=1e-6)  # type: ignore[arg-type]
+    assert torch.equal(x, before) and level.flops == 6
+
+
 @pytest.mark.parametrize(
-    "settings", [{"time": "timestep", "alphas_cumprod": [0.1, 0.9]}, {"network": lambda x, t: x[:, :1]}]
+    ("settings", "sentence"),
+    [
+        ({"time": "timestep", "alphas_cumprod": [0.1, 0.9]}, "must fall"),
+        ({"time": "timestep", "alphas_cumprod": ALPHAS_CUMPROD.half()}, "in float32 at least"),
+        ({"network": lambda x, t: x[:, :1]}, "returned shape"),
+        ({"network": lambda x, t: ()}, "returned a NoneType"),
+        ({"network": nn.Sequential(nn.Dropout(0.1))}, "is in training mode: call the network's .eval"),
+        ({"network": nn.Sequential(nn.BatchNorm2d(3))}, "is in training mode"),
+        ({"network": Habits().to("meta"), **COLUMN}, "the network is on meta, the images are on cpu"),
+        ({"network": Habits(), "flops": None, "shape": SHAPE}, "FLOPs could not be counted"),
+    ],
 )
-def test_bad_settings_and_networks_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(UserError):
+def test_bad_settings_and_networks_are_refused(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
         settings = {"name": "net", "network": exact, "prediction": "v", "flops": 1.0, **settings}
         adapt(**settings).denoise(*points(0, 1, torch.float32, 2))
+
+
+@pytest.mark.parametrize("betas", ["linear", "scaled_linear"])  # of these the clamped end rises, and falls
+@pytest.mark.parametrize("name", ["EulerDiscrete", "EulerAncestralDiscrete", "DPMSolverMultistep", "UniPCMultistep"])
+def test_schedulers_that_clamp_zero_terminal_snr_have_the_range_of_those_that_do_not(name: str, betas: str) -> None:
+    diffusers: Any = pytest.importorskip("diffusers")
+    kinds = (getattr(diffusers, f"{kind}Scheduler") for kind in (name, "DDPM"))
+    clamped, exact = (trained_range(kind(rescale_betas_zero_snr=True, beta_schedule=betas)) for kind in kinds)
+    assert clamped == exact
+
+
+@pytest.mark.parametrize(
+    ("config", "scheduler", "sentence"),
+    [
+        ({"prediction_type": "flow_prediction"}, {}, "'flow_prediction' of SimpleNamespace is not supported yet"),
+        ({"prediction_type": "epsilon"}, {}, "time='sigma'"),  # EDM's have no alphas_cumprod
+        (
+            {"prediction_type": "sample", "sample_size": None},
+            {"alphas_cumprod": ALPHAS_CUMPROD},
+            "give flops, or shape",
+        ),
+        ({"prediction_type": "sample", "num_class_embeds": 9}, {"alphas_cumprod": ALPHAS_CUMPROD}, "'class_labels'"),
+    ],
+)
+def test_what_from_diffusers_lacks_is_one_sentence(config: Any, scheduler: Any, sentence: str) -> None:
+    both = SimpleNamespace(config=SimpleNamespace(**config), **scheduler)  # a UNet and a scheduler
+    with pytest.raises(UserError, match=sentence):
+        from_diffusers("tiny", both, both)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("prediction", "outputs"), [("epsilon", 6), ("v_prediction", 3), ("sample", 3)])

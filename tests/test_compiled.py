@@ -1,5 +1,7 @@
 """The fast path of a network: the same function in every mode and for every batch, and its fallbacks."""
 
+import os
+import pwd
 import shutil
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mlem_diffusion.errors import SlowPath
-from mlem_diffusion.models.compiled import Compiled, FastDenoiser, cover
+from mlem_diffusion.models.compiled import Compiled, FastDenoiser, cover, set_compile_caches
 from mlem_diffusion.models.family import build_denoiser
 
 SHARED = torch.tensor(0.3)  # a noise level
@@ -105,16 +107,49 @@ def test_compiled_equals_eager_for_changing_batches():
     assert isinstance(fast.run, Compiled) and fast.run.function is not fast.network
 
 
-def test_a_failed_compilation_runs_eagerly_with_one_warning(monkeypatch):
-    def fail(*_, **__):
-        raise RuntimeError("no compiler here")
+@pytest.fixture
+def environ(monkeypatch, tmp_path):
+    """The environment: empty, of a user without a home folder, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+    monkeypatch.setattr(os, "environ", {})
+    return os.environ
 
-    monkeypatch.setattr(torch, "compile", lambda function: fail)
-    fast, x = FastDenoiser(network(), compile="on", name="w8"), batch()
-    with pytest.warns(SlowPath) as caught:
-        assert torch.equal(fast(x, SHARED), FastDenoiser(network())(x, SHARED))
-        fast(x, SHARED)
-    assert len(caught) == 1
+
+@pytest.mark.parametrize("failing", [1, 2])  # of these calls; later ones compile for other shapes
+def test_a_failed_compilation_runs_eagerly_with_one_warning(failing, monkeypatch, environ):
+    environ["HOME"] = os.getcwd()
+
+    def compiled(*inputs):
+        calls.append(inputs)
+        if len(calls) == failing:
+            raise torch._dynamo.exc.TorchDynamoException("no compiler here")
+        return expected
+
+    calls, x = [], batch()
+    expected = FastDenoiser(network())(x, SHARED)
+    monkeypatch.setattr(torch, "compile", lambda function: compiled)
+    fast = FastDenoiser(network(), compile="on", name="w8")
+    with pytest.warns(SlowPath, match="w8 runs eagerly") as caught:
+        assert all(torch.equal(fast(x, SHARED), expected) for _ in range(3))
+    assert len(caught) == 1 and len(calls) == failing
+
+
+@pytest.mark.parametrize("blocked", ["HOME", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", None])
+def test_a_cache_that_cannot_be_written_is_replaced_with_one_warning(blocked, environ):
+    environ |= {blocked: __file__} if blocked else {}
+    with pytest.warns(SlowPath, match="cannot be written") as caught:
+        set_compile_caches()
+        set_compile_caches()
+    assert len(caught) == 1 and os.listdir() == []  # no folder named ~
+    assert all(os.access(environ[name], os.W_OK) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"))
+
+
+def test_caches_that_can_be_written_are_used(environ, tmp_path, recwarn):
+    environ |= {"HOME": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": "~/programs", "TRITON_CACHE_DIR": ""}
+    set_compile_caches()
+    used = environ["TORCHINDUCTOR_CACHE_DIR"], environ["TRITON_CACHE_DIR"]
+    assert used == (str(tmp_path / "programs"), str(tmp_path / "programs/triton")) and not recwarn
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -20,7 +20,7 @@ from .diffusion.process import Process
 from .diffusion.sampler import SingleLevel, sample
 from .diffusion.step_rules import step_rule
 from .errors import SlowPath
-from .models.compiled import FastDenoiser, first_line
+from .models.compiled import FastDenoiser, first_line, set_compile_caches
 from .models.family import build_denoiser
 from .models.unet import Denoiser
 from .multilevel.estimators import Multilevel, constant_probabilities
@@ -54,6 +54,7 @@ def measure(
     """The rows of the parts; one that fails, or falls back to a slow path, leaves a row with the reason.
     save(rows) is called after each part, progress(done, total) before it."""
     rows: list[Row] = []
+    set_compile_caches()  # its warning concerns no row
     for done, (name, part) in enumerate(parts.items()):
         progress(done, len(parts))
         try:

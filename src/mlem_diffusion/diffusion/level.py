@@ -1,5 +1,6 @@
 """Levels: denoisers of increasing accuracy and cost. The FLOPs of a network, and the ledger of what a run has cost."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -8,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import UserError
@@ -44,15 +44,21 @@ def weight_type(network: Any) -> torch.dtype | None:
     return next((p.dtype for p in parameters if p.is_floating_point()), None)
 
 
-def flops_per_evaluation(network: nn.Module, shape: Sequence[int], **conditioning: Any) -> float:
-    """FLOPs of network(x [1, *shape], time [1], **conditioning), on the meta device, where fused attention counts too.
+def flops_per_evaluation(
+    network: nn.Module, shape: Sequence[int], time: Tensor | None = None, /, **conditioning: Any
+) -> float:
+    """FLOPs of network(x [1, *shape], time, **conditioning), on the meta device, where fused attention counts too.
 
-    A multiply-add counts 2; norms and activations count 0. conditioning: with its tensors on the meta device."""
-    tensors = dict(network.named_parameters()) | dict(network.named_buffers())
-    meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
-    x, time = torch.empty(1, *shape, device="meta", dtype=weight_type(network)), torch.empty(1, device="meta")
+    A multiply-add counts 2; norms and activations count 0. time: by default a float [1]. conditioning: with its tensors
+    on the meta device."""
+    network = getattr(network, "_orig_mod", network)  # of torch.compile
+    # a copy, because some networks keep tensors of their forward pass; the weights' values are not copied
+    tensors = [*network.parameters(), *network.buffers()]
+    meta = copy.deepcopy(network, {id(tensor): tensor.detach().to("meta") for tensor in tensors})
+    x = torch.empty(1, *shape, device="meta", dtype=weight_type(network))
+    time = torch.empty(1, device="meta") if time is None else time.to("meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        functional_call(network, meta, (x, time), conditioning)
+        meta(x, time, **conditioning)
     return float(counter.get_total_flops())
 
 

@@ -17,11 +17,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..diffusion.level import Level, flops_per_evaluation, weight_type
 from ..diffusion.process import expand
-from ..errors import UserError
+from ..errors import UserError, is_out_of_memory
 from .compiled import first_line
 
 PREDICTIONS, COORDINATES, TIMES = ("epsilon", "v", "x0", "score"), ("vp", "ve"), ("logsnr", "sigma", "timestep")
 TOLERANCE = 1e-3  # in log-SNR, at the ends of the trained range: float32 tables are rounded
+CLAMPED = 2.0**-24  # diffusers' stand-in for the zero at the end of alphas_cumprod (zero terminal SNR)
 
 
 def adapt(
@@ -36,7 +37,8 @@ def adapt(
     in the network's coordinates; "timestep", the index into the falling alphas_cumprod [T], fractional (linear in
     log-SNR), whose range each call checks, waiting for the device; or a function of logsnr [B]. conditioning: keyword
     arguments; tensors [1, ...], also nested, are expanded to the batch. flops: of one image; counted for a Module and
-    `shape`. Raises UserError for what does not fit; the level does so for noise levels outside the trained range."""
+    `shape`. Raises UserError for what does not fit; the level does so for noise levels outside the trained range, for
+    images on another device, and in training mode if the network has dropout or batch norm."""
     given = ((prediction, PREDICTIONS), (coordinates, COORDINATES), ("logsnr" if callable(time) else time, TIMES))
     for value, known in given:
         if value not in known:
@@ -48,9 +50,11 @@ def adapt(
     if any(tensor.shape[:1] != (1,) for tensor in tree_leaves(inputs) if isinstance(tensor, Tensor)):
         # a level runs only on the samples whose coin fired, and does not know which
         raise UserError(f"{name}: conditioning must have one row, for all samples: sample one condition after another.")
+    call = _checked(name, network) if isinstance(network, nn.Module) else network
 
     def denoise(x: Tensor, logsnr: Tensor) -> Tensor:
-        logsnr = logsnr.expand(len(x)).to(torch.promote_types(x.dtype, torch.float32))
+        wide_type, own = torch.promote_types(x.dtype, torch.float32), weight_type(network)
+        logsnr = torch.as_tensor(logsnr, dtype=wide_type, device=x.device).expand(len(x))
         when, std = logsnr, torch.sigmoid(-logsnr).sqrt()
         if table is not None:
             when = _timestep(name, logsnr, table)
@@ -58,10 +62,13 @@ def adapt(
             when = time(logsnr)
         elif time == "sigma":
             when = std if coordinates == "vp" else torch.exp(-0.5 * logsnr)
-        wide, alpha, sigma = x.to(logsnr.dtype), expand(torch.sigmoid(logsnr).sqrt(), x), expand(std, x)
-        entering = (wide if coordinates == "vp" else wide / alpha).to(weight_type(network) or x.dtype)
+        if own is not None and when.is_floating_point():
+            when = when.to(torch.promote_types(own, torch.float32))
+        wide, alpha, sigma = x.to(wide_type), expand(torch.sigmoid(logsnr).sqrt(), x), expand(std, x)
+        # a copy: the network may write into its input
+        entering = (wide if coordinates == "vp" else wide / alpha).to(own or x.dtype, copy=True)
         rows = tree_map_only(Tensor, lambda tensor: tensor.to(x.device).expand(len(x), *tensor.shape[1:]), inputs)
-        output = _tensor(name, network(entering, when, **rows), x).to(logsnr.dtype)
+        output = _tensor(name, call(entering, when, **rows), x).to(wide_type)
         if prediction == "score" and coordinates == "ve":
             output = output / alpha  # d/dx = d/dy / alpha
         if prediction == "v":
@@ -74,9 +81,11 @@ def adapt(
         if not isinstance(network, nn.Module) or shape is None:
             raise UserError(f"{name}: give flops, or shape = (channels, height, width) and an nn.Module to count them.")
         try:
-            flops = flops_per_evaluation(network, shape, **tree_map_only(Tensor, lambda t: t.to("meta"), inputs))
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise UserError(f"{name}: FLOPs could not be counted ({first_line(error)}); give flops.") from error
+            when = time(torch.zeros(1)) if callable(time) else torch.zeros(1)
+            flops = flops_per_evaluation(network, shape, when, **tree_map_only(Tensor, lambda t: t.to("meta"), inputs))
+        except Exception as error:  # of the network's own code
+            text = f"{name}: FLOPs could not be counted ({first_line(error)})"
+            raise UserError(f"{text}; give flops, or in `conditioning` what the network needs.") from error
     return Level(name, denoise, float(flops))
 
 
@@ -89,10 +98,15 @@ def from_diffusers(name: str, unet: nn.Module, scheduler: Any, **options: Any) -
     predicts = getattr(getattr(scheduler, "config", None), "prediction_type", None)
     prediction = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}.get(str(predicts))
     if prediction is None:
-        raise UserError(f"{name}: the scheduler's prediction type {predicts!r} is unknown; use adapt().")
-    config: Any = unet.config
-    size = config.sample_size
-    options = {"shape": (config.in_channels, *((size, size) if isinstance(size, int) else size)), **options}
+        kind = f"prediction type {predicts!r} of {type(scheduler).__name__}"
+        raise UserError(f"{name}: {kind} is not supported yet; use adapt(), or a Level with a function of your own.")
+    config: Any = getattr(unet, "config", None)
+    size = getattr(config, "sample_size", None)
+    if size is not None:
+        options = {"shape": (config.in_channels, *((size, size) if isinstance(size, int) else size)), **options}
+    by_class = (getattr(config, key, None) for key in ("class_embed_type", "num_class_embeds"))
+    if any(value is not None for value in by_class) and "class_labels" not in (options.get("conditioning") or {}):
+        raise UserError(f"{name}: the UNet is class-conditional: give conditioning={{'class_labels': a tensor [1]}}.")
     return adapt(name, unet, prediction=prediction, time="timestep", alphas_cumprod=scheduler, **options)
 
 
@@ -118,11 +132,16 @@ def _timestep_table(source: Any) -> tuple[Tensor, int]:
     """Ascending log-SNRs of consecutive timesteps, without infinite ones (zero terminal SNR), and the last timestep."""
     values = getattr(source, "alphas_cumprod", source)
     try:
-        alpha2 = torch.as_tensor(values, dtype=torch.float64, device="cpu").numpy()
+        values = values.detach().double().cpu().numpy() if isinstance(values, Tensor) else values
+        alpha2 = np.array(values, dtype=np.float64)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{type(source).__name__} has no alphas_cumprod; see adapt() for other networks.") from error
+        other = "adapt() takes EDM denoisers D(y, sigma): prediction='x0', coordinates='ve', time='sigma'"
+        raise UserError(f"{type(source).__name__} has no alphas_cumprod; {other}.") from error
+    if alpha2.ndim == 1 and len(alpha2) and alpha2[-1] == CLAMPED:
+        alpha2[-1] = 0
     if alpha2.ndim != 1 or len(alpha2) < 2 or not np.all(np.diff(alpha2) < 0) or alpha2[0] > 1 or alpha2[-1] < 0:
-        raise UserError("alphas_cumprod must fall from timestep to timestep within [0, 1], with two values or more.")
+        text = "alphas_cumprod must fall from timestep to timestep within [0, 1], with two values or more"
+        raise UserError(f"{text}, in float32 at least.")
     timestep = np.flatnonzero((alpha2 > 0) & (alpha2 < 1))[::-1]
     return torch.from_numpy(np.log(alpha2[timestep]) - np.log1p(-alpha2[timestep])), int(timestep[0])
 
@@ -140,10 +159,30 @@ def _timestep(name: str, logsnr: Tensor, table: tuple[Tensor, int]) -> Tensor:
     return table[1] - (above - 1 + part)
 
 
+def _checked(name: str, network: nn.Module) -> Callable[..., Any]:
+    """The network's call, with UserError in a training mode that changes its output, and for x on another device."""
+    kinds = nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, nn.MultiheadAttention
+    # p and dropout: probabilities
+    varying = [m for m in network.modules() if isinstance(m, kinds) and getattr(m, "p", getattr(m, "dropout", 1)) > 0]
+
+    def call(x: Tensor, time: Tensor, **conditioning: Any) -> Any:
+        if any(module.training for module in varying):
+            raise UserError(f"{name}: dropout or batch norm is in training mode: call the network's .eval() first.")
+        try:
+            return network(x, time, **conditioning)
+        except RuntimeError as error:
+            home = next((p.device for p in network.parameters()), x.device)
+            if home == x.device or is_out_of_memory(error):
+                raise
+            raise UserError(f"{name}: the network is on {home}, the images are on {x.device}: move it.") from error
+
+    return call
+
+
 def _tensor(name: str, output: Any, x: Tensor) -> Tensor:
     """The tensor in a network's output; its first half if it has twice the channels of x."""
     if not isinstance(output, Tensor):
-        output = output[0] if isinstance(output, tuple | list) else getattr(output, "sample", output)
+        output = next(iter(output), None) if isinstance(output, tuple | list) else getattr(output, "sample", output)
     if isinstance(output, Tensor) and output.ndim == x.ndim and output.shape[1] == 2 * x.shape[1]:
         output = output[:, : x.shape[1]]
     if not isinstance(output, Tensor) or output.shape != x.shape:

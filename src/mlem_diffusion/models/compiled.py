@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import logging
 import os
+import shutil
+import tempfile
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -23,6 +26,7 @@ T = TypeVar("T")
 
 SETTINGS = ("auto", "on", "off", "max")
 _PROGRAMS = 256  # programs that dynamo may cache per function: each level of a family needs its own
+_PROBE = 1 << 20  # bytes written to see whether a folder's disk is full
 _SMALLEST, _WASTE = 8, 0.25  # smallest bucket; largest padding as a fraction of the samples
 
 
@@ -31,18 +35,41 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].strip().rstrip(".:")[:160]
 
 
+def set_compile_caches() -> None:
+    """Let torch.compile and Triton keep programs in folders that can be written, named in their variables.
+
+    Each is the folder that its variable names, else ours in the user's cache folder. If it cannot be written, a
+    temporary folder stands in until the process ends, with one SlowPath warning."""
+    usual, blocked = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/mlem-diffusion/compile", []
+    for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        wanted = os.environ.get(variable) or usual
+        try:
+            folder = Path(wanted).expanduser().absolute()
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(bytes(_PROBE))
+        except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: no home folder
+            reason = getattr(error, "strerror", None) or first_line(error)
+            blocked.append(f"{wanted} cannot be written ({reason}); set {variable} to another folder")
+            folder = Path(tempfile.mkdtemp(prefix="mlem-diffusion-"))
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ[variable], usual = str(folder), f"{folder}/triton"
+    if blocked:
+        warnings.warn(f"Compiled programs are kept for this run only: {blocked[0]}.", SlowPath, stacklevel=4)
+
+
 class Compiled:
     """A function or module that torch.compile compiles when it is first used; compiled programs are kept on disk.
 
     setting: "off", "on", "auto" (on CUDA), or "max", which tunes kernels and takes minutes. CUDA graphs are left to the
-    callers, who know which buffers are fixed. If only the compiled function fails at its first use, it stays eager,
-    with one SlowPath warning that begins with `what`. Out-of-memory errors, and errors after the first use, are raised.
-    """
+    callers, who know which buffers are fixed. If only the compiled function fails at its first use, or a later
+    compilation for other shapes fails, it is eager from then on, with one SlowPath warning that begins with `what`.
+    Out-of-memory errors, and other errors after the first use, are raised."""
 
     def __init__(self, function: Callable[..., Any], what: str, setting: str, device: torch.device, **options: Any):
         if setting not in SETTINGS:
             raise UserError(f"compile = {setting!r} is unknown; expected one of {', '.join(SETTINGS)}.")
-        self.function, self.what, self.options = function, what, options
+        self.function, self.eager, self.what, self.options = function, function, what, options
         self.decided = setting == "off" or (setting == "auto" and device.type != "cuda")
         if device.type == "cuda":
             tuned = {"coordinate_descent_tuning": True, "max_autotune": True} if setting == "max" else {}
@@ -53,20 +80,22 @@ class Compiled:
 
     def use(self, work: Callable[[Callable[..., Any]], T]) -> T:
         """Return work(function); its first call also decides whether the function is compiled."""
-        if self.decided:
-            return work(self.function)
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home / "mlem-diffusion" / "compile"))
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns without a CUDA toolkit
+        if self.decided and self.function is self.eager:
+            return work(self.eager)
         try:
-            torch._dynamo.config.cache_size_limit = max(_PROGRAMS, torch._dynamo.config.cache_size_limit)
-            fast = torch.compile(self.function, **self.options)
-            result = work(fast)
-            self.function = fast
+            if not self.decided:
+                set_compile_caches()
+                # it warns without a CUDA toolkit
+                logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+                torch._dynamo.config.cache_size_limit = max(_PROGRAMS, torch._dynamo.config.cache_size_limit)
+                self.function = torch.compile(self.eager, **self.options)
+            result = work(self.function)
         except Exception as error:
-            if is_out_of_memory(error):
+            compiler: Any = torch._dynamo
+            if is_out_of_memory(error) or (self.decided and not isinstance(error, compiler.exc.TorchDynamoException)):
                 raise
-            result = work(self.function)  # raises the function's own errors
+            self.function = self.eager
+            result = work(self.eager)  # raises the function's own errors
             text = f"{self.what} runs eagerly: compilation failed ({first_line(error)})."
             warnings.warn(text, SlowPath, stacklevel=3)
         self.decided = True
