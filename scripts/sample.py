@@ -1,41 +1,20 @@
 """Levels -> a folder of PNGs, one a seed, and a grid, with the comparison's multilevel sampler or a given one."""
 
 from mlem_diffusion import parallel
-from mlem_diffusion.comparison.choice import choose
 from mlem_diffusion.comparison.pictures import begin, draw, file_names, parse_seeds, read_pictures
-from mlem_diffusion.comparison.settings import SamplerSetting, describe, setting_from
+from mlem_diffusion.comparison.settings import describe
 from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.experiment.runs import check_levels
+from mlem_diffusion.experiment.sampling import chosen
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.figures.style import image_grid
-from mlem_diffusion.files import expect_content, read_json
-from mlem_diffusion.multilevel.plan import Plan, load_plans
 
-AGAIN = "run make sample-compare again"
 GRID = 64  # the most pictures in the grid
 
 
-def chosen(exp: Experiment, levels: dict[str, Level]) -> tuple[SamplerSetting, float, str]:
-    """The setting to sample with, the gamma of its probabilities, and why it was chosen."""
-    given, path = exp.plain("sampler")["sampler"], exp.results / "best.json"
-    if given != "best":
-        return setting_from(given), float(given.get("gamma", 2.5)), "the sampler was given."
-    best = read_json(path, AGAIN) if path.is_file() else None
-    with expect_content(path, AGAIN):
-        if best is not None:
-            check_levels(exp, "best.json", best.get("made_with"), "make sample-compare")
-        row, reason = choose(best, exp.plain("sample")["sample"], list(levels)[-1])
-        return setting_from(row), float(best["gamma"] if best else 2.5), reason
-
-
-def plans_of(exp: Experiment, setting: SamplerSetting) -> dict[str, Plan]:
-    return load_plans(exp.results / "plans.json")[0] if setting.plan else {}
-
-
 def cost(exp: Experiment, levels: dict[str, Level]) -> dict[str, float]:
-    (setting, gamma, _), count = chosen(exp, levels), len(parse_seeds(exp.cfg.seeds))
-    one = setting.expected_evaluations(levels, gamma, plans_of(exp, setting), exp.process)
+    (setting, gamma, plans, _), count = chosen(exp, levels), len(parse_seeds(exp.cfg.seeds))
+    one = setting.expected_evaluations(levels, gamma, plans, exp.process)
     return {name: evaluations * count for name, evaluations in one.items()}
 
 
@@ -47,8 +26,8 @@ def main(exp: Experiment) -> None:
     if exp.shape[0] != 3:
         raise UserError(f"Samples of shape {list(exp.shape)} are not pictures in RGB, so there are no PNGs to write.")
     seeds, levels, folder, last = parse_seeds(exp.cfg.seeds), exp.levels(), exp.results / "samples", "samples.png"
-    setting, gamma, reason = chosen(exp, levels)
-    estimator, grid = setting.build(levels, gamma, plans_of(exp, setting)), exp.process.grid(setting.steps)
+    setting, gamma, plans, reason = chosen(exp, levels)
+    estimator, grid = setting.build(levels, gamma, plans), exp.process.grid(setting.steps)
     exp.print(f"sample: {reason}")
     if parallel.is_main():
         begin(folder, exp.results / last, exp.results / "cache" / "samples.key", exp.key)
