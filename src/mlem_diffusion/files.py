@@ -91,9 +91,20 @@ def _explained(error: Exception, path: Path) -> Exception:
     return error
 
 
+def readable(text: str) -> str:
+    """Text that is valid Unicode: arguments and file names hold surrogates for bytes that the locale cannot decode.
+
+    What is UTF-8 is decoded as such, and U+FFFD replaces the rest."""
+    try:
+        content = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half of a pair, for instance from JSON
+        content = text.encode("utf-8", "surrogatepass")
+    return content.decode("utf-8", "replace")
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text, atomically."""
-    atomic_write(path, lambda p: p.write_text(text, encoding="utf-8"))
+    """Write `readable` text as UTF-8, atomically."""
+    atomic_write(path, lambda p: p.write_text(readable(text), encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:

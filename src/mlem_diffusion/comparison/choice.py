@@ -39,10 +39,8 @@ def choose(best: Mapping[str, Any] | None, wanted: Mapping[str, Any], largest: s
         return dict(zip(keys, ("ode", "dpmpp_2m", "single", largest, 20), strict=True)), text
     ours, base = ([r for r in best[kind] if dynamics in ("any", r["dynamics"])] for kind in ("multilevel", "baselines"))
     if not ours:
-        text = (
-            f"The comparison has no multilevel setting to sample with (sample.dynamics={dynamics}): it compared none, "
-        )
-        raise UserError(text + "or they diverged or fired their top level too rarely; give a sampler={...}.")
+        text = f"The comparison has no multilevel setting to sample with (sample.dynamics={dynamics}): it ran none, or "
+        raise UserError(text + "they diverged or fired their top level too rarely; give a sampler={...}.")
     costs, errors = _range(ours, "gflops_realised"), _range(ours, "error")
     by, limit, asked = "error", max(GOOD_ENOUGH, min(row["error"] for row in ours)), ""
     if gflops is not None:

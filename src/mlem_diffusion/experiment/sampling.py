@@ -16,12 +16,8 @@ def chosen(exp: Any, levels: Mapping[str, Any]) -> tuple[SamplerSetting, float, 
     """The setting to sample with, the gamma of its probabilities, the plans, and sentences that say why.
 
     Raises UserError if the comparison was made with other levels, or if its plan is gone."""
-    given, path, gamma, reason = (
-        exp.plain("sampler")["sampler"],
-        exp.results / "best.json",
-        2.5,
-        "the sampler is given.",
-    )
+    given, path = exp.plain("sampler")["sampler"], exp.results / "best.json"
+    gamma, reason = 2.5, "the sampler is given."
     if given != "best":
         setting = setting_from(given)
         gamma = float(given.get("gamma", gamma))
