@@ -37,9 +37,9 @@ NOTHING: dict[str, Any] = {"gflops": None, "error": None, "dynamics": "any"}
 @pytest.mark.parametrize(
     ("wanted", "gflops", "words"),
     [
-        ({"gflops": 3.99}, 4, "accurate baseline that costs at most 3.99 GFLOP per image: DDIM, w2, 8 steps (ODE), squared"),
+        ({"gflops": 3.99}, 4, "accurate baseline that costs at most 3.99 GFLOP per image: DDIM, w2, 8 steps (ODE)"),
         ({"gflops": 1}, 1, "There is no baseline that costs at most 1 GFLOP"),
-        ({"error": "0.02"}, 4, "cheapest baseline with a squared error of at most 0.02: DDIM, w2, 8 steps (ODE), squared"),
+        ({"error": "0.02"}, 4, "cheapest baseline with a squared error of at most 0.02: DDIM, w2, 8 steps (ODE)"),
         ({"error": 5e-4}, 9, "There is no baseline with a squared error of at most 0.0005"),
         ({"dynamics": "sde"}, 2, "(SDE), squared error 0.03 for 2 GFLOP"),  # the most accurate, if none is good enough
         ({}, 8, "with a squared error of at most 0.001"),
