@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 
-from mlem_diffusion.comparison import planned, speedup, verdicts
+from mlem_diffusion.comparison import choice, planned, speedup, verdicts
 from mlem_diffusion.comparison.bias import bias_text, reference_bias
-from mlem_diffusion.comparison.settings import best_setting, describe, for_figures, frame_of, to_text
+from mlem_diffusion.comparison.settings import describe, for_figures, frame_of, to_text
 from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.experiment.runs import check_levels, make_runner, real_images, run_all, timing_record
 from mlem_diffusion.experiment.stage import Experiment, stage
@@ -43,7 +43,7 @@ def main(exp: Experiment) -> None:
         exp.save("verdicts.json", verdicts.verdicts(sound, plans.flops, cfg.seed, plans.unit, runner.timing))
     if runner.shape[0] == 3:  # pictures, and not functions
         made_with = {"gamma": runner.gamma, "made_with": exp.identity}
-        exp.save("best.json", best_setting(m.row for m in sound) | made_with)
+        exp.save("best.json", choice.candidates(planned.on_frontiers(sound)) | made_with)
         for name in result["strict"]:
             exp.figure(f"grids/{name}.png", comparison_grid(planned.examples(sound, name, runner)))
     exp.log({"settings": len(measured), "diverged": len(measured) - len(sound)})

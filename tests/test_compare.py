@@ -1,4 +1,4 @@
-"""The comparison: configured settings, the table, cached measurements, plans and the best setting."""
+"""The comparison: configured settings, the table, cached measurements, and plans."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,8 +15,8 @@ from mlem_diffusion.comparison import settings as table
 from mlem_diffusion.comparison.bias import reference_bias
 from mlem_diffusion.comparison.features import Extractor, RealImages, distance_interval, feature_moments
 from mlem_diffusion.comparison.planned import Planned, complete, examples, expected_evaluations, read_planned
-from mlem_diffusion.comparison.runner import Runner, diverged, draw, parse_seeds
-from mlem_diffusion.comparison.settings import SamplerSetting, best_setting, setting_from, setting_of, settings_of
+from mlem_diffusion.comparison.runner import Runner, diverged
+from mlem_diffusion.comparison.settings import SamplerSetting, setting_from, setting_of, settings_of
 from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.diffusion.process import LinearSchedule, Process
 from mlem_diffusion.errors import Interrupted, SlowPath, UserError
@@ -149,19 +149,6 @@ def test_methods_are_named_for_figures():
     rows = [full_row(SETTINGS[3]), full_row(SETTINGS[6], top_evaluations=99), full_row(SETTINGS[2])]
     found = table.for_figures(table.frame_of(rows))
     assert list(found.method) == ["coins", "other", "stitched"] and list(found.trusted) == [True, False, True]
-
-
-def test_the_best_setting_is_the_cheapest_that_is_good_enough():
-    def row(distance: float | None, gflops: float, error: float | None = 0.5, **more: Any) -> dict[str, Any]:
-        return {"distance": distance, "gflops_realised": gflops, "error": error, "estimator": "single"} | more
-
-    rows = [row(1.00, 100), row(1.049, 40), row(1.051, 10), row(1.02, 60), row(None, 1, 1e-4)]
-    assert best_setting(rows) == row(1.049, 40)  # within 5% of the best distance
-    assert best_setting([row(-1e-9, 5), row(0.2, 1)]) == row(-1e-9, 5)  # rounding below zero
-    rare = {"estimator": "ml_em", "top_evaluations": 99}
-    rows = [row(None, 9, 2e-3), row(None, 3, 4e-3), row(None, 1, None), row(None, 1, 1e-9, **rare)]
-    assert best_setting(rows) == rows[0]  # without distances: the smallest error
-    assert best_setting([*rows, row(None, 10, 1e-3), row(None, 11, 1e-4, seed=3)]) == row(None, 10, 1e-3)  # hardly seen
 
 
 class Counter:
@@ -327,21 +314,3 @@ def test_costs_of_a_comparison(make):
     levels, process = make().levels, Process(LinearSchedule(), base_steps=113)
     config = EMPTY | {"baselines": [BASELINE], "gamma": "auto", "num_samples": 10, "num_reference": 6}
     assert expected_evaluations(config, levels, process, Planned()) == {"w2": 80, "w4": 80, "w8": 80 + 6 * (57 + 29)}
-
-
-@pytest.mark.parametrize("text", ["x", "5-3", "", "1,,2", "0-", "0-999999999"])
-def test_bad_seeds_are_refused(text):
-    with pytest.raises(UserError):
-        parse_seeds(text)
-
-
-def test_pictures_do_not_depend_on_the_batches(make, tmp_path):
-    runner, seeds = make(), parse_seeds("0-2,9,1")
-    assert seeds == [0, 1, 2, 9]
-    grid, rule, estimator = runner.process.grid(8), SETTINGS[3].rule, runner.build(SETTINGS[3])
-    for name, batch in (("one", 4), ("two", 3)):
-        where = (runner.shape, runner.device, tmp_path / name, lambda done, total: None)
-        assert len(draw(estimator, rule, grid, seeds, batch, *where)[0].per_sample) == 4
-    files = [sorted((tmp_path / name).iterdir()) for name in ("one", "two")]
-    assert [f.name for f in files[0]] == ["000000.png", "000001.png", "000002.png", "000009.png"]
-    assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]

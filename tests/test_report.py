@@ -1,7 +1,9 @@
 import html
 import json
+import os
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from mlem_diffusion.comparison.settings import Measurement
 from mlem_diffusion.comparison.speedup import speedups
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.experiment.report import render
+from mlem_diffusion.figures import style
+from mlem_diffusion.files import readable, write_text
 
 DEMO = Path(__file__).parents[1] / "results" / "demo"
 
@@ -74,13 +78,27 @@ def test_one_artefact_is_enough(results: Path, keep: str) -> None:
         render(results, "x")
 
 
-@pytest.mark.parametrize("name", ["gamma.json", "speedup.json", "compare.csv"])
-@pytest.mark.parametrize("content", [b'{"estimates": ', b"[1, 2]", b"a,b\n1,2\n"])
+@pytest.mark.parametrize("name", ["gamma.json", "speedup.json", "compare.csv", "training.png"])
+@pytest.mark.parametrize("content", [b'{"estimates": ', b"[1, 2]", b"a,b\n1,2\n", b"\x89PNG\xff"])
 def test_damaged_artefacts_give_one_sentence(results: Path, name: str, content: bytes) -> None:
     (results / name).write_bytes(content)
     with pytest.raises(UserError, match=name) as error:
         render(results, "x")
     assert "\n" not in str(error.value)
+
+
+def test_titles_and_names_in_any_characters(results: Path, tmp_path: Path) -> None:
+    """Bytes of names that are no UTF-8 arrive as surrogates, and so does all that the locale cannot decode."""
+    title = "\u9854 \U0001f600 \u05e9 <b> $x_{ " + "long " * 99
+    escaped = title.encode().decode("ascii", "surrogateescape")
+    folder = results.rename(tmp_path / os.fsdecode(b"\xff"))
+    change(folder / "gamma.json", htmc_reason="\ud83d")
+    write_text(tmp_path / "report.html", render(folder, escaped))
+    page = text_of((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert title.strip() in page and "experiment \ufffd" in page
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        style.save(style.new_figure(3, 2, readable(escaped)), tmp_path / "figure.png")
 
 
 def test_content_is_escaped(results: Path) -> None:

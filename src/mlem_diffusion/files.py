@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -105,9 +106,17 @@ def _explained(error: Exception, path: Path) -> Exception:
     return error
 
 
+def readable(text: str) -> str:
+    """Text that is valid Unicode: arguments and file names hold surrogates for bytes that the locale cannot decode.
+
+    What is UTF-8 is decoded as such, and U+FFFD replaces the rest."""
+    text = re.sub(r"[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text)  # surrogates that stand for no byte, from JSON
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text, atomically."""
-    atomic_write(path, lambda p: p.write_text(text, encoding="utf-8"))
+    """Write `readable` text as UTF-8, atomically."""
+    atomic_write(path, lambda p: p.write_text(readable(text), encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:

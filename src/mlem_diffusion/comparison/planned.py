@@ -94,13 +94,13 @@ def complete(
     pairs = zip(settings, measured, strict=True)
     out = [replace(m, row=m.row | shared | planned.facts.get(setting, {})) for setting, m in pairs]
     if real is not None:
-        for m in _on_frontiers(out):
+        for m in on_frontiers(out):
             found = distance_interval(m.features, real.moments, replicates, seeds[0])
             m.row.update(zip(columns, found, strict=True))
     return out
 
 
-def _on_frontiers(measured: Sequence[Measurement]) -> list[Measurement]:
+def on_frontiers(measured: Sequence[Measurement]) -> list[Measurement]:
     """The settings on the frontiers of error against FLOPs of each dynamics: of its baselines, and of the others."""
     groups: dict[Any, list[Row]] = {}
     for i, m in enumerate(measured):

@@ -1,11 +1,11 @@
-"""The comparison: each setting against one fine reference on the same seeds and Brownian paths; pictures of samples.
+"""The comparison: each setting against one fine reference on the same seeds and Brownian paths.
 
 Every batch of a reference and every finished setting is one npz file under a hash of all that it depends on, so a
 stopped comparison can resume."""
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,19 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from .. import parallel
 from ..data.pixels import to_uint8
 from ..diffusion.brownian import BrownianPath
-from ..diffusion.level import Ledger, Level, joined
-from ..diffusion.process import Process, TimeGrid
+from ..diffusion.level import Level, joined
+from ..diffusion.process import Process
 from ..diffusion.reference import reference_evaluations, sample_reference
 from ..diffusion.sampler import Estimator, sample
-from ..diffusion.step_rules import StepRule
 from ..errors import Interrupted, UserError
-from ..files import atomic_write, cached, read_arrays, write_arrays
+from ..files import cached, read_arrays, write_arrays
 from ..multilevel.plan import Plan
 from ..multilevel.timing import Timing, random_work, work_of
 from ..statistics import squared_errors, standard_error
@@ -33,8 +31,6 @@ from .features import Extractor
 from .settings import Measurement, SamplerSetting
 
 ABSURD = 1e3  # size of a pixel value; pixels are in [-1, 1], and no working sampler comes near it
-GRID = 1024  # the most images in a grid of pictures
-MOST = 1_000_000  # seeds in one list
 _KINDS = ("images", "half")  # the reference, and that on half of its grid
 _read = partial(read_arrays, hint="remove it and run the same command again")
 
@@ -174,39 +170,3 @@ class Runner:
 def diverged(images: Tensor) -> np.ndarray:
     """bool [N]: which images [N, C, H, W] have a value that is not finite or is at least ABSURD in size."""
     return ~(images.abs().flatten(1).amax(1) < ABSURD).numpy()
-
-
-def parse_seeds(text: str) -> list[int]:
-    """ "0-63" or "3,7,100-120" -> sample seeds; UserError for anything else."""
-    try:
-        parts = [[int(end) for end in part.split("-")] for part in str(text).split(",")]
-    except ValueError:
-        parts = []
-    if not parts or any(len(part) > 2 or part[0] > part[-1] for part in parts):
-        raise UserError(f"SEEDS={text} is not a list of seeds; write 0-63 or 3,7,100-120.")
-    if (count := sum(part[-1] - part[0] + 1 for part in parts)) > MOST:
-        raise UserError(f"SEEDS={text} are {count:,} seeds; ask for {MOST:,} at most at a time.")
-    return list(dict.fromkeys(seed for part in parts for seed in range(part[0], part[-1] + 1)))
-
-
-def draw(
-    estimator: Estimator, rule: StepRule, grid: TimeGrid, seeds: Sequence[int], batch: int, shape: tuple[int, ...],
-    device: torch.device, folder: Path, progress: Callable[[int, int], object],
-) -> tuple[Ledger, Tensor]:  # fmt: skip
-    """Write folder/<seed>.png; the ledger, and the first images as uint8 [at most GRID, 3, H, W].
-
-    Ranks share the batches, and all get the whole result. progress(images done, images of this rank)."""
-    if shape[0] != 3:
-        raise UserError(f"Samples of shape {list(shape)} are not pictures in RGB.")
-    starts, found = parallel.mine(range(0, len(seeds), batch)), {}
-    for start in starts:
-        own = seeds[start : start + batch]
-        images, ledger = sample(estimator, rule, grid, BrownianPath(own, shape, device))
-        pixels = to_uint8(images.cpu())
-        for seed, image in zip(own, pixels, strict=True):
-            picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-            atomic_write(folder / f"{seed:06d}.png", lambda path, p=picture: p.save(path, format="PNG"))
-        found[start] = ledger, pixels[: max(0, GRID - start)]
-        progress(len(found) * batch, len(starts) * batch)
-    ledgers, parts = zip(*parallel.gather(found).values(), strict=True)
-    return joined(ledgers), torch.cat(parts)

@@ -28,7 +28,6 @@ COLUMNS = [
 _TEXT = ["dynamics", "step_rule", "estimator", "probabilities", "coins", "switch", "levels", "distance_name", "plan"]
 _WHOLE = ["steps", "seed", "num_samples", "top_evaluations", "diverged"]
 BASELINES = ("single", "stitched")
-GOOD_ENOUGH = 1e-3  # squared error that hardly shows: its root is four grey levels
 MIN_FIRES = 100  # with fewer evaluations of the top level in a run, the error and its standard error are not reliable
 
 
@@ -61,7 +60,7 @@ class SamplerSetting:
         """The estimator of this setting. Raises UserError for unknown levels, kinds or plans."""
         if self.plan:
             if self.plan not in plans:
-                raise UserError(f"There is no plan {self.plan}; run make optimise again.")
+                raise UserError(f"There is no plan {self.plan}: run make optimise and make sample-compare again.")
             return plans[self.plan].build(levels.values())
         missing = [name for name in self.levels if name not in levels]
         if missing:
@@ -181,22 +180,6 @@ def settings_of(
         if not 2 <= setting.steps <= base_steps:
             raise UserError(f"compare: {setting.steps} steps are outside 2..{base_steps} (process.base_steps).")
     return list(dict.fromkeys(out))
-
-
-def best_setting(rows: Iterable[Row]) -> Row:
-    """The row to sample with, without its seed, of those that can be trusted and did not diverge.
-
-    If any has a distance, the cheapest (FLOPs) whose distance is within 5% of the smallest; else the cheapest with a
-    squared error of at most GOOD_ENOUGH; else the one with the smallest error."""
-    sound = [row for row in rows if row["error"] is not None and trusted(row)]
-    if not sound:
-        raise UserError("No setting gave finite images, so none can be called best: train the levels longer.")
-    measure, limit = "error", GOOD_ENOUGH
-    if measured := [row for row in sound if row["distance"] is not None]:
-        sound, measure, limit = measured, "distance", 1.05 * max(0.0, min(row["distance"] for row in measured))
-    limit = max(limit, min(row[measure] for row in sound))
-    found = min((row for row in sound if row[measure] <= limit), key=lambda row: row["gflops_realised"])
-    return {key: value for key, value in found.items() if key != "seed"}
 
 
 def frame_of(rows: Iterable[Mapping[str, Any]] | pd.DataFrame) -> pd.DataFrame:

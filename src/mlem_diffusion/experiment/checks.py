@@ -58,7 +58,8 @@ _KINDS = {
     "seeds": "seeds such as 0-63", "sampler": f"best|{_GROUP}", "rates.dynamics": f"{_FULL}sde|ode",
     "rates.gammas": _FULL + _POSITIVE, "rates.choose_seeds": _FULL + _NATURAL, "rates.judge_seeds": _FULL + _NATURAL,
     "benchmark.size": "auto|full|small", "modes": f"{_FULL}eager|compiled", "precisions": _FULL + _TRAINING,
-    "process.schedule.offset": _AMOUNT, "optimise.diagnose.seeds": _COUNT, "rates.poisson.seeds": _COUNT,
+    "process.schedule.offset": _AMOUNT, "sample.gflops": f"null|{_POSITIVE}", "sample.error": f"null|{_POSITIVE}",
+    "sample.dynamics": "any|sde|ode", "optimise.diagnose.seeds": _COUNT, "rates.poisson.seeds": _COUNT,
     **dict.fromkeys(_PATHS[:4], "a path"),
 }  # fmt: skip
 

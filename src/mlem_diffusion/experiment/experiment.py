@@ -33,6 +33,7 @@ class Experiment:
 
     def __init__(self, name: str, cfg: DictConfig, folder: str | None = None):
         self.name, self.cfg, self.started = name, cfg, time.monotonic()
+        cfg.title = files.readable(str(cfg.title or ""))
         unswept = ROOT / cfg.paths.checkpoints
         if folder is not None:
             cfg.name = folder

@@ -12,7 +12,7 @@ from ..comparison import speedup
 from ..comparison.settings import describe, for_figures, read_table
 from ..diffusion.step_rules import DYNAMICS_NAMES
 from ..errors import UserError
-from ..files import expect_content, read_json
+from ..files import Damaged, expect_content, read_json
 from ..gamma import measurement
 from ..multilevel import ablation, diagnostics
 from ..statistics import frontier
@@ -41,11 +41,13 @@ def render(folder: Path, title: str) -> str:
         if path.is_file():
             with expect_content(path, _AGAIN):
                 sections.append(make(read_table(path) if path.suffix == ".csv" else read_json(path, _AGAIN)))
-    sections.append(Section("Samples and training", pictures=("grids/*.png", "training.png", "training/*.png")))
+    sections.append(
+        Section("Samples and training", pictures=("samples.png", "grids/*.png", "training.png", "training/*.png"))
+    )
     pictures = {}
     for s in sections:
         paths = [path for pattern in s.pictures for path in sorted(folder.glob(pattern))]
-        pictures[s.title] = [(path.stem, base64.b64encode(path.read_bytes()).decode("ascii")) for path in paths]
+        pictures[s.title] = [(path.stem, _png(path)) for path in paths]
     if len(sections) == 1 and not any(pictures.values()):
         raise UserError(f"{folder} holds no results yet: run make train-levels EXPERIMENT={folder.name} first.")
     missing = {name: target for name, target in _STAGES.items() if not (folder / name).is_file()}
@@ -55,6 +57,14 @@ def render(folder: Path, title: str) -> str:
     facts["config"] = config.read_text("utf-8", "replace") if config.is_file() else ""
     template = (Path(__file__).parent / "templates" / "report.html.jinja").read_text(encoding="utf-8")
     return jinja2.Environment(autoescape=True, trim_blocks=True).from_string(template).render(facts)
+
+
+def _png(path: Path) -> str:
+    """A PNG file in base64; Damaged if its end is missing."""
+    content = path.read_bytes()
+    if not content.endswith(b"IEND\xaeB`\x82"):
+        raise Damaged(path, f"{path} is no complete PNG: {_AGAIN}.")
+    return base64.b64encode(content).decode("ascii")
 
 
 def _table(rows: Any, columns: list[str] | None = None) -> str:

@@ -3,6 +3,7 @@
 import io
 import math
 import textwrap
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,10 @@ styled = context(["default", {
 
 
 def new_figure(width: float, height: float, title: str = "") -> Figure:
-    """An empty figure of this size in inches."""
+    """An empty figure of this size in inches, with a title of at most two lines."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(title, fontsize=13)
+    lines = textwrap.wrap(title, round(9 * width), max_lines=2, placeholder=" …")
+    figure.suptitle("\n".join(lines), fontsize=13, parse_math=False)
     return figure
 
 
@@ -76,7 +78,9 @@ def save(figure: Figure | Image.Image, path: Path) -> None:
     """Save a PNG, atomically; a plot in 256 colours: a third of the bytes, and no visible loss in drawings of lines."""
     picture: Any = figure
     if isinstance(figure, Figure):
-        figure.savefig(content := io.BytesIO(), dpi=figure.dpi, format="png")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # an empty box shows that the font lacks a character
+            figure.savefig(content := io.BytesIO(), dpi=figure.dpi, format="png")
         picture = Image.open(content).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     atomic_write(path, lambda p: picture.save(p, format="PNG", optimize=True))
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import nn
 
 from ..diffusion.level import Level, check_family, flops_per_evaluation
@@ -47,7 +47,7 @@ def load_weights(path: Path, module: nn.Module, sha256: str, hint: str = AGAIN) 
     """Load safetensors into the module, in its dtype; UserError (`check_weights`), also if they do not fit."""
     check_weights(path, sha256, hint)
     try:
-        module.load_state_dict(load_file(path))
+        module.load_state_dict(load(path.read_bytes()))
     except Exception as error:
         raise explained(error, path, f"does not fit the configured network: {hint}") from error
 

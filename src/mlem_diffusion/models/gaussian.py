@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from ..diffusion.level import Level
@@ -66,7 +66,7 @@ class GaussianDenoiser(nn.Module):
 def load_gaussian(path: Path, device: torch.device | str = "cpu") -> GaussianDenoiser:
     """Load a denoiser that `save` wrote; Damaged if it cannot be read."""
     try:  # copied, because rounding depends on where a tensor begins in memory
-        return GaussianDenoiser(**{name: value.clone() for name, value in load_file(path).items()}).to(device)
+        return GaussianDenoiser(**{name: value.clone() for name, value in load(path.read_bytes()).items()}).to(device)
     except Exception as error:  # damaged files raise nearly anything
         raise explained(error, path, "is not a saved Gaussian denoiser: fit it again") from error
 
