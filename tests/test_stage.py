@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mlem_diffusion import parallel
-from mlem_diffusion.experiment import config
+from mlem_diffusion.experiment import config, stage
 from mlem_diffusion.experiment.stage import guarded, report
 from mlem_diffusion.experiment.tracking import bar, stop_asked
 
@@ -121,9 +121,11 @@ def test_the_commit_is_that_of_our_own_repository(tmp_path, monkeypatch):
 
 
 def test_scripts_do_not_hide_modules_of_the_user(tmp_path, monkeypatch):
-    (script := tmp_path / "sample.py").write_text(
-        "import mlem_diffusion.experiment.stage as s\ns.stage()(lambda exp: None)"
-    )
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])  # as Python does
+    (script := tmp_path / "scripts" / "sample.py").parent.mkdir()
+    script.write_text("import mlem_diffusion.experiment.stage as s\ns.stage()(lambda exp: None)")
+    monkeypatch.setattr(sys, "path", [str(script.parent), *sys.path])  # as Python does
+    with pytest.raises(SystemExit, match="2"):  # a copy of the folder that runs the code of another
+        runpy.run_path(str(script), run_name="__main__")
+    monkeypatch.setattr(stage, "ROOT", tmp_path)
     runpy.run_path(str(script), run_name="__main__")
-    assert str(tmp_path) not in sys.path
+    assert str(script.parent) not in sys.path

@@ -155,7 +155,8 @@ def _check_value(node: DictConfig, key: str, kind: str, path: str) -> None:
 
 def _read(value: Any, kind: str, alone: bool = True) -> Any:
     """The value in the type of its kind, or ValueError. alone: one value stands for a list of one."""
-    options, form, inner = re.fullmatch(r"(.*?)(?:(a (?:rising )?list[^,]*), each (.*))?", kind).groups()  # type: ignore
+    parts: Any = re.fullmatch(r"(.*?)(?:(a (?:rising )?list[^,]*), each (.*))?", kind)  # words, then a list
+    options, form, inner = parts.groups()
     for option in filter(None, options.split("|")):
         with suppress(ValueError):
             return _read_one(value, option)

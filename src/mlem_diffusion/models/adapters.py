@@ -77,16 +77,19 @@ def adapt(
             output = (wide - sigma * output if prediction == "epsilon" else wide + sigma**2 * output) / alpha
         return output.to(x.dtype)
 
-    if flops is None:
-        if not isinstance(network, nn.Module) or shape is None:
-            raise UserError(f"{name}: give flops, or shape = (channels, height, width) and an nn.Module to count them.")
-        try:
-            when = time(torch.zeros(1)) if callable(time) else torch.zeros(1)
-            flops = flops_per_evaluation(network, shape, when, **tree_map_only(Tensor, lambda t: t.to("meta"), inputs))
-        except Exception as error:  # of the network's own code
-            text = f"{name}: FLOPs could not be counted ({first_line(error)})"
-            raise UserError(f"{text}; give flops, or in `conditioning` what the network needs.") from error
-    return Level(name, denoise, float(flops))
+    return Level(name, denoise, _counted(name, network, time, inputs, shape) if flops is None else float(flops))
+
+
+def _counted(name: str, network: Any, time: Any, inputs: dict[str, Any], shape: tuple[int, ...] | None) -> float:
+    """The FLOPs of one evaluation, as in `adapt`; UserError if they cannot be counted."""
+    if not isinstance(network, nn.Module) or shape is None:
+        raise UserError(f"{name}: give flops, or shape = (channels, height, width) and an nn.Module to count them.")
+    try:
+        when = time(torch.zeros(1)) if callable(time) else torch.zeros(1)
+        return flops_per_evaluation(network, shape, when, **tree_map_only(Tensor, lambda t: t.to("meta"), inputs))
+    except Exception as error:  # of the network's own code
+        text = f"{name}: FLOPs could not be counted ({first_line(error)})"
+        raise UserError(f"{text}; give flops, or in `conditioning` what the network needs.") from error
 
 
 def from_diffusers(name: str, unet: nn.Module, scheduler: Any, **options: Any) -> Level:
