@@ -79,7 +79,7 @@ def stage(
         def script() -> None:
             job()
             if failed:
-                print(f"{name}: {len(failed)} jobs of the sweep ended with an error.", file=sys.stderr)
+                print(f"{name}: {len(failed)} jobs of the sweep ended with an error (see above).", file=sys.stderr)
                 sys.exit(max(failed))
 
         return script
