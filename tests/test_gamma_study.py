@@ -48,11 +48,11 @@ def study(gamma: float, part: float, repeats: int, measured: bool, spread: float
     return count
 
 
-@pytest.mark.parametrize("gamma", [1.5, 2.5, 4.0, 8.0])
+@pytest.mark.parametrize("gamma", [1.5, 2.5, 8.0])
 def test_intervals_cover_and_answers_are_right(gamma):
     """A complete study had 200 repeats a cell: coverage 0.94 to 0.995, no false yes, yes in all cases at gamma 8. Here
-    14 repeats a cell, 84 in all: a coverage of 0.95 falls below 0.88 once in a hundred such studies."""
-    repeats, total = 14, Counter()
+    10 repeats a cell, 60 in all: a coverage of 0.95 falls below 0.88 once in a hundred such studies."""
+    repeats, total = 10, Counter()
     for part in (0.0, 0.25, 0.5):
         for measured in (False, True):
             count = study(gamma, part, repeats, measured)
@@ -67,8 +67,8 @@ def test_intervals_cover_and_answers_are_right(gamma):
 
 
 def test_differences_apply_where_losses_are_precise_enough_to_show_nested_levels():
-    nested, not_nested = (study(8.0, part, 30, False, spread=0.03) for part in (0.0, 0.25))
-    assert nested["differences applies"] >= 20 and not_nested["differences applies"] == 0
+    nested, not_nested = (study(8.0, part, 20, False, spread=0.03) for part in (0.0, 0.25))
+    assert nested["differences applies"] >= 14 and not_nested["differences applies"] == 0
     for form in ("differences", "to_largest"):
         assert nested[f"{form} covers"] >= 0.87 * nested[f"{form} applies"]
-    assert nested["yes"] == not_nested["yes"] == 30
+    assert nested["yes"] == not_nested["yes"] == 20

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from torch import Tensor
+from toys import smooth_effects
 
 from mlem_diffusion.diffusion.brownian import BrownianPath
 from mlem_diffusion.diffusion.process import LinearSchedule, Process
@@ -15,7 +16,7 @@ from mlem_diffusion.diffusion.step_rules import REFERENCE_RULE, STEP_RULES, Step
 from mlem_diffusion.models.analytic import analytic_family
 from mlem_diffusion.multilevel.candidates import candidates
 from mlem_diffusion.multilevel.estimators import draw_coins, evaluation_probabilities
-from mlem_diffusion.multilevel.gains import Effects, measure_effects
+from mlem_diffusion.multilevel.gains import measure_effects
 from mlem_diffusion.multilevel.options import (
     independent_probabilities,
     nested_probabilities,
@@ -207,18 +208,8 @@ def test_predicted_errors_match_measured_errors(key: str, method: str) -> None:
 
 
 def synthetic(levels: int, n: int = 32, decay: float = 2.0) -> Calibration:
-    """Smooth effects along a trajectory on a uniform grid, smaller by a factor from level to level.
-
-    The levels' own errors are those of the effects, plus a little for the grid."""
-    rng = np.random.default_rng(0)
-    waves = np.stack([np.cos(m * np.linspace(0, 2, n)) for m in range(4)])
-    values = rng.standard_normal((50, 2, levels, 4)) @ waves * decay ** -np.arange(levels)[:, None] / n
-    logsnr, names = np.linspace(-9, 9, n), tuple(f"w{k}" for k in range(levels))
-    facts = (logsnr, values.astype(np.float32), np.ones((levels, n)), 0.0)
-    effects = Effects(names, 4.0 ** np.arange(levels), "sde", "ddpm", *facts)
-    rest = [effects.difference(k, levels - 1).sum(axis=1) if k < levels - 1 else np.zeros(1) for k in range(levels)]
-    own = {(k, n): 1e-6 + float((r**2).mean()) for k, r in enumerate(rest)}
-    return Calibration(effects, {n: logsnr}, own, effects.flops)
+    """Smooth effects along a trajectory, smaller by a factor from level to level."""
+    return smooth_effects([decay**-k for k in range(levels)], [4.0**k for k in range(levels)], {n: 1e-6})
 
 
 @pytest.mark.parametrize("method", METHODS)

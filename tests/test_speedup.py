@@ -10,7 +10,7 @@ import pytest
 
 from mlem_diffusion.comparison.curves import Group, compare, errors_of, headline, window
 from mlem_diffusion.comparison.settings import Measurement
-from mlem_diffusion.comparison.speedup import AGAINST, UNITS, speedups, summary
+from mlem_diffusion.comparison.speedup import AGAINST, UNITS, Field, is_method, speedups, summary
 from mlem_diffusion.multilevel.timing import Timing
 
 N = 400
@@ -175,8 +175,9 @@ def trial(true: float, rng: np.random.Generator, n: int, timing_spread: float, s
     works = [{"net": share * c, "small": (1 - share) * c} for share, c in zip(large, cost, strict=True)]
     settings = [Measurement(row, e, work=work) for row, e, work in zip(rows, errors, works, strict=True)]
     stated = {name: (float(np.exp(timing_spread * rng.standard_normal())), timing_spread) for name in ("net", "small")}
-    entry = speedups(settings, Timing(stated), 100, seed=int(rng.integers(1 << 30)))["strict"]["ode"]["any"]["all"]
-    return [entry[unit]["window"]["lower95"] for unit in ("flops", "seconds")]
+    field = Field.of(settings, "ode", 100, int(rng.integers(1 << 30)), Timing(stated), "gflops_realised")
+    sides = ([field.group(choice, unit) for choice in (field.against("all"), is_method("any"))] for unit in UNITS)
+    return [compare(*groups, field.coarsest)["window"]["lower95"] for groups in sides]
 
 
 @pytest.mark.parametrize(("true", "least"), [(1.0, 1.0), (2.0, 1.3)])
