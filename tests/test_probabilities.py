@@ -76,6 +76,8 @@ def test_coins_fire_with_their_probability_at_every_step(kind: str) -> None:
     coins = draw_coins(p, seeds, kind)
     z = (coins.mean(axis=1) - p)[:, 1:] / np.sqrt(p * (1 - p) / len(seeds))[:, 1:]
     assert np.all(coins[:, :, 0]) and np.abs(z).max() < 4.5
+    more = draw_coins(np.column_stack([p, np.full(24, 0.1)]), seeds[:9], kind)
+    assert np.array_equal(more[..., :-1], coins[:, :9])  # another level leaves the coins of those below alone
     assert 0.5 < z.std() < 1.5  # and they do fluctuate
     pair = (coins[:, :, 1] & coins[:, :, 2]).mean(axis=1)
     chance = np.minimum(p[:, 1], p[:, 2]) if kind == "nested" else p[:, 1] * p[:, 2]
