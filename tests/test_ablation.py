@@ -25,10 +25,8 @@ def ablated(rules: list[Calibration], limits: tuple[float, float] = (0.02, 0.1),
 
 def test_the_cost_ratio_of_a_needed_level_matches_brute_force() -> None:
     """Two levels with effects of size A at every evaluation and independent coins.
-
     The error is own + n A (1/p - 1) at cost n (T_1 + p T_2), or own at n T_2 for the largest level alone. The cost at
-    an error is that of the best mixture of two such plans.
-    """
+    an error is that of the best mixture of two such plans."""
     rng = np.random.default_rng(0)
     values, gain, own, costs = rng.choice([-1.0, 1.0], (40, 2, 2, N)), 1e-4, 1e-3, (1.0, 20.0)
     values[:, :, 1] *= np.sqrt(gain)
@@ -55,7 +53,6 @@ def test_the_cost_ratio_of_a_needed_level_matches_brute_force() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_duplicate_has_cost_ratio_one(method: str) -> None:
     """The second level has the output of the first, at twice its cost; so it can replace the first at twice the cost.
-
     Only ratios of costs matter."""
     inputs = smooth([1, 0, 0.3], [1, 2, 16], methods=(method,))
     found, scaled = Frontiers(inputs), Frontiers(replace(inputs, costs=1e-6 * inputs.costs))

@@ -34,7 +34,6 @@ def in_base_steps(grid: TimeGrid, clock: str) -> np.ndarray:
 @pytest.mark.parametrize("p", BASES)
 def test_the_law_is_exact(p: Process) -> None:
     """Covariances of two grids and clocks are those of sums of white noise, to float64 precision.
-
     Base steps are the same normals in both clocks, so EM in t and the ancestral step follow one path."""
     base = in_numbers(p.grid(), "snr")
     np.testing.assert_allclose(in_numbers(p.grid(), "time"), base, atol=1e-8)  # negligible terms are left out

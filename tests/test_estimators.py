@@ -36,10 +36,8 @@ def normal(count: int, seed: int = 0) -> torch.Tensor:
 
 def test_one_multilevel_step_is_unbiased_with_the_stated_variance() -> None:
     """8000 coin draws of one ancestral step from one x have the stated mean and variance.
-
     The mean is within 4.5 standard errors of the top level's step at each of 48 pixels. The estimate's variance is
-    within 5% of sum_k (1/p_k - 1) |f^k - f^(k-1)|^2.
-    """
+    within 5% of sum_k (1/p_k - 1) |f^k - f^(k-1)|^2."""
     p, draws = np.array([1.0, 0.4, 0.2]), 8000
     step = DDPM.program(process().grid(8))[4]
     keep, take, _ = step.update[0]

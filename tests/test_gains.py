@@ -58,9 +58,7 @@ def test_adjoint_agrees_with_finite_differences(key: str) -> None:
 @pytest.mark.parametrize("key", STEP_RULES)
 def test_the_summed_effects_predict_the_change_by_a_smaller_level(key: str) -> None:
     """For close levels f^2 and f^3, the images' mean squared difference over 32 seeds agrees to 25%.
-
-    The 25% cover the sampling error and the terms of second order.
-    """
+    The 25% cover the sampling error and the terms of second order."""
     family, path, grid = analytic_family(levels=3, amplitude=0.02), BrownianPath(range(32), SHAPE), PROCESS.grid(9)
     predicted = measure_effects(family, STEP_RULES[key], grid, path, probes=16).difference(1, 2).sum(axis=1)
     images = [sample(SingleLevel(level), STEP_RULES[key], grid, path)[0] for level in family]
@@ -78,7 +76,6 @@ def test_levels_merge_and_seeds_do_not_depend_on_the_batch() -> None:
 
 def test_the_density_of_gains_of_a_linear_sampler_is_known() -> None:
     """DDIM with f = g x moves the image by M_j = b_j prod_{i>j} (a_i + b_i g_i) per unit of F_j: density (M_j / h_j)^2.
-
     For one pixel the projections are exact, to float32, whatever the lower level is."""
     top, grid, rule = gaussian_level(0.8, 4.0), PROCESS.grid(9), STEP_RULES["ode/ddim"]
     low = Level("low", lambda x, u: 0.3 * top.denoise(x, u) + u.sigmoid() * x**2, 1.0)

@@ -50,7 +50,6 @@ def random_problem(seed: int, levels: int, n: int = 12) -> tuple[np.ndarray, np.
 
 def test_one_difference_has_a_closed_form() -> None:
     """K = 2: level 1 always runs, so p_2 = sqrt(A / (price T_2)); if that exceeds 1, only f^2 runs.
-
     With T_1 = 0.9 T_2, p = 0.95 would pay for both networks nearly always, so 1 is better."""
     gains, price = np.array([[0, 0, 0], [1e-3, 4e-3, 0.3]]), 1e-3
     p, closed = independent_probabilities(gains, np.array([1.0, 16.0]), price), np.sqrt(gains[1] / (price * 16))
@@ -180,10 +179,8 @@ def planned(key: str, method: str) -> list[Plan]:
 @pytest.mark.parametrize("key", RULES)
 def test_predicted_errors_match_measured_errors(key: str, method: str) -> None:
     """For small effects and 192 seeds, errors agree with their predictions to 25% plus 3 standard errors.
-
     This holds for the error against the fine reference. It also holds for the error added to that of the largest level
-    on the same grid, unless that is as small as the terms of second order in the effects (1e-4 of it).
-    """
+    on the same grid, unless that is as small as the terms of second order in the effects (1e-4 of it)."""
     inputs, reference = calibration(key)
     effects, rule, compared = inputs.effects, STEP_RULES[key], 0
     index = {name: k for k, name in enumerate(effects.names)}

@@ -39,7 +39,6 @@ def nested_outcomes(p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("p", TABLES)
 def test_independent_coins_by_enumeration(p: np.ndarray) -> None:
     """The weights are the telescope sum_k (B_k/p_k) (f^k - f^(k-1)) for every outcome, and unbiased for the top level.
-
     The variance is sum_k (1/p_k - 1) |f^k - f^(k-1)|^2, and networks run with the stated probabilities."""
     f = np.random.default_rng(0).standard_normal(len(p))
     coins, chance = outcomes(p)

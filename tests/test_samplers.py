@@ -77,7 +77,7 @@ def test_a_constant_image_is_preserved(rule: StepRule, steps: int) -> None:
 
 @every_rule
 def test_the_loop_applies_the_program_matrices(rule: StepRule) -> None:
-    """Agreement to 1e-5 of the largest value, float32 against float64: no state is changed in place either."""
+    """Agreement to 1e-5 of the largest value, float32 against float64: no state changes in place."""
     grid, shape, seeds = process().grid(9), (3, 6, 6), [4]
     program, clock = rule.program(grid), rule.clock
     path = BrownianPath([4], shape)
@@ -129,9 +129,7 @@ def test_ancestral_steps_sample_the_posterior(rule: str) -> None:
 
 def test_euler_rules_are_one_step_of_the_equations_in_time() -> None:
     """dx = -beta (x/2 + score) dt + sqrt(beta) dW backwards in time; the flow has half the score.
-
-    beta is taken at the start of the step.
-    """
+    beta is taken at the start of the step."""
     p = process()
     grid = p.grid(5)
     x, denoised, z = np.random.default_rng(0).normal(size=(3, 6))
@@ -273,9 +271,7 @@ def test_sde_rules_converge_strongly_at_order_one(spacing: str) -> None:
 @every_rule
 def test_fine_grids_give_the_variance_of_the_data(rule: StepRule) -> None:
     """20480 pixels: standard error 1% of the variance; 4%, and 2% more for the discretisation at 256 steps.
-
-    The final image is the denoised end point, of variance alpha^2 S^4 / v; S^2 as the last noise level tends to none.
-    """
+    The final image is the denoised end point, of variance alpha^2 S^4 / v; S^2 as the last noise tends to none."""
     p = process(256, "logsnr")
     estimator = SingleLevel(gaussian_level(S))
     images, _ = sample(estimator, rule, p.grid(), BrownianPath(range(5), (4, 32, 32)))

@@ -161,7 +161,6 @@ def test_seeds_are_resampled_in_pairs_and_a_single_one_bounds_nothing() -> None:
 
 def trial(true: float, rng: np.random.Generator, n: int, timing_spread: float, span: float, power: float) -> list[Any]:
     """The windows in FLOPs and in seconds of 20 baselines and 20 settings of ours on n seeds.
-
     Squared errors fall as cost^-power, and scatter over seeds log-normally, by 0.8 in the logarithm, correlated by 0.7
     between all settings and by 0.85 within each side. Baselines run one of two networks, ours run both. The
     stated seconds of each network differ from the true ones by `timing_spread`."""

@@ -71,7 +71,6 @@ def effects_of(values: np.ndarray, flops: list[float]) -> Effects:
 
 def smooth_effects(sizes: list[float], flops: list[float], grids: dict[int, float], seed: int = 0) -> Calibration:
     """Levels whose differences have smooth random effects of these sizes (any for the first level's output).
-
     The levels' own errors on each grid are those of the effects plus grids[steps]."""
     rng, n, top = np.random.default_rng(seed), max(grids), len(sizes) - 1
     waves = np.stack([np.cos(m * np.linspace(0, 2, n)) for m in range(4)])
