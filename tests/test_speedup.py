@@ -175,8 +175,9 @@ def trial(true: float, rng: np.random.Generator, n: int, timing_spread: float, s
     settings = [Measurement(row, e, work=work) for row, e, work in zip(rows, errors, works, strict=True)]
     stated = {name: (float(np.exp(timing_spread * rng.standard_normal())), timing_spread) for name in ("net", "small")}
     field = Field.of(settings, "ode", 100, int(rng.integers(1 << 30)), Timing(stated), "gflops_realised")
-    sides = ([field.group(choice, unit) for choice in (field.against("all"), is_method("any"))] for unit in UNITS)
-    return [compare(*groups, field.coarsest)["window"]["lower95"] for groups in sides]
+    base, ours = field.against("all"), is_method("any")
+    found = [compare(field.group(base, unit), field.group(ours, unit), field.coarsest) for unit in UNITS]
+    return [entry["window"]["lower95"] for entry in found]
 
 
 @pytest.mark.parametrize(("true", "least"), [(1.0, 1.0), (2.0, 1.3)])

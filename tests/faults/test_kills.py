@@ -24,7 +24,7 @@ def before(done: Place, stage: str, folder: Path) -> Place:
     return place
 
 
-@pytest.mark.parametrize(("stage", "event"), [("train_levels", 16), ("sample_compare", 31)])
+@pytest.mark.parametrize(("stage", "event"), [("train_levels", 16), ("sample_compare", 33)])
 def test_killed_just_before_a_file_is_touched(done, here, tmp_path, stage, event):
     place = before(done[0], stage, tmp_path)
     run = Forked(stage, place.overrides("workers=1"), tmp_path, kill_at=event)
