@@ -4,11 +4,7 @@ import json
 import runpy
 import sys
 
-from matplotlib.figure import Figure
-
 sys.path.insert(0, "scripts")
-savefig = Figure.savefig  # small pictures are drawn in less time
-Figure.savefig = lambda figure, file, **options: savefig(figure, file, **options | {"dpi": 30})
 for script, arguments in json.loads(sys.argv[1]):
     sys.argv = [f"scripts/{script}.py", *arguments]
     runpy.run_path(sys.argv[0], run_name="__main__")
