@@ -22,6 +22,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def here(capsys, monkeypatch, tmp_path_factory) -> Iterator[Here]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # previews take half of a miniature training; the pipeline that `done` runs has them
+    monkeypatch.setattr("mlem_diffusion.experiment.level_training.preview", lambda *drawn: None)
     yield Here(capsys, monkeypatch, tmp_path_factory.mktemp("cwd"))
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -5,34 +5,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from toys import effects_of, smooth_effects
 
 from mlem_diffusion.multilevel.ablation import Frontiers, remove_levels, table
-from mlem_diffusion.multilevel.gains import Effects
 from mlem_diffusion.multilevel.planner import METHODS, Calibration
 
 N = 16
 TWO = ("independent", "quadrature")
 
 
-def effects_of(values: np.ndarray, flops: list[float]) -> Effects:
-    """Effects with these values [S, P, K, n] on an even grid."""
-    levels, n = values.shape[2:]
-    names = tuple(f"w{k}" for k in range(levels))
-    where, squares = np.linspace(-9, 9, n), np.ones((levels, n))
-    return Effects(names, np.array(flops), "sde", "ddpm", where, values.astype(np.float32), squares, 0.0)
-
-
 def smooth(sizes: list[float], flops: list[float], seed: int = 0, methods: tuple[str, ...] = TWO) -> Calibration:
-    """Levels whose differences have smooth random effects of these sizes (any for the first level's output).
-
-    Two grids; the levels' own errors are their effects plus a little for the grid."""
-    rng = np.random.default_rng(seed)
-    waves = np.stack([np.cos(m * np.linspace(0, 2, N)) for m in range(4)])
-    values = rng.standard_normal((50, 2, len(sizes), 4)) @ waves * np.array(sizes)[:, None] / N
-    effects, top = effects_of(values, flops), len(sizes) - 1
-    rest = [effects.difference(k, top).sum(axis=1) if k < top else np.zeros(1) for k in range(top + 1)]
-    own = {(k, n): 8 / n**2 + float((r**2).mean()) for k, r in enumerate(rest) for n in (8, N)}
-    return Calibration(effects, {n: np.linspace(-9, 9, n) for n in (8, N)}, own, effects.flops, methods)
+    """Levels whose differences have smooth random effects of these sizes, on two grids."""
+    return replace(smooth_effects(sizes, flops, {n: 8 / n**2 for n in (8, N)}, seed), methods=methods)
 
 
 def ablated(rules: list[Calibration], limits: tuple[float, float] = (0.02, 0.1), progress: Any = max) -> tuple:
@@ -41,10 +25,8 @@ def ablated(rules: list[Calibration], limits: tuple[float, float] = (0.02, 0.1),
 
 def test_the_cost_ratio_of_a_needed_level_matches_brute_force() -> None:
     """Two levels with effects of size A at every evaluation and independent coins.
-
     The error is own + n A (1/p - 1) at cost n (T_1 + p T_2), or own at n T_2 for the largest level alone. The cost at
-    an error is that of the best mixture of two such plans.
-    """
+    an error is that of the best mixture of two such plans."""
     rng = np.random.default_rng(0)
     values, gain, own, costs = rng.choice([-1.0, 1.0], (40, 2, 2, N)), 1e-4, 1e-3, (1.0, 20.0)
     values[:, :, 1] *= np.sqrt(gain)
@@ -71,7 +53,6 @@ def test_the_cost_ratio_of_a_needed_level_matches_brute_force() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_duplicate_has_cost_ratio_one(method: str) -> None:
     """The second level has the output of the first, at twice its cost; so it can replace the first at twice the cost.
-
     Only ratios of costs matter."""
     inputs = smooth([1, 0, 0.3], [1, 2, 16], methods=(method,))
     found, scaled = Frontiers(inputs), Frontiers(replace(inputs, costs=1e-6 * inputs.costs))

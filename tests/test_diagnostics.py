@@ -194,7 +194,6 @@ def test_gains_are_measured_before_diagnostics_but_after_the_contract(tmp_path: 
 
 def test_the_telescope_check_detects_wrong_weights_and_a_wrong_gather(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights without 1/p give a biased mean; coins in pairs give a wrong variance with the right mean.
-
     With two levels and p = 1/2 the squared deviation is constant, up to rounding; this is no false alarm."""
     weights, coins = estimators.telescope_weights, estimators.draw_coins
     assert telescope()[0] == telescope(toy_family(2))[0] == "ok"

@@ -1,5 +1,6 @@
-"""Gains: the adjoint sweep against finite differences and real changes of images."""
+"""Gains: the adjoint sweep against finite differences and real changes of images; calibration in one call."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from mlem_diffusion.diffusion.step_rules import STEP_RULES
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.models.analytic import analytic_family
 from mlem_diffusion.multilevel.gains import Effects, measure_effects
+from mlem_diffusion.multilevel.planner import Calibration, calibrate
 
 SHAPE, PROCESS, FAMILY = (1, 4, 4), Process(LinearSchedule(), base_steps=65), analytic_family(levels=3)
 
@@ -56,9 +58,7 @@ def test_adjoint_agrees_with_finite_differences(key: str) -> None:
 @pytest.mark.parametrize("key", STEP_RULES)
 def test_the_summed_effects_predict_the_change_by_a_smaller_level(key: str) -> None:
     """For close levels f^2 and f^3, the images' mean squared difference over 32 seeds agrees to 25%.
-
-    The 25% cover the sampling error and the terms of second order.
-    """
+    The 25% cover the sampling error and the terms of second order."""
     family, path, grid = analytic_family(levels=3, amplitude=0.02), BrownianPath(range(32), SHAPE), PROCESS.grid(9)
     predicted = measure_effects(family, STEP_RULES[key], grid, path, probes=16).difference(1, 2).sum(axis=1)
     images = [sample(SingleLevel(level), STEP_RULES[key], grid, path)[0] for level in family]
@@ -76,7 +76,6 @@ def test_levels_merge_and_seeds_do_not_depend_on_the_batch() -> None:
 
 def test_the_density_of_gains_of_a_linear_sampler_is_known() -> None:
     """DDIM with f = g x moves the image by M_j = b_j prod_{i>j} (a_i + b_i g_i) per unit of F_j: density (M_j / h_j)^2.
-
     For one pixel the projections are exact, to float32, whatever the lower level is."""
     top, grid, rule = gaussian_level(0.8, 4.0), PROCESS.grid(9), STEP_RULES["ode/ddim"]
     low = Level("low", lambda x, u: 0.3 * top.denoise(x, u) + u.sigmoid() * x**2, 1.0)
@@ -118,3 +117,52 @@ def test_a_level_without_derivatives_is_refused() -> None:
     dead = Level("dead", torch.no_grad()(FAMILY[0].denoise), 1.0)
     with pytest.raises(UserError, match="no derivative"):
         measure_effects([dead], STEP_RULES["ode/ddim"], PROCESS.grid(5), BrownianPath(range(2), SHAPE))
+
+
+# ------------------------------------------------------------------------------------------------------- calibration
+
+FOUR, RULE, FINE = analytic_family(levels=4), STEP_RULES["sde/ddpm"], Process(LinearSchedule(), base_steps=257)
+STEPS, LARGEST = (9, 17, 33), FOUR[-1].flops
+
+
+@pytest.fixture(scope="module")
+def calibration() -> Calibration:
+    return calibrate(FOUR, FINE, RULE, SHAPE, steps=STEPS, seeds=range(1000, 1064), calibrate_steps=33)
+
+
+def test_plan_within_a_cost(calibration: Calibration) -> None:
+    """Mean cost within 5% over 200 samples; error within 35% plus 3 standard errors of its prediction (64 seeds)."""
+    plan, path = calibration.plan("nested", cost=3 * LARGEST), BrownianPath(range(200), SHAPE)
+    reference = sample(SingleLevel(FOUR[-1]), RULE, FINE.grid(257), path)[0]
+    images, ledger = sample(plan.build(FOUR), RULE, FINE.grid(plan.steps), path)
+    errors = ((images - reference) ** 2).mean(dim=(1, 2, 3)).numpy()
+    assert plan.cost <= 3 * LARGEST and ledger.flops_per_image == pytest.approx(plan.cost, rel=0.05)
+    slack = 3 * errors.std() / np.sqrt(len(errors))
+    assert plan.predicted is not None and abs(errors.mean() - plan.predicted) < 0.35 * plan.predicted + slack
+
+
+def test_plan_within_an_error_is_the_cheapest_and_single_levels_are_plans_too(calibration: Calibration) -> None:
+    plans = calibration.plans("quadrature")
+    wanted = float(np.median([p.predicted for p in plans if p.predicted is not None]))
+    plan = calibration.plan("quadrature", error=wanted)
+    assert plan.predicted is not None and plan.predicted <= wanted
+    assert all(p.cost >= plan.cost for p in plans if p.predicted is not None and p.predicted <= wanted)
+    cheapest = min(calibration.plans("independent"), key=lambda p: p.cost)
+    assert cheapest.levels == ("f1",) and cheapest.steps == 9
+    assert cheapest.predicted == pytest.approx(calibration.own_errors[0, 9])
+    # in seconds: if all levels take the same time, plans run the largest level only
+    plan = replace(calibration, costs=np.ones(4)).plan("independent", cost=33.0)
+    assert plan.levels == ("f4",) and plan.steps == 33
+
+
+def test_impossible_targets_and_calibrations_without_information_are_refused(calibration: Calibration) -> None:
+    for target, message in (
+        ({"cost": 1.0}, "cost per image of 1 or less; the least is"), ({}, "either the cost or the error"),
+        ({"error": 1e-12}, "squared error of 1e-12 or less; the least is"), ({"cost": 1.0, "error": 1.0}, "either"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            calibration.plan("independent", **target)
+    with pytest.raises(UserError, match=r"needs reference_steps = 257 or more, .* not 256"):
+        calibrate(FOUR, FINE, RULE, SHAPE, steps=(9, 33), reference_steps=256)
+    with pytest.raises(UserError, match="two seeds"):
+        calibrate(FOUR, FINE, RULE, SHAPE, steps=STEPS, seeds=range(1))

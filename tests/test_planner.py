@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from torch import Tensor
+from toys import smooth_effects
 
 from mlem_diffusion.diffusion.brownian import BrownianPath
 from mlem_diffusion.diffusion.process import LinearSchedule, Process
@@ -15,7 +16,7 @@ from mlem_diffusion.diffusion.step_rules import REFERENCE_RULE, STEP_RULES, Step
 from mlem_diffusion.models.analytic import analytic_family
 from mlem_diffusion.multilevel.candidates import candidates
 from mlem_diffusion.multilevel.estimators import draw_coins, evaluation_probabilities
-from mlem_diffusion.multilevel.gains import Effects, measure_effects
+from mlem_diffusion.multilevel.gains import measure_effects
 from mlem_diffusion.multilevel.options import (
     independent_probabilities,
     nested_probabilities,
@@ -49,7 +50,6 @@ def random_problem(seed: int, levels: int, n: int = 12) -> tuple[np.ndarray, np.
 
 def test_one_difference_has_a_closed_form() -> None:
     """K = 2: level 1 always runs, so p_2 = sqrt(A / (price T_2)); if that exceeds 1, only f^2 runs.
-
     With T_1 = 0.9 T_2, p = 0.95 would pay for both networks nearly always, so 1 is better."""
     gains, price = np.array([[0, 0, 0], [1e-3, 4e-3, 0.3]]), 1e-3
     p, closed = independent_probabilities(gains, np.array([1.0, 16.0]), price), np.sqrt(gains[1] / (price * 16))
@@ -179,10 +179,8 @@ def planned(key: str, method: str) -> list[Plan]:
 @pytest.mark.parametrize("key", RULES)
 def test_predicted_errors_match_measured_errors(key: str, method: str) -> None:
     """For small effects and 192 seeds, errors agree with their predictions to 25% plus 3 standard errors.
-
     This holds for the error against the fine reference. It also holds for the error added to that of the largest level
-    on the same grid, unless that is as small as the terms of second order in the effects (1e-4 of it).
-    """
+    on the same grid, unless that is as small as the terms of second order in the effects (1e-4 of it)."""
     inputs, reference = calibration(key)
     effects, rule, compared = inputs.effects, STEP_RULES[key], 0
     index = {name: k for k, name in enumerate(effects.names)}
@@ -207,18 +205,8 @@ def test_predicted_errors_match_measured_errors(key: str, method: str) -> None:
 
 
 def synthetic(levels: int, n: int = 32, decay: float = 2.0) -> Calibration:
-    """Smooth effects along a trajectory on a uniform grid, smaller by a factor from level to level.
-
-    The levels' own errors are those of the effects, plus a little for the grid."""
-    rng = np.random.default_rng(0)
-    waves = np.stack([np.cos(m * np.linspace(0, 2, n)) for m in range(4)])
-    values = rng.standard_normal((50, 2, levels, 4)) @ waves * decay ** -np.arange(levels)[:, None] / n
-    logsnr, names = np.linspace(-9, 9, n), tuple(f"w{k}" for k in range(levels))
-    facts = (logsnr, values.astype(np.float32), np.ones((levels, n)), 0.0)
-    effects = Effects(names, 4.0 ** np.arange(levels), "sde", "ddpm", *facts)
-    rest = [effects.difference(k, levels - 1).sum(axis=1) if k < levels - 1 else np.zeros(1) for k in range(levels)]
-    own = {(k, n): 1e-6 + float((r**2).mean()) for k, r in enumerate(rest)}
-    return Calibration(effects, {n: logsnr}, own, effects.flops)
+    """Smooth effects along a trajectory, smaller by a factor from level to level."""
+    return smooth_effects([decay**-k for k in range(levels)], [4.0**k for k in range(levels)], {n: 1e-6})
 
 
 @pytest.mark.parametrize("method", METHODS)

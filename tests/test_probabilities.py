@@ -39,7 +39,6 @@ def nested_outcomes(p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("p", TABLES)
 def test_independent_coins_by_enumeration(p: np.ndarray) -> None:
     """The weights are the telescope sum_k (B_k/p_k) (f^k - f^(k-1)) for every outcome, and unbiased for the top level.
-
     The variance is sum_k (1/p_k - 1) |f^k - f^(k-1)|^2, and networks run with the stated probabilities."""
     f = np.random.default_rng(0).standard_normal(len(p))
     coins, chance = outcomes(p)
@@ -76,6 +75,8 @@ def test_coins_fire_with_their_probability_at_every_step(kind: str) -> None:
     coins = draw_coins(p, seeds, kind)
     z = (coins.mean(axis=1) - p)[:, 1:] / np.sqrt(p * (1 - p) / len(seeds))[:, 1:]
     assert np.all(coins[:, :, 0]) and np.abs(z).max() < 4.5
+    more = draw_coins(np.column_stack([p, np.full(24, 0.1)]), seeds[:9], kind)
+    assert np.array_equal(more[..., :-1], coins[:, :9])  # another level leaves the coins of those below alone
     assert 0.5 < z.std() < 1.5  # and they do fluctuate
     pair = (coins[:, :, 1] & coins[:, :, 2]).mean(axis=1)
     chance = np.minimum(p[:, 1], p[:, 2]) if kind == "nested" else p[:, 1] * p[:, 2]

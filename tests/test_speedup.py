@@ -10,7 +10,7 @@ import pytest
 
 from mlem_diffusion.comparison.curves import Group, compare, errors_of, headline, window
 from mlem_diffusion.comparison.settings import Measurement
-from mlem_diffusion.comparison.speedup import AGAINST, UNITS, speedups, summary
+from mlem_diffusion.comparison.speedup import AGAINST, UNITS, Field, is_method, speedups, summary
 from mlem_diffusion.multilevel.timing import Timing
 
 N = 400
@@ -161,7 +161,6 @@ def test_seeds_are_resampled_in_pairs_and_a_single_one_bounds_nothing() -> None:
 
 def trial(true: float, rng: np.random.Generator, n: int, timing_spread: float, span: float, power: float) -> list[Any]:
     """The windows in FLOPs and in seconds of 20 baselines and 20 settings of ours on n seeds.
-
     Squared errors fall as cost^-power, and scatter over seeds log-normally, by 0.8 in the logarithm, correlated by 0.7
     between all settings and by 0.85 within each side. Baselines run one of two networks, ours run both. The
     stated seconds of each network differ from the true ones by `timing_spread`."""
@@ -175,8 +174,10 @@ def trial(true: float, rng: np.random.Generator, n: int, timing_spread: float, s
     works = [{"net": share * c, "small": (1 - share) * c} for share, c in zip(large, cost, strict=True)]
     settings = [Measurement(row, e, work=work) for row, e, work in zip(rows, errors, works, strict=True)]
     stated = {name: (float(np.exp(timing_spread * rng.standard_normal())), timing_spread) for name in ("net", "small")}
-    entry = speedups(settings, Timing(stated), 100, seed=int(rng.integers(1 << 30)))["strict"]["ode"]["any"]["all"]
-    return [entry[unit]["window"]["lower95"] for unit in ("flops", "seconds")]
+    field = Field.of(settings, "ode", 100, int(rng.integers(1 << 30)), Timing(stated), "gflops_realised")
+    base, ours = field.against("all"), is_method("any")
+    found = [compare(field.group(base, unit), field.group(ours, unit), field.coarsest) for unit in UNITS]
+    return [entry["window"]["lower95"] for entry in found]
 
 
 @pytest.mark.parametrize(("true", "least"), [(1.0, 1.0), (2.0, 1.3)])

@@ -1,28 +1,24 @@
 """Conclusions from synthetic comparisons with known answers."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
+from test_speedup import setting as scattered
 
 from mlem_diffusion.comparison.settings import Measurement
 from mlem_diffusion.comparison.speedup import Field
 from mlem_diffusion.comparison.verdicts import chosen_blindly, prediction, verdicts
 from mlem_diffusion.multilevel.timing import Timing
 
-N = 300
 COSTS = (1, 4, 16, 64)
+DEFAULTS = {"dynamics": "sde", "step_rule": "ddpm", "steps": 16, "probabilities": "", "coins": ""}
 
 
-def setting(estimator: str, cost: float, error: float, seed: int = 0, spread: float = 0.0, **row: Any) -> Measurement:
-    noise = 1 + spread * np.random.default_rng(seed).standard_normal(N)
-    defaults = {
-        "dynamics": "sde", "step_rule": "ddpm", "estimator": estimator, "steps": 16, "probabilities": "", "coins": "",
-        "levels": "w8", "network_calls": cost, "error": error, "gflops_realised": cost, "gflops_expected": cost,
-        "seconds": cost, "top_evaluations": 1000,
-    }  # fmt: skip
-    return Measurement({**defaults, **row}, error * noise, work={"net": row.get("seconds", cost)})
+def setting(estimator: str, cost: float, error: float, **row: Any) -> Measurement:
+    found = scattered(estimator, cost, error, spread=0.0, **{**DEFAULTS, "seconds": cost, **row})
+    return replace(found, work={"net": found.row["seconds"]})
 
 
 def singles(*points: tuple[float, float], **row: Any) -> list[Measurement]:

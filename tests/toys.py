@@ -7,6 +7,8 @@ from torch import Tensor
 from mlem_diffusion.data.portraits import portrait
 from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.diffusion.process import LinearSchedule, Process, TimeGrid, alpha_sigma, expand
+from mlem_diffusion.multilevel.gains import Effects
+from mlem_diffusion.multilevel.planner import Calibration
 
 SHAPE = (3, 4, 4)
 
@@ -58,3 +60,21 @@ def gaussian_variance(logsnr: np.ndarray | float, s: float) -> np.ndarray:
 def portraits(count: int, size: int, seed: int) -> np.ndarray:
     """The first portraits of a seed, uint8 [count,3,size,size]."""
     return np.stack([portrait(i, size, seed) for i in range(count)])
+
+
+def effects_of(values: np.ndarray, flops: list[float]) -> Effects:
+    """Effects with these values [S, P, K, n] on an even grid."""
+    levels, n = values.shape[2:]
+    names, where = tuple(f"w{k}" for k in range(levels)), np.linspace(-9, 9, n)
+    return Effects(names, np.array(flops), "sde", "ddpm", where, values.astype(np.float32), np.ones((levels, n)), 0.0)
+
+
+def smooth_effects(sizes: list[float], flops: list[float], grids: dict[int, float], seed: int = 0) -> Calibration:
+    """Levels whose differences have smooth random effects of these sizes (any for the first level's output).
+    The levels' own errors on each grid are those of the effects plus grids[steps]."""
+    rng, n, top = np.random.default_rng(seed), max(grids), len(sizes) - 1
+    waves = np.stack([np.cos(m * np.linspace(0, 2, n)) for m in range(4)])
+    effects = effects_of(rng.standard_normal((50, 2, len(sizes), 4)) @ waves * np.array(sizes)[:, None] / n, flops)
+    rest = [effects.difference(k, top).sum(axis=1) if k < top else np.zeros(1) for k in range(top + 1)]
+    own = {(k, steps): more + float((r**2).mean()) for k, r in enumerate(rest) for steps, more in grids.items()}
+    return Calibration(effects, {steps: np.linspace(-9, 9, steps) for steps in grids}, own, effects.flops)

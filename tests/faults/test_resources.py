@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from outputs import outputs
 from pipeline import python
-from test_kills import before
 
+from mlem_diffusion.experiment.level_training import preview
 from mlem_diffusion.files import locked
 
 
@@ -28,10 +28,12 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_disk_that_is_really_full(done, here, disk):
-    place, filler = before(done[0], "train_levels", disk), disk / "filler"
+    place, filler = done[0].copy_to(disk, "data"), disk / "filler"
     with filler.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - (96 << 10))
-    run = here("train_levels", place, "workers=1")
+    with pytest.MonkeyPatch.context() as patch:  # previews are what fills it
+        patch.setattr("mlem_diffusion.experiment.level_training.preview", preview)
+        run = here("train_levels", place, "workers=1")
     assert run.code == 2 and "full" in run.err and "Traceback" not in run.err, run.err
     filler.unlink()
     again = here("train_levels", place)
@@ -41,10 +43,10 @@ def test_a_disk_that_is_really_full(done, here, disk):
 
 def test_a_folder_in_use_is_refused(done, here, tmp_path):
     place = done[0].copy_to(tmp_path)
-    before = place.digest()
+    digest = place.digest()
     with locked(place.results / "cache", "train_levels"):
         run = here("report", place, "force=true")
-    assert run.code == 2 and "in use by another run" in run.complaint and place.digest() == before
+    assert run.code == 2 and "in use by another run" in run.complaint and place.digest() == digest
 
 
 # ------------------------------------------------------------------------------------------------------- W&B
