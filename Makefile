@@ -7,8 +7,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # a copy of this folder, or a worktree, runs its own code
 export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
+ifeq ($(VENV),)
+$(error VENV is empty: activate the environment first, or leave VENV out)
+endif
 # an environment whose interpreter has gone is set up again
-$(shell test -x $(BIN)/python || rm -f $(VENV)/.installed $(VENV)/.installed-test $(BIN)/python*)
+$(shell test -x $(BIN)/python || rm -f $(VENV)/.installed $(VENV)/.installed-test)
 DRY := $(if $(filter-out 0 n N no No NO off false False FALSE,$(DRY_RUN)),dry_run=true)
 # The environment carries any path unchanged past make, the shell and Hydra, and no record shows it
 export MLEM_SOURCE = $(value SOURCE)
@@ -48,7 +51,8 @@ $(VENV)/.installed: pyproject.toml
 	$$used -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
 	    { echo "make: $$used is missing or too old; install Python 3.10 or later (PYTHON=path), remove $(VENV)."; exit 2; }
 	@echo "Setting up $(VENV) (torch and other packages: minutes, several GB)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 2; }
+	@test -x $(BIN)/python || { find -L $(BIN) -name "python*" -type l -exec rm -f {} + 2>/dev/null; \
+	    test ! -e $(VENV) && new=yes; $(PYTHON) -m venv $(VENV) || { test -z "$$new" || rm -rf $(VENV); exit 2; }; }
 	@$(PIP) --upgrade pip
 	@$(PIP) -e .
 	@touch $@

@@ -24,7 +24,7 @@ from mlem_diffusion.errors import UserError
 from mlem_diffusion.experiment import checks, config
 from mlem_diffusion.experiment.runs import make_extractor, planned_steps
 from mlem_diffusion.experiment.seeds import sample_seeds
-from mlem_diffusion.models.family import at_width, build_denoiser, describe, level_name
+from mlem_diffusion.models.family import at_width, build_denoiser, check_attention, describe, level_name
 from mlem_diffusion.multilevel.planner import METHODS
 from mlem_diffusion.training.levels import TrainConfig
 
@@ -88,6 +88,10 @@ def test_every_experiment_instantiates(cfg):
         train = config.build(at_width(plain(cfg.train), width))
         assert isinstance(train, TrainConfig) and max(train.snapshots) == 1.0 and len(train.snapshots) >= 3
     build_denoiser(widths[0], cfg.data.size, 0.5, unet, cfg.family.target)
+    if cfg.family.callable is None:
+        check_attention(widths, cfg.data.size, unet)
+        with pytest.raises(UserError, match=r"unet\.attention=\[7\]: .* only at \d"):
+            check_attention(widths, cfg.data.size, unet | {"attention": [7]})
     assert cfg.data.holdout >= 2 and cfg.gamma.images <= cfg.data.holdout
 
 
@@ -209,7 +213,7 @@ def test_absolute_paths_stay_private():
     [
         ("gamma.images", "3e2", 300), ("family.widths", "8.0", [8]), ("optimise.bases", "[null,1.0]", [None, 1]),
         ("train.compile", "false", "off"), ("name", "2026", "2026"), ("only", "w2", ["w2"]), ("seeds", "5", "5"),
-        ("+metrics.x", "5", 5), ("+mine", "yes", "yes"), ("unet.attention", "[]", []), ("train.narrow", "null", []),
+        ("+metrics.x", "5", 5), ("+mine", "yes", "yes"), ("+my.lr", "1", 1), ("unet.attention", "[]", []), ("train.narrow", "null", []),
     ],
 )  # fmt: skip
 def test_whole_floats_and_single_values_are_read_as_what_they_mean(key, text, value):
@@ -240,8 +244,7 @@ WRONG += [
         (f"{BASELINE}steps: [a]}}]", r"\[0\]\.steps=\[a\]"),
     ]
     + [("train.narrow=[{images: 9}]", "lacks the key upto"), ("+optimize={seed: 1}", "optimize is no setting")]
-    + [("paths.data='~nobody-here/x'", "HOME"), ("paths.data='${nope}'", "cannot be resolved: .*nope")]
-    + [("unet.attention=[7]", r"unet\.attention=\[7\].* only at 8, 4"), ("unet=adm", r"attention=\[16\].* 8, 4, 2, 1")],
+    + [("paths.data='~nobody-here/x'", "HOME"), ("paths.data='${nope}'", "cannot be resolved: .*nope")],
 )
 def test_a_wrong_value_is_one_sentence_that_names_its_key(override, sentence):
     with pytest.raises(UserError, match=sentence) as error:

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path, PurePath
 from typing import Any
@@ -20,7 +21,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..errors import UserError
 from ..models.compiled import SETTINGS
-from ..models.family import at_width
 from ..multilevel.estimators import COINS
 from ..multilevel.planner import METHODS
 
@@ -98,8 +98,6 @@ def settle(cfg: DictConfig, given: Sequence[str]) -> None:
         cfg[group] = fresh[group]
     try:
         _check(cfg, _defaults(), "")
-        if cfg.family.callable is None:
-            _check_attention(cfg)
     except OmegaConfBaseException as error:
         raise UserError(f"The configuration cannot be resolved: {' '.join(str(error).split())}.") from error
 
@@ -112,8 +110,9 @@ def _check(node: DictConfig, defaults: Mapping[str, Any], where: str) -> None:
         if key == "_target_" or OmegaConf.is_missing(node, key):
             continue
         value, default = node[key], defaults.get(key)
-        if key not in defaults and general not in _KINDS:  # at the top, values of one's own may stand beside the groups
-            if rule not in _OPEN and (rule or isinstance(value, DictConfig)):
+        if key not in defaults and general not in _KINDS:
+            near = isinstance(value, DictConfig) and get_close_matches(key, defaults, cutoff=0.8)
+            if rule not in _OPEN and (rule or near):  # at the top, others may stand beside the groups
                 raise UserError(f"{path} is no setting; {where or 'the configuration'} has {', '.join(defaults)}.")
         elif isinstance(default, Mapping) and isinstance(value, DictConfig):
             _check(value, default, path)
@@ -181,10 +180,9 @@ def _read_one(value: Any, option: str) -> Any:
             return value
     elif option in ("text", "a path", _NAME, _KINDS["seeds"]):
         if isinstance(value, (str, int)) and not isinstance(value, bool):  # a folder may be called 2026
-            parts, text = PurePath(str(value)), str(value)
-            if option == "text" or (
-                text.strip() and (option != _NAME or not (parts.is_absolute() or ".." in parts.parts))
-            ):
+            text, path = str(value), PurePath(str(value))
+            outside = option == _NAME and (path.is_absolute() or ".." in path.parts)
+            if option == "text" or (text.strip() and not outside):
                 return text
     elif _shown(value) == option or (option in ("on", "off") and value is (option == "on")):  # YAML's reading of on
         return {"null": None, "true": True, "false": False}.get(option, option)
@@ -203,14 +201,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, (list, ListConfig)):
         return f"[{','.join(map(_shown, value))}]"
     return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
-
-
-def _check_attention(cfg: DictConfig) -> None:
-    """UserError if a resolution with attention occurs in no network of the family."""
-    unet: Any = OmegaConf.to_container(cfg.unet, resolve=True)
-    networks, sizes = [at_width(unet, width) for width in cfg.family.widths], set()
-    for own in networks:
-        sizes |= {cfg.data.size // own.get("patch", 1) >> i for i in range(len(own["multipliers"]))}
-    if unknown := {size for own in networks for size in own["attention"]} - sizes:
-        text = f"unet.attention={_shown(sorted(unknown))}: no network of this family works at that resolution, only at "
-        raise UserError(f"{text}{', '.join(map(str, sorted(sizes, reverse=True)))} (data.size, unet.multipliers).")

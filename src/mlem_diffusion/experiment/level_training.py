@@ -15,7 +15,7 @@ from ..figures import style
 from ..files import locked, sha256_of, write_json
 from ..gamma.measurement import noise_levels, squared_differences
 from ..models.compiled import FastDenoiser
-from ..models.family import build_denoiser, level_name, levels_folder, load_state
+from ..models.family import build_denoiser, check_attention, level_name, levels_folder, load_state
 from ..training.levels import CLAIM, METADATA, STATE, claim, is_trained, settings
 from ..training.loop import train_level
 from . import config
@@ -36,10 +36,15 @@ def training_of(exp: Experiment, level: dict[str, Any]) -> dict[str, Any]:
 
 
 def untrained(exp: Experiment, levels: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The levels that are not fully trained; rank 0 looks, and all ranks get the same answer."""
+    """The levels that are not fully trained; rank 0 looks, and all ranks get the same answer.
+
+    Raises UserError if any is left and its settings make no sense."""
     own = levels if parallel.is_main() else []
     missing = [v for v in own if not is_trained(exp.checkpoints / v["name"], fingerprint(exp, v), exp.cfg.overwrite)]
-    return parallel.gather({parallel.rank(): missing})[0]
+    missing = parallel.gather({parallel.rank(): missing})[0]
+    if missing:
+        check_attention(exp.cfg.family.widths, exp.cfg.data.size, exp.plain("unet")["unet"])
+    return missing
 
 
 def train_one(task: tuple[Experiment, dict[str, Any], int]) -> None:

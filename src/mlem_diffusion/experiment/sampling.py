@@ -9,7 +9,7 @@ from ..files import expect_content, read_json
 from ..multilevel.plan import Plan, load_plans
 from .runs import check_levels
 
-_AGAIN = "run make sample-compare again"
+_AGAIN = "run make sample-compare ARGS=force=true"
 
 
 def chosen(exp: Any, levels: Mapping[str, Any]) -> tuple[SamplerSetting, float, dict[str, Plan], str]:

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -77,6 +78,8 @@ def stage(
                 failed.append(end.code)  # the other jobs of the sweep do not depend on this one
 
         def script() -> None:
+            # Hydra reads a ~ only in quotes
+            sys.argv[1:] = [re.sub(r"""^([+\w.]+=)(~[^'"]*)$""", r"\1'\2'", word) for word in sys.argv[1:]]
             job()
             if failed:
                 print(f"{name}: {len(failed)} jobs of the sweep ended with an error (see above).", file=sys.stderr)

@@ -93,6 +93,16 @@ def at_width(settings: Mapping[str, Any], width: int) -> dict[str, Any]:
     return {key: value for key, value in {**settings, **changes}.items() if key not in ("narrow", "upto")}
 
 
+def check_attention(widths: Iterable[int], size: int, unet: Mapping[str, Any]) -> None:
+    """Raise UserError if a resolution with attention occurs in no network of the family, for images of this size."""
+    networks, sizes = [at_width(unet, width) for width in widths], set()
+    for own in networks:
+        sizes |= {size // own.get("patch", 1) >> i for i in range(len(own.get("multipliers", ())))}
+    if unknown := {wanted for own in networks for wanted in own.get("attention", ())} - sizes:
+        text = f"unet.attention={sorted(unknown)}: no network of this family works at that resolution, only at "
+        raise UserError(f"{text}{', '.join(map(str, sorted(sizes, reverse=True)))} (data.size, unet.multipliers).")
+
+
 def build_denoiser(width: int, size: int, data_rms: float, unet: Mapping, target: str, seed: int = 0) -> Denoiser:
     """An untrained denoiser; its weights depend only on the seed, the width and its settings (`at_width`)."""
     with torch.random.fork_rng(devices=[]):
