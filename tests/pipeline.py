@@ -24,13 +24,20 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 
-# even less than the miniature: three shallow levels, nothing learned, fewer plans
-RULES = "{dynamics: sde, step_rule: ddpm, steps: [6, 12]}, {dynamics: ode, step_rule: dpmpp_2m, steps: [5]}"
+# even less than the miniature: three shallow levels, nothing learned, fewer plans and settings
+RULES = "{dynamics: sde, step_rule: ddpm, steps: [6, 8]}, {dynamics: ode, step_rule: dpmpp_2m, steps: [5]}"
+BASELINES = (
+    "{dynamics: sde, step_rule: ddpm, levels: all, steps: [4, 8]}, {dynamics: ode, step_rule: ddim, levels: all, "
+)
+BASELINES += "steps: [8]}, {dynamics: ode, step_rule: dpmpp_2m, levels: largest, steps: [4, 8]}"
+ML_EM = "{dynamics: sde, step_rule: ddpm, families: [all, chain], coins: [independent], c: [4], steps: [8]}, "
+ML_EM += "{dynamics: ode, step_rule: ddim, families: [all, chain], coins: [systematic], c: [4], steps: [8]}"
 SMALLER = (
-    "family.widths=[2,3,6]", "unet.multipliers=[1]", "unet.attention=[8]", "train.images=640",
-    "gamma.bootstrap=10", "compare.num_samples=24",
+    "family.widths=[2,3,6]", "unet.multipliers=[1]", "unet.attention=[8]", "train.images=640", "process.base_steps=65",
+    "gamma.bootstrap=10", "compare.num_samples=24", "compare.batch=24",
+    f"compare.baselines=[{BASELINES}]", f"compare.ml_em=[{ML_EM}]",
     "optimise.methods=[independent,quadrature]", "optimise.bases=[null]", "optimise.learned.costs=[]",
-    f"optimise.rules=[{RULES}]",
+    "optimise.calibrate_steps=8", "optimise.measured.steps=[8]", f"optimise.rules=[{RULES}]",
 )  # fmt: skip
 
 

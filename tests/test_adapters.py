@@ -15,6 +15,7 @@ from mlem_diffusion.models.adapters import adapt, from_diffusers, guided, traine
 
 SHAPE = (3, 4, 4)
 ALPHAS_CUMPROD = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+ALPHAS = {"alphas_cumprod": ALPHAS_CUMPROD}
 TABLE = torch.logit(ALPHAS_CUMPROD)  # log-SNR of every timestep, falling
 
 
@@ -201,12 +202,8 @@ def test_schedulers_that_clamp_zero_terminal_snr_have_the_range_of_those_that_do
     [
         ({"prediction_type": "flow_prediction"}, {}, "'flow_prediction' of SimpleNamespace is not supported yet"),
         ({"prediction_type": "epsilon"}, {}, "time='sigma'"),  # EDM's have no alphas_cumprod
-        (
-            {"prediction_type": "sample", "sample_size": None},
-            {"alphas_cumprod": ALPHAS_CUMPROD},
-            "give flops, or shape",
-        ),
-        ({"prediction_type": "sample", "num_class_embeds": 9}, {"alphas_cumprod": ALPHAS_CUMPROD}, "'class_labels'"),
+        ({"prediction_type": "sample", "sample_size": None}, ALPHAS, "give flops, or shape"),
+        ({"prediction_type": "sample", "num_class_embeds": 9}, ALPHAS, "'class_labels'"),
     ],
 )
 def test_what_from_diffusers_lacks_is_one_sentence(config: Any, scheduler: Any, sentence: str) -> None:

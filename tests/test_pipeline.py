@@ -136,19 +136,16 @@ def test_interrupted_training_resumes_to_the_same_weights(done, here, tmp_path):
     run = here("train_levels", place, widths, "max_minutes=0")
     assert run.code == 75 and "run the same command again" in run.complaint
     assert not (place.checkpoints / "w2" / "metadata.json").exists()
-    assert here("measure_gamma", place, widths).code == 2  # half a family is not a family
-    for minutes in ("0", "0.0005", "null"):
-        code = here("train_levels", place, widths, f"max_minutes={minutes}").code
-    assert code == 0
+    assert here("train_levels", place, widths).code == 0
     for width in (2, 3):
         for path in (done[0].checkpoints / f"w{width}").glob("*.safetensors"):
             a, b = load_file(path), load_file(place.checkpoints / f"w{width}" / path.name)
             assert all((a[name] == b[name]).all() for name in a), path.name
 
 
-@pytest.mark.parametrize("script", ["prepare_data", "train_levels", "measure_gamma"])
-def test_a_family_of_functions_needs_no_images_and_no_training(here, tmp_path, script):
-    run = here(script, Place(tmp_path), "family.callable={_target_: mlem_diffusion.models.analytic.analytic_family}")
+def test_a_family_of_functions_needs_no_images_and_no_training(here, tmp_path):
+    callable = "family.callable={_target_: mlem_diffusion.models.analytic.analytic_family}"
+    run = here("train_levels", Place(tmp_path), callable)
     assert run.code == 0 and "nothing to do" in run.out and not Place(tmp_path).digest()
 
 
@@ -166,10 +163,8 @@ def test_workers_draw_the_same_samples_and_enough_images_have_distances(done, he
     other = ["seconds", *(name for name in rows if name.startswith("distance"))]
     pd.testing.assert_frame_equal(rows.drop(columns=other), before.drop(columns=other))
     found = rows[rows.distance != ""].astype({name: float for name in ("distance", "distance_low", "distance_high")})
-    assert (
-        4 <= len(found) < len(rows)
-        and (found.groupby("dynamics").error.min() == rows.groupby("dynamics").error.min()).all()
-    )
+    assert 4 <= len(found) < len(rows)
+    assert (found.groupby("dynamics").error.min() == rows.groupby("dynamics").error.min()).all()
     assert (found.distance_low < found.distance).all() and (found.distance < found.distance_high).all()
 
 
@@ -184,13 +179,6 @@ def test_ranks_draw_the_same_samples(done, tmp_path):
     for name in ("000000.png", "000005.png"):
         assert (place.results / "samples" / name).read_bytes() == (done[0].results / "samples" / name).read_bytes()
     pd.testing.assert_frame_equal(table(place).drop(columns="seconds"), table(done[0]).drop(columns="seconds"))
-
-
-def test_an_error_in_a_worker_is_one_line_and_exit_status_2(done, here, tmp_path):
-    place = done[0].copy_to(tmp_path, "data")
-    run = here("train_levels", place, "family.widths=[2,3]", "workers=2", "train.lr=1e20", "train.log_every=64")
-    assert run.code == 2 and re.match(r"train_levels: The loss of .* is not finite at step \d+", run.complaint)
-    assert not list(place.checkpoints.rglob("metadata.json"))
 
 
 # ----------------------------------------------------------------------------------- dry runs and wrong input
@@ -211,16 +199,8 @@ def test_a_dry_run_prints_configuration_and_cost_and_writes_nothing(here, tmp_pa
 @pytest.mark.parametrize(
     ("stage", "more", "sentence"),
     [
-        ("measure_gamma", [], "make train-levels"),
-        ("optimise", [], "make train-levels"),
-        ("sample_compare", [], "make train-levels"),
         ("sample", [], "make train-levels"),
-        ("prepare_data", ["data.source=/nowhere/images.zip"], "/nowhere/images.zip"),
         ("train_levels", ["data.source=???"], "make data SOURCE="),
-        ("prepare_data", ["data.holdout=400"], "data.holdout=400"),
-        ("train_levels", ["+train.leer=1"], "leer"),
-        ("train_levels", ["process.spacing=even"], "process.spacing"),
-        ("train_levels", ["family.target=score"], "family.target=score must be"),
         ("train_levels", ["unet.multipliers=[1,2,2,2,2]"], "cannot be halved"),
         ("train_levels", ["device=cuda:99"], "device=cuda:99"),
         ("report", [], ""),
@@ -233,22 +213,18 @@ def test_wrong_input_is_one_line_and_exit_status_2(here, tmp_path, stage, more, 
     assert run.complaint.startswith(f"{stage}: ") and sentence in run.complaint
 
 
+LARGE, ONE = ["compare.num_samples=1000", "metrics.dim=1000"], "dynamics: ode, step_rule: ddim, estimator: single"
+
+
 @pytest.mark.parametrize(
     ("stage", "more", "sentence"),
     [
         ("train_levels", ["train.lr=0.1"], "overwrite=true"),
         ("measure_gamma", ["family.widths=[2,3,6,9]"], "w9"),
         ("measure_gamma", ["family.widths=[2,3]"], "at least three levels"),
-        (
-            "sample_compare",
-            ["compare.num_samples=1000", "metrics.dim=1000"],
-            "1000 images are too few for FD-random-conv",
-        ),
-        ("sample_compare", ["compare.seed=499999"], "change compare.seed"),
-        ("sample", ["seeds=many"], "SEEDS=many is not a list of seeds"),
-        ("sample", ["sample.gflops=1e-9"], "No multilevel setting reaches sample.gflops=1e-09"),
+        ("sample_compare", LARGE, "1000 images are too few for FD-random-conv"),
         ("sample", ["sampler={dynamics: ode}"], "sampler lacks the key"),
-        ("sample", ["sampler={dynamics: ode, step_rule: ddim, estimator: single, levels: w6, steps: 130}"], "130"),
+        ("sample", [f"sampler={{{ONE}, levels: w6, steps: 130}}"], "130"),
     ],
 )
 def test_wrong_requests_on_a_finished_experiment(done, here, stage, more, sentence):
@@ -262,9 +238,8 @@ def test_wrong_requests_on_a_finished_experiment(done, here, stage, more, senten
 def test_levels_of_another_data_set_are_refused(done, here, tmp_path):
     place = done[0].copy_to(tmp_path)
     shutil.rmtree(place.folder / "data")
-    for stage in ("measure_gamma", "sample_compare"):
-        run = here(stage, place, "data.seed=1", "data.count=24", "data.holdout=8")
-        assert run.code == 2 and "is not the data set that the levels" in run.complaint
+    run = here("sample_compare", place, "data.seed=1", "data.count=24", "data.holdout=8")
+    assert run.code == 2 and "is not the data set that the levels" in run.complaint
 
 
 def test_artefacts_of_other_levels_are_refused(done, here, tmp_path):
@@ -275,13 +250,6 @@ def test_artefacts_of_other_levels_are_refused(done, here, tmp_path):
         write_json(place.results / name, content)
         run = here("sample_compare", place)
         assert run.code == 2 and "made with other levels" in run.complaint and "w3" in run.complaint
-
-
-def test_overwrite_trains_again(done, here, tmp_path):
-    place = done[0].copy_to(tmp_path)
-    run = here("train_levels", place, "train.lr=0.001", "overwrite=true", "train.images=128", "family.widths=[2]")
-    assert run.code == 0, run.err
-    assert strict(place.checkpoints / "w2" / "metadata.json")["images"] == 128
 
 
 def test_jobs_of_a_sweep_write_to_folders_of_their_own(done, here, tmp_path):
@@ -320,7 +288,7 @@ def test_samples_are_keyed_by_their_seed_and_chosen_from_the_comparison(done, he
     assert run.code == 2 and "best.json has unexpected content: run make sample-compare again" in run.complaint
 
 
-@pytest.mark.parametrize("kind", ["named", "quadrature", "independent"])
+@pytest.mark.parametrize("kind", ["named", "quadrature"])
 def test_the_sampler_may_be_named_or_a_plan(done, here, tmp_path, kind):
     place = done[0].copy_to(tmp_path)
     more = ["sampler={dynamics: ode, step_rule: ddim, estimator: ml_em, levels: w2+w3+w6, steps: 8, c: 4, "
@@ -329,19 +297,17 @@ def test_the_sampler_may_be_named_or_a_plan(done, here, tmp_path, kind):
         plans = strict(place.results / "plans.json")["plans"]
         entry = next(e for e in plans if e["method"] == kind and "gauss" in e["levels"])
         best = strict(place.results / "best.json")
-        row = best["multilevel"][0] | {"plan": entry["id"], "c": None}
+        row = best["multilevel"][0] | {"plan": entry["id"], "c": None, "coins": "", "estimator": kind}
         row |= {k: entry[k] for k in ("dynamics", "step_rule", "steps", "probabilities")}
-        row |= {"levels": "+".join(entry["levels"]), "coins": "" if kind == "quadrature" else kind}
-        row |= {"estimator": {"quadrature": kind}.get(kind, "ml_em")}
+        row |= {"levels": "+".join(entry["levels"])}
         write_json(place.results / "best.json", best | {"multilevel": [row]})
         more = []
     run = here("sample", place, "seeds=0-7", *more)
     assert run.code == 0 and "GFLOP" in run.out, run.err
     if kind == "quadrature":
-        for gone in ("plans.npz", "plans.json"):
-            (place.results / gone).unlink()
-            run = here("sample", place, "seeds=1")
-            assert run.code == 2 and "make optimise" in run.complaint
+        (place.results / "plans.npz").unlink()
+        run = here("sample", place, "seeds=1")
+        assert run.code == 2 and "make optimise" in run.complaint
 
 
 # --------------------------------------------------------------------------------- plans of a family of one's own
@@ -350,18 +316,18 @@ def test_the_sampler_may_be_named_or_a_plan(done, here, tmp_path, kind):
 @pytest.fixture(scope="module")
 def analytic(tmp_path_factory, request) -> Place:
     """Three levels of the analytic family, compared on seeds 0..31, without data, checkpoints or images."""
-    rules = "[{dynamics: sde, step_rule: ddpm, steps: [5, 17], learn: true}, "
+    rules = "[{dynamics: sde, step_rule: ddpm, steps: [5, 9], learn: true}, "
     rules += "{dynamics: ode, step_rule: dpmpp_2m, steps: [9]}]"
     optimise = {
-        "calibrate": 16, "calibrate_steps": 17, "num_select": 24, "plans": 3, "diagnose": "{seeds: 16, steps: 6}",
-        "rules": rules, "measured": "{costs: [8], steps: [17]}",
-        "learned": "{costs: [8], steps: 17, iterations: 2, paths: 2, draws: 2}",
+        "calibrate": 16, "calibrate_steps": 9, "num_select": 24, "plans": 3, "diagnose": "{seeds: 16, steps: 6}",
+        "rules": rules, "measured": "{costs: [8], steps: [9]}",
+        "learned": "{costs: [8], steps: 9, iterations: 2, paths: 2, draws: 2}",
     }  # fmt: skip
     compare = {
         "num_samples": 32, "num_reference": 32, "seed": 0, "bootstrap": 20, "stitched": "[]", "ml_em": "[]",
         "baselines": "[{dynamics: sde, step_rule: ddpm, levels: all, steps: [5, 9]}]",
     }  # fmt: skip
-    options = ["process.base_steps=129", "family.callable.levels=3", "timing.rounds=2", "timing.at_least=0"]
+    options = ["process.base_steps=65", "family.callable.levels=3", "timing.rounds=2", "timing.at_least=0"]
     options += [f"optimise.{key}={value}" for key, value in optimise.items()]
     options += [f"compare.{key}={value}" for key, value in compare.items()]
     return Place(tmp_path_factory.mktemp("analytic"), "analytic", tuple(options))
