@@ -158,14 +158,11 @@ def test_extractors_instantiate():
     assert own.name == "FD-pixels" and own.features(np.zeros((2, 3, 4, 4), np.uint8)).shape == (2, 48)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "sentence"),
-    [
-        (["metrics=custom", "metrics.callable._target_=torch.nn.Flatten", "metrics.name=FID"], "must not be FID"),
-        (["metrics=custom", "metrics.callable._target_=nowhere.Network", "metrics.name=x"], "cannot be built"),
-        (["metrics=light", "+metrics.colour=red"], r"features\.light cannot be built"),
-    ],
-)
+@pytest.mark.parametrize(("overrides", "sentence"), [
+    (["metrics=custom", "metrics.callable._target_=torch.nn.Flatten", "metrics.name=FID"], "must not be FID"),
+    (["metrics=custom", "metrics.callable._target_=nowhere.Network", "metrics.name=x"], "cannot be built"),
+    (["metrics=light", "+metrics.colour=red"], r"features\.light cannot be built"),
+])  # fmt: skip
 def test_a_bad_metric_gives_one_sentence(overrides, sentence):
     with pytest.raises(UserError, match=sentence) as error:
         extractor_of(*overrides)
@@ -200,14 +197,11 @@ def test_absolute_paths_stay_private():
     assert found["data"]["source"] == "images.zip" and found["metrics"]["weights"] == "w.pth" and "paths" not in found
 
 
-@pytest.mark.parametrize(
-    ("key", "text", "value"),
-    [
-        ("gamma.images", "3e2", 300), ("family.widths", "8.0", [8]), ("optimise.bases", "[null,1.0]", [None, 1]),
-        ("train.compile", "false", "off"), ("name", "2026", "2026"), ("only", "w2", ["w2"]), ("seeds", "5", "5"),
-        ("+metrics.x", "5", 5), ("+mine", "yes", "yes"), ("unet.attention", "[]", []), ("train.narrow", "null", []),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("key", "text", "value"), [
+    ("gamma.images", "3e2", 300), ("family.widths", "8.0", [8]), ("optimise.bases", "[null,1.0]", [None, 1]),
+    ("train.compile", "false", "off"), ("name", "2026", "2026"), ("only", "w2", ["w2"]), ("seeds", "5", "5"),
+    ("+metrics.x", "5", 5), ("+mine", "yes", "yes"), ("unet.attention", "[]", []), ("train.narrow", "null", []),
+])  # fmt: skip
 def test_whole_floats_and_single_values_are_read_as_what_they_mean(key, text, value):
     found = OmegaConf.select(settled(f"{key}={text}"), key.lstrip("+"))
     assert (found, repr(found)) == (value, repr(value))

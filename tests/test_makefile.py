@@ -52,13 +52,10 @@ def test_the_demo_runs_every_stage_in_order():
     assert all("experiment=smoke" in c for c in commands("demo", "EXPERIMENT=smoke"))
 
 
-def test_verify_rates_needs_no_experiment():
+def test_celeba_is_the_default_of_data_and_benchmark_and_rates_have_none():
     assert only("verify-rates", "EXPERIMENT=celeba64") == [".venv/bin/python", "scripts/verify_rates.py"]
     found = only("verify-rates", "ARGS=-m rates.gammas=[2],[3] force=true", "DRY_RUN=1")
     assert found[2:] == ["-m", "dry_run=true", "rates.gammas=[2],[3]", "force=true"]
-
-
-def test_celeba_is_the_default_of_data_and_benchmark():
     assert only("benchmark") == [".venv/bin/python", "scripts/benchmark.py", "experiment=celeba64"]
     assert only("data", "SOURCE=download")[2] == "experiment=celeba64"
     assert only("data", "EXPERIMENT=demo")[2] == "experiment=demo"

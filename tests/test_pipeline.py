@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 from mlem_diffusion.comparison import features
 from mlem_diffusion.comparison.settings import COLUMNS, setting_from
-from mlem_diffusion.comparison.speedup import AGAINST, METHODS
 from mlem_diffusion.files import write_json
 from mlem_diffusion.multilevel.plan import load_plans
 
@@ -87,16 +86,8 @@ def test_format_of_compare_csv(done):
     for rule, chain in plans["chains"].items():
         used = rows[(rows.dynamics == rule.split("/")[0]) & (rows.probabilities == "constant")].levels
         assert chain == ["w2", "w3", "w6"] or "+".join(chain) in set(used)
-        assert len(gains["rules"][rule]["logsnr"]) == 11 and min(gains["rules"][rule]["density"]) > 0
+        assert len(gains["rules"][rule]["logsnr"]) == 7 and min(gains["rules"][rule]["density"]) > 0
     assert gains["made_with"] == plans["made_with"]
-
-
-def test_format_of_speedup_json(done):
-    result = strict(done[0].results / "speedup.json")
-    assert set(result) == {"strict"} and set(result["strict"]) == {"sde", "ode"}
-    for methods in result["strict"].values():
-        for units in (methods[method][against] for method in METHODS for against in AGAINST):
-            assert "flops" in units and all(set(entry) == {"window", "max", "curve"} for entry in units.values())
 
 
 def test_records_of_every_stage(done):
@@ -196,16 +187,13 @@ def test_a_dry_run_prints_configuration_and_cost_and_writes_nothing(here, tmp_pa
     assert not place.folder.exists()
 
 
-@pytest.mark.parametrize(
-    ("stage", "more", "sentence"),
-    [
-        ("sample", [], "make train-levels"),
-        ("train_levels", ["data.source=???"], "make data SOURCE="),
-        ("train_levels", ["unet.multipliers=[1,2,2,2,2]"], "cannot be halved"),
-        ("train_levels", ["device=cuda:99"], "device=cuda:99"),
-        ("report", [], ""),
-    ],
-)
+@pytest.mark.parametrize(("stage", "more", "sentence"), [
+    ("sample", [], "make train-levels"),
+    ("train_levels", ["data.source=???"], "make data SOURCE="),
+    ("train_levels", ["unet.multipliers=[1,2,2,2,2]"], "cannot be halved"),
+    ("train_levels", ["device=cuda:99"], "device=cuda:99"),
+    ("report", [], ""),
+])  # fmt: skip
 def test_wrong_input_is_one_line_and_exit_status_2(here, tmp_path, stage, more, sentence):
     few = ["data.count=24", "data.holdout=8"] if stage == "train_levels" else []
     run = here(stage, Place(tmp_path / "wrong"), *few, *more)
@@ -216,17 +204,15 @@ def test_wrong_input_is_one_line_and_exit_status_2(here, tmp_path, stage, more, 
 LARGE, ONE = ["compare.num_samples=1000", "metrics.dim=1000"], "dynamics: ode, step_rule: ddim, estimator: single"
 
 
-@pytest.mark.parametrize(
-    ("stage", "more", "sentence"),
-    [
-        ("train_levels", ["train.lr=0.1"], "overwrite=true"),
-        ("measure_gamma", ["family.widths=[2,3,6,9]"], "w9"),
-        ("measure_gamma", ["family.widths=[2,3]"], "at least three levels"),
-        ("sample_compare", LARGE, "1000 images are too few for FD-random-conv"),
-        ("sample", ["sampler={dynamics: ode}"], "sampler lacks the key"),
-        ("sample", [f"sampler={{{ONE}, levels: w6, steps: 130}}"], "130"),
-    ],
-)
+@pytest.mark.parametrize(("stage", "more", "sentence"), [
+    ("train_levels", ["train.lr=0.1"], "overwrite=true"),
+    ("measure_gamma", ["family.widths=[2,3,6,9]"], "w9"),
+    ("measure_gamma", ["family.widths=[2,3]"], "at least three levels"),
+    ("sample_compare", LARGE, "1000 images are too few for FD-random-conv"),
+    ("sample_compare", ["compare.seed=499999"], "change compare.seed"),
+    ("sample", ["sampler={dynamics: ode}"], "sampler lacks the key"),
+    ("sample", [f"sampler={{{ONE}, levels: w6, steps: 130}}"], "130"),
+])  # fmt: skip
 def test_wrong_requests_on_a_finished_experiment(done, here, stage, more, sentence):
     before = done[0].digest()
     run = here(stage, done[0], *more)
@@ -273,15 +259,12 @@ def test_jobs_of_a_sweep_write_to_folders_of_their_own(done, here, tmp_path):
 # ----------------------------------------------------------------------------------------------------- sample
 
 
-def test_samples_are_keyed_by_their_seed_and_chosen_from_the_comparison(done, here, tmp_path):
+def test_samples_are_chosen_from_the_comparison(done, here, tmp_path):
     place = done[0].copy_to(tmp_path)
-    first = (place.results / "samples" / "000005.png").read_bytes()
     assert here("sample", place, "seeds='0-2,5'").out.startswith("sample: already done")
-    assert here("sample", place, "seeds=5").code == 0
-    assert [p.name for p in (place.results / "samples").iterdir()] == ["000005.png"]
-    assert (place.results / "samples" / "000005.png").read_bytes() == first
     run, best = here("sample", place, "seeds=5", "sample.error=1"), strict(place.results / "best.json")
     cheapest = min(best["multilevel"], key=lambda row: row["gflops_realised"])
+    assert [p.name for p in (place.results / "samples").iterdir()] == ["000005.png"]
     assert run.code == 0 and setting_from(cheapest).row == strict(place.results / "samples.json")["setting"]
     write_json(place.results / "best.json", cheapest | {"gamma": 2.5, "made_with": best["made_with"]})
     run = here("sample", place, "seeds=5")  # a file of an earlier version
@@ -316,18 +299,18 @@ def test_the_sampler_may_be_named_or_a_plan(done, here, tmp_path, kind):
 @pytest.fixture(scope="module")
 def analytic(tmp_path_factory, request) -> Place:
     """Three levels of the analytic family, compared on seeds 0..31, without data, checkpoints or images."""
-    rules = "[{dynamics: sde, step_rule: ddpm, steps: [5, 9], learn: true}, "
+    rules = "[{dynamics: sde, step_rule: ddpm, steps: [5, 17], learn: true}, "
     rules += "{dynamics: ode, step_rule: dpmpp_2m, steps: [9]}]"
     optimise = {
-        "calibrate": 16, "calibrate_steps": 9, "num_select": 24, "plans": 3, "diagnose": "{seeds: 16, steps: 6}",
-        "rules": rules, "measured": "{costs: [8], steps: [9]}",
-        "learned": "{costs: [8], steps: 9, iterations: 2, paths: 2, draws: 2}",
+        "calibrate": 16, "calibrate_steps": 17, "num_select": 24, "plans": 3, "diagnose": "{seeds: 16, steps: 6}",
+        "rules": rules, "measured": "{costs: [8], steps: [17]}",
+        "learned": "{costs: [8], steps: 17, iterations: 2, paths: 2, draws: 2}",
     }  # fmt: skip
     compare = {
         "num_samples": 32, "num_reference": 32, "seed": 0, "bootstrap": 20, "stitched": "[]", "ml_em": "[]",
         "baselines": "[{dynamics: sde, step_rule: ddpm, levels: all, steps: [5, 9]}]",
     }  # fmt: skip
-    options = ["process.base_steps=65", "family.callable.levels=3", "timing.rounds=2", "timing.at_least=0"]
+    options = ["process.base_steps=129", "family.callable.levels=3", "timing.rounds=2", "timing.at_least=0"]
     options += [f"optimise.{key}={value}" for key, value in optimise.items()]
     options += [f"compare.{key}={value}" for key, value in compare.items()]
     return Place(tmp_path_factory.mktemp("analytic"), "analytic", tuple(options))
@@ -341,6 +324,7 @@ def test_plans_are_selected_and_judged_on_separate_seeds(analytic, here):
     ends = {"calibration": [500000, 500015], "selection": [500016, 500039], "judgement": [0, 31]}
     assert content["seeds"] == ends and "alone" not in content
     assert content["calibration"]["flops"] > 0
+    assert [level["name"] for level in strict(analytic.results / "ablation.json")["levels"]] == ["f1", "f2", "f3"]
     kinds = {(e["dynamics"], e["method"], e["probabilities"]) for e in content["plans"]}
     methods = ("independent", "nested", "systematic", "quadrature")
     assert {(d, m, "optimal") for d in ("sde", "ode") for m in methods} <= kinds
@@ -357,25 +341,6 @@ def test_plans_are_selected_and_judged_on_separate_seeds(analytic, here):
         assert 0.1 < row.error / entry["selected_error"] < 10
     assert set(strict(analytic.results / "verdicts.json")) == {"sde/ddpm", "ode/dpmpp_2m"}
     assert not (analytic.results / "best.json").exists()  # functions are no pictures to sample
-
-
-def test_seeds_that_plans_were_selected_on_cannot_judge_them(analytic, here):
-    run = here("sample_compare", analytic, "compare.seed=500020")
-    assert run.code == 2 and "sample seeds of this comparison (selection: 500016 to 500039)" in run.complaint
-    run = here("sample_compare", analytic, "compare.seed=500020", "compare.plans=none")  # as configured, too
-    assert run.code == 2 and "change compare.seed or optimise.seed" in run.complaint
-    assert here("sample_compare", analytic, "compare.plans=none", "compare.seed=600000").code == 0
-    assert len(table(analytic)) == 6
-
-
-def test_the_ablation_has_every_level(analytic):
-    content, plans = strict(analytic.results / "ablation.json"), strict(analytic.results / "plans.json")
-    assert [level["name"] for level in content["levels"]] == ["f1", "f2", "f3"]
-    for level in content["levels"]:
-        assert level["seconds"] == plans["timing"]["seconds"][level["name"]] > 0
-        ratio = level["cost_ratio_flops"]
-        assert ratio is None if level["name"] == "f3" else set(ratio) == {"sde/ddpm", "ode/dpmpp_2m"}
-    assert list(content["kept"]) == ["flops"] and content["kept"]["flops"][-1] == "f3"
 
 
 def test_samples_that_are_not_pictures_are_refused(analytic, here):
