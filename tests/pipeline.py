@@ -19,6 +19,10 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import nn
+
+from mlem_diffusion.diffusion.level import flops_per_evaluation
+from mlem_diffusion.models import family
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -109,6 +113,16 @@ def apart(place: Place, *scripts: tuple[str, ...], before: tuple[str, ...] = ())
     return python(*before, str(ROOT / "tests" / "driver.py"), json.dumps(arguments))
 
 
+COUNTED: dict[str, float] = {}
+
+
+def counted(network: nn.Module, shape: tuple[int, ...]) -> float:
+    """The FLOPs of a network, counted once for each architecture."""
+    key = f"{shape} {network}"
+    COUNTED[key] = COUNTED.get(key) or flops_per_evaluation(network, shape)
+    return COUNTED[key]
+
+
 class Here:
     """Runs a script's main in this process, which has imported torch already, with empty figures."""
 
@@ -117,6 +131,8 @@ class Here:
         monkeypatch.chdir(folder)
         monkeypatch.setenv("WANDB_MODE", "disabled")
         # drawing takes half of a miniature stage; the pipeline that `done` runs, and test_plots.py, draw
+        # every stage counts the FLOPs of all levels, a fifth of a second each
+        monkeypatch.setattr(family, "flops_per_evaluation", counted)
         monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: BLANK.save(file, "PNG"))
 
     def __call__(self, script: str, place: Place, *more: str) -> Run:
