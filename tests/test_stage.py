@@ -90,7 +90,7 @@ def test_messages_that_cannot_be_shown_do_not_end_a_run(monkeypatch, stream):
 @pytest.mark.parametrize(("before", "stops"), [(lambda *_: None, True), (signal.SIG_IGN, False)])  # False: nohup
 def test_a_terminal_that_closes_stops_a_run_unless_nohup(before, stops):
     asked, old = [], signal.signal(signal.SIGHUP, before)
-    guarded("sample", lambda: [os.kill(os.getpid(), signal.SIGHUP), asked.append(stop_asked())])
+    guarded("sample", lambda: [os.kill(os.getpid(), signal.SIGHUP), asked.append(stop_asked())])  # type: ignore
     signal.signal(signal.SIGHUP, old)
     assert asked == [stops]
 
