@@ -19,18 +19,29 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import nn
+
+from mlem_diffusion.diffusion.level import flops_per_evaluation
+from mlem_diffusion.models import family
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 
-# even less than the miniature: three shallow levels, nothing learned, fewer plans
-RULES = "{dynamics: sde, step_rule: ddpm, steps: [6, 12]}, {dynamics: ode, step_rule: dpmpp_2m, steps: [5]}"
+# even less than the miniature: three shallow levels, nothing learned, fewer plans and settings
+RULES = "{dynamics: sde, step_rule: ddpm, steps: [6, 8]}, {dynamics: ode, step_rule: dpmpp_2m, steps: [5]}"
+BASELINES = (
+    "{dynamics: sde, step_rule: ddpm, levels: all, steps: [4, 8]}, {dynamics: ode, step_rule: ddim, levels: all, "
+)
+BASELINES += "steps: [8]}, {dynamics: ode, step_rule: dpmpp_2m, levels: largest, steps: [4, 8]}"
+ML_EM = "{dynamics: sde, step_rule: ddpm, families: [all, chain], coins: [independent], c: [4], steps: [8]}, "
+ML_EM += "{dynamics: ode, step_rule: ddim, families: [all, chain], coins: [systematic], c: [4], steps: [8]}"
 SMALLER = (
-    "family.widths=[2,3,6]", "unet.multipliers=[1]", "unet.attention=[8]", "train.images=640",
-    "gamma.bootstrap=10", "compare.num_samples=24",
+    "family.widths=[2,3,6]", "unet.multipliers=[1]", "unet.attention=[8]", "train.images=640", "process.base_steps=65",
+    "gamma.bootstrap=10", "compare.num_samples=24", "compare.batch=24",
+    f"compare.baselines=[{BASELINES}]", f"compare.ml_em=[{ML_EM}]",
     "optimise.methods=[independent,quadrature]", "optimise.bases=[null]", "optimise.learned.costs=[]",
-    f"optimise.rules=[{RULES}]",
+    "optimise.calibrate_steps=8", "optimise.measured.steps=[8]", f"optimise.rules=[{RULES}]",
 )  # fmt: skip
 
 
@@ -102,6 +113,16 @@ def apart(place: Place, *scripts: tuple[str, ...], before: tuple[str, ...] = ())
     return python(*before, str(ROOT / "tests" / "driver.py"), json.dumps(arguments))
 
 
+COUNTED: dict[str, float] = {}
+
+
+def counted(network: nn.Module, shape: tuple[int, ...]) -> float:
+    """The FLOPs of a network, counted once for each architecture."""
+    key = f"{shape} {network}"
+    COUNTED[key] = COUNTED.get(key) or flops_per_evaluation(network, shape)
+    return COUNTED[key]
+
+
 class Here:
     """Runs a script's main in this process, which has imported torch already, with empty figures."""
 
@@ -110,6 +131,8 @@ class Here:
         monkeypatch.chdir(folder)
         monkeypatch.setenv("WANDB_MODE", "disabled")
         # drawing takes half of a miniature stage; the pipeline that `done` runs, and test_plots.py, draw
+        # every stage counts the FLOPs of all levels, a fifth of a second each
+        monkeypatch.setattr(family, "flops_per_evaluation", counted)
         monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: BLANK.save(file, "PNG"))
 
     def __call__(self, script: str, place: Place, *more: str) -> Run:

@@ -15,6 +15,7 @@ from mlem_diffusion.models.adapters import adapt, from_diffusers, guided, traine
 
 SHAPE = (3, 4, 4)
 ALPHAS_CUMPROD = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+ALPHAS = {"alphas_cumprod": ALPHAS_CUMPROD}
 TABLE = torch.logit(ALPHAS_CUMPROD)  # log-SNR of every timestep, falling
 
 
@@ -168,19 +169,16 @@ def test_a_network_with_habits_becomes_a_level() -> None:
     assert torch.equal(x, before) and level.flops == 6
 
 
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"time": "timestep", "alphas_cumprod": [0.1, 0.9]}, "must fall"),
-        ({"time": "timestep", "alphas_cumprod": ALPHAS_CUMPROD.half()}, "in float32 at least"),
-        ({"network": lambda x, t: x[:, :1]}, "returned shape"),
-        ({"network": lambda x, t: ()}, "returned a NoneType"),
-        ({"network": nn.Sequential(nn.Dropout(0.1))}, "is in training mode: call the network's .eval"),
-        ({"network": nn.Sequential(nn.BatchNorm2d(3))}, "is in training mode"),
-        ({"network": Habits().to("meta"), **COLUMN}, "the network is on meta, the images are on cpu"),
-        ({"network": Habits(), "flops": None, "shape": SHAPE}, "FLOPs could not be counted"),
-    ],
-)
+@pytest.mark.parametrize(("settings", "sentence"), [
+    ({"time": "timestep", "alphas_cumprod": [0.1, 0.9]}, "must fall"),
+    ({"time": "timestep", "alphas_cumprod": ALPHAS_CUMPROD.half()}, "in float32 at least"),
+    ({"network": lambda x, t: x[:, :1]}, "returned shape"),
+    ({"network": lambda x, t: ()}, "returned a NoneType"),
+    ({"network": nn.Sequential(nn.Dropout(0.1))}, "is in training mode: call the network's .eval"),
+    ({"network": nn.Sequential(nn.BatchNorm2d(3))}, "is in training mode"),
+    ({"network": Habits().to("meta"), **COLUMN}, "the network is on meta, the images are on cpu"),
+    ({"network": Habits(), "flops": None, "shape": SHAPE}, "FLOPs could not be counted"),
+])  # fmt: skip
 def test_bad_settings_and_networks_are_refused(settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         settings = {"name": "net", "network": exact, "prediction": "v", "flops": 1.0, **settings}
@@ -196,19 +194,12 @@ def test_schedulers_that_clamp_zero_terminal_snr_have_the_range_of_those_that_do
     assert clamped == exact
 
 
-@pytest.mark.parametrize(
-    ("config", "scheduler", "sentence"),
-    [
-        ({"prediction_type": "flow_prediction"}, {}, "'flow_prediction' of SimpleNamespace is not supported yet"),
-        ({"prediction_type": "epsilon"}, {}, "time='sigma'"),  # EDM's have no alphas_cumprod
-        (
-            {"prediction_type": "sample", "sample_size": None},
-            {"alphas_cumprod": ALPHAS_CUMPROD},
-            "give flops, or shape",
-        ),
-        ({"prediction_type": "sample", "num_class_embeds": 9}, {"alphas_cumprod": ALPHAS_CUMPROD}, "'class_labels'"),
-    ],
-)
+@pytest.mark.parametrize(("config", "scheduler", "sentence"), [
+    ({"prediction_type": "flow_prediction"}, {}, "'flow_prediction' of SimpleNamespace is not supported yet"),
+    ({"prediction_type": "epsilon"}, {}, "time='sigma'"),  # EDM's have no alphas_cumprod
+    ({"prediction_type": "sample", "sample_size": None}, ALPHAS, "give flops, or shape"),
+    ({"prediction_type": "sample", "num_class_embeds": 9}, ALPHAS, "'class_labels'"),
+])  # fmt: skip
 def test_what_from_diffusers_lacks_is_one_sentence(config: Any, scheduler: Any, sentence: str) -> None:
     both = SimpleNamespace(config=SimpleNamespace(**config), **scheduler)  # a UNet and a scheduler
     with pytest.raises(UserError, match=sentence):

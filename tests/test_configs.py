@@ -41,8 +41,13 @@ def hydra_context() -> Iterator[None]:
     GlobalHydra.instance().clear()
 
 
-def configuration(*overrides: str) -> DictConfig:
+@functools.cache
+def composed(*overrides: str) -> DictConfig:
     return compose("config", overrides=list(overrides))
+
+
+def configuration(*overrides: str) -> DictConfig:
+    return copy.deepcopy(composed(*overrides))  # composition is slow
 
 
 def unchanged(cfg: DictConfig) -> bool:
@@ -52,19 +57,14 @@ def unchanged(cfg: DictConfig) -> bool:
     return OmegaConf.to_yaml(cfg) == before
 
 
-@functools.cache
-def smoke() -> DictConfig:
-    return configuration("experiment=smoke")
-
-
 def settled(*overrides: str) -> DictConfig:
-    """The miniature with these overrides; only groups and new values of groups need Hydra's slow composition."""
-    cfg = copy.deepcopy(smoke())
-    for o in OverridesParser.create().parse_overrides(list(overrides)):
-        if o.key_or_group in ("metrics", "process", "unet"):
-            cfg = configuration("experiment=smoke", *overrides)
-            break
-        OmegaConf.update(cfg, o.key_or_group, o.value(), force_add=True)
+    """The miniature with these overrides; only groups need Hydra's slow composition."""
+    if any(text.split("=")[0] in ("metrics", "process", "unet") for text in overrides):
+        cfg = configuration("experiment=smoke", *overrides)
+    else:
+        cfg = configuration("experiment=smoke")
+        for o in OverridesParser.create().parse_overrides(list(overrides)):
+            OmegaConf.update(cfg, o.key_or_group, o.value(), force_add=True)
     checks.settle(cfg, overrides)
     return cfg
 
@@ -145,7 +145,7 @@ def test_every_option_of_every_group_composes(option):
     if group == "unet":  # FLOPs grow with the width, across all changes of shape
         unet, size = plain(cfg.unet), 16 if name == "small" else 64
         narrow = [e["upto"] for e in unet.get("narrow", ())]
-        widths = sorted({4, 96, *narrow, *(w + 8 for w in narrow)})
+        widths = sorted({4, *narrow, *(w + 8 for w in narrow or [4])})
         assert all(b > a for a, b in pairwise(describe(w, size, 0.5, unet, "v")["flops"] for w in widths))
 
 
@@ -162,29 +162,22 @@ def test_extractors_instantiate():
     assert own.name == "FD-pixels" and own.features(np.zeros((2, 3, 4, 4), np.uint8)).shape == (2, 48)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "sentence"),
-    [
-        (["metrics=inception", "metrics.weights=/nowhere/inception.pth"], "/nowhere/inception.pth do not exist"),
-        (["metrics=custom", "metrics.callable._target_=torch.nn.Flatten", "metrics.name=FID"], "must not be FID"),
-        (["metrics=custom", "metrics.callable._target_=nowhere.Network", "metrics.name=x"], "cannot be built"),
-        (["metrics=light", "+metrics.colour=red"], r"features\.light cannot be built"),
-    ],
-)
+@pytest.mark.parametrize(("overrides", "sentence"), [
+    (["metrics=custom", "metrics.callable._target_=torch.nn.Flatten", "metrics.name=FID"], "must not be FID"),
+    (["metrics=custom", "metrics.callable._target_=nowhere.Network", "metrics.name=x"], "cannot be built"),
+    (["metrics=light", "+metrics.colour=red"], r"features\.light cannot be built"),
+])  # fmt: skip
 def test_a_bad_metric_gives_one_sentence(overrides, sentence):
     with pytest.raises(UserError, match=sentence) as error:
         extractor_of(*overrides)
     assert "\n" not in str(error.value)
 
 
-def test_wandb_is_offline_unless_the_environment_overrides_it(monkeypatch):
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    assert configuration().tracking.mode == "offline"
-    monkeypatch.setenv("WANDB_MODE", "online")
-    assert configuration().tracking.mode == "online"
-
-
-def test_the_defaults_of_the_configuration_are_those_of_the_code():
+def test_defaults(monkeypatch):
+    """Those of training are the code's, and W&B is offline unless the environment overrides it."""
+    for mode, used in (("", "offline"), ("online", "online")):
+        monkeypatch.setenv("WANDB_MODE", mode)
+        assert (configuration().tracking.mode or "offline") == used
     cfg = plain(configuration().train)
     assert cfg.pop("_target_").endswith("TrainConfig") and cfg.pop("narrow") == []
     assert TrainConfig(**cfg) == TrainConfig()
@@ -208,14 +201,12 @@ def test_absolute_paths_stay_private():
     assert found["data"]["source"] == "images.zip" and found["metrics"]["weights"] == "w.pth" and "paths" not in found
 
 
-@pytest.mark.parametrize(
-    ("key", "text", "value"),
-    [
-        ("gamma.images", "3e2", 300), ("family.widths", "8.0", [8]), ("optimise.bases", "[null,1.0]", [None, 1]),
-        ("train.compile", "false", "off"), ("name", "2026", "2026"), ("only", "w2", ["w2"]), ("seeds", "5", "5"),
-        ("+metrics.x", "5", 5), ("+mine", "yes", "yes"), ("+my.lr", "1", 1), ("unet.attention", "[]", []), ("train.narrow", "null", []),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("key", "text", "value"), [
+    ("gamma.images", "3e2", 300), ("family.widths", "8.0", [8]), ("optimise.bases", "[null,1.0]", [None, 1]),
+    ("train.compile", "false", "off"), ("name", "2026", "2026"), ("only", "w2", ["w2"]), ("seeds", "5", "5"),
+    ("+metrics.x", "5", 5), ("+mine", "yes", "yes"), ("unet.attention", "[]", []), ("train.narrow", "null", []),
+    ("+my.lr", "1", 1),
+])  # fmt: skip
 def test_whole_floats_and_single_values_are_read_as_what_they_mean(key, text, value):
     found = OmegaConf.select(settled(f"{key}={text}"), key.lstrip("+"))
     assert (found, repr(found)) == (value, repr(value))
@@ -227,24 +218,18 @@ WRONG += ["family.widths=[2.5,4]", "family.widths=[4,4]", "family.widths=[6,2,4]
 WRONG += ["train.lr=nan", "train.lr=inf", "train.lr=-1", "train.decay_fraction=2", "train.flips=yes", "threads=0"]
 WRONG += ["paths.results=", "paths.data=null", "name=../../x", "name=/x", "name=", "precision=fp16", "compare.batch=0"]
 WRONG += ["compare.gamma=often", "sampler=heun", "optimise.cost=money", "max_minutes=-1", "compare.seed=-3", "train=5"]
-WRONG += [
-    "rates.gammas=[0]",
-    "benchmark.small.batches=[a]",
-    "timing.rounds=0",
-    "compare.baselines=all",
-    "unet.dropout=2",
-]
+WRONG += ["rates.gammas=[0]", "benchmark.small.batches=[a]", "timing.rounds=0", "compare.baselines=all"]
+WRONG += ["process.spacing=even", "family.target=score", "unet.dropout=2"]
+OTHERS = [
+    (f"{BASELINE}step: 4}}]", r"baselines\[0\]\.step is no setting"),
+    (f"{BASELINE}steps: [a]}}]", r"\[0\]\.steps=\[a\]"),
+    ("train.narrow=[{images: 9}]", "lacks the key upto"), ("+optimize={seed: 1}", "optimize is no setting"),
+    ("paths.data='~nobody-here/x'", "HOME"), ("paths.data='${nope}'", "cannot be resolved: .*nope"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("override", "sentence"),
-    [(text, rf"^{text.split('=')[0]}=.* must be ") for text in WRONG]
-    + [
-        (f"{BASELINE}step: 4}}]", r"baselines\[0\]\.step is no setting"),
-        (f"{BASELINE}steps: [a]}}]", r"\[0\]\.steps=\[a\]"),
-    ]
-    + [("train.narrow=[{images: 9}]", "lacks the key upto"), ("+optimize={seed: 1}", "optimize is no setting")]
-    + [("paths.data='~nobody-here/x'", "HOME"), ("paths.data='${nope}'", "cannot be resolved: .*nope")],
+    ("override", "sentence"), [*((text, rf"^{text.split('=')[0]}=.* must be ") for text in WRONG), *OTHERS]
 )
 def test_a_wrong_value_is_one_sentence_that_names_its_key(override, sentence):
     with pytest.raises(UserError, match=sentence) as error:

@@ -42,17 +42,16 @@ def window(entry: dict) -> str:
     return f"{text} ({best['speedup']:.2f})" if best else f"{text} (never reached)"
 
 
+ESTIMATES = {"loss_fit": "losses", "drops": "drops in loss", "differences": "neighbouring levels"}
+ESTIMATES |= {"to_largest": "against the largest"}
+
+
 def gamma_table() -> str:
     folders = ("demo", "celeba32")
     results = [load(f"{folder}/gamma.json") for folder in folders]
     rows = [("measured", *(f"`{folder}`" for folder in folders))]
-    for name, words in (
-        ("loss_fit", "gamma, losses"),
-        ("drops", "gamma, drops in loss"),
-        ("differences", "gamma, neighbouring levels"),
-        ("to_largest", "gamma, against the largest"),
-    ):
-        rows.append((words, *(gamma(result, name) for result in results)))
+    for name, words in ESTIMATES.items():
+        rows.append((f"gamma, {words}", *(gamma(result, name) for result in results)))
     ratios = ([e["ratio"] for e in result["nestedness"] if e["ratio"] is not None] for result in results)
     rows.append(("squared difference over drop in loss", *(f"{min(r):.2f} to {max(r):.2f}" for r in ratios)))
     return table([*rows, ("harder than Monte Carlo", *(result["htmc"] for result in results))])
@@ -87,9 +86,7 @@ def bounds(found: dict[str, Any]) -> str:
     """The window's lower bound, and in brackets the largest one at a point; empty if the method was not run."""
     points = [p["lower95"] for p in found.get("curve", []) if p["lower95"] is not None]
     wide = found.get("window")
-    return (
-        f"{wide['lower95']:.3g} ({max(points):.3g})" if points and wide else f"– ({max(points):.3g})" if points else ""
-    )
+    return f"{format(wide['lower95'], '.3g') if wide else '–'} ({max(points):.3g})" if points else ""
 
 
 def estimator_table() -> str:

@@ -34,33 +34,27 @@ BEST = candidates(on_frontiers(ROWS))
 NOTHING: dict[str, Any] = {"gflops": None, "error": None, "dynamics": "any"}
 
 
-@pytest.mark.parametrize(
-    ("wanted", "gflops", "words"),
-    [
-        ({"gflops": 3.99}, 4, "accurate baseline that costs at most 3.99 GFLOP per image: DDIM, w2, 8 steps (ODE)"),
-        ({"gflops": 1}, 1, "There is no baseline that costs at most 1 GFLOP"),
-        ({"error": 0.02}, 4, "cheapest baseline with a squared error of at most 0.02: DDIM, w2, 8 steps (ODE)"),
-        ({"error": 5e-4}, 9, "There is no baseline with a squared error of at most 0.0005"),
-        ({"dynamics": "sde"}, 2, "(SDE), squared error 0.03 for 2 GFLOP"),  # the most accurate, if none is good enough
-        ({}, 8, "with a squared error of at most 0.001"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("wanted", "gflops", "words"), [
+    ({"gflops": 3.99}, 4, "accurate baseline that costs at most 3.99 GFLOP per image: DDIM, w2, 8 steps (ODE)"),
+    ({"gflops": 1}, 1, "There is no baseline that costs at most 1 GFLOP"),
+    ({"error": 0.02}, 4, "cheapest baseline with a squared error of at most 0.02: DDIM, w2, 8 steps (ODE)"),
+    ({"error": 5e-4}, 9, "There is no baseline with a squared error of at most 0.0005"),
+    ({"dynamics": "sde"}, 2, "(SDE), squared error 0.03 for 2 GFLOP"),  # the most accurate, if none is good enough
+    ({}, 8, "with a squared error of at most 0.001"),
+])  # fmt: skip
 def test_the_best_multilevel_setting_beside_the_best_baseline(wanted, gflops, words):
     row, reason = choose(BEST, NOTHING | wanted, "w8")
     assert row["gflops_realised"] == gflops and row["estimator"] == "ml_em" and words in reason
     assert "ARGS=sample.gflops=... (" in reason
 
 
-@pytest.mark.parametrize(
-    ("best", "wanted", "words"),
-    [
-        (BEST, {"gflops": 0.9}, "No multilevel setting reaches sample.gflops=0.9: their costs are 1 to 9 GFLOP"),
-        (BEST, {"error": 1e-4}, "sample.error=0.0001: their squared errors are 0.0004 to 0.1"),
-        (BEST, {"error": 1, "gflops": 1}, "both given"),
-        (BEST | {"multilevel": []}, {}, "no multilevel setting"),
-        (None, {"gflops": 1}, "make sample-compare first"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("best", "wanted", "words"), [
+    (BEST, {"gflops": 0.9}, "No multilevel setting reaches sample.gflops=0.9: their costs are 1 to 9 GFLOP"),
+    (BEST, {"error": 1e-4}, "sample.error=0.0001: their squared errors are 0.0004 to 0.1"),
+    (BEST, {"error": 1, "gflops": 1}, "both given"),
+    (BEST | {"multilevel": []}, {}, "no multilevel setting"),
+    (None, {"gflops": 1}, "make sample-compare first"),
+])  # fmt: skip
 def test_what_nothing_reaches_is_one_sentence(best, wanted, words):
     with pytest.raises(UserError) as error:
         choose(best, NOTHING | wanted, "w8")
