@@ -85,7 +85,7 @@ def _counted(name: str, network: Any, time: Any, inputs: dict[str, Any], shape: 
     if not isinstance(network, nn.Module) or shape is None:
         raise UserError(f"{name}: give flops, or shape = (channels, height, width) and an nn.Module to count them.")
     try:
-        when = time(torch.zeros(1)) if callable(time) else torch.zeros(1)
+        when: Any = time(torch.zeros(1)) if callable(time) else torch.zeros(1)
         return flops_per_evaluation(network, shape, when, **tree_map_only(Tensor, lambda t: t.to("meta"), inputs))
     except Exception as error:  # of the network's own code
         text = f"{name}: FLOPs could not be counted ({first_line(error)})"
