@@ -21,7 +21,8 @@ SWEEP = $(filter -m --multirun,$(ARGS))
 OVERRIDES = experiment=$(EXPERIMENT) $(DRY) $(1) $(filter-out -m --multirun,$(ARGS))
 RUN = $(BIN)/python scripts/$(1).py $(SWEEP) $(call OVERRIDES,$(2))
 # one process per GPU
-RANKS = $(if $(filter-out 1,$(NPROC)),$(if $(shell [ "$(NPROC)" -ge 1 ] 2>/dev/null && echo yes),\
+COUNT = $(filter gpu cpu auto,$(NPROC))$(shell [ "$(NPROC)" -ge 1 ] 2>/dev/null && echo yes)
+RANKS = $(if $(filter-out 1,$(NPROC)),$(if $(COUNT),\
     -m torch.distributed.run --standalone --nproc-per-node $(NPROC),\
     $(error NPROC=$(NPROC) must be a whole number of 1 or more)))
 SEVERAL = $(BIN)/python $(RANKS) scripts/$(1).py $(SWEEP) $(call OVERRIDES,$(2))

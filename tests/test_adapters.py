@@ -1,6 +1,7 @@
 """Adapted networks against the denoiser that they wrap, in every convention; diffusers UNets against schedulers."""
 
 import math
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -147,11 +148,11 @@ def test_conditioning_and_guidance() -> None:
 
 
 class Habits(nn.Module):
-    """It takes times [B,1], keeps a tensor of its first call, and writes into its input."""
+    """It takes times [B,1], keeps a tensor of its first call, writes into its input, and cannot be copied."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer, self.kept = nn.Linear(1, 3), None
+        self.layer, self.kept, self.lock = nn.Linear(1, 3), None, threading.Lock()
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         self.kept = torch.ones((), device=x.device) if self.kept is None else self.kept

@@ -33,7 +33,8 @@ def connect(should_stop: Callable[[], bool]) -> None:
     ranks = _variable("WORLD_SIZE", 1, default="1")
     if ranks == 1 or dist.is_initialized():
         return
-    for name, highest in (("RANK", ranks - 1), ("LOCAL_RANK", ranks - 1), ("MASTER_PORT", 65535)):
+    local = [("LOCAL_RANK", ranks - 1)] if torch.cuda.is_available() else []  # which GPU is this process's own
+    for name, highest in (("RANK", ranks - 1), *local, ("MASTER_PORT", 65535)):
         _variable(name, 0, highest)
     address = os.environ.get("MASTER_ADDR")
     if not address:

@@ -48,9 +48,9 @@ def _entries(content: bytes) -> Iterator[tuple[str, int]]:
     lines = text.splitlines()
     delimiter = next((sign for sign in "\t;," if 2 * text.count(sign) >= len(lines)), " ")
     for row in csv.reader(lines, delimiter=delimiter, skipinitialspace=True):
-        fields = [field.strip() for field in row if field.strip()]
+        fields = [field for text in row if (field := text.strip(" \t'"))]
         end = next((i for i in range(1, len(fields)) if _PART.fullmatch(fields[i])), 0)
-        start = int(end > 1 and fields[0].isdigit())  # after an index
+        start = int(end > 1 and re.fullmatch(r"\d+(\.0*)?", fields[0]) is not None)  # after an index
         if end:
             yield " ".join(fields[start:end]), int(fields[end][0])
 

@@ -20,7 +20,7 @@ from ..files import sha256_of
 from . import pixels
 
 _PARTITIONS = ("list_eval_partition.txt", "list_eval_partition.csv")
-_HIDDEN = re.compile(r"(^|/)(__MACOSX/|\.[^./]|(?i:thumbs\.db|desktop\.ini)$)")
+_HIDDEN = re.compile(r"(^|[/\\])((?i:__MACOSX)[/\\]|\.[^./]|(?i:thumbs\.db|desktop\.ini)$)")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
 _SPLIT = re.compile(r"\.(z?\d\d+|part\d+\.\w+)$", re.IGNORECASE)
 _ELSE = "unpack it with another program and give the folder"

@@ -1,6 +1,5 @@
 """Levels: denoisers of increasing accuracy and cost. The FLOPs of a network, and the ledger of what a run has cost."""
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import UserError
@@ -52,13 +52,18 @@ def flops_per_evaluation(
     A multiply-add counts 2; norms and activations count 0. time: by default a float [1]. conditioning: with its tensors
     on the meta device."""
     network = getattr(network, "_orig_mod", network)  # of torch.compile
-    # a copy, because some networks keep tensors of their forward pass; the weights' values are not copied
-    tensors = [*network.parameters(), *network.buffers()]
-    meta = copy.deepcopy(network, {id(tensor): tensor.detach().to("meta") for tensor in tensors})
+    tensors = dict(network.named_parameters()) | dict(network.named_buffers())
+    meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    kept = [(module, dict(vars(module))) for module in network.modules()]
     x = torch.empty(1, *shape, device="meta", dtype=weight_type(network))
     time = torch.empty(1, device="meta") if time is None else time.to("meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        meta(x, time, **conditioning)
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            functional_call(network, meta, (x, time), conditioning)
+    finally:
+        for module, attributes in kept:  # some networks keep tensors of their forward pass
+            vars(module).clear()
+            vars(module).update(attributes)
     return float(counter.get_total_flops())
 
 

@@ -26,7 +26,8 @@ from ..multilevel.planner import METHODS
 
 _CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 _GROUPS = ("data", "process", "unet", "metrics")
-_OPEN = ("metrics", "process.schedule", "sampler")  # may have keys of the user's own
+_OPEN = ("metrics", "process", "process.schedule", "sampler")  # may have keys of the user's own
+_SEARCH = "hydra.searchpath"  # folders with groups of the user's own
 _PATHS = ("paths.data", "paths.checkpoints", "paths.results", "data.source", "metrics.weights")
 
 _ANY, _AMOUNT, _POSITIVE, _FRACTION = "a number", "a number of 0 or more", "a number above 0", "a number in 0..1"
@@ -37,11 +38,12 @@ _INDICES = f"{_FULL}gauss|a whole number"  # of levels
 _TRAINING = "float32|autocast|bf16"
 # by path, or by last key; a list takes everything after "each"
 _KINDS = {
-    "name": _NAME, "seed": _NATURAL, "compile": "|".join(SETTINGS), "dynamics": "sde|ode", "precision": "float32|bf16",
+    "name": _NAME, "title": "null|text", "tracking.mode": "null|text", "seed": _NATURAL, "dynamics": "sde|ode",
+    "compile": "|".join(SETTINGS), "precision": "float32|bf16", "reference_width": _POSITIVE,
     "methods": _LIST + "|".join(METHODS), "coins": _LIST + "|".join(COINS), "costs": _LIST + _POSITIVE,
     "attention": _LIST + _COUNT, "dropout": _FRACTION, "warmup_images": _NATURAL, "lr": _POSITIVE, "clip": _POSITIVE,
     "decay_fraction": _FRACTION, "snapshots": _FULL + _FRACTION, "graph": "auto|on|off", "seconds": _POSITIVE,
-    "family.widths": f"a rising list of one or more, each {_COUNT}", "family.target": "v|epsilon|x0",
+    "family.widths": f"a rising list, each {_COUNT}", "family.target": "v|epsilon|x0",
     "family.gaussian_rank": f"null|{_COUNT}", "family.callable": f"null|{_GROUP}",
     "family.shape": f"null|{_FULL}{_COUNT}", "threads": f"null|{_COUNT}", "workers": f"auto|{_COUNT}",
     "max_minutes": f"null|{_AMOUNT}", "only": f"null|{_FULL}text", "data.size": "a whole number of 4 or more",
@@ -92,12 +94,16 @@ def settle(cfg: DictConfig, given: Sequence[str]) -> None:
     the experiment's were meant for another choice. Whole floats become int, and ~ the home folder."""
     parsed = OverridesParser.create().parse_overrides(list(given))
     chosen = {o.key_or_group for o in parsed if o.key_or_group in _GROUPS and isinstance(o.value(), str)}
-    own = [str(o.input_line) for o in parsed if o.key_or_group.split(".")[0] in chosen]
+    own = [str(o.input_line) for o in parsed if o.key_or_group.split(".")[0] in chosen or _SEARCH in o.key_or_group]
     fresh = compose("config", own) if chosen else {}  # without the experiment
     for group in chosen:
         cfg[group] = fresh[group]
     try:
+        if missing := [key for key in _defaults() if key not in cfg]:
+            raise UserError(f"The configuration lacks the key {missing[0]}.")
         _check(cfg, _defaults(), "")
+        if not cfg.family.widths and cfg.family.callable is None:
+            raise UserError(f"family.widths=[] must be {_KINDS['family.widths']}, and not empty.")
     except OmegaConfBaseException as error:
         raise UserError(f"The configuration cannot be resolved: {' '.join(str(error).split())}.") from error
 
@@ -115,7 +121,10 @@ def _check(node: DictConfig, defaults: Mapping[str, Any], where: str) -> None:
             if rule not in _OPEN and (rule or near):  # at the top, others may stand beside the groups
                 raise UserError(f"{path} is no setting; {where or 'the configuration'} has {', '.join(defaults)}.")
         elif isinstance(default, Mapping) and isinstance(value, DictConfig):
-            _check(value, default, path)
+            if str(value.get("_target_", "mlem_diffusion.")).startswith(
+                "mlem_diffusion."
+            ):  # else a class of the user's
+                _check(value, default, path)
         elif isinstance(default, list) and default and isinstance(default[0], Mapping):
             _check_entries(node, key, default, path)
         else:
@@ -145,7 +154,7 @@ def _check_value(node: DictConfig, key: str, kind: str, path: str) -> None:
     if path in _PATHS and str(found).startswith("~"):
         raw: Any = OmegaConf.to_container(node, resolve=False)
         # with its ${name}, which a sweep changes
-        found = os.path.expanduser(raw[key] if raw[key].startswith("~") else found)
+        found = os.path.expanduser(raw[key] if raw[key].startswith("~") else found.replace("${", r"\${"))
         if found.startswith("~"):
             raise UserError(f"{path}={value}: no such home folder is known here (HOME); write the whole path.")
     if repr(found) != repr(value):
@@ -184,6 +193,9 @@ def _read_one(value: Any, option: str) -> Any:
             outside = option == _NAME and (path.is_absolute() or ".." in path.parts)
             if option == "text" or (text.strip() and not outside):
                 return text
+    elif option in ("true", "false") and value in (0, 1):
+        if value == (option == "true"):
+            return bool(value)
     elif _shown(value) == option or (option in ("on", "off") and value is (option == "on")):  # YAML's reading of on
         return {"null": None, "true": True, "false": False}.get(option, option)
     raise ValueError

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[3]
 _PACKAGES = ("torch", "torchvision", "torch-fidelity", "hydra-core", "numpy", "scipy", "pandas")
 # paths and options of this machine do not change results
 _ELSEWHERE = re.compile(
-    r"[+~]*(paths\.|data\.source|metrics\.weights|dry_run|force|overwrite|max_minutes|workers|threads)"
+    r"[+~]*(hydra[./]|paths\.|data\.source|metrics\.weights|dry_run|force|overwrite|max_minutes|workers|threads)"
 )
 _LONGEST = 200  # bytes of a folder's name, which file systems limit to 255
 # settings of training that do not affect the trained model
@@ -87,11 +87,11 @@ def build(node: Any, **more: Any) -> Any:
 
 
 def given() -> list[str]:
-    """The overrides of the command line, as they were written."""
+    """The overrides of the command line, as they were written; Hydra's own first."""
     if not HydraConfig.initialized():
         return []
-    found: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
-    return found
+    found: Any = OmegaConf.to_container(HydraConfig.get().overrides, resolve=False)
+    return [*found["hydra"], *found["task"]]
 
 
 def overrides() -> list[str]:
