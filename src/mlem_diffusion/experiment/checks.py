@@ -121,9 +121,8 @@ def _check(node: DictConfig, defaults: Mapping[str, Any], where: str) -> None:
             if rule not in _OPEN and (rule or near):  # at the top, others may stand beside the groups
                 raise UserError(f"{path} is no setting; {where or 'the configuration'} has {', '.join(defaults)}.")
         elif isinstance(default, Mapping) and isinstance(value, DictConfig):
-            if str(value.get("_target_", "mlem_diffusion.")).startswith(
-                "mlem_diffusion."
-            ):  # else a class of the user's
+            target = str(value.get("_target_") or "mlem_diffusion.")
+            if target.startswith("mlem_diffusion."):  # a class of the user's has arguments of its own
                 _check(value, default, path)
         elif isinstance(default, list) and default and isinstance(default[0], Mapping):
             _check_entries(node, key, default, path)
