@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from outputs import outputs
-from pipeline import ROOT
+from pipeline import ROOT, outputs
 
 FORCE = "force=true"
 
