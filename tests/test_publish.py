@@ -149,16 +149,6 @@ def in_one_sentence(error: pytest.ExceptionInfo[UserError], *words: str) -> bool
     return "\n" not in text and text.endswith(".") and len(text) < 400 and all(word in text for word in words)
 
 
-def test_parameters_alone_are_rounded(tmp_path: Path):
-    network, found = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
-    nn.init.normal_(network.weight)
-    network.running_mean = torch.tensor([1 / 3, 2 / 3, 1 / 7])
-    load_weights(tmp_path / "w", found, save_weights(tmp_path / "w", network, torch.bfloat16))
-    assert found.weight.dtype == torch.float32
-    assert torch.equal(found.weight, network.weight.detach().bfloat16().float())
-    assert torch.equal(found.running_mean, network.running_mean)  # pyright: ignore
-
-
 @pytest.mark.parametrize("fault", ["missing", "other hash", "not safetensors", "other network"])
 def test_bad_weights_give_one_sentence(tmp_path: Path, fault: str):
     path = tmp_path / "w.safetensors"
