@@ -189,6 +189,9 @@ def test_comparison_grid_puts_settings_in_rows_with_labels_at_left() -> None:
     first_red, first_blue = (np.argwhere(mask.any(0))[0, 0] for mask in (is_red, is_blue))
     assert first_red == first_blue > 60  # same seeds in the same columns, right of the labels
     assert np.argwhere(is_red.any(1)).max() < np.argwhere(is_blue.any(1)).min()
+    labels = picture[:, :first_red].min(2) < 120
+    half = np.argwhere(is_blue.any(1)).min()
+    assert labels[:half].any() and labels[half:].any()
 
 
 def test_a_users_matplotlibrc_does_not_change_a_figure(tmp_path: Path) -> None:

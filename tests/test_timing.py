@@ -1,4 +1,4 @@
-"""What samplers cost: FLOPs against counts by hand, the ledger, and seconds of parts that are timed apart."""
+"""What samplers cost: FLOPs against counts by hand, and seconds of parts that are timed apart."""
 
 import time
 

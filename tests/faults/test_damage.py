@@ -44,6 +44,7 @@ def damaged(path: Path, kind: str, executed: Path) -> bytes:
 BOTH, SEEDS = ("truncated", "hostile"), "seeds='0-2,5'"
 FILES = [
     ("data/images.npy", "measure_gamma", [FORCE, "data.source=???"], BOTH),
+    ("data/split.npy", "measure_gamma", [FORCE, "data.source=???"], BOTH[1:]),
     ("data/manifest.json", "measure_gamma", [FORCE, "data.source=???"], BOTH[:1]),
     ("checkpoints/smoke/w3/ema-0000000640.safetensors", "measure_gamma", [FORCE], BOTH[1:]),
     ("checkpoints/smoke/w3/state.pt", "train_levels", [], BOTH[1:]),
