@@ -14,7 +14,7 @@ STAGES = ["prepare_data", "train_levels", "optimise", "measure_gamma", "sample_c
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first, so that two workers end together; the one that makes the pipeline before all others."""
-    slow = ["test_pipeline", "test_training_loop", "test_parallel", "test_learned", "test_compiled", "test_data"]
+    slow = ["test_pipeline", "test_training_loop", "test_parallel", "test_learned", "test_networks", "test_data"]
     slow += ["test_kills", "test_resources", "test_damage", "test_divergence"]
     items.sort(key=lambda item: slow.index(item.path.stem) if item.path.stem in slow else len(slow))
 

@@ -1,6 +1,8 @@
 """Files that are complete or absent, read without pickles, and locked folders."""
 
 import errno
+import fcntl
+import os
 import pickle
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from mlem_diffusion.files import (
     read_json,
     write_arrays,
     write_json,
+    write_text,
 )
 
 
@@ -123,3 +126,14 @@ def test_lack_of_memory_is_told_from_other_failures():
         assert is_out_of_memory(lack)
     for other in (RuntimeError("shapes do not fit"), ValueError("can't allocate memory"), None):
         assert not is_out_of_memory(other)
+
+
+def test_a_file_system_without_locks_and_fsync_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*args: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    monkeypatch.setattr(os, "fsync", missing)
+    with pytest.warns(SlowPath, match="without locks"), locked(tmp_path, "a run"):
+        write_text(tmp_path / "a.txt", "text")
+    assert (tmp_path / "a.txt").read_text() == "text"

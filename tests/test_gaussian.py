@@ -100,20 +100,16 @@ def test_cost_and_derivative_of_the_level() -> None:
     torch.testing.assert_close(tangent, model(x, torch.tensor(0.0)) - model(0 * x, torch.tensor(0.0)))
 
 
-def test_saved_and_loaded(tmp_path: Path) -> None:
-    model = fit_gaussian(correlated(300), 5)
-    model.save(tmp_path / "gauss.safetensors")
-    again = load_gaussian(tmp_path / "gauss.safetensors")
-    own, found = model.state_dict(), again.state_dict()
+def test_saved_and_loaded_and_bad_input_is_reported(tmp_path: Path) -> None:
+    model, path = fit_gaussian(correlated(300), 5), tmp_path / "gauss.safetensors"
+    model.save(path)
+    own, found = model.state_dict(), load_gaussian(path).state_dict()
     assert own and own.keys() == found.keys() and all(torch.equal(own[name], found[name]) for name in own)
-
-
-def test_bad_input_is_reported(tmp_path: Path) -> None:
+    path.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="not a saved"):
+        load_gaussian(path)
     with pytest.raises(UserError, match=r"outside 1\.\.48"):
         fit_gaussian(correlated(20), 0)
-    (tmp_path / "bad.safetensors").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="not a saved"):
-        load_gaussian(tmp_path / "bad.safetensors")
 
 
 @pytest.mark.parametrize("logsnr", [-6.0, 0.0, 5.0])

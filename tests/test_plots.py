@@ -1,16 +1,20 @@
+"""Figures show the numbers that they are given, and no setting of the user's changes them."""
+
 import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pandas as pd
 
+from mlem_diffusion.figures import style
 from mlem_diffusion.figures.comparison import plot_compare
 from mlem_diffusion.figures.gamma import plot_gamma
 from mlem_diffusion.figures.levels import plot_ablation, plot_diagnostics, plot_gains, plot_training
 from mlem_diffusion.figures.rates import plot_rates
-from mlem_diffusion.figures.style import PURPLE, comparison_grid, image_grid
+from mlem_diffusion.figures.style import comparison_grid, image_grid
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -78,7 +82,7 @@ def test_comparison_without_some_numbers() -> None:
 
 def test_gamma_shows_fits_intervals_and_training_lengths() -> None:
     result = content("demo/gamma.json")
-    fits, per_noise_level, lengths, losses = plot_gamma(result, "demo").axes
+    fits, per_noise_level, lengths, _ = plot_gamma(result, "demo").axes
     measured, fit = result["points"]["loss_fit"], result["estimates"]["loss_fit"]
     above_floor = [[p["gflop"], p["value"] - fit["floor"]] for p in measured]
     assert any(np.allclose(line, above_floor) for line in points(fits) if len(line) == len(measured))
@@ -88,8 +92,6 @@ def test_gamma_shows_fits_intervals_and_training_lengths() -> None:
     assert (f"γ = {fit['gamma']:.2f}" if fit["gamma"] else "no finite γ") in labels[0]
     at_noise = {row["logsnr"] for row in result["per_noise_level"]}
     assert any(len(line) == len(at_noise) for line in points(per_noise_level, marker="s"))
-    assert len(lengths.get_xticks()) == 3 and lengths.get_xticklabels()[2].get_text().startswith("100%")
-    assert len(losses.get_legend_handles_labels()[1]) == 3
     # an unbounded interval ends in an arrow at the edge of the axis; a number beyond the axis has no marker
     arrows = np.concatenate(points(lengths, marker="^"))[:, 1]
     assert len(arrows) > 1 and np.allclose(arrows, 0.97 * lengths.get_ylim()[1])
@@ -101,7 +103,7 @@ def test_gamma_without_a_finite_value() -> None:
     for entry in [result, *result["per_noise_level"]]:
         for estimate in entry["estimates"].values():
             estimate |= {"gamma": None, "amplitude": None, "floor": None}
-    # a drop below zero has no place on a log axis; estimates that do not apply are hollow and grey
+    # a drop below zero has no place on a log axis
     drops = {"gamma": 3.0, "amplitude": 0.01, "floor": None, "interval": [2.0, None]}
     result["estimates"]["drops"] = drops
     result["points"]["drops"] = [{**p, "value": -p["value"]} for p in result["points"]["differences"]]
@@ -110,12 +112,10 @@ def test_gamma_without_a_finite_value() -> None:
     for entry in [*result["per_noise_level"], *result["training_lengths"]]:
         entry["estimates"]["drops"] = drops
     figure = plot_gamma(result)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
+    labels = figure.axes[0].get_legend_handles_labels()[1]
     assert labels[1].startswith("drop in loss:  γ = 3.00") and "not applicable:  no finite γ" in labels[2]
-    assert [handle[0].get_markerfacecolor() for handle in handles[1:3]] == [PURPLE, "white"]
     assert {"×1.23", "no drop", "×20"} <= set(texts(figure))
-    assert len(figure.axes[2].get_xticks()) == 1
-    assert figure.axes[0].get_legend_handles_labels()[1][0].startswith("loss:  no finite γ")
+    assert labels[0].startswith("loss:  no finite γ")
 
 
 def test_training_shows_losses_and_held_out_errors() -> None:
@@ -192,3 +192,16 @@ def test_comparison_grid_puts_settings_in_rows_with_labels_at_left() -> None:
     labels = picture[:, :first_red].min(2) < 120
     half = np.argwhere(is_blue.any(1)).min()
     assert labels[:half].any() and labels[half:].any()
+
+
+def test_a_users_matplotlibrc_does_not_change_a_figure(tmp_path: Path) -> None:
+    @style.styled
+    def draw(path: Path) -> bytes:
+        figure = style.new_figure(2, 2, "title")
+        figure.subplots().plot([1, 2])
+        style.save(figure, path)
+        return path.read_bytes()
+
+    expected = draw(tmp_path / "a.png")
+    with matplotlib.rc_context({"text.usetex": True, "axes.facecolor": "black", "savefig.transparent": True}):
+        assert draw(tmp_path / "b.png") == expected

@@ -9,7 +9,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from laws import AMPLITUDE, FLOOR, FORMS, contains, flops_of, law, level_errors
+from toys import AMPLITUDE, FLOOR, FORMS, contains, flops_of, law, level_errors
 
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.gamma import drops

@@ -1,8 +1,9 @@
-"""Files of levels and families: as they were saved, published with rounded weights, the committed one, and refusals."""
+"""Files of levels and families: which are trained, as they were saved, published, the committed one, and refusals."""
 
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from mlem_diffusion.diffusion.process import LinearSchedule, Process
 from mlem_diffusion.diffusion.sampler import SingleLevel, sample
 from mlem_diffusion.diffusion.step_rules import STEP_RULES
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.files import sha256_of, write_json
+from mlem_diffusion.files import read_json, sha256_of, write_json
 from mlem_diffusion.models import family
 from mlem_diffusion.models.family import (
     at_width,
@@ -31,6 +32,7 @@ from mlem_diffusion.models.family import (
 )
 from mlem_diffusion.models.gaussian import load_gaussian
 from mlem_diffusion.models.unet import Denoiser
+from mlem_diffusion.training.levels import claim, is_trained, planned, settings
 
 COMMITTED = Path(__file__).resolve().parents[1] / "checkpoints" / "celeba32" / "published"
 EXPECTED = [  # mean and standard deviation of two images of each level, from the Gaussian one to w24
@@ -147,16 +149,6 @@ def in_one_sentence(error: pytest.ExceptionInfo[UserError], *words: str) -> bool
     return "\n" not in text and text.endswith(".") and len(text) < 400 and all(word in text for word in words)
 
 
-def test_parameters_alone_are_rounded(tmp_path: Path):
-    network, found = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
-    nn.init.normal_(network.weight)
-    network.running_mean = torch.tensor([1 / 3, 2 / 3, 1 / 7])
-    load_weights(tmp_path / "w", found, save_weights(tmp_path / "w", network, torch.bfloat16))
-    assert found.weight.dtype == torch.float32
-    assert torch.equal(found.weight, network.weight.detach().bfloat16().float())
-    assert torch.equal(found.running_mean, network.running_mean)  # pyright: ignore
-
-
 @pytest.mark.parametrize("fault", ["missing", "other hash", "not safetensors", "other network"])
 def test_bad_weights_give_one_sentence(tmp_path: Path, fault: str):
     path = tmp_path / "w.safetensors"
@@ -203,3 +195,71 @@ def test_narrow_levels_have_their_own_settings():
     assert at_width(unet, 33) == SMALL and describe(8, 16, 0.5, unet, "v")["unet"] == at_width(unet, 8)
     with pytest.raises(UserError, match="needs `upto`"):
         at_width({"narrow": [{"patch": 4}]}, 8)
+
+
+def configuration(levels: int = 2, seeds: tuple[int, ...] = (1,), only: Any = None) -> Any:
+    repeats = SimpleNamespace(levels=levels, seeds=seeds)
+    return SimpleNamespace(
+        gamma=SimpleNamespace(repeats=repeats), family=SimpleNamespace(widths=[2, 3, 4]),
+        train=SimpleNamespace(seed=0), only=only,
+    )  # fmt: skip
+
+
+FAMILY = [{"name": f"w{width}", "width": width} for width in (2, 3, 4)]
+
+
+def test_the_family_and_its_cheapest_levels_again_are_trained_with_their_own_settings():
+    levels = planned(configuration(), FAMILY)
+    assert [v["name"] for v in levels] == ["w2", "w3", "w4", "w2-seed1", "w3-seed1"]
+    narrow = [{"upto": 4, "images": 2}, {"upto": 2, "images": 1, "lr": 2.0}]
+    train = {"images": 9, "lr": 1.0, "seed": 0, "narrow": narrow[:1]}
+    assert settings(train, {"width": 5}) == {"images": 9, "lr": 1.0, "seed": 0}
+    found = [settings(train | {"narrow": narrow}, v) for v in levels]
+    assert [(f["images"], f["lr"], f["seed"]) for f in found] == [
+        (1, 2.0, 0), (2, 1.0, 0), (2, 1.0, 0), (1, 2.0, 1), (2, 1.0, 1),
+    ]  # fmt: skip
+    assert [v["name"] for v in planned(configuration(only=["w3-seed1", "w2"]), FAMILY)] == ["w2", "w3-seed1"]
+
+
+@pytest.mark.parametrize(
+    ("levels", "seeds", "only"), [(1, (0,), None), (1, (1, 1), None), (3, (1,), None), (2, (1,), "w9")]
+)
+def test_bad_repeats_and_unknown_levels_are_refused(levels, seeds, only):
+    with pytest.raises(UserError, match="w2, w3, w4, w2-seed1" if only else r"gamma\.repeats"):
+        planned(configuration(levels, seeds, only), FAMILY)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A level's folder after training with the configuration "mine"."""
+    claim(tmp_path, "mine")
+    files = [f"ema-{n:010d}.safetensors" for n in (10, 20)]
+    torch.manual_seed(0)
+    hashes = {name: save_weights(tmp_path / name, torch.nn.Linear(2, 2)) for name in [*files, "ema.safetensors"]}
+    save_state(tmp_path / "state.pt", {"snapshots": {name: hashes[name] for name in files}})
+    snapshots = [{"file": name, "sha256": hashes[name]} for name in files]
+    metadata = {"fingerprint": "mine", "weights_sha256": hashes["ema.safetensors"], "snapshots": snapshots}
+    write_json(tmp_path / "metadata.json", metadata)
+    return tmp_path
+
+
+def test_a_level_is_trained_if_it_is_complete_and_of_this_configuration(folder):
+    assert is_trained(folder, "mine") and not is_trained(folder, "other")
+    with pytest.raises(UserError, match="another configuration"):
+        claim(folder, "other")
+    claim(folder, "mine", overwrite=True)  # nothing to replace
+    assert is_trained(folder, "mine")
+    claim(folder, "other", overwrite=True)
+    assert [p.name for p in folder.iterdir()] == ["claim.json"]
+    assert read_json(folder / "claim.json", "")["fingerprint"] == "other"
+    assert not is_trained(folder, "other")
+
+
+@pytest.mark.parametrize("name", ["ema.safetensors", "metadata.json", "ema-0000000010.safetensors"])
+def test_a_damaged_level_is_refused_or_trained_again(folder, name):
+    (folder / name).write_bytes(b"{")
+    with pytest.raises(UserError, match=f"{name}.*overwrite=true"):
+        is_trained(folder, "mine")
+    assert not is_trained(folder, "mine", overwrite=True)
+    claim(folder, "mine", overwrite=True)
+    assert (folder / "state.pt").exists() != name.startswith("ema-")  # the state restores all but the snapshots

@@ -1,4 +1,4 @@
-"""The sampling loop and its step rules: programs, reductions, reproducibility, orders of convergence."""
+"""The sampling loop and its step rules: programs, reductions, reproducibility, orders of convergence, bad levels."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from toys import SHAPE, gaussian_level, gaussian_variance, grid_of, nonlinear_de
 from mlem_diffusion.diffusion.brownian import BrownianPath
 from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.diffusion.process import TimeGrid, alpha_sigma
-from mlem_diffusion.diffusion.sampler import SingleLevel, sample
+from mlem_diffusion.diffusion.sampler import SingleLevel, Stitched, sample
 from mlem_diffusion.diffusion.step_rules import REFERENCE_RULE, STEP_RULES, Evaluation, StepRule, step_rule, steps_of
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.multilevel.estimators import COINS, Multilevel
@@ -42,21 +42,6 @@ def nonlinear(x: np.ndarray, logsnr: float) -> np.ndarray:
 
 
 # --------------------------------------------------------------------------------------------------- programs
-
-
-@every_rule
-def test_programs_are_well_formed(rule: StepRule) -> None:
-    grid = process().grid(6)
-    program, clock = rule.program(grid), rule.clock
-    visited = np.repeat(grid.logsnr, 2)[1:] if rule.name == "heun" else grid.logsnr
-    assert [e.logsnr for e in program] == visited.tolist()
-    m = len(program[0].update)
-    assert all(e.update.shape == (m, m + 2) and e.update.dtype == np.float64 for e in program)
-    assert np.array_equal(program[-1].update, np.eye(m, m + 2, m) * (np.arange(m) == 0)[:, None])
-    assert (clock is None) == (rule.dynamics == "ode")
-    noises = [e.noise for e in program]
-    assert noises == ([None] * len(program) if clock is None else [*range(5), None])
-    assert all((e.noise is None) == np.all(e.update[:, -1] == 0) for e in program)
 
 
 @pytest.mark.parametrize("steps", [2, 3, 7])
@@ -277,3 +262,38 @@ def test_fine_grids_give_the_variance_of_the_data(rule: StepRule) -> None:
     images, _ = sample(estimator, rule, p.grid(), BrownianPath(range(5), (4, 32, 32)))
     assert float(images.double().var()) == pytest.approx(S**2, rel=0.06)
     assert abs(float(images.double().mean())) < 4 * S / 20480**0.5
+
+
+def samples(level: Level) -> torch.Tensor:
+    path = BrownianPath(range(3), (3, 4, 4))
+    return sample(SingleLevel(level), step_rule("sde/ddpm"), process().grid(5), path)[0]
+
+
+def test_defaults_of_torch_do_not_change_the_samples() -> None:
+    level = Level("net", nonlinear_denoise, 1.0)
+    expected = samples(level)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(samples(level), expected) and expected.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):  # a stand-in for torch.set_default_device("cuda")
+        assert torch.equal(samples(level), expected)
+
+
+@pytest.mark.parametrize(
+    ("denoise", "sentence"),
+    [
+        (lambda x, logsnr: x.mul_(0.5), "net writes into its input"),
+        (lambda x, logsnr: x[:, :1], r"net returned the shape \[3, 1, 4, 4\] for images of \[3, 3, 4, 4\]"),
+    ],
+)
+def test_a_level_that_breaks_the_sampler_is_one_sentence(denoise, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        samples(Level("net", denoise, 1.0))
+
+
+def test_a_level_whose_cost_is_no_number_is_refused() -> None:
+    a, b, _ = toy_family()
+    with pytest.raises(UserError, match="ordered by cost"):
+        Stitched([a, Level("b", b.denoise, float("nan"))], [0.5])

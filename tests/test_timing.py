@@ -1,4 +1,4 @@
-"""What samplers cost: FLOPs against counts by hand, the ledger, and seconds of parts that are timed apart."""
+"""What samplers cost: FLOPs against counts by hand, and seconds of parts that are timed apart."""
 
 import time
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from toys import SHAPE, process
 
 from mlem_diffusion.diffusion.brownian import BrownianPath
-from mlem_diffusion.diffusion.level import Ledger, Level, flops_per_evaluation, joined
+from mlem_diffusion.diffusion.level import Level, flops_per_evaluation
 from mlem_diffusion.diffusion.sampler import SingleLevel
 from mlem_diffusion.diffusion.step_rules import step_rule
 from mlem_diffusion.errors import UserError
@@ -106,13 +106,3 @@ def test_unet_of_width_8_at_64_pixels() -> None:
     assert flops[0] == pytest.approx(0.233, rel=0.01)
     assert 3.7 < flops[1] / flops[0] < 4
     assert flops_per_evaluation(UNet(8, 64, attention=()), (3, 64, 64)) / 1e9 < 0.99 * flops[0]
-
-
-def test_ledgers_add_up() -> None:
-    ledger = Ledger([1.0, 10.0], np.array([[1, 1], [1, 2], [1, 0], [1, 1]]), 2.0)
-    assert ledger.evaluations == [4, 4]
-    assert (ledger.calls_per_image, ledger.flops_per_image, ledger.seconds_per_image) == (2, 11, 0.5)
-    total = joined([ledger, Ledger([1.0, 10.0], np.array([[0, 1]]), 1.0)])
-    assert (total.evaluations, total.seconds) == ([4, 5], 3.0)
-    assert total.per_sample.tolist() == [[1, 1], [1, 2], [1, 0], [1, 1], [0, 1]]  # batch after batch
-    assert total.flops_per_image == 54 / 5

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_compiled import Tiny
+from test_networks import Tiny
 from test_training_loop import CONFIG, PROCESS, RMS, SIZE, UNET, WIDTH, assert_same, state_of, stop_at, table, train
 from test_training_loop import images as images  # a fixture
 from torch import Tensor, nn

@@ -1,17 +1,14 @@
 """Damaged, foreign and hostile files: the undisturbed result or one sentence, and no code from data."""
 
-import ast
 import io
 import os
 import pickle
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from outputs import outputs
-from pipeline import ROOT
+from pipeline import outputs
 
 FORCE = "force=true"
 
@@ -47,6 +44,7 @@ def damaged(path: Path, kind: str, executed: Path) -> bytes:
 BOTH, SEEDS = ("truncated", "hostile"), "seeds='0-2,5'"
 FILES = [
     ("data/images.npy", "measure_gamma", [FORCE, "data.source=???"], BOTH),
+    ("data/split.npy", "measure_gamma", [FORCE, "data.source=???"], BOTH[1:]),
     ("data/manifest.json", "measure_gamma", [FORCE, "data.source=???"], BOTH[:1]),
     ("checkpoints/smoke/w3/ema-0000000640.safetensors", "measure_gamma", [FORCE], BOTH[1:]),
     ("checkpoints/smoke/w3/state.pt", "train_levels", [], BOTH[1:]),
@@ -76,41 +74,3 @@ def test_a_damaged_file_gives_the_same_result_or_one_sentence(done, here, tmp_pa
         assert outputs(place, stage) == outputs(done[0], stage)
     else:
         assert run.code == 2 and (path.name in run.complaint or str(path.parent) in run.complaint), run.err
-
-
-# ------------------------------------------------------------------------------------- readers that run no code
-
-PICKLES = {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
-NEVER = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load",
-         "torch.hub.load", "torch.jit.load", "pd.read_pickle", "joblib.load"}  # fmt: skip
-INSTANTIATES = "experiment/config.py"  # only this file builds objects from a configuration
-
-
-def violations(source: str, file: str) -> list[str]:
-    """Imports and calls in Python source that can run code from data."""
-    nodes = list(ast.walk(ast.parse(source)))
-    imports = [ast.unparse(node) for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
-    calls = {ast.unparse(node): ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
-    return [text for text in imports if PICKLES.intersection(re.findall(r"\w+", text))] + [
-        text
-        for text, name in calls.items()
-        if name in NEVER
-        or (name.endswith("instantiate") and not file.endswith(INSTANTIATES))
-        or re.search(r"\b(allow_pickle|shell)=(?!False)", text)
-        or (name == "torch.load" and "weights_only=True" not in text)
-    ]
-
-
-def test_no_source_file_runs_code_from_data():
-    files = [path for folder in ("src", "scripts") for path in (ROOT / folder).rglob("*.py")]
-    assert len(files) > 50
-    assert {path.name: found for path in files if (found := violations(path.read_text(), str(path)))} == {}
-
-
-@pytest.mark.parametrize(
-    "planted",
-    ["import pickle", "from marshal import loads", "torch.load(p)", "torch.load(p, weights_only=False)", "eval(text)",
-     "np.load(p, allow_pickle=True)", "hydra.utils.instantiate(x)", "subprocess.run(x, shell=True)"],
-)  # fmt: skip
-def test_a_planted_call_is_found(planted: str):
-    assert violations(planted, "file.py")

@@ -7,8 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from outputs import outputs
-from pipeline import Place
+from pipeline import Place, outputs
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 

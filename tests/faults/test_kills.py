@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 from forked import Forked, descendants, is_alive
-from outputs import outputs
-from pipeline import Place
+from pipeline import Place, outputs
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="processes are read from /proc")
 SOON = 10.0  # seconds within which a run must end after a stop signal

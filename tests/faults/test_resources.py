@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from outputs import outputs
-from pipeline import python
+from pipeline import outputs, python
 
 from mlem_diffusion.files import locked
 
