@@ -25,7 +25,7 @@ def nestedness(names: Sequence[str], loss: np.ndarray, to_previous: np.ndarray, 
     for i, (drop, difference) in enumerate(zip(drops, to_previous, strict=True)):
         # The ratio must be shown to be small, given the scatter from training. Where that exceeds the drops, levels
         # that are not nested pass the plain ratios by luck: of 27 simulated families with incoherent parts that passed
-        # (tests/test_gamma_study.py, 200 repeats a cell), the interval from differences missed gamma in 15.
+        # (tests/test_power_law.py, 200 repeats a cell), the interval from differences missed gamma in 15.
         below = NESTED * drop - difference
         variance = below.var(ddof=1) / m + NESTED**2 * scatter * (mean[i] ** 2 + mean[i + 1] ** 2)
         ratio = float(difference.mean() / drop.mean()) if drop.mean() > 0 else None
