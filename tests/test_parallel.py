@@ -1,10 +1,12 @@
 """Work shared by workers on a CPU; test_stage.py has ranks that do not come, test_training_loop.py two that do."""
 
 import os
+import signal
 import time
 from pathlib import Path
 
 import pytest
+from joblib.externals.loky import get_reusable_executor
 
 from mlem_diffusion import parallel
 from mlem_diffusion.errors import Interrupted, UserError
@@ -45,8 +47,11 @@ def test_a_stop_between_items_is_an_interruption():
 
 
 def test_a_worker_is_asked_to_save_and_stop(tmp_path: Path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a shell; workers inherit it
+    get_reusable_executor().shutdown(wait=True)
     with pytest.raises(Interrupted):
         list(parallel.run(slow, [str(tmp_path)] * 4, 2, lambda: len(list(tmp_path.glob("begun-*"))) == 2))
+    signal.signal(signal.SIGINT, before)
     assert (tmp_path / "saved").exists()
 
 

@@ -80,9 +80,10 @@ def stage(
         def script() -> None:
             # Hydra reads a ~ only in quotes
             sys.argv[1:] = [re.sub(r"""^([+\w.]+=)(~[^'"]*)$""", r"\1'\2'", word) for word in sys.argv[1:]]
+            failed.clear()
             job()
             if failed:
-                print(f"{name}: {len(failed)} jobs of the sweep ended with an error (see above).", file=sys.stderr)
+                print(f"{name}: {len(failed)} of the sweep's jobs ended with an error (see above).", file=sys.stderr)
                 sys.exit(max(failed))
 
         return script
