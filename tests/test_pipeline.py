@@ -242,7 +242,9 @@ def test_jobs_of_a_sweep_write_to_folders_of_their_own(done, here, tmp_path):
     done[0].copy_to(tmp_path, "data")
     place = Place(tmp_path, options=())  # every override of a sweep is in its folders' names
     run = here("train_levels", place, "-m", "train.seed=-1,0,1", "train.images=64", "family.widths=[2]")
-    assert run.code == 2 and "train.seed=-1 must be" in run.err and "1 of the sweep's jobs" in run.err  # the others go on
+    assert (
+        run.code == 2 and "train.seed=-1 must be" in run.err and "1 of the sweep's jobs" in run.err
+    )  # the others go on
     a, b = (load_file(folder / "ema.safetensors") for folder in sorted(place.checkpoints.rglob("w2")))
     assert any((a[name] != b[name]).any() for name in a)
     done[0].copy_to(tmp_path / "later")

@@ -41,13 +41,12 @@ def stage(
 
     def decorate(main: Callable[[Experiment], object]) -> Callable[[], None]:
         file = Path(main.__code__.co_filename)
-        name = file.stem
+        name, process, failed = file.stem, os.getpid(), []
         if main.__module__ == "__main__" and Path(sys.path[0]).resolve() == file.resolve().parent:
             del sys.path[0]  # the scripts must not hide modules of the user, such as sample.py
         if file.resolve().parents[1] != ROOT:
             print(f"{name}: the package in use is that of {ROOT}: run pip install -e . here.", file=sys.stderr)
             sys.exit(2)
-        process, failed = os.getpid(), []
 
         def work(cfg: DictConfig) -> None:
             settle(cfg, given())
