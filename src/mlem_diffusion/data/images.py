@@ -70,18 +70,14 @@ def prepare(source: str, destination: Path, cfg: Mapping[str, Any], workers: int
     """Pack the images of `source` into `destination` and return the manifest; a folder prepared alike is reused.
 
     source: "portraits" (embedded; drawn by `workers` processes), "download" (CelebA through torchvision), or the path
-    of a zip, tar or folder of images. cfg: name, size, count (the first by name are used; None: all), crop,
-    holdout, seed. crop: "celeba" (aspect ratio 178:218 gives the centred square of 148/178 of the width,
-    another the largest), "square" (largest centred square) or "none" (squashed). CelebA's official partition is used
-    if its list is inside or next to the source and both sides get images. Otherwise `holdout` images drawn with `seed`
+    of a zip, tar or folder of images. cfg: name, size, count (the first by name are used; None: all), crop, holdout,
+    seed, within the bounds of experiment/checks.py. crop: "celeba" (aspect ratio 178:218 gives the centred square of
+    148/178 of the width, another the largest), "square" (largest centred square) or "none" (squashed). CelebA's
+    official partition is used if its list is inside or next to the source and both sides get images. Otherwise
+    `holdout` images drawn with `seed`
     are held out, half valid and half test. The manifest's `notes` say why a list is not used, and what files are passed
     over. Raises UserError for wrong input, a full disk, or a destination in use."""
     name, size, seed = cfg["name"], cfg["size"], cfg["seed"]
-    if cfg["crop"] not in ("celeba", "square", "none"):
-        raise UserError(f"data.crop={cfg['crop']} is unknown: use one of celeba, square, none.")
-    for key, least in (("size", 4), ("holdout", 1), ("count", 2), ("seed", 0)):
-        if cfg[key] is not None and cfg[key] < least:
-            raise UserError(f"data.{key}={cfg[key]} is too small: it must be at least {least}.")
     settings = {"format": _FORMAT, **{key: cfg[key] for key in ("name", "size", "crop", "holdout", "seed")}}
     drawn, count = source == "portraits", cfg["count"]
     if drawn:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from itertools import pairwise
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
 from hydra import compose
@@ -23,8 +23,8 @@ from ..errors import UserError
 from ..models.compiled import SETTINGS
 from ..multilevel.estimators import COINS
 from ..multilevel.planner import METHODS
+from .config import ROOT
 
-_CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 _GROUPS = ("data", "process", "unet", "metrics")
 _OPEN = ("metrics", "process", "process.schedule", "sampler")  # may have keys of the user's own
 _SEARCH = "hydra.searchpath"  # folders with groups of the user's own
@@ -71,7 +71,7 @@ def _defaults() -> dict[str, Any]:
     """The defaults as plain values. Of a list of groups, all keys are known, and those that every one has needed."""
 
     def load(name: str) -> Any:
-        return OmegaConf.to_container(OmegaConf.load(_CONFIGS / f"{name}.yaml"))
+        return OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / f"{name}.yaml"))
 
     found = load("config")
     found |= {
