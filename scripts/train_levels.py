@@ -29,7 +29,7 @@ def main(exp: Experiment) -> None:
     if are_published(exp):
         exp.print("train_levels: the levels are already published (ARGS=overwrite=true trains them anew).")
         return
-    levels = planned(exp.cfg, exp.describe_levels(exp.images.manifest["rms"]))
+    levels = planned(exp.cfg, exp.levels_to_train())
     missing = untrained(exp, levels)
     if not missing and exp.cfg.only is None and exp.is_finished(["training.png"]):
         return

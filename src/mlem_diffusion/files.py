@@ -94,6 +94,11 @@ def where_possible() -> Iterator[None]:
             raise
 
 
+def unreadable(error: Exception, path: Path, text: str) -> Exception:
+    """Damaged with this text, but lack of memory is not the file's fault."""
+    return error if is_out_of_memory(error) else Damaged(path, f"{path} {text}.")
+
+
 def _explained(error: Exception, path: Path) -> Exception:
     """A UserError if the disk is full or the path cannot be written, else the error itself."""
     number = error.errno if isinstance(error, OSError) else None

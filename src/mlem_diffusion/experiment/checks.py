@@ -39,7 +39,8 @@ _TRAINING = "float32|autocast|bf16"
 # by path, or by last key; a list takes everything after "each"
 _KINDS = {
     "name": _NAME, "title": "null|text", "tracking.mode": "null|text", "seed": _NATURAL, "dynamics": "sde|ode",
-    "compile": "|".join(SETTINGS), "precision": "float32|bf16", "reference_width": _POSITIVE,
+    "compile": "|".join(SETTINGS), "precision": "float32|bf16", "reference_channels": _POSITIVE,
+    "precondition": "scalar|gaussian",
     "methods": _LIST + "|".join(METHODS), "coins": _LIST + "|".join(COINS), "costs": _LIST + _POSITIVE,
     "attention": _LIST + _COUNT, "dropout": _FRACTION, "warmup_images": _NATURAL, "lr": _POSITIVE, "clip": _POSITIVE,
     "decay_fraction": _FRACTION, "snapshots": _FULL + _FRACTION, "graph": "auto|on|off", "seconds": _POSITIVE,

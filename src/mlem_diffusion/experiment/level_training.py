@@ -16,6 +16,7 @@ from ..files import locked, sha256_of, write_json
 from ..gamma.measurement import noise_levels, squared_differences
 from ..models.compiled import FastDenoiser
 from ..models.family import build_denoiser, check_attention, level_name, levels_folder, load_state
+from ..models.gaussian import load_gaussian
 from ..training.levels import CLAIM, METADATA, STATE, claim, is_trained, settings
 from ..training.loop import train_level
 from . import config
@@ -26,7 +27,7 @@ from .tracking import bar
 
 def fingerprint(exp: Experiment, level: dict[str, Any]) -> str:
     """Hash of what a level's training depends on; it decides whether a checkpoint is still valid."""
-    own = {key: level[key] for key in ("width", "target", "train_seed") if key in level}
+    own = {key: level[key] for key in ("width", "target", "train_seed", "gauss") if key in level}
     return exp.fingerprint(("process", "unet", "train"), data=exp.images.manifest["sha256"], **own)
 
 
@@ -54,7 +55,9 @@ def train_one(task: tuple[Experiment, dict[str, Any], int]) -> None:
     exp, level, line = task
     images, folder = exp.images, exp.checkpoints / level["name"]
     identity, train, unet = fingerprint(exp, level), training_of(exp, level), exp.plain("unet")["unet"]
-    denoiser = build_denoiser(level["width"], level["size"], level["data_rms"], unet, level["target"], train["seed"])
+    gauss = load_gaussian(exp.checkpoints / level["gauss"]["file"]) if "gauss" in level else None
+    sizes = [level[key] for key in ("width", "size", "data_rms")]
+    denoiser = build_denoiser(*sizes, unet, level["target"], train["seed"], gauss)
     alone = locked(folder, f"training of {level['name']}") if parallel.is_main() else nullcontext()
     with alone, bar(level["name"], train["images"], position=line) as progress:
         if parallel.is_main():
@@ -67,7 +70,7 @@ def train_one(task: tuple[Experiment, dict[str, Any], int]) -> None:
             exp.log({"level": level["name"], **record})
 
         ema = train_level(
-            denoiser, images.images[images.train()], exp.process, config.build(train), folder, width=level["width"],
+            denoiser, images.images[images.train()], exp.process, config.build(train), folder,
             device=exp.device, report=report, should_stop=exp.should_stop, identity=identity,
             snapshot=partial(preview, exp, level),
         )  # fmt: skip

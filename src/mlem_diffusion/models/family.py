@@ -15,9 +15,10 @@ from safetensors.torch import load, save
 from torch import nn
 
 from ..diffusion.level import Level, check_family, flops_per_evaluation
-from ..errors import UserError, is_out_of_memory
-from ..files import Damaged, atomic_write, expect_content, read_json, sha256_of, write_json, write_text
+from ..errors import UserError
+from ..files import Damaged, atomic_write, expect_content, read_json, sha256_of, unreadable, write_json, write_text
 from .compiled import FastDenoiser
+from .gaussian import GaussianDenoiser, load_gaussian
 from .unet import Denoiser, UNet
 
 AGAIN = "train this level again (make train-levels ARGS=overwrite=true)"
@@ -49,7 +50,7 @@ def load_weights(path: Path, module: nn.Module, sha256: str, hint: str = AGAIN) 
     try:
         module.load_state_dict(load(path.read_bytes()))
     except Exception as error:
-        raise explained(error, path, f"does not fit the configured network: {hint}") from error
+        raise unreadable(error, path, f"does not fit the configured network: {hint}") from error
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -67,12 +68,7 @@ def load_state(path: Path) -> dict[str, Any] | None:
                 raise ValueError(f"the checksum of {part} differs")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise explained(error, path, "cannot be read: delete it to train this level again") from error
-
-
-def explained(error: Exception, path: Path, text: str) -> Exception:
-    """Damaged with this text, but lack of memory is not the file's fault."""
-    return error if is_out_of_memory(error) else Damaged(path, f"{path} {text}.")
+        raise unreadable(error, path, "cannot be read: delete it to train this level again") from error
 
 
 def level_name(width: int, seed: int | None = None) -> str:
@@ -103,20 +99,32 @@ def check_attention(widths: Iterable[int], size: int, unet: Mapping[str, Any]) -
         raise UserError(f"{text}{', '.join(map(str, sorted(sizes, reverse=True)))} (data.size, unet.multipliers).")
 
 
-def build_denoiser(width: int, size: int, data_rms: float, unet: Mapping, target: str, seed: int = 0) -> Denoiser:
-    """An untrained denoiser; its weights depend only on the seed, the width and its settings (`at_width`)."""
+def build_denoiser(
+    width: int, size: int, data_rms: float, unet: Mapping, target: str, seed: int = 0,
+    gauss: GaussianDenoiser | None = None,
+) -> Denoiser:  # fmt: skip
+    """An untrained denoiser; its weights depend only on the seed, the width and its settings (`at_width`).
+
+    gauss: the data's Gaussian denoiser, which a network with precondition = "gaussian" needs."""
+    own = at_width(unet, width)
+    kind = own.pop("precondition", "scalar")
+    if kind not in ("scalar", "gaussian"):
+        raise UserError(f"unet.precondition = {kind!r} is unknown; expected 'scalar' or 'gaussian'.")
+    own |= {"inputs": 6} if kind == "gaussian" else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed * 100_003 + width)
-        return Denoiser(UNet(width, size, **at_width(unet, width)), data_rms, target)
+        return Denoiser(UNet(width, size, **own), data_rms, target, gauss if kind == "gaussian" else None)
 
 
 def describe(width: int, size: int, data_rms: float, unet: Mapping[str, Any], target: str) -> dict[str, Any]:
-    """A level's description before training, with parameter count and FLOPs per evaluation of one image."""
-    denoiser = build_denoiser(width, size, data_rms, unet, target)
+    """A level's description before training, with parameter count and FLOPs per evaluation of one image.
+
+    Those of the Gaussian denoiser, which the levels share, are not in them."""
+    network = build_denoiser(width, size, data_rms, unet, target).unet
     return {
         "name": level_name(width), "width": width, "size": size, "target": target, "data_rms": data_rms,
-        "unet": at_width(unet, width), "parameters": sum(p.numel() for p in denoiser.parameters()),
-        "flops": flops_per_evaluation(denoiser, (3, size, size)),
+        "unet": at_width(unet, width), "parameters": sum(p.numel() for p in network.parameters()),
+        "flops": flops_per_evaluation(network, (network.enter.in_channels // network.patch**2, size, size)),
     }  # fmt: skip
 
 
@@ -148,7 +156,11 @@ def load_denoiser(folder: Path, metadata: Mapping[str, Any], snapshot: int | Non
     """A level's trained denoiser, in float32 on the CPU; snapshot: as in `weights_of`."""
     hint = RESTORE if "trained_weights_sha256" in metadata else AGAIN
     with expect_content(folder / "metadata.json", hint):
-        denoiser = build_denoiser(*(metadata[key] for key in ("width", "size", "data_rms", "unet", "target")))
+        known = None
+        if "gauss" in metadata:
+            known = load_gaussian(folder.parent / metadata["gauss"]["file"], sha256=metadata["gauss"]["sha256"])
+        keys = ("width", "size", "data_rms", "unet", "target")
+        denoiser = build_denoiser(*(metadata[key] for key in keys), gauss=known)
         file, sha256 = weights_of(metadata, snapshot)
     load_weights(folder / file, denoiser, sha256, hint)
     return denoiser

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..diffusion.process import expand
 from ..errors import UserError
+from .gaussian import GaussianDenoiser
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -80,7 +81,7 @@ class _Stage(nn.Module):
 
 
 class UNet(nn.Module):
-    """A UNet: x [B,3,S,S] and logsnr [B], or 0-dim if all samples share one noise level -> [B,3,S,S].
+    """A UNet: x [B,inputs,S,S] and logsnr [B], or 0-dim if all samples share one noise level -> [B,3,S,S].
 
     width: base channels, multiplied by `multipliers` per resolution. blocks: residual blocks per resolution.
     attention: resolutions with attention, in pixels. patch: squares of this side become channels before the first
@@ -88,7 +89,7 @@ class UNet(nn.Module):
 
     def __init__(
         self, width: int, size: int, multipliers: Sequence[int] = (1, 2, 2, 2), blocks: int = 2,
-        attention: Sequence[int] = (16,), dropout: float = 0.0, patch: int = 1,
+        attention: Sequence[int] = (16,), dropout: float = 0.0, patch: int = 1, inputs: int = 3,
     ):  # fmt: skip
         super().__init__()
         if patch < 1 or size % patch or (size // patch) % 2 ** (len(multipliers) - 1):
@@ -103,7 +104,7 @@ class UNet(nn.Module):
         stage = partial(_Stage, embedding=embedding, dropout=dropout)
         # the order in which layers are made fixes their initial weights; size is the current resolution from here on
         current = width * multipliers[0]
-        self.enter = nn.Conv2d(channels, current, 3, padding=1)
+        self.enter = nn.Conv2d(inputs * patch**2, current, 3, padding=1)
         skips, down, up = [current], [], []
         for i, multiplier in enumerate(multipliers):
             if i:
@@ -167,36 +168,50 @@ class UNet(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """A UNet preconditioned to unit variance, with one of three prediction targets.
+    """A preconditioned UNet F with one of three prediction targets: denoised = skip + out * F(input, logsnr).
 
-    With data of root mean square `data_rms`, the network's input and target have unit variance at each log-SNR. target:
-    "v" (the mix of image and noise that is uncorrelated with the input; EDM's preconditioning, Karras et al. 2022,
-    table 1; v prediction if data_rms = 1), "epsilon" (the noise), or "x0" (the image over data_rms)."""
+    Scalar (gauss = None): skip is a multiple of x, and with data of root mean square `data_rms` F's input and target
+    have unit variance at each log-SNR. target: "v" (the mix of image and noise that is uncorrelated with the input;
+    EDM's preconditioning, Karras et al. 2022, table 1; v prediction if data_rms = 1), "epsilon" (the noise), or "x0"
+    (the image over data_rms).
 
-    def __init__(self, unet: nn.Module, data_rms: float = 0.5, target: str = "v"):
+    With a linear Gaussian denoiser `gauss` of the data, skip is gauss(x, logsnr), and gauss(x) / data_rms are three
+    more input channels: the network need not learn the linear part, and can undo it where it misleads. Then F's target
+    is what gauss leaves over: for "v" in units of c, the root of gauss.mean_variance, so that it has unit variance; for
+    the other targets in the units of their scalar forms. F is zero at first, so training starts from gauss. Prior art:
+    Wang and Vastola (arXiv:2412.09726) show that learned denoisers are nearly Gaussian at high noise."""
+
+    def __init__(
+        self, unet: nn.Module, data_rms: float = 0.5, target: str = "v", gauss: GaussianDenoiser | None = None
+    ):
         super().__init__()
         if target not in ("v", "epsilon", "x0"):
             raise UserError(f"The prediction target {target!r} is unknown; expected 'v', 'epsilon' or 'x0'.")
-        self.unet, self.data_rms, self.target = unet, float(data_rms), target
+        self.unet, self.data_rms, self.target, self.gauss = unet, float(data_rms), target, gauss
 
-    def _coefficients(self, x: Tensor, logsnr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the scales of input, skip and output, with denoised = skip * x + out * network(input * x)."""
-        logsnr = expand(logsnr.float(), x)
-        alpha, sigma, rms = torch.sigmoid(logsnr).sqrt(), torch.sigmoid(-logsnr).sqrt(), self.data_rms
+    def _parts(self, x: Tensor, logsnr: Tensor, common: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the network's input, the skip part of the denoised image, and the scale of the network's output."""
+        u = expand(logsnr.float(), x)
+        alpha, sigma, rms = torch.sigmoid(u).sqrt(), torch.sigmoid(-u).sqrt(), self.data_rms
         scale = torch.rsqrt((alpha * rms) ** 2 + sigma**2)
+        noise, image = -sigma / alpha, torch.full_like(scale, rms)  # of the targets epsilon and x0
+        if self.gauss is not None:
+            common = self.gauss(x, logsnr) if common is None else common
+            own = expand(self.gauss.mean_variance(logsnr.float()).sqrt(), x) if self.target == "v" else image
+            return torch.cat([scale * x, common / rms], dim=1), common, noise if self.target == "epsilon" else own
         if self.target == "v":
-            return scale, alpha * rms**2 * scale**2, sigma * rms * scale
-        if self.target == "epsilon":
-            return scale, 1 / alpha, -sigma / alpha
-        return scale, torch.zeros_like(scale), torch.full_like(scale, rms)
+            return scale * x, alpha * rms**2 * scale**2 * x, sigma * rms * scale
+        return scale * x, *((x / alpha, noise) if self.target == "epsilon" else (torch.zeros_like(x), image))
 
-    def forward(self, x: Tensor, logsnr: Tensor) -> Tensor:
-        """Return the denoised image [B,3,S,S] in float32 for noised x [B,3,S,S] and logsnr [B] or 0-dim."""
-        scale, skip, out = self._coefficients(x, logsnr)
-        return skip * x + out * self.unet(scale * x, logsnr).float()
+    def forward(self, x: Tensor, logsnr: Tensor, common: Tensor | None = None) -> Tensor:
+        """Return the denoised image [B,3,S,S] in float32 for noised x [B,3,S,S] and logsnr [B] or 0-dim.
+
+        common: gauss(x, logsnr), if it is known."""
+        given, skip, out = self._parts(x, logsnr, common)
+        return skip + out * self.unet(given, logsnr).float()
 
     def loss(self, x: Tensor, x0: Tensor, logsnr: Tensor) -> Tensor:
-        """Return the mean squared error of the network's unit-variance output, per image [B]: that of x0 over out^2."""
-        scale, skip, out = self._coefficients(x, logsnr)
-        prediction = self.unet(scale * x, logsnr).float()
-        return (prediction - (x0 - skip * x) / out).square().flatten(1).mean(1)
+        """Return the mean squared error of the network's output in its own units, per image [B]: that of x0 over out^2."""
+        given, skip, out = self._parts(x, logsnr, None)
+        prediction = self.unet(given, logsnr).float()
+        return (prediction - (x0 - skip) / out).square().flatten(1).mean(1)

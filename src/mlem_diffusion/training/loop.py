@@ -31,9 +31,11 @@ def ema_decay(config: TrainConfig, images: int) -> float:
     return 0.5 ** (config.batch / halflife)
 
 
-def learning_rate(config: TrainConfig, width: int, images: int) -> float:
-    """Return the learning rate: warm-up, constant, linear decay to zero; it is larger for narrower networks."""
-    peak = config.lr * (config.reference_width / width) ** 0.5
+def learning_rate(config: TrainConfig, channels: int, images: int) -> float:
+    """Return the learning rate: warm-up, constant, linear decay to zero; it is larger for narrower networks.
+
+    channels: those of the network's first layer."""
+    peak = config.lr * (config.reference_channels / channels) ** 0.5
     warm = min(1.0, images / max(config.warmup_images, 1))
     left = (config.images - images) / max(config.decay_fraction * config.images, 1)
     return peak * warm * min(1.0, max(left, 0.0))
@@ -64,7 +66,7 @@ def draw_batch(
 
 
 def train_level(
-    denoiser: Denoiser, images: np.ndarray, process: Process, config: TrainConfig, directory: Path, *, width: int,
+    denoiser: Denoiser, images: np.ndarray, process: Process, config: TrainConfig, directory: Path, *,
     device: torch.device | str = "cpu", report: Callable[[dict[str, Any]], None] = lambda record: None,
     snapshot: Callable[[int, Denoiser], None] = lambda images, ema: None,
     should_stop: Callable[[], bool] = parallel.never, identity: str = "",
@@ -78,10 +80,11 @@ def train_level(
     Raises Interrupted, with the state saved, when should_stop() returns true. Raises UserError for an impossible
     configuration, a foreign or damaged state, and a loss or weight that is not finite; the saved state always is."""
     device = torch.device(device)
-    run = _Run(denoiser, config, directory, width, device, identity)
+    run = _Run(denoiser, config, directory, device, identity)
     run.resume()
     data = torch.as_tensor(images, device=device)  # a gather on the device is faster than any loader
     level_table = torch.as_tensor(process.logsnr_at(np.linspace(0, 1, 4097)), dtype=torch.float32, device=device)
+    channels: Any = denoiser.unet.enter.out_channels  # pyright: ignore
     dropout, last_save = has_dropout(denoiser), time.monotonic()
     while run.seen < config.images:  # no host wait for the device between logs, saves and snapshots
         number = run.seen // config.batch
@@ -89,7 +92,7 @@ def train_level(
             generator = training_generator(torch.device("cpu"), config.seed, number, run.rank)
             torch.manual_seed(generator.initial_seed())
         batch = draw_batch(data, config, level_table, number, run.rank, run.world)
-        lr = learning_rate(config, width, run.seen + config.batch // 2)  # neither the first nor the last is 0
+        lr = learning_rate(config, channels, run.seen + config.batch // 2)  # neither the first nor the last is 0
         run.seen += config.batch
         run.step(batch, lr, ema_decay(config, run.seen))
         finished = run.seen >= config.images
@@ -101,7 +104,7 @@ def train_level(
         asks = run.world == 1 or run.seen // config.batch % 20 == 0
         if not finished and asks and parallel.agree(should_stop()):
             run.save()
-            raise Interrupted(f"width {width} stopped after {run.seen} of {config.images} images; its state is saved")
+            raise Interrupted(f"{directory.name} stopped after {run.seen} of {config.images} images; its state is saved")
         if time.monotonic() - last_save > config.save_every:
             run.save()
             last_save = time.monotonic()
@@ -115,13 +118,13 @@ class _Run:
     """One level in training: its networks and step, its progress, and its state on disk."""
 
     def __init__(
-        self, denoiser: Denoiser, config: TrainConfig, directory: Path, width: int, device: torch.device, identity: str
+        self, denoiser: Denoiser, config: TrainConfig, directory: Path, device: torch.device, identity: str
     ):
         self.rank, self.world = parallel.rank(), parallel.world()
         if config.batch % (self.world * config.accumulate):
             parts = f"{self.world} processes and train.accumulate = {config.accumulate}"
             raise UserError(f"train.batch = {config.batch} does not divide over {parts}.")
-        self.state, self.batch, self.width, self.identity = directory / STATE, config.batch, width, identity
+        self.state, self.batch, self.identity = directory / STATE, config.batch, identity
         self.seen, self.history, self.snapshots = 0, [], {}  # images; {"images", "loss"} of every log; file -> SHA-256
         self.denoiser = denoiser.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = copy.deepcopy(self.denoiser).eval().requires_grad_(False)
@@ -161,7 +164,7 @@ class _Run:
     def check(self) -> None:
         """Raise UserError, with step and noise level, if a loss or weight is not finite."""
         if not self.step.is_finite():
-            what = self.step.trouble(f"width {self.width}")
+            what = self.step.trouble(self.state.parent.name)
             saved = f"; the last finite state is in {self.state}" if self.state.is_file() else ""
             raise UserError(f"{what}{saved}: lower train.lr and train again (ARGS='overwrite=true train.lr=...').")
 
