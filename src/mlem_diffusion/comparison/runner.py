@@ -137,7 +137,7 @@ class Runner:
         estimator, evaluations = self.build(setting), setting.evaluations(self.process)
         batches = [self.seeds[start : start + self.batch] for start in range(0, len(self.seeds), self.batch)]
         weights = [estimator.weights(evaluations, seeds) for seeds in batches]
-        return work_of(weights, [level.name for level in estimator.levels], setting.rule, len(batches[0]))
+        return work_of(weights, estimator.levels, setting.rule, len(batches[0]))
 
     def _compared(self, images: Tensor, dynamics: str, start: int) -> dict[str, np.ndarray]:
         """What is kept of a batch: errors to the reference, features, and the first images."""

@@ -20,11 +20,42 @@ class Level:
 
     denoise maps (x [B,C,H,W], logsnr) to the denoised image [B,C,H,W], for x = alpha x0 + sigma eps with
     alpha^2 = sigmoid(logsnr). logsnr is 0-dimensional if all samples share it, else [B]. flops is the cost of one
-    evaluation of one image, in FLOPs or another common unit."""
+    evaluation of one image, in FLOPs or another common unit.
+
+    base: a cheap level from whose output this one starts. `denoise` then takes that output as a third argument too, so
+    that levels which run on the same estimate share it; without it, it evaluates the base itself. flops includes it."""
 
     name: str
-    denoise: Callable[[Tensor, Tensor], Tensor]
+    denoise: Callable[..., Tensor]
     flops: float
+    base: "Level | None" = None
+
+
+def base_of(levels: Sequence[Level]) -> Level | None:
+    """The base that all levels with a base share; UserError if there are several."""
+    bases = {level.base.name: level.base for level in levels if level.base is not None}
+    if len(bases) > 1:
+        raise UserError(f"Levels can share one base, not {', '.join(bases)}.")
+    return next(iter(bases.values()), None)
+
+
+def with_base(levels: Sequence[Level]) -> list[Level]:
+    """The levels, with their base if it is not among them."""
+    base = base_of(levels)
+    known = base is None or any(level.name == base.name for level in levels)
+    return [*levels] if known else [base, *levels]  # type: ignore[list-item]
+
+
+def shared_costs(levels: Sequence[Level]) -> tuple[np.ndarray, float]:
+    """The costs [K] of one more evaluation of each level where the base is known, and that of the base.
+
+    The weights of an estimate add up to one, so some level runs in each, and the base runs exactly once: it costs
+    nothing more as a level. Without a base: (FLOPs of the levels, 0)."""
+    base, costs = base_of(levels), np.array([level.flops for level in levels])
+    if base is None:
+        return costs, 0.0
+    known = [base.flops if level.base or level.name == base.name else 0.0 for level in levels]
+    return costs - known, base.flops
 
 
 def check_family(levels: Sequence[Level]) -> None:
@@ -71,9 +102,10 @@ def flops_per_evaluation(
 class Ledger:
     """Evaluations of each level for each image, counted as they happened."""
 
-    flops: list[float]  # FLOPs per evaluation of one image, per level
+    flops: list[float]  # FLOPs per evaluation of one image, per level, beyond a shared base
     per_sample: np.ndarray  # [images, K] evaluations, images in the order of their batches
     seconds: float  # wall-clock seconds of sampling
+    base_flops: float = 0.0  # per image, spent on the base that the levels share
 
     @property
     def evaluations(self) -> list[int]:
@@ -86,7 +118,8 @@ class Ledger:
 
     @property
     def flops_per_image(self) -> float:
-        return sum(n * t for n, t in zip(self.evaluations, self.flops, strict=True)) / len(self.per_sample)
+        own = sum(n * t for n, t in zip(self.evaluations, self.flops, strict=True))
+        return own / len(self.per_sample) + self.base_flops
 
     @property
     def seconds_per_image(self) -> float:
@@ -96,4 +129,5 @@ class Ledger:
 def joined(ledgers: Sequence[Ledger]) -> Ledger:
     """The ledger of several batches with the same levels."""
     per_sample = np.concatenate([ledger.per_sample for ledger in ledgers])
-    return Ledger(ledgers[0].flops, per_sample, sum(ledger.seconds for ledger in ledgers))
+    seconds = sum(ledger.seconds for ledger in ledgers)
+    return Ledger(ledgers[0].flops, per_sample, seconds, ledgers[0].base_flops)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .brownian import BrownianPath, now
-from .level import Ledger, Level, check_family
+from .level import Ledger, Level, base_of, check_family, shared_costs
 from .process import TimeGrid, expand
 from .step_rules import Evaluation, StepRule
 
@@ -33,7 +33,8 @@ class Estimator(ABC):
         return np.count_nonzero(self.weights(evaluations, [0])[:, 0], axis=0).astype(np.float64)
 
     def expected_flops(self, evaluations: int) -> float:
-        return float(self.expected_evaluations(evaluations) @ [level.flops for level in self.levels])
+        flops, base = shared_costs(self.levels)
+        return float(self.expected_evaluations(evaluations) @ flops) + evaluations * base
 
 
 class SingleLevel(Estimator):
@@ -81,6 +82,7 @@ class WeightTable:
         self.positions = np.nonzero(partial)[2]
         self.same = (self.weights == self.weights[:, :, :1]).all(axis=2)
         self.on_device: tuple[Tensor, Tensor] | None = None
+        self.base = base_of(levels)
 
     def __call__(self, j: int, x: Tensor, logsnr: float) -> Tensor:
         """The j-th estimate at x [B, ...]. All samples share the log-SNR, so each level gets a scalar."""
@@ -90,30 +92,37 @@ class WeightTable:
             self.on_device = table, torch.from_numpy(self.positions).to(x.device)
         table, positions = self.on_device
         estimate, noise_level = None, torch.full((), logsnr, dtype=torch.float32, device=x.device)
+        common = None if self.base is None else _checked(self.base, x, noise_level)
         for k, level in enumerate(self.levels):
             count = int(self.counts[j, k])
             if count == 0:
                 continue
             self.evaluations[:, k] += self.weights[j, k] != 0
             if count == len(x):
-                output = _checked(level, x, noise_level)
+                output = self._output(level, x, noise_level, common)
                 w = float(self.weights[j, k, 0]) if self.same[j, k] else expand(table[j, k], x)
                 estimate = w * output if estimate is None else estimate.add_(w * output)
             else:
                 first = self.start[j * len(self.levels) + k]
                 rows = positions[first : first + count]
-                output = _checked(level, x[rows], noise_level)
+                output = self._output(level, x[rows], noise_level, None if common is None else common[rows])
                 estimate = torch.zeros_like(x) if estimate is None else estimate
                 estimate.index_add_(0, rows, expand(table[j, k][rows], x) * output)
         return torch.zeros_like(x) if estimate is None else estimate
 
+    def _output(self, level: Level, x: Tensor, logsnr: Tensor, common: Tensor | None) -> Tensor:
+        """The level's output; common: the base's, which may be the level itself."""
+        if self.base is not None and level.name == self.base.name and common is not None:
+            return common
+        return _checked(level, x, logsnr, *([] if level.base is None else [common]))
 
-def _checked(level: Level, x: Tensor, logsnr: Tensor) -> Tensor:
+
+def _checked(level: Level, x: Tensor, logsnr: Tensor, *common: Tensor | None) -> Tensor:
     """The level's output, in the type of x; UserError if it has another shape, or if x, the sampler's own, is changed.
 
     The value of logsnr is not looked at, so the device is not waited for."""
     before = None if x.is_inference() else x._version
-    output = level.denoise(x, logsnr)
+    output = level.denoise(x, logsnr, *common)
     if before is not None and x._version != before:
         raise UserError(f"{level.name} writes into its input: give the network a copy (x.clone()).")
     if output.shape != x.shape:
@@ -137,7 +146,8 @@ def sample(estimator: Estimator, rule: StepRule, grid: TimeGrid, path: BrownianP
             z = path.increment(grid, rule.clock, evaluation.noise)
         state = advance(evaluation, state, denoised, z)
     seconds = now(path.device) - start
-    return state[0], Ledger([level.flops for level in estimator.levels], estimate.evaluations, seconds)
+    flops, base = shared_costs(estimator.levels)
+    return state[0], Ledger(flops.tolist(), estimate.evaluations, seconds, len(program) * base)
 
 
 def advance(

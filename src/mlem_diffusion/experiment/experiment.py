@@ -15,7 +15,7 @@ from .. import files, parallel
 from ..comparison.settings import GAUSSIAN
 from ..data import images as datasets
 from ..data.pixels import to_float
-from ..diffusion.level import Level
+from ..diffusion.level import Level, base_of
 from ..diffusion.process import Process
 from ..errors import UserError
 from ..figures import style
@@ -164,7 +164,7 @@ class Experiment:
         options = {"precision": cfg.precision, "compile": cfg.compile, "batch": cfg.compare.batch}
         found = load_family(self.checkpoints, map(level_name, cfg.family.widths), device=self.device, **options)
         if cfg.family.gaussian:
-            gauss = self.gaussian_level()
+            gauss = base_of(found) or self.gaussian_level()
             if gauss.flops < found[0].flops:  # useless if it costs more than the first network
                 found.insert(0, gauss)
         return {level.name: level for level in found}

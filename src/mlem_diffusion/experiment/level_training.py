@@ -56,8 +56,8 @@ def train_one(task: tuple[Experiment, dict[str, Any], int]) -> None:
     images, folder = exp.images, exp.checkpoints / level["name"]
     identity, train, unet = fingerprint(exp, level), training_of(exp, level), exp.plain("unet")["unet"]
     gauss = load_gaussian(exp.checkpoints / level["gauss"]["file"]) if "gauss" in level else None
-    sizes = [level[key] for key in ("width", "size", "data_rms")]
-    denoiser = build_denoiser(*sizes, unet, level["target"], train["seed"], gauss)
+    facts = {key: level[key] for key in ("width", "size", "data_rms", "target")}
+    denoiser = build_denoiser(unet=unet, seed=train["seed"], gauss=gauss, **facts)
     alone = locked(folder, f"training of {level['name']}") if parallel.is_main() else nullcontext()
     with alone, bar(level["name"], train["images"], position=line) as progress:
         if parallel.is_main():

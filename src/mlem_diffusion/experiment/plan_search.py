@@ -13,7 +13,7 @@ from ..comparison import planned
 from ..comparison.runner import Runner
 from ..comparison.settings import SamplerSetting, setting_of
 from ..diffusion.brownian import BrownianPath
-from ..diffusion.level import Level
+from ..diffusion.level import Level, base_of, shared_costs, with_base
 from ..diffusion.reference import reference_evaluations
 from ..diffusion.step_rules import StepRule, step_rule
 from ..errors import UserError
@@ -45,9 +45,10 @@ def _path(exp: Any, count: int) -> BrownianPath:
 
 
 def timing(exp: Any, levels: dict[str, Level]) -> dict[str, Any]:
-    """{"seconds": per image of one evaluation of each level, "batch", "device", "threads"}."""
+    """{"seconds": per image of one evaluation of each level, and of their base, "batch", "device", "threads"}."""
     parts = runs.timing(exp, levels).parts
-    return {"seconds": {name: parts[name][0] for name in levels}, **runs.timed_where(exp)}
+    names = [level.name for level in with_base(list(levels.values()))]
+    return {"seconds": {name: parts[name][0] for name in names}, **runs.timed_where(exp)}
 
 
 def diagnostics(exp: Any, levels: dict[str, Level]) -> dict[str, dict[str, Any]]:
@@ -130,17 +131,19 @@ class Searched:
 
 def search(exp: Any, levels: dict[str, Level], alone: dict[Any, float], seconds: dict[str, float]) -> list[Searched]:
     """Candidate plans for every rule with methods. alone: `errors_alone`; seconds: of one evaluation of each level."""
-    o, names = exp.cfg.optimise, list(levels)
-    costs = np.array([level.flops if o.cost == "flops" else seconds[name] for name, level in levels.items()])
-    out = []
+    o, names, out = exp.cfg.optimise, list(levels), []
+    shared, (costs, base) = base_of(list(levels.values())), shared_costs(list(levels.values()))
+    if o.cost == "seconds":  # a level that costs nothing more is the base
+        costs = np.array([seconds[name] if cost else 0.0 for name, cost in zip(names, costs, strict=True)])
+        base = seconds[shared.name] if shared else 0.0
     for r in o.rules:
         methods, rule, spent = list(r.get("methods", o.methods)), step_rule(r.dynamics, r.step_rule), [0.0]
         if not methods:
             continue
         own = {(names.index(s.levels[0]), s.steps): e for s, e in alone.items() if s.rule == rule}
         grids = {n: exp.process.grid(n).logsnr for n in r.steps}
-        inputs = planner.Calibration(effects(exp, levels, rule), grids, own, costs.astype(np.float64), methods)
-        learned = partial(learn, exp, levels, rule, costs, spent) if r.get("learn", False) else None
+        inputs = planner.Calibration(effects(exp, levels, rule), grids, own, costs.astype(np.float64), methods, base)
+        learned = partial(learn, exp, levels, rule, inputs, spent) if r.get("learn", False) else None
         with exp.progress(f"plan {rule.key}", None, "grid") as progress:
             found = candidates(inputs, exp.process, o, learned, progress)
         out.append(Searched(rule, inputs, found, sum(spent)))
@@ -148,17 +151,24 @@ def search(exp: Any, levels: dict[str, Level], alone: dict[Any, float], seconds:
 
 
 def learn(
-    exp: Any, levels: dict[str, Level], rule: StepRule, costs: np.ndarray, spent: list[float], cost: float, start: Plan
+    exp: Any,
+    levels: dict[str, Level],
+    rule: StepRule,
+    inputs: planner.Calibration,
+    spent: list[float],
+    cost: float,
+    start: Plan,
 ) -> np.ndarray:
     """Learned p [n, K] of a plan's levels at a cost, begun with its p; appends the FLOPs of learning to `spent`."""
     options = exp.plain("optimise")["optimise"]["learned"]
-    family, costs = [levels[name] for name in start.levels], costs[[list(levels).index(n) for n in start.levels]]
+    family, costs = [levels[name] for name in start.levels], inputs.costs[[list(levels).index(n) for n in start.levels]]
+    wanted = cost * inputs.unit - options["steps"] * inputs.base
     grid, numbers = exp.process.grid(options["steps"]), {k: options[k] for k in ("iterations", "paths", "draws")}
 
     def compute() -> dict[str, Any]:
         with exp.progress(f"learn {rule.key}, cost {cost:g}", options["iterations"], "iteration") as progress:
             p, flops = learn_probabilities(
-                family, rule, grid, exp.shape, exp.device, costs=costs, wanted=cost * costs[-1],
+                family, rule, grid, exp.shape, exp.device, costs=costs, wanted=wanted,
                 start=start.table[0].astype(np.float64), progress=progress, **numbers,
             )  # fmt: skip
         return {"p": p.tolist(), "flops": flops}

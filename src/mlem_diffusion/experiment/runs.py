@@ -1,5 +1,6 @@
 """The runner of an experiment, its settings run by several ranks or workers, and what a stage would cost."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,12 +16,13 @@ from ..comparison import features, planned
 from ..comparison.features import Extractor
 from ..comparison.planned import Planned
 from ..comparison.runner import Runner
-from ..comparison.settings import GAUSSIAN, Measurement, SamplerSetting
+from ..comparison.settings import Measurement, SamplerSetting
 from ..diffusion.level import Level
 from ..diffusion.step_rules import StepRule, step_rule
 from ..errors import UserError
 from ..files import expect_content, read_arrays, read_json, write_json
 from ..models.family import build_denoiser
+from ..models.gaussian import GaussianDenoiser, default_rank
 from ..multilevel.timing import Timing, measure_timing, seconds_per_image
 from . import config
 from .config import device_model
@@ -262,14 +264,19 @@ def estimate(exp: Any, cost: Cost | None) -> str:
 
 
 def fresh_levels(exp: Any) -> dict[str, Level]:
-    """The levels by name, networks with fresh weights; a Gaussian level costs nothing."""
+    """The levels by name, networks with fresh weights; the Gaussian denoiser knows nothing and has the largest rank."""
     if exp.cfg.family.callable is not None:
         return exp.levels()
-    found = {GAUSSIAN: Level(GAUSSIAN, lambda x, logsnr: x, 1.0)} if exp.cfg.family.gaussian else {}
+    d = math.prod(exp.shape)
+    rank = exp.cfg.family.gaussian_rank or default_rank(d)
+    values = torch.zeros(exp.shape), torch.eye(d, rank), torch.ones(rank), torch.ones(())
+    gauss = GaussianDenoiser(*values).to(exp.device)
+    found, unet = [gauss.as_level()] if exp.cfg.family.gaussian else [], exp.plain("unet")["unet"]
     for v in exp.describe_levels():
-        network = build_denoiser(v["width"], v["size"], v["data_rms"], exp.plain("unet")["unet"], v["target"])
-        found[v["name"]] = Level(v["name"], network.to(exp.device).eval(), v["flops"])
-    return found
+        network = build_denoiser(v["width"], v["size"], v["data_rms"], unet, v["target"], gauss=gauss)
+        base = gauss.as_level() if network.gauss is not None else None
+        found.append(Level(v["name"], network.to(exp.device).eval(), v["flops"] + (base.flops if base else 0), base))
+    return {level.name: level for level in found}
 
 
 def timed_batch(exp: Any, family: list[Level], most: int) -> int:

@@ -125,6 +125,8 @@ def cover(count: int, batch: int | None = None) -> Iterator[tuple[int, int]]:
 class FastDenoiser:
     """A frozen copy of a denoiser (x [B,3,S,S], logsnr 0-dim or [B]) -> float32 [B,3,S,S], as fast as the device can.
 
+    A third argument, the output of the Gaussian denoiser that preconditions the network, saves evaluating it again.
+
     precision: "float32", or "bf16" for the network's weights and activations; group-norm statistics (torch's kernels
     accumulate them in float32), the noise-level features and the preconditioning stay float32. compile: the setting of
     `Compiled`. On CUDA each batch-size bucket (`cover`; `batch` is an additional bucket) is captured once as a
@@ -148,31 +150,36 @@ class FastDenoiser:
         self.run = Compiled(self.network, name, compile, device)
         self.graphs: dict[tuple, _Graph] | None = {} if graphs and device.type == "cuda" else None
 
-    def __call__(self, x: Tensor, logsnr: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, logsnr: Tensor, *common: Tensor) -> Tensor:
         logsnr = logsnr.reshape(-1)  # one level that all samples share is embedded once
         # forward derivatives or another functorch transform
         if forward_ad._current_level >= 0 or torch._C._functorch.is_functorch_wrapped_tensor(x):  # pyright: ignore
             with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no forward derivative
-                return self.network(x, logsnr).float()
+                return self.network(x, logsnr, *common).float()
         if torch.is_grad_enabled() and x.requires_grad:
-            return self.network(x, logsnr).float()
+            return self.network(x, logsnr, *common).float()
         with torch.no_grad():
-            return self.run(x, logsnr).float() if self.graphs is None else self._replayed(x, logsnr)
+            if self.graphs is None:
+                return self.run(x, logsnr, *common).float()
+            return self._replayed(x, logsnr, *common)
 
-    def _replayed(self, x: Tensor, logsnr: Tensor) -> Tensor:
+    def _replayed(self, x: Tensor, logsnr: Tensor, *common: Tensor) -> Tensor:
         parts, start = [], 0
         for count, bucket in cover(len(x), self.batch):
             piece, at = x[start : start + count], logsnr if len(logsnr) == 1 else logsnr[start : start + count]
-            key = (bucket, *x.shape[1:], len(at) == 1)
+            known = [tensor[start : start + count] for tensor in common]
+            key = (bucket, *x.shape[1:], len(at) == 1, len(known))
             if self.graphs is not None and key not in self.graphs:  # captured when it is first used
                 try:
-                    self.graphs[key] = _Graph(self.run, bucket, x.shape[1:], 1 if len(at) == 1 else bucket, x.device)
+                    rows = 1 if len(at) == 1 else bucket
+                    self.graphs[key] = _Graph(self.run, bucket, x.shape[1:], rows, x.device, len(known))
                 except torch.cuda.OutOfMemoryError:
                     raise
                 except RuntimeError as error:
                     self.graphs = None
                     warnings.warn(f"{self.name} runs without CUDA graphs: {first_line(error)}.", SlowPath, stacklevel=3)
-            parts.append(self.run(piece, at).float() if self.graphs is None else self.graphs[key](piece, at))
+            evaluate = (lambda *given: self.run(*given).float()) if self.graphs is None else self.graphs[key]
+            parts.append(evaluate(piece, at, *known))
             start += count
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -184,24 +191,33 @@ class _Graph:
     pool: Any = None
     alive: ClassVar[weakref.WeakSet[_Graph]] = weakref.WeakSet()
 
-    def __init__(self, run: Callable[..., Tensor], bucket: int, shape: torch.Size, rows: int, device: torch.device):
+    def __init__(
+        self,
+        run: Callable[..., Tensor],
+        bucket: int,
+        shape: torch.Size,
+        rows: int,
+        device: torch.device,
+        common: int = 0,
+    ):
         if not _Graph.alive:  # the allocator frees a pool with its last graph
             _Graph.pool = torch.cuda.graph_pool_handle()
-        self.x = torch.zeros(bucket, *shape, device=device)  # padding is zeros or earlier samples, so it is finite
-        self.logsnr = torch.zeros(rows, device=device)
+        # x, logsnr, and perhaps `common`; padding is zeros or earlier samples, so it is finite
+        x = torch.zeros(bucket, *shape, device=device)
+        self.given = [x, torch.zeros(rows, device=device), *(x.clone() for _ in range(common))]
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):  # compile, and let libraries choose their algorithms, before the capture
             for _ in range(3):
-                run(self.x, self.logsnr).float()
+                run(*self.given).float()
         torch.cuda.current_stream(device).wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=_Graph.pool):
-            self.out = run(self.x, self.logsnr).float().contiguous()  # like the sampler's other tensors
+            self.out = run(*self.given).float().contiguous()  # like the sampler's other tensors
         _Graph.alive.add(self)
 
-    def __call__(self, x: Tensor, logsnr: Tensor) -> Tensor:
-        self.x[: len(x)].copy_(x)
-        self.logsnr[: len(logsnr)].copy_(logsnr)
+    def __call__(self, x: Tensor, *others: Tensor) -> Tensor:
+        for buffer, tensor in zip(self.given, (x, *others), strict=True):
+            buffer[: len(tensor)].copy_(tensor)
         self.graph.replay()
         return self.out[: len(x)].clone()

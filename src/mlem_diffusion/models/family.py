@@ -99,32 +99,37 @@ def check_attention(widths: Iterable[int], size: int, unet: Mapping[str, Any]) -
         raise UserError(f"{text}{', '.join(map(str, sorted(sizes, reverse=True)))} (data.size, unet.multipliers).")
 
 
-def build_denoiser(
-    width: int, size: int, data_rms: float, unet: Mapping, target: str, seed: int = 0,
-    gauss: GaussianDenoiser | None = None,
-) -> Denoiser:  # fmt: skip
-    """An untrained denoiser; its weights depend only on the seed, the width and its settings (`at_width`).
+def build_unet(width: int, size: int, unet: Mapping[str, Any], seed: int = 0) -> UNet:
+    """An untrained network; its weights depend only on the seed, the width and its settings (`at_width`).
 
-    gauss: the data's Gaussian denoiser, which a network with precondition = "gaussian" needs."""
+    precondition = "gaussian" gives it the Gaussian denoiser's output as three more inputs."""
     own = at_width(unet, width)
     kind = own.pop("precondition", "scalar")
     if kind not in ("scalar", "gaussian"):
         raise UserError(f"unet.precondition = {kind!r} is unknown; expected 'scalar' or 'gaussian'.")
-    own |= {"inputs": 6} if kind == "gaussian" else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed * 100_003 + width)
-        return Denoiser(UNet(width, size, **own), data_rms, target, gauss if kind == "gaussian" else None)
+        return UNet(width, size, **own, inputs=6 if kind == "gaussian" else 3)
+
+
+def build_denoiser(
+    width: int, size: int, data_rms: float, unet: Mapping[str, Any], target: str, seed: int = 0,
+    gauss: GaussianDenoiser | None = None,
+) -> Denoiser:  # fmt: skip
+    """An untrained denoiser (`build_unet`). gauss: that of the images, for precondition = "gaussian" alone."""
+    network = build_unet(width, size, unet, seed)
+    return Denoiser(network, data_rms, target, gauss if network.inputs > 3 else None)
 
 
 def describe(width: int, size: int, data_rms: float, unet: Mapping[str, Any], target: str) -> dict[str, Any]:
     """A level's description before training, with parameter count and FLOPs per evaluation of one image.
 
     Those of the Gaussian denoiser, which the levels share, are not in them."""
-    network = build_denoiser(width, size, data_rms, unet, target).unet
+    network = build_unet(width, size, unet)
     return {
         "name": level_name(width), "width": width, "size": size, "target": target, "data_rms": data_rms,
         "unet": at_width(unet, width), "parameters": sum(p.numel() for p in network.parameters()),
-        "flops": flops_per_evaluation(network, (network.enter.in_channels // network.patch**2, size, size)),
+        "flops": flops_per_evaluation(network, (network.inputs, size, size)),
     }  # fmt: skip
 
 
@@ -169,9 +174,13 @@ def load_denoiser(folder: Path, metadata: Mapping[str, Any], snapshot: int | Non
 def load_level(
     folder: Path, metadata: Mapping[str, Any], device: Any = "cpu", snapshot: int | None = None, **options: Any
 ) -> Level:
-    """Load one trained level for sampling; options: precision, compile and batch, as for `FastDenoiser`."""
+    """Load one trained level for sampling; options: precision, compile and batch, as for `FastDenoiser`.
+
+    Its base is the Gaussian denoiser that preconditions it, if one does."""
     denoiser, name = load_denoiser(folder, metadata, snapshot).to(device), metadata["name"]
-    return Level(name, FastDenoiser(denoiser, name=name, **options), float(metadata["flops"]))
+    base = None if denoiser.gauss is None else denoiser.gauss.as_level()
+    flops = float(metadata["flops"]) + (base.flops if base else 0.0)
+    return Level(name, FastDenoiser(denoiser, name=name, **options), flops, base)
 
 
 def load_family(directory: Path, names: Iterable[str], **options: Any) -> list[Level]:

@@ -85,11 +85,16 @@ def load_gaussian(path: Path, device: torch.device | str = "cpu", sha256: str | 
         raise unreadable(error, path, "is not a saved Gaussian denoiser: fit it again") from error
 
 
+def default_rank(d: int) -> int:
+    """The largest rank that `fit_gaussian` chooses for D = d values of an image."""
+    return max(1, min(256, d // 8))
+
+
 def fit_gaussian(images: np.ndarray, rank: int | None = None) -> GaussianDenoiser:
     """Fit a Gaussian denoiser to images [N,C,H,W], uint8 or float in [-1, 1], and their mirror images, as in training.
 
     rank: number of principal directions. None: by held-out loss, for which every tenth image is left out: the fewest
-    directions whose loss, mean over log-SNRs from -10 to 10, is within 0.5% of the best; at most 256 and D / 8.
+    directions whose loss, mean over log-SNRs from -10 to 10, is within 0.5% of the best; at most `default_rank`.
     Up to 1024 dimensions the decomposition is exact. Above, it is randomised (Halko et al. 2011) and uses at most
     400 MB of images, which for a moment take twice that memory. Raises UserError for a rank outside 1..D."""
     shape, d = images.shape[1:], math.prod(images.shape[1:])
@@ -97,7 +102,7 @@ def fit_gaussian(images: np.ndarray, rank: int | None = None) -> GaussianDenoise
         raise UserError(f"rank = {rank} is outside 1..{d}, the number of values of an image.")
     judged = np.arange(len(images)) % HELD_OUT == HELD_OUT - 1
     chosen = np.arange(len(images)) if rank or not judged.any() else np.flatnonzero(~judged)
-    most = rank or max(1, min(256, d // 8))
+    most = rank or default_rank(d)
     mean, basis, variances, total = (_dense if d <= DENSE_LIMIT else _truncated)(images, chosen, most)
     if rank is None and judged.any():
         rows = torch.cat(list(_chunks(images, np.flatnonzero(judged)[:JUDGED]))) - mean.float()

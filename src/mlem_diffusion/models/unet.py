@@ -95,7 +95,7 @@ class UNet(nn.Module):
         if patch < 1 or size % patch or (size // patch) % 2 ** (len(multipliers) - 1):
             text = f"An image size of {size} cannot be halved {len(multipliers) - 1} times in patches of {patch}"
             raise UserError(f"{text} (unet.multipliers, unet.patch).")
-        self.patch, embedding = patch, 4 * max(width, 8)
+        self.patch, self.inputs, embedding = patch, inputs, 4 * max(width, 8)
         size, channels = size // patch, 3 * patch**2
         self.frequencies: Tensor
         # log-SNR spans about -10 to 10: periods from 1 to 120 resolve it and stay monotone over the range
@@ -196,9 +196,9 @@ class Denoiser(nn.Module):
         scale = torch.rsqrt((alpha * rms) ** 2 + sigma**2)
         noise, image = -sigma / alpha, torch.full_like(scale, rms)  # of the targets epsilon and x0
         if self.gauss is not None:
-            common = self.gauss(x, logsnr) if common is None else common
+            linear = self.gauss(x, logsnr) if common is None else common
             own = expand(self.gauss.mean_variance(logsnr.float()).sqrt(), x) if self.target == "v" else image
-            return torch.cat([scale * x, common / rms], dim=1), common, noise if self.target == "epsilon" else own
+            return torch.cat([scale * x, linear / rms], dim=1), linear, noise if self.target == "epsilon" else own
         if self.target == "v":
             return scale * x, alpha * rms**2 * scale**2 * x, sigma * rms * scale
         return scale * x, *((x / alpha, noise) if self.target == "epsilon" else (torch.zeros_like(x), image))
@@ -211,7 +211,7 @@ class Denoiser(nn.Module):
         return skip + out * self.unet(given, logsnr).float()
 
     def loss(self, x: Tensor, x0: Tensor, logsnr: Tensor) -> Tensor:
-        """Return the mean squared error of the network's output in its own units, per image [B]: that of x0 over out^2."""
+        """Return the mean squared error of the network's output per image [B]: the image's over out^2."""
         given, skip, out = self._parts(x, logsnr, None)
         prediction = self.unet(given, logsnr).float()
         return (prediction - (x0 - skip) / out).square().flatten(1).mean(1)

@@ -31,7 +31,7 @@ def candidates(
             for group, alone in ((chosen, False), (schedules, True)):
                 group |= {p.id: p for p in spread([p for p in best if p.is_baseline == alone], options.plans)}
         for cost in options.measured.costs:  # at the same costs as the measured probabilities
-            plan = inputs.plan_for_cost(method, cost * costs[-1])
+            plan = inputs.plan_for_cost(method, cost * inputs.unit)
             if plan is not None and len(plan.levels) > 1:
                 (schedules if plan.is_baseline else chosen)[plan.id] = plan
         found.append(list(chosen.values()))
@@ -39,14 +39,14 @@ def candidates(
     for levels in dict.fromkeys([tuple(range(len(costs))), inputs.chain]):
         gains, own, plans = np.array([0.0, *(between[a, b] for a, b in pairwise(levels))]), costs[list(levels)], []
         for steps, cost in product(options.measured.steps, options.measured.costs):
-            p = measured_for_cost(gains, own, steps, cost * costs[-1])
+            p = measured_for_cost(gains, own, steps, cost * inputs.unit - steps * inputs.base)
             if p is not None:
                 plans.append(_plan("measured", inputs, levels, process.grid(steps).logsnr, p))
         measured += plans
         for cost in options.learned.costs if plans else ():
             if learn is None:
                 break
-            steps, wanted = options.learned.steps, cost * costs[-1]
+            steps, wanted = options.learned.steps, cost * inputs.unit
             start = min(plans, key=lambda plan: (plan.steps != steps, abs(np.log(plan.cost / wanted))))
             learned.append(_plan("learned", inputs, levels, process.grid(steps).logsnr, learn(cost, start)))
     return [*found, list(schedules.values()), measured, learned]
@@ -64,11 +64,11 @@ def _plan(source: str, inputs: Calibration, levels: Sequence[int], logsnr: np.nd
     gains = np.stack([(effects.difference(a, b) ** 2).mean(axis=0) for a, b in pairwise(levels)], axis=1)
     table = np.broadcast_to(p, (len(logsnr), len(names))).astype(np.float32)
     exact = table.astype(np.float64)
-    ratio, cost = 1 / exact[:, 1:], float(evaluation_probabilities(exact).sum(axis=0) @ inputs.costs[list(levels)])
+    ratio, each = 1 / exact[:, 1:], evaluation_probabilities(exact) @ inputs.costs[list(levels)] + inputs.base
     added, effect = float((gains * (ratio - 1)).sum()), float((ratio * np.sqrt(gains)).max(initial=0.0))
     own = inputs.own_errors.get((levels[-1], len(logsnr)))
     predicted = None if own is None else own + added
-    return Plan("independent", source, names, len(logsnr), table, cost, predicted, effect)
+    return Plan("independent", source, names, len(logsnr), table, float(each.sum()), predicted, effect)
 
 
 def select(groups: Sequence[Sequence[Plan]], errors: Mapping[str, float | None]) -> list[Plan]:

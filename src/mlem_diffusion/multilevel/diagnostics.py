@@ -120,7 +120,7 @@ def measure(
         bar(done, n * s)
         return output
 
-    largest = SingleLevel(replace(family[-1], denoise=visit))
+    largest = SingleLevel(replace(family[-1], denoise=visit, base=None))
     for first in range(0, n, batch):
         sample(largest, rule, grid, BrownianPath(path.seeds[first : first + batch], path.shape, path.device))
     of_mean = total.flatten(1).div(n).square().mean(1).cpu().numpy()

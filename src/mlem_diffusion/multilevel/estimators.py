@@ -38,8 +38,8 @@ def measured_probabilities(squares: np.ndarray, flops: np.ndarray, c: float) -> 
     squares: V [K]; V_1 is not used. Raises UserError unless c and V_2, ..., V_K are positive."""
     if not (c > 0 and np.all(squares[1:] > 0)):
         raise UserError("Measured probabilities need a positive c and differences between all neighbouring levels.")
-    root = np.sqrt(squares / flops)
-    return np.concatenate([[1.0], np.minimum(1.0, c * root[1:] / root[1:2])])
+    root = np.sqrt(squares[1:] / flops[1:])
+    return np.concatenate([[1.0], np.minimum(1.0, c * root / root[:1])])
 
 
 def draw_coins(p: np.ndarray, seeds: Sequence[int], coins: str) -> np.ndarray:

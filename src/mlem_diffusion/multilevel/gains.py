@@ -155,7 +155,7 @@ def measure_effects(
     for start in range(0, len(path.seeds), batch):
         part = BrownianPath(path.seeds[start : start + batch], path.shape, path.device)
         points.clear()
-        sample(SingleLevel(replace(family[-1], denoise=visit)), rule, grid, part)
+        sample(SingleLevel(replace(family[-1], denoise=visit, base=None)), rule, grid, part)
         value, square = _sweep(family, program, points, part.seeds, probes)
         values.append(value)
         squares += square * len(part.seeds) / len(path.seeds)

@@ -25,7 +25,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..diffusion.brownian import stream_seed
-from ..diffusion.level import Level
+from ..diffusion.level import Level, shared_costs
 from ..diffusion.process import TimeGrid, expand
 from ..diffusion.sampler import WeightTable, advance
 from ..diffusion.step_rules import Evaluation, StepRule
@@ -214,14 +214,18 @@ class Networks:
     device: torch.device
     flops: float = 0.0
 
+    def _count(self, weights: np.ndarray) -> None:
+        flops, base = shared_costs(self.family)
+        self.flops += float((weights != 0).sum(axis=0) @ flops) + len(weights) * base
+
     def estimate(self, weights: np.ndarray, x: Tensor, logsnr: float) -> Tensor:
         """sum_k w_k f^k(x) for weights [B, K]."""
-        self.flops += float((weights != 0).sum(axis=0) @ [level.flops for level in self.family])
+        self._count(weights)
         return WeightTable(self.family, weights[None])(0, x, logsnr)
 
     def derivative(self, weights: np.ndarray, x: Tensor, v: Tensor, logsnr: float) -> tuple[Tensor, Tensor]:
         """The estimate and its derivative along v [B, ...], for each row; it costs two estimates."""
-        self.flops += float((weights != 0).sum(axis=0) @ [level.flops for level in self.family])
+        self._count(weights)
         # the fused attention kernels have no forward derivative
         with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
             dual = forward_ad.unpack_dual(self.estimate(weights, forward_ad.make_dual(x, v), logsnr))

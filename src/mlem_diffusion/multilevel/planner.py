@@ -24,7 +24,7 @@ import torch
 
 from ..diffusion import reference
 from ..diffusion.brownian import BrownianPath
-from ..diffusion.level import Level
+from ..diffusion.level import Level, shared_costs
 from ..diffusion.process import Process
 from ..diffusion.sampler import SingleLevel, sample
 from ..diffusion.step_rules import StepRule
@@ -47,9 +47,16 @@ class Calibration:
     grids: Mapping[int, np.ndarray]  # {steps: log-SNR of each evaluation [n]}
     # {(level, steps): squared error of this level alone}; only these can be the largest level of plans with these steps
     own_errors: Mapping[tuple[int, int], float]
-    costs: np.ndarray  # [K] of one evaluation of each level, in FLOPs or seconds; costs of plans have the same unit
+    # [K] of one more evaluation of each level (level.shared_costs), in FLOPs or seconds, as the costs of plans
+    costs: np.ndarray
     methods: Sequence[str] = METHODS
+    base: float = 0.0  # the cost of the base that the levels share, once in every estimate
     made: dict[str, list[Planner]] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def unit(self) -> float:
+        """The cost of one evaluation of the largest level alone."""
+        return float(self.costs[-1]) + self.base
 
     @property
     def rule(self) -> str:
@@ -138,7 +145,8 @@ def calibrate(
             images = sample(SingleLevel(level), rule, process.grid(count), path)[0]
             own[k, count] = float(squared_errors(images, fine).mean())
     grids = {count: process.grid(count).logsnr for count in sorted(steps)}
-    return Calibration(effects, grids, own, effects.flops)
+    costs, base = shared_costs(family)
+    return Calibration(effects, grids, own, costs, base=base)
 
 
 class Planner:
@@ -147,6 +155,7 @@ class Planner:
     def __init__(self, inputs: Calibration, method: str, steps: int):
         self.effects, self.costs = inputs.effects.on(inputs.grids[steps]), inputs.costs
         self.method, self.n = method, len(self.effects.logsnr)
+        self.base = self.n * inputs.base  # per image, whatever else runs
         self.own = {k: error for (k, n), error in inputs.own_errors.items() if n == steps}
         self.tops = sorted(self.own)  # the levels that can be the largest of a plan
         self.gain, self.options = cache(self._gain), cache(self._options)
@@ -228,5 +237,6 @@ class Planner:
         weights = np.abs(table) if self.method == "quadrature" else 1 / table
         largest_effect = float((weights * np.sqrt(gains.T))[:, 1:].max(initial=0.0))
         names = tuple(self.effects.names[i] for i in levels)
-        cost, predicted = float(evaluations.sum(axis=0) @ self.costs[list(levels)]), self.own[levels[-1]] + added
+        cost = float(evaluations.sum(axis=0) @ self.costs[list(levels)]) + self.base
+        predicted = self.own[levels[-1]] + added
         return Plan(self.method, "optimal", names, self.n, table.astype(np.float32), cost, predicted, largest_effect)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.brownian import BrownianPath, now
-from ..diffusion.level import Level
+from ..diffusion.level import Level, base_of, with_base
 from ..diffusion.process import TimeGrid
 from ..diffusion.sampler import Estimator, SingleLevel, sample
 from ..diffusion.step_rules import StepRule, step_rule
@@ -55,15 +55,21 @@ def few(batch: int) -> int:
     return max(1, batch // 8)
 
 
-def work_of(weights: Sequence[np.ndarray], names: Sequence[str], rule: StepRule, batch: int) -> dict[str, float]:
-    """How often each part occurs per image in batches with these weights [n, B, K] of the levels with these names.
+def work_of(weights: Sequence[np.ndarray], levels: Sequence[Level], rule: StepRule, batch: int) -> dict[str, float]:
+    """How often each part occurs per image in batches with these weights [n, B, K] of the levels. A base that they
+    share runs once on all samples in every estimate.
 
     batch: that of the timing. The time of a call on r images is taken as affine in r from `few` to `batch` images, and
     as constant below: so it counts as some images of a full batch, under the level's name, and some of `few`."""
-    small, images = few(batch), sum(table.shape[1] for table in weights)
+    small, images, base = few(batch), sum(table.shape[1] for table in weights), base_of(levels)
+    names = [level.name for level in levels if base is None or level.name != base.name]
+    own = [k for k, level in enumerate(levels) if level.name in names]
+    names += [] if base is None else [base.name]
     out, further = dict.fromkeys([part for name in names for part in (name, f"few {name}")], 0.0), 0
     for table in weights:
-        rows = np.count_nonzero(table, axis=1)  # [n, K]
+        rows = np.count_nonzero(table[:, :, own], axis=1)  # [n, K]
+        if base is not None:
+            rows = np.concatenate([rows, np.full((len(rows), 1), table.shape[1])], axis=1)
         full = np.clip((rows - small) / max(batch - small, 1), 0.0, None)
         least = np.where(rows > 0, 1.0 - full, 0.0)
         for k, name in enumerate(names):
@@ -113,11 +119,13 @@ def measure_timing(
 ) -> Timing:  # fmt: skip
     """The timing of batches of samples of this shape, by torch's present number of threads.
 
-    The parts, in seconds per image: "<level>", one evaluation in a full batch; "few <level>", in a batch of `few`,
+    The parts, in seconds per image: "<level>", one evaluation in a full batch (beyond a shared base, which is one of
+    the levels); "few <level>", in a batch of `few`,
     since coins select some images; "step <rule>", one evaluation of the rule's program on `grid` with a network that
     costs nothing, without noise; "start", a starting point; "noise", a random number per pixel of the increments;
     "coins", the coins of one level. "call": seconds of the sampler's own work for each network call of a batch beyond
     the first in an estimate. at_least: seconds that each part is timed in each round."""
+    levels = with_base(levels)
     free = [Level(f"free{k}", lambda x, logsnr: x, k + 1.0) for k in range(2)]
 
     path, ready = BrownianPath(range(batch), shape, device), _Ready(range(batch), shape, device)
@@ -153,7 +161,10 @@ def _evaluations(
 ) -> dict[str, Callable[[], object]]:
     x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(device)
     logsnr = torch.zeros((), device=device)
-    return {level.name: lambda level=level: level.denoise(x, logsnr) for level in levels}
+    base = base_of(levels)
+    known = () if base is None else (base.denoise(x, logsnr),)
+    given = {level.name: (x, logsnr, *(known if level.base else ())) for level in levels}
+    return {level.name: lambda level=level: level.denoise(*given[level.name]) for level in levels}
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ class TrainConfig:
     images: int = 2_000_000
     batch: int = 256
     accumulate: int = 1  # micro-batches per step, if a batch does not fit in memory: same draws, same updates
-    lr: float = 2e-3  # at reference_channels; networks with other first layers get lr * sqrt(reference_channels / channels)
+    lr: float = 2e-3  # with reference_channels in the first layer; else lr * sqrt(reference_channels / channels)
     reference_channels: int = 16
     warmup_images: int = 20_000
     decay_fraction: float = 0.4  # linear decay to zero over this last fraction

@@ -104,7 +104,7 @@ def train_level(
         asks = run.world == 1 or run.seen // config.batch % 20 == 0
         if not finished and asks and parallel.agree(should_stop()):
             run.save()
-            raise Interrupted(f"{directory.name} stopped after {run.seen} of {config.images} images; its state is saved")
+            raise Interrupted(f"{directory.name} stopped after {run.seen} of {config.images} images; its state is kept")
         if time.monotonic() - last_save > config.save_every:
             run.save()
             last_save = time.monotonic()
@@ -117,9 +117,7 @@ def train_level(
 class _Run:
     """One level in training: its networks and step, its progress, and its state on disk."""
 
-    def __init__(
-        self, denoiser: Denoiser, config: TrainConfig, directory: Path, device: torch.device, identity: str
-    ):
+    def __init__(self, denoiser: Denoiser, config: TrainConfig, directory: Path, device: torch.device, identity: str):
         self.rank, self.world = parallel.rank(), parallel.world()
         if config.batch % (self.world * config.accumulate):
             parts = f"{self.world} processes and train.accumulate = {config.accumulate}"
