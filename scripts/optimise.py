@@ -23,13 +23,14 @@ def main(exp: Experiment) -> None:
     runner = plan_search.calibrating(exp, selecting)
     timing = plan_search.timing(exp, runner.levels)  # before workers use the machine
     diagnosed = plan_search.diagnostics(exp, runner.levels)
+    alone = plan_search.errors_alone(exp, runner)
+    plan_search.outlooks(exp, runner.levels, alone, diagnosed)
     exp.save("diagnostics.json", diagnosed)
     for dynamics, content in diagnosed.items():
         exp.print(diagnostics.table(content))
         if "pooled" in content:
             exp.figure(f"diagnostics-{dynamics}.png", plot_diagnostics(content))
 
-    alone = plan_search.errors_alone(exp, runner)
     searched = plan_search.search(exp, runner.levels, alone, timing["seconds"])
     exp.save("gains.json", plan_search.densities(exp, searched))
     ablated = plan_search.ablate(exp, runner.levels, searched, timing["seconds"])

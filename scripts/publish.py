@@ -33,7 +33,7 @@ def main(exp: Experiment) -> None:
     facts["training"] = {key: noted.get(key) for key in ("commit", "finished", "device", "overrides")}
     shutil.rmtree(folder, ignore_errors=True)
     facts["gaussian"] = None
-    if exp.cfg.family.gaussian:
+    if exp.cfg.family.gaussian and "gauss" not in metadata[0]:  # else the levels name its file
         denoiser: Any = exp.gaussian_level().denoise
         denoiser.save(folder / "gauss.safetensors")
         facts["gaussian"] = {"file": "gauss.safetensors", "asked_rank": exp.cfg.family.gaussian_rank}

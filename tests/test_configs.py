@@ -205,7 +205,7 @@ def test_absolute_paths_stay_private():
     ("gamma.images", "3e2", 300), ("family.widths", "8.0", [8]), ("optimise.bases", "[null,1.0]", [None, 1]),
     ("train.compile", "false", "off"), ("name", "2026", "2026"), ("only", "w2", ["w2"]), ("seeds", "5", "5"),
     ("+metrics.x", "5", 5), ("+mine", "yes", "yes"), ("unet.attention", "[]", []), ("train.narrow", "null", []),
-    ("+my.lr", "1", 1), ("force", "1", True), ("title", "null", None), ("train.reference_width", "12.5", 12.5),
+    ("+my.lr", "1", 1), ("force", "1", True), ("title", "null", None), ("train.reference_channels", "12.5", 12.5),
 ])  # fmt: skip
 def test_whole_floats_and_single_values_are_read_as_what_they_mean(key, text, value):
     found = OmegaConf.select(settled(f"{key}={text}"), key.lstrip("+"))

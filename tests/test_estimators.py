@@ -6,11 +6,13 @@ import torch
 from toys import SHAPE, process, toy_family
 
 from mlem_diffusion.diffusion.brownian import BrownianPath
-from mlem_diffusion.diffusion.level import Level
+from mlem_diffusion.diffusion.level import Level, base_of
 from mlem_diffusion.diffusion.sampler import Estimator, SingleLevel, Stitched, WeightTable, sample
 from mlem_diffusion.diffusion.step_rules import STEP_RULES
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.multilevel.estimators import COINS, Multilevel, Quadrature
+from mlem_diffusion.multilevel.plan import Plan
+from mlem_diffusion.multilevel.timing import work_of
 
 FLOPS, FAMILY, SMALL = [1.0, 4.0, 16.0], toy_family(), (1, 1, 1)
 DDPM, DDIM = STEP_RULES["sde/ddpm"], STEP_RULES["ode/ddim"]
@@ -102,6 +104,46 @@ def test_single_level_and_stitched_costs_are_exact() -> None:
         assert ledger.flops_per_image == estimator.expected_flops(10) and ledger.calls_per_image == 10
     three = Stitched([large, small, middle], [0.25, 0.5]).weights(8, [1])[:, 0]
     assert np.array_equal(three, [[0, 0, 1]] * 2 + [[1, 0, 0]] * 2 + [[0, 1, 0]] * 4)
+
+
+def test_a_base_that_levels_share_runs_once_per_estimate_and_counts_once() -> None:
+    """The estimates equal those of levels that evaluate it themselves, and cost less; the plans' costs agree."""
+    calls: list[int] = []
+
+    def linear(x: torch.Tensor, logsnr: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x))
+        return 0.3 * x
+
+    base = Level("base", linear, 0.5)
+
+    def level(k: int, based: bool) -> Level:
+        def denoise(x: torch.Tensor, logsnr: torch.Tensor, common: torch.Tensor | None = None) -> torch.Tensor:
+            return (linear(x, logsnr) if common is None else common) + (x * k).sin() / 4
+
+        return Level(f"w{k}", denoise, FLOPS[k], base if based else None)
+
+    path, grid, p = BrownianPath(range(40), SHAPE), process().grid(12), np.array([1.0, 0.5, 0.2])
+    shared, apart = ([base, level(1, based), level(2, based)] for based in (True, False))
+    for make in (
+        lambda family: SingleLevel(family[2]), lambda family: Stitched([family[2], family[0]], [0.4]),
+        lambda family: Multilevel(family, p), lambda family: Multilevel(family[1:], p[[0, 2]], "systematic"),
+        lambda family: Quadrature(family, weights_of(12)),
+    ):  # fmt: skip
+        estimator = make(shared)
+        calls.clear()
+        images, ledger = sample(estimator, DDPM, grid, path)
+        assert calls == [40] * 12  # not even where its own weight is zero
+        assert torch.allclose(images, sample(make(apart), DDPM, grid, path)[0], atol=1e-6)
+        own = np.array([{"base": 0.0}.get(v.name, v.flops - 0.5) for v in estimator.levels])
+        assert ledger.flops_per_image == pytest.approx(12 * 0.5 + float((ledger.per_sample @ own).mean()))
+        expected = estimator.expected_evaluations(12) @ own + 12 * 0.5
+        assert estimator.expected_flops(12) == pytest.approx(float(expected))
+        work = work_of([estimator.weights(12, path.seeds)], estimator.levels, DDPM, 40)
+        assert work["base"] == 12 and "few base" not in work
+    plan = Plan("independent", "optimal", ("base", "w1", "w2"), 12, np.tile(p, (12, 1)), 0.0, None, None)
+    assert plan.build(shared).expected_flops(12) == pytest.approx(12 * (0.5 + 3.5 * 0.6 + 15.5 * 0.2))
+    with pytest.raises(UserError, match="Levels can share one base, not base, w1"):
+        base_of([shared[1], Level("w3", linear, 9.0, shared[1])])
 
 
 @pytest.mark.parametrize("estimator", [

@@ -80,14 +80,39 @@ def test_large_images_give_the_same_directions(monkeypatch: pytest.MonkeyPatch) 
     assert float(overlap.min()) > 0.999
 
 
-def test_default_rank_explains_95_percent_within_the_cap() -> None:
-    steep = (np.random.default_rng(0).standard_normal((400, D)) * 0.5 ** np.arange(D)).reshape(400, *SHAPE)
-    covariance = np.cov(mirrored(steep).T)
-    shares = np.linalg.eigvalsh(covariance)[::-1].cumsum() / covariance.trace()
-    rank = len(fit_gaussian(steep).variances)
-    assert shares[rank - 2] < 0.95 <= shares[rank - 1]
-    white = np.random.default_rng(0).standard_normal((400, *SHAPE))
-    assert len(fit_gaussian(white).variances) == D // 8
+def held_out_loss(model: GaussianDenoiser, images: np.ndarray) -> float:
+    """The mean denoising error over the log-SNRs that choose the rank, by 20 draws of the noise."""
+    x0, generator, losses = torch.as_tensor(images), torch.Generator().manual_seed(2), []
+    for u in torch.linspace(-10, 10, 41):
+        alpha, sigma = torch.sigmoid(u).sqrt(), torch.sigmoid(-u).sqrt()
+        noise = torch.randn(20, *x0.shape, generator=generator)
+        error = model((alpha * x0 + sigma * noise).flatten(0, 1), u) - x0.repeat(20, 1, 1, 1)
+        losses.append(float(error.square().mean()))
+    return float(np.mean(losses))
+
+
+def test_the_rank_is_the_smallest_with_nearly_the_least_held_out_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gaussian, "default_rank", lambda d: 12)
+    images = correlated(2000)
+    kept = np.concatenate([images[9::10], images[9::10, ..., ::-1]])
+    others = images[np.arange(2000) % 10 != 9]
+    rank = len(fit_gaussian(images).variances)
+    losses = {r: held_out_loss(fit_gaussian(others, r), kept) for r in (rank - 1, rank, 12)}
+    assert 1 < rank < 12 and losses[rank] < 1.006 * losses[12] < losses[rank - 1] * 1.003
+    white = np.random.default_rng(0).standard_normal((400, *SHAPE)).astype(np.float32)
+    assert len(fit_gaussian(white).variances) == 1  # no direction is worth more than the others
+    assert len(fit_gaussian(images[:5]).variances) == 12  # too few images to judge by
+
+
+def test_the_mean_posterior_variance_is_the_error_on_data_with_this_covariance() -> None:
+    images = correlated(4000)
+    model = fit_gaussian(images, 5)
+    x0, generator = torch.as_tensor(np.concatenate([images, images[..., ::-1]])), torch.Generator().manual_seed(3)
+    for u in torch.tensor([-6.0, 0.0, 4.0]):
+        noise = torch.randn(x0.shape, generator=generator)
+        error = (model(torch.sigmoid(u).sqrt() * x0 + torch.sigmoid(-u).sqrt() * noise, u) - x0).square().mean()
+        assert float(model.mean_variance(u)) == pytest.approx(float(error), rel=0.02)
+        assert model.mean_variance(u.repeat(3)).tolist() == [float(model.mean_variance(u))] * 3
 
 
 def test_cost_and_derivative_of_the_level() -> None:
@@ -103,8 +128,10 @@ def test_cost_and_derivative_of_the_level() -> None:
 def test_saved_and_loaded_and_bad_input_is_reported(tmp_path: Path) -> None:
     model, path = fit_gaussian(correlated(300), 5), tmp_path / "gauss.safetensors"
     model.save(path)
-    own, found = model.state_dict(), load_gaussian(path).state_dict()
-    assert own and own.keys() == found.keys() and all(torch.equal(own[name], found[name]) for name in own)
+    own, found = dict(model.named_buffers()), dict(load_gaussian(path).named_buffers())
+    assert len(own) == 4 and own.keys() == found.keys() and all(torch.equal(own[name], found[name]) for name in own)
+    with pytest.raises(UserError, match="missing or not the Gaussian denoiser that the levels"):
+        load_gaussian(path, sha256="0")
     path.write_bytes(b"nothing")
     with pytest.raises(UserError, match="not a saved"):
         load_gaussian(path)

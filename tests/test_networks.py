@@ -12,10 +12,12 @@ from mlem_diffusion.diffusion.process import add_noise
 from mlem_diffusion.errors import SlowPath
 from mlem_diffusion.models.compiled import Compiled, FastDenoiser, cover, set_compile_caches
 from mlem_diffusion.models.family import build_denoiser
+from mlem_diffusion.models.gaussian import fit_gaussian
 from mlem_diffusion.models.unet import Attention, Denoiser, UNet
 
 TARGETS = ("v", "epsilon", "x0")
 LOGSNRS = torch.linspace(-9, 9, 7).tolist()
+UNET = {"multipliers": [1, 2], "blocks": 1, "attention": [4]}
 
 
 class Fake(nn.Module):
@@ -28,7 +30,7 @@ class Fake(nn.Module):
 
     def forward(self, x: Tensor, logsnr: Tensor) -> Tensor:
         self.seen = x
-        return torch.zeros_like(x) if self.answer is None else self.answer
+        return torch.zeros_like(x[:, :3]) if self.answer is None else self.answer
 
 
 def randomised(net: nn.Module, seed: int = 0) -> nn.Module:
@@ -114,12 +116,41 @@ def test_a_perfect_network_denoises_perfectly(target, value):
     assert float(denoiser.loss(x, x0, logsnr).max()) < 1e-8
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_network_preconditioned_by_the_gaussian_starts_from_it_and_can_be_perfect(target):
+    """At first it is the Gaussian denoiser, for v the target has unit variance, and any image can be reached."""
+    generator = torch.Generator().manual_seed(5)
+    x0 = torch.randn(4000, 3, 4, 4, generator=generator).cumsum(-1).cumsum(-2) / 8 + 0.2
+    x0 = torch.cat([x0, x0.flip(-1)])  # the fit counts mirror images
+    gauss, noise = fit_gaussian(x0[:4000].numpy(), 9), torch.randn(x0.shape, generator=generator)
+    fresh, rms = (
+        build_denoiser(4, 4, 0.5, UNET | {"precondition": "gaussian", "attention": []}, target, gauss=gauss),
+        0.5,
+    )
+    for value in LOGSNRS:
+        logsnr = torch.full((len(x0),), value)
+        x = add_noise(x0, noise, logsnr)
+        linear = gauss(x, logsnr)
+        assert torch.equal(fresh(x[:3], logsnr[:3]), gauss(x[:3], logsnr[:3]))
+        alpha, sigma = torch.sigmoid(logsnr[0]).sqrt(), torch.sigmoid(-logsnr[0]).sqrt()
+        unit = {"v": gauss.mean_variance(logsnr[0]).sqrt(), "epsilon": -sigma / alpha, "x0": rms}[target]
+        fake = Fake((x0 - linear) / unit)
+        denoiser = Denoiser(fake, rms, target, gauss)
+        assert torch.allclose(denoiser(x, logsnr), x0, atol=1e-5)
+        assert float(denoiser.loss(x, x0, logsnr).max()) < 1e-6
+        assert torch.equal(fake.seen[:, 3:], linear / rms)  # next to the scaled x
+        assert torch.allclose(denoiser(x, logsnr, linear + 1), x0 + 1, atol=1e-5)  # what is given is used
+        if target == "v":
+            loss = Denoiser(Fake(), rms, target, gauss).loss(x, x0, logsnr)
+            assert float(loss.mean()) == pytest.approx(1, abs=0.03), value
+
+
 SHARED = torch.tensor(0.3)  # a noise level
 
 
 def network(width: int = 8) -> nn.Module:
     """A denoiser whose zero-initialised layers are filled with random numbers, as after training."""
-    denoiser = build_denoiser(width, 8, 0.5, {"multipliers": [1, 2], "blocks": 1, "attention": [4]}, "v").eval()
+    denoiser = build_denoiser(width, 8, 0.5, UNET, "v").eval()
     generator = torch.Generator().manual_seed(3)
     for parameter in denoiser.parameters():
         if not parameter.any():
@@ -168,7 +199,7 @@ def test_bf16_is_close_at_every_noise_level(logsnr):
     exact, rounded = FastDenoiser(denoiser)(x, noise_level), FastDenoiser(denoiser, "bf16")(x, noise_level)
     assert rounded.dtype == torch.float32
     # the network's output has unit variance; its share in the image is `out`
-    _, _, out = denoiser._coefficients(x, noise_level.expand(len(x)))
+    _, _, out = denoiser._parts(x, noise_level.expand(len(x)), None)
     assert 0 < float((rounded - exact).square().mean().sqrt()) < 0.01 * float(out.max())
 
 

@@ -38,7 +38,7 @@ def images() -> np.ndarray:
 
 def train(images: Any, folder: Path, config: TrainConfig = CONFIG, unet: Any = UNET, **more: Any) -> Any:
     denoiser = build_denoiser(WIDTH, SIZE, RMS, unet, "v", 5)
-    return train_level(denoiser, images, PROCESS, config, folder, width=WIDTH, **more)
+    return train_level(denoiser, images, PROCESS, config, folder, **more)
 
 
 def stop_at(*calls: int) -> Callable[[], bool]:
@@ -123,13 +123,13 @@ def test_snapshots_hold_the_average_of_their_moment(images, whole, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step_and_noise_level(images, tmp_path):
-    with pytest.raises(UserError, match=r"The loss of width 4 is not finite at step 2, first at log-SNR"):
+    with pytest.raises(UserError, match=rf"The loss of {tmp_path.name} is not finite at step 2, first at log-SNR"):
         train(images, tmp_path, replace(CONFIG, lr=1e30, warmup_images=0))
     denoiser = build_denoiser(WIDTH, SIZE, RMS, UNET, "v", 5)
     exact = denoiser.loss
     denoiser.loss = lambda x, x0, logsnr: exact(x, x0, logsnr) / (logsnr < 5)  # inf at the clean end
     with pytest.raises(UserError, match=r"first at log-SNR [5-8]\."):
-        train_level(denoiser, images, PROCESS, CONFIG, tmp_path, width=WIDTH)
+        train_level(denoiser, images, PROCESS, CONFIG, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -141,7 +141,7 @@ def test_the_average_has_the_ramped_half_life():
 
 
 def test_learning_rate_warms_up_holds_and_decays_to_zero():
-    config = replace(CONFIG, images=10_000, lr=1e-2, reference_width=16, warmup_images=1000, decay_fraction=0.4)
+    config = replace(CONFIG, images=10_000, lr=1e-2, reference_channels=16, warmup_images=1000, decay_fraction=0.4)
     expected = {100: 1e-3, 1000: 1e-2, 6000: 1e-2, 8000: 0.5e-2, 10_000: 0, 10_100: 0}
     assert {n: learning_rate(config, 16, n) for n in expected} == pytest.approx(expected)
     assert learning_rate(config, 4, 5000) == pytest.approx(2e-2)  # narrower networks take larger steps

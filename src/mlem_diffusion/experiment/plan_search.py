@@ -18,7 +18,7 @@ from ..diffusion.reference import reference_evaluations
 from ..diffusion.step_rules import StepRule, step_rule
 from ..errors import UserError
 from ..files import read_json, write_json
-from ..multilevel import ablation, planner
+from ..multilevel import ablation, outlook, planner
 from ..multilevel.candidates import candidates
 from ..multilevel.diagnostics import diagnose, violations
 from ..multilevel.gains import Effects, measure_effects
@@ -57,6 +57,18 @@ def diagnostics(exp: Any, levels: dict[str, Level]) -> dict[str, dict[str, Any]]
     for r in sorted(o.rules, key=lambda r: not r.get("methods", o.methods)):
         rules.setdefault(r.dynamics, r)
     return {dynamics: _diagnosis(exp, levels, r) for dynamics, r in rules.items()}
+
+
+def outlooks(
+    exp: Any, levels: dict[str, Level], alone: dict[SamplerSetting, float], diagnosed: dict[str, dict[str, Any]]
+) -> None:
+    """Add what coins can gain (multilevel/outlook.py), in FLOPs, to the diagnostics of rules with methods."""
+    costs, base = shared_costs(list(levels.values()))
+    for content in diagnosed.values():
+        rule = step_rule(content["dynamics"], content["step_rule"])
+        own = {s.steps: error for s, error in alone.items() if s.rule == rule and s.levels == (content["levels"][-1],)}
+        if content.get("pooling") == "gains" and len(own) > 1:
+            content |= outlook.outlook(effects(exp, levels, rule), costs, base, own)
 
 
 def _diagnosis(exp: Any, levels: dict[str, Level], entry: Any) -> dict[str, Any]:

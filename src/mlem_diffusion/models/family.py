@@ -4,6 +4,7 @@ Weights are safetensors, and no pickles are read. A published family is a commit
 weights, from which a clone can sample without training and without images: gauss.safetensors and statistics.npz replace
 these in later stages. family.json describes it, README.md is the model card. Training never writes into it."""
 
+import shutil
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -212,6 +213,9 @@ def publish(source: Path, target: Path, levels: list[dict], repeats: list[dict],
     levels, repeats: metadata, of the levels trained again too. facts: about images, training and the other files."""
     for m in [*levels, *repeats]:
         folder = target / m["name"]
+        if "gauss" in m:
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / m["gauss"]["file"], target / m["gauss"]["file"])
         sha256 = save_weights(folder / BF16, load_denoiser(source / m["name"], m), torch.bfloat16)
         snapshots = [{**m["snapshots"][-1], "file": BF16, "sha256": sha256}]
         own = {"weights_file": BF16, "weights_sha256": sha256, "trained_weights_sha256": m["weights_sha256"]}
@@ -225,6 +229,7 @@ def model_card(levels: list[dict], facts: dict) -> str:
     """The README.md of a published folder, in Markdown."""
     name, data, training, m = facts["experiment"], facts["data"], facts["training"], levels[0]
     table, (licence, terms) = "", licence_of(data)
+    start = f", starting from the linear Gaussian denoiser in {m['gauss']['file']}" if "gauss" in m else ""
     for level in levels:
         unet = ", ".join(f"{key} {value}" for key, value in level["unet"].items() if value not in ([], None))
         sizes = f"{level['parameters']:,} | {level['flops'] / 1e6:.4g} | {level['images']:,}"
@@ -243,8 +248,9 @@ images or training. All settings are in the JSON files.
 | --- | --- | --- | --- | --- | --- |
 {table}
 The networks take `x = alpha * image + sigma * noise`, with {m["size"]}x{m["size"]} RGB images in [-1, 1], and a log-SNR
-from {m["logsnr_range"][0]} to {m["logsnr_range"][1]}; they predict {m["target"]}. Held-out loss: mean squared error of
-the denoised image, before rounding, over held-out images and noise levels along the sampler's path.
+from {m["logsnr_range"][0]} to {m["logsnr_range"][1]}; they predict {m["target"]}{start}.
+Held-out loss: mean squared error of the denoised image, before rounding, over held-out images and noise levels along
+the sampler's path.
 
 {data["split"]["train"]:,} training images of `{data["source"]["name"]}` (SHA-256 {data["source"]["sha256"]}), crop
 `{data["crop"]}`; none are in this folder. Packed array: SHA-256 {data["sha256"]}. Trained with

@@ -15,11 +15,12 @@ from scipy.stats import sem
 from torch import Tensor
 
 from ..diffusion.brownian import BrownianPath
-from ..diffusion.level import Level, check_family
+from ..diffusion.level import Level, check_family, shared_costs
 from ..diffusion.process import Process, gain_weights, uniform_weights
 from ..diffusion.sampler import SingleLevel, sample
 from ..diffusion.step_rules import StepRule
 from ..errors import UserError
+from . import outlook
 from .gains import Effects, best_chain, firing_costs
 from .level_checks import check_contract, check_telescope, finding
 from .plan import Progress
@@ -31,6 +32,7 @@ class LevelStatistics:
 
     names: list[str]
     flops: np.ndarray  # [K] T_k, FLOPs per evaluation of one image
+    costs: np.ndarray  # [K] FLOPs of one more evaluation beyond a shared base (level.shared_costs)
     logsnr: np.ndarray  # [S]
     weights: np.ndarray  # [S] sum 1, of pooling: by gains if `between` is known, else uniform in log-SNR
     square: np.ndarray  # [K, N, S] mean over pixels of Y_k^2
@@ -41,7 +43,7 @@ class LevelStatistics:
     @property
     def chain(self) -> tuple[list[int], float]:
         """The best chain (gains.py), by gains or by pooled squares."""
-        return best_chain(self.apart @ self.weights if self.between is None else self.between, self.flops)
+        return best_chain(self.apart @ self.weights if self.between is None else self.between, self.costs)
 
 
 def violations(family: Sequence[Level], process: Process, path: BrownianPath, batch: int) -> list[dict[str, str]]:
@@ -129,7 +131,7 @@ def measure(
     weights, between = uniform_weights(logsnr), None
     if effects is not None:
         weights, between = gain_weights(logsnr, *effects.density()), effects.between()
-    found = LevelStatistics(names, flops, logsnr, weights, square[:-1], spread, apart, between)
+    found = LevelStatistics(names, flops, shared_costs(family)[0], logsnr, weights, square[:-1], spread, apart, between)
     return found, float(np.dot([n * s] * (k - 1) + [n * len(program)], flops))
 
 
@@ -141,7 +143,7 @@ def describe(s: LevelStatistics) -> dict[str, Any]:
     same size, and 3 N if only one has a difference: then the mean square is unreliable."""
     each = {"mean_square": s.square.mean(1), "mean_square_se": sem(s.square, axis=1), "largest_variance": s.spread}
     q = s.square @ s.weights  # [K, N]
-    costs = np.concatenate([s.flops[:1], np.diag(firing_costs(s.flops), 1)])
+    costs = np.concatenate([s.flops[:1], np.diag(firing_costs(s.costs), 1)])
     pooled = {"mean_square": q.mean(1), "mean_square_se": sem(q, axis=1), "variance_cost": q.mean(1) * costs}
     with np.errstate(invalid="ignore"):
         pooled["kurtosis"] = 3 * (q**2).mean(1) / q.mean(1) ** 2
@@ -242,4 +244,5 @@ def table(content: dict[str, Any]) -> str:
         pooling = "by gains" if content["pooling"] == "gains" else "uniformly in log-SNR"
         lines += [f"V: mean square difference to the level before, pooled {pooling}.", ""]
         lines[-2] += " V c: times the FLOPs of one firing."
-    return "\n".join([*lines, *(f"{f['severity']:<8}{f['text']}" for f in content["findings"])])
+    lines += [f"{f['severity']:<8}{f['text']}" for f in content["findings"]]
+    return "\n".join([*lines, *([outlook.sentence(content)] if "S" in content else [])])
