@@ -1,12 +1,13 @@
 """Gains: the adjoint sweep against finite differences and real changes of images; calibration in one call."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from toys import gaussian_level
+from toys import gaussian_level, smooth_effects
 
 from mlem_diffusion.diffusion.brownian import BrownianPath
 from mlem_diffusion.diffusion.level import Level
@@ -15,6 +16,7 @@ from mlem_diffusion.diffusion.sampler import SingleLevel, sample
 from mlem_diffusion.diffusion.step_rules import STEP_RULES
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.models.analytic import analytic_family
+from mlem_diffusion.multilevel import outlook
 from mlem_diffusion.multilevel.gains import Effects, measure_effects
 from mlem_diffusion.multilevel.planner import Calibration, calibrate
 
@@ -166,3 +168,29 @@ def test_impossible_targets_and_calibrations_without_information_are_refused(cal
         calibrate(FOUR, FINE, RULE, SHAPE, steps=(9, 33), reference_steps=256)
     with pytest.raises(UserError, match="two seeds"):
         calibrate(FOUR, FINE, RULE, SHAPE, steps=STEPS, seeds=range(1))
+
+
+def test_the_outlook_is_what_the_best_coins_add_and_names_what_fourfold_needs() -> None:
+    """S is added error times cost of the planner's own independent coins; D and q those of an exact power law."""
+    errors = {n: 8.0 / n**2 for n in (8, 16, 32, 64)}
+    inputs = replace(smooth_effects([1.0, 0.5, 0.3], [0.01, 0.1, 1.0], {64: 1e-6}), base=0.005)
+    found = outlook.outlook(inputs.effects, inputs.costs, inputs.base, errors)
+    assert (found["D"], found["q"]) == (pytest.approx(8), pytest.approx(2))
+    levels, unit = [list(inputs.effects.names).index(name) for name in found["chain"]], inputs.costs[-1] + inputs.base
+    for cost in (1.5, 2.0):
+        planner = inputs.planners("independent")[0]
+        plan = min(
+            (planner.plan(2, price, levels[0], levels) for price in planner.prices(1.1)),
+            key=lambda p: abs(p.cost - cost),
+        )
+        assert plan.predicted is not None and len(plan.levels) == len(levels) and plan.table[:, 1:].max() < 1
+        certain = sum((inputs.effects.difference(a, b) ** 2).mean(axis=0).sum() for a, b in pairwise(levels))
+        added = plan.predicted - inputs.own_errors[2, 64] + certain
+        spent = plan.cost - 64 * (inputs.costs[levels[0]] + inputs.base)
+        assert added * spent / unit == pytest.approx(found["S"], rel=0.02)
+    far, near = found["window"]["rms_error"]
+    assert far / near == pytest.approx(2, rel=0.1) and found["window"]["speedup"] < 4
+    needed = outlook.speedup(np.geomspace(far, near, 9) ** 2, found["S_for_4"], 8.0, 2.0, 0.015 / unit)
+    assert needed.min() == pytest.approx(4, rel=0.02) and found["S_for_4"] < found["S"]
+    assert f"Fourfold there needs S = {found['S_for_4']:.2g}" in outlook.sentence(found)
+    assert outlook.outlook(inputs.effects, inputs.costs, 0.0, {8: 1.0, 16: 0.9})["window"] is None

@@ -9,5 +9,6 @@ from .diffusion.sampler import SingleLevel, Stitched, sample
 from .diffusion.step_rules import step_rule
 from .errors import UserError
 from .models.adapters import adapt, from_diffusers, guided
+from .models.gaussian import fit_gaussian
 from .multilevel.estimators import Multilevel, Quadrature, constant_probabilities
 from .multilevel.planner import calibrate
