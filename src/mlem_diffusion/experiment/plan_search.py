@@ -163,14 +163,9 @@ def search(exp: Any, levels: dict[str, Level], alone: dict[Any, float], seconds:
 
 
 def learn(
-    exp: Any,
-    levels: dict[str, Level],
-    rule: StepRule,
-    inputs: planner.Calibration,
-    spent: list[float],
-    cost: float,
+    exp: Any, levels: dict[str, Level], rule: StepRule, inputs: planner.Calibration, spent: list[float], cost: float,
     start: Plan,
-) -> np.ndarray:
+) -> np.ndarray:  # fmt: skip
     """Learned p [n, K] of a plan's levels at a cost, begun with its p; appends the FLOPs of learning to `spent`."""
     options = exp.plain("optimise")["optimise"]["learned"]
     family, costs = [levels[name] for name in start.levels], inputs.costs[[list(levels).index(n) for n in start.levels]]

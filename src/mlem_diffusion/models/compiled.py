@@ -171,8 +171,10 @@ class FastDenoiser:
             key = (bucket, *x.shape[1:], len(at) == 1, len(known))
             if self.graphs is not None and key not in self.graphs:  # captured when it is first used
                 try:
-                    rows = 1 if len(at) == 1 else bucket
-                    self.graphs[key] = _Graph(self.run, bucket, x.shape[1:], rows, x.device, len(known))
+                    # padding is zeros or earlier samples, so it is finite
+                    given = [x.new_zeros(bucket, *x.shape[1:]) for _ in (x, *known)]
+                    given.insert(1, x.new_zeros(1 if len(at) == 1 else bucket))
+                    self.graphs[key] = _Graph(self.run, given)
                 except torch.cuda.OutOfMemoryError:
                     raise
                 except RuntimeError as error:
@@ -191,20 +193,10 @@ class _Graph:
     pool: Any = None
     alive: ClassVar[weakref.WeakSet[_Graph]] = weakref.WeakSet()
 
-    def __init__(
-        self,
-        run: Callable[..., Tensor],
-        bucket: int,
-        shape: torch.Size,
-        rows: int,
-        device: torch.device,
-        common: int = 0,
-    ):
+    def __init__(self, run: Callable[..., Tensor], given: list[Tensor]):
         if not _Graph.alive:  # the allocator frees a pool with its last graph
             _Graph.pool = torch.cuda.graph_pool_handle()
-        # x, logsnr, and perhaps `common`; padding is zeros or earlier samples, so it is finite
-        x = torch.zeros(bucket, *shape, device=device)
-        self.given = [x, torch.zeros(rows, device=device), *(x.clone() for _ in range(common))]
+        self.given, device = given, given[0].device
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):  # compile, and let libraries choose their algorithms, before the capture
