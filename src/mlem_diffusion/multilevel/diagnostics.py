@@ -31,8 +31,7 @@ class LevelStatistics:
     """Statistics of Y_k = f^k - f^{k-1} (f^0 = 0), float64: K levels, N samples, S noise levels (ascending log-SNR)."""
 
     names: list[str]
-    flops: np.ndarray  # [K] T_k, FLOPs per evaluation of one image
-    costs: np.ndarray  # [K] FLOPs of one more evaluation beyond a shared base (level.shared_costs)
+    flops: np.ndarray  # [K] T_k, FLOPs of one more evaluation of one image (level.shared_costs)
     logsnr: np.ndarray  # [S]
     weights: np.ndarray  # [S] sum 1, of pooling: by gains if `between` is known, else uniform in log-SNR
     square: np.ndarray  # [K, N, S] mean over pixels of Y_k^2
@@ -43,7 +42,7 @@ class LevelStatistics:
     @property
     def chain(self) -> tuple[list[int], float]:
         """The best chain (gains.py), by gains or by pooled squares."""
-        return best_chain(self.apart @ self.weights if self.between is None else self.between, self.costs)
+        return best_chain(self.apart @ self.weights if self.between is None else self.between, self.flops)
 
 
 def violations(family: Sequence[Level], process: Process, path: BrownianPath, batch: int) -> list[dict[str, str]]:
@@ -131,7 +130,7 @@ def measure(
     weights, between = uniform_weights(logsnr), None
     if effects is not None:
         weights, between = gain_weights(logsnr, *effects.density()), effects.between()
-    found = LevelStatistics(names, flops, shared_costs(family)[0], logsnr, weights, square[:-1], spread, apart, between)
+    found = LevelStatistics(names, shared_costs(family)[0], logsnr, weights, square[:-1], spread, apart, between)
     return found, float(np.dot([n * s] * (k - 1) + [n * len(program)], flops))
 
 
@@ -143,7 +142,7 @@ def describe(s: LevelStatistics) -> dict[str, Any]:
     same size, and 3 N if only one has a difference: then the mean square is unreliable."""
     each = {"mean_square": s.square.mean(1), "mean_square_se": sem(s.square, axis=1), "largest_variance": s.spread}
     q = s.square @ s.weights  # [K, N]
-    costs = np.concatenate([s.flops[:1], np.diag(firing_costs(s.costs), 1)])
+    costs = np.concatenate([s.flops[:1], np.diag(firing_costs(s.flops), 1)])
     pooled = {"mean_square": q.mean(1), "mean_square_se": sem(q, axis=1), "variance_cost": q.mean(1) * costs}
     with np.errstate(invalid="ignore"):
         pooled["kurtosis"] = 3 * (q**2).mean(1) / q.mean(1) ** 2
