@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -183,11 +182,15 @@ def _work(function: Callable[[Any], Any], index: int, item: Any, threads: int, p
     return index, function(item)
 
 
-@cache
+_is_worker = False
+
+
 def _become_worker(parent: int) -> None:
     """Once per worker: SIGTERM sets a flag, Ctrl-C and SIGHUP are the parent's, and the worker ends with its parent."""
-    if os.getpid() == parent:  # joblib works here without /dev/shm
+    global _is_worker
+    if _is_worker or os.getpid() == parent:  # joblib works here without /dev/shm
         return
+    _is_worker = True
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: _stop.set())
