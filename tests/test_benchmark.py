@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -55,15 +56,11 @@ def test_failed_parts_leave_a_reason_and_rows_are_saved_after_each_part(monkeypa
         yield row("forward", "float32 bad", took(0.5))
         raise RuntimeError("out of memory\nmore")
 
-    def stop(done: int, total: int) -> None:
-        if done == 2:
-            raise Interrupted("asked")
-
     monkeypatch.delattr(torch, "compile")  # an eager network is not reported as compiled
     saved: list[list[benchmark.Row]] = []
     todo = {"bad": broken, "forward w4 compiled": lambda: benchmark.forward(CFG, CPU, 4, "compiled"), "never": broken}
     with pytest.raises(Interrupted):
-        benchmark.measure(todo, stop, saved.append)
+        benchmark.measure(todo, Mock(side_effect=[None, None, Interrupted("asked")]), saved.append)
     assert [len(rows) for rows in saved] == [2, 3] and [r["ms"] for r in saved[-1]] == [500, None, None]
     assert saved[-1][1]["mode"] == "bad: out of memory" and "compilation failed" in saved[-1][2]["mode"]
 

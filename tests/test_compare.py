@@ -1,6 +1,5 @@
 """The comparison: configured settings, the table, cached measurements, and plans."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,10 +55,9 @@ def plan_of(method: str, levels: tuple[str, ...] = ("w2", "w8"), steps: int = 16
 PLANS = {plan.id: plan for plan in map(plan_of, ("independent", "nested", "systematic", "quadrature"))}
 
 
-@pytest.mark.parametrize(
-    ("which", "expected"),
-    [("all", NAMES), ("largest", ["w16"]), ([0, 2], ["w2", "w8"]), (["gauss", 3, -1], ["gauss", "w16"])],
-)
+@pytest.mark.parametrize(("which", "expected"), [
+    ("all", NAMES), ("largest", ["w16"]), ([0, 2], ["w2", "w8"]), (["gauss", 3, -1], ["gauss", "w16"]),
+])  # fmt: skip
 def test_levels_by_name_and_by_index(which, expected):
     """The Gaussian level has no index; it is among all levels, and may be named."""
     found = settings_of(EMPTY | {"baselines": [BASELINE | {"levels": which}]}, NAMES, 50)
@@ -151,56 +149,51 @@ def test_methods_are_named_for_figures():
     assert list(found.method) == ["coins", "other", "stitched"] and list(found.trusted) == [True, False, True]
 
 
-class Counter:
-    """Linear denoisers that count the images they see."""
+class Make:
+    """Makes a runner, with levels that are linear denoisers; counts the images that all of them see."""
 
-    def __init__(self) -> None:
-        self.images, self.gains = 0, {"w2": 0.5, "w4": 0.8, "w8": 0.9}
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.images = folder, 0
 
-    def level(self, name: str, flops: float) -> Level:
+    def level(self, name: str, gain: float, flops: float) -> Level:
         def denoise(x: Tensor, logsnr: Tensor) -> Tensor:
             self.images += len(x)
-            return self.gains[name] * torch.sigmoid(logsnr) * x
+            return gain * torch.sigmoid(logsnr) * x
 
         return Level(name, denoise, flops)
 
-
-@pytest.fixture
-def counter() -> Counter:
-    return Counter()
-
-
-@pytest.fixture
-def make(counter: Counter, tmp_path: Path) -> Callable[..., Runner]:
-    def runner(**more: Any) -> Runner:
-        levels = [counter.level(name, 1e9 * 4.0**i) for i, name in enumerate(counter.gains)]
+    def __call__(self, **more: Any) -> Runner:
+        levels = self.level("w2", 0.5, 1e9), self.level("w4", 0.8, 4e9), self.level("w8", 0.9, 16e9)
         extractor = Extractor("FD-mean", "k", lambda images: images.float().mean((2, 3)))
         given: dict[str, Any] = {
             "levels": {level.name: level for level in levels}, "process": Process(LinearSchedule(), base_steps=16),
             "gamma": 2.5, "shape": (3, 4, 4), "seeds": list(range(100, 110)), "num_reference": 6, "batch": 4,
-            "device": torch.device("cpu"), "extractor": extractor, "cache": tmp_path / "cache", "key": "a",
+            "device": torch.device("cpu"), "extractor": extractor, "cache": self.folder / "cache", "key": "a",
             "grid_images": 5, "plans": PLANS, "reference_steps": {"sde": 16, "ode": 16},
         }  # fmt: skip
         return Runner(**(given | more))
 
-    return runner
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    return Make(tmp_path)
 
 
 @pytest.mark.parametrize("setting", [*SETTINGS, *(setting_of(p, "ode", "ddim") for p in PLANS.values())])
-def test_costs_are_counted_and_a_finished_setting_is_not_evaluated_again(make, counter, setting):
+def test_costs_are_counted_and_a_finished_setting_is_not_evaluated_again(make, setting):
     runner = make()
     reference = runner.reference(setting.dynamics)
     spent = 6 * (16 + 8 if setting.dynamics == "sde" else 16 + 8 + 4)  # whole, half, and for the ODE a quarter
-    assert reference.shape == (6, 3, 4, 4) and counter.images == spent
+    assert reference.shape == (6, 3, 4, 4) and make.images == spent
     assert runner.reference_flops(setting.dynamics) == spent * 16e9
-    assert torch.equal(make().reference(setting.dynamics), reference) and counter.images == spent
+    assert torch.equal(make().reference(setting.dynamics), reference) and make.images == spent
     assert not runner.is_done(setting)
     first, evaluations = runner.read(setting), setting.evaluations(runner.process)
-    calls = counter.images - spent
+    calls = make.images - spent
     assert runner.is_done(setting) and calls / 10 == pytest.approx(first.row["network_calls"])
     timing = Timing({part: (2.0**-i, 0.0) for i, part in enumerate(sorted(first.work))})
     again = make(timing=timing).read(setting)  # another process later, on a machine that is timed
-    assert counter.images == calls + spent and first.row["seconds"] is None
+    assert make.images == calls + spent and first.row["seconds"] is None
     assert again.row == first.row | {"seconds": timing.seconds(first.work)} and again.row["seconds"] > 0
     assert first.work[f"step {setting.rule.key}"] == evaluations
     for part in ("errors", "features", "images"):
@@ -250,7 +243,7 @@ def test_errors_are_those_on_the_same_paths(make):
     assert bias == {"sde": {"steps": 16, "finest": 8, "setting": "DPM-Solver++(2M), w8, 8 steps"}}
 
 
-def test_a_stopped_setting_and_a_damaged_file(make, counter):
+def test_a_stopped_setting_and_a_damaged_file(make):
     runner, calls = make(), iter([False, True])
     with pytest.raises(Interrupted):
         runner.measure(SETTINGS[3], lambda: next(calls))
@@ -258,21 +251,18 @@ def test_a_stopped_setting_and_a_damaged_file(make, counter):
     before = runner.read(SETTINGS[3])
     for file in runner.cache.iterdir():  # two batches of the reference, and the setting
         file.write_bytes(file.read_bytes()[:-50])
-    counter.images = 0
+    make.images = 0
     with pytest.warns(SlowPath, match="was damaged"):
         assert np.array_equal(make().read(SETTINGS[3]).errors, before.errors)
-    assert counter.images > 6 * 16
+    assert make.images > 6 * 16
 
 
 def test_diverged_settings_are_rows_without_an_error(make):
-    def broken(x: Tensor, logsnr: Tensor) -> Tensor:
-        return torch.where(x.flatten(1).mean(1)[:, None, None, None] > 0, x * torch.inf, x)
-
-    levels = make().levels | {"w2": Level("w2", broken, 1e9)}
-    found = make(levels=levels).read(SamplerSetting("ode", "ddim", "single", ("w2",), 8))
+    broken = Level("w2", lambda x, u: torch.where(x.mean((1, 2, 3), keepdim=True) > 0, x * torch.inf, x), 1e9)
+    found = make(levels=make().levels | {"w2": broken}).read(SamplerSetting("ode", "ddim", "single", ("w2",), 8))
     assert 0 < found.row["diverged"] < 10 and found.row["error"] is None and found.row["error_se"] is None
     with pytest.raises(UserError, match=r"reference of the ODE.*not finite"):
-        make(levels={"w8": levels["w2"]}, key="c").reference("ode")
+        make(levels={"w8": broken}, key="c").reference("ode")
     values = torch.tensor([0.5, -999.0, 1001.0, torch.nan, -torch.inf]).reshape(5, 1, 1, 1)
     assert diverged(values).tolist() == [False, False, True, True, True]
 

@@ -220,7 +220,8 @@ WRONG += ["paths.results=", "paths.data=null", "name=../../x", "name=/x", "name=
 WRONG += ["compare.gamma=often", "sampler=heun", "optimise.cost=money", "max_minutes=-1", "compare.seed=-3", "train=5"]
 WRONG += ["rates.gammas=[0]", "benchmark.small.batches=[a]", "timing.rounds=0", "compare.baselines=all"]
 WRONG += ["process.spacing=even", "family.target=score", "unet.dropout=2"]
-OTHERS = [
+REFUSED = [(text, rf"^{text.split('=')[0]}=.* must be ") for text in WRONG]
+REFUSED += [
     (f"{BASELINE}step: 4}}]", r"baselines\[0\]\.step is no setting"),
     (f"{BASELINE}steps: [a]}}]", r"\[0\]\.steps=\[a\]"),
     ("train.narrow=[{images: 9}]", "lacks the key upto"), ("+optimize={seed: 1}", "optimize is no setting"),
@@ -228,9 +229,7 @@ OTHERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("override", "sentence"), [*((text, rf"^{text.split('=')[0]}=.* must be ") for text in WRONG), *OTHERS]
-)
+@pytest.mark.parametrize(("override", "sentence"), REFUSED)
 def test_a_wrong_value_is_one_sentence_that_names_its_key(override, sentence):
     with pytest.raises(UserError, match=sentence) as error:
         settled(override)

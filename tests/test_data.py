@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -55,11 +56,9 @@ def write(path: Path, kind: str, files: Files, mode: Any = "w") -> Path:
     return path
 
 
-def add(archive: tarfile.TarFile, name: str, contents: bytes = b"", **fields) -> None:
+def add(archive: tarfile.TarFile, name: str, contents: bytes = b"", link: str = "") -> None:
     member = tarfile.TarInfo(name)
-    member.size = len(contents)
-    for key, value in fields.items():
-        setattr(member, key, value)
+    member.size, member.linkname, member.type = len(contents), link, tarfile.SYMTYPE if link else tarfile.REGTYPE
     archive.addfile(member, io.BytesIO(contents))
 
 
@@ -83,13 +82,8 @@ def assert_refused(source: Path | str, destination: Path, words: str, **settings
 
 @pytest.mark.parametrize("kind", [*KINDS, "tar.xz"])
 def test_every_kind_of_source_gives_the_same_array(tmp_path: Path, kind: str) -> None:
-    files = dict(reversed(faces().items())) | {
-        "readme.txt": b"text",
-        "__MACOSX/img_align_celeba/000001.png": b"resource fork",
-        "img_align_celeba/._000001.png": b"resource fork",
-        ".hidden/1.jpg": b"x",
-        "Thumbs.db": b"thumbnails",
-    }
+    others = ["__MACOSX/img_align_celeba/000001.png", "img_align_celeba/._000001.png", ".hidden/1.jpg", "Thumbs.db"]
+    files = dict(reversed(faces().items())) | dict.fromkeys([*others, "readme.txt"], b"no image")
     source = write(tmp_path / "images.zip", kind, files)  # the kind is recognised by content
     manifest = prepare(source, tmp_path / "packed")
     loaded = data.load(tmp_path / "packed")
@@ -333,13 +327,8 @@ def test_an_interruption_leaves_the_earlier_data_or_none(tmp_path: Path, monkeyp
     source = write(tmp_path / "a.zip", "zip", faces())
     before = prepare(source, tmp_path / "packed")
     (tmp_path / "packed" / ".images.npy.999999.partial").touch()  # of a run that was killed
-
-    def interrupt(done: int, total: int) -> None:
-        if done == 6:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        prepare(source, tmp_path / "packed", size=8, progress=interrupt)
+        prepare(source, tmp_path / "packed", size=8, progress=Mock(side_effect=[*[None] * 5, KeyboardInterrupt]))
     assert sorted(os.listdir(tmp_path / "packed")) == [".lock", "images.npy", "manifest.json", "split.npy"]
     loaded = data.load(tmp_path / "packed")
     assert loaded.manifest == before and loaded.images.shape == (12, 3, 16, 16)
@@ -391,13 +380,13 @@ def test_names_and_links_inside_an_archive_lead_nowhere(tmp_path: Path, kind: st
     source = write(tmp_path / "evil", kind, faces(8, "") | {name: encode(noise(50)) for name in outside})
     if kind == "tar":
         with tarfile.open(source, "a") as archive:
-            add(archive, "within.png", type=tarfile.SYMTYPE, linkname="000003.png")
+            add(archive, "within.png", link="000003.png")
     assert prepare(source, tmp_path / "packed")["count"] == 12 + (kind == "tar")
     assert sorted(os.listdir(tmp_path)) == ["evil", "packed", "secret.png"] and not Path("/x.png").exists()
     if kind == "tar":
         assert np.array_equal(packed(tmp_path / "packed")[-1], noise(3))
         with tarfile.open(source, "a") as archive:
-            add(archive, "without.png", type=tarfile.SYMTYPE, linkname="../secret.png")
+            add(archive, "without.png", link="../secret.png")
         assert_refused(source, tmp_path / "other", "'without.png' in evil is broken")
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
-from torch import Tensor, nn
 from toys import SHAPE, gaussian_level, nonlinear_denoise, process, toy_family
 
 from mlem_diffusion.diffusion import sampler
@@ -67,11 +66,9 @@ def test_differences_of_linear_levels_are_exact() -> None:
 @pytest.mark.parametrize(("key", "spent"), [("ode/heun", 12 * (8 * 21 + 7 * 16)), ("sde/ddpm", 12 * 8 * 21)])
 def test_states_are_those_of_the_largest_level_alone_and_batches_do_not_matter(key: str, spent: float) -> None:
     """At the last noise level the largest level's output is the finished image."""
-    family = toy_family()
-    (whole, flops), (parts, again) = (
-        measure(family, process(), STEP_RULES[key], PATH, 8, batch, max) for batch in (12, 5)
-    )
-    images, _ = sample(SingleLevel(family[-1]), STEP_RULES[key], process().grid(8), PATH)
+    family, rule = toy_family(), STEP_RULES[key]
+    (whole, flops), (parts, again) = (measure(family, process(), rule, PATH, 8, batch, max) for batch in (12, 5))
+    images, _ = sample(SingleLevel(family[-1]), rule, process().grid(8), PATH)
     np.testing.assert_allclose(whole.spread[-1], images.double().var(0).mean(), rtol=1e-4)
     np.testing.assert_allclose(whole.square, parts.square, rtol=1e-4, atol=1e-10)
     np.testing.assert_allclose(whole.spread, parts.spread, rtol=1e-4, atol=1e-10)
@@ -102,25 +99,14 @@ def test_a_sound_family_passes_and_its_table_shows_its_numbers() -> None:
 
 
 # ------------------------------------------------------------------------------------------- contract, telescope
-
-
-class Dropping(nn.Module):
-    def forward(self, x: Tensor, logsnr: Tensor) -> Tensor:
-        return nn.functional.dropout(nonlinear_denoise(x, logsnr), 0.1)
-
-
-def nan_at_the_clean_end(x: Tensor, logsnr: Tensor) -> Tensor:
-    return nonlinear_denoise(x, logsnr) * torch.where(logsnr < 5, 1.0, float("nan")).reshape(-1, 1, 1, 1)
-
-
 BROKEN = {
-    "eval mode": Dropping(),
+    "eval mode": lambda x, u: torch.nn.functional.dropout(nonlinear_denoise(x, u), 0.1),
     "keep their shape": lambda x, u: x[:, :1],
     "not torch.float32": lambda x, u: x.double(),
     "not finite at log-SNR -9.0": lambda x, u: x * float("nan"),
     "copy": lambda x, u: x.mul_(0.5),
     "another batch": lambda x, u: x - x.mean(0),
-    "9.0": nan_at_the_clean_end,
+    "9.0": lambda x, u: nonlinear_denoise(x, u) * torch.where(u < 5, 1.0, float("nan")).reshape(-1, 1, 1, 1),
 }
 
 
@@ -181,9 +167,8 @@ def test_gains_are_measured_before_diagnostics_but_after_the_contract(tmp_path: 
     numbers = {"seed": 0, "calibrate": 4, "calibrate_steps": 6, "probes": 1, "diagnose": {"seeds": 4, "steps": 6},
                "num_select": 4}  # fmt: skip
     exp: Any = SimpleNamespace(process=process(), shape=SHAPE, device="cpu", progress=lambda *a: nullcontext(max))
-    exp.cfg = OmegaConf.create(
-        {"optimise": numbers | {"rules": rules, "methods": []}, "compare": {"batch": 8, "seed": 90, "num_samples": 4}}
-    )
+    compare = {"batch": 8, "seed": 90, "num_samples": 4}
+    exp.cfg = OmegaConf.create({"optimise": numbers | {"rules": rules, "methods": []}, "compare": compare})
     exp.cached = lambda stem, facts, read, make: (make(tmp_path / stem), read(tmp_path / stem))[1]
     found = plan_search.diagnostics(exp, {level.name: level for level in toy_family()}).values()
     assert [(f["step_rule"], f["pooling"]) for f in found] == [("ddpm", "gains"), ("ddim", "uniform")]
@@ -216,8 +201,6 @@ def test_the_telescope_check_detects_wrong_weights_and_a_wrong_gather(monkeypatc
 
 
 # -------------------------------------------------------------------------------------------------- findings
-
-
 def test_differences_that_grow_are_located() -> None:
     assert texts(statistics(*GOOD)) == [] and any("good hierarchy" in t for t in texts(statistics(*GOOD), "ok"))
     s = statistics(*GOOD)

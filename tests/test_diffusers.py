@@ -52,10 +52,9 @@ def agrees(rule: str, scheduler: Any, logsnr: np.ndarray, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("count", [10, 25])
-@pytest.mark.parametrize(
-    ("rule", "name", "own"),
-    [("sde/ddpm", "DDPM", {"variance_type": "fixed_small"}), ("ode/ddim", "DDIM", {"set_alpha_to_one": True})],
-)
+@pytest.mark.parametrize(("rule", "name", "own"), [
+    ("sde/ddpm", "DDPM", {"variance_type": "fixed_small"}), ("ode/ddim", "DDIM", {"set_alpha_to_one": True}),
+])  # fmt: skip
 def test_first_order(rule: str, name: str, own: Any, count: int, monkeypatch: pytest.MonkeyPatch):
     make = getattr(diffusers, f"{name}Scheduler")
     scheduler = make(clip_sample=False, prediction_type="sample", timestep_spacing="leading", **own)

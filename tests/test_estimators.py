@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from toys import SHAPE, process, toy_family
+from toys import SHAPE, probabilities, process, toy_family
 
 from mlem_diffusion.diffusion.brownian import BrownianPath
 from mlem_diffusion.diffusion.level import Level, base_of
@@ -16,11 +16,6 @@ from mlem_diffusion.multilevel.timing import work_of
 
 FLOPS, FAMILY, SMALL = [1.0, 4.0, 16.0], toy_family(), (1, 1, 1)
 DDPM, DDIM = STEP_RULES["sde/ddpm"], STEP_RULES["ode/ddim"]
-
-
-def table(n: int) -> np.ndarray:
-    t = np.linspace(0, 1, n)
-    return np.stack([np.ones(n), 0.5 - 0.3 * t, 0.1 + 0.3 * t**2], axis=1)
 
 
 def weights_of(n: int) -> np.ndarray:
@@ -60,7 +55,7 @@ def test_one_multilevel_step_is_unbiased_with_the_stated_variance() -> None:
 
 
 @pytest.mark.parametrize("coins", COINS)
-@pytest.mark.parametrize("p", [np.array([1.0, 0.3, 0.3]), np.array([1.0, 1.0, 0.3]), table(12)])
+@pytest.mark.parametrize("p", [np.array([1.0, 0.3, 0.3]), np.array([1.0, 1.0, 0.3]), probabilities(12)])
 def test_mean_realised_cost_is_the_expected_cost(p: np.ndarray, coins: str) -> None:
     """Evaluations per level agree within 4 standard errors over 1000 samples; equal neighbours cancel sometimes."""
     estimator, path = Multilevel(FAMILY, p, coins), BrownianPath(range(1000), SMALL)
@@ -78,12 +73,7 @@ def test_cancelled_levels_are_not_evaluated() -> None:
     p, calls = np.array([1.0, 0.5, 0.5]), []
     assert Multilevel(FAMILY, p).expected_flops(20) == pytest.approx(20 * (1.0 + 0.5 * 4 + 0.5 * 16))
     assert Multilevel(FAMILY, p, "nested").expected_evaluations(12) == pytest.approx([12.0, 0.0, 6.0])
-
-    def counted(x: torch.Tensor, logsnr: torch.Tensor) -> torch.Tensor:
-        calls.append(len(x))
-        return 0 * x
-
-    family = tuple(Level(level.name, counted, level.flops) for level in FAMILY)
+    family = [Level(level.name, lambda x, u: calls.append(len(x)) or 0 * x, level.flops) for level in FAMILY]
     _, ledger = sample(Multilevel(family, p), DDIM, process().grid(20), BrownianPath(range(50), SMALL))
     assert sum(calls) == sum(ledger.evaluations)
 
@@ -150,8 +140,8 @@ def test_a_base_that_levels_share_runs_once_per_estimate_and_counts_once() -> No
     SingleLevel(FAMILY[1]),
     Stitched([FAMILY[1], FAMILY[0], FAMILY[2]], [0.3, 0.5]),
     Multilevel(FAMILY, np.array([1.0, 0.5, 0.3])),
-    Multilevel(FAMILY, table(12), "systematic"),
-    Multilevel(FAMILY, table(12), "nested"),
+    Multilevel(FAMILY, probabilities(12), "systematic"),
+    Multilevel(FAMILY, probabilities(12), "nested"),
     Quadrature(FAMILY, weights_of(12)),
 ], ids=lambda d: type(d).__name__)  # fmt: skip
 def test_an_estimator_gives_the_weighted_estimates_and_records_them(estimator: Estimator) -> None:
@@ -184,7 +174,7 @@ def test_special_quadratures_equal_other_estimators() -> None:
     lambda: Multilevel(FAMILY[::-1], np.ones(3)),
     lambda: Multilevel((FAMILY[0], FAMILY[0]), np.ones(2)),
     lambda: Multilevel((), np.ones(0)),
-    lambda: Multilevel(FAMILY, table(12)).expected_evaluations(10),
+    lambda: Multilevel(FAMILY, probabilities(12)).expected_evaluations(10),
     lambda: Multilevel(FAMILY, np.ones(3), "stratified").weights(10, [0]),
     *(lambda switches=s: Stitched(FAMILY, switches) for s in ([0.5, 1.5], [0.5, 0.2], [0.5], [0.1, float("nan")])),
     lambda: Stitched([FAMILY[0], Level("w0", FAMILY[1].denoise, 9.0)], [0.5]),
@@ -200,12 +190,8 @@ def test_bad_estimators_are_refused(make) -> None:
 def test_levels_may_reuse_their_output_buffer_and_share_one_noise_level() -> None:
     """An estimate must not change when a level is called again, as in networks replayed from a CUDA graph."""
     buffer, seen = torch.empty(4, *SHAPE), []
-
-    def denoise(x: torch.Tensor, logsnr: torch.Tensor) -> torch.Tensor:
-        seen.append(logsnr.ndim)
-        return torch.mul(x, logsnr, out=buffer[: len(x)])
-
-    estimate = WeightTable([Level("replayed", denoise, 1.0)], np.ones((2, 4, 1)))
+    level = Level("replayed", lambda x, u: seen.append(u.ndim) or torch.mul(x, u, out=buffer[: len(x)]), 1.0)
+    estimate = WeightTable([level], np.ones((2, 4, 1)))
     first, second = estimate(0, torch.ones(4, *SHAPE), 0.5), estimate(1, torch.ones(4, *SHAPE), -2.0)
     assert torch.all(first == 0.5) and torch.all(second == -2.0) and seen == [0, 0]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from toys import grid_of, nonlinear_denoise, process, toy_family
+from toys import grid_of, nonlinear_denoise, probabilities, process, toy_family
 
 from mlem_diffusion.diffusion.brownian import BrownianPath
 from mlem_diffusion.diffusion.level import Level
@@ -19,11 +19,6 @@ from mlem_diffusion.multilevel.estimators import Multilevel, constant_probabilit
 from mlem_diffusion.multilevel.learned import LogOdds, Networks, follow_coins, gradient_estimate, learn_probabilities
 
 SHAPE, CPU, FLOPS, DDPM = (2, 3, 3), torch.device("cpu"), np.array([1.0, 4.0, 16.0]), STEP_RULES["sde/ddpm"]
-
-
-def toy_p(n: int) -> np.ndarray:
-    t = np.linspace(0, 1, n)
-    return np.stack([np.ones(n), 0.6 - 0.2 * t, 0.2 + 0.3 * t], axis=1)
 
 
 def outcomes(n: int, levels: int) -> list[np.ndarray]:
@@ -74,7 +69,7 @@ def test_one_coin_at_a_time_gives_the_exact_gradient(key: str) -> None:
     """-E[D_c] equals dE[L]/dp_c to 1e-6 for each of 6 coins, in float64 along 2 paths.
     E averages over every outcome of the other coins with its exact probability."""
     n, paths, exact = 3, 2, Enumerated(key, 3, paths=2)
-    p, table = toy_p(n), np.stack(outcomes(n, 3))  # [64, n, K]
+    p, table = probabilities(n), np.stack(outcomes(n, 3))  # [64, n, K]
     chance = np.where(table, p, 1 - p)[..., 1:].reshape(len(table), -1).prod(axis=1)
     expected = exact.gradient(p)
     for step, level in product(range(n), (1, 2)):
@@ -92,7 +87,7 @@ def test_batches_of_random_coins_estimate_the_gradient() -> None:
     The enumeration averages 400 other paths; the tolerance includes their error (2%)."""
     exact = Enumerated("sde/ddpm", 3, paths=400)
     odds = LogOdds([e.logsnr for e in exact.program], FLOPS, knots=2)
-    phi = odds.fit(toy_p(3))
+    phi = odds.fit(probabilities(3))
     expected = (exact.gradient(odds.table(phi))[:, 1:] * odds.slope(phi)).T @ odds.hats
     found = np.array([gradient_estimate(exact.networks, odds, phi, seed, 12, 8) for seed in range(40)])
     se = found.std(axis=0, ddof=1) / 40**0.5
@@ -100,24 +95,21 @@ def test_batches_of_random_coins_estimate_the_gradient() -> None:
     assert np.all(np.abs(found.mean(axis=0) - expected) < 4.5 * np.hypot(se, 0.02 * np.abs(expected)))
 
 
-def uneven_family() -> tuple[Level, ...]:
-    """Level differences of size 0.4 and 0.1 around log-SNR 1, and 30 times smaller elsewhere."""
+def uneven(k: int) -> Level:
+    """Levels with differences of size 0.4 and 0.1 around log-SNR 1, and 30 times smaller elsewhere."""
 
-    def make(k: int) -> Level:
-        def denoise(x: Tensor, logsnr: Tensor) -> Tensor:
-            size = 0.03 + torch.exp(-((expand(logsnr, x) - 1) ** 2))
-            return nonlinear_denoise(x, logsnr, 0.7) + 0.4 * 4.0**-k * size * torch.sin(3 * x + k)
+    def denoise(x: Tensor, logsnr: Tensor) -> Tensor:
+        size = 0.03 + torch.exp(-((expand(logsnr, x) - 1) ** 2))
+        return nonlinear_denoise(x, logsnr, 0.7) + 0.4 * 4.0**-k * size * torch.sin(3 * x + k)
 
-        return Level(f"u{k}", denoise, 6.0**k)
-
-    return tuple(make(k) for k in range(3))
+    return Level(f"u{k}", denoise, 6.0**k)
 
 
 def test_learned_probabilities_beat_constant_ones_at_the_same_cost() -> None:
     """On gains that vary strongly in time, the learned probabilities have less than 0.8 of the constant ones' error.
     On 400 other seeds the paired difference exceeds 4 standard errors. The expected cost agrees to 0.1%. Learning again
     gives the same probabilities, and so do other units of cost."""
-    family, grid, n = uneven_family(), process(spacing="logsnr").grid(12), 12
+    family, grid, n = tuple(map(uneven, range(3))), process(spacing="logsnr").grid(12), 12
     costs = np.array([f.flops for f in family])
     constant = constant_probabilities(costs, 2.5, 2.0)
     budget = Multilevel(family, constant).expected_flops(n)

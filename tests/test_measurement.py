@@ -4,12 +4,12 @@ import copy
 import json
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from pipeline import ROOT
 from toys import FORMS, contains, flops_of, gaussian_level, gaussian_variance, law, noisy_family, process, toy_family
 
 from mlem_diffusion.diffusion.level import Level
@@ -18,14 +18,6 @@ from mlem_diffusion.experiment.runs import gain_densities, used_gamma
 from mlem_diffusion.gamma import measurement
 from mlem_diffusion.gamma.drops import fit_drops
 from mlem_diffusion.gamma.estimates import estimate
-from mlem_diffusion.gamma.measurement import (
-    family_pairs,
-    hierarchy_warnings,
-    overfitting_warnings,
-    seed_variances,
-    squared_differences,
-    summary,
-)
 from mlem_diffusion.gamma.power_law import Fit, fit
 from mlem_diffusion.gamma.verdict import BY_LOSS, htmc_answer, mixed_architectures
 
@@ -47,7 +39,7 @@ def groups(rng: np.random.Generator) -> list[tuple[str, list[np.ndarray]]]:
 
 def test_the_spread_matches_the_seeds():
     rng = np.random.default_rng(0)
-    found = [seed_variances(groups(rng), np.full(3, 1 / 3)) for _ in range(300)]
+    found = [measurement.seed_variances(groups(rng), np.full(3, 1 / 3)) for _ in range(300)]
     for form, levels_in_it in (("loss_fit", 1), ("to_largest", 1), ("differences", 2)):
         assert np.mean([variance[form] for variance in found]) == pytest.approx(levels_in_it * SCATTER**2, rel=0.15)
 
@@ -112,7 +104,7 @@ LOGSNR = np.array([-6.0, -1.0, 0.5, 7.0])
 
 def denoising_errors(levels, *arguments, **named):
     """loss [K, M, S], to_previous and to_largest [K-1, M, S]."""
-    found = squared_differences(levels, family_pairs(len(levels)), *arguments, **named)
+    found = measurement.squared_differences(levels, measurement.family_pairs(len(levels)), *arguments, **named)
     return np.split(found, [len(levels), 2 * len(levels) - 1])
 
 
@@ -141,12 +133,9 @@ def test_differences_follow_their_definitions():
 
 def test_noise_is_common_to_the_levels_and_fresh_elsewhere():
     seen: dict[str, list[torch.Tensor]] = {"a": [], "b": []}
-
-    def recorder(name: str) -> Level:
-        return Level(name, lambda x, logsnr: seen[name].append(x) or x, 1.0)
-
+    recorders = [Level(name, lambda x, u, own=own: own.append(x) or x, 1.0) for name, own in seen.items()]
     # images of zeros at one noise level, twice, so that the level sees the noise alone
-    denoising_errors([recorder("a"), recorder("b")], torch.zeros(5, 3, 16, 16), np.array([0.0, 0.0]))
+    denoising_errors(recorders, torch.zeros(5, 3, 16, 16), np.array([0.0, 0.0]))
     a, b = torch.cat(seen["a"]).flatten(1), torch.cat(seen["b"]).flatten(1)
     assert torch.equal(a, b)
     correlation = np.corrcoef(a.numpy())  # 5 images at 2 noise levels
@@ -161,12 +150,7 @@ def test_exact_denoiser_has_the_exact_error():
     np.testing.assert_allclose(loss[0].mean(0), 0.25 * sigma**2 / gaussian_variance(LOGSNR, 0.5), rtol=0.026)
 
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.mark.parametrize(
-    ("gamma", "answer"), [(5.0, "yes"), (1.2, "no"), (2.0, "undetermined"), (None, "undetermined")]
-)
+@pytest.mark.parametrize(("gamma", "answer"), [(5, "yes"), (1.2, "no"), (2, "undetermined"), (None, "undetermined")])
 def test_harder_than_monte_carlo(gamma, answer):
     result = estimate(noisy_family(gamma), 0, 60)
     assert result["htmc"] == answer and result["htmc_reason"].endswith(".")
@@ -175,18 +159,15 @@ def test_harder_than_monte_carlo(gamma, answer):
     json.dumps(result, allow_nan=False)
 
 
-@pytest.mark.parametrize(
-    ("gammas", "answer", "alone"),
-    [((5, 5, 5), "yes", "yes"), ((1, 5, 5), "undetermined", "no"), ((5, 5, 1), "undetermined", "yes"),
-     ((1, 1, 1), "no", "no"), ((None, 5, 5), "yes", "undetermined")],
-)  # fmt: skip
+@pytest.mark.parametrize(("gammas", "answer", "alone"), [
+    ((5, 5, 5), "yes", "yes"), ((1, 5, 5), "undetermined", "no"), ((5, 5, 1), "undetermined", "yes"),
+    ((1, 1, 1), "no", "no"), ((None, 5, 5), "yes", "undetermined"),
+])  # fmt: skip
 def test_the_loss_may_veto_and_decides_alone_where_levels_are_not_nested(gammas, answer, alone):
     flops = flops_of(7)
     weak = law(flops, 5.0)["loss_fit"] * (1 + 0.15 * (-1.0) ** np.arange(7))  # falls, but its interval has 2
-    fits = {
-        form: fit(form, flops, weak if gamma is None else law(flops, gamma)[form])
-        for form, gamma in zip(FORMS, gammas, strict=True)
-    }
+    laws = [weak if gamma is None else law(flops, gamma)[form] for form, gamma in zip(FORMS, gammas, strict=True)]
+    fits = {form: fit(form, flops, values) for form, values in zip(FORMS, laws, strict=True)}
     fits["drops"] = fit_drops(flops, weak if gammas[0] is None else law(flops, gammas[0])["loss_fit"])[0]
     assert fits["loss_fit"].falls
     assert htmc_answer(fits, nested=True)[0] == answer
@@ -210,7 +191,7 @@ def test_differences_of_levels_that_are_not_nested_do_not_apply():
     for result in others[:2]:
         assert [e["applicable"] for e in result["estimates"].values()] == [True, True, False, False]
         assert result["htmc"] == "yes" and "by the loss alone" in result["htmc_reason"]
-        assert summary({**result, "warnings": []}).count("NOT APPLICABLE") == 2
+        assert measurement.summary({**result, "warnings": []}).count("NOT APPLICABLE") == 2
 
 
 def test_levels_of_several_architectures_are_named():
@@ -261,11 +242,11 @@ def test_content():
 
 def test_warnings_name_the_bad_pairs_only():
     good = noisy_family(2.5, scatter=0.0)
-    assert hierarchy_warnings(good) == []
+    assert measurement.hierarchy_warnings(good) == []
     bad = copy.deepcopy(good)
     bad.loss[3] = 1.02 * bad.loss[2]
     bad.to_previous[4] *= 10
-    text = hierarchy_warnings(bad)
+    text = measurement.hierarchy_warnings(bad)
     assert "w32 is not measurably better than w24 in loss." in text
     assert any(line.startswith("w40 and w48 differ by more than twice") for line in text)
     assert not any(line.startswith(("w8 ", "w16 ")) for line in text)  # the good pairs stay unmentioned
@@ -276,7 +257,7 @@ def test_overfitting_is_reported_once_per_level():
     first = 1 + 0.1 * rng.standard_normal((2, 100))
     second = first - 0.05
     third = np.stack([second[0] - 0.05, second[1] + 0.02 + 0.001 * rng.standard_normal(100)])
-    (found,) = overfitting_warnings(["a", "b"], [[10, 10], [20, 20], [40, 40]], [first, second, third])
+    (found,) = measurement.overfitting_warnings(["a", "b"], [[10, 10], [20, 20], [40, 40]], [first, second, third])
     assert found.startswith("The held-out loss of b after 40 images is above that after 20 by 0.0199")
     noisy = third + 0.5 * rng.standard_normal(third.shape)
-    assert overfitting_warnings(["a"], [[1], [2]], [second[:1], noisy[:1]]) == []
+    assert measurement.overfitting_warnings(["a"], [[1], [2]], [second[:1], noisy[:1]]) == []

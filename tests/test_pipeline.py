@@ -24,8 +24,6 @@ def table(place: Place) -> pd.DataFrame:
 
 
 # ------------------------------------------------------------------------------------------------- artefacts
-
-
 def test_all_artefacts_exist(done):
     place, printed = done
     expected = [
@@ -101,13 +99,11 @@ def test_records_of_every_stage(done):
 
 
 # ------------------------------------------------------------------------------------------ done stays done
-
-
 @pytest.mark.parametrize("stage", ["prepare_data", *RECORDED])
 def test_a_finished_stage_is_not_repeated(done, here, stage):
     before = done[0].digest()
     run = here(stage, done[0])
-    assert run.code == 0 and done[0].digest() == before
+    assert done[0].digest() == before
     assert "already" in run.out or stage == "prepare_data"
 
 
@@ -115,19 +111,17 @@ def test_force_and_changed_settings_run_again(done, here, tmp_path):
     place = done[0].copy_to(tmp_path)
     gamma = (place.results / "gamma.json").read_text()
     (place.results / "gamma.png").unlink()
-    run = here("measure_gamma", place, "force=true")
-    assert run.code == 0 and "already done" not in run.out
+    assert "already done" not in here("measure_gamma", place, "force=true").out
     assert (place.results / "gamma.json").read_text() == gamma and (place.results / "gamma.png").is_file()
-    assert here("measure_gamma", place, "gamma.images=32").code == 0
+    here("measure_gamma", place, "gamma.images=32")
     assert strict(place.results / "gamma.json")["held_out_images"] == 32
 
 
 def test_interrupted_training_resumes_to_the_same_weights(done, here, tmp_path):
     place, widths = done[0].copy_to(tmp_path, "data"), "family.widths=[2,3]"
-    run = here("train_levels", place, widths, "max_minutes=0")
-    assert run.code == 75 and "run the same command again" in run.complaint
+    assert "run the same command again" in here("train_levels", place, widths, "max_minutes=0", code=75).complaint
     assert not (place.checkpoints / "w2" / "metadata.json").exists()
-    assert here("train_levels", place, widths).code == 0
+    here("train_levels", place, widths)
     for width in (2, 3):
         for path in (done[0].checkpoints / f"w{width}").glob("*.safetensors"):
             a, b = load_file(path), load_file(place.checkpoints / f"w{width}" / path.name)
@@ -137,19 +131,16 @@ def test_interrupted_training_resumes_to_the_same_weights(done, here, tmp_path):
 def test_a_family_of_functions_needs_no_images_and_no_training(here, tmp_path):
     callable = "family.callable={_target_: mlem_diffusion.models.analytic.analytic_family}"
     run = here("train_levels", Place(tmp_path), callable)
-    assert run.code == 0 and "nothing to do" in run.out and not Place(tmp_path).digest()
+    assert "nothing to do" in run.out and not Place(tmp_path).digest()
 
 
 # --------------------------------------------------------------------------------------------- side by side
-
-
 def test_workers_draw_the_same_samples_and_enough_images_have_distances(done, here, tmp_path, monkeypatch):
     """Two workers instead of one process: an equal table, but for distances on the frontiers."""
     place = done[0].copy_to(tmp_path)
     shutil.rmtree(place.results / "cache")
     monkeypatch.setattr(features, "MIN_IMAGES", 24)
-    run = here("sample_compare", place, "workers=2", "force=true")
-    assert run.code == 0, run.err
+    here("sample_compare", place, "workers=2", "force=true")
     rows, before = table(place), table(done[0])
     other = ["seconds", *(name for name in rows if name.startswith("distance"))]
     pd.testing.assert_frame_equal(rows.drop(columns=other), before.drop(columns=other))
@@ -173,13 +164,10 @@ def test_ranks_draw_the_same_samples(done, tmp_path):
 
 
 # ----------------------------------------------------------------------------------- dry runs and wrong input
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_dry_run_prints_configuration_and_cost_and_writes_nothing(here, tmp_path, stage):
     place = Place(tmp_path / "dry")
     run = here(stage, place, "dry_run=true")
-    assert run.code == 0, run.err
     assert "name: smoke" in run.out and f"estimated cost of {stage}" in run.out
     if stage in ("train_levels", "measure_gamma", "sample_compare"):
         found = re.search(rf"estimated cost of {stage}\s+([\d.]+) TFLOP", run.out)
@@ -196,9 +184,8 @@ def test_a_dry_run_prints_configuration_and_cost_and_writes_nothing(here, tmp_pa
 ])  # fmt: skip
 def test_wrong_input_is_one_line_and_exit_status_2(here, tmp_path, stage, more, sentence):
     few = ["data.count=24", "data.holdout=8"] if stage == "train_levels" else []
-    run = here(stage, Place(tmp_path / "wrong"), *few, *more)
-    assert run.code == 2, run.err
-    assert run.complaint.startswith(f"{stage}: ") and sentence in run.complaint
+    complaint = here(stage, Place(tmp_path / "wrong"), *few, *more, code=2).complaint
+    assert complaint.startswith(f"{stage}: ") and sentence in complaint
 
 
 LARGE, ONE = ["compare.num_samples=1000", "metrics.dim=1000"], "dynamics: ode, step_rule: ddim, estimator: single"
@@ -215,17 +202,16 @@ LARGE, ONE = ["compare.num_samples=1000", "metrics.dim=1000"], "dynamics: ode, s
 ])  # fmt: skip
 def test_wrong_requests_on_a_finished_experiment(done, here, stage, more, sentence):
     before = done[0].digest()
-    run = here(stage, done[0], *more)
-    assert run.code == 2, run.out + run.err
-    assert run.complaint.startswith(f"{stage}: ") and sentence in run.complaint
+    complaint = here(stage, done[0], *more, code=2).complaint
+    assert complaint.startswith(f"{stage}: ") and sentence in complaint
     assert {n for n, v in done[0].digest().items() if before.get(n) != v and "cache" not in n} == set()
 
 
 def test_levels_of_another_data_set_are_refused(done, here, tmp_path):
     place = done[0].copy_to(tmp_path)
     shutil.rmtree(place.folder / "data")
-    run = here("sample_compare", place, "data.seed=1", "data.count=24", "data.holdout=8")
-    assert run.code == 2 and "is not the data set that the levels" in run.complaint
+    run = here("sample_compare", place, "data.seed=1", "data.count=24", "data.holdout=8", code=2)
+    assert "is not the data set that the levels" in run.complaint
 
 
 def test_artefacts_of_other_levels_are_refused(done, here, tmp_path):
@@ -234,24 +220,21 @@ def test_artefacts_of_other_levels_are_refused(done, here, tmp_path):
         content = strict(place.results / name)
         content["made_with"]["levels"]["w3"] = "0" * 64
         write_json(place.results / name, content)
-        run = here("sample_compare", place)
-        assert run.code == 2 and "made with other levels" in run.complaint and "w3" in run.complaint
+        complaint = here("sample_compare", place, code=2).complaint
+        assert "made with other levels" in complaint and "w3" in complaint
 
 
 def test_jobs_of_a_sweep_write_to_folders_of_their_own(done, here, tmp_path):
     done[0].copy_to(tmp_path, "data")
     place = Place(tmp_path, options=())  # every override of a sweep is in its folders' names
-    run = here("train_levels", place, "-m", "train.seed=-1,0,1", "train.images=64", "family.widths=[2]")
-    assert (
-        run.code == 2 and "train.seed=-1 must be" in run.err and "1 of the sweep's jobs" in run.err
-    )  # the others go on
+    run = here("train_levels", place, "-m", "train.seed=-1,0,1", "train.images=64", "family.widths=[2]", code=2)
+    assert "train.seed=-1 must be" in run.err and "1 of the sweep's jobs" in run.err  # the others go on
     a, b = (load_file(folder / "ema.safetensors") for folder in sorted(place.checkpoints.rglob("w2")))
     assert any((a[name] != b[name]).any() for name in a)
     done[0].copy_to(tmp_path / "later")
     place = Place(tmp_path / "later", options=("family.widths=[2,3,6]", "gamma.bootstrap=10"))
     before = place.digest()
-    run = here("measure_gamma", place, "-m", "gamma.seed=0,1")  # on the levels that all jobs share
-    assert run.code == 0, run.err
+    here("measure_gamma", place, "-m", "gamma.seed=0,1")  # on the levels that all jobs share
     own = [p for p in sorted(place.results.rglob("gamma.json")) if p.parent != place.results]
     assert len(own) == 2 and own[0].read_text() != own[1].read_text()
     after = place.digest()
@@ -259,18 +242,17 @@ def test_jobs_of_a_sweep_write_to_folders_of_their_own(done, here, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------- sample
-
-
 def test_samples_are_chosen_from_the_comparison(done, here, tmp_path):
     place = done[0].copy_to(tmp_path)
     assert here("sample", place, "seeds='0-2,5'").out.startswith("sample: already done")
-    run, best = here("sample", place, "seeds=5", "sample.error=1"), strict(place.results / "best.json")
+    here("sample", place, "seeds=5", "sample.error=1")
+    best = strict(place.results / "best.json")
     cheapest = min(best["multilevel"], key=lambda row: row["gflops_realised"])
     assert [p.name for p in (place.results / "samples").iterdir()] == ["000005.png"]
-    assert run.code == 0 and setting_from(cheapest).row == strict(place.results / "samples.json")["setting"]
+    assert setting_from(cheapest).row == strict(place.results / "samples.json")["setting"]
     write_json(place.results / "best.json", cheapest | {"gamma": 2.5, "made_with": best["made_with"]})
-    run = here("sample", place, "seeds=5")  # a file of an earlier version
-    assert run.code == 2 and "unexpected content: run make sample-compare ARGS=force=true" in run.complaint
+    run = here("sample", place, "seeds=5", code=2)  # a file of an earlier version
+    assert "unexpected content: run make sample-compare ARGS=force=true" in run.complaint
 
 
 @pytest.mark.parametrize("kind", ["named", "quadrature"])
@@ -287,17 +269,13 @@ def test_the_sampler_may_be_named_or_a_plan(done, here, tmp_path, kind):
         row |= {"levels": "+".join(entry["levels"])}
         write_json(place.results / "best.json", best | {"multilevel": [row]})
         more = []
-    run = here("sample", place, "seeds=0-7", *more)
-    assert run.code == 0 and "GFLOP" in run.out, run.err
+    assert "GFLOP" in here("sample", place, "seeds=0-7", *more).out
     if kind == "quadrature":
         (place.results / "plans.npz").unlink()
-        run = here("sample", place, "seeds=1")
-        assert run.code == 2 and "make optimise" in run.complaint
+        assert "make optimise" in here("sample", place, "seeds=1", code=2).complaint
 
 
 # --------------------------------------------------------------------------------- plans of a family of one's own
-
-
 @pytest.fixture(scope="module")
 def analytic(tmp_path_factory, request) -> Place:
     """Three levels of the analytic family, compared on seeds 0..31, without data, checkpoints or images."""
@@ -320,8 +298,7 @@ def analytic(tmp_path_factory, request) -> Place:
 
 def test_plans_are_selected_and_judged_on_separate_seeds(analytic, here):
     for stage in ("optimise", "sample_compare"):
-        run = here(stage, analytic)
-        assert run.code == 0, run.err
+        here(stage, analytic)
     content = strict(analytic.results / "plans.json")
     ends = {"calibration": [500000, 500015], "selection": [500016, 500039], "judgement": [0, 31]}
     assert content["seeds"] == ends and "alone" not in content
@@ -346,5 +323,5 @@ def test_plans_are_selected_and_judged_on_separate_seeds(analytic, here):
 
 
 def test_samples_that_are_not_pictures_are_refused(analytic, here):
-    run = here("sample", analytic, "sampler={dynamics: ode, step_rule: ddim, estimator: single, levels: f3, steps: 5}")
-    assert run.code == 2 and "not pictures" in run.complaint
+    sampler = "sampler={dynamics: ode, step_rule: ddim, estimator: single, levels: f3, steps: 5}"
+    assert "not pictures" in here("sample", analytic, sampler, code=2).complaint

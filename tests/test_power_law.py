@@ -127,9 +127,8 @@ def test_power_law_without_floor_and_bound_on_the_floor():
 def test_measurement_errors_widen_the_bootstrap_only():
     flops = flops_of(7)
     values = law(flops, 5.0)["differences"]
-    exact = fit("differences", flops, values, bootstrap=200)
-    measured = fit("differences", flops, values, covariance=np.diag((0.1 * values) ** 2), bootstrap=200)
-    shared = fit("differences", flops, values, covariance=np.outer(values, values) * 0.01, bootstrap=200)
+    covariances = None, np.diag((0.1 * values) ** 2), np.outer(values, values) * 0.01
+    exact, measured, shared = (fit("differences", flops, values, c, bootstrap=200) for c in covariances)
     assert measured.profile_interval == exact.profile_interval
     assert measured.interval[0] < 4.8 and measured.interval[1] > 5.2
     # an error that all points share changes the amplitude, not gamma
@@ -140,10 +139,9 @@ def test_three_levels_give_no_interval_and_wrong_values_an_error():
     flops = flops_of(3)
     found = fit("differences", flops, law(flops, 2.5)["differences"])
     assert found.gamma == pytest.approx(2.5, rel=1e-6) and found.interval == (0.0, None)
-    with pytest.raises(UserError):
-        fit("loss_fit", flops, np.array([1.0, 2.0, np.nan]))
-    with pytest.raises(UserError):
-        fit("loss_fit", flops[::-1], np.ones(3))
+    for wrong in ((flops, np.array([1.0, 2.0, np.nan])), (flops[::-1], np.ones(3))):
+        with pytest.raises(UserError):
+            fit("loss_fit", *wrong)
 
 
 @pytest.mark.parametrize("form", ["differences", "to_largest"])

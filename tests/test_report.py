@@ -25,9 +25,6 @@ def text_of(page: str) -> str:
     return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]*>", " ", page)))
 
 
-JSON = ("gamma", "ablation")
-
-
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
     shutil.copytree(DEMO, tmp_path / "demo", ignore=shutil.ignore_patterns("cache", "training", "wandb"))
@@ -50,7 +47,7 @@ def test_page_is_self_contained_and_complete(results: Path) -> None:
     assert not re.search(r"(src|href)=.http|url\(|@import|<script|<link", page)
     page = text_of(page)
     assert "A <title>" in page and "Warning" not in page
-    gamma, ablation = (json.loads((results / f"{name}.json").read_text()) for name in JSON)
+    gamma, ablation = (json.loads((results / f"{name}.json").read_text()) for name in ("gamma", "ablation"))
     low = gamma["estimates"]["to_largest"]["interval"][0]
     found = json.loads((results / "diagnostics.json").read_text())["sde"]["findings"]
     warning = next(f["text"] for f in found if f["severity"] == "warning")

@@ -112,10 +112,9 @@ def test_the_folder_holds_exactly_the_pictures_that_were_asked_for(place):
     (place.folder / ".000001.png.7.partial").touch()
     assert place.run("1,3-6") == file_names([1, 3, 4, 5, 6])
     torch_fidelity.register_feature_extractor("tiny", Tiny)
-    folder, options = str(place.folder), {"cuda": False, "cache": False, "verbose": False, "save_cpu_ram": True}
-    found = torch_fidelity.calculate_metrics(
-        input1=folder, input2=folder, fid=True, feature_extractor="tiny", **options
-    )
+    options: Any = {"fid": True, "feature_extractor": "tiny", "cuda": False, "cache": False, "save_cpu_ram": True}
+    options |= {"input1": str(place.folder), "input2": str(place.folder), "verbose": False}
+    found = torch_fidelity.calculate_metrics(**options)
     assert Tiny.seen == 2 * 5 and abs(found["frechet_inception_distance"]) < 1e-4
     for own in ("000099.png", "notes.txt"):  # not signed: of the user
         Image.new("RGB", (9, 9)).save(place.folder / own, format="PNG")

@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -28,7 +27,7 @@ def setting(estimator: str, cost: float, error: float, spread: float = 0.02, see
         "coins": "independent" if estimator == "ml_em" else "", "error": error, "gflops_realised": cost,
         "gflops_expected": cost, "top_evaluations": 1000,
     }  # fmt: skip
-    return Measurement(defaults | row, error * noise / noise.mean(), work={"net": cost})
+    return Measurement(defaults | row, error * noise / noise.mean(), work={"net": row.get("seconds", cost)})
 
 
 def em(costs: list[float], **row: Any) -> list[Measurement]:
@@ -195,8 +194,7 @@ DEFAULTS = {"dynamics": "sde", "step_rule": "ddpm", "steps": 16, "probabilities"
 
 
 def exact(estimator: str, cost: float, error: float, **row: Any) -> Measurement:
-    found = setting(estimator, cost, error, spread=0.0, **{**DEFAULTS, "seconds": cost, **row})
-    return replace(found, work={"net": found.row["seconds"]})
+    return setting(estimator, cost, error, spread=0.0, **{**DEFAULTS, "seconds": cost, **row})
 
 
 def singles(*points: tuple[float, float], **row: Any) -> list[Measurement]:

@@ -73,31 +73,21 @@ def test_work_gives_the_time_of_calls_on_any_number_of_images() -> None:
     assert np.log(draws[1, 1:]).std() == pytest.approx(0.1, rel=0.05)
 
 
-class Wrapped(nn.Module):
-    """Wraps a module of x as a network of (x, logsnr)."""
-
-    def __init__(self, inner: nn.Module):
-        super().__init__()
-        self.inner = inner
+class Layers(nn.Sequential):
+    """Layers of x as a network of (x, logsnr)."""
 
     def forward(self, x: Tensor, logsnr: Tensor) -> Tensor:
-        return self.inner(x)
+        return super().forward(x)
 
 
-def test_convolution_and_linear_by_hand() -> None:
-    size = 12
-    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Flatten(), nn.Linear(8 * size**2, 5))
-    by_hand = 2 * 3 * 8 * 3 * 3 * size**2 + 2 * 8 * size**2 * 5
-    assert flops_per_evaluation(Wrapped(network), (3, size, size)) == by_hand
-
-
-@pytest.mark.parametrize("channels", [16, 128])
-def test_attention_by_hand(channels: int) -> None:
-    """Two 1x1 convolutions (to 3C and C) and two products of length^2 x C, whatever the number of heads."""
-    size = 8
-    length = size**2
-    by_hand = 2 * length * channels * 3 * channels + 2 * length * channels**2 + 4 * length**2 * channels
-    assert flops_per_evaluation(Wrapped(Attention(channels)), (channels, size, size)) == by_hand
+@pytest.mark.parametrize(("network", "channels", "by_hand"), [
+    (Layers(nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Flatten(), nn.Linear(8 * 8**2, 5)), 3,
+     2 * 3 * 8 * 3 * 3 * 8**2 + 2 * 8 * 8**2 * 5),
+    *((Layers(Attention(c)), c, 2 * 8**2 * c * 3 * c + 2 * 8**2 * c**2 + 4 * 8**4 * c) for c in (16, 128)),
+])  # fmt: skip
+def test_flops_by_hand(network: nn.Module, channels: int, by_hand: int) -> None:
+    """Attention: two 1x1 convolutions (to 3C and C) and two products of length^2 x C, whatever the number of heads."""
+    assert flops_per_evaluation(network, (channels, 8, 8)) == by_hand
 
 
 def test_unet_of_width_8_at_64_pixels() -> None:

@@ -1,5 +1,9 @@
 """Small problems with known answers: levels and their effects, portraits, and power laws of error against FLOPs."""
 
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -39,11 +43,14 @@ def nonlinear_denoise(x: Tensor, logsnr: Tensor, scale: float = 1.0) -> Tensor:
 
 def toy_family(count: int = 3) -> tuple[Level, ...]:
     """Levels whose differences shrink as their costs (1, 4, 16, ...) grow."""
+    denoisers = [partial(nonlinear_denoise, scale=1 - 0.5 * 2.0**-k) for k in range(count)]
+    return tuple(Level(f"w{k}", denoise, 4.0**k) for k, denoise in enumerate(denoisers))
 
-    def make(k: int) -> Level:
-        return Level(f"w{k}", lambda x, logsnr: nonlinear_denoise(x, logsnr, 1 - 0.5 * 2.0**-k), 4.0**k)
 
-    return tuple(make(k) for k in range(count))
+def probabilities(n: int) -> np.ndarray:
+    """Probabilities [n, 3] that change in time, and of which neither is always the larger."""
+    t = np.linspace(0, 1, n)
+    return np.stack([np.ones(n), 0.6 - 0.2 * t, 0.2 + 0.3 * t], axis=1)
 
 
 def grid_of(logsnr: np.ndarray) -> TimeGrid:
@@ -102,21 +109,12 @@ def contains(interval: tuple[float, float | None], gamma: float) -> bool:
     return interval[0] <= gamma and (interval[1] is None or gamma <= interval[1])
 
 
-def level_errors(loss: np.ndarray, to_previous: np.ndarray, to_largest: np.ndarray, **changes: object) -> LevelErrors:
+def level_errors(loss: np.ndarray, to_previous: np.ndarray, to_largest: np.ndarray, **changes: Any) -> LevelErrors:
     """Errors [n, M, S] of levels w8, w16, ... at evenly weighted noise levels from -6 to 6."""
     k, _, s = loss.shape
-    fields = {
-        "widths": [8 * (i + 1) for i in range(k)],
-        "names": [f"w{8 * (i + 1)}" for i in range(k)],
-        "flops": flops_of(k),
-        "images": [1000] * k,
-        "logsnr": np.linspace(-6, 6, s),
-        "weights": np.full(s, 1 / s),
-        "loss": loss,
-        "to_previous": to_previous,
-        "to_largest": to_largest,
-    }
-    return LevelErrors(**{**fields, **changes})
+    widths, logsnr, weights = [8 * (i + 1) for i in range(k)], np.linspace(-6, 6, s), np.full(s, 1 / s)
+    levels = widths, [f"w{width}" for width in widths], flops_of(k), [1000] * k
+    return replace(LevelErrors(*levels, logsnr, weights, loss, to_previous, to_largest), **changes)
 
 
 def noisy_family(gamma: float | None, scatter: float = 0.03) -> LevelErrors:

@@ -29,6 +29,7 @@ from .training.step import TrainStep
 
 Row = dict[str, Any]
 Part = Callable[[], Iterable[Row]]
+Progress = Callable[[int, int], object]
 HEADINGS = {
     "what": "what", "width": "width", "batch": "batch", "mode": "mode", "ms": "ms", "spread": "IQR",
     "tflops": "TFLOP/s", "fraction_of_matmul": "of matmul", "images_per_s": "images/s",
@@ -40,17 +41,12 @@ _ROUNDS, _WARM_UP = 3, 5  # a training step is captured as a CUDA graph in its f
 def parts_of(cfg: Any, process: Process, device: torch.device) -> dict[str, Part]:
     """All parts of a size, by name."""
     parts: dict[str, Part] = {"matmul": partial(matmul, cfg, device)}
-    for mode in cfg.modes:
-        for width in cfg.widths:
-            parts[f"forward w{width} {mode}"] = partial(forward, cfg, device, width, mode)
-    for precision in cfg.train.precisions:
-        parts[f"train {precision}"] = partial(train, cfg, device, precision)
+    parts |= {f"forward w{w} {mode}": partial(forward, cfg, device, w, mode) for mode in cfg.modes for w in cfg.widths}
+    parts |= {f"train {precision}": partial(train, cfg, device, precision) for precision in cfg.train.precisions}
     return parts | {"sampler": partial(sampler, cfg, device, process)}
 
 
-def measure(
-    parts: Mapping[str, Part], progress: Callable[[int, int], object], save: Callable[[list[Row]], object]
-) -> list[Row]:
+def measure(parts: Mapping[str, Part], progress: Progress, save: Callable[[list[Row]], object]) -> list[Row]:
     """The rows of the parts; one that fails, or falls back to a slow path, leaves a row with the reason.
     save(rows) is called after each part, progress(done, total) before it."""
     rows: list[Row] = []

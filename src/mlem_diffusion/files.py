@@ -159,9 +159,7 @@ def read_arrays(path: Path, hint: str) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
     except Exception as error:  # a damaged archive can raise almost any exception
-        if is_out_of_memory(error):
-            raise
-        raise Damaged(path, f"{path} cannot be read: {hint}.") from error
+        raise unreadable(error, path, f"cannot be read: {hint}") from error
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Errors of samples against a reference, standard errors, and frontiers of error against cost.
+"""Errors of samples against a reference, standard errors, frontiers and convex hulls of error against cost.
 
 Errors are mean squared differences over channels and pixels, for unclipped images on the scale [-1, 1]."""
 
@@ -33,3 +33,19 @@ def frontier(rows: Iterable[dict[str, Any]], cost: str, measure: str) -> list[di
         if not best or row[measure] < best[-1][measure]:
             best.append(row)
     return best
+
+
+def lower_hull(points: Iterable[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """Errors (ascending) and costs (descending) at the corners of the convex curve of least cost against error, for
+    points (error, cost) in ascending order (Andrew's monotone chain). A mixture of two points is on their chord."""
+    x: list[float] = []
+    y: list[float] = []
+    for error, cost in points:
+        if y and cost >= y[-1]:
+            continue  # not cheaper than a point of smaller error
+        # while the last corner is on or above the chord from the one before it to this point
+        while len(x) > 1 and (y[-1] - y[-2]) * (error - x[-2]) >= (cost - y[-2]) * (x[-1] - x[-2]):
+            del x[-1], y[-1]
+        x.append(error)
+        y.append(cost)
+    return x, y

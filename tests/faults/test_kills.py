@@ -28,8 +28,7 @@ def test_killed_just_before_a_file_is_touched(done, here, tmp_path, stage, event
     place = before(done[0], stage, tmp_path)
     run = Forked(stage, place.overrides("workers=1"), tmp_path, kill_at=event)
     assert run.wait() == -signal.SIGKILL, run.text()
-    again = here(stage, place, "workers=1")
-    assert again.code == 0, again.err
+    here(stage, place, "workers=1")
     assert outputs(place, stage) == outputs(done[0], stage)
 
 
@@ -46,8 +45,7 @@ def test_stopped_by_a_signal(done, here, tmp_path, stage, number, begun, workers
     code = run.wait()
     assert time.monotonic() - started < SOON and code in (0, 75), run.text()
     assert code == 0 or "run the same command again" in run.text()
-    again = here(stage, place)
-    assert again.code == 0, again.err
+    here(stage, place)
     assert outputs(place, stage) == outputs(done[0], stage)
 
 

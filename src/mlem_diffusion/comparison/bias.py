@@ -1,6 +1,6 @@
 """How far the references still are from an infinitely fine one, by what refining them changes."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from .runner import Runner
@@ -9,16 +9,14 @@ from .settings import Measurement, describe
 LARGE = 0.1  # of an error: a bias above it is a warning
 
 
-def reference_bias(measured: Iterable[Measurement], runner: Runner) -> dict[str, dict[str, Any]]:
+def reference_bias(measured: Sequence[Measurement], runner: Runner) -> dict[str, dict[str, Any]]:
     """The content of reference.json: for each dynamics the "steps" of the reference, the "finest" steps compared, and
     "bias", for the smallest mean squared error compared, of "setting": the relative change that all further refinement
     of the reference would make. Measured errors differ from those to the exact solution by 1/N^2 for a reference of N
     steps, to leading order, so this is a third (1/4 + 1/16 + ...) of the change from half of the reference's grid."""
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for m in measured:
-        rows.setdefault(m.row["dynamics"], []).append(m.row)
     out = {}
-    for dynamics, own in rows.items():
+    for dynamics in dict.fromkeys(m.row["dynamics"] for m in measured):
+        own = [m.row for m in measured if m.row["dynamics"] == dynamics]
         out[dynamics] = {"steps": runner.reference_steps[dynamics], "finest": max(row["steps"] for row in own)}
         least = min((row for row in own if row["error"]), key=lambda row: row["error"], default=None)
         if least is not None:

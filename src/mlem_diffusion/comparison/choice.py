@@ -1,6 +1,7 @@
 """The sampler of make sample: the best multilevel setting of a comparison for a wanted cost or error."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import filterfalse
 from typing import Any
 
 from ..errors import UserError
@@ -13,10 +14,8 @@ _OTHER = {"error": "gflops_realised", "gflops_realised": "error"}
 
 def candidates(frontiers: Iterable[Measurement]) -> dict[str, list[Row]]:
     """The rows of best.json, {"multilevel", "baselines"}, from the settings on the frontiers of each dynamics."""
-    found: dict[str, list[Row]] = {"multilevel": [], "baselines": []}
-    for m in frontiers:
-        found["multilevel" if is_multilevel(m.row) else "baselines"].append(m.row)
-    return found
+    rows = [m.row for m in frontiers]
+    return {"multilevel": list(filter(is_multilevel, rows)), "baselines": list(filterfalse(is_multilevel, rows))}
 
 
 def choose(best: Mapping[str, Any] | None, wanted: Mapping[str, Any], largest: str) -> tuple[Row, str]:

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from ..statistics import frontier, lower_hull
 from .settings import Measurement, Row
 
 Measurements = Sequence[Measurement]
@@ -54,12 +55,9 @@ class Group:
 
     def frontier(self) -> list[int]:
         """Indices of the settings whose error no cheaper or equally cheap setting reaches, cheap to expensive."""
-        cost, error = self.costs[:, 0], self.errors[:, 0]
-        found: list[int] = []
-        for i in np.lexsort((error, cost)):
-            if cost[i] > 0 and error[i] > 0 and (not found or error[i] < error[found[-1]]):
-                found.append(int(i))
-        return found
+        points = zip(self.costs[:, 0].tolist(), self.errors[:, 0].tolist(), strict=True)
+        rows = [{"index": i, "cost": cost, "error": error} for i, (cost, error) in enumerate(points)]
+        return [row["index"] for row in frontier(rows, "cost", "error")]
 
     def least_costs(self, targets: np.ndarray) -> np.ndarray:
         """Least cost [P, 1 + R] at squared errors [P, 1 + R], mixtures included; infinite if it is not reached."""
@@ -70,11 +68,12 @@ class Group:
 
     @cached_property
     def _curves(self) -> list[tuple[list[float], list[float]]]:
-        """`_corners` of every replicate."""
+        """The `lower_hull` of every replicate."""
         order = np.lexsort((self.errors, self.costs), axis=0)
         errors, costs = (np.take_along_axis(values, order, 0) for values in (self.errors, self.costs))
         better = errors < np.minimum.accumulate(np.pad(errors, ((1, 0), (0, 0)), constant_values=math.inf)[:-1])
-        return [_corners(e[b].tolist(), c[b].tolist()) for e, c, b in zip(errors.T, costs.T, better.T, strict=True)]
+        points = [np.stack([e[b], c[b]], axis=1) for e, c, b in zip(errors.T, costs.T, better.T, strict=True)]
+        return [lower_hull(found[::-1].tolist()) for found in points]
 
     def described(self, target: float) -> Row | None:
         """What the files say about the cheapest setting that reaches this squared error alone."""
@@ -83,20 +82,6 @@ class Group:
             return None
         i = reached[self.costs[reached, 0].argmin()]
         return {key: self.rows[i].get(key) for key in _DESCRIBED} | {"error": float(self.errors[i, 0])}
-
-
-def _corners(errors: list[float], costs: list[float]) -> tuple[list[float], list[float]]:
-    """The corners of the convex curve of least cost against error, errors increasing, of settings with decreasing
-    errors and increasing costs (Andrew's monotone chain)."""
-    x: list[float] = []
-    y: list[float] = []
-    for error, cost in zip(errors, costs, strict=True):
-        # while the last corner is on or above the chord from the one before it to this setting
-        while len(x) > 1 and (y[-1] - y[-2]) * (x[-2] - error) >= (cost - y[-2]) * (x[-2] - x[-1]):
-            del x[-1], y[-1]
-        x.append(error)
-        y.append(cost)
-    return x[::-1], y[::-1]
 
 
 def compare(base: Group, ours: Group, coarsest: float = math.inf) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from ..files import read_arrays, sha256_of, write_arrays
 
 # Hash of the file that torch-fidelity downloads. It is a pickle, so only this exact content is ever loaded.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+Progress = Callable[[int, int], object]
 BATCH = 64  # images per call
 MIN_IMAGES = 1000  # with fewer, a distance says more about their number than about the sampler
 
@@ -158,9 +159,7 @@ def frechet_distance(features: Any, reference: FeatureMoments) -> float:
     return float(fid_statistics_to_metric(*stats, verbose=False)[KEY_METRIC_FID])
 
 
-def distance_interval(
-    features: Any, reference: FeatureMoments, replicates: int, seed: int
-) -> tuple[float, float, float]:
+def distance_interval(features: Any, reference: FeatureMoments, replicates: int, seed: int) -> tuple[float, ...]:
     """`frechet_distance` of features [N, D], and the ends of its 95% interval at this N.
 
     Only the standard deviation comes from bootstrap resamples of the images: a resample holds fewer different images
@@ -210,9 +209,7 @@ class RealImages(NamedTuple):
     floor: float | None
 
 
-def write_features(
-    path: Path, extractor: Extractor, images: np.ndarray, rows: np.ndarray, progress: Callable[[int, int], object]
-) -> None:
+def write_features(path: Path, extractor: Extractor, images: np.ndarray, rows: np.ndarray, progress: Progress) -> None:
     """Write the features of rows of packed images, uint8 [N, 3, H, W]."""
     parts = []
     for chunk in np.array_split(rows, range(1024, len(rows), 1024)):

@@ -12,8 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..multilevel.timing import Timing
-from . import curves
-from .curves import Group, Measurements, errors_of
+from .curves import Group, Measurements, compare, errors_of
 from .settings import Row, is_multilevel, method_of, trusted
 
 FIRST_ORDER = ("em", "ddpm", "ddim")
@@ -69,9 +68,7 @@ def is_method(name: str) -> Choice:
     return lambda row: is_multilevel(row) and name in ("any", method_of(row))
 
 
-def speedups(
-    settings: Measurements, timing: Timing | None = None, replicates: int = 200, seed: int = 0
-) -> dict[str, Any]:
+def speedups(settings: Measurements, timing: Timing | None = None, replicates: int = 200, seed: int = 0) -> dict:
     """The content of speedup.json: {protocol: {dynamics: {method: {against: {unit: entry}}}}}.
 
     protocol: "strict", all settings on the same seeds and paths, with their squared error to one reference; methods,
@@ -86,8 +83,7 @@ def speedups(
             base = {name: field.group(field.against(name), unit) for name in AGAINST}
             ours = {name: field.group(is_method(name), unit) for name in METHODS}
             for method, against in product(METHODS, AGAINST):
-                entry = curves.compare(base[against], ours[method], field.coarsest)
-                found[dynamics][method][against][unit] = entry
+                found[dynamics][method][against][unit] = compare(base[against], ours[method], field.coarsest)
     return {"strict": found}
 
 

@@ -74,9 +74,8 @@ def prepare(source: str, destination: Path, cfg: Mapping[str, Any], workers: int
     seed, within the bounds of experiment/checks.py. crop: "celeba" (aspect ratio 178:218 gives the centred square of
     148/178 of the width, another the largest), "square" (largest centred square) or "none" (squashed). CelebA's
     official partition is used if its list is inside or next to the source and both sides get images. Otherwise
-    `holdout` images drawn with `seed`
-    are held out, half valid and half test. The manifest's `notes` say why a list is not used, and what files are passed
-    over. Raises UserError for wrong input, a full disk, or a destination in use."""
+    `holdout` images drawn with `seed` are held out, half valid and half test. The manifest's `notes` say why a list is
+    not used, and what files are passed over. Raises UserError for wrong input, a full disk, or a destination in use."""
     name, size, seed = cfg["name"], cfg["size"], cfg["seed"]
     settings = {"format": _FORMAT, **{key: cfg[key] for key in ("name", "size", "crop", "holdout", "seed")}}
     drawn, count = source == "portraits", cfg["count"]

@@ -137,8 +137,7 @@ def gain_weights(logsnr: np.ndarray, where: np.ndarray, density: np.ndarray) -> 
 
 def alpha2_weights(logsnr: np.ndarray) -> np.ndarray:
     """alpha^2 d(logsnr), the pooling of earlier results: kept for comparison, since it understates high noise."""
-    weights = alpha_sigma(logsnr)[0] ** 2 * uniform_weights(logsnr)
-    return weights / weights.sum()
+    return gain_weights(logsnr, logsnr, alpha_sigma(logsnr)[0] ** 2)
 
 
 def expand(values: Tensor, like: Tensor) -> Tensor:

@@ -24,10 +24,8 @@ def check_reference(points: int, steps: Iterable[int], name: str) -> None:
     """Raise UserError unless a grid of `points` noise levels is FINER times finer than the finest of `steps`."""
     needed = FINER * ((finest := max(steps, default=2)) - 1) + 1
     if points < needed:
-        raise UserError(
-            f"The reference of a grid of {finest} steps needs {name} = {needed} or more, {FINER} times as many "
-            f"intervals, not {points}."
-        )
+        text = f"The reference of a grid of {finest} steps needs {name} = {needed} or more, {FINER} times as many "
+        raise UserError(f"{text}intervals, not {points}.")
 
 
 def reference_steps(process: Process, steps: Iterable[int]) -> int:
@@ -40,13 +38,9 @@ def reference_steps(process: Process, steps: Iterable[int]) -> int:
     return intervals + 1
 
 
-def _half(steps: int) -> int:
-    return (steps - 1) // 2 + 1
-
-
 def _grids(dynamics: str, steps: int) -> list[int]:
     """Steps of the grids on which a reference and its check run: whole, half and, for extrapolation, a quarter."""
-    return [steps, _half(steps), *([_half(_half(steps))] if dynamics == "ode" else [])]
+    return [(steps - 1) // part + 1 for part in ((1, 2, 4) if dynamics == "ode" else (1, 2))]
 
 
 def reference_evaluations(dynamics: str, steps: int) -> int:

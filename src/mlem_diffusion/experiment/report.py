@@ -41,9 +41,8 @@ def render(folder: Path, title: str) -> str:
         if path.is_file():
             with expect_content(path, _AGAIN):
                 sections.append(make(read_table(path) if path.suffix == ".csv" else read_json(path, _AGAIN)))
-    sections.append(
-        Section("Samples and training", pictures=("samples.png", "grids/*.png", "training.png", "training/*.png"))
-    )
+    last = ("samples.png", "grids/*.png", "training.png", "training/*.png")
+    sections.append(Section("Samples and training", pictures=last))
     pictures = {}
     for s in sections:
         paths = [path for pattern in s.pictures for path in sorted(folder.glob(pattern))]

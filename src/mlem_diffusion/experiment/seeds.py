@@ -27,8 +27,6 @@ def sample_seeds(cfg: Any) -> Seeds:
     selection = range(calibration.stop, calibration.stop + o.num_select)
     judgement = range(c.seed, c.seed + c.num_samples)
     if judgement.start < selection.stop and calibration.start < judgement.stop:
-        raise UserError(
-            f"The comparison's sample seeds, {c.seed} to {judgement.stop - 1}, meet those that make and select plans, "
-            f"{o.seed} to {selection.stop - 1}: change compare.seed or optimise.seed."
-        )
+        text = f"The comparison's sample seeds, {c.seed} to {judgement.stop - 1}, meet those that make and select plans"
+        raise UserError(f"{text}, {o.seed} to {selection.stop - 1}: change compare.seed or optimise.seed.")
     return Seeds(calibration, selection, judgement)

@@ -56,9 +56,8 @@ def plot_compare(frame: DataFrame, title: str = "", speedups: dict[str, Any] | N
             _draw_panel(ax, frame[frame.dynamics == name], cost, measure, blues)
             ax.set_xlabel(_COSTS[cost])
             if speedups and measure == "error":
-                marked |= _mark_windows(
-                    ax, speedups["strict"].get(name, {}), "seconds" if cost == "seconds" else "flops"
-                )
+                unit = "seconds" if cost == "seconds" else "flops"
+                marked |= _mark_windows(ax, speedups["strict"].get(name, {}), unit)
         line[0].set_ylabel(labels[measure])
     for ax, name in zip(axes[0], dynamics, strict=True):
         ax.set_title(DYNAMICS_NAMES[name], fontsize=13, pad=10)

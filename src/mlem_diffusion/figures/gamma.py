@@ -34,8 +34,7 @@ def plot_gamma(result: dict[str, Any], title: str = "") -> Figure:
     by_length.set(xlabel="training length", title="γ at several training lengths, pooled (95% intervals)")
     by_length.set_xlim(-0.6, len(lengths) - 0.4)
     _draw_losses(losses, lengths)
-    handles, labels = by_length.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, title=_NOTE)
+    figure.legend(*by_length.get_legend_handles_labels(), loc="outside lower center", ncols=4, title=_NOTE)
     return figure
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.stats import sem
 
 from ..diffusion.process import alpha2_weights
 from .drops import fit_drops
@@ -32,8 +33,7 @@ class LevelErrors:
     def by_form(self) -> dict[str, np.ndarray]:
         """The squared errors [n, M, S], or drops in loss, that each law is fitted to."""
         drops = -np.diff(self.loss, axis=0)
-        forms = {"loss_fit": self.loss, "drops": drops, "differences": self.to_previous, "to_largest": self.to_largest}
-        return forms
+        return {"loss_fit": self.loss, "drops": drops, "differences": self.to_previous, "to_largest": self.to_largest}
 
 
 def pooled(errors: LevelErrors, seed: int, bootstrap: int, between: Mapping[str, float] | None = None) -> dict:
@@ -77,7 +77,7 @@ def estimate(errors: LevelErrors, seed: int, bootstrap: int, between: Mapping[st
         per_noise_level.append({"logsnr": float(value), "weight": weight, "estimates": own, **lists})
     levels = {"name": errors.names, "width": errors.widths, "gflop": errors.flops / 1e9, "images": errors.images}
     loss = errors.loss @ errors.weights
-    levels |= {"loss": loss.mean(1), "loss_se": standard_errors(loss)}
+    levels |= {"loss": loss.mean(1), "loss_se": sem(loss, axis=1)}
     # the pooling of earlier results, so that old and new losses can be compared
     levels["loss_alpha2"] = (errors.loss @ alpha2_weights(errors.logsnr)).mean(1)
     table = pd.DataFrame(levels).to_dict("records")
@@ -87,15 +87,10 @@ def estimate(errors: LevelErrors, seed: int, bootstrap: int, between: Mapping[st
 
 def _points(gflop: np.ndarray, form: str, values: np.ndarray) -> list[dict[str, Any]]:
     """The pooled values [n, M] of a law as points of a plot."""
-    columns = {"gflop": gflop[: len(values)], "value": values.mean(1), "se": standard_errors(values)}
+    columns = {"gflop": gflop[: len(values)], "value": values.mean(1), "se": sem(values, axis=1)}
     if form == "loss_fit":
         # images differ far more than levels do, so levels are compared by their loss minus the mean over all levels
-        columns["contrast_se"] = standard_errors(values - values.mean(0))
+        columns["contrast_se"] = sem(values - values.mean(0), axis=1)
     if form in ("drops", "differences"):
         columns |= {"gflop": gflop[1:], "gflop_previous": gflop[:-1]}
     return pd.DataFrame(columns).to_dict("records")
-
-
-def standard_errors(values: np.ndarray) -> np.ndarray:
-    """Standard errors [...] of the means of values [..., M]."""
-    return values.std(-1, ddof=1) / np.sqrt(values.shape[-1])

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import sem
 from torch import Tensor
 
 from ..diffusion.brownian import BrownianPath
@@ -16,7 +17,7 @@ from ..diffusion.process import Process, add_noise, gain_weights, uniform_weight
 from ..errors import UserError
 from ..models.family import identity_of
 from ..multilevel.diagnostics import differences_fall
-from .estimates import LevelErrors, estimate, pooled, standard_errors
+from .estimates import LevelErrors, estimate, pooled
 from .verdict import interval_text, mixed_architectures
 
 Metadata = Sequence[Mapping[str, Any]]
@@ -178,12 +179,10 @@ def hierarchy_warnings(errors: LevelErrors) -> list[str]:
 
 def _is_positive(values: np.ndarray) -> bool:
     """Whether the mean of values [M] is above two standard errors."""
-    return bool(values.mean() > 2 * standard_errors(values))
+    return bool(values.mean() > 2 * sem(values))
 
 
-def overfitting_warnings(
-    names: Sequence[str], images: Sequence[Sequence[int]], losses: Sequence[np.ndarray]
-) -> list[str]:
+def overfitting_warnings(names: Sequence[str], images: list[list[int]], losses: list[np.ndarray]) -> list[str]:
     """Sentences about levels whose held-out loss rises from one training length to a later one, by more than two
     standard errors over the same images; the largest rise of each. images [lengths][K]; losses [lengths][K, M]."""
     found = []

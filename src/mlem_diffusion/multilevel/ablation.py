@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import UserError
+from ..statistics import lower_hull
 from .plan import Plan, Progress
 from .planner import Calibration
 
@@ -42,22 +43,13 @@ class Frontiers:
                 self.pool |= {plan.id: plan for plan in found}
 
     def hull(self, levels: Collection[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Squared errors (ascending) and costs (descending) of the lower convex hull of the plans with these levels.
-
-        A mixture of two plans, each for some of the images, lies on the line between them."""
+        """The `lower_hull` of the plans with these levels; a mixture is two plans, each for some of the images."""
         self.find(levels)
         names = {self.names[k] for k in levels}
         points = [(p.predicted or 0.0, p.cost) for p in self.pool.values() if names.issuperset(p.levels)]
         if not points:
             raise UserError(f"No plan for {self.inputs.rule} can be made from the remaining levels.")
-        out: list[tuple[float, float]] = []
-        for error, cost in sorted(points):
-            if out and cost >= out[-1][1]:
-                continue  # not cheaper than a plan of smaller error
-            while len(out) > 1 and _turns_up(out[-2], out[-1], (error, cost)):
-                out.pop()
-            out.append((error, cost))
-        errors, costs = np.array(out).T
+        errors, costs = np.array(lower_hull(sorted(points)))
         return errors, costs
 
     def cost_ratio(self, levels: Collection[int], without: int) -> Ratio:
@@ -76,11 +68,6 @@ class Frontiers:
         ratio = np.interp(errors, *part) / np.interp(errors, *whole)
         mean, largest = float(np.exp(np.log(ratio).mean())), float(ratio.max())
         return {"mean": mean, "largest": largest, "errors": [float(low), float(high)]}
-
-
-def _turns_up(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
-    """Whether b lies on or above the line from a to c."""
-    return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])
 
 
 def remove_levels(

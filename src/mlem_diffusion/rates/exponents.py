@@ -29,6 +29,7 @@ MIN_POINTS = 4  # fewest points in the fit of an exponent
 Measured = dict["RateSetting", np.ndarray]  # squared errors [replicates] by setting
 Item = tuple[str, int, list["RateSetting"]]  # dynamics, seed, settings
 Bar = Callable[[str, int, str], AbstractContextManager[Any]]
+Stop = Callable[[], bool]
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def choose(r: Any, mse: np.ndarray, constants: np.ndarray) -> dict[tuple[float, 
     return chosen
 
 
-def verify(r: Any, workers: int, bar: Bar, should_stop: Callable[[], bool]) -> tuple[dict[str, Any], pd.DataFrame]:
+def verify(r: Any, workers: int, bar: Bar, should_stop: Stop) -> tuple[dict[str, Any], pd.DataFrame]:
     """The content of rates.json and of rates.csv for the settings r (configs: rates): choose settings on some seeds,
     simulate them on others, fit. bar(label, total, unit) is a context whose value is called with (done, total)."""
     if set(r.choose_seeds) & set(r.judge_seeds) or not (len(r.choose_seeds) and len(r.judge_seeds)):
@@ -214,9 +215,7 @@ def _items(dynamics: str, seeds: Sequence[int], settings: Sequence[RateSetting])
     return [(dynamics, seed, part) for part in parts if part for seed in seeds]
 
 
-def simulate(
-    r: Any, label: str, items: Sequence[Item], workers: int, bar: Bar, should_stop: Callable[[], bool]
-) -> dict[str, Measured]:
+def simulate(r: Any, label: str, items: list[Item], workers: int, bar: Bar, should_stop: Stop) -> dict[str, Measured]:
     """Run the items side by side: squared errors by dynamics, replicates in the order of the items."""
     function, results = partial(measure, paths=r.paths, levels=r.levels, grid=r.grid), {}
     with bar(label, len(items), "part") as progress:
@@ -257,9 +256,7 @@ def fit_exponent(costs: np.ndarray, squared: np.ndarray, draws: int) -> dict[str
     return {"exponent": found, "interval": interval, "error_range": ends, "log_cost_at_one": intercept}
 
 
-def exponent_entry(
-    settings: Sequence[RateSetting], squared: Measured, constants: np.ndarray, draws: int
-) -> dict[str, Any]:
+def exponent_entry(settings: list[RateSetting], squared: Measured, constants: np.ndarray, draws: int) -> dict[str, Any]:
     """The rates.json entry of one method at one gamma, over the replicates common to all its settings: the measured
     exponent, the predicted limit, and the exponent that the error model expects in this finite range of errors."""
     costs = np.array([s.cost for s in settings])
@@ -280,11 +277,7 @@ def _point(s: RateSetting, squared: Measured) -> dict[str, Any]:
 
 def summary(result: Mapping[str, Any]) -> str:
     """The exponents of rates.json, measured, predicted in the limit, and expected in the range, as lines of text."""
-    lines = []
-    for d in result["step_size"]:
-        for gamma, entries in result[d].items():
-            for method, e in entries.items():
-                low, high = e["interval"]
-                text = f"{d}, gamma {gamma}, {method}: exponent {e['exponent']:.2f} [{low:.2f}, {high:.2f}]"
-                lines.append(f"{text}, limit {e['predicted']:.2f}, model {e['expected_in_range']:.2f}")
-    return "\n".join(lines)
+    text = "{0}, gamma {1}, {2}: exponent {exponent:.2f} [{interval[0]:.2f}, {interval[1]:.2f}], "
+    text += "limit {predicted:.2f}, model {expected_in_range:.2f}"
+    by_gamma = [(d, gamma, entries) for d in result["step_size"] for gamma, entries in result[d].items()]
+    return "\n".join(text.format(d, gamma, method, **e) for d, gamma, own in by_gamma for method, e in own.items())

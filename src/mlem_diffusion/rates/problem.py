@@ -26,9 +26,10 @@ _FAMILY, _PATH, _COINS, _EVENTS = range(4)  # separate random streams
 
 Run = tuple[Any, tuple[int, ...]]  # one number per level, and the key of the random numbers
 Arrays = Sequence[np.ndarray]
+Time = np.ndarray | float  # one, or [R]
 
 
-def remainder(x: np.ndarray, t: np.ndarray | float) -> np.ndarray:
+def remainder(x: np.ndarray, t: Time) -> np.ndarray:
     """r(x, t) [d, R], the nonlinear part of the true drift."""
     return np.stack([np.sin(0.7 * x[1] + 3 * t), np.cos(0.7 * x[0] - 2 * t)])
 
@@ -41,7 +42,7 @@ def true_drift(x: np.ndarray, t: float) -> np.ndarray:
     return linear(x) + remainder(x, t)
 
 
-def waves(parameters: np.ndarray, x: np.ndarray, t: np.ndarray | float) -> np.ndarray:
+def waves(parameters: np.ndarray, x: np.ndarray, t: Time) -> np.ndarray:
     """g(x, t) [d, R] of random waves; parameters [2 + 2 d, FEATURES, R]: time frequency, phase, space frequencies and
     amplitudes."""
     phase = parameters[0] * t
@@ -134,9 +135,7 @@ def euler(replicates: Replicates, n: int, runs: Sequence[Run]) -> np.ndarray:
     return x.reshape(DIMENSION, len(runs), count).swapaxes(0, 1)
 
 
-def _fires(
-    streams: Sequence[np.random.Generator], coins: Sequence[tuple[int, int, float]], steps: int, count: int
-) -> Arrays:
+def _fires(streams: list[np.random.Generator], coins: list[tuple[int, int, float]], steps: int, count: int) -> Arrays:
     """Steps (ascending), rows, levels and weights 1 / p [fires] of the next steps; coins: run, level, probability."""
     parts = [(np.empty(0, int), np.empty(0, int), np.empty(0, int), np.empty(0))]
     for run, level, p in coins:
@@ -148,10 +147,8 @@ def _fires(
     return step[order], row[order], level[order], weight[order]
 
 
-def difference(
-    replicates: Replicates, level: np.ndarray, replicate: np.ndarray, x: np.ndarray, t: np.ndarray | float
-) -> np.ndarray:
-    """(f^k - f^{k-1})(x, t) [d, R] for levels k [R] >= 1 of replicates [R]; t a number or [R]."""
+def difference(replicates: Replicates, level: np.ndarray, replicate: np.ndarray, x: np.ndarray, t: Time) -> np.ndarray:
+    """(f^k - f^{k-1})(x, t) [d, R] for levels k [R] >= 1 of replicates [R]."""
 
     def error(k: np.ndarray) -> np.ndarray:
         return _SCALES[k] * waves(replicates.columns(k, replicate), x, t)
