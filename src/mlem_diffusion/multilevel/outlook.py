@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from .gains import Effects, best_chain, firing_costs
 
@@ -37,43 +38,36 @@ def law(errors: Mapping[int, float]) -> tuple[float, float]:
     return float(math.exp(log_d)), float(q)
 
 
-def speedup(error: np.ndarray, s: float, d: float, q: float, first: float) -> np.ndarray:
-    """Predicted speed-up in cost over EM with the largest level at these squared errors.
+def speedup(error: np.ndarray, s: float, d: float, q: float, first: float) -> tuple[np.ndarray, np.ndarray]:
+    """Predicted speed-up in cost over EM with the largest level at these squared errors, and the S of a fourfold one.
 
-    first: cost of the chain's first level, which runs at every step, in evaluations of the largest."""
-    left = error[:, None] - d / _STEPS**q  # what the coins may add
-    with np.errstate(divide="ignore"):
-        cost = np.where(left > 0, _STEPS * first + s / np.maximum(left, 0), np.inf).min(axis=1)
-    return (d / error) ** (1 / q) / cost
+    first: cost of the chain's first level, which runs at every step, in evaluations of the largest. The S is negative
+    where the first level alone costs too much."""
+    alone, left = (d / error) ** (1 / q), error[:, None] - d / _STEPS**q  # what the coins may add
+    allowed, left = left > 0, np.maximum(left, 1e-300)
+    cost = np.where(allowed, _STEPS * first + s / left, np.inf).min(axis=1)
+    return alone / cost, np.where(allowed, (alone[:, None] / 4 - _STEPS * first) * left, -1.0).max(axis=1)
 
 
 def outlook(effects: Effects, costs: np.ndarray, base: float, errors: Mapping[int, float]) -> dict[str, Any]:
     """S, D, q, the chain, the predicted window of plain ML-EM, and the S that a fourfold speed-up there needs.
 
     costs, base: level.shared_costs, in FLOPs. errors: of the largest level alone, {steps: squared error}. The window is
-    the factor of 2 in rms error, within the range of these errors, in which the least predicted speed-up is largest. At
-    its ends the prediction is for jumps that stay small (Plan.largest_effect)."""
+    the factor of 2 in rms error, within the range of these errors, in which the least predicted speed-up is largest. It
+    holds as long as single firings change little (Plan.largest_effect)."""
     unit = float(costs[-1]) + base
     s, chain = variance_cost(effects, costs, unit)
     (d, q), first = law(errors), (float(costs[chain[0]]) + base) / unit
     error = np.geomspace(max(errors.values()), min(errors.values()), _POINTS)
     width = int(np.searchsorted(-error, -error[0] / 4)) + 1  # points in a factor of 2 in rms error
-
-    def least(s: float) -> np.ndarray:
-        return np.lib.stride_tricks.sliding_window_view(speedup(error, s, d, q, first), width).min(axis=1)
-
-    out = {"S": s, "D": d, "q": q, "chain": [effects.names[k] for k in chain]}
-    if width > len(error):
-        return out | {"window": None, "S_for_4": None}
-    at = int(np.argmax(least(s)))
-    window = {"rms_error": [math.sqrt(error[at]), math.sqrt(error[at + width - 1])], "speedup": float(least(s)[at])}
-    low, high = 1e-9, s
-    if least(low)[at] < 4:  # the first level alone costs too much
-        return out | {"window": window, "S_for_4": None}
-    while high - low > 1e-3 * high:
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if least(middle)[at] >= 4 else (low, middle)
-    return out | {"window": window, "S_for_4": low}
+    out = {"S": s, "D": d, "q": q, "chain": [effects.names[k] for k in chain], "window": None, "S_for_4": None}
+    if width <= len(error):
+        gain, needed = (sliding_window_view(v, width).min(axis=1) for v in speedup(error, s, d, q, first))
+        at = int(np.argmax(gain))
+        ends = [math.sqrt(error[at]), math.sqrt(error[at + width - 1])]
+        out["window"] = {"rms_error": ends, "speedup": float(gain[at])}
+        out["S_for_4"] = float(needed[at]) if needed[at] > 0 else None
+    return out
 
 
 def sentence(found: Mapping[str, Any]) -> str:
