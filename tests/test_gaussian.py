@@ -130,7 +130,7 @@ def test_saved_and_loaded_and_bad_input_is_reported(tmp_path: Path) -> None:
     model.save(path)
     own, found = dict(model.named_buffers()), dict(load_gaussian(path).named_buffers())
     assert len(own) == 4 and own.keys() == found.keys() and all(torch.equal(own[name], found[name]) for name in own)
-    with pytest.raises(UserError, match="missing or not the Gaussian denoiser that the levels"):
+    with pytest.raises(UserError, match="missing or not the Gaussian denoiser of these levels: restore"):
         load_gaussian(path, sha256="0")
     path.write_bytes(b"nothing")
     with pytest.raises(UserError, match="not a saved"):

@@ -78,7 +78,8 @@ class GaussianDenoiser(nn.Module):
 def load_gaussian(path: Path, device: torch.device | str = "cpu", sha256: str | None = None) -> GaussianDenoiser:
     """Load a denoiser that `save` wrote; Damaged if it cannot be read, or is not the file with this hash."""
     if sha256 is not None and (not path.is_file() or sha256_of(path) != sha256):
-        raise Damaged(path, f"{path} is missing or not the Gaussian denoiser that the levels were trained with.")
+        text = "is missing or not the Gaussian denoiser of these levels: restore it, or train them again"
+        raise Damaged(path, f"{path} {text} (make train-levels ARGS=overwrite=true).")
     try:  # copied, because rounding depends on where a tensor begins in memory
         return GaussianDenoiser(**{name: value.clone() for name, value in load(path.read_bytes()).items()}).to(device)
     except Exception as error:  # damaged files raise nearly anything
