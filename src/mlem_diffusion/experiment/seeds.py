@@ -8,16 +8,11 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class Seeds:
-    """The sample seeds of an experiment: those that measure gains and errors of single levels, those that select among
-    candidate plans, and those of the comparison. No two ranges meet."""
+    """Those that measure gains and errors of single levels, that select among plans, and those of the comparison."""
 
     calibration: range
     selection: range
     judgement: range
-
-    def ends(self) -> dict[str, list[int]]:
-        """{part: [first, last]}."""
-        return {part: [seeds.start, seeds.stop - 1] for part, seeds in vars(self).items()}
 
 
 def sample_seeds(cfg: Any) -> Seeds:
