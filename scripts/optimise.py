@@ -6,8 +6,7 @@ from dataclasses import replace
 
 from mlem_diffusion import parallel
 from mlem_diffusion.experiment import plan_search
-from mlem_diffusion.experiment.runs import make_runner, run_all
-from mlem_diffusion.experiment.seeds import sample_seeds
+from mlem_diffusion.experiment.runs import make_runner, run_all, sample_seeds
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.figures.levels import plot_ablation, plot_diagnostics, plot_gains
 from mlem_diffusion.multilevel import ablation, diagnostics

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from ..models.gaussian import GaussianDenoiser, default_rank
 from ..multilevel.timing import Timing, measure_timing, seconds_per_image
 from . import config
 from .config import device_model
-from .seeds import sample_seeds
 from .tracking import bar
 
 
@@ -93,6 +92,27 @@ def gain_densities(exp: Any) -> Mapping[str, Any] | None:
     with expect_content(path, hint):
         content = read_json(path, hint)
         return content["rules"] if content["made_with"] == exp.identity else None
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Sample seeds that measure gains and single levels, that select plans, and of the comparison; none is in two."""
+
+    calibration: range
+    selection: range
+    judgement: range
+
+
+def sample_seeds(cfg: Any) -> Seeds:
+    """The seeds of a configuration; UserError if those of the comparison meet the others."""
+    o, c = cfg.optimise, cfg.compare
+    calibration = range(o.seed, o.seed + max(o.calibrate, o.diagnose.seeds))
+    selection = range(calibration.stop, calibration.stop + o.num_select)
+    judgement = range(c.seed, c.seed + c.num_samples)
+    if judgement.start < selection.stop and calibration.start < judgement.stop:
+        text = f"The comparison's sample seeds, {c.seed} to {judgement.stop - 1}, meet those that make and select plans"
+        raise UserError(f"{text}, {o.seed} to {selection.stop - 1}: change compare.seed or optimise.seed.")
+    return Seeds(calibration, selection, judgement)
 
 
 def make_runner(exp: Any, plans: Planned | None = None) -> Runner:

@@ -51,8 +51,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 def systematic_options(effects: np.ndarray, counts: Sequence[int]) -> list[Option]:
     """The best candidate density for each number of firings, by the error averaged over the offset of the coins."""
-    out, total = [], effects.sum(axis=1)
-    shapes = densities(effects)
+    out, total, shapes = [], effects.sum(axis=1), densities(effects)
     for count in counts:
         tables = [fill(shape, count) for shape in shapes]
         found = [Option(p, float(p.sum()), _systematic_error(effects, total, p)) for p in tables]

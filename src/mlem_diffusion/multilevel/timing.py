@@ -183,6 +183,5 @@ def summarised(rounds: Mapping[str, np.ndarray]) -> Timing:
     logs = logs - np.median(logs - np.median(logs, axis=1, keepdims=True), axis=0)
     spreads = logs.std(axis=1, ddof=1) if logs.shape[1] > 1 else np.zeros(len(logs))
     medians = np.exp(np.median(logs, axis=1))
-    return Timing(
-        {name: (float(m), max(SPREAD, float(s))) for name, m, s in zip(rounds, medians, spreads, strict=True)}
-    )
+    parts = zip(medians.tolist(), np.maximum(SPREAD, spreads).tolist(), strict=True)
+    return Timing(dict(zip(rounds, parts, strict=True)))
