@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from mlem_diffusion import parallel
 from mlem_diffusion.experiment import plan_search
-from mlem_diffusion.experiment.runs import make_runner, run_all
+from mlem_diffusion.experiment.runs import make_runner, run_all, sample_seeds
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.figures.levels import plot_ablation, plot_diagnostics, plot_gains
 from mlem_diffusion.multilevel import ablation, diagnostics
@@ -18,9 +18,9 @@ OUTPUTS = ["plans.json", "plans.npz", "gains.json", "gains.png", "diagnostics.js
 
 @stage(OUTPUTS, depends=["process", "precision", "optimise", "timing"], reads=["levels"], cost=plan_search.cost)
 def main(exp: Experiment) -> None:
-    plan_search.check(exp)
     selecting = make_runner(exp)
-    runner = plan_search.calibrating(exp, selecting)
+    seeds = list(sample_seeds(exp.cfg).calibration[: exp.cfg.optimise.calibrate])
+    runner = replace(selecting, seeds=seeds, num_reference=len(seeds))  # of the calibration
     timing = plan_search.timing(exp, runner.levels)  # before workers use the machine
     diagnosed = plan_search.diagnostics(exp, runner.levels)
     alone = plan_search.errors_alone(exp, runner)
@@ -32,7 +32,9 @@ def main(exp: Experiment) -> None:
             exp.figure(f"diagnostics-{dynamics}.png", plot_diagnostics(content))
 
     searched = plan_search.search(exp, runner.levels, alone, timing["seconds"])
-    exp.save("gains.json", plan_search.densities(exp, searched))
+    found = {s.rule.key: s.inputs.effects.density() for s in searched}
+    densities = {key: {"logsnr": where.tolist(), "density": values.tolist()} for key, (where, values) in found.items()}
+    exp.save("gains.json", {"made_with": exp.identity, "rules": densities})
     ablated = plan_search.ablate(exp, runner.levels, searched, timing["seconds"])
     exp.save("ablation.json", ablated)
     exp.figure("ablation.png", plot_ablation(ablated, exp.cfg.title))
@@ -46,7 +48,10 @@ def main(exp: Experiment) -> None:
     chosen = []
     for s in searched:
         errors = {plan.id: measured[s.setting(plan)].row["error"] for at, plan in every if at is s}
-        chosen += plan_search.described(s, select(s.candidates, errors), errors, selecting)
+        for plan in select(s.candidates, errors):
+            flops = plan.build(runner.levels.values()).expected_flops(len(plan.table))
+            facts = {"dynamics": s.rule.dynamics, "step_rule": s.rule.name, "selected_error": errors[plan.id]}
+            chosen.append((replace(plan, cost=flops), facts))
     ledger = plan_search.ledger(exp, runner, selecting, alone, searched, tried, diagnosed)
     if parallel.is_main():
         save_plans(exp.results / "plans.json", chosen, **ledger, timing=timing)

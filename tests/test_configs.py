@@ -22,8 +22,7 @@ from mlem_diffusion.diffusion.process import Process
 from mlem_diffusion.diffusion.step_rules import REFERENCE_RULE, step_rule
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.experiment import checks, config
-from mlem_diffusion.experiment.runs import make_extractor, planned_steps
-from mlem_diffusion.experiment.seeds import sample_seeds
+from mlem_diffusion.experiment.runs import make_extractor, planned_steps, sample_seeds
 from mlem_diffusion.models.family import at_width, build_denoiser, check_attention, describe, level_name
 from mlem_diffusion.multilevel.planner import METHODS
 from mlem_diffusion.training.levels import TrainConfig

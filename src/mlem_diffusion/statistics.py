@@ -1,4 +1,4 @@
-"""Errors of samples against a reference, standard errors, frontiers and convex hulls of error against cost.
+"""Errors of samples against a reference, frontiers and convex hulls of error against cost.
 
 Errors are mean squared differences over channels and pixels, for unclipped images on the scale [-1, 1]."""
 
@@ -13,14 +13,6 @@ def squared_errors(samples: Tensor, reference: Tensor) -> np.ndarray:
     """Mean squared difference of each image, float64 [N], for two float stacks [N, 3, H, W] (unclipped)."""
     difference = samples.detach().cpu().double() - reference.detach().cpu().double()
     return difference.square().flatten(1).mean(1).numpy()
-
-
-def standard_error(values: np.ndarray) -> float:
-    """Standard error of the mean of values [N], float64; NaN with fewer than two."""
-    n = len(values)
-    if n < 2:
-        return float("nan")
-    return float(np.sqrt(n / (n - 1) * np.sum((values - values.mean()) ** 2)) / n)
 
 
 def frontier(rows: Iterable[dict[str, Any]], cost: str, measure: str) -> list[dict[str, Any]]:

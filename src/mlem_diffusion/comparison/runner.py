@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import sem
 from torch import Tensor
 
 from .. import parallel
@@ -26,7 +27,7 @@ from ..errors import Interrupted, UserError
 from ..files import cached, read_arrays, write_arrays
 from ..multilevel.plan import Plan
 from ..multilevel.timing import Timing, random_work, work_of
-from ..statistics import squared_errors, standard_error
+from ..statistics import squared_errors
 from .features import Extractor
 from .settings import Measurement, SamplerSetting
 
@@ -69,7 +70,6 @@ class Runner:
         return list(self.levels.values())[-1].flops * evaluations * self.num_reference
 
     def _reference_files(self, dynamics: str) -> list[Path]:
-        """The file of each batch."""
         file = self._file("reference", dynamics, None)
         return [file.with_stem(f"{file.stem}-{i}") for i in range(-(-self.num_reference // self.batch))]
 
@@ -116,12 +116,10 @@ class Runner:
             ledgers.append(ledger)
         total = joined(ledgers)
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        errors, lost = arrays["errors"], int(arrays.pop("diverged").sum())
-        to_half = arrays.pop("to_half").mean()
-        spread = np.nan if lost else standard_error(errors)
+        errors, lost, to_half = arrays["errors"], int(arrays.pop("diverged").sum()), arrays.pop("to_half").mean()
         costs = {
             "error": None if lost else float(errors.mean()),  # undefined if a sample has diverged
-            "error_se": spread if np.isfinite(spread) else None,  # not finite for a single seed
+            "error_se": float(sem(errors)) if not lost and len(errors) > 1 else None,
             "error_to_half": None if lost else float(to_half),  # to the reference on half of its grid
             "network_calls": total.calls_per_image,
             "gflops_expected": estimator.expected_flops(setting.evaluations(self.process)) / 1e9,

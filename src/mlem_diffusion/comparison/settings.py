@@ -52,7 +52,6 @@ class SamplerSetting:
 
     @property
     def row(self) -> Row:
-        """The setting's fields in compare.csv."""
         row = asdict(self) | {"levels": "+".join(self.levels), "switch": "+".join(f"{s:g}" for s in self.switch)}
         return row if self.plan else {key: value for key, value in row.items() if key != "plan"}
 

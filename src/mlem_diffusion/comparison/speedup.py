@@ -106,5 +106,4 @@ def table(result: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """The table in plain text."""
     return pd.DataFrame(table(result)).to_string(index=False)

@@ -44,7 +44,6 @@ class ImageData:
     manifest: dict[str, Any]
 
     def train(self) -> np.ndarray:
-        """Indices of the training images."""
         return np.flatnonzero(self.split == 0)
 
     def held_out(self) -> np.ndarray:
@@ -164,7 +163,6 @@ def _decoded(source: Source, names: list[str], size: int, crop: str) -> Pixels:
 
 
 def _pack(destination: Path, manifest: dict[str, Any], split: np.ndarray, found: Pixels, progress: Progress) -> None:
-    """Write the three files and complete the manifest."""
 
     def write(path: Path) -> None:
         images = np.lib.format.open_memmap(path, "w+", np.uint8, (len(split), 3, *manifest["size"]))

@@ -132,7 +132,6 @@ def _check(node: DictConfig, defaults: Mapping[str, Any], where: str) -> None:
 
 
 def _check_entries(node: DictConfig, key: str, defaults: Sequence[Mapping[str, Any]], path: str) -> None:
-    """Check a list of groups of settings."""
     if node[key] is None:
         node[key] = []
     if not isinstance(node[key], ListConfig) or not all(isinstance(entry, DictConfig) for entry in node[key]):
@@ -202,7 +201,6 @@ def _read_one(value: Any, option: str) -> Any:
 
 
 def _kind_of(default: Any) -> str:
-    """The kind that a default asks for."""
     if isinstance(default, list):
         return _FULL + _kind_of(default[0])
     return {bool: "true|false", int: _COUNT, float: _AMOUNT, str: "text", dict: _GROUP}[type(default)]

@@ -121,7 +121,6 @@ class Experiment:
         return levels
 
     def _gaussian_name(self) -> str:
-        """The file name of a Gaussian denoiser fitted to the training images."""
         return f"gauss-{self.images.manifest['sha256'][:12]}-{self.cfg.family.gaussian_rank}.safetensors"
 
     def _fitted(self, path: Path) -> GaussianDenoiser:

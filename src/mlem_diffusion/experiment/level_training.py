@@ -32,7 +32,6 @@ def fingerprint(exp: Experiment, level: dict[str, Any]) -> str:
 
 
 def training_of(exp: Experiment, level: dict[str, Any]) -> dict[str, Any]:
-    """The training settings of one level."""
     return settings(exp.plain("train")["train"], level)
 
 
@@ -76,12 +75,9 @@ def train_one(task: tuple[Experiment, dict[str, Any], int]) -> None:
         )  # fmt: skip
         if parallel.is_main():
             used: dict[str, Any] = {"train": {k: v for k, v in train.items() if not k.startswith("_")}}
-            used |= {
-                "data_sha256": images.manifest["sha256"],
-                "fingerprint": identity,
-                "device": device_model(exp.device),
-            }
-            write_json(folder / METADATA, {**level, **used, **measured(exp, level, ema, folder)})
+            used |= {"data_sha256": images.manifest["sha256"], "fingerprint": identity}
+            used |= {"device": device_model(exp.device), **measured(exp, level, ema, folder)}
+            write_json(folder / METADATA, {**level, **used})
         parallel.barrier()
 
 

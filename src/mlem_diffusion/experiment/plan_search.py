@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,7 @@ from ..multilevel.gains import Effects, measure_effects
 from ..multilevel.learned import learn_probabilities
 from ..multilevel.plan import Plan
 from . import runs
-from .seeds import sample_seeds
-
-
-def check(exp: Any) -> None:
-    """Raise UserError for steps that do not fit."""
-    planned.references_for(runs.planned_steps(exp.cfg.optimise), exp.process)
+from .runs import sample_seeds
 
 
 def _cached(exp: Any, stem: str, facts: Any, compute: Callable[[], Any]) -> Any:
@@ -105,12 +100,6 @@ def effects(exp: Any, levels: dict[str, Level], rule: StepRule) -> Effects:
     return exp.cached(
         "effects.npz", ["bridge", o.seed, o.calibrate, o.probes, o.calibrate_steps, rule.key], Effects.load, make
     )
-
-
-def calibrating(exp: Any, selecting: Runner) -> Runner:
-    """The runner on the first `optimise.calibrate` seeds of the calibration, from that of the selection."""
-    seeds = list(sample_seeds(exp.cfg).calibration[: exp.cfg.optimise.calibrate])
-    return replace(selecting, seeds=seeds, num_reference=len(seeds))
 
 
 def errors_alone(exp: Any, runner: Runner) -> dict[SamplerSetting, float]:
@@ -196,23 +185,6 @@ def ablate(exp: Any, levels: dict[str, Level], searched: list[Searched], seconds
     return {"levels": found, "kept": {unit: kept}, "tolerance": tolerance}
 
 
-def densities(exp: Any, searched: list[Searched]) -> dict[str, Any]:
-    """The content of gains.json: the density of gains for each rule."""
-    found = {s.rule.key: s.inputs.effects.density() for s in searched}
-    rules = {key: {"logsnr": where.tolist(), "density": values.tolist()} for key, (where, values) in found.items()}
-    return {"made_with": exp.identity, "rules": rules}
-
-
-def described(s: Searched, plans: list[Plan], errors: dict[str, Any], runner: Runner) -> list[tuple[Plan, dict]]:
-    """Selected plans with their FLOPs as cost, and what plans.json says of each. errors: measured, by plan."""
-    facts = {"dynamics": s.rule.dynamics, "step_rule": s.rule.name}
-    out = []
-    for plan in plans:
-        flops = plan.build(runner.levels.values()).expected_flops(len(plan.table))
-        out.append((replace(plan, cost=flops), {**facts, "selected_error": errors[plan.id]}))
-    return out
-
-
 def ledger(
     exp: Any, calibrating: Runner, selecting: Runner, alone: dict[SamplerSetting, float], searched: list[Searched],
     tried: list[SamplerSetting], diagnosed: dict[str, dict[str, Any]],
@@ -223,7 +195,8 @@ def ledger(
     for runner, settings in ((calibrating, alone), (selecting, tried)):
         spent += sum(map(runner.expected_flops, settings))
         spent += sum(map(runner.reference_flops, {s.dynamics for s in settings}))
-    found: dict[str, Any] = {"calibration": {"flops": float(spent)}, "seeds": sample_seeds(exp.cfg).ends()}
+    seeds = {part: [own.start, own.stop - 1] for part, own in vars(sample_seeds(exp.cfg)).items()}  # first and last
+    found: dict[str, Any] = {"calibration": {"flops": float(spent)}, "seeds": seeds}
     found["chains"] = {s.rule.key: [s.inputs.effects.names[k] for k in s.inputs.chain] for s in searched}
     return found | {"cost_unit": exp.cfg.optimise.cost, "made_with": exp.identity}
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from ..models.gaussian import GaussianDenoiser, default_rank
 from ..multilevel.timing import Timing, measure_timing, seconds_per_image
 from . import config
 from .config import device_model
-from .seeds import sample_seeds
 from .tracking import bar
 
 
@@ -95,6 +94,27 @@ def gain_densities(exp: Any) -> Mapping[str, Any] | None:
         return content["rules"] if content["made_with"] == exp.identity else None
 
 
+@dataclass(frozen=True)
+class Seeds:
+    """Sample seeds that measure gains and single levels, that select plans, and of the comparison; none is in two."""
+
+    calibration: range
+    selection: range
+    judgement: range
+
+
+def sample_seeds(cfg: Any) -> Seeds:
+    """The seeds of a configuration; UserError if those of the comparison meet the others."""
+    o, c = cfg.optimise, cfg.compare
+    calibration = range(o.seed, o.seed + max(o.calibrate, o.diagnose.seeds))
+    selection = range(calibration.stop, calibration.stop + o.num_select)
+    judgement = range(c.seed, c.seed + c.num_samples)
+    if judgement.start < selection.stop and calibration.start < judgement.stop:
+        text = f"The comparison's sample seeds, {c.seed} to {judgement.stop - 1}, meet those that make and select plans"
+        raise UserError(f"{text}, {o.seed} to {selection.stop - 1}: change compare.seed or optimise.seed.")
+    return Seeds(calibration, selection, judgement)
+
+
 def make_runner(exp: Any, plans: Planned | None = None) -> Runner:
     """The data that settings share: on the seeds of the comparison, with these plans; or (None) on those that select
     plans. Distances need the seeds of the comparison, and features.MIN_IMAGES of them."""
@@ -137,13 +157,6 @@ def planned_steps(options: Any) -> list[SamplerSetting]:
     return found
 
 
-def timed_rules(cfg: Any, more: Iterable[StepRule] = ()) -> list[StepRule]:
-    """The step rules of the optimiser and of the comparison, so that both use one timing."""
-    asked = [*cfg.optimise.rules, *(s for kind in ("baselines", "stitched", "ml_em") for s in cfg.compare[kind])]
-    found = {rule.key: rule for rule in (*(step_rule(r.dynamics, r.step_rule) for r in asked), *more)}
-    return [found[key] for key in sorted(found)]
-
-
 @contextmanager
 def sampling_threads(exp: Any) -> Iterator[int]:
     """torch's number of threads in this context: that of a process that samples, which shares the cores."""
@@ -163,9 +176,12 @@ def timed_where(exp: Any) -> dict[str, Any]:
 
 
 def timing(exp: Any, levels: Mapping[str, Level], rules: Iterable[StepRule] = ()) -> Timing:
-    """The seconds of all parts of sampling for the configured rules and these, measured once, before workers use the
-    machine, and then read from the cache."""
-    chosen, where, options = timed_rules(exp.cfg, rules), timed_where(exp), exp.plain("timing")["timing"]
+    """The seconds of all parts of sampling for these rules and those of the optimiser and the comparison, so that both
+    use one timing; measured once, before workers use the machine, and then read from the cache."""
+    kinds = ("baselines", "stitched", "ml_em")
+    asked = [*exp.cfg.optimise.rules, *(sweep for kind in kinds for sweep in exp.cfg.compare[kind])]
+    chosen = sorted({*rules, *(step_rule(r.dynamics, r.step_rule) for r in asked)}, key=lambda rule: rule.key)
+    where, options = timed_where(exp), exp.plain("timing")["timing"]
 
     def make(path: Path) -> None:
         family, grid = list(levels.values()), exp.process.grid(min(33, exp.process.base_steps))
@@ -257,7 +273,9 @@ def estimate(exp: Any, cost: Cost | None) -> str:
         return f"{text}: no network is evaluated; seconds to minutes."
     levels = fresh_levels(exp)
     counts, family = cost(exp, levels), list(levels.values())
-    seconds = seconds_per_image(family, exp.shape, timed_batch(exp, family, 16), exp.device)
+    # on a CPU few images: seconds per image hardly depend on their number, and many would take long
+    batch = 16 if exp.device.type != "cpu" else max(1, min(16, int(20e9 / family[-1].flops)))
+    seconds = seconds_per_image(family, exp.shape, batch, exp.device)
     total = sum(level.flops * counts.get(level.name, 0) for level in family)
     time = sum(each * counts.get(level.name, 0) for level, each in zip(family, seconds, strict=True))
     return f"{text} {total / 1e12:.3f} TFLOP, about {tqdm.format_interval(time)} on {device_model(exp.device)}"
@@ -277,8 +295,3 @@ def fresh_levels(exp: Any) -> dict[str, Level]:
         base = gauss.as_level() if network.gauss is not None else None
         found.append(Level(v["name"], network.to(exp.device).eval(), v["flops"] + (base.flops if base else 0), base))
     return {level.name: level for level in found}
-
-
-def timed_batch(exp: Any, family: list[Level], most: int) -> int:
-    """Images per timed evaluation. On a CPU few: seconds per image hardly depend on it, and many would take long."""
-    return most if exp.device.type != "cpu" else max(1, min(most, int(20e9 / family[-1].flops)))

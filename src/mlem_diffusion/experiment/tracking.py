@@ -52,7 +52,6 @@ class Tracker:
         self._mirror()
 
     def image(self, key: str, path: Path) -> None:
-        """Send a figure that was just written."""
         self._try(lambda wandb, run: run.log({key: wandb.Image(str(path))}))
 
     def finish(self) -> None:
@@ -164,7 +163,6 @@ def lenient_streams() -> Iterator[None]:
 
 
 def catch_signals() -> None:
-    """Handle SIGINT, SIGTERM and SIGHUP from now on."""
     global _asked
     _asked = False
     signal.signal(signal.SIGINT, _stop)

@@ -239,9 +239,8 @@ def table(content: dict[str, Any]) -> str:
         columns = {"MFLOP": np.array(content["flops"]) / 1e6, "V": of["mean_square"], "(s.e.)": of["mean_square_se"]}
         columns |= {"kurtosis": of["kurtosis"], "V c": of["variance_cost"]}
         frame = pd.DataFrame(columns, index=content["levels"]).astype(float)
-        lines += ["", frame.to_string(float_format="{:.3g}".format), ""]
         pooling = "by gains" if content["pooling"] == "gains" else "uniformly in log-SNR"
-        lines += [f"V: mean square difference to the level before, pooled {pooling}.", ""]
-        lines[-2] += " V c: times the FLOPs of one firing."
+        text = f"V: mean square difference to the level before, pooled {pooling}. V c: times the FLOPs of one firing."
+        lines += ["", frame.to_string(float_format="{:.3g}".format), "", text, ""]
     lines += [f"{f['severity']:<8}{f['text']}" for f in content["findings"]]
     return "\n".join([*lines, *([outlook.sentence(content)] if "S" in content else [])])

@@ -95,7 +95,6 @@ class Effects:
         return replace(self, logsnr=logsnr, values=values, squares=squares)
 
     def save(self, path: Path) -> None:
-        """Write one npz file without pickled objects."""
         facts = json.dumps({name: getattr(self, name) for name in ("names", "dynamics", "step_rule", "flops_spent")})
         arrays = {"flops": self.flops, "logsnr": self.logsnr, "values": self.values, "squares": self.squares}
         write_arrays(path, {"facts": facts, **arrays})

@@ -51,8 +51,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 def systematic_options(effects: np.ndarray, counts: Sequence[int]) -> list[Option]:
     """The best candidate density for each number of firings, by the error averaged over the offset of the coins."""
-    out, total = [], effects.sum(axis=1)
-    shapes = densities(effects)
+    out, total, shapes = [], effects.sum(axis=1), densities(effects)
     for count in counts:
         tables = [fill(shape, count) for shape in shapes]
         found = [Option(p, float(p.sum()), _systematic_error(effects, total, p)) for p in tables]
@@ -134,18 +133,12 @@ def independent_probabilities(gains: np.ndarray, costs: np.ndarray, price: float
 def nested_probabilities(squares: np.ndarray, costs: np.ndarray, price: float) -> np.ndarray:
     """p [n, K] of nested coins that minimise sum_k (1/p_k - 1/p_{k-1}) D_k + price * sum_k p_k T_k, decreasing from 1.
 
-    squares: D [K, n], the gain of f^K - f^{k-1}; D_1 is not used. Pool-adjacent-violators on the square-root law."""
+    squares: D [K, n], the gain of f^K - f^{k-1}; D_1 is not used. The square-root law with isotonic regression."""
     levels, n = squares.shape
     drop = squares - np.concatenate([squares[1:], np.zeros((1, n))])
     drop, out = np.maximum(drop, 1e-4 * squares.max(axis=1, keepdims=True)), np.ones((n, levels))
-    for j in range(n):
-        blocks: list[tuple[float, float, int]] = []  # (sum of drops, sum of costs, length)
-        for k in range(1, levels):
-            block = (float(drop[k, j]), float(costs[k]), 1)
-            while blocks and blocks[-1][0] * block[1] < block[0] * blocks[-1][1]:
-                a = blocks.pop()
-                block = (a[0] + block[0], a[1] + block[1], a[2] + block[2])
-            blocks.append(block)
-        roots = [min(1.0, max(LEAST, float(np.sqrt(d / (price * c))))) for d, c, _ in blocks]
-        out[j, 1:] = np.repeat(roots, [length for *_, length in blocks])
+    ratios = [np.cumsum(drop[i:], axis=0) / np.cumsum(costs[i:])[:, None] for i in range(1, levels)]  # sums from i on
+    for k in range(1, levels):
+        pooled = np.min([ratio[k - i :].max(axis=0) for i, ratio in enumerate(ratios[:k], 1)], axis=0)
+        out[:, k] = np.clip(np.sqrt(pooled / price), LEAST, 1)
     return out

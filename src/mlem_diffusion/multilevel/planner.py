@@ -97,10 +97,7 @@ class Calibration:
                 for _ in range(16):
                     price = math.sqrt(low * high)
                     plan = planner.plan(top, price)
-                    if plan.cost > wanted:
-                        low = price
-                    else:
-                        high, best = price, plan
+                    low, high, best = (price, high, best) if plan.cost > wanted else (low, price, plan)
                 found += [best] if best is not None else []
         return min(found, key=lambda plan: (plan.predicted, plan.cost), default=None)
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..diffusion.brownian import BrownianPath, now
 from ..diffusion.level import Level, base_of, with_base
@@ -87,20 +86,6 @@ def random_work(estimator: Estimator, rule: StepRule, grid: TimeGrid, path: Brow
     return {START: 1.0, NOISE: float(drawn), COINS: float(coins)}
 
 
-class _Ready(BrownianPath):
-    """A path that draws nothing."""
-
-    def initial(self) -> Tensor:
-        return self._ready
-
-    def increment(self, grid: TimeGrid, clock: str, step: int) -> Tensor:
-        return self._ready
-
-    def __init__(self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device):
-        super().__init__(seeds, shape, device)
-        self._ready = super().initial()
-
-
 class _Halves(Estimator):
     """Two levels, of which the second runs on every other sample."""
 
@@ -120,15 +105,17 @@ def measure_timing(
     """The timing of batches of samples of this shape, by torch's present number of threads.
 
     The parts, in seconds per image: "<level>", one evaluation in a full batch (beyond a shared base, which is one of
-    the levels); "few <level>", in a batch of `few`,
-    since coins select some images; "step <rule>", one evaluation of the rule's program on `grid` with a network that
-    costs nothing, without noise; "start", a starting point; "noise", a random number per pixel of the increments;
-    "coins", the coins of one level. "call": seconds of the sampler's own work for each network call of a batch beyond
-    the first in an estimate. at_least: seconds that each part is timed in each round."""
+    the levels); "few <level>", in a batch of `few`, since coins select some images; "step <rule>", one evaluation of
+    the rule's program on `grid` with a network that costs nothing, without noise; "start", a starting point; "noise", a
+    random number per pixel of the increments; "coins", the coins of one level. "call": seconds of the sampler's own
+    work for each network call of a batch beyond the first in an estimate. at_least: seconds that each part is timed in
+    each round."""
     levels = with_base(levels)
     free = [Level(f"free{k}", lambda x, logsnr: x, k + 1.0) for k in range(2)]
 
-    path, ready = BrownianPath(range(batch), shape, device), _Ready(range(batch), shape, device)
+    path, ready = BrownianPath(range(batch), shape, device), BrownianPath(range(batch), shape, device)
+    start = path.initial()
+    ready.initial, ready.increment = lambda: start, lambda grid, clock, step: start  # draws nothing
     tossed = Multilevel(free, np.array([1.0, 0.5]))
 
     def run(estimator: Estimator, rule: StepRule) -> Callable[[], object]:
@@ -196,6 +183,5 @@ def summarised(rounds: Mapping[str, np.ndarray]) -> Timing:
     logs = logs - np.median(logs - np.median(logs, axis=1, keepdims=True), axis=0)
     spreads = logs.std(axis=1, ddof=1) if logs.shape[1] > 1 else np.zeros(len(logs))
     medians = np.exp(np.median(logs, axis=1))
-    return Timing(
-        {name: (float(m), max(SPREAD, float(s))) for name, m, s in zip(rounds, medians, spreads, strict=True)}
-    )
+    parts = zip(medians.tolist(), np.maximum(SPREAD, spreads).tolist(), strict=True)
+    return Timing(dict(zip(rounds, parts, strict=True)))

@@ -133,7 +133,6 @@ class _Run:
         return self.history[-1]["images"] if self.history else 0
 
     def resume(self) -> None:
-        """Continue from the saved state, if there is one."""
         if (state := load_state(self.state)) is None:
             return
         try:
@@ -152,7 +151,6 @@ class _Run:
             save_state(self.state, {**self.step.state_dict(), **progress, "identity": self.identity})
 
     def take_snapshot(self, snapshot: Callable[[int, Denoiser], None]) -> None:
-        """Save the weights' moving average."""
         self.check()
         if self.rank == 0:
             file = f"ema-{self.seen:010d}.safetensors"

@@ -222,11 +222,9 @@ class GraphedStep:
         if self.failed:
             self.step(batch)
             return
-        if not self.buffers:
-            self.buffers = [tensor.clone() for tensor in batch]
-        else:
-            for buffer, tensor in zip(self.buffers, batch, strict=True):
-                buffer.copy_(tensor)
+        self.buffers = self.buffers or [torch.empty_like(tensor) for tensor in batch]
+        for buffer, tensor in zip(self.buffers, batch, strict=True):
+            buffer.copy_(tensor)
         self.calls += 1
         if self.calls <= _WARMUP:
             self._on_side_stream()
