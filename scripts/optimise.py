@@ -32,9 +32,7 @@ def main(exp: Experiment) -> None:
             exp.figure(f"diagnostics-{dynamics}.png", plot_diagnostics(content))
 
     searched = plan_search.search(exp, runner.levels, alone, timing["seconds"])
-    found = {s.rule.key: s.inputs.effects.density() for s in searched}
-    densities = {key: {"logsnr": where.tolist(), "density": values.tolist()} for key, (where, values) in found.items()}
-    exp.save("gains.json", {"made_with": exp.identity, "rules": densities})
+    exp.save("gains.json", plan_search.densities(exp, searched))
     ablated = plan_search.ablate(exp, runner.levels, searched, timing["seconds"])
     exp.save("ablation.json", ablated)
     exp.figure("ablation.png", plot_ablation(ablated, exp.cfg.title))
@@ -48,10 +46,7 @@ def main(exp: Experiment) -> None:
     chosen = []
     for s in searched:
         errors = {plan.id: measured[s.setting(plan)].row["error"] for at, plan in every if at is s}
-        for plan in select(s.candidates, errors):
-            flops = plan.build(runner.levels.values()).expected_flops(len(plan.table))
-            facts = {"dynamics": s.rule.dynamics, "step_rule": s.rule.name, "selected_error": errors[plan.id]}
-            chosen.append((replace(plan, cost=flops), facts))
+        chosen += plan_search.described(s, select(s.candidates, errors), errors, selecting)
     ledger = plan_search.ledger(exp, runner, selecting, alone, searched, tried, diagnosed)
     if parallel.is_main():
         save_plans(exp.results / "plans.json", chosen, **ledger, timing=timing)

@@ -1,39 +1,15 @@
 """Levels -> a folder of PNGs, one a seed, and a grid, with the comparison's multilevel sampler or a given one."""
 
 from mlem_diffusion import parallel
-from mlem_diffusion.comparison.choice import choose
 from mlem_diffusion.comparison.pictures import begin, draw, file_names, parse_seeds, read_pictures
-from mlem_diffusion.comparison.settings import SamplerSetting, describe, setting_from
+from mlem_diffusion.comparison.settings import describe
 from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.experiment.runs import check_levels
+from mlem_diffusion.experiment.sampling import chosen
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.figures.style import image_grid
-from mlem_diffusion.files import expect_content, read_json
-from mlem_diffusion.multilevel.plan import Plan, load_plans
 
 GRID = 64  # the most pictures in the grid
-AGAIN = "run make sample-compare ARGS=force=true"
-
-
-def chosen(exp: Experiment, levels: dict[str, Level]) -> tuple[SamplerSetting, float, dict[str, Plan], str]:
-    """The setting to sample with, the gamma of its probabilities, the plans, and sentences that say why.
-
-    Raises UserError if the comparison was made with other levels, or if its plan is gone."""
-    given, path = exp.plain("sampler")["sampler"], exp.results / "best.json"
-    gamma, reason = 2.5, "the sampler is given."
-    if given != "best":
-        setting = setting_from(given)
-        gamma = float(given.get("gamma", gamma))
-    else:
-        best = read_json(path, AGAIN) if path.is_file() else None
-        with expect_content(path, AGAIN):
-            if best is not None:
-                check_levels(exp, path.name, best.get("made_with"), "make sample-compare")
-                gamma = float(best["gamma"])
-            row, reason = choose(best, exp.plain("sample")["sample"], list(levels)[-1])
-            setting = setting_from(row)
-    return setting, gamma, load_plans(exp.results / "plans.json")[0] if setting.plan else {}, reason
 
 
 def cost(exp: Experiment, levels: dict[str, Level]) -> dict[str, float]:

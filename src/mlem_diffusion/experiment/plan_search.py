@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -183,6 +183,23 @@ def ablate(exp: Any, levels: dict[str, Level], searched: list[Searched], seconds
         costs = {"flops": float(level.flops), "seconds": seconds[name]}
         found.append({"name": name, **costs, f"cost_ratio_{unit}": ratios.get(name), f"kept_{unit}": name in kept})
     return {"levels": found, "kept": {unit: kept}, "tolerance": tolerance}
+
+
+def densities(exp: Any, searched: list[Searched]) -> dict[str, Any]:
+    """The content of gains.json: the density of gains for each rule."""
+    found = {s.rule.key: s.inputs.effects.density() for s in searched}
+    rules = {key: {"logsnr": where.tolist(), "density": values.tolist()} for key, (where, values) in found.items()}
+    return {"made_with": exp.identity, "rules": rules}
+
+
+def described(s: Searched, plans: list[Plan], errors: dict[str, Any], runner: Runner) -> list[tuple[Plan, dict]]:
+    """Selected plans with their FLOPs as cost, and what plans.json says of each. errors: measured, by plan."""
+    facts = {"dynamics": s.rule.dynamics, "step_rule": s.rule.name}
+    out = []
+    for plan in plans:
+        flops = plan.build(runner.levels.values()).expected_flops(len(plan.table))
+        out.append((replace(plan, cost=flops), {**facts, "selected_error": errors[plan.id]}))
+    return out
 
 
 def ledger(
