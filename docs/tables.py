@@ -1,6 +1,7 @@
 """Writes the tables of numbers in README.md, docs/results.md and docs/speed.md, from the committed runs in results/."""
 
 import json
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ def load(name: str) -> Any:
     return json.loads((ROOT / "results" / name).read_text())
 
 
-def table(rows: list[tuple[str, ...]]) -> str:
+def table(rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], ("---",) * len(rows[0]), *rows[1:]])
 
 
@@ -65,7 +66,9 @@ def speedup_table() -> str:
 
 def families_table() -> str:
     """Levels of both preconditionings at equal images: held-out loss, and the distance to the largest level."""
-    rows = [("family", "level", "images", "loss, scalar", "loss, Gaussian", "E\\|f - f^K\\|^2, scalar", "Gaussian")]
+    rows: list[tuple[str, ...]] = [
+        ("family", "level", "images", "loss, scalar", "loss, Gaussian", "E\\|f - f^K\\|^2, scalar", "Gaussian")
+    ]
     for name in ("demo", "celeba32"):
         pair = [load(f"{folder}/gamma.json")["levels"] for folder in (f"{name}_scalar", name)]
         before = {level["name"]: level for level in pair[0]}
