@@ -163,8 +163,10 @@ def read_arrays(path: Path, hint: str) -> dict[str, np.ndarray]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, what: str) -> Iterator[None]:
-    """Hold the lock of a folder (the operating system's, so never stale); UserError if another run holds it."""
+def locked(folder: Path, what: str, beside: bool = False) -> Iterator[None]:
+    """Hold the lock of a folder (the operating system's, so never stale); UserError if another run holds it.
+
+    What killed writers left in it is removed; beside: also what they left next to it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", timeout=3)  # a run that was just stopped may still be ending
@@ -177,7 +179,7 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         text = f"{folder} is on a file system without locks: start no second run on it while this one works."
         warnings.warn(text, SlowPath, stacklevel=3)
     try:
-        for left in folder.rglob(".*.partial"):  # of writers that were killed
+        for left in [*folder.rglob(".*.partial"), *(folder.parent.glob(".*.partial") if beside else ())]:
             left.unlink(missing_ok=True)
         yield
     finally:

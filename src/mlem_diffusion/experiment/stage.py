@@ -58,7 +58,7 @@ def stage(
                 exp.print(runs.estimate(exp, cost))
                 return
             alone = parallel.is_main() and cfg.only is None  # jobs that train single levels share the folder
-            with locked(exp.results / "cache", name) if alone else nullcontext():
+            with locked(exp.results / "cache", name, beside=True) if alone else nullcontext():
                 if outputs and exp.is_finished(outputs, depends, reads):
                     return
                 main(exp)
