@@ -52,7 +52,7 @@ FILES = [
     ("results/smoke/plans.npz", "sample_compare", [FORCE], BOTH[1:]),
     ("results/smoke/cache/setting-*.npz", "sample_compare", [FORCE], BOTH[1:]),
     ("results/smoke/cache/reference-*.npz", "sample_compare", [FORCE], BOTH[:1]),
-    ("results/smoke/cache/gauss-*.safetensors", "sample", [FORCE, SEEDS], BOTH[1:]),
+    ("checkpoints/smoke/gauss-*.safetensors", "sample", [FORCE, SEEDS], BOTH[1:]),
     ("results/smoke/best.json", "sample", [FORCE, SEEDS], BOTH[:1]),
     ("results/smoke/compare.csv", "report", [], BOTH),
 ]
