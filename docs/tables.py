@@ -64,64 +64,6 @@ def speedup_table() -> str:
     return table(rows)
 
 
-def families_table() -> str:
-    """Levels of both preconditionings at equal images: held-out loss, and the distance to the largest level."""
-    rows: list[tuple[str, ...]] = [
-        ("family", "level", "images", "loss, scalar", "loss, Gaussian", "E\\|f - f^K\\|^2, scalar", "Gaussian")
-    ]
-    for name in ("demo", "celeba32"):
-        pair = [load(f"{folder}/gamma.json")["levels"] for folder in (f"{name}_scalar", name)]
-        before = {level["name"]: level for level in pair[0]}
-        for level in pair[1]:
-            old = before.get(level["name"])
-            cells = [f"{v[key]:.5f}" if v else "not trained" for key in ("loss_alpha2", "to_largest_alpha2")
-                     for v in (old, level)]  # fmt: skip
-            rows.append(
-                (f"`{name}`", f"{level['name']}, {1e3 * level['gflop']:.3g} MFLOP", f"{level['images']:,}", *cells)
-            )
-    return table(rows)
-
-
-def outlook_table() -> str:
-    """S and D of both preconditionings, and the windows that were predicted and measured."""
-    folders = ("demo_scalar", "demo", "celeba32_scalar", "celeba32")
-    titles = [f"`{folder.removesuffix('_scalar')}`, {'scalar' if '_' in folder else 'Gaussian'}" for folder in folders]
-    rows = [("", *titles)]
-    for dynamics in ("sde", "ode"):
-        found = [load(f"{folder}/diagnostics.json").get(dynamics, {}) for folder in folders]
-        speed = [load(f"{folder}/speedup.json")["strict"].get(dynamics) for folder in folders]
-        name = dynamics.upper()
-        rows.append((f"{name}: S", *(f"{v['S']:.3g} ({' + '.join(v['chain'])})" if "S" in v else "–" for v in found)))
-        rows.append((f"{name}: D, q", *(f"{v['D']:.3g}, {v['q']:.2f}" if "D" in v else "–" for v in found)))
-        predicted = ("at least {speedup:.2f} from {rms_error[0]:.2g} to {rms_error[1]:.2g}".format(**v["window"])
-                     if v.get("window") else "–" for v in found)  # fmt: skip
-        rows.append((f"{name}: predicted, coins over EM, largest level", *predicted))
-        for method, against in (("coins", "em_largest"), ("coins", "em_any"), ("any", "all")):
-            label = f"{name}: {METHODS[method]} over {AGAINST[against]}"
-            rows.append((label, *(window(v[method][against]["flops"]) if v else "–" for v in speed)))
-    return table(rows)
-
-
-def forms_table() -> str:
-    """The forms of the preconditioning that were tried."""
-    content = load("preconditioning/forms.json")
-    lengths = content["lengths"]
-    rows = [("form", *(f"{length:,} images: w4, w16; S" for length in lengths))]
-    for form, runs in content["forms"].items():
-        cells = (f"{run['w4']:.4f}, {run['w16']:.4f}; {run['S']:.3f}" for run in runs)
-        rows.append((content["words"][form], *cells))
-    return table(rows)
-
-
-def local_table() -> str:
-    """Denoising errors of global and local Gaussians."""
-    content = load("preconditioning/local.json")
-    rows = [("Gaussian", *(f"log-SNR {u:g}" for u in content["logsnr"]))]
-    for size, losses in content["loss"].items():
-        rows += [(f"{size}x{size}, {name}", *(f"{v:.4f}" for v in values)) for name, values in losses.items()]
-    return table(rows)
-
-
 ESTIMATORS = {
     "independent, constant p": "independent coins, constant p",
     "independent, measured p": "independent coins, p from measured differences",
@@ -182,7 +124,7 @@ def verdict_table() -> str:
         ("EM costs error^-(gamma + 1), ML-EM error^-gamma",
          f"exponents within {worst['em']:.2f} and {worst['ml_em']:.2f} of theory", "**reproduces**"),
         ("gamma > 2, harder than Monte Carlo (paper: 2.5)",
-         f"CelebA 32x32, losses: {gamma(faces, 'loss_fit')}", f"**{faces['htmc']}**: mixed architectures"),
+         f"CelebA 32x32, losses: {gamma(faces, 'loss_fit')}", f"**{faces['htmc']}**"),
         ("independent coins are up to 4 times cheaper than EM", f"closed form: {lowest(known, 'coins', 'em_any')}",
          "**reproduces** there" if holds(known, "coins", "em_any", 4) else "**does not**"),
         ("the same, with trained networks", f"demo: {lowest(demo, 'coins', 'em_any')}",
@@ -205,10 +147,6 @@ TABLES = {
     (RESULTS, "gamma"): gamma_table,
     (RESULTS, "speedups"): speedup_table,
     (RESULTS, "estimators"): estimator_table,
-    (RESULTS, "families"): families_table,
-    (RESULTS, "outlook"): outlook_table,
-    (RESULTS, "forms"): forms_table,
-    (RESULTS, "local"): local_table,
     (SPEED, "benchmark"): benchmark_tables,
 }
 
