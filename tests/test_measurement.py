@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from pipeline import ROOT
 from toys import FORMS, contains, flops_of, gaussian_level, gaussian_variance, law, noisy_family, process, toy_family
 
 from mlem_diffusion.diffusion.level import Level
@@ -195,8 +194,8 @@ def test_differences_of_levels_that_are_not_nested_do_not_apply():
 
 
 def test_levels_of_several_architectures_are_named():
-    folder = ROOT / "checkpoints" / "celeba32" / "published"
-    family = [json.loads((folder / name / "metadata.json").read_text()) for name in ("w8", "w12", "w20")]
+    narrow, wide = {"multipliers": [2, 2], "blocks": 1, "patch": 2}, {"multipliers": [1, 2, 2], "blocks": 1}
+    family = [{"name": name, "unet": unet} for name, unet in (("w8", narrow), ("w12", narrow), ("w20", wide))]
     text = mixed_architectures(family)
     assert "patch 2 in w8+w12, 1 in w20" in text and "multipliers [2, 2] in w8+w12, [1, 2, 2] in w20" in text
     assert "blocks" not in text and mixed_architectures(family[:2]) == ""

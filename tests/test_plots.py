@@ -81,7 +81,7 @@ def test_comparison_without_some_numbers() -> None:
 
 
 def test_gamma_shows_fits_intervals_and_training_lengths() -> None:
-    result = content("demo/gamma.json")
+    result = content("celeba32/gamma.json")
     fits, per_noise_level, lengths, _ = plot_gamma(result, "demo").axes
     measured, fit = result["points"]["loss_fit"], result["estimates"]["loss_fit"]
     above_floor = [[p["gflop"], p["value"] - fit["floor"]] for p in measured]
