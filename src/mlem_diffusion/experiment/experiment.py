@@ -20,7 +20,7 @@ from ..diffusion.process import Process
 from ..errors import UserError
 from ..figures import style
 from ..models.family import describe, identity_of, level_name, levels_folder, load_family, read_index, read_metadata
-from ..models.gaussian import GaussianDenoiser, fit_gaussian, load_gaussian
+from ..models.gaussian import fit_gaussian, load_gaussian
 from . import config, runs
 from .config import ROOT, shown
 from .tracking import Tracker, bar, stop_asked
@@ -114,23 +114,17 @@ class Experiment:
         """`describe_levels` for the images; levels preconditioned by the Gaussian denoiser name its file, made here."""
         levels = self.describe_levels(self.images.manifest["rms"])
         if any(level["unet"].get("precondition") == "gaussian" for level in levels):
-            path = self.checkpoints / self._gaussian_name()
-            self._fitted(path)
+            path = self._fitted(self.checkpoints)
             for level in levels:
                 level["gauss"] = {"file": path.name, "sha256": files.sha256_of(path)}
         return levels
 
-    def _gaussian_name(self) -> str:
-        return f"gauss-{self.images.manifest['sha256'][:12]}-{self.cfg.family.gaussian_rank}.safetensors"
-
-    def _fitted(self, path: Path) -> GaussianDenoiser:
-        """The Gaussian denoiser of the training images, made once and kept in this file."""
+    def _fitted(self, folder: Path) -> Path:
+        """The file in this folder with the Gaussian denoiser of the training images, made once."""
         images, rank = self.images, self.cfg.family.gaussian_rank
-        return _made_once(
-            path,
-            lambda path: load_gaussian(path, self.device),
-            lambda path: fit_gaussian(images.images[images.train()], rank).save(path),
-        )
+        path = folder / f"gauss-{images.manifest['sha256'][:12]}-{rank}.safetensors"
+        _made_once(path, load_gaussian, lambda path: fit_gaussian(images.images[images.train()], rank).save(path))
+        return path
 
     def metadata(self) -> list[dict[str, Any]]:
         """metadata.json of every level; UserError if one was trained on other images or on fewer noise levels."""
@@ -179,7 +173,7 @@ class Experiment:
                 f"No Gaussian level with family.gaussian_rank={rank} is published, so it must be fitted to the "
                 "training images: prepare them (make data), or set family.gaussian=false."
             )
-        return self._fitted(self.results / "cache" / self._gaussian_name()).as_level(GAUSSIAN)
+        return load_gaussian(self._fitted(self.results / "cache"), self.device).as_level(GAUSSIAN)
 
     def cached(self, stem: str, facts: Any, read: Callable[[Path], T], make: Callable[[Path], object]) -> T:
         """read(path) of a cache file; rank 0 makes it first if it is missing or damaged.

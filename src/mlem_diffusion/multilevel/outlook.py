@@ -21,8 +21,7 @@ _STEPS = np.unique(np.round(np.geomspace(1, 4096, 200)))
 
 
 def variance_cost(effects: Effects, costs: np.ndarray, unit: float) -> tuple[float, list[int]]:
-    """S, and the chain of levels for which it is smallest. costs [K]: of one more evaluation of each level; unit: of
-    one evaluation of the largest level, in the same unit."""
+    """S, and the chain of levels for which it is smallest; unit: cost of one evaluation of the largest level."""
     values = np.zeros((len(costs),) * 2)
     for low, high in itertools.combinations(range(len(costs)), 2):
         values[low, high] = np.sqrt((effects.difference(low, high) ** 2).mean(axis=0)).sum() ** 2
