@@ -117,8 +117,8 @@ def fit_gaussian(images: np.ndarray, rank: int | None = None) -> GaussianDenoise
 
 
 def _losses(variances: Tensor, total: float, along: Tensor, of_all: float, d: int) -> Tensor:
-    """The mean squared denoising error [r] of each rank 1..r on images with mean squares `along` [r] in the directions of
-    the basis and `of_all` in all. A direction of gain g has the error (1 - alpha g)^2 of it, plus g^2 sigma^2."""
+    """The mean squared denoising error [r] of each rank 1..r on images with mean squares `along` [r] in the basis's
+    directions and `of_all` in all. A direction of gain g has the error (1 - alpha g)^2 of it, plus g^2 sigma^2."""
     u = torch.linspace(-10, 10, 41, dtype=torch.float64)[:, None]
     alpha2, sigma2 = torch.sigmoid(u), torch.sigmoid(-u)
     ranks = torch.arange(1, len(variances) + 1, dtype=torch.float64)
