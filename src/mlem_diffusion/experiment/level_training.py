@@ -15,8 +15,7 @@ from ..figures import style
 from ..files import locked, sha256_of, write_json
 from ..gamma.measurement import noise_levels, squared_differences
 from ..models.compiled import FastDenoiser
-from ..models.family import build_denoiser, check_attention, level_name, levels_folder, load_state
-from ..models.gaussian import load_gaussian
+from ..models.family import check_attention, described_denoiser, level_name, levels_folder, load_state
 from ..training.levels import CLAIM, METADATA, STATE, claim, is_trained, settings
 from ..training.loop import train_level
 from . import config
@@ -53,10 +52,8 @@ def train_one(task: tuple[Experiment, dict[str, Any], int]) -> None:
     task: experiment, level, line of the progress bar."""
     exp, level, line = task
     images, folder = exp.images, exp.checkpoints / level["name"]
-    identity, train, unet = fingerprint(exp, level), training_of(exp, level), exp.plain("unet")["unet"]
-    gauss = load_gaussian(exp.checkpoints / level["gauss"]["file"]) if "gauss" in level else None
-    facts = {key: level[key] for key in ("width", "size", "data_rms", "target")}
-    denoiser = build_denoiser(unet=unet, seed=train["seed"], gauss=gauss, **facts)
+    identity, train = fingerprint(exp, level), training_of(exp, level)
+    denoiser = described_denoiser(exp.checkpoints, level, train["seed"])
     alone = locked(folder, f"training of {level['name']}") if parallel.is_main() else nullcontext()
     with alone, bar(level["name"], train["images"], position=line) as progress:
         if parallel.is_main():

@@ -21,7 +21,7 @@ from ..diffusion.level import Level
 from ..diffusion.step_rules import StepRule, step_rule
 from ..errors import UserError
 from ..files import expect_content, read_arrays, read_json, write_json
-from ..models.family import build_denoiser
+from ..models.family import build_denoiser, level_of
 from ..models.gaussian import GaussianDenoiser, default_rank
 from ..multilevel.timing import Timing, measure_timing, seconds_per_image
 from . import config
@@ -292,6 +292,5 @@ def fresh_levels(exp: Any) -> dict[str, Level]:
     found, unet = [gauss.as_level()] if exp.cfg.family.gaussian else [], exp.plain("unet")["unet"]
     for v in exp.describe_levels():
         network = build_denoiser(v["width"], v["size"], v["data_rms"], unet, v["target"], gauss=gauss)
-        base = gauss.as_level() if network.gauss is not None else None
-        found.append(Level(v["name"], network.to(exp.device).eval(), v["flops"] + (base.flops if base else 0), base))
+        found.append(level_of(network, network.to(exp.device).eval(), v))
     return {level.name: level for level in found}

@@ -6,14 +6,14 @@ these in later stages. family.json describes it, README.md is the model card. Tr
 
 import shutil
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load, save
-from torch import nn
+from torch import Tensor, nn
 
 from ..diffusion.level import Level, check_family, flops_per_evaluation
 from ..errors import UserError
@@ -122,6 +122,13 @@ def build_denoiser(
     return Denoiser(network, data_rms, target, gauss if network.inputs > 3 else None)
 
 
+def described_denoiser(directory: Path, facts: Mapping[str, Any], seed: int = 0) -> Denoiser:
+    """An untrained denoiser for a level's description; the Gaussian denoiser that it names is in the directory."""
+    gauss, keys = facts.get("gauss"), ("width", "size", "data_rms", "unet", "target")
+    known = load_gaussian(directory / gauss["file"], sha256=gauss["sha256"]) if gauss else None
+    return build_denoiser(*(facts[key] for key in keys), seed=seed, gauss=known)
+
+
 def describe(width: int, size: int, data_rms: float, unet: Mapping[str, Any], target: str) -> dict[str, Any]:
     """A level's description before training, with parameter count and FLOPs per evaluation of one image.
 
@@ -162,11 +169,7 @@ def load_denoiser(folder: Path, metadata: Mapping[str, Any], snapshot: int | Non
     """A level's trained denoiser, in float32 on the CPU; snapshot: as in `weights_of`."""
     hint = RESTORE if "trained_weights_sha256" in metadata else AGAIN
     with expect_content(folder / "metadata.json", hint):
-        known = None
-        if "gauss" in metadata:
-            known = load_gaussian(folder.parent / metadata["gauss"]["file"], sha256=metadata["gauss"]["sha256"])
-        keys = ("width", "size", "data_rms", "unet", "target")
-        denoiser = build_denoiser(*(metadata[key] for key in keys), gauss=known)
+        denoiser = described_denoiser(folder.parent, metadata)
         file, sha256 = weights_of(metadata, snapshot)
     load_weights(folder / file, denoiser, sha256, hint)
     return denoiser
@@ -179,9 +182,13 @@ def load_level(
 
     Its base is the Gaussian denoiser that preconditions it, if one does."""
     denoiser, name = load_denoiser(folder, metadata, snapshot).to(device), metadata["name"]
+    return level_of(denoiser, FastDenoiser(denoiser, name=name, **options), metadata)
+
+
+def level_of(denoiser: Denoiser, denoise: Callable[..., Tensor], facts: Mapping[str, Any]) -> Level:
+    """The level with this description; `denoise` evaluates the denoiser, whose Gaussian denoiser is the base."""
     base = None if denoiser.gauss is None else denoiser.gauss.as_level()
-    flops = float(metadata["flops"]) + (base.flops if base else 0.0)
-    return Level(name, FastDenoiser(denoiser, name=name, **options), flops, base)
+    return Level(facts["name"], denoise, float(facts["flops"]) + (base.flops if base else 0.0), base)
 
 
 def load_family(directory: Path, names: Iterable[str], **options: Any) -> list[Level]:

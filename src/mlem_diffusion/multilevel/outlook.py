@@ -76,10 +76,8 @@ def sentence(found: Mapping[str, Any]) -> str:
     if (window := found["window"]) is None:
         return f"{text} Its errors span less than a factor of 2 in rms error: no window is predicted."
     far, near = window["rms_error"]
-    text += (
-        f" Predicted for plain ML-EM: at least {window['speedup']:.2f} times EM's speed from rms error {far:.2g} to "
-    )
-    text += f"{near:.2g}."
+    text += f" Predicted for plain ML-EM: at least {window['speedup']:.2f} times EM's speed from rms error "
+    text += f"{far:.2g} to {near:.2g}."
     if window["speedup"] >= 4:
         return text
     needed = found["S_for_4"]

@@ -112,7 +112,6 @@ def measure_timing(
     each round."""
     levels = with_base(levels)
     free = [Level(f"free{k}", lambda x, logsnr: x, k + 1.0) for k in range(2)]
-
     path, ready = BrownianPath(range(batch), shape, device), BrownianPath(range(batch), shape, device)
     start = path.initial()
     ready.initial, ready.increment = lambda: start, lambda grid, clock, step: start  # draws nothing
