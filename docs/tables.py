@@ -51,15 +51,93 @@ def gamma_table() -> str:
     return table([*rows, ("harder than Monte Carlo", *(result["htmc"] for result in results))])
 
 
+TWINS = {"demo": "demo_scalar", "celeba32": "celeba32_scalar"}  # the same family with standard preconditioning
+
+
+def levels_table() -> str:
+    """Losses of both preconditionings, and distances from the largest level, pooled with alpha^2 d(logsnr)."""
+    rows = [("level", "FLOPs over the largest's", "loss, standard", "loss, Gaussian", "E\\|f - f^K\\|^2, standard",
+             "E\\|f - f^K\\|^2, Gaussian")]  # fmt: skip
+    for ours, twin in TWINS.items():
+        levels, before = (load(f"{folder}/gamma.json")["levels"] for folder in (ours, twin))
+        for level, old in zip(levels, before, strict=True):
+            apart = (f"{m.get('to_largest_alpha2', 0):.5f}" if m["name"] != levels[-1]["name"] else "–"
+                     for m in (old, level))  # fmt: skip
+            share = f"1/{levels[-1]['gflop'] / level['gflop']:.1f}"
+            losses = (f"{m['loss_alpha2']:.5f}" for m in (old, level))
+            rows.append((f"`{ours}` {level['name']}", share, *losses, *apart))
+    return table(rows)
+
+
+def outlook_table() -> str:
+    """What coins add, and the windows that were predicted and judged, for both preconditionings."""
+    rows = [("family", "S", "chain", "D / N^q", "predicted for coins, over EM with the largest level", "judged",
+             "judged, over EM with any level")]  # fmt: skip
+    for ours, twin in TWINS.items():
+        for folder, words in ((twin, "standard"), (ours, "Gaussian")):
+            found, judged = load(f"{folder}/diagnostics.json"), load(f"{folder}/speedup.json")["strict"]
+            for dynamics in ("sde", "ode"):
+                own, coins = found[dynamics], judged[dynamics]["coins"]
+                ahead = own["window"]
+                text = "{:.2f} from {:.2g} to {:.2g}".format(ahead["speedup"], *ahead["rms_error"]) if ahead else "–"
+                rows.append((f"`{ours}`, {words}, {dynamics.upper()}", f"{own['S']:.3g}", " + ".join(own["chain"]),
+                             f"{own['D']:.3g} / N^{own['q']:.2f}", text,
+                             *(window(coins[against]["flops"]) for against in ("em_largest", "em_any"))))  # fmt: skip
+    return table(rows)
+
+
+def forms_table() -> str:
+    """Losses and S of each form of a network that knows the Gaussian part, by training length."""
+    paths = sorted((ROOT / "results" / "preconditioning").glob("train-*.json"))
+    runs = [run for path in paths for run in json.loads(path.read_text())]
+    lengths = sorted({run["images"] for run in runs})
+    of = {(run["size"], run["form"], run["images"]): run for run in runs}
+    rows = [("size", "form", *(f"{images:,} images" for images in lengths))]
+    for size, form in dict.fromkeys((run["size"], run["form"]) for run in runs):
+        found = [of.get((size, form, images)) for images in lengths]
+        rows.append((f"{size}x{size}", form, *(form_cell(run) if run else "" for run in found)))
+    return table(rows)
+
+
+def form_cell(run: dict) -> str:
+    """Losses of the two networks, and S."""
+    _, small, large = run["loss"].values()
+    return f"{small:.5f}, {large:.5f}; {run['S']:.3f}"
+
+
+def local_table() -> str:
+    """Errors of linear denoisers of windows of pixels, over that of the global one, by log-SNR."""
+    runs = load("preconditioning/local.json")
+    where, size = sorted({run["logsnr"] for run in runs}), max(run["size"] for run in runs)
+    error = {(run["window"], run["logsnr"]): run["error"] for run in runs if run["size"] == size}
+    rows = [
+        ("log-SNR", *(str(u) for u in where)),
+        ("global Gaussian, error", *(f"{error[None, u]:.4f}" for u in where)),
+    ]
+    for side in sorted({run["window"] for run in runs if run["window"]}):
+        rows.append((f"{side}x{side} pixels, over it", *(f"{error[side, u] / error[None, u]:.2f}" for u in where)))
+    return table(rows)
+
+
+def fit_table() -> str:
+    """Rank, time and memory of the fit at 64x64."""
+    rows = [("images", "rank", "seconds", "more memory", "held-out loss by rank")]
+    for run in load("preconditioning/fit.json"):
+        losses = ", ".join(f"{rank}: {loss:.5f}" for rank, loss in run["loss_by_rank"].items())
+        rows.append((f"{run['images']:,} of {run['size']}x{run['size']}", str(run["rank"]), f"{run['seconds']:.0f}",
+                     f"{run['more_memory_gb']:.1f} GB", losses))  # fmt: skip
+    return table(rows)
+
+
 def speedup_table() -> str:
-    folders = ("demo", "analytic")
+    folders = ("demo", "celeba32", "analytic")
     results = [load(f"{folder}/speedup.json")["strict"] for folder in folders]
     rows = [("speed-up", *(f"`{folder}`" for folder in folders))]
     for dynamics, method, against, unit in product(("sde", "ode"), METHODS, AGAINST, UNITS):
         label = f"{dynamics.upper()}, {METHODS[method]} over {AGAINST[against]}, {UNITS[unit]}"
         cells = [window(result[dynamics][method][against][unit]) for result in results]
         if unit == "seconds":
-            cells[1] = "–"  # the levels in closed form all take about the same time
+            cells[-1] = "–"  # the levels in closed form all take about the same time
         rows.append((label, *cells))
     return table(rows)
 
@@ -146,6 +224,11 @@ def benchmark_tables() -> str:
 TABLES = {
     (README, "verdicts"): verdict_table,
     (RESULTS, "gamma"): gamma_table,
+    (RESULTS, "levels"): levels_table,
+    (RESULTS, "outlook"): outlook_table,
+    (RESULTS, "forms"): forms_table,
+    (RESULTS, "local"): local_table,
+    (RESULTS, "fit"): fit_table,
     (RESULTS, "speedups"): speedup_table,
     (RESULTS, "estimators"): estimator_table,
     (SPEED, "benchmark"): benchmark_tables,
