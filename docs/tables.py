@@ -56,8 +56,8 @@ TWINS = {"celeba32": "celeba32_scalar"}  # the same family with standard precond
 
 def levels_table() -> str:
     """Losses of both preconditionings, and distances from the largest level, pooled with alpha^2 d(logsnr)."""
-    rows = [("level", "FLOPs over the largest's", "loss, standard", "loss, Gaussian", "E\\|f - f^K\\|^2, standard",
-             "E\\|f - f^K\\|^2, Gaussian")]  # fmt: skip
+    titles = ("level", "FLOPs over the largest's", "loss, standard", "loss, Gaussian", "E\\|f - f^K\\|^2, standard")
+    rows: list[tuple[str, ...]] = [(*titles, "E\\|f - f^K\\|^2, Gaussian")]
     for ours, twin in TWINS.items():
         levels, before = (load(f"{folder}/gamma.json")["levels"] for folder in (ours, twin))
         for level, old in zip(levels, before, strict=True):
@@ -71,8 +71,8 @@ def levels_table() -> str:
 
 def outlook_table() -> str:
     """What coins add, and the windows that were predicted and judged, for both preconditionings."""
-    rows = [("family", "S", "chain", "D / N^q", "predicted for coins, over EM with the largest level", "judged",
-             "judged, over EM with any level")]  # fmt: skip
+    titles = ("family", "S", "chain", "D / N^q", "predicted for coins, over EM with the largest level", "judged")
+    rows: list[tuple[str, ...]] = [(*titles, "judged, over EM with any level")]
     for ours, twin in TWINS.items():
         for folder, words in ((twin, "standard"), (ours, "Gaussian")):
             found, judged = load(f"{folder}/diagnostics.json"), load(f"{folder}/speedup.json")["strict"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -113,6 +114,14 @@ def test_a_headline_holds_throughout_a_factor_of_two_in_rms_error() -> None:
     assert headline(curve[-2:]) is None  # one of the two has no bound
     assert window(curve, 4) == {"least": 4, "factor": pytest.approx(50), "rms_error": pytest.approx([0.5, 0.01])}
     assert (window(curve, 3) or {})["factor"] == pytest.approx(400) and window(curve, 10) is None
+
+
+def test_windows_may_end_between_two_baselines() -> None:
+    """Twice as cheap down to an rms error of 0.4, and unreached below: the two baselines alone span a factor of 4."""
+    sides = [group((1, 1), (16, 1 / 16)), group((0.5, 1), (7.22, 0.16))]
+    found = compare(*(replace(g, costs=g.costs.repeat(2, 1), errors=g.errors.repeat(2, 1)) for g in sides))
+    assert [p["speedup"] for p in found["curve"]] == [pytest.approx(2), None]
+    assert found["window"] == {"lower95": pytest.approx(2, abs=0.01), "rms_error": pytest.approx([1, 0.4], rel=0.13)}
 
 
 def test_unreached_errors_and_empty_sides_give_null() -> None:

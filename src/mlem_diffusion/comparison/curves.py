@@ -8,12 +8,10 @@ Both sides may *mix* two settings: chance decides for every image, so mean cost 
 theirs, and least cost against error is a convex curve with corners at the best settings. So neither side gains or loses
 by the gaps between its step counts. Between two neighbouring points b the baselines' curve is straight and ours is on
 or below its chord, and a quotient of averages is at least the smaller of the two quotients. So what holds at
-neighbouring points holds everywhere between them.
+neighbouring points holds everywhere between them. Windows may therefore end between two points b.
 
 The bound is the 5th percentile over replicates, at the same b: each resamples the seeds, paired over all settings, and
 draws all timings anew; it recomputes e_b and both curves, and counts as 0 if ours does not reach e_b."""
-
-from __future__ import annotations
 
 import math
 from collections.abc import Sequence
@@ -29,6 +27,7 @@ from .settings import Measurement, Row
 
 Measurements = Sequence[Measurement]
 SPAN = 2.0  # factor in rms error over which a headline must hold
+_PARTS = 8  # errors at which a window may end, between two neighbouring baselines
 _SLACK = 1e-9  # relative: rounding must not separate two settings that are the same sampler
 _DESCRIBED = ("step_rule", "estimator", "levels", "probabilities", "coins", "c", "switch", "steps", "plan", "error")
 _DESCRIBED += ("gflops_realised", "seconds")
@@ -85,21 +84,24 @@ class Group:
 
 
 def compare(base: Group, ours: Group, coarsest: float = math.inf) -> dict[str, Any]:
-    """{"window": `headline`, "max", "curve"} of two groups, over baseline frontier points of error <= coarsest.
+    """{"window": `headline`, "max", "curve"} of two groups, at squared errors <= coarsest.
 
-    "curve" lists {"at": squared error, "speedup", "lower95"}, coarse to fine. "max" is its largest point, with the
-    cheapest settings that reach it alone as "baseline" and "ours"; mixtures may cost less than these. Unreached values
-    are None, and so are bounds without replicates."""
-    points = [b for b in base.frontier() if base.errors[b, 0] <= coarsest * (1 + _SLACK)]
-    targets = base.errors[points]
-    ratios, curve = base.least_costs(targets) / ours.least_costs(targets), []
+    "curve" lists {"at": squared error, "speedup", "lower95"} at the points of the baselines' frontier, coarse to fine;
+    the window is found on _PARTS times as many. "max" is the curve's largest point, with the cheapest settings that
+    reach it alone as "baseline" and "ours"; mixtures may cost less than these. Unreached values are None, and so are
+    bounds without replicates."""
+    roots = np.sqrt(base.errors[base.frontier()])
+    between = np.linspace(roots[:-1], roots[1:], _PARTS, endpoint=False, axis=1).reshape(-1, roots.shape[1])
+    targets = np.concatenate([between, roots[-1:]]) ** 2
+    targets = targets[targets[:, 0] <= coarsest * (1 + _SLACK)]
+    ratios, fine = base.least_costs(targets) / ours.least_costs(targets), []
     for target, ratio in zip(targets[:, 0].tolist(), ratios, strict=True):
         speed, low = (float(ratio[0]), lower(ratio)) if ratio[0] > 0 else (None, None)
-        curve.append({"at": target, "speedup": speed, "lower95": low})
+        fine.append({"at": target, "speedup": speed, "lower95": low})
+    curve = fine[::-_PARTS][::-1]
     best = max((p for p in curve if p["speedup"] is not None), key=lambda p: p["speedup"], default=None)
-    if best is not None:
-        best = best | {"baseline": base.described(best["at"]), "ours": ours.described(best["at"])}
-    return {"window": headline(curve), "max": best, "curve": curve}
+    best = best and best | {"baseline": base.described(best["at"]), "ours": ours.described(best["at"])}
+    return {"window": headline(fine), "max": best, "curve": curve}
 
 
 def lower(ratios: np.ndarray) -> float | None:

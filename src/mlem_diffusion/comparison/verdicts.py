@@ -1,7 +1,5 @@
 """Verdicts on an optimiser's plans: what each method gains, and whether its choices and predictions hold."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 
