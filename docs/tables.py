@@ -51,7 +51,7 @@ def gamma_table() -> str:
     return table([*rows, ("harder than Monte Carlo", *(result["htmc"] for result in results))])
 
 
-TWINS = {"celeba32": "celeba32_scalar"}  # the same family with standard preconditioning
+TWINS = {"demo": "demo_scalar", "celeba32": "celeba32_scalar"}  # the same family with standard preconditioning
 
 
 def levels_table() -> str:
@@ -130,7 +130,7 @@ def fit_table() -> str:
 
 
 def speedup_table() -> str:
-    folders = ("demo", "analytic")
+    folders = ("demo", "celeba32", "analytic")
     results = [load(f"{folder}/speedup.json")["strict"] for folder in folders]
     rows = [("speed-up", *(f"`{folder}`" for folder in folders))]
     for dynamics, method, against, unit in product(("sde", "ode"), METHODS, AGAINST, UNITS):
@@ -225,6 +225,7 @@ TABLES = {
     (README, "verdicts"): verdict_table,
     (RESULTS, "gamma"): gamma_table,
     (RESULTS, "levels"): levels_table,
+    (RESULTS, "outlook"): outlook_table,
     (RESULTS, "forms"): forms_table,
     (RESULTS, "local"): local_table,
     (RESULTS, "fit"): fit_table,
