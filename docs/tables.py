@@ -71,8 +71,8 @@ def levels_table() -> str:
 
 def outlook_table() -> str:
     """What coins add, and the windows that were predicted and judged, for both preconditionings."""
-    titles = ("family", "S", "chain", "D / N^q", "predicted for coins, over EM with the largest level", "judged")
-    rows: list[tuple[str, ...]] = [(*titles, "judged, over EM with any level")]
+    titles = ("family", "S", "chain", "D / N^q", "predicted, over the largest level", "judged, over EM with it")
+    rows: list[tuple[str, ...]] = [(*titles, "over EM with any level")]
     for ours, twin in TWINS.items():
         for folder, words in ((twin, "standard"), (ours, "Gaussian")):
             found, judged = load(f"{folder}/diagnostics.json"), load(f"{folder}/speedup.json")["strict"]
@@ -91,7 +91,7 @@ def forms_table() -> str:
     paths = sorted((ROOT / "results" / "preconditioning").glob("train-*.json"))
     runs = [run for path in paths for run in json.loads(path.read_text())]
     lengths = sorted({run["images"] for run in runs})
-    of = {(run["size"], run["form"], run["images"]): run for run in runs}
+    of = {(run["size"], run["form"], run["images"]): run for run in reversed(runs)}  # the shorter training's
     rows = [("size", "form", *(f"{images:,} images" for images in lengths))]
     for size, form in dict.fromkeys((run["size"], run["form"]) for run in runs):
         found = [of.get((size, form, images)) for images in lengths]

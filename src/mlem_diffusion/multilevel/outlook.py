@@ -38,7 +38,7 @@ def law(errors: Mapping[int, float]) -> tuple[float, float]:
 
 
 def speedup(error: np.ndarray, s: float, d: float, q: float, first: float) -> tuple[np.ndarray, np.ndarray]:
-    """Predicted speed-up in cost over EM with the largest level at these squared errors, and the S of a fourfold one.
+    """Predicted speed-up in cost over the largest level alone at these squared errors, and the S of a fourfold one.
 
     first: cost of the chain's first level, which runs at every step, in evaluations of the largest. The S is negative
     where the first level alone costs too much."""
@@ -76,8 +76,8 @@ def sentence(found: Mapping[str, Any]) -> str:
     if (window := found["window"]) is None:
         return f"{text} Its errors span less than a factor of 2 in rms error: no window is predicted."
     far, near = window["rms_error"]
-    text += f" Predicted for plain ML-EM: at least {window['speedup']:.2f} times EM's speed from rms error "
-    text += f"{far:.2g} to {near:.2g}."
+    text += f" Predicted for plain ML-EM: at least {window['speedup']:.2f} times the speed of {found['chain'][-1]} "
+    text += f"alone from rms error {far:.2g} to {near:.2g}."
     if window["speedup"] >= 4:
         return text
     needed = found["S_for_4"]
