@@ -29,7 +29,7 @@ def gamma(result: dict, name: str) -> str:
 
 
 def window(entry: dict) -> str:
-    """The headline of an entry of speedup.json, and in brackets its largest single point."""
+    """The headline of an entry of speedup.json, and in parentheses its largest single point."""
     found, best = entry["window"], entry["max"]
     text = "no window" if found is None else "at least {:.2f} from {:.2g} to {:.2g}".format(
         found["lower95"], *found["rms_error"])  # fmt: skip
@@ -192,7 +192,11 @@ def lowest(result: dict, method: str, against: str) -> str:
 def verdict_table() -> str:
     """What reproduces and what does not."""
     known, demo, faces = (load(f"{name}/speedup.json")["strict"] for name in ("analytic", "demo", "celeba32"))
-    rates, at_32, on_gpu = load("rates/rates.json"), load("celeba32/gamma.json"), load("celeba64_sprint_short/gamma.json")
+    rates, at_32, on_gpu = (
+        load("rates/rates.json"),
+        load("celeba32/gamma.json"),
+        load("celeba64_sprint_short/gamma.json"),
+    )
     worst = {
         method: max(abs(rates[d][g][method]["exponent"] - rates[d][g][method]["predicted"])
                     for d in ("sde", "ode") for g in ("2.5", "3", "4"))

@@ -210,9 +210,9 @@ def local(folder: Path) -> list[dict[str, Any]]:
         gauss, test = fit_gaussian(seen), to_float(unseen, torch.device("cpu"))
         centred = [to_float(seen[:1536], torch.device("cpu")) - gauss.mean, test[:512] - gauss.mean]
         for side in (3, 5, 7, 9):
+            every = side * side // 3 | 1  # odd, so that all columns of pixels are seen
             rows = [
-                F.unfold(v, side, padding=side // 2).transpose(1, 2).flatten(0, 1)[:: side * side // 3].double()
-                for v in centred
+                F.unfold(v, side, padding=side // 2).transpose(1, 2).flatten(0, 1)[::every].double() for v in centred
             ]
             own, other = (r.T @ r / len(r) for r in rows)
             middle = torch.arange(3) * side * side + side * side // 2
