@@ -56,8 +56,10 @@ TWINS = {"demo": "demo_scalar", "celeba32": "celeba32_scalar"}  # the same famil
 
 def levels_table() -> str:
     """Losses of both preconditionings, and distances from the largest level, pooled with alpha^2 d(logsnr)."""
-    titles = ("level", "FLOPs over the largest's", "loss, standard", "loss, Gaussian", "E\\|f - f^K\\|^2, standard")
-    rows: list[tuple[str, ...]] = [(*titles, "E\\|f - f^K\\|^2, Gaussian")]
+    rows: list[tuple[str, ...]] = [
+        ("level", "FLOPs over the largest's", "loss, standard", "loss, Gaussian",
+         "E\\|f - f^K\\|^2, standard", "E\\|f - f^K\\|^2, Gaussian"),
+    ]  # fmt: skip
     for ours, twin in TWINS.items():
         levels, before = (load(f"{folder}/gamma.json")["levels"] for folder in (ours, twin))
         for level, old in zip(levels, before, strict=True):
@@ -71,8 +73,10 @@ def levels_table() -> str:
 
 def outlook_table() -> str:
     """What coins add, and the windows that were predicted and judged, for both preconditionings."""
-    titles = ("family", "S", "chain", "D / N^q", "predicted, over the largest level", "judged, over EM with it")
-    rows: list[tuple[str, ...]] = [(*titles, "over EM with any level")]
+    rows: list[tuple[str, ...]] = [
+        ("family", "S", "chain", "D / N^q", "predicted, over the largest level",
+         "judged, over EM with it", "over EM with any level"),
+    ]  # fmt: skip
     for ours, twin in TWINS.items():
         for folder, words in ((twin, "standard"), (ours, "Gaussian")):
             found, judged = load(f"{folder}/diagnostics.json"), load(f"{folder}/speedup.json")["strict"]
@@ -192,11 +196,7 @@ def lowest(result: dict, method: str, against: str) -> str:
 def verdict_table() -> str:
     """What reproduces and what does not."""
     known, demo, faces = (load(f"{name}/speedup.json")["strict"] for name in ("analytic", "demo", "celeba32"))
-    rates, at_32, on_gpu = (
-        load("rates/rates.json"),
-        load("celeba32/gamma.json"),
-        load("celeba64_sprint_short/gamma.json"),
-    )
+    rates, at_32, on_gpu = map(load, ("rates/rates.json", "celeba32/gamma.json", "celeba64_sprint_short/gamma.json"))
     worst = {
         method: max(abs(rates[d][g][method]["exponent"] - rates[d][g][method]["predicted"])
                     for d in ("sde", "ode") for g in ("2.5", "3", "4"))

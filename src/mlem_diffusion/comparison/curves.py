@@ -98,7 +98,7 @@ def compare(base: Group, ours: Group, coarsest: float = math.inf) -> dict[str, A
     for target, ratio in zip(targets[:, 0].tolist(), ratios, strict=True):
         speed, low = (float(ratio[0]), lower(ratio)) if ratio[0] > 0 else (None, None)
         fine.append({"at": target, "speedup": speed, "lower95": low})
-    curve = fine[::-_PARTS][::-1]
+    curve = fine[::-_PARTS][::-1]  # the baselines themselves: counted from the end, since `coarsest` cuts the start
     best = max((p for p in curve if p["speedup"] is not None), key=lambda p: p["speedup"], default=None)
     best = best and best | {"baseline": base.described(best["at"]), "ours": ours.described(best["at"])}
     return {"window": headline(fine), "max": best, "curve": curve}
