@@ -24,7 +24,9 @@ def main(exp: Experiment) -> None:
         return load_level(exp.checkpoints / metadata["name"], metadata, exp.device, snapshot, compile="off")
 
     settings, gains = exp.cfg.gamma, gain_densities(exp)
-    result = measure(exp.metadata(), again, load, exp.held_out(), exp.process, settings, exp.progress, gains)
+    family = [m for m in exp.metadata() if "teacher" not in m]  # a taught level's error says little about its size
+    result = measure(family, again, load, exp.held_out(), exp.process, settings, exp.progress, gains)
+    result["made_with"] = exp.identity
     exp.save("gamma.json", result)
     exp.figure("gamma.png", plot_gamma(result, exp.cfg.title))
     exp.log({f"gamma/{name}": e["gamma"] for name, e in result["estimates"].items()})

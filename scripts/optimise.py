@@ -5,6 +5,7 @@ Calibration, selection and the comparison have sample seeds of their own."""
 from dataclasses import replace
 
 from mlem_diffusion import parallel
+from mlem_diffusion.comparison.settings import telescope
 from mlem_diffusion.experiment import plan_search
 from mlem_diffusion.experiment.runs import make_runner, run_all, sample_seeds
 from mlem_diffusion.experiment.stage import Experiment, stage
@@ -19,25 +20,24 @@ OUTPUTS = ["plans.json", "plans.npz", "gains.json", "gains.png", "diagnostics.js
 @stage(OUTPUTS, depends=["process", "precision", "optimise", "timing"], reads=["levels"], cost=plan_search.cost)
 def main(exp: Experiment) -> None:
     selecting = make_runner(exp)
-    seeds = list(sample_seeds(exp.cfg).calibration[: exp.cfg.optimise.calibrate])
-    runner = replace(selecting, seeds=seeds, num_reference=len(seeds))  # of the calibration
-    timing = plan_search.timing(exp, runner.levels)  # before workers use the machine
-    diagnosed = plan_search.diagnostics(exp, runner.levels)
+    levels, seeds = telescope(selecting.levels), list(sample_seeds(exp.cfg).calibration[: exp.cfg.optimise.calibrate])
+    runner = replace(selecting, levels=levels, seeds=seeds, num_reference=len(seeds))  # of the calibration
+    timing = plan_search.timing(exp, selecting.levels)  # before workers use the machine
+    diagnosed = plan_search.diagnostics(exp, levels)
     alone = plan_search.errors_alone(exp, runner)
-    plan_search.outlooks(exp, runner.levels, alone, diagnosed)
+    plan_search.outlooks(exp, levels, alone, diagnosed)
     exp.save("diagnostics.json", diagnosed)
     for dynamics, content in diagnosed.items():
         exp.print(diagnostics.table(content))
         if "pooled" in content:
             exp.figure(f"diagnostics-{dynamics}.png", plot_diagnostics(content))
 
-    searched = plan_search.search(exp, runner.levels, alone, timing["seconds"])
+    searched = plan_search.search(exp, levels, alone, timing["seconds"])
     exp.save("gains.json", plan_search.densities(exp, searched))
-    ablated = plan_search.ablate(exp, runner.levels, searched, timing["seconds"])
+    ablated = plan_search.ablate(exp, levels, searched, timing["seconds"])
     exp.save("ablation.json", ablated)
     exp.figure("ablation.png", plot_ablation(ablated, exp.cfg.title))
     exp.print(ablation.table(ablated))
-
     # run all candidates; select those on the frontiers of measured errors
     every = [(s, plan) for s in searched for group in s.candidates for plan in group]
     selecting = replace(selecting, plans={plan.id: plan for _, plan in every})

@@ -32,7 +32,8 @@ def main(exp: Experiment) -> None:
     found = run_all(exp, runner, settings, "compare")
     measured = planned.complete(settings, found, runner.seeds, real, plans, cfg.distance_bootstrap)
     frame, sound = frame_of(m.row for m in measured), [m for m in measured if "diverged" not in m.row]
-    result = speedup.speedups(sound, runner.timing, cfg.bootstrap, cfg.seed)
+    taught = [name for name, level in runner.levels.items() if level.teacher]
+    result = speedup.speedups(sound, runner.timing, cfg.bootstrap, cfg.seed, taught)
     bias = reference_bias(sound, runner)
     exp.save("compare.csv", to_text(frame))
     exp.save("timing.json", timing_record(exp, runner.timing))

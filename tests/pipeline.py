@@ -37,8 +37,8 @@ BASELINES += "{dynamics: ode, step_rule: dpmpp_2m, levels: largest, steps: [4, 8
 ML_EM = "{dynamics: sde, step_rule: ddpm, families: [all, chain], coins: [independent], c: [4], steps: [8]}, "
 ML_EM += "{dynamics: ode, step_rule: ddim, families: [all, chain], coins: [systematic], c: [4], steps: [8]}"
 SMALLER = (
-    "family.widths=[2,3,6]", "unet.multipliers=[1]", "unet.attention=[8]", "train.images=640", "process.base_steps=65",
-    "gamma.bootstrap=10", "compare.num_samples=24", "compare.batch=24",
+    "family.widths=[2,3,6]", "train.teacher.images=320", "unet.multipliers=[1]", "unet.attention=[8]",
+    "train.images=640", "process.base_steps=65", "gamma.bootstrap=10", "compare.num_samples=24", "compare.batch=24",
     f"compare.baselines=[{BASELINES}]", f"compare.ml_em=[{ML_EM}]",
     "optimise.methods=[independent,quadrature]", "optimise.bases=[null]", "optimise.learned.costs=[]",
     "optimise.calibrate_steps=8", "optimise.measured.steps=[8]", f"optimise.rules=[{RULES}]",

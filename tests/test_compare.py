@@ -15,7 +15,7 @@ from mlem_diffusion.comparison.bias import reference_bias
 from mlem_diffusion.comparison.features import Extractor, RealImages, distance_interval, feature_moments
 from mlem_diffusion.comparison.planned import Planned, complete, examples, expected_evaluations, read_planned
 from mlem_diffusion.comparison.runner import Runner, diverged
-from mlem_diffusion.comparison.settings import SamplerSetting, setting_from, setting_of, settings_of
+from mlem_diffusion.comparison.settings import SamplerSetting, setting_from, setting_of, settings_of, telescope
 from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.diffusion.process import LinearSchedule, Process
 from mlem_diffusion.errors import Interrupted, SlowPath, UserError
@@ -23,6 +23,8 @@ from mlem_diffusion.multilevel.plan import Plan, save_plans
 from mlem_diffusion.multilevel.timing import Timing
 
 NAMES = ["gauss", "w2", "w4", "w8", "w16"]
+LEVELS = {name: Level(name, lambda x, logsnr: x, 0.01 + 4.0**i) for i, name in enumerate(NAMES)}
+TAUGHT = {name: Level(name, lambda x, logsnr: x, 4.01, teacher="w16") for name in ("t2", "t4")}
 EMPTY: dict[str, Any] = {"baselines": [], "stitched": [], "ml_em": []}
 BASELINE = {"dynamics": "sde", "step_rule": "ddpm", "levels": "all", "steps": [8]}
 STITCHED = {
@@ -60,17 +62,28 @@ PLANS = {plan.id: plan for plan in map(plan_of, ("independent", "nested", "syste
 ])  # fmt: skip
 def test_levels_by_name_and_by_index(which, expected):
     """The Gaussian level has no index; it is among all levels, and may be named."""
-    found = settings_of(EMPTY | {"baselines": [BASELINE | {"levels": which}]}, NAMES, 50)
+    found = settings_of(EMPTY | {"baselines": [BASELINE | {"levels": which}]}, LEVELS, 50)
     assert [s.levels for s in found] == [(name,) for name in expected]
+
+
+def test_taught_levels_are_rivals_and_plans_use_only_them_and_their_teacher():
+    """They have no index, and constant probabilities over all levels leave them out."""
+    levels = {**LEVELS, **TAUGHT}
+    baselines = [BASELINE, BASELINE | {"levels": ["t2", 0, "t99", -1]}]
+    found = settings_of({"baselines": baselines, "stitched": [], "ml_em": [ML_EM]}, levels, 50)
+    assert [s.levels[0] for s in found[:7]] == list(levels) and {s.levels for s in found[7:]} == {
+        tuple(NAMES[1:]), ("w2", "w8", "w16")}  # fmt: skip
+    assert [s.levels[0] for s in settings_of(EMPTY | {"baselines": baselines[1:]}, levels, 50)] == ["t2", "w2", "w16"]
+    assert list(telescope(levels)) == ["gauss", "w16", "t2", "t4"] and telescope(LEVELS) == LEVELS
 
 
 def test_configured_settings_are_each_run_once():
     config = {"baselines": [BASELINE, BASELINE | {"levels": "largest"}], "stitched": [STITCHED], "ml_em": [ML_EM]}
-    found = settings_of(config, NAMES, 50)
+    found = settings_of(config, LEVELS, 50)
     assert len(found) == len(set(found)) == 5 + 5 + 8
     assert found[6] == SamplerSetting("sde", "ddpm", "stitched", ("w2", "w16"), 8, switch=(0.5,))
     assert (found[8].levels, found[9].levels) == (("w16", "gauss"), ("gauss", "w8", "w16"))
-    assert len(settings_of(config, NAMES[1:], 50)) == 4 + 2 + 8  # without a Gaussian level
+    assert len(settings_of(config, {n: LEVELS[n] for n in NAMES[1:]}, 50)) == 4 + 2 + 8  # without a Gaussian level
     assert found[10] == SamplerSetting("ode", "ddim", "ml_em", tuple(NAMES[1:]), 8, "constant", "systematic", 1.0)
     assert (found[-1].levels, found[-1].coins, found[-1].c) == (("w2", "w8", "w16"), "nested", 2.5)
 
@@ -78,20 +91,19 @@ def test_configured_settings_are_each_run_once():
 def test_the_best_chain_is_a_family_where_plans_name_one():
     """The rule's own chain, else that of another rule of its dynamics; C is relative to the cheapest network."""
     config = EMPTY | {"ml_em": [ML_EM | {"families": ["all", "chain"], "c": [2], "coins": ["independent"]}]}
-    every, chain = settings_of(config, NAMES, 50, {"ode/ddim": ["gauss", "w8", "w16"], "ode/em": NAMES})
+    every, chain = settings_of(config, LEVELS, 50, {"ode/ddim": ["gauss", "w8", "w16"], "ode/em": NAMES})
     assert (every.levels, chain.levels) == (tuple(NAMES[1:]), ("gauss", "w8", "w16"))
-    assert settings_of(config, NAMES, 50, {"sde/ddpm": NAMES, "ode/em": ["w2", "w16"]})[1].levels == ("w2", "w16")
+    assert settings_of(config, LEVELS, 50, {"sde/ddpm": NAMES, "ode/em": ["w2", "w16"]})[1].levels == ("w2", "w16")
     for none in (None, {"sde/ddpm": ["w2", "w16"]}, {"ode/ddim": NAMES[1:]}):
-        assert settings_of(config, NAMES, 50, none) == [every]
-    levels = {name: Level(name, lambda x, logsnr: x, 0.01 + 4.0**i) for i, name in enumerate(NAMES)}
-    built: Any = chain.build(levels, 2.0, {})
+        assert settings_of(config, LEVELS, 50, none) == [every]
+    built: Any = chain.build(LEVELS, 2.0, {})
     assert built.p == pytest.approx([1, 2 * 4.01 / 64.01, 2 * 4.01 / 256.01])
 
 
 @pytest.mark.parametrize("change", [{"levels": [4]}, {"levels": "medium"}, {"step_rule": "heun"}, {"steps": [51]}])
 def test_impossible_settings_are_refused(change):
     with pytest.raises(UserError):
-        settings_of(EMPTY | {"baselines": [BASELINE | change]}, NAMES, 50)
+        settings_of(EMPTY | {"baselines": [BASELINE | change]}, LEVELS, 50)
 
 
 def full_row(setting: SamplerSetting, **more: Any) -> dict[str, Any]:

@@ -18,14 +18,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from mlem_diffusion.comparison.planned import references_for
 from mlem_diffusion.comparison.settings import settings_of
+from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.diffusion.process import Process
 from mlem_diffusion.diffusion.step_rules import REFERENCE_RULE, step_rule
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.experiment import checks, config
 from mlem_diffusion.experiment.runs import make_extractor, planned_steps, sample_seeds
-from mlem_diffusion.models.family import at_width, build_denoiser, check_attention, describe, level_name
+from mlem_diffusion.models.family import build_denoiser, check_attention, describe, level_name
 from mlem_diffusion.multilevel.planner import METHODS
-from mlem_diffusion.training.levels import TrainConfig
+from mlem_diffusion.training.levels import TrainConfig, level_names
+from mlem_diffusion.training.levels import settings as level_settings
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 EXPERIMENTS = sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml"))
@@ -84,7 +86,7 @@ def test_every_experiment_instantiates(cfg):
     widths, unet = list(cfg.family.widths), plain(cfg.unet)
     assert widths == sorted(set(widths)) and cfg.compare.num_reference <= cfg.compare.num_samples
     for width in widths:
-        train = config.build(at_width(plain(cfg.train), width))
+        train = config.build(level_settings(plain(cfg.train), {"width": width}))
         assert isinstance(train, TrainConfig) and max(train.snapshots) == 1.0 and len(train.snapshots) >= 3
     build_denoiser(widths[0], cfg.data.size, 0.5, unet, cfg.family.target)
     if cfg.family.callable is None:
@@ -95,10 +97,14 @@ def test_every_experiment_instantiates(cfg):
 
 
 def test_every_experiment_compares_the_multilevel_method_with_baselines(cfg):
-    names = [level_name(w) for w in cfg.family.widths]
+    names, teacher = [level_name(w) for w in cfg.family.widths], level_name(cfg.family.widths[-1])
+    found = [Level(name, abs, i + 1.0) for i, name in enumerate(names)]
+    found[-1:-1] = [Level(name, abs, 1.0, teacher=teacher) for name in level_names(cfg) if name not in names]
     if cfg.family.callable is not None:
-        names = [level.name for level in config.build(cfg.family.callable)]
-    settings = settings_of(plain(cfg.compare), names, cfg.process.base_steps)
+        found = config.build(cfg.family.callable)
+    levels = {level.name: level for level in found}
+    names = list(levels)
+    settings = settings_of(plain(cfg.compare), levels, cfg.process.base_steps)
     assert references_for(settings, config.build(cfg.process)).keys() == {"sde", "ode"}  # UserError if too coarse
     kinds = {(s.dynamics, s.estimator) for s in settings}
     assert {("sde", "single"), ("ode", "single"), ("sde", "ml_em")} <= kinds
@@ -179,6 +185,7 @@ def test_defaults(monkeypatch):
         assert (configuration().tracking.mode or "offline") == used
     cfg = plain(configuration().train)
     assert cfg.pop("_target_").endswith("TrainConfig") and cfg.pop("narrow") == []
+    assert cfg.pop("teacher") == {"widths": []}
     assert TrainConfig(**cfg) == TrainConfig()
 
 

@@ -63,7 +63,7 @@ def test_format_of_compare_csv(done):
     kinds = {"single", "ml_em", "stitched", "quadrature"}
     assert set(zip(rows.dynamics, rows.estimator, strict=True)) == {(d, k) for d in ("sde", "ode") for k in kinds}
     # the Gaussian denoiser of the training images is a level, and alone a baseline
-    assert set(rows.levels[rows.estimator == "single"]) == {"gauss", "w2", "w3", "w6"}
+    assert set(rows.levels[rows.estimator == "single"]) == {"gauss", "w2", "w3", "t3", "w6"}
     for name in ("error", "error_se", "network_calls", "gflops_expected", "gflops_realised", "seconds"):
         assert (rows[name].astype(float) > 0).all(), name
     assert set(rows.distance) == set(rows.distance_high) == set(rows.distance_name) == {""}  # 24 images are too few
@@ -95,7 +95,7 @@ def test_records_of_every_stage(done):
     assert p["data"]["source"]["name"] and entry["commit"] and entry["device"] and entry["versions"]["torch"]
     lines = [json.loads(line) for line in (done[0].results / "metrics.jsonl").read_text().splitlines()]
     assert set(RECORDED) <= {r["stage"] for r in lines}
-    assert {r["level"] for r in lines if "loss" in r} == {"w2", "w3", "w6"}
+    assert {r["level"] for r in lines if "loss" in r} == {"w2", "w3", "t3", "w6"}
 
 
 # ------------------------------------------------------------------------------------------ done stays done

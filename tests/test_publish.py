@@ -33,7 +33,7 @@ from mlem_diffusion.models.family import (
 )
 from mlem_diffusion.models.gaussian import fit_gaussian
 from mlem_diffusion.models.unet import Denoiser
-from mlem_diffusion.training.levels import claim, is_trained, planned, settings
+from mlem_diffusion.training.levels import claim, is_trained, level_names, planned, settings, training_flops
 
 COMMITTED = Path(__file__).resolve().parents[1] / "checkpoints" / "celeba32" / "published"
 EXPECTED = [  # mean and standard deviation of two images of each level, from the Gaussian one to w24
@@ -233,6 +233,24 @@ def test_the_family_and_its_cheapest_levels_again_are_trained_with_their_own_set
         (1, 2.0, 0), (2, 1.0, 0), (2, 1.0, 0), (1, 2.0, 1), (2, 1.0, 1),
     ]  # fmt: skip
     assert [v["name"] for v in planned(configuration(only=["w3-seed1", "w2"]), FAMILY)] == ["w2", "w3-seed1"]
+
+
+def test_taught_levels_are_trained_once_with_settings_of_their_own():
+    teacher = {"widths": [2, 3], "images": 7, "narrow": [{"upto": 2, "images": 8}], "warm_start": False}
+    taught = [
+        {"name": f"t{v['width']}", "width": v["width"], "teacher": {"name": "w4", "flops": 2.0}} for v in FAMILY[:2]
+    ]
+    assert [v["name"] for v in planned(configuration(), FAMILY + taught)][3:] == ["t2", "t3", "w2-seed1", "w3-seed1"]
+    train = {"images": 9, "lr": 1.0, "seed": 0, "narrow": [], "teacher": teacher, "warm_start": True}
+    assert settings(train, FAMILY[0]) == {"images": 9, "lr": 1.0, "seed": 0, "warm_start": True}
+    found = [settings(train, v) for v in taught]
+    assert [(f["images"], f["lr"], f["warm_start"]) for f in found] == [(8, 1.0, False), (7, 1.0, False)]
+    assert training_flops(taught[0] | {"flops": 1.5}, 10) == (45.0, 20.0) and training_flops({"flops": 2}, 5) == (30, 0)
+    cfg = SimpleNamespace(train=SimpleNamespace(teacher=SimpleNamespace(widths=[2, 4])), family=configuration().family)
+    with pytest.raises(UserError, match="below the largest"):
+        level_names(cfg)
+    cfg.train.teacher.widths = [2]
+    assert level_names(cfg) == ["w2", "w3", "w4", "t2"]
 
 
 @pytest.mark.parametrize(

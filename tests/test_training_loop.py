@@ -20,7 +20,7 @@ from mlem_diffusion.diffusion.process import CosineSchedule, LinearSchedule, Pro
 from mlem_diffusion.errors import Interrupted, UserError
 from mlem_diffusion.models.family import build_denoiser, load_state
 from mlem_diffusion.training.levels import TrainConfig
-from mlem_diffusion.training.loop import draw_batch, ema_decay, learning_rate, train_level
+from mlem_diffusion.training.loop import draw_batch, ema_decay, learning_rate, noise_quantiles, train_level
 
 PROCESS = Process(LinearSchedule(), base_steps=50, spacing="time")
 UNET = {"multipliers": [1], "blocks": 1, "attention": [8]}
@@ -248,3 +248,44 @@ def test_two_processes_train_the_network_of_one(images, tmp_path):
             assert float((x - y).norm()) < tolerance * float(x.norm()) < 20 * tolerance * float((x - s).norm())
         losses = [[entry["loss"] for entry in state["history"]] for state in (a, b)]
         assert losses[1] == pytest.approx(losses[0], rel=tolerance)
+
+
+# ------------------------------------------------------------------------------------------ levels made for ML-EM
+def test_a_taught_level_comes_closer_to_its_teacher_than_to_the_images(images, tmp_path):
+    """The teacher is an untrained network with an output of its own, so that images could not lead to it."""
+    teacher = build_denoiser(WIDTH, SIZE, RMS, UNET, "v", 1)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(teacher.unet.leave[2].weight, std=0.3)  # pyright: ignore
+    before = [p.clone() for p in teacher.parameters()]
+    config, batch = replace(CONFIG, images=16 * 40, lr=1e-2, ema_ramp=0.1), torch.randn(64, 3, SIZE, SIZE)
+    logsnr = torch.linspace(-4, 4, 64)
+
+    def distance(student: Any) -> float:
+        return float((student(batch, logsnr) - teacher(batch, logsnr)).square().mean())
+
+    with torch.no_grad():
+        apart = distance(build_denoiser(WIDTH, SIZE, RMS, UNET, "v", 5))
+    taught, alone = (train(images, tmp_path / n, config, teacher=t) for n, t in (("a", teacher), ("b", None)))
+    with torch.no_grad():
+        assert distance(taught) < 0.5 * min(apart, distance(alone))
+    assert all(torch.equal(a, b) for a, b in zip(before, teacher.parameters(), strict=True))
+
+
+def test_a_taught_level_resumes_to_the_same_weights(images, tmp_path):
+    teacher = build_denoiser(WIDTH, SIZE, RMS, UNET, "v", 1)
+    train(images, tmp_path / "whole", teacher=teacher)
+    with pytest.raises(Interrupted):
+        train(images, tmp_path / "parts", teacher=teacher, should_stop=stop_at(5))
+    train(images, tmp_path / "parts", teacher=teacher)
+    assert_same_folder(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("spacing", ["time", "logsnr"])
+def test_half_of_the_noise_levels_can_be_drawn_around_one(spacing):
+    process = replace(PROCESS, spacing=spacing)
+    path = noise_quantiles(process, None)
+    assert np.array_equal(path, process.logsnr_at(np.linspace(0, 1, len(path))))
+    found = noise_quantiles(process, (2.0, 1.0))
+    assert np.all(np.diff(found) > 0) and (found[0], found[-1]) == pytest.approx((path[0], path[-1]))
+    share, expected = ((v > 1) & (v < 3) for v in (found, path))
+    assert share.mean() == pytest.approx(0.5 * expected.mean() + 0.5 * 0.6827, abs=0.01)

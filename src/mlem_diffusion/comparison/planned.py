@@ -56,9 +56,9 @@ def read_planned(path: Path, config: Any) -> Planned:
         return Planned(plans, settings, facts, content.get("chains", {}), spent, content["cost_unit"], made_with)
 
 
-def all_settings(config: Any, names: Iterable[str], base_steps: int, planned: Planned) -> list[SamplerSetting]:
+def all_settings(config: Any, levels: Mapping[str, Level], base_steps: int, planned: Planned) -> list[SamplerSetting]:
     """The configured settings and the plans; those that share noise increments are neighbours."""
-    settings = dict.fromkeys([*settings_of(config, list(names), base_steps, planned.chains), *planned.settings])
+    settings = dict.fromkeys([*settings_of(config, levels, base_steps, planned.chains), *planned.settings])
     return sorted(settings, key=lambda s: (s.dynamics, s.rule.clock or "", s.steps))
 
 

@@ -1,5 +1,6 @@
 """Sampler settings, from the configuration to the rows of compare.csv, with costs per image (GFLOPs, not GMACs)."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import product
@@ -18,6 +19,7 @@ from ..multilevel.estimators import Multilevel, constant_probabilities
 from ..multilevel.plan import Plan
 
 GAUSSIAN = "gauss"  # name of the linear Gaussian denoiser among the levels
+_OPTIONAL = re.compile(rf"{GAUSSIAN}|t\d+")  # names of levels that not every family has
 Row = dict[str, Any]  # one row of compare.csv
 COLUMNS = [
     "dynamics", "step_rule", "estimator", "probabilities", "coins", "c", "switch", "levels", "steps", "seed",
@@ -130,50 +132,60 @@ def setting_from(values: Any) -> SamplerSetting:
     return SamplerSetting(**given)
 
 
-def _choose(names: Sequence[str], which: Any) -> tuple[str, ...]:
-    """Level names from "all", "largest" or a list of indices of networks and "gauss", which not every family has."""
+def telescope(levels: Mapping[str, Level]) -> dict[str, Level]:
+    """The levels that plans use: those with a teacher, it and the Gaussian one; without a teacher, all."""
+    taught = {name for name, level in levels.items() if level.teacher}
+    chosen = {GAUSSIAN, *taught, *(levels[name].teacher for name in taught)} if taught else set(levels)
+    return {name: level for name, level in levels.items() if name in chosen}
+
+
+def _choose(levels: Mapping[str, Level], which: Any) -> tuple[str, ...]:
+    """Level names from "all", "largest", or a list of names and of indices of the networks without a teacher.
+
+    Levels that not every family has, "gauss" and those with a teacher, are left out where they are missing."""
     if which == "all":
-        return tuple(names)
-    networks = [name for name in names if name != GAUSSIAN]
+        return tuple(levels)
+    networks = [name for name, level in levels.items() if name != GAUSSIAN and level.teacher is None]
     try:
-        wanted = [i for i in ([-1] if which == "largest" else which) if i != GAUSSIAN or GAUSSIAN in names]
-        chosen = [GAUSSIAN if i == GAUSSIAN else networks[int(i)] for i in wanted]
+        known = [i for i in ([-1] if which == "largest" else which) if not _OPTIONAL.fullmatch(str(i)) or i in levels]
+        chosen = [i if i in levels else networks[int(i)] for i in known]
         return tuple(dict.fromkeys(chosen))  # [0, 2, -1] of three levels names the last one twice
     except (IndexError, TypeError, ValueError) as error:
         raise UserError(f"levels = {which!r} does not fit a family of {len(networks)} levels.") from error
 
 
 def settings_of(
-    config: Any, names: Sequence[str], base_steps: int, chains: Mapping[str, Sequence[str]] | None = None
+    config: Any, levels: Mapping[str, Level], base_steps: int, chains: Mapping[str, Sequence[str]] | None = None
 ) -> list[SamplerSetting]:
-    """All settings of a `compare` configuration for a family with these level names, cheap to expensive.
+    """All settings of a `compare` configuration for these levels, cheap to expensive.
 
     chains: {rule: names of its best chain of levels}, from plans.json; for other rules that of the same dynamics. A
-    family "chain" is left out if none is known or if it is that of all networks. The Gaussian level belongs to "all" of
-    the baselines, but not to "all" of ML-EM, whose constant probabilities assume a power law of the networks' errors; a
-    chain may begin with it."""
+    family "chain" is left out if none is known or if it is that of all networks. The Gaussian level and those with a
+    teacher belong to "all" of the baselines, but not to "all" of ML-EM, whose constant probabilities assume a power law
+    of the networks' errors; a chain may have them."""
     out: list[SamplerSetting] = []
     for sweep in config["baselines"]:
-        alone: list[Any] = list(_choose(names, sweep["levels"]))
+        alone: list[Any] = list(_choose(levels, sweep["levels"]))
         for name, steps in product(alone, sweep["steps"]):
             out.append(SamplerSetting(sweep["dynamics"], sweep["step_rule"], "single", (name,), steps))
     for sweep in config["stitched"]:
         rule = (sweep["dynamics"], sweep["step_rule"])
         for sequence, steps, switch in product(sweep["sequences"], sweep["steps"], sweep["switch"]):
-            order = _choose(names, sequence)
+            order = _choose(levels, sequence)
             if len(order) == len(sequence) == len(switch) + 1:  # else the family lacks a level, or names one twice
                 out.append(SamplerSetting(*rule, "stitched", order, steps, switch=tuple(map(float, switch))))
     for sweep in config["ml_em"]:
-        rule, known = (sweep["dynamics"], sweep["step_rule"]), [name for name in names if name != GAUSSIAN]
+        rule, data = (sweep["dynamics"], sweep["step_rule"]), {n: v for n, v in levels.items() if v.teacher is None}
+        known = [name for name in data if name != GAUSSIAN]
         alike = [chain for key, chain in (chains or {}).items() if key.startswith(f"{sweep['dynamics']}/")]
         chain = (chains or {}).get("/".join(rule), alike[0] if alike else known)
         wanted = [family for family in sweep["families"] if family != "chain" or list(chain) != known]
         families: list[Any] = [
-            tuple(chain) if family == "chain" else _choose(known if family == "all" else names, family)
+            tuple(chain) if family == "chain" else tuple(known) if family == "all" else _choose(levels, family)
             for family in wanted
         ]
-        for levels, steps, coins, c in product(families, sweep["steps"], sweep["coins"], sweep["c"]):
-            out.append(SamplerSetting(*rule, "ml_em", levels, steps, "constant", coins, float(c)))
+        for names, steps, coins, c in product(families, sweep["steps"], sweep["coins"], sweep["c"]):
+            out.append(SamplerSetting(*rule, "ml_em", names, steps, "constant", coins, float(c)))
     for setting in out:
         step_rule(setting.dynamics, setting.step_rule)  # raises UserError if it is unknown
         if not 2 <= setting.steps <= base_steps:

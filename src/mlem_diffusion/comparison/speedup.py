@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -17,7 +17,11 @@ from .settings import Row, is_multilevel, method_of, trusted
 
 FIRST_ORDER = ("em", "ddpm", "ddim")
 METHODS = {"coins": "independent coins", "any": "any multilevel"}
-AGAINST = {"em_largest": "EM, largest level", "em_any": "EM, any level", "all": "all baselines"}
+# em_data: what one has without levels made for ML-EM; without levels that have a teacher it is not reported
+AGAINST = {
+    "em_largest": "EM, largest level", "em_any": "EM, any level", "em_data": "levels trained on data alone",
+    "all": "all baselines",
+}  # fmt: skip
 UNITS = {"flops": "FLOPs", "seconds": "seconds"}
 Choice = Callable[[Row], bool]
 _TITLES = ("protocol", "dynamics", "method", "against", "counted in")
@@ -30,13 +34,15 @@ class Field:
     rows: list[Row]
     errors: np.ndarray  # [S, 1 + R]
     costs: Mapping[str, np.ndarray]  # "flops" and, with a timing, "seconds": [S, 1 + R]
+    taught: Collection[str]  # levels that were trained on another's outputs
     largest: str  # the level with the most FLOPs of those that were run alone
     coarsest: float  # the smallest squared error of the cheapest such level: coarser points need no sampler of ours
 
     @classmethod
     def of(
-        cls, settings: Measurements, dynamics: str, replicates: int, seed: int, timing: Timing | None, column: str
-    ) -> Field:
+        cls, settings: Measurements, dynamics: str, replicates: int, seed: int, timing: Timing | None, column: str,
+        taught: Collection[str] = (),
+    ) -> Field:  # fmt: skip
         """column: that of the FLOPs, "gflops_realised" or "gflops_expected"."""
         chosen = [m for m in settings if m.row["dynamics"] == dynamics and trusted(m.row)]
         rows, errors = [m.row for m in chosen], errors_of(chosen, replicates, seed)
@@ -49,12 +55,14 @@ class Field:
         names = sorted(per_call, key=lambda name: per_call[name])
         cheapest = [row["estimator"] == "single" and row["levels"] == names[0] for row in rows]
         coarsest = float(errors[cheapest, 0].min()) if len(names) > 1 else math.inf
-        return cls(rows, errors, costs, names[-1] if names else "", coarsest)
+        return cls(rows, errors, costs, taught, names[-1] if names else "", coarsest)
 
     def against(self, name: str) -> Choice:
         """Whether a row is one of these baselines, a name of AGAINST."""
         if name == "all":
             return lambda row: not is_multilevel(row)
+        if name == "em_data":
+            return lambda row: row["estimator"] == "single" and row["levels"] not in self.taught
         levels = {"em_largest": [self.largest], "em_any": {row["levels"] for row in self.rows}}[name]
         return lambda row: row["estimator"] == "single" and row["step_rule"] in FIRST_ORDER and row["levels"] in levels
 
@@ -68,21 +76,24 @@ def is_method(name: str) -> Choice:
     return lambda row: is_multilevel(row) and name in ("any", method_of(row))
 
 
-def speedups(settings: Measurements, timing: Timing | None = None, replicates: int = 200, seed: int = 0) -> dict:
+def speedups(
+    settings: Measurements, timing: Timing | None = None, replicates: int = 200, seed: int = 0,
+    taught: Collection[str] = (),
+) -> dict:  # fmt: skip
     """The content of speedup.json: {protocol: {dynamics: {method: {against: {unit: entry}}}}}.
 
     protocol: "strict", all settings on the same seeds and paths, with their squared error to one reference; methods,
     baselines and units: METHODS, AGAINST, UNITS, seconds only with a timing. entry: `curves.compare`, without points
     coarser than the best of the cheapest level alone. The window is the headline. "max" is the largest of many
-    noisy ratios, and so no headline."""
-    found: dict[str, Any] = {}
+    noisy ratios, and so no headline. taught: the levels that were trained on another's outputs."""
+    found, rivals = {}, [name for name in AGAINST if taught or name != "em_data"]
     for dynamics in dict.fromkeys(m.row["dynamics"] for m in settings):
-        field = Field.of(settings, dynamics, replicates, seed, timing, "gflops_realised")
-        found[dynamics] = {method: {against: {} for against in AGAINST} for method in METHODS}
+        field = Field.of(settings, dynamics, replicates, seed, timing, "gflops_realised", taught)
+        found[dynamics] = {method: {against: {} for against in rivals} for method in METHODS}
         for unit in field.costs:
-            base = {name: field.group(field.against(name), unit) for name in AGAINST}
+            base = {name: field.group(field.against(name), unit) for name in rivals}
             ours = {name: field.group(is_method(name), unit) for name in METHODS}
-            for method, against in product(METHODS, AGAINST):
+            for method, against in product(METHODS, rivals):
                 found[dynamics][method][against][unit] = compare(base[against], ours[method], field.coarsest)
     return {"strict": found}
 
@@ -92,7 +103,7 @@ def table(result: dict[str, Any]) -> list[dict[str, str]]:
     rows: list[dict[str, str]] = []
     for protocol, found in result.items():
         for dynamics, method, against, unit in product(found, METHODS, AGAINST, UNITS):
-            entry = found[dynamics][method][against].get(unit)
+            entry = found[dynamics][method].get(against, {}).get(unit)
             if entry is not None:
                 wide, best = entry["window"], entry["max"]
                 names = (protocol, dynamics, METHODS[method], AGAINST[against], UNITS[unit])

@@ -23,12 +23,15 @@ class Level:
     evaluation of one image, in FLOPs or another common unit.
 
     base: a cheap level from whose output this one starts. `denoise` then takes that output as a third argument too, so
-    that levels which run on the same estimate share it; without it, it evaluates the base itself. flops includes it."""
+    that levels which run on the same estimate share it; without it, it evaluates the base itself. flops includes it.
+
+    teacher: the name of the level on whose outputs this one was trained, if it was not trained on data alone."""
 
     name: str
     denoise: Callable[..., Tensor]
     flops: float
     base: "Level | None" = None
+    teacher: str | None = None
 
 
 def base_of(levels: Sequence[Level]) -> Level | None:

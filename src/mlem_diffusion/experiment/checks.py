@@ -34,8 +34,9 @@ _ANY, _AMOUNT, _POSITIVE, _FRACTION = "a number", "a number of 0 or more", "a nu
 _COUNT, _NATURAL, _TWO = (f"a whole number of {least} or more" for least in (1, 0, 2))
 _NAME, _GROUP = "the name of a folder, such as mine or faces/mine", "a group of settings in braces"
 _LIST, _FULL = "a list, each ", "a list of one or more, each "
-_INDICES = f"{_FULL}gauss|a whole number"  # of levels
+_INDICES = f"{_FULL}a whole number|text"  # of levels, or names
 _TRAINING = "float32|autocast|bf16"
+_RISING = f"a rising list, each {_COUNT}"
 # by path, or by last key; a list takes everything after "each"
 _KINDS = {
     "name": _NAME, "title": "null|text", "tracking.mode": "null|text", "seed": _NATURAL, "dynamics": "sde|ode",
@@ -44,7 +45,8 @@ _KINDS = {
     "methods": _LIST + "|".join(METHODS), "coins": _LIST + "|".join(COINS), "costs": _LIST + _POSITIVE,
     "attention": _LIST + _COUNT, "dropout": _FRACTION, "warmup_images": _NATURAL, "lr": _POSITIVE, "clip": _POSITIVE,
     "decay_fraction": _FRACTION, "snapshots": _FULL + _FRACTION, "graph": "auto|on|off", "seconds": _POSITIVE,
-    "family.widths": f"a rising list, each {_COUNT}", "family.target": "v|epsilon|x0",
+    "focus": f"null|{_FULL}{_ANY}", "train.teacher.widths": _RISING, "train.teacher.precision": f"auto|{_TRAINING}",
+    "family.widths": _RISING, "family.target": "v|epsilon|x0",
     "family.gaussian_rank": f"null|{_COUNT}", "family.callable": f"null|{_GROUP}",
     "family.shape": f"null|{_FULL}{_COUNT}", "threads": f"null|{_COUNT}", "workers": f"auto|{_COUNT}",
     "max_minutes": f"null|{_AMOUNT}", "only": f"null|{_FULL}text", "data.size": "a whole number of 4 or more",
@@ -81,6 +83,7 @@ def _defaults() -> dict[str, Any]:
     found["unet"]["patch"] = 1
     for part in ("unet", "train"):
         found[part]["narrow"] = [{"upto": 1}, {"upto": 1, **found[part]}]
+    found["train"]["teacher"] = {**found["train"], **found["train"]["teacher"]}
     for size in ("full", "small"):
         found["benchmark"][size]["unet"] = found["unet"]
     found["optimise"]["rules"].append({**found["optimise"]["rules"][1], "methods": []})

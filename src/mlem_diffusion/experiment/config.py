@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .. import parallel
 from ..errors import UserError
-from ..models.family import at_width
+from ..training.levels import settings
 
 ROOT = Path(__file__).resolve().parents[3]
 _PACKAGES = ("torch", "torchvision", "torch-fidelity", "hydra-core", "numpy", "scipy", "pandas")
@@ -57,10 +57,11 @@ def fingerprint(groups: dict[str, Any], inputs: dict[str, Any]) -> str:
     """Hash of configuration groups and input artefacts; with the input "width", `train` is that of this level."""
     if isinstance(train := groups.get("train"), dict):
         if "width" in inputs:
-            groups["train"] = at_width(train, inputs["width"])
+            groups["train"] = settings(train, {key: inputs[key] for key in ("width", "teacher") if key in inputs})
         elif not train.get("narrow"):
             train.pop("narrow", None)
-        for key in _WATCHING:
+        hidden = _WATCHING if "teacher" in inputs else (*_WATCHING, "teacher", "warm_start")
+        for key in (*hidden, *(["focus"] if groups["train"].get("focus") is None else [])):
             groups["train"].pop(key, None)
         if "process" in groups:  # the finest grid of samplers, so a finer reference needs no new training
             groups["process"].pop("base_steps", None)

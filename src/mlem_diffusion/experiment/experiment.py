@@ -19,8 +19,9 @@ from ..diffusion.level import Level, base_of
 from ..diffusion.process import Process
 from ..errors import UserError
 from ..figures import style
-from ..models.family import describe, identity_of, level_name, levels_folder, load_family, read_index, read_metadata
+from ..models.family import describe, identity_of, levels_folder, load_family, read_index, read_metadata, taught_name
 from ..models.gaussian import fit_gaussian, load_gaussian
+from ..training.levels import level_names, taught_widths
 from . import config, runs
 from .config import ROOT, shown
 from .tracking import Tracker, bar, stop_asked
@@ -45,8 +46,7 @@ class Experiment:
         if name not in ("train_levels", "publish"):
             if not self.checkpoints.is_dir():
                 self.checkpoints = unswept  # a sweep over later stages shares the levels
-            names = [level_name(w) for w in cfg.family.widths]
-            self.checkpoints = levels_folder(self.checkpoints, names)
+            self.checkpoints = levels_folder(self.checkpoints, level_names(cfg))
         self.device = config.set_up_device(cfg, training=name == "train_levels")
         self.process: Process = config.build(cfg.process)
         self.key, self.written = "", []  # fingerprint and outputs of this stage
@@ -106,9 +106,13 @@ class Experiment:
         return read_index(self.checkpoints)
 
     def describe_levels(self, data_rms: float = 0.5) -> list[dict[str, Any]]:
-        """The facts of each level before training: name, width, parameters, FLOPs, ..."""
+        """The facts of each level before training: name, width, parameters, FLOPs, ...; last those with a "teacher"."""
         unet, target = self.plain("unet")["unet"], self.cfg.family.target
-        return [describe(w, self.cfg.data.size, data_rms, unet, target) for w in self.cfg.family.widths]
+        found = {w: describe(w, self.cfg.data.size, data_rms, unet, target) for w in self.cfg.family.widths}
+        *_, largest = found.values()
+        teacher = {key: largest[key] for key in ("name", "flops")}
+        taught = [found[w] | {"name": taught_name(w), "teacher": teacher} for w in taught_widths(self.cfg)]
+        return [*found.values(), *taught]
 
     def levels_to_train(self) -> list[dict[str, Any]]:
         """`describe_levels` for the images; levels preconditioned by the Gaussian denoiser name its file, made here."""
@@ -128,7 +132,7 @@ class Experiment:
 
     def metadata(self) -> list[dict[str, Any]]:
         """metadata.json of every level; UserError if one was trained on other images or on fewer noise levels."""
-        found = read_metadata(self.checkpoints, map(level_name, self.cfg.family.widths))
+        found = read_metadata(self.checkpoints, level_names(self.cfg))
         images, wanted = self.images_if_needed(), (self.cfg.process.logsnr_min, self.cfg.process.logsnr_max)
         if images is not None and any(m["data_sha256"] != images.manifest["sha256"] for m in found):
             raise UserError(
@@ -155,7 +159,7 @@ class Experiment:
         if cfg.family.callable is not None:
             return {level.name: level for level in config.build(cfg.family.callable)}
         options = {"precision": cfg.precision, "compile": cfg.compile, "batch": cfg.compare.batch}
-        found = load_family(self.checkpoints, map(level_name, cfg.family.widths), device=self.device, **options)
+        found = load_family(self.checkpoints, level_names(cfg), device=self.device, **options)
         if cfg.family.gaussian:
             gauss = base_of(found) or self.gaussian_level()
             if gauss.flops < found[0].flops:  # useless if it costs more than the first network

@@ -15,19 +15,39 @@ from ..figures import style
 from ..files import locked, sha256_of, write_json
 from ..gamma.measurement import noise_levels, squared_differences
 from ..models.compiled import FastDenoiser
-from ..models.family import check_attention, described_denoiser, level_name, levels_folder, load_state
-from ..training.levels import CLAIM, METADATA, STATE, claim, is_trained, settings
+from ..models.family import (
+    check_attention,
+    described_denoiser,
+    level_name,
+    levels_folder,
+    load_denoiser,
+    load_state,
+    read_metadata,
+)
+from ..training.levels import CLAIM, METADATA, STATE, claim, is_trained, level_names, settings
 from ..training.loop import train_level
 from . import config
-from .config import device_model
+from .config import commit, device_model
 from .experiment import Experiment
 from .tracking import bar
 
 
 def fingerprint(exp: Experiment, level: dict[str, Any]) -> str:
     """Hash of what a level's training depends on; it decides whether a checkpoint is still valid."""
-    own = {key: level[key] for key in ("width", "target", "train_seed", "gauss") if key in level}
+    own = {key: level[key] for key in ("width", "target", "train_seed", "gauss", "teacher") if key in level}
+    if "teacher" in level:
+        own["teacher"] = [found["weights_sha256"] for _, found in tutors(exp, level)]
     return exp.fingerprint(("process", "unet", "train"), data=exp.images.manifest["sha256"], **own)
+
+
+def tutors(exp: Experiment, level: dict[str, Any]) -> list[tuple[Path, dict[str, Any]]]:
+    """Folder and metadata of a level's teacher, and of the level that it starts from, if it does; trained already, here
+    or in a published folder."""
+    warm, out = training_of(exp, level)["warm_start"], []
+    for name in [level["teacher"]["name"], *([level_name(level["width"])] if warm else [])]:
+        folder = levels_folder(exp.checkpoints, [name])
+        out.append((folder / name, read_metadata(folder, [name])[0]))
+    return out
 
 
 def training_of(exp: Experiment, level: dict[str, Any]) -> dict[str, Any]:
@@ -53,7 +73,10 @@ def train_one(task: tuple[Experiment, dict[str, Any], int]) -> None:
     exp, level, line = task
     images, folder = exp.images, exp.checkpoints / level["name"]
     identity, train = fingerprint(exp, level), training_of(exp, level)
-    denoiser = described_denoiser(exp.checkpoints, level, train["seed"])
+    denoiser, teacher = described_denoiser(exp.checkpoints, level, train["seed"]), None
+    if "teacher" in level:
+        teacher, *start = (load_denoiser(*tutor) for tutor in tutors(exp, level))
+        denoiser.load_state_dict(start[0].state_dict() if start else denoiser.state_dict())
     alone = locked(folder, f"training of {level['name']}") if parallel.is_main() else nullcontext()
     with alone, bar(level["name"], train["images"], position=line) as progress:
         if parallel.is_main():
@@ -68,12 +91,12 @@ def train_one(task: tuple[Experiment, dict[str, Any], int]) -> None:
         ema = train_level(
             denoiser, images.images[images.train()], exp.process, config.build(train), folder,
             device=exp.device, report=report, should_stop=exp.should_stop, identity=identity,
-            snapshot=partial(preview, exp, level),
+            teacher=teacher, snapshot=partial(preview, exp, level),
         )  # fmt: skip
         if parallel.is_main():
             used: dict[str, Any] = {"train": {k: v for k, v in train.items() if not k.startswith("_")}}
             used |= {"data_sha256": images.manifest["sha256"], "fingerprint": identity}
-            used |= {"device": device_model(exp.device), **measured(exp, level, ema, folder)}
+            used |= {"device": device_model(exp.device), "commit": commit(), **measured(exp, level, ema, folder)}
             write_json(folder / METADATA, {**level, **used})
         parallel.barrier()
 
@@ -111,6 +134,6 @@ def measured(exp: Experiment, level: dict[str, Any], ema: Any, folder: Path) -> 
 
 def are_published(exp: Experiment) -> bool:
     """Whether the family is published in the experiment's folder, and no training of it has begun here."""
-    folder = levels_folder(exp.checkpoints, [level_name(width) for width in exp.cfg.family.widths])
-    begun = any((path / CLAIM).is_file() for path in exp.checkpoints.glob("w*"))
+    folder = levels_folder(exp.checkpoints, level_names(exp.cfg))
+    begun = any((path / CLAIM).is_file() for path in exp.checkpoints.glob("[wt]*"))
     return folder != exp.checkpoints and not begun and not exp.cfg.overwrite

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..comparison import planned
 from ..comparison.runner import Runner
-from ..comparison.settings import SamplerSetting, setting_of
+from ..comparison.settings import SamplerSetting, setting_of, telescope
 from ..diffusion.brownian import BrownianPath
 from ..diffusion.level import Level, base_of, shared_costs, with_base
 from ..diffusion.reference import reference_evaluations
@@ -221,7 +221,7 @@ def ledger(
 def cost(exp: Any, levels: dict[str, Level]) -> Counter[str]:
     """Evaluations of each level; candidate plans are assumed to use the largest at a quarter of the middle grid."""
     o, references = exp.cfg.optimise, planned.references_for(runs.planned_steps(exp.cfg.optimise), exp.process)
-    *_, largest = levels
+    *_, largest = levels = telescope(levels)
     counts = Counter(dict.fromkeys(levels, len(references) * o.diagnose.seeds * o.diagnose.steps))
     for dynamics, steps in references.items():
         counts[largest] += reference_evaluations(dynamics, steps) * (o.calibrate + o.num_select)

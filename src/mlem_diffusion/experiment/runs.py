@@ -293,4 +293,4 @@ def fresh_levels(exp: Any) -> dict[str, Level]:
     for v in exp.describe_levels():
         network = build_denoiser(v["width"], v["size"], v["data_rms"], unet, v["target"], gauss=gauss)
         found.append(level_of(network, network.to(exp.device).eval(), v))
-    return {level.name: level for level in found}
+    return {level.name: level for level in sorted(found, key=lambda level: level.flops)}

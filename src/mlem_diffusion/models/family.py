@@ -77,6 +77,11 @@ def level_name(width: int, seed: int | None = None) -> str:
     return f"w{width}" if seed is None else f"w{width}-seed{seed}"
 
 
+def taught_name(width: int) -> str:
+    """The folder of a level that was trained on the outputs of the largest one: t for telescope."""
+    return f"t{width}"
+
+
 def at_width(settings: Mapping[str, Any], width: int) -> dict[str, Any]:
     """The settings for a level of this width; UserError for an entry of settings["narrow"] without `upto`.
 
@@ -187,15 +192,15 @@ def load_level(
 
 def level_of(denoiser: Denoiser, denoise: Callable[..., Tensor], facts: Mapping[str, Any]) -> Level:
     """The level with this description; `denoise` evaluates the denoiser, whose Gaussian denoiser is the base."""
-    base = None if denoiser.gauss is None else denoiser.gauss.as_level()
-    return Level(facts["name"], denoise, float(facts["flops"]) + (base.flops if base else 0.0), base)
+    base, teacher = None if denoiser.gauss is None else denoiser.gauss.as_level(), facts.get("teacher", {}).get("name")
+    return Level(facts["name"], denoise, float(facts["flops"]) + (base.flops if base else 0.0), base, teacher)
 
 
 def load_family(directory: Path, names: Iterable[str], **options: Any) -> list[Level]:
-    """Load the named levels of a trained family; options: see `load_level`."""
+    """Load the named levels of a trained family, cheap to expensive; options: see `load_level`."""
     levels = [load_level(directory / m["name"], m, **options) for m in read_metadata(directory, names)]
-    check_family(levels)
-    return levels
+    check_family([level for level in levels if level.teacher is None])
+    return sorted(levels, key=lambda level: level.flops)
 
 
 def levels_folder(directory: Path, names: Sequence[str]) -> Path:
@@ -225,7 +230,8 @@ def publish(source: Path, target: Path, levels: list[dict], repeats: list[dict],
             shutil.copyfile(source / m["gauss"]["file"], target / m["gauss"]["file"])
         sha256 = save_weights(folder / BF16, load_denoiser(source / m["name"], m), torch.bfloat16)
         snapshots = [{**m["snapshots"][-1], "file": BF16, "sha256": sha256}]
-        own = {"weights_file": BF16, "weights_sha256": sha256, "trained_weights_sha256": m["weights_sha256"]}
+        trained = m.get("trained_weights_sha256", m["weights_sha256"])  # of a level that was taken from a published one
+        own = {"weights_file": BF16, "weights_sha256": sha256, "trained_weights_sha256": trained}
         write_json(folder / "metadata.json", {**m, "snapshots": snapshots, **own})
     names = {"levels": [m["name"] for m in levels], "repeats": [m["name"] for m in repeats]}
     write_json(target / INDEX, {**names, **facts})

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import expect_content, read_json, write_json
-from ..models.family import AGAIN, at_width, check_weights, level_name, load_state, weights_of
+from ..models.family import AGAIN, at_width, check_weights, level_name, load_state, taught_name, weights_of
 
 STATE, CLAIM, METADATA = "state.pt", "claim.json", "metadata.json"
 
@@ -30,6 +30,9 @@ class TrainConfig:
     ema_ramp: float = 0.05  # largest half-life as a fraction of the images seen so far (Karras et al. 2022)
     clip: float = 1.0
     flips: bool = True
+    # [mean, sd]: half of the noise levels from this normal distribution in log-SNR, half along the sampler's path
+    focus: list[float] | None = None
+    warm_start: bool = True  # of a level with a teacher: from the level of its width that was trained on data
     seed: int = 0
     snapshots: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0])  # fractions with saved EMA weights
     log_every: int = 10_000  # images
@@ -41,6 +44,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.snapshots or min(self.snapshots) <= 0 or max(self.snapshots) != 1:
             raise UserError(f"train.snapshots = {list(self.snapshots)} must be fractions in (0, 1] that include 1.")
+        if self.focus is not None and (len(self.focus) != 2 or self.focus[1] <= 0):
+            raise UserError(f"train.focus = {list(self.focus)} must be a mean and a standard deviation above 0.")
 
 
 def repeated(cfg: Any) -> list[tuple[int, int]]:
@@ -54,11 +59,24 @@ def repeated(cfg: Any) -> list[tuple[int, int]]:
     return [(width, seed) for width in widths[:count] for seed in seeds]
 
 
+def taught_widths(cfg: Any) -> list[int]:
+    """The widths of the levels that the largest one teaches; UserError if they are not narrower ones of the family."""
+    found, widths = list(cfg.train.teacher.widths), list(cfg.family.widths)
+    if not set(found) <= set(widths[:-1]):
+        raise UserError(f"train.teacher.widths = {found} must be widths of the family below the largest, {widths}.")
+    return found
+
+
+def level_names(cfg: Any) -> list[str]:
+    """The names of a family's levels: those trained on images, cheap to expensive, then those with a teacher."""
+    return [*map(level_name, cfg.family.widths), *map(taught_name, taught_widths(cfg))]
+
+
 def planned(cfg: Any, family: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The levels to train: the described levels of the family, cheap to expensive, then those trained again.
+    """The levels to train: the described levels of the family, then those trained again from another seed.
 
     "train_seed" marks a level that is trained again. With cfg.only (names), only these; UserError for unknown names."""
-    by_width = {level["width"]: level for level in family}
+    by_width = {level["width"]: level for level in family if "teacher" not in level}
     again = [{**by_width[width], "name": level_name(width, seed), "train_seed": seed} for width, seed in repeated(cfg)]
     levels = {level["name"]: level for level in family + again}
     if cfg.only is None:
@@ -70,8 +88,17 @@ def planned(cfg: Any, family: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def settings(train: Mapping[str, Any], level: Mapping[str, Any]) -> dict[str, Any]:
-    """The training settings of one level: with train.narrow applied, and with its own seed."""
-    return at_width(train, level["width"]) | ({"seed": level["train_seed"]} if "train_seed" in level else {})
+    """The training settings of one level: with train.narrow and train.teacher applied, and with its own seed."""
+    teacher = {key: value for key, value in train.get("teacher", {}).items() if key != "widths"}
+    own = at_width({key: value for key, value in train.items() if key != "teacher"}, level["width"])
+    own |= at_width(teacher, level["width"]) if "teacher" in level else {}
+    return own | ({"seed": level["train_seed"]} if "train_seed" in level else {})
+
+
+def training_flops(level: Mapping[str, Any], images: int) -> tuple[float, float]:
+    """FLOPs of training a described level on so many images: its own, and its teacher's. A backward pass costs two
+    forward passes. A warm start's own training and the Gaussian denoiser are not in them."""
+    return 3.0 * level["flops"] * images, level.get("teacher", {}).get("flops", 0.0) * images
 
 
 def is_trained(folder: Path, fingerprint: str, overwrite: bool = False) -> bool:

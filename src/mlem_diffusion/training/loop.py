@@ -5,13 +5,14 @@ run equals an uninterrupted one, and the number of processes does not change the
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from scipy.stats import norm
 from torch import Tensor
 
 from .. import parallel
@@ -41,13 +42,27 @@ def learning_rate(config: TrainConfig, channels: int, images: int) -> float:
     return peak * warm * min(1.0, max(left, 0.0))
 
 
+def noise_quantiles(process: Process, focus: Sequence[float] | None) -> np.ndarray:
+    """The log-SNRs [4097] at equal probabilities from 0 to 1 of the noise levels in training.
+
+    They are spread along the sampler's path, or half of them so and half with the normal density in log-SNR of mean and
+    standard deviation `focus`, cut off at the path's ends."""
+    share = np.linspace(0, 1, 4097)
+    path = process.logsnr_at(share)
+    if focus is None:
+        return path
+    inside = norm(*focus).cdf(path)
+    inside = (inside - inside[0]) / (inside[-1] - inside[0])
+    return np.interp(share, 0.5 * share + 0.5 * inside, path)
+
+
 def draw_batch(
     data: Tensor, config: TrainConfig, level_table: Tensor, step: int, rank: int = 0, world: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return this rank's slice of the batch of one step: x0 in [-1, 1], noise, log-SNR.
 
-    level_table: log-SNRs at equal distances on the sampler's path. Noise levels are stratified: batch element i falls
-    in the i-th of `batch` equal parts of the path."""
+    level_table: `noise_quantiles`. Noise levels are stratified: batch element i falls
+    in the i-th of `batch` equally probable parts."""
     device, b = level_table.device, config.batch
     generator = training_generator(device, config.seed, step)
     index = torch.randint(len(data), (b,), generator=generator, device=device)
@@ -69,21 +84,21 @@ def train_level(
     denoiser: Denoiser, images: np.ndarray, process: Process, config: TrainConfig, directory: Path, *,
     device: torch.device | str = "cpu", report: Callable[[dict[str, Any]], None] = lambda record: None,
     snapshot: Callable[[int, Denoiser], None] = lambda images, ema: None,
-    should_stop: Callable[[], bool] = parallel.never, identity: str = "",
+    should_stop: Callable[[], bool] = parallel.never, identity: str = "", teacher: Denoiser | None = None,
 ) -> Denoiser:  # fmt: skip
     """Train one level, or resume it from the state in its directory, and return its EMA denoiser.
 
     images: uint8 [N,3,H,W], copied to the device. directory: gets state.pt, ema-<images>.safetensors at the snapshots
-    and ema.safetensors at the end. identity: of the network and its data; a state with another identity is refused.
+    and ema.safetensors at the end. teacher: a denoiser whose outputs are the targets. identity: of the network and its data; a state with another identity is refused.
     report({"images", "loss", "lr"}): called every log_every images. snapshot(images seen, EMA denoiser): called at each
     snapshot. Both on rank 0 only.
     Raises Interrupted, with the state saved, when should_stop() returns true. Raises UserError for an impossible
     configuration, a foreign or damaged state, and a loss or weight that is not finite; the saved state always is."""
     device = torch.device(device)
-    run = _Run(denoiser, config, directory, device, identity)
+    run = _Run(denoiser, config, directory, device, identity, teacher)
     run.resume()
     data = torch.as_tensor(images, device=device)  # a gather on the device is faster than any loader
-    level_table = torch.as_tensor(process.logsnr_at(np.linspace(0, 1, 4097)), dtype=torch.float32, device=device)
+    level_table = torch.as_tensor(noise_quantiles(process, config.focus), dtype=torch.float32, device=device)
     channels: Any = denoiser.unet.enter.out_channels  # pyright: ignore
     dropout, last_save = has_dropout(denoiser), time.monotonic()
     while run.seen < config.images:  # no host wait for the device between logs, saves and snapshots
@@ -117,7 +132,10 @@ def train_level(
 class _Run:
     """One level in training: its networks and step, its progress, and its state on disk."""
 
-    def __init__(self, denoiser: Denoiser, config: TrainConfig, directory: Path, device: torch.device, identity: str):
+    def __init__(
+        self, denoiser: Denoiser, config: TrainConfig, directory: Path, device: torch.device, identity: str,
+        teacher: Denoiser | None,
+    ):  # fmt: skip
         self.rank, self.world = parallel.rank(), parallel.world()
         if config.batch % (self.world * config.accumulate):
             parts = f"{self.world} processes and train.accumulate = {config.accumulate}"
@@ -126,7 +144,9 @@ class _Run:
         self.seen, self.history, self.snapshots = 0, [], {}  # images; {"images", "loss"} of every log; file -> SHA-256
         self.denoiser = denoiser.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = copy.deepcopy(self.denoiser).eval().requires_grad_(False)
-        self.step = TrainStep(self.denoiser, self.ema, config)
+        if teacher is not None:
+            teacher.to(device=device, memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore
+        self.step = TrainStep(self.denoiser, self.ema, config, teacher=teacher)
 
     @property
     def last_log(self) -> int:

@@ -39,14 +39,21 @@ def should_capture(setting: str, denoiser: nn.Module, device: torch.device, worl
 
 
 class LossModule(nn.Module):
-    """The compiled and distributed forward pass: clean batch, noise, log-SNR -> losses [B]."""
+    """The compiled and distributed forward pass: clean batch, noise, log-SNR -> losses [B].
 
-    def __init__(self, denoiser: Denoiser):
+    With a teacher the target is its denoised image instead of x0: the same conditional mean, without x0's noise."""
+
+    def __init__(self, denoiser: Denoiser, teacher: Denoiser | None = None):
         super().__init__()
-        self.denoiser = denoiser
+        self.denoiser, self.teacher = denoiser, teacher
 
     def forward(self, x0: Tensor, noise: Tensor, logsnr: Tensor) -> Tensor:
-        return self.denoiser.loss(add_noise(x0, noise, logsnr), x0, logsnr)
+        x = add_noise(x0, noise, logsnr)
+        if self.teacher is None:
+            return self.denoiser.loss(x, x0, logsnr)
+        with torch.no_grad():
+            target = self.teacher(x, logsnr)
+        return self.denoiser.loss(x, target, logsnr)
 
 
 class TrainStep:
@@ -57,10 +64,14 @@ class TrainStep:
     decay: of the moving average. `running` is the sum of the steps' mean losses, on the device. With several processes,
     gradients are averaged (DistributedDataParallel). rates_on_device: learning rate and decay are tensors, as a CUDA
     graph needs (the default if one is used).
+    teacher: a frozen denoiser on the same device whose outputs are the targets.
     Raises UserError if graph = "on" is impossible. If compilation or capture fails, it warns SlowPath once."""
 
-    def __init__(self, denoiser: Denoiser, ema: nn.Module, config: TrainConfig, rates_on_device: bool | None = None):
-        self.denoiser, self.ema, self.config = denoiser, ema, config
+    def __init__(
+        self, denoiser: Denoiser, ema: nn.Module, config: TrainConfig, rates_on_device: bool | None = None,
+        teacher: Denoiser | None = None,
+    ):  # fmt: skip
+        self.denoiser, self.ema, self.config, self.teacher = denoiser, ema, config, teacher
         self.masters: list[Tensor] = list(denoiser.parameters())
         self.averages: list[Tensor] = list(ema.parameters())
         self.device = self.masters[0].device
@@ -87,11 +98,14 @@ class TrainStep:
         if self.has_copy:
             working = copy.deepcopy(self.denoiser)
             to_bf16(working.unet)
+            if self.teacher is not None:
+                self.teacher = copy.deepcopy(self.teacher)
+                to_bf16(self.teacher.unet)
             self.gradients = [torch.zeros_like(p, requires_grad=False) for p in self.masters]
             for parameter, gradient in zip(self.masters, self.gradients, strict=True):
                 parameter.grad = gradient
         self.working: list[Tensor] = list(working.parameters())
-        self.forward: Any = LossModule(working)
+        self.forward: Any = LossModule(working, self.teacher)
         self.parallel: Any = None
         if parallel.world() > 1:  # DDP wraps the module before compilation
             self.forward = self.parallel = nn.parallel.DistributedDataParallel(self.forward)
