@@ -32,7 +32,7 @@ def main(exp: Experiment) -> None:
         if "pooled" in content:
             exp.figure(f"diagnostics-{dynamics}.png", plot_diagnostics(content))
 
-    searched = plan_search.search(exp, levels, alone, timing["seconds"])
+    searched = plan_search.search(exp, runner, alone, timing["seconds"])
     exp.save("gains.json", plan_search.densities(exp, searched))
     ablated = plan_search.ablate(exp, levels, searched, timing["seconds"])
     exp.save("ablation.json", ablated)

@@ -116,7 +116,7 @@ def test_every_experiment_compares_the_multilevel_method_with_baselines(cfg):
 
 def test_every_experiment_has_separate_seeds_and_fine_references(cfg):
     o, base = cfg.optimise, cfg.process.base_steps
-    assert set(o.methods) <= set(METHODS) and 2 <= o.calibrate_steps <= base
+    assert set(o.methods) <= set(METHODS) and 2 <= min(o.calibrate_steps) <= max(o.calibrate_steps) <= base
     for rule in o.rules:
         one_each = len(step_rule(rule.dynamics, rule.step_rule).program(config.build(cfg.process).grid(9))) == 9
         assert one_each and rule.dynamics in REFERENCE_RULE  # effects carry over to its grids

@@ -162,9 +162,9 @@ def test_findings_go_by_gains_where_they_are_known() -> None:
 
 def test_gains_are_measured_before_diagnostics_but_after_the_contract(tmp_path: Path) -> None:
     """The diagnosed rule is the first with methods; a level of the wrong shape, which has no gains, is a finding."""
-    rules = [{"dynamics": d, "step_rule": r, "methods": m} for d, r, m in (
+    rules = [{"dynamics": d, "step_rule": r, "methods": m, "steps": [6]} for d, r, m in (
         ("sde", "em", []), ("sde", "ddpm", ["nested"]), ("ode", "ddim", []))]  # fmt: skip
-    numbers = {"seed": 0, "calibrate": 4, "calibrate_steps": 6, "probes": 1, "diagnose": {"seeds": 4, "steps": 6},
+    numbers = {"seed": 0, "calibrate": 4, "calibrate_steps": [6], "probes": 1, "diagnose": {"seeds": 4, "steps": 6},
                "num_select": 4}  # fmt: skip
     exp: Any = SimpleNamespace(process=process(), shape=SHAPE, device="cpu", progress=lambda *a: nullcontext(max))
     compare = {"batch": 8, "seed": 90, "num_samples": 4}

@@ -129,7 +129,7 @@ STEPS, LARGEST = (9, 17, 33), FOUR[-1].flops
 
 @pytest.fixture(scope="module")
 def calibration() -> Calibration:
-    return calibrate(FOUR, FINE, RULE, SHAPE, steps=STEPS, seeds=range(1000, 1064), calibrate_steps=33)
+    return calibrate(FOUR, FINE, RULE, SHAPE, steps=STEPS, seeds=range(1000, 1064), calibrate_steps=[33])
 
 
 def test_plan_within_a_cost(calibration: Calibration) -> None:

@@ -55,7 +55,7 @@ _KINDS = {
     "metrics.weights": "null|a path", "train.precision": f"auto|{_TRAINING}",
     "train.narrow.precision": f"auto|{_TRAINING}", "gamma.noise_levels": _TWO, "gamma.repeats.levels": _NATURAL,
     "gamma.repeats.seeds": _LIST + _NATURAL, "optimise.cost": "flops|seconds",
-    "optimise.bases": f"{_LIST}null|{_NATURAL}", "optimise.calibrate": _TWO, "optimise.calibrate_steps": _TWO,
+    "optimise.bases": f"{_LIST}null|{_NATURAL}", "optimise.calibrate": _TWO, "optimise.calibrate_steps": _FULL + _TWO,
     "optimise.measured.steps": _LIST + _COUNT, "compare.gamma": f"auto|{_POSITIVE}", "compare.plans": "auto|none",
     "compare.grid_images": _NATURAL, "compare.baselines.levels": f"all|largest|{_INDICES}",
     "compare.stitched.sequences": _FULL + _INDICES, "compare.stitched.switch": _FULL + _FULL + _FRACTION,

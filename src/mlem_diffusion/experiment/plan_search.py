@@ -63,7 +63,10 @@ def outlooks(
         rule = step_rule(content["dynamics"], content["step_rule"])
         own = {s.steps: error for s, error in alone.items() if s.rule == rule and s.levels == (content["levels"][-1],)}
         if content.get("pooling") == "gains" and len(own) > 1:
-            content |= outlook.outlook(effects(exp, levels, rule), costs, base, own)
+            *coarser, finest = effects(exp, levels, rule)
+            content |= outlook.outlook(finest, costs, base, own)
+            by_steps = {len(e.logsnr): outlook.variance_cost(e, costs, float(costs[-1]) + base)[0] for e in coarser}
+            content["S_by_steps"] = {**by_steps, len(finest.logsnr): content["S"]}
 
 
 def _diagnosis(exp: Any, levels: dict[str, Level], entry: Any) -> dict[str, Any]:
@@ -74,13 +77,13 @@ def _diagnosis(exp: Any, levels: dict[str, Level], entry: Any) -> dict[str, Any]
     family, path, batch = list(levels.values()), _path(exp, o.diagnose.seeds), exp.cfg.compare.batch
     broken = _cached(exp, "contract", [o.seed, batch], lambda: violations(family, exp.process, path, batch))
     planned = entry.get("methods", o.methods) and not any(f["severity"] == "error" for f in broken)
-    known = effects(exp, levels, rule) if planned else None
+    known = effects(exp, levels, rule)[-1] if planned else None
 
     def compute() -> dict[str, Any]:
         with exp.progress(f"diagnose {rule.dynamics}", None) as progress:
             return diagnose(family, exp.process, rule, path, o.diagnose.steps, batch, progress, known)
 
-    facts = [o.seed, dict(o.diagnose), rule.key, known and [o.calibrate, o.probes, o.calibrate_steps]]
+    facts = [o.seed, dict(o.diagnose), rule.key, known and [o.calibrate, o.probes, len(known.logsnr)]]
     found = _cached(exp, "diagnostics", facts, compute)
     for f in found["findings"]:
         if f["severity"] == "error" and "not finite" in f["text"]:
@@ -88,18 +91,22 @@ def _diagnosis(exp: Any, levels: dict[str, Level], entry: Any) -> dict[str, Any]
     return found
 
 
-def effects(exp: Any, levels: dict[str, Level], rule: StepRule) -> Effects:
-    """The effects of all level differences for one step rule."""
+def effects(exp: Any, levels: dict[str, Level], rule: StepRule) -> list[Effects]:
+    """The effects of all level differences for one step rule, on each of the grids of optimise.calibrate_steps that is
+    not twice as fine as the rule's finest."""
     o = exp.cfg.optimise
 
-    def make(path: Path) -> None:
-        with exp.progress(f"gains {rule.key}", o.calibrate) as progress:
-            grid, part, batch = exp.process.grid(o.calibrate_steps), _path(exp, o.calibrate), exp.cfg.compare.batch
-            measure_effects(list(levels.values()), rule, grid, part, o.probes, batch, progress).save(path)
+    def make(steps: int, path: Path) -> None:
+        with exp.progress(f"gains {rule.key}, {steps} steps", o.calibrate) as progress:
+            part, batch = _path(exp, o.calibrate), exp.cfg.compare.batch
+            measure_effects(list(levels.values()), rule, exp.process.grid(steps), part, o.probes, batch, progress).save(
+                path
+            )
 
-    return exp.cached(
-        "effects.npz", ["bridge", o.seed, o.calibrate, o.probes, o.calibrate_steps, rule.key], Effects.load, make
-    )
+    finest = max(step for r in o.rules if (r.dynamics, r.step_rule) == (rule.dynamics, rule.name) for step in r.steps)
+    counts = [n for n in sorted(o.calibrate_steps) if n < 2 * finest] or [min(o.calibrate_steps)]
+    facts = ["bridge", o.seed, o.calibrate, o.probes, list(levels), rule.key]
+    return [exp.cached("effects.npz", [*facts, n], Effects.load, partial(make, n)) for n in counts]
 
 
 def errors_alone(exp: Any, runner: Runner) -> dict[SamplerSetting, float]:
@@ -130,9 +137,10 @@ class Searched:
         return setting_of(plan, self.rule.dynamics, self.rule.name)
 
 
-def search(exp: Any, levels: dict[str, Level], alone: dict[Any, float], seconds: dict[str, float]) -> list[Searched]:
-    """Candidate plans for every rule with methods. alone: `errors_alone`; seconds: of one evaluation of each level."""
-    o, names, out = exp.cfg.optimise, list(levels), []
+def search(exp: Any, runner: Runner, alone: dict[Any, float], seconds: dict[str, float]) -> list[Searched]:
+    """Candidate plans for every rule with methods. runner: of the calibration; alone: `errors_alone`; seconds: of one
+    evaluation of each level."""
+    o, levels, names, out = exp.cfg.optimise, runner.levels, list(runner.levels), []
     shared, (costs, base) = base_of(list(levels.values())), shared_costs(list(levels.values()))
     if o.cost == "seconds":  # a level that costs nothing more is the base
         costs = np.array([seconds[name] if cost else 0.0 for name, cost in zip(names, costs, strict=True)])
@@ -143,7 +151,12 @@ def search(exp: Any, levels: dict[str, Level], alone: dict[Any, float], seconds:
             continue
         own = {(names.index(s.levels[0]), s.steps): e for s, e in alone.items() if s.rule == rule}
         grids = {n: exp.process.grid(n).logsnr for n in r.steps}
-        inputs = planner.Calibration(effects(exp, levels, rule), grids, own, costs.astype(np.float64), methods, base)
+        *coarser, finest = effects(exp, levels, rule)
+        inputs = planner.Calibration(finest, grids, own, costs.astype(np.float64), methods, base, coarser)
+        if (probe := inputs.probe()) is not None:
+            setting = setting_of(probe, rule.dynamics, rule.name)
+            found = runs.run_all(exp, replace(runner, plans={probe.id: probe}), [setting], "drift")[0].row["error"]
+            inputs = replace(inputs, drift=0.0 if found is None else inputs.drift_of(probe, found))
         learned = partial(learn, exp, levels, rule, inputs, spent) if r.get("learn", False) else None
         with exp.progress(f"plan {rule.key}", None, "grid") as progress:
             found = candidates(inputs, exp.process, o, learned, progress)
@@ -208,12 +221,13 @@ def ledger(
 ) -> dict[str, Any]:  # fmt: skip
     """What calibration and selection cost, and which seeds they used. The runners are those of both parts."""
     spent = sum(content["flops_spent"] for content in diagnosed.values())
-    spent += sum(s.inputs.effects.flops_spent + s.learning for s in searched)
+    spent += sum(s.learning + sum(e.flops_spent for e in (*s.inputs.coarser, s.inputs.effects)) for s in searched)
     for runner, settings in ((calibrating, alone), (selecting, tried)):
         spent += sum(map(runner.expected_flops, settings))
         spent += sum(map(runner.reference_flops, {s.dynamics for s in settings}))
     seeds = {part: [own.start, own.stop - 1] for part, own in vars(sample_seeds(exp.cfg)).items()}  # first and last
     found: dict[str, Any] = {"calibration": {"flops": float(spent)}, "seeds": seeds}
+    found["drift"] = {s.rule.key: s.inputs.drift for s in searched}
     found["chains"] = {s.rule.key: [s.inputs.effects.names[k] for k in s.inputs.chain] for s in searched}
     return found | {"cost_unit": exp.cfg.optimise.cost, "made_with": exp.identity}
 
@@ -227,7 +241,7 @@ def cost(exp: Any, levels: dict[str, Level]) -> Counter[str]:
         counts[largest] += reference_evaluations(dynamics, steps) * (o.calibrate + o.num_select)
     for rule in o.rules:
         methods = rule.get("methods", o.methods)
-        points = o.calibrate * o.calibrate_steps if methods else 0
+        points = o.calibrate * sum(n for n in o.calibrate_steps if n < 2 * max(rule.steps)) if methods else 0
         tried = len(methods) * len(o.bases) * o.plans * rule.steps[len(rule.steps) // 2] // 4
         counts.update(dict.fromkeys(levels, points + sum(rule.steps) * o.calibrate))
         counts[largest] += points * (2 + o.probes) + tried * o.num_select

@@ -60,7 +60,7 @@ def spread(found: list[Plan], most: int) -> list[Plan]:
 
 def _plan(source: str, inputs: Calibration, levels: Sequence[int], logsnr: np.ndarray, p: np.ndarray) -> Plan:
     """A plan for independent coins on some levels; its error is predicted if the largest level's is known."""
-    names, effects = tuple(inputs.effects.names[k] for k in levels), inputs.effects.on(logsnr)
+    names, effects = tuple(inputs.effects.names[k] for k in levels), inputs.effects_on(logsnr)
     gains = np.stack([(effects.difference(a, b) ** 2).mean(axis=0) for a, b in pairwise(levels)], axis=1)
     table = np.broadcast_to(p, (len(logsnr), len(names))).astype(np.float32)
     exact = table.astype(np.float64)

@@ -8,6 +8,7 @@ import numpy as np
 from .estimators import evaluation_probabilities
 
 LEAST = 1e-12  # smallest probability: for a difference with zero gain, between two levels with the same output
+_SHRINKAGE = (0.001, 0.03, 0.3, 3.0)  # of quadrature weights towards equal masses; the predicted error decides
 _OFFSETS = 32  # evenly spaced offsets that stand for the one random offset of systematic coins
 
 
@@ -49,13 +50,16 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.maximum(out, 1e-3 * out.max() + 1e-300)
 
 
-def systematic_options(effects: np.ndarray, counts: Sequence[int]) -> list[Option]:
-    """The best candidate density for each number of firings, by the error averaged over the offset of the coins."""
-    out, total, shapes = [], effects.sum(axis=1), densities(effects)
+def systematic_options(effects: np.ndarray, counts: Sequence[int], drift: float = 0.0) -> list[Option]:
+    """The best candidate density for each number of firings, by the error averaged over the offset of the coins.
+
+    drift: the share of the error of independent coins that remains (planner.py)."""
+    out, total, shapes, gain = [], effects.sum(axis=1), densities(effects), (effects**2).mean(axis=0)
     for count in counts:
         tables = [fill(shape, count) for shape in shapes]
-        found = [Option(p, float(p.sum()), _systematic_error(effects, total, p)) for p in tables]
-        out.append(min(found, key=lambda option: option.added))
+        added = [_systematic_error(effects, total, p) + drift * float((gain * (1 / p - 1)).sum()) for p in tables]
+        best = int(np.argmin(added))
+        out.append(Option(tables[best], float(tables[best].sum()), added[best]))
     return out
 
 
@@ -67,21 +71,29 @@ def _systematic_error(effects: np.ndarray, total: np.ndarray, p: np.ndarray) -> 
     return error / _OFFSETS
 
 
-def quadrature_options(effects: np.ndarray, counts: Sequence[int], groups: int) -> list[Option]:
+def quadrature_options(effects: np.ndarray, counts: Sequence[int], groups: int, drift: float = 0.0) -> list[Option]:
     """Fixed evaluations with least-squares weights, and tails: weight 1 at each evaluation from some point on.
 
-    The evaluations are the midpoints of equal parts of a candidate density. The error is cross-validated over two
-    halves of the seeds. groups: number of seeds; rows are ordered by seed."""
-    n, total, out = effects.shape[1], effects.sum(axis=1), []
+    The evaluations are the midpoints of equal parts of a candidate density. The weights are shrunk towards those with
+    which each stands for its part, the more the smaller the predicted error gets. The error is cross-validated over two
+    halves of the seeds. groups: number of seeds; rows are ordered by seed. drift: as in `systematic_options`."""
+    n, total, out, gain = effects.shape[1], effects.sum(axis=1), [], (effects**2).mean(axis=0)
     half = np.repeat(np.arange(groups) % 2 == 0, len(effects) // groups)
     masses = [np.cumsum(shape) / shape.sum() for shape in densities(effects)]
     for count in counts:
-        middles = (np.arange(count) + 0.5) / count
-        candidates = [np.unique(np.searchsorted(mass, middles)) for mass in masses]
-        added = [0.5 * sum(_residual(effects[:, nodes], total, fit) for fit in (half, ~half)) for nodes in candidates]
-        nodes, table = candidates[int(np.argmin(added))], np.zeros(n)
-        table[nodes] = _least_squares(effects[:, nodes], total)
-        out.append(Option(table, float(len(nodes)), min(added)))
+        middles, found = (np.arange(count) + 0.5) / count, []
+        for mass in masses:
+            nodes = np.unique(np.searchsorted(mass, middles))
+            chosen, equal = effects[:, nodes], _equal_masses(mass, nodes)
+            for shrinkage in _SHRINKAGE:
+                weights = _least_squares(chosen, total, equal, shrinkage)
+                added = 0.5 * sum(_residual(chosen, total, fit, equal, shrinkage) for fit in (half, ~half))
+                loose = float((gain[nodes] * np.maximum(weights**2 - weights, 0)).sum())
+                found.append((added + drift * loose, nodes, weights))
+        added, nodes, weights = min(found, key=lambda one: one[0])
+        table = np.zeros(n)
+        table[nodes] = weights
+        out.append(Option(table, float(len(nodes)), added))
     for first in np.unique(np.linspace(0, n - 1, 17).astype(int)):
         table = (np.arange(n) >= first).astype(np.float64)
         missed = float((effects[:, :first].sum(axis=1) ** 2).mean())
@@ -89,17 +101,23 @@ def quadrature_options(effects: np.ndarray, counts: Sequence[int], groups: int) 
     return out
 
 
-def _least_squares(chosen: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """Least-squares weights [M] with a small ridge, since neighbouring evaluations have nearly equal effects."""
+def _equal_masses(mass: np.ndarray, nodes: np.ndarray) -> np.ndarray:
+    """The weights [M] with which each node stands for an equal part of the density whose running sum is `mass` [n]."""
+    return 1 / np.maximum(len(nodes) * np.diff(mass, prepend=0)[nodes], 1 / len(mass))
+
+
+def _least_squares(chosen: np.ndarray, total: np.ndarray, equal: np.ndarray, shrinkage: float) -> np.ndarray:
+    """Least-squares weights [M] with a penalty of `shrinkage` times the mean squares for their distance to `equal`."""
     gram = chosen.T @ chosen / len(chosen)
-    gram[np.diag_indices_from(gram)] *= 1.001
-    gram[np.diag_indices_from(gram)] += 1e-30
-    return np.linalg.solve(gram, chosen.T @ total / len(chosen))
+    penalty = shrinkage * np.diag(gram) + 1e-30
+    gram[np.diag_indices_from(gram)] += penalty
+    return np.linalg.solve(gram, chosen.T @ total / len(chosen) + penalty * equal)
 
 
-def _residual(chosen: np.ndarray, total: np.ndarray, fit: np.ndarray) -> float:
+def _residual(chosen: np.ndarray, total: np.ndarray, fit: np.ndarray, equal: np.ndarray, shrinkage: float) -> float:
     """Mean squared error, on the rows outside `fit`, of weights fitted on the rows in `fit`."""
-    return float(((total - chosen @ _least_squares(chosen[fit], total[fit]))[~fit] ** 2).mean())
+    weights = _least_squares(chosen[fit], total[fit], equal, shrinkage)
+    return float(((total - chosen @ weights)[~fit] ** 2).mean())
 
 
 def independent_probabilities(gains: np.ndarray, costs: np.ndarray, price: float) -> np.ndarray:

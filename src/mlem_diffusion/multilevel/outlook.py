@@ -71,7 +71,8 @@ def outlook(effects: Effects, costs: np.ndarray, base: float, errors: Mapping[in
 
 def sentence(found: Mapping[str, Any]) -> str:
     """The outlook in words."""
-    text = f"Coins on {' + '.join(found['chain'])} add S / cost with S = {found['S']:.3g}; {found['chain'][-1]} alone "
+    by_steps = ", ".join(f"{s:.3g} on {n} steps" for n, s in found.get("S_by_steps", {}).items()) or f"{found['S']:.3g}"
+    text = f"Coins on {' + '.join(found['chain'])} add S / cost with S = {by_steps}; {found['chain'][-1]} alone "
     text += f"has the error {found['D']:.3g} / N^{found['q']:.2f}."
     if (window := found["window"]) is None:
         return f"{text} Its errors span less than a factor of 2 in rms error: no window is predicted."

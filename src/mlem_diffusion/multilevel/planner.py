@@ -7,15 +7,19 @@ added by coins or omitted evaluations. To first order in the effects s_kj and ga
     any coins           E (sum_kj (B_kj/p_kj - 1) s_kj)^2
     quadrature          E (sum_kj (W_kj - 1) s_kj)^2        fixed weights W, most of them zero
 
-over the differences k of neighbouring *used* levels. A plan minimises (added error + price * cost). Both are sums over
-these differences, except for shared evaluations. So the best levels for a price are a shortest path from "nothing" to
-the largest used level, whose edge (a, b) is as long as the best estimate of f^b - f^a."""
+over the differences k of neighbouring *used* levels. The errors of neighbouring firings cancel in the last two, but not
+wholly: a firing moves the state, at which the next differences are others. This second-order term is taken as a share
+`drift` of the error without any cancellation, sum_kj A_kj (1/p_kj - 1), and measured with one plan (`drift_of`).
+
+A plan minimises (added error + price * cost). Both are sums over these differences, except for shared evaluations. So
+the best levels for a price are a shortest path from "nothing" to the largest used level, whose edge (a, b) is as long
+as the best estimate of f^b - f^a."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import pairwise
 
@@ -43,7 +47,7 @@ _COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 25
 class Calibration:
     """What was measured of a family for one step rule, and the plans that follow from it."""
 
-    effects: Effects
+    effects: Effects  # on the finest grid that they were measured on
     grids: Mapping[int, np.ndarray]  # {steps: log-SNR of each evaluation [n]}
     # {(level, steps): squared error of this level alone}; only these can be the largest level of plans with these steps
     own_errors: Mapping[tuple[int, int], float]
@@ -51,6 +55,8 @@ class Calibration:
     costs: np.ndarray
     methods: Sequence[str] = METHODS
     base: float = 0.0  # the cost of the base that the levels share, once in every estimate
+    coarser: Sequence[Effects] = ()  # on coarser grids: a coarse grid's steps propagate less than its length says
+    drift: float = 0.0  # the share of the error without cancellation that stays
     made: dict[str, list[Planner]] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -66,6 +72,14 @@ class Calibration:
     def chain(self) -> tuple[int, ...]:
         """The best chain of levels for coins of constant probability (gains.py), at these costs."""
         return tuple(best_chain(self.effects.between(), self.costs)[0])
+
+    def effects_on(self, logsnr: np.ndarray) -> Effects:
+        """The effects on a grid, from the coarsest measured grid that is not coarser, else from the finest.
+
+        Interpolated between coarser steps the effects of an SDE would be too smooth, and plans with few firings seem up
+        to five times better than they are."""
+        fitting = (e for e in (*self.coarser, self.effects) if len(e.logsnr) >= len(logsnr))
+        return min(fitting, key=lambda e: len(e.logsnr), default=self.effects).on(logsnr)
 
     def planners(self, method: str) -> list[Planner]:
         """The planner of a method on each grid; made once, since planners cache what they compute."""
@@ -101,6 +115,24 @@ class Calibration:
                 found += [best] if best is not None else []
         return min(found, key=lambda plan: (plan.predicted, plan.cost), default=None)
 
+    def probe(self) -> Plan | None:
+        """The plan that measures `drift`: systematic coins on the grid with the most steps, at an eighth of its cost or
+        at four evaluations of the largest level; None if no method needs it."""
+        steps = max(self.grids)
+        if "systematic" not in self.methods and "quadrature" not in self.methods:
+            return None
+        narrowed = replace(self, grids={steps: self.grids[steps]}, drift=0.0)
+        plan = narrowed.plan_for_cost("systematic", max(4, steps / 8) * self.unit)
+        return None if plan is None or plan.is_baseline else plan
+
+    def drift_of(self, probe: Plan, error: float) -> float:
+        """The drift in [0, 1] that explains the probe's measured squared error."""
+        effects, names = self.effects_on(self.grids[probe.steps]), self.effects.names
+        levels, loose, table = [names.index(name) for name in probe.levels], 0.0, probe.table.astype(np.float64)
+        for (low, high), p in zip(pairwise(levels), table.T[1:], strict=True):
+            loose += float(((effects.difference(low, high) ** 2).mean(axis=0) * (1 / p - 1)).sum())
+        return float(np.clip((error - (probe.predicted or 0.0)) / max(loose, 1e-300), 0.0, 1.0))
+
     def plan(self, method: str, *, cost: float | None = None, error: float | None = None) -> Plan:
         """The plan of smallest predicted error within a cost per image, or the cheapest within a squared error.
 
@@ -121,21 +153,23 @@ class Calibration:
 def calibrate(
     family: Sequence[Level], process: Process, rule: StepRule, shape: tuple[int, ...], *,
     steps: Sequence[int] = (8, 16, 32, 64, 128), seeds: Sequence[int] = range(10**6, 10**6 + 32),
-    calibrate_steps: int = 64, reference_steps: int | None = None, device: torch.device | str = "cpu",
+    calibrate_steps: Sequence[int] = (32, 128), reference_steps: int | None = None, device: torch.device | str = "cpu",
 ) -> Calibration:  # fmt: skip
     """Measure the gains of a family and the error of each level alone, for plans with one of these numbers of steps.
 
-    reference_steps: of the reference (diffusion/reference.py); None for as many as the finest plan needs. Evaluate on
-    other seeds, and run a plan before you rely on its predicted error. Raises UserError if the family is not ordered by
-    cost, if the largest level cannot be differentiated, or if the reference is not fine enough for the plans."""
+    calibrate_steps: noise levels of the grids on which gains are measured, the finest last; finer ones than the finest
+    plan needs are left out. reference_steps: of the reference (diffusion/reference.py); None for as many as the finest
+    plan needs. Evaluate on other seeds, and run a plan before you rely on its predicted error. Raises UserError if the
+    family is not ordered by cost, if the largest level cannot be differentiated, or if the reference is not fine enough
+    for the plans."""
     if reference_steps is None:
         reference_steps = reference.reference_steps(process, steps)
     reference.check_reference(reference_steps, steps, "reference_steps")
     if len(seeds) < 2:
         raise UserError("calibrate: at least two seeds are needed, better 32 or more.")
     path = BrownianPath(seeds, shape, device)
-    effects = measure_effects(family, rule, process.grid(calibrate_steps), path)
-
+    counts = [n for n in calibrate_steps if n < 2 * max(steps)] or list(calibrate_steps[:1])
+    *coarser, effects = (measure_effects(family, rule, process.grid(n), path) for n in counts)
     fine, own = reference.sample_reference(family[-1], rule.dynamics, process, reference_steps, path)[0], {}
     for k, level in enumerate(family):
         for count in steps:
@@ -143,14 +177,18 @@ def calibrate(
             own[k, count] = float(squared_errors(images, fine).mean())
     grids = {count: process.grid(count).logsnr for count in sorted(steps)}
     costs, base = shared_costs(family)
-    return Calibration(effects, grids, own, costs, base=base)
+    first = Calibration(effects, grids, own, costs, base=base, coarser=coarser)
+    if (probe := first.probe()) is None:
+        return first
+    images = sample(probe.build(family), rule, process.grid(probe.steps), path)[0]
+    return replace(first, drift=first.drift_of(probe, float(squared_errors(images, fine).mean())))
 
 
 class Planner:
     """Plans on one grid; caches the options of each pair of levels, and the plan of each choice of levels."""
 
     def __init__(self, inputs: Calibration, method: str, steps: int):
-        self.effects, self.costs = inputs.effects.on(inputs.grids[steps]), inputs.costs
+        self.effects, self.costs, self.drift = inputs.effects_on(inputs.grids[steps]), inputs.costs, inputs.drift
         self.method, self.n = method, len(self.effects.logsnr)
         self.base = self.n * inputs.base  # per image, whatever else runs
         self.own = {k: error for (k, n), error in inputs.own_errors.items() if n == steps}
@@ -171,8 +209,8 @@ class Planner:
     def _options(self, low: int, high: int) -> list[ways.Option]:
         difference, counts = self.effects.difference(low, high), [c for c in _COUNTS if c <= self.n // 2]
         if self.method == "systematic":
-            return ways.systematic_options(difference, counts)
-        return ways.quadrature_options(difference, counts, len(self.effects.values))
+            return ways.systematic_options(difference, counts, self.drift)
+        return ways.quadrature_options(difference, counts, len(self.effects.values), self.drift)
 
     def _edge(self, low: int, high: int, price: float, base: bool) -> tuple[float, ways.Option | None]:
         """Smallest (error + price * cost) of f^high - f^low, and its option. base: f^low runs at every evaluation."""

@@ -89,7 +89,8 @@ def train_level(
     """Train one level, or resume it from the state in its directory, and return its EMA denoiser.
 
     images: uint8 [N,3,H,W], copied to the device. directory: gets state.pt, ema-<images>.safetensors at the snapshots
-    and ema.safetensors at the end. teacher: a denoiser whose outputs are the targets. identity: of the network and its data; a state with another identity is refused.
+    and ema.safetensors at the end. teacher: a denoiser whose outputs are the targets. identity: of the network and its
+    data; a state with another identity is refused.
     report({"images", "loss", "lr"}): called every log_every images. snapshot(images seen, EMA denoiser): called at each
     snapshot. Both on rank 0 only.
     Raises Interrupted, with the state saved, when should_stop() returns true. Raises UserError for an impossible
