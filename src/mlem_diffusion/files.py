@@ -112,9 +112,8 @@ def _explained(error: Exception, path: Path) -> Exception:
 
 
 def readable(text: str) -> str:
-    """Text that is valid Unicode: arguments and file names hold surrogates for bytes that the locale cannot decode.
-
-    What is UTF-8 is decoded as such, and U+FFFD replaces the rest."""
+    """Valid Unicode: arguments and file names hold surrogates for bytes that the locale cannot decode. What is UTF-8 is
+    decoded as such, and U+FFFD replaces the rest."""
     text = re.sub(r"[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text)  # surrogates that stand for no byte, from JSON
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 

@@ -28,8 +28,7 @@ PATIENCE = 120.0  # seconds for all ranks to meet
 def connect(should_stop: Callable[[], bool]) -> None:
     """Meet the other ranks, if torchrun's variables in the environment say that there are any.
 
-    Raises UserError if a variable is missing or wrong, or if not all ranks come within PATIENCE; Interrupted if
-    should_stop() is true meanwhile."""
+    UserError for a missing or wrong variable, or ranks later than PATIENCE; Interrupted if should_stop() is true."""
     ranks = _variable("WORLD_SIZE", 1, default="1")
     if ranks == 1 or dist.is_initialized():
         return

@@ -11,8 +11,7 @@ from torch import Tensor
 
 def squared_errors(samples: Tensor, reference: Tensor) -> np.ndarray:
     """Mean squared difference of each image, float64 [N], for two float stacks [N, 3, H, W] (unclipped)."""
-    difference = samples.detach().cpu().double() - reference.detach().cpu().double()
-    return difference.square().flatten(1).mean(1).numpy()
+    return (samples.detach().cpu().double() - reference.detach().cpu().double()).square().flatten(1).mean(1).numpy()
 
 
 def frontier(rows: Iterable[dict[str, Any]], cost: str, measure: str) -> list[dict[str, Any]]:

@@ -71,8 +71,7 @@ def light(dim: int = 64, seed: int = 0, device: str = "cpu") -> Extractor:
     """Extractor of `dim` random-convolution features: no download, the same weights on every machine.
 
     Two layers of random zero-mean 3x3 filters are rectified at three scales. A fixed random matrix projects the
-    logarithm of the mean response and the mean colour, per quadrant, to `dim` numbers. Logarithms make a relative loss
-    of fine detail (blur) as visible as a change of contrast."""
+    logarithm (blur counts like contrast) of the mean response and the mean colour, per quadrant, to `dim` numbers."""
     weights = [torch.from_numpy(array).to(device) for array in _light_weights(dim, seed)]
     return Extractor("FD-random-conv", f"random-conv-1/{dim}/{seed}", lambda images: _light_features(images, *weights))
 
@@ -162,8 +161,7 @@ def frechet_distance(features: Any, reference: FeatureMoments) -> float:
 def distance_interval(features: Any, reference: FeatureMoments, replicates: int, seed: int) -> tuple[float, ...]:
     """`frechet_distance` of features [N, D], and the ends of its 95% interval at this N.
 
-    Only the standard deviation comes from bootstrap resamples of the images: a resample holds fewer different images
-    than the sample, so its distance is larger."""
+    Only the standard deviation is that of bootstrap resamples: they have fewer images, so their distance is larger."""
     x, distance = np.asarray(features, dtype=np.float64), frechet_distance(features, reference)
     counts = np.random.default_rng(seed).multinomial(len(x), np.full(len(x), 1 / len(x)), size=replicates)
     projected = x @ reference.root
@@ -175,8 +173,7 @@ def fast_frechet(x: np.ndarray, reference: FeatureMoments, counts: np.ndarray, p
     """Frechet distance for bootstrap replicates: features [n, D], float64, row i counted counts[i] times.
 
     With S2 the reference covariance, tr (S1 S2)^(1/2) is the sum of the singular values of the centred features times
-    S2^(1/2), divided by sqrt(n - 1): an n x n or D x D symmetric eigenvalue problem, whichever is smaller. `projected`
-    = x @ reference.root [n, D] is shared by the replicates."""
+    S2^(1/2) / sqrt(n - 1): the smaller of an n x n and a D x D problem. projected: x @ reference.root [n, D]."""
     drawn = counts > 0
     x, y, weights = x[drawn], projected[drawn], counts[drawn]
     n = weights.sum()
@@ -184,9 +181,8 @@ def fast_frechet(x: np.ndarray, reference: FeatureMoments, counts: np.ndarray, p
     square = np.sqrt(weights / (n - 1))[:, None]
     trace = float(((x - mean) ** 2 * square**2).sum())
     y = (y - weights @ y / n) * square
-    gram = y.T @ y if len(y) > y.shape[1] else y @ y.T
+    gram, shift = y.T @ y if len(y) > y.shape[1] else y @ y.T, mean - reference.mean
     singular = np.sqrt(np.clip(np.linalg.eigvalsh(gram), 0, None)).sum()
-    shift = mean - reference.mean
     return float(shift @ shift + trace + np.trace(reference.cov) - 2 * singular)
 
 

@@ -66,9 +66,8 @@ def chosen_blindly(field: Field, theirs: Choice, unit: str = "flops") -> dict[st
     """Whether an optimiser's choices among multilevel settings are nowhere above the frontier of `theirs`.
 
     At the cost of each frontier point, the optimiser chooses within that cost the setting with the lowest error on the
-    selection seeds ("selected_error" of its row). "ratio" is the squared error of this choice on the seeds of the
-    comparison, divided by the point's. It counts as above if the one-sided 95% lower bound exceeds 1. A point below the
-    cost of every multilevel setting has no choice."""
+    selection seeds ("selected_error" of its row), if there is one. "ratio" is the squared error of this choice on the
+    seeds of the comparison, divided by the point's; above if its one-sided 95% lower bound exceeds 1."""
     known = field.group(lambda row: is_multilevel(row) and row.get("selected_error") is not None, unit)
     base, points = field.group(theirs, unit), []
     for b in base.frontier():
@@ -78,8 +77,7 @@ def chosen_blindly(field: Field, theirs: Choice, unit: str = "flops") -> dict[st
             ratios = known.errors[min(within, key=lambda j: known.rows[j]["selected_error"])] / base.errors[b]
             points.append({_COST[unit]: cost, "ratio": float(ratios[0]), "lower95": lower(ratios) or 0.0})
     worst = max(points, key=lambda p: p["lower95"], default=None)
-    never = None if worst is None else worst["lower95"] <= 1
-    return {"never_above": never, "worst": worst, "points": len(points)}
+    return {"never_above": worst and worst["lower95"] <= 1, "worst": worst, "points": len(points)}
 
 
 def prediction(rows: Iterable[Row]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import csv
 import re
 import unicodedata
 from collections.abc import Iterator
+from contextlib import suppress
 
 from ..errors import UserError
 
@@ -14,18 +15,16 @@ _PART = re.compile(r"[012](\.0*)?")  # pandas writes 0.0 for a column with gaps
 def parts_of(names: list[str], content: bytes, label: str) -> list[int]:
     """The part (0 train, 1 valid, 2 test) of each image; empty if the list, called `label`, has none of them.
 
-    Names are matched without extension, from their end, and without case if need be. Raises UserError for a list
-    without entries, or with only some of the images."""
+    Names are matched without extension, from their end, and without case if need be. UserError for a list without
+    entries, or with only some of the images."""
     exact: dict[str, int] = {}  # one bit for each part that a name has in the list
     loose: dict[str, int] = {}
     cure = "fetch it again, or remove it for a seeded split"
-    try:
-        for name, part in _entries(content):
+    with suppress(csv.Error, UnicodeError):
+        for name, part in [*_entries(content)]:  # all of it can be read
             for key in _keys(name):
                 exact[key] = exact.get(key, 0) | 1 << part
                 loose[key.casefold()] = loose.get(key.casefold(), 0) | 1 << part
-    except (csv.Error, UnicodeError):
-        exact = {}
     if not exact:
         text = f"{label} has no line with a name and a part (0 train, 1 valid, 2 test), such as `000001.jpg 0`"
         raise UserError(f"{text}: {cure}.")

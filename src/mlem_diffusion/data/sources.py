@@ -45,8 +45,7 @@ class Source:
 
 @contextmanager
 def open_source(source: str, downloads: Path) -> Iterator[Source]:
-    """Open the zip, tar or folder at a path; "download" fetches CelebA into `downloads`. Raises UserError if it is
-    missing or damaged, or has no image inside."""
+    """Open the zip, tar or folder at a path; "download" fetches CelebA into `downloads`. UserError without images."""
     path = download_celeba(downloads) if source == "download" else Path(source).expanduser()
     if not (path.is_dir() or path.is_file()):
         raise UserError(f"{path} does not exist: give a zip, a tar or a folder of images.")
@@ -126,8 +125,7 @@ def _open(path: Path, stack: ExitStack) -> tuple[str, dict[str, str], Callable[[
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """The names of the files in a folder and in the folders that links lead to. A folder with several paths counts
-    once, so that loops end, and under its own path if that is inside."""
+    """The names of the files in a folder and where its links lead; a folder with several paths counts once."""
 
     def fail(error: OSError) -> None:
         text = f"The folder {error.filename} cannot be read ({error.strerror}): make it readable, or move it away."

@@ -36,8 +36,8 @@ class BridgeTree:
     y: np.ndarray  # [N, 2] rho and s; (1, 0) for a single base step
 
     def coefficients(self, index: np.ndarray, clock: str) -> tuple[np.ndarray, np.ndarray]:
-        """Columns [m], ascending, and float64 coefficients [n-1, m] of the n - 1 standardised increments between base
-        points index [n], ascending. Rows are orthonormal."""
+        """Ascending columns [m] and float64 coefficients [n-1, m] (orthonormal rows) of the standardised increments
+        between ascending base points index [n]."""
         points, terms = index.tolist(), {}
 
         def expand(node: int, start: int, stop: int) -> np.ndarray:
@@ -95,8 +95,7 @@ def bridge_tree(base_logsnr: bytes, base_time: bytes) -> BridgeTree:
 
 
 def _families(n: int) -> list[np.ndarray]:
-    """Points of n in the order of splitting: the grids of 2, 4, 8, ... points, each followed by the grid of one more
-    if that divides the base grid evenly, then all."""
+    """Points in the order of splitting: grids of 2, 4, 8, ... points, each followed by one more if it divides n - 1."""
     powers = [2**k for k in range(1, n.bit_length()) if 2**k < n]
     sizes = [size for power in powers for size in (power, power + 1) if size == power or (n - 1) % power == 0]
     return [spread(n, size) for size in [*sizes, n]]

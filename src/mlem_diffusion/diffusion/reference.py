@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import UserError
 from .brownian import BrownianPath
 from .level import Level
-from .process import Process, TimeGrid
+from .process import Process
 from .sampler import SingleLevel, sample
 from .step_rules import REFERENCE_RULE
 
@@ -53,10 +53,8 @@ def sample_reference(
 ) -> tuple[Tensor, Tensor]:
     """The reference on `steps` noise levels and on half as many intervals: unclipped images [B, *shape] each."""
 
-    def run(grid: TimeGrid) -> Tensor:
-        return sample(SingleLevel(level), REFERENCE_RULE[dynamics], grid, path)[0]
-
-    found = [run(process.grid(count)) for count in _grids(dynamics, steps)]
+    one, rule = SingleLevel(level), REFERENCE_RULE[dynamics]
+    found = [sample(one, rule, process.grid(count), path)[0] for count in _grids(dynamics, steps)]
     if dynamics == "ode":  # the leading error is proportional to the squared step
         found = [fine + (fine - coarse) / 3 for fine, coarse in pairwise(found)]
     return found[0], found[1]

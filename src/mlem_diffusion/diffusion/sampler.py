@@ -132,10 +132,8 @@ def _checked(level: Level, x: Tensor, logsnr: Tensor, *common: Tensor | None) ->
 
 @torch.no_grad()
 def sample(estimator: Estimator, rule: StepRule, grid: TimeGrid, path: BrownianPath) -> tuple[Tensor, Ledger]:
-    """Sample one batch: unclipped images [B, *shape] with pixels on the scale [-1, 1], and the ledger of evaluations.
-
-    path: the seeds of the samples with their starting points, Brownian increments and coins, on one device.
-    ledger.seconds is the time of the loop, with its noise."""
+    """Sample one batch: unclipped images [B, *shape] with pixels on the scale [-1, 1], and the ledger of evaluations,
+    whose seconds are those of the loop with its noise. path: seeds, starting points and increments, on one device."""
     program = rule.program(grid)
     state: list[Any] = [path.initial()] + [None] * (len(program[0].update) - 1)
     estimate = WeightTable(estimator.levels, estimator.weights(len(program), path.seeds))

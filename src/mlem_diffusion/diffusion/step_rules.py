@@ -102,9 +102,8 @@ def ddim(step: Step) -> tuple[float, float, float]:
 def _linear(rule: Callable[[Step], tuple], grid: TimeGrid, multistep: bool = False) -> Iterator[Evaluation]:
     """Evaluations of a rule x' = a x + b denoised + c z; the state is (x), or (x, previous estimate) if multistep.
 
-    A multistep rule extrapolates the last two estimates to the middle of the step, except in the first step. This makes
-    DPM-Solver++(2M) with data prediction (Lu et al. 2022, algorithm 2) of DDIM, and its SDE form of the ancestral rule.
-    """
+    A multistep rule extrapolates the last two estimates to the middle of each step but the first: of DDIM this makes
+    DPM-Solver++(2M) with data prediction (Lu et al. 2022, algorithm 2), of the ancestral rule its SDE form."""
     for i, step in enumerate(steps_of(grid)):
         a, b, c = rule(step)
         back = 0.0 if step.h_before is None else 0.5 * step.h / step.h_before

@@ -42,11 +42,10 @@ class Tracker:
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one record of numbers and strings, in one write; UserError if the disk is full."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        line = json.dumps({"stage": self.stage, **finite}, allow_nan=False) + "\n"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab", buffering=0) as file:
-                file.write(line.encode())
+                file.write(json.dumps({"stage": self.stage, **finite}, allow_nan=False).encode() + b"\n")
         except OSError as error:
             raise UserError(f"{self.path} cannot be written ({error.strerror or error}).") from error
         self._mirror()

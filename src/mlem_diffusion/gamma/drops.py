@@ -14,8 +14,7 @@ class DropsLaw:
 
     Drops may be negative. Neighbouring drops share the noise of one level, so the fit is by generalised least squares:
     the covariance of the drops is D (covariance + scatter diag(L^2)) D^T, where D takes differences, `covariance`
-    [K, K] is that of the losses over images, and `scatter` is the variance of each level's loss, relative to its
-    square, that comes from training."""
+    [K, K] is that of the losses over images, and `scatter` a level's relative variance of the loss from training."""
 
     unknowns, grid = 3, DifferencesLaw.grid  # L_inf counts, since K losses give only K - 1 drops
 

@@ -52,8 +52,7 @@ def measure(
             found = squared_differences(levels, pairs, held_out, logsnr, settings.seed, settings.batch, progress)
         loss, to_previous, to_largest, _ = np.split(found, [k, 2 * k - 1, 3 * k - 2])
         errors = LevelErrors(widths, names, flops, images, logsnr, weights, loss, to_previous, to_largest)
-        of_pair = dict(zip(pairs, found, strict=True))
-        by_seed = [(form, [of_pair[p] for p in own]) for form, own in groups]
+        by_seed = [(form, [found[pairs.index(p)] for p in own]) for form, own in groups]
         between = seed_variances(by_seed, weights)
         result = estimate(errors, settings.seed, settings.bootstrap, between)
         drawn = {key: result[key] for key in ("estimates", "levels", "points")}

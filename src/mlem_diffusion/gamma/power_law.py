@@ -27,12 +27,11 @@ RSS = Callable[[np.ndarray], np.ndarray]  # the residual sum of squares of expon
 
 @dataclass(frozen=True)
 class Fit:
-    """One estimate of gamma; `interval` is the hull of the profile interval, which ignores the measurement errors, and
-    of the parametric bootstrap, so it is rather too wide."""
+    """One estimate of gamma; `interval` is the hull of the other two, so it is rather too wide."""
 
     gamma: float | None = None  # None if the best fit is at an edge of the law's range; `note` gives the reason
     interval: Interval = (0.0, None)
-    profile_interval: Interval = (0.0, None)
+    profile_interval: Interval = (0.0, None)  # it ignores the measurement errors
     bootstrap_interval: Interval | None = None  # None without refits or degrees of freedom
     amplitude: float | None = None  # a, for T in GFLOP
     floor: float | None = None  # L_inf; None for the laws without it
@@ -79,14 +78,12 @@ class LossLaw:
         return self.best(s, self.loss)[2]
 
     def rss_of_constant(self, loss: np.ndarray) -> float:
-        mean = (loss * self.relative**2).sum() / (self.relative**2).sum()
-        return float((((loss - mean) * self.relative) ** 2).sum())
+        return float((((loss - np.average(loss, weights=self.relative**2)) * self.relative) ** 2).sum())
 
     def refit(self, loss: np.ndarray) -> float:
         """The best s for other losses [K]; NaN if a constant fits as well, so that any s does."""
         s = grid_minimum(self.best(self.grid, loss)[2], self.grid)
-        better = self.best(np.array([s]), loss)[2][0] < self.rss_of_constant(loss) * (1 - 1e-9)
-        return s if better else float("nan")
+        return s if self.best(np.array([s]), loss)[2][0] < self.rss_of_constant(loss) * (1 - 1e-9) else float("nan")
 
     def solve(self, s: float) -> tuple[float, float | None, np.ndarray]:
         """Amplitude, L_inf and the law's values [K] at s."""

@@ -68,14 +68,12 @@ def _common_side(fits: Mapping[str, Fit], names: Sequence[str]) -> int:
 
 
 def interval_text(interval: Interval) -> str:
-    high = "unbounded" if interval[1] is None else f"{interval[1]:.2f}"
-    return f"[{interval[0]:.2f}, {high}]"
+    return f"[{interval[0]:.2f}, {'unbounded' if interval[1] is None else f'{interval[1]:.2f}'}]"
 
 
 def mixed_architectures(family: Sequence[Mapping[str, Any]]) -> str:
     """A sentence on how the levels (metadata) differ in the network's settings, besides the width; empty if not."""
-    parameters = inspect.signature(UNet).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    defaults = {p.name: p.default for p in inspect.signature(UNet).parameters.values() if p.default is not p.empty}
     settings = {m["name"]: {**defaults, **m.get("unet", {}), "target": m.get("target")} for m in family}
     differing = []
     for key in dict.fromkeys(key for own in settings.values() for key in own):

@@ -158,8 +158,7 @@ def _timestep(name: str, logsnr: Tensor, table: tuple[Tensor, int]) -> Tensor:
         raise UserError(f"{text}, the range of its training; set logsnr_min and logsnr_max of the Process within it.")
     known = table[0].to(logsnr)
     above = torch.searchsorted(known, logsnr.detach().contiguous()).clamp(1, len(known) - 1)
-    part = ((logsnr - known[above - 1]) / (known[above] - known[above - 1])).clamp(0, 1)
-    return table[1] - (above - 1 + part)
+    return table[1] - (above - 1 + ((logsnr - known[above - 1]) / (known[above] - known[above - 1])).clamp(0, 1))
 
 
 def _checked(name: str, network: nn.Module) -> Callable[..., Any]:

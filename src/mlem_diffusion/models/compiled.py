@@ -62,9 +62,8 @@ class Compiled:
     """A function or module that torch.compile compiles when it is first used; compiled programs are kept on disk.
 
     setting: "off", "on", "auto" (on CUDA), or "max", which tunes kernels and takes minutes. CUDA graphs are left to the
-    callers, who know which buffers are fixed. If only the compiled function fails at its first use, or a later
-    compilation for other shapes fails, it is eager from then on, with one SlowPath warning that begins with `what`.
-    Out-of-memory errors, and other errors after the first use, are raised."""
+    callers. If only the compiled function fails at its first use, or compilation for other shapes later, it is eager
+    from then on, with one SlowPath warning that begins with `what`. Out-of-memory and later errors are raised."""
 
     def __init__(self, function: Callable[..., Any], what: str, setting: str, device: torch.device, **options: Any):
         if setting not in SETTINGS:
@@ -96,8 +95,8 @@ class Compiled:
                 raise
             self.function = self.eager
             result = work(self.eager)  # raises the function's own errors
-            text = f"{self.what} runs eagerly: compilation failed ({first_line(error)})."
-            warnings.warn(text, SlowPath, stacklevel=3)
+            reason = first_line(error)
+            warnings.warn(f"{self.what} runs eagerly: compilation failed ({reason}).", SlowPath, stacklevel=3)
         self.decided = True
         return result
 
@@ -126,12 +125,10 @@ class FastDenoiser:
     """A frozen copy of a denoiser (x [B,3,S,S], logsnr 0-dim or [B]) -> float32 [B,3,S,S], as fast as the device can.
 
     A third argument, the output of the Gaussian denoiser that preconditions the network, saves evaluating it again.
-
-    precision: "float32", or "bf16" for the network's weights and activations; group-norm statistics (torch's kernels
-    accumulate them in float32), the noise-level features and the preconditioning stay float32. compile: the setting of
-    `Compiled`. On CUDA each batch-size bucket (`cover`; `batch` is an additional bucket) is captured once as a
-    CUDA graph, compiled or not. If compilation or capture fails, the network runs without it, with one SlowPath
-    warning. If derivatives with respect to x are needed, it runs eagerly."""
+    precision: "float32", or "bf16" for the network's weights and activations; group-norm statistics, the noise-level
+    features and the preconditioning stay float32. compile: the setting of `Compiled`. On CUDA each batch-size bucket
+    (`cover`; `batch` is one more) is captured once as a CUDA graph, compiled or not. If compilation or capture fails,
+    it runs without, with one SlowPath warning; if derivatives by x are needed, eagerly."""
 
     def __init__(
         self, denoiser: nn.Module, precision: str = "float32", compile: str = "auto", name: str = "the network",

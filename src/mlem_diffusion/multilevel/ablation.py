@@ -53,10 +53,8 @@ class Frontiers:
         return errors, costs
 
     def cost_ratio(self, levels: Collection[int], without: int) -> Ratio:
-        """The cost ratio of the level `without` among `levels`, over errors weighted evenly in their logarithm.
-
-        The errors end at that of the largest level alone on the coarsest grid, or, if this is below their start (a
-        single grid), at that of the cheapest plan."""
+        """The cost ratio of the level `without` among `levels`, over errors weighted evenly in their logarithm, up to
+        that of the largest level alone on the coarsest grid, or, if that is too low, of the cheapest plan."""
         rest = [k for k in levels if k != without]
         self.find(rest)
         whole, part = self.hull(levels), self.hull(rest)

@@ -47,17 +47,14 @@ class LevelStatistics:
 
 def violations(family: Sequence[Level], process: Process, path: BrownianPath, batch: int) -> list[dict[str, str]]:
     """Violations of the level contract (level_checks.py) at the noisy end or in the middle of the process."""
-    x = _states(path, batch)
-    return check_contract(family, x, process.logsnr_min) or check_contract(family, x, _middle(process))
+    x, middle = _state(process, path, batch)
+    return check_contract(family, x, process.logsnr_min) or check_contract(family, x, middle)
 
 
-def _states(path: BrownianPath, batch: int) -> Tensor:
-    """A few starting points [B, ...]. States in the middle are nearly standard normal too: they serve all checks."""
-    return BrownianPath(path.seeds[: min(8, batch)], path.shape, path.device).initial()
-
-
-def _middle(process: Process) -> float:
-    return float(process.logsnr_at(np.array(0.5)))
+def _state(process: Process, path: BrownianPath, batch: int) -> tuple[Tensor, float]:
+    """A few starting points [B, ...], and the log-SNR in the middle, where states are nearly standard normal too."""
+    states = BrownianPath(path.seeds[: min(8, batch)], path.shape, path.device).initial()
+    return states, float(process.logsnr_at(np.array(0.5)))
 
 
 def diagnose(
@@ -79,7 +76,7 @@ def diagnose(
     if not any(f["severity"] == "error" for f in found):
         statistics, spent = measure(family, process, rule, path, steps, batch, bar, effects)
         out |= describe(statistics)
-        found += [*judge(statistics), check_telescope(family, _states(path, batch), _middle(process), batch)]
+        found += [*judge(statistics), check_telescope(family, *_state(process, path, batch), batch)]
     found.sort(key=lambda f: ["error", "warning", "ok"].index(f["severity"]))
     out |= {"flops_spent": spent, "findings": found}
     # arrays become lists, and NaN, which is not JSON, becomes None
@@ -187,8 +184,8 @@ def _not_falling(s: LevelStatistics) -> list[dict[str, str]]:
         if share >= 0.05:
             c, b, a = s.names[k - 2 : k + 1]
             text = f"{a} differs from {b} more than {b} from {c} {_where(s, hit)} ({100 * share:.0f}% of its pooled "
-            advice = f"mean square). Train {b} and {a} longer at these noise levels, or let only one of them fire."
-            found.append(finding("warning", text + advice))
+            text += f"mean square). Train {b} and {a} longer at these noise levels, or let only one of them fire."
+            found.append(finding("warning", text))
     return found
 
 

@@ -37,8 +37,7 @@ class Timing:
         return sum(count * self.parts[name][0] for name, count in work.items())
 
     def draws(self, works: list[Work], replicates: int, seed: int) -> np.ndarray:
-        """Seconds per image [S, 1 + R] of S settings: first by the medians, then by R random draws of all timings, each
-        shared by all settings."""
+        """Seconds per image [S, 1 + R] of S settings: by the medians, then by R random draws shared by all settings."""
         names = list(self.parts)
         median, spread = np.array([self.parts[name] for name in names]).T
         normal = np.random.default_rng(seed).standard_normal((len(names), replicates))
@@ -107,9 +106,8 @@ def measure_timing(
     The parts, in seconds per image: "<level>", one evaluation in a full batch (beyond a shared base, which is one of
     the levels); "few <level>", in a batch of `few`, since coins select some images; "step <rule>", one evaluation of
     the rule's program on `grid` with a network that costs nothing, without noise; "start", a starting point; "noise", a
-    random number per pixel of the increments; "coins", the coins of one level. "call": seconds of the sampler's own
-    work for each network call of a batch beyond the first in an estimate. at_least: seconds that each part is timed in
-    each round."""
+    random number per pixel of the increments; "coins", the coins of one level. "call": seconds per batch of the
+    sampler's own work for each network call beyond the first in an estimate. at_least: seconds a part and round."""
     levels = with_base(levels)
     free = [Level(f"free{k}", lambda x, logsnr: x, k + 1.0) for k in range(2)]
     path, ready = BrownianPath(range(batch), shape, device), BrownianPath(range(batch), shape, device)
@@ -146,8 +144,7 @@ def _evaluations(
     levels: Sequence[Level], shape: tuple[int, ...], batch: int, device: torch.device
 ) -> dict[str, Callable[[], object]]:
     x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(device)
-    logsnr = torch.zeros((), device=device)
-    base = base_of(levels)
+    logsnr, base = torch.zeros((), device=device), base_of(levels)
     known = () if base is None else (base.denoise(x, logsnr),)
     given = {level.name: (x, logsnr, *(known if level.base else ())) for level in levels}
     return {level.name: lambda level=level: level.denoise(*given[level.name]) for level in levels}
@@ -158,8 +155,7 @@ def _rounds(
     calls: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, at_least: float,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """The median seconds [rounds] of each call in each round, in turns, so that a short load slows all of them. A first
-    round warms up and does not count."""
+    """The median seconds [rounds] of each call in each round after a first; in turns, so a load slows all alike."""
     medians: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for k, (name, call) in enumerate(calls.items()):

@@ -67,8 +67,7 @@ class RateSetting:
 
     @cached_property
     def features(self) -> np.ndarray:
-        """Terms [4] of the squared error: discretisation 1 / n^2, the top level's error 4^-K, the coins' variance of
-        levels >= 2, and that of level 1 if it is random."""
+        """Terms [4] of the squared error: 1 / n^2, the top level's 4^-K, the coins' variance of levels >= 2, of 1."""
         k = np.arange(2, self.levels + 1)
         size = 4.0**-k + 4.0 ** -(k - 1)  # E |f^k - f^{k-1}|^2 for independent errors 2^-k and 2^-(k-1)
         if self.method == "poisson":

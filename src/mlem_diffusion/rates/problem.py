@@ -43,8 +43,7 @@ def true_drift(x: np.ndarray, t: float) -> np.ndarray:
 
 
 def waves(parameters: np.ndarray, x: np.ndarray, t: Time) -> np.ndarray:
-    """g(x, t) [d, R] of random waves; parameters [2 + 2 d, FEATURES, R]: time frequency, phase, space frequencies and
-    amplitudes."""
+    """g(x, t) [d, R]; parameters [2 + 2 d, FEATURES, R]: time frequency, phase, space frequencies and amplitudes."""
     phase = parameters[0] * t
     phase += parameters[1]
     for i in range(DIMENSION):
@@ -186,10 +185,8 @@ def draw_events(rng: np.random.Generator, rate: np.ndarray, count: int) -> Array
 
     One clock has the sum of the rates; its events belong to level k with probability lambda_k / sum lambda."""
     wait = rng.exponential(1 / rate.sum(), (CHUNK, count))
-    edges = np.cumsum(rate)[:-1] / rate.sum()
-    which = np.searchsorted(edges, rng.random((CHUNK, count)), side="right")
-    normal = rng.standard_normal((CHUNK, count, 2)).view(complex)[..., 0]
-    return wait, which + 1, 1 / rate[which], normal
+    which = np.searchsorted(np.cumsum(rate)[:-1] / rate.sum(), rng.random((CHUNK, count)), side="right")
+    return wait, which + 1, 1 / rate[which], rng.standard_normal((CHUNK, count, 2)).view(complex)[..., 0]
 
 
 def fire(replicates: Replicates, y_grid: np.ndarray, state: Arrays, replicate: np.ndarray, event: Arrays) -> None:
