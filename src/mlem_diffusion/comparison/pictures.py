@@ -47,8 +47,7 @@ def begin(folder: Path, grid: Path, started: Path, key: str) -> None:
 
     grid: the last file that a run writes; it is removed too. started: the file that keeps the key."""
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    unsigned = (folder / "samples.json").is_file()  # earlier versions put it here, and did not sign their pictures
-    ours = [path for path in paths if _is_ours(path, unsigned)]
+    ours = [path for path in paths if _is_ours(path)]
     if foreign := sorted(path.name for path in set(paths).difference(ours) if not path.name.startswith(".")):
         text = f"{folder} holds files that make sample did not write ({foreign[0]}), and tools for FID would read them"
         raise UserError(f"{text}: move them elsewhere.")
@@ -59,11 +58,9 @@ def begin(folder: Path, grid: Path, started: Path, key: str) -> None:
     write_text(started, key)
 
 
-def _is_ours(path: Path, unsigned: bool) -> bool:
+def _is_ours(path: Path) -> bool:
     if path.suffix == ".partial":  # of a writer that was killed
         return path.name.startswith(".")
-    if unsigned and ((path.stem.isdecimal() and path.suffix == ".png") or path.name in ("grid.png", "samples.json")):
-        return True
     if not path.is_file():
         return False
     with path.open("rb") as file:

@@ -23,8 +23,7 @@ from .. import parallel
 from ..errors import UserError
 from ..files import atomic_write, locked, read_json, where_possible, write_json
 from . import pixels, portraits
-from .partition import parts_of
-from .sources import Source, open_source, readable, reason
+from .sources import Source, open_source, parts_of, readable, reason
 
 _FORMAT = 2  # version of the prepared folder; part of the fingerprint, so a change prepares the data again
 _READ_AHEAD = 64  # files in memory at a time

@@ -139,18 +139,14 @@ def unipc(grid: TimeGrid) -> Iterator[Evaluation]:
         else:
             r = step.h_before / step.h
             slope = (new - before) / r
-            weight, old = _corrector_weights(step.h, r)
+            # weights of the two difference quotients in UniC-2, for the new point and for the previous one at -r h:
+            # weight + old = b1, weight - r old = b2 with b1 = phi_2/phi_1, b2 = 2 phi_3/phi_1 at -h
+            b1, b2 = _phi(2, -step.h) / _phi(1, -step.h), 2 * _phi(3, -step.h) / _phi(1, -step.h)
+            old = (b1 - b2) / (1 + r)
+            weight = b1 - old
             predicted, rest = new + 0.5 * slope, (1 - weight) * new + old * slope
         yield Evaluation(step.logsnr_s, np.stack([a * corrected + b * predicted, a * corrected + b * rest, new]))
         share = b * weight
-
-
-def _corrector_weights(h: float, r: float) -> tuple[float, float]:
-    """Weights (w, v) of the two difference quotients in UniC-2, for the new point and for the previous one at -r h:
-    w + v = b_1, w - r v = b_2 with b_1 = phi_2/phi_1, b_2 = 2 phi_3/phi_1 at -h."""
-    b1, b2 = _phi(2, -h) / _phi(1, -h), 2 * _phi(3, -h) / _phi(1, -h)
-    old = (b1 - b2) / (1 + r)
-    return b1 - old, old
 
 
 def _phi(k: int, z: float) -> float:

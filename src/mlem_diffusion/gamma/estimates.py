@@ -78,8 +78,7 @@ def estimate(errors: LevelErrors, seed: int, bootstrap: int, between: Mapping[st
     levels = {"name": errors.names, "width": errors.widths, "gflop": errors.flops / 1e9, "images": errors.images}
     loss = errors.loss @ errors.weights
     levels |= {"loss": loss.mean(1), "loss_se": sem(loss, axis=1)}
-    # the pooling of earlier results, so that old and new values can be compared
-    usual = alpha2_weights(errors.logsnr)
+    usual = alpha2_weights(errors.logsnr)  # the pooling of earlier results, to compare them
     levels["loss_alpha2"] = (errors.loss @ usual).mean(1)
     levels["to_largest_alpha2"] = np.append((errors.to_largest @ usual).mean(1), 0.0)
     table = pd.DataFrame(levels).to_dict("records")

@@ -1,7 +1,5 @@
 """Fast evaluation of a trained denoiser for sampling: bf16, channels_last, torch.compile, CUDA graphs."""
 
-from __future__ import annotations
-
 import atexit
 import copy
 import logging
@@ -188,7 +186,7 @@ class _Graph:
     pool: they are replayed one after another, and each result is copied at once."""
 
     pool: Any = None
-    alive: ClassVar[weakref.WeakSet[_Graph]] = weakref.WeakSet()
+    alive: ClassVar["weakref.WeakSet[_Graph]"] = weakref.WeakSet()
 
     def __init__(self, run: Callable[..., Tensor], given: list[Tensor]):
         if not _Graph.alive:  # the allocator frees a pool with its last graph

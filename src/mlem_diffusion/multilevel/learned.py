@@ -11,8 +11,6 @@ baseline l(0) and the derivative through the weight B_c / p_c sum to an unbiased
 e is the error if the coin fires, d the change of the final image by its firing, and a = dX/dr the tangent. Every draw
 follows one random coin through three runs (fired, not fired, reference) and the tangent, all forward in time."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -132,7 +130,7 @@ class LogOdds:
 
 
 def gradient_estimate(
-    networks: Networks, odds: LogOdds, phi: np.ndarray, seed: int, paths: int, draws: int
+    networks: "Networks", odds: LogOdds, phi: np.ndarray, seed: int, paths: int, draws: int
 ) -> np.ndarray:
     """An unbiased estimate of the gradient of E[L] by phi [K-1, knots], not projected on equal cost.
 
@@ -161,7 +159,7 @@ def gradient_estimate(
 
 @torch.no_grad()
 def follow_coins(
-    networks: Networks, p: np.ndarray, step: np.ndarray, level: np.ndarray,
+    networks: "Networks", p: np.ndarray, step: np.ndarray, level: np.ndarray,
     x: Tensor, noise: Callable[[int], Tensor], coins: Callable[[int], np.ndarray],
 ) -> np.ndarray:  # fmt: skip
     """D_c [R]: run each row r with coin (step[r], level[r]) fired and not, all else equal, and its path's reference.

@@ -5,8 +5,6 @@ path. The cost is expected, in units of T_0 = 1: an evaluation of level k costs 
 timed, because all levels are equally cheap to simulate. Settings are chosen on other replicates than measured: EM by
 its measured frontier, the others by an error model, squared error = features @ constants."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -75,7 +73,7 @@ class RateSetting:
         return np.array([self.steps**-2.0, 4.0**-self.levels, size @ (1 / self.p[1:] - 1) / self.steps, 0.0])
 
     @property
-    def run(self) -> RateSetting:
+    def run(self) -> "RateSetting":
         """The setting to simulate; it has gamma = 0 for EM, which does not depend on gamma."""
         return replace(self, gamma=0.0) if self.method == "em" else self
 
