@@ -68,7 +68,6 @@ def sha256_of(path: Path) -> str:
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     """Call write(temporary path), then rename the temporary file to `path`: a stop leaves the old file or the new one.
-
     Raises UserError if the disk is full or the path cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -164,7 +163,6 @@ def read_arrays(path: Path, hint: str) -> dict[str, np.ndarray]:
 @contextlib.contextmanager
 def locked(folder: Path, what: str, beside: bool = False) -> Iterator[None]:
     """Hold the lock of a folder (the operating system's, so never stale); UserError if another run holds it.
-
     What killed writers left in it is removed; beside: also what they left next to it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,6 @@ PATIENCE = 120.0  # seconds for all ranks to meet
 
 def connect(should_stop: Callable[[], bool]) -> None:
     """Meet the other ranks, if torchrun's variables in the environment say that there are any.
-
     UserError for a missing or wrong variable, or ranks later than PATIENCE; Interrupted if should_stop() is true."""
     ranks = _variable("WORLD_SIZE", 1, default="1")
     if ranks == 1 or dist.is_initialized():
@@ -123,7 +122,6 @@ def run(
     function: Callable[[T], Any], items: Sequence[T], workers: int = 1, should_stop: Callable[[], bool] = never
 ) -> Iterator[tuple[int, Any]]:
     """Yield (index, function(item)) as they finish, from this process or from `workers` processes side by side.
-
     function must be importable; long work in it should look at `stop_requested`. The first error stops all. Raises
     Interrupted between items if should_stop() is true, UserError if a worker was killed."""
     if workers <= 1:

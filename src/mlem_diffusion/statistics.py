@@ -16,7 +16,6 @@ def squared_errors(samples: Tensor, reference: Tensor) -> np.ndarray:
 
 def frontier(rows: Iterable[dict[str, Any]], cost: str, measure: str) -> list[dict[str, Any]]:
     """The lower-left frontier, cheapest first: the rows with a smaller `measure` than all rows of equal or lower cost.
-
     Rows with a missing or non-positive cost or measure are left out, such as the reference compared with itself."""
     usable = [r for r in rows if (r.get(cost) or 0) > 0 and (r.get(measure) or 0) > 0]
     best: list[dict[str, Any]] = []

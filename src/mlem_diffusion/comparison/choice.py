@@ -20,7 +20,6 @@ def candidates(frontiers: Iterable[Measurement]) -> dict[str, list[Row]]:
 
 def choose(best: Mapping[str, Any] | None, wanted: Mapping[str, Any], largest: str) -> tuple[Row, str]:
     """The multilevel row of best.json to sample with, and sentences that say why, and what a baseline would do.
-
     wanted: "gflops", at most this cost per image; "error", at most this squared error; with neither the cheapest row
     with an error of at most GOOD_ENOUGH, or else the most accurate row; "dynamics". Without a comparison it is
     DPM-Solver++(2M) with the largest level. Raises UserError if no row fits."""

@@ -18,7 +18,6 @@ def verdicts(
     settings: Measurements, calibration_flops: float, seed: int = 0, unit: str = "flops", timing: Timing | None = None
 ) -> dict[str, Any]:
     """{"dynamics/rule": entry} for each dynamics and step rule for which an optimiser's plans were run.
-
     An entry compares each method ("<coins>, <probabilities> p", "quadrature", and "any" of them) with EM, DDPM and DDIM
     on any level and with all baselines of the same dynamics, and judges the optimiser's foresight. Speed-ups are those
     of `curves.compare`, in expected FLOPs, or in seconds if the plans were made for seconds (`unit`) and there is a
@@ -64,7 +63,6 @@ def _judged(found: dict[str, Any], calibration_flops: float) -> dict[str, Any]:
 
 def chosen_blindly(field: Field, theirs: Choice, unit: str = "flops") -> dict[str, Any]:
     """Whether an optimiser's choices among multilevel settings are nowhere above the frontier of `theirs`.
-
     At the cost of each frontier point, the optimiser chooses within that cost the setting with the lowest error on the
     selection seeds ("selected_error" of its row), if there is one. "ratio" is the squared error of this choice on the
     seeds of the comparison, divided by the point's; above if its one-sided 95% lower bound exceeds 1."""
@@ -82,7 +80,6 @@ def chosen_blindly(field: Field, theirs: Choice, unit: str = "flops") -> dict[st
 
 def prediction(rows: Iterable[Row]) -> dict[str, Any]:
     """How far measured errors are from predicted ones: {kind of coins: {"rows", "within", "measured_over_predicted"}}.
-
     Within: the squared errors agree up to TOLERANCE and two standard errors. Ratios: least, median and largest."""
     known: dict[str, list[tuple[float, float, float]]] = {}
     for row in rows:

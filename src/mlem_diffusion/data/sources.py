@@ -34,7 +34,6 @@ _ELSE = "unpack it with another program and give the folder"
 @dataclass(frozen=True)
 class Source:
     """Where images come from: their names in the order of reading, and read(name), the content of a file.
-
     name: for messages and the manifest; sha256: of the whole; partition: name and content of CelebA's list inside or
     beside, else None; passed_over: the files left out, in words; plain: only .jpg, .jpeg, .png, named as stored."""
 
@@ -182,7 +181,6 @@ def download_celeba(folder: Path) -> Path:
 
 def parts_of(names: list[str], content: bytes, label: str) -> list[int]:
     """The part (0 train, 1 valid, 2 test) of each image; empty if the list, called `label`, has none of them.
-
     Names are matched without extension, from their end, and without case if need be. UserError for a list without
     entries, or with only some of the images."""
     exact: dict[str, int] = {}  # one bit for each part that a name has in the list

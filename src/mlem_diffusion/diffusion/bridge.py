@@ -23,7 +23,6 @@ _NEGLIGIBLE = 1e-9  # a coefficient that float32 does not see next to a row's no
 @dataclass(frozen=True)
 class BridgeTree:
     """The tree over N base points. A node is named by the point p in 1..N-2 that splits its range; arrays have N rows.
-
     Columns number the random numbers, 2N - 2 in all: X and V of the whole range, then two for each node, the fresh
     ones. The second changes no X of the two halves, so the clock "snr" needs it only if a half is split again."""
 
@@ -69,7 +68,6 @@ def log_span(tree: BridgeTree, clock: str, start: np.ndarray, stop: np.ndarray) 
 @lru_cache(maxsize=8)
 def bridge_tree(base_logsnr: bytes, base_time: bytes) -> BridgeTree:
     """The tree over a base grid, given by the bytes of its two float64 arrays [N]; it depends on nothing else.
-
     Points are split off in the order of `_families`, so an increment of a grid among these has few terms."""
     log_u, time = np.frombuffer(base_logsnr), np.frombuffer(base_time)
     n = len(log_u)

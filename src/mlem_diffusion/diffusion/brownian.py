@@ -46,7 +46,6 @@ def coin_uniforms(seeds: Sequence[int], level: int, count: int) -> np.ndarray:
 
 class BrownianPath:
     """The randomness of one batch of samples, one stream per seed: starting points and Brownian increments.
-
     seeds: one per sample. shape: of one sample. `increment` draws _WINDOW steps at a time and keeps the last ones."""
 
     def __init__(self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device | str = "cpu"):
@@ -110,7 +109,6 @@ def _block(device: torch.device) -> int:
 @lru_cache(maxsize=512)
 def _terms(base_logsnr: bytes, base_time: bytes, index: bytes, clock: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     """The blocks [m] of random numbers that these increments need, and their coefficients [n-1, m * size] in them.
-
     One generator draws a block; its numbers are the same for every grid."""
     points = np.frombuffer(index, dtype=np.int64)
     columns, coefficients = bridge_tree(base_logsnr, base_time).coefficients(points, clock)

@@ -48,7 +48,6 @@ def with_base(levels: Sequence[Level]) -> list[Level]:
 
 def shared_costs(levels: Sequence[Level]) -> tuple[np.ndarray, float]:
     """The costs [K] of one more evaluation of each level where the base is known, and that of the base (0 without one).
-
     The weights of an estimate add up to one, so some level runs and the base runs once: as a level it is free."""
     base, costs = base_of(levels), np.array([level.flops for level in levels])
     if base is None:
@@ -77,7 +76,6 @@ def flops_per_evaluation(
     network: nn.Module, shape: Sequence[int], time: Tensor | None = None, /, **conditioning: Any
 ) -> float:
     """FLOPs of network(x [1, *shape], time, **conditioning), on the meta device, where fused attention counts too.
-
     A multiply-add counts 2; norms and activations 0. time: by default a float [1]. conditioning: on the meta device."""
     network = getattr(network, "_orig_mod", network)  # of torch.compile
     tensors = dict(network.named_parameters()) | dict(network.named_buffers())

@@ -48,13 +48,11 @@ def reference_evaluations(dynamics: str, steps: int) -> int:
     return sum(_grids(dynamics, steps))
 
 
-def sample_reference(
-    level: Level, dynamics: str, process: Process, steps: int, path: BrownianPath
-) -> tuple[Tensor, Tensor]:
-    """The reference on `steps` noise levels and on half as many intervals: unclipped images [B, *shape] each."""
+def sample_reference(level: Level, dynamics: str, process: Process, steps: int, path: BrownianPath) -> list[Tensor]:
+    """The reference on `steps` noise levels, and on half as many intervals: unclipped images [B, *shape] each."""
 
     one, rule = SingleLevel(level), REFERENCE_RULE[dynamics]
     found = [sample(one, rule, process.grid(count), path)[0] for count in _grids(dynamics, steps)]
     if dynamics == "ode":  # the leading error is proportional to the squared step
         found = [fine + (fine - coarse) / 3 for fine, coarse in pairwise(found)]
-    return found[0], found[1]
+    return found

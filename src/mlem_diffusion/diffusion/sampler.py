@@ -49,7 +49,6 @@ class SingleLevel(Estimator):
 
 class Stitched(Estimator):
     """T-Stitch (Pan et al. 2024): one level after another, from high noise to low; `order` need not rise in cost.
-
     switches: the fractions of the evaluations after which the next level takes over, ascending."""
 
     def __init__(self, order: Sequence[Level], switches: Sequence[float]):
@@ -68,7 +67,6 @@ class Stitched(Estimator):
 
 class WeightTable:
     """The estimates sum_k w_k f^k(x) of one run, for weights w [n, B, K]; `evaluations` [B, K] counts as it runs.
-
     Each network is evaluated only on the samples with a nonzero weight. The table and these selections are on the
     device before the first estimate, so the loop never waits for a transfer."""
 
@@ -119,7 +117,6 @@ class WeightTable:
 
 def _checked(level: Level, x: Tensor, logsnr: Tensor, *common: Tensor | None) -> Tensor:
     """The level's output, in the type of x; UserError if it has another shape, or if x, the sampler's own, is changed.
-
     The value of logsnr is not looked at, so the device is not waited for."""
     before = None if x.is_inference() else x._version
     output = level.denoise(x, logsnr, *common)

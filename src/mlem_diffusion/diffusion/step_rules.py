@@ -101,7 +101,6 @@ def ddim(step: Step) -> tuple[float, float, float]:
 
 def _linear(rule: Callable[[Step], tuple], grid: TimeGrid, multistep: bool = False) -> Iterator[Evaluation]:
     """Evaluations of a rule x' = a x + b denoised + c z; the state is (x), or (x, previous estimate) if multistep.
-
     A multistep rule extrapolates the last two estimates to the middle of each step but the first: of DDIM this makes
     DPM-Solver++(2M) with data prediction (Lu et al. 2022, algorithm 2), of the ancestral rule its SDE form."""
     for i, step in enumerate(steps_of(grid)):
@@ -113,7 +112,6 @@ def _linear(rule: Callable[[Step], tuple], grid: TimeGrid, multistep: bool = Fal
 
 def heun(grid: TimeGrid) -> Iterator[Evaluation]:
     """Heun's method (Karras et al. 2022, algorithm 1): two evaluations a step.
-
     For y = x / alpha with noise rho = sigma / alpha, the flow is dy = (y - denoised) / rho drho. The state is
     (the point to evaluate, x advanced with half of the first slope), both in units of x at t."""
     for step in steps_of(grid):
@@ -126,7 +124,6 @@ def heun(grid: TimeGrid) -> Iterator[Evaluation]:
 
 def unipc(grid: TimeGrid) -> Iterator[Evaluation]:
     """UniPC of order 2 with its corrector, B(h) = e^h - 1 (bh2) and data prediction (Zhao et al. 2023).
-
     The first step has order 1. Predictor and corrector share one network evaluation, at the predicted point. The state
     is (predicted point, corrected point without the term of the estimate at the predicted point, previous estimate)."""
     share = None  # coefficient of the new estimate in the corrected point; None for the first point

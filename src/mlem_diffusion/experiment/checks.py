@@ -90,7 +90,6 @@ def _defaults() -> dict[str, Any]:
 
 def settle(cfg: DictConfig, given: Sequence[str]) -> None:
     """Bring the configuration into its final form, in place; UserError for the first fault.
-
     given: the overrides of the command line. A group chosen there stands as in its file, with the fields given there:
     the experiment's were meant for another choice. Whole floats become int, and ~ the home folder."""
     parsed = OverridesParser.create().parse_overrides(list(given))

@@ -28,7 +28,6 @@ _asked = False
 
 class Tracker:
     """Appends records to metrics.jsonl, and copies them to W&B from there: workers and ranks append to the same file.
-
     W&B fails at most once: then one warning is given, and the run goes on without it."""
 
     def __init__(self, folder: Path, stage: str, config: dict[str, Any], mode: str, project: str):

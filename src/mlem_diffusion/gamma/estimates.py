@@ -38,7 +38,6 @@ class LevelErrors:
 
 def pooled(errors: LevelErrors, seed: int, bootstrap: int, between: Mapping[str, float] | None = None) -> dict:
     """The estimates of gamma by all laws, pooled over noise levels, the answer, the pooled losses and the nestedness.
-
     Amplitudes are for T in GFLOP. between: the variances of `seed_variances`."""
     fits, between, flops = {}, between or {}, errors.flops
     scatter, loss = 0.0, errors.loss @ errors.weights  # [K, M]
@@ -62,7 +61,6 @@ def pooled(errors: LevelErrors, seed: int, bootstrap: int, between: Mapping[str,
 
 def estimate(errors: LevelErrors, seed: int, bootstrap: int, between: Mapping[str, float] | None = None) -> dict:
     """The content of `pooled`, with tables of levels and points, and the estimates at each noise level; ready for JSON.
-
     per_noise_level has no bootstrap, only profile intervals."""
     points = {form: _points(errors.flops / 1e9, form, v @ errors.weights) for form, v in errors.by_form.items()}
     per_noise_level = []

@@ -103,7 +103,6 @@ class LossLaw:
 
 class DifferencesLaw:
     """E|f^k - f^(k-1)|^2 = a (tau_(k-1)^-s - tau_k^-s), for FLOPs [K] and values [K-1], with s of either sign.
-
     Residuals are logarithms. Negative s (differences that grow) keeps the t interval valid at the boundary."""
 
     unknowns, grid = 2, s_grid(-2.0, 800)
@@ -155,7 +154,6 @@ def fit(
     bootstrap: int = 0, seed: int = 0,
 ) -> Fit:  # fmt: skip
     """Fit one of the `LAWS` to FLOPs [K] per evaluation and values [n] (n = K for loss_fit, else K - 1).
-
     covariance [n, n]: of the values over held-out images. between: the variance of each value's logarithm between
     training seeds, if measured. bootstrap: the number of refits."""
     if not np.isfinite(values).all() or (np.diff(flops) <= 0).any():
@@ -215,7 +213,6 @@ def grid_minimum(values: np.ndarray, grid: np.ndarray) -> float:
 
 def profile_interval(rss: RSS, grid: np.ndarray, best: float, rss_min: float, dof: int, between: float) -> Interval:
     """All s with RSS(s) <= RSS_min + t^2 v, converted to gamma; (0, None) without a degree of freedom.
-
     v is the variance of the residuals, RSS_min / dof, but at least `between`, the variance between training seeds."""
     if dof < 1:
         return (0.0, None)

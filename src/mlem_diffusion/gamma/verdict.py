@@ -16,7 +16,6 @@ BY_LOSS, BY_DIFFERENCES = ("loss_fit", "drops"), ("differences", "to_largest")
 
 def nestedness(names: Sequence[str], loss: np.ndarray, to_previous: np.ndarray, scatter: float) -> list[dict[str, Any]]:
     """For each pair of neighbours, E|f^k - f^(k-1)|^2 / (L_(k-1) - L_k), and whether it is at most `NESTED`.
-
     loss [K, M], to_previous [K-1, M]: per image, pooled over noise levels. scatter: the variance from training of the
     logarithm of a level's loss. "ratio" is None if the loss does not drop; "se" is over the same images."""
     k, m = loss.shape
@@ -37,7 +36,6 @@ def nestedness(names: Sequence[str], loss: np.ndarray, to_previous: np.ndarray, 
 
 def htmc_answer(fits: Mapping[str, Fit], nested: bool) -> tuple[str, str]:
     """Whether the problem is harder than Monte Carlo (gamma > 2): "yes", "no" or "undetermined", and a reason.
-
     The two fits to the loss are one law: they speak where their intervals agree. For nested levels the two laws of
     differences decide together, and the loss can veto, by intervals on the other side or by a loss that does not fall
     with FLOPs. For others the loss decides alone."""

@@ -94,7 +94,6 @@ def _counted(name: str, network: Any, time: Any, inputs: dict[str, Any], shape: 
 
 def from_diffusers(name: str, unet: nn.Module, scheduler: Any, **options: Any) -> Level:
     """Return a level for a diffusers UNet (UNet2DModel, UNet2DConditionModel, ...) and its training scheduler.
-
     The UNet must take fractional timesteps, as all do that do not look them up in a table. The scheduler's clipping is
     not applied. options: conditioning, shape (by default the UNet's) and flops, as for `adapt`. Sample in
     Process(LinearSchedule(), *trained_range(scheduler)). Raises UserError for other schedulers."""
@@ -115,7 +114,6 @@ def from_diffusers(name: str, unet: nn.Module, scheduler: Any, **options: Any) -
 
 def guided(conditional: Level, unconditional: Level, scale: float) -> Level:
     """Return classifier-free guidance as one level: D_u + scale (D_c - D_u), at the sum of their FLOPs.
-
     See Ho and Salimans 2022, with scale = 1 + w. The second level may also be a weaker network (autoguidance)."""
 
     def denoise(x: Tensor, logsnr: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from ..errors import UserError
 
 class GaussianMixture:
     """Data distribution: 8 equally weighted normals with means [8, D] and one isotropic standard deviation.
-
     They overlap, 3 standard deviations apart: else a small error would flip a sample's component, without any rate."""
 
     def __init__(self, dim: int):
@@ -51,7 +50,6 @@ def smooth_field(dim: int, seed: int) -> Callable[[Tensor, Tensor], Tensor]:
 
 def analytic_family(levels: int = 7, gamma: float = 2.5, amplitude: float = 0.5) -> list[Level]:
     """Levels f^k = exact posterior mean + amplitude 2^-k c_out(t) g_k(x, t), k = 1..levels, of x [B, 1, 4, 4].
-
     Level k costs 2^(gamma k) MFLOP. The g_k are independent smooth fields of mean square 1; c_out is the residual
     standard deviation of a linear denoiser (EDM's preconditioning). So amplitude 2^-k is the error of the network's
     normalised output. The amplitude 0.5 is moderate: UNets of widths 8 and 16 differ by about 0.1 in that measure."""

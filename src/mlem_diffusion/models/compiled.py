@@ -35,7 +35,6 @@ def first_line(error: BaseException) -> str:
 
 def set_compile_caches() -> None:
     """Let torch.compile and Triton keep programs in folders that can be written, named in their variables.
-
     Each is the folder that its variable names, else ours in the user's cache folder. If it cannot be written, a
     temporary folder stands in until the process ends, with one SlowPath warning."""
     usual, blocked = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/mlem-diffusion/compile", []
@@ -58,7 +57,6 @@ def set_compile_caches() -> None:
 
 class Compiled:
     """A function or module that torch.compile compiles when it is first used; compiled programs are kept on disk.
-
     setting: "off", "on", "auto" (on CUDA), or "max", which tunes kernels and takes minutes. CUDA graphs are left to the
     callers. If only the compiled function fails at its first use, or compilation for other shapes later, it is eager
     from then on, with one SlowPath warning that begins with `what`. Out-of-memory and later errors are raised."""

@@ -82,7 +82,6 @@ class _Stage(nn.Module):
 
 class UNet(nn.Module):
     """A UNet: x [B,inputs,S,S] and logsnr [B], or 0-dim if all samples share one noise level -> [B,3,S,S].
-
     width: base channels, multiplied by `multipliers` per resolution. blocks: residual blocks per resolution.
     attention: resolutions with attention, in pixels. patch: squares of this side become channels before the first
     convolution, so the network works at size / patch. Raises UserError if the size cannot be halved often enough."""

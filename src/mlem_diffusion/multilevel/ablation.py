@@ -23,7 +23,6 @@ Ratio = dict[str, Any]
 
 class Frontiers:
     """Predicted frontiers of a family and of its subsets, for one step rule.
-
     Plans are cached. A plan of a subset is also a plan of each larger set, so no cost ratio is below 1."""
 
     def __init__(self, inputs: Calibration):

@@ -62,7 +62,6 @@ def diagnose(
     bar: Progress, effects: Effects | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Check a family's levels and telescope, and measure their differences along the largest level's trajectories.
-
     steps: number of visited noise levels. bar: called with (images done, all images), counted over noise levels.
     effects: measured ones, if known; then differences are pooled by their gains.
     Returns JSON values without NaN. Lists start at the cheapest level, whose difference is its own output; arrays have
@@ -88,7 +87,6 @@ def measure(
     bar: Progress, effects: Effects | None = None,
 ) -> tuple[LevelStatistics, float]:  # fmt: skip
     """Statistics of all levels on the largest level's trajectories through `steps` noise levels; and the FLOPs spent.
-
     If a step rule evaluates twice at a noise level, the later evaluation is measured."""
     grid = process.grid(steps)
     program = rule.program(grid)
@@ -133,7 +131,6 @@ def measure(
 
 def describe(s: LevelStatistics) -> dict[str, Any]:
     """Statistics per noise level and pooled over them; standard errors (se) are over samples.
-
     kurtosis: 3 E[q^2] / E[q]^2 for q = |Y|^2, about zero; nan if Y = 0. This is E[s^4] / E[s^2]^2 for the projection
     s = <u, Y> on a Gaussian direction u, averaged exactly over u. It is 3 if the differences of all samples have the
     same size, and 3 N if only one has a difference: then the mean square is unreliable."""
@@ -211,7 +208,6 @@ def _growth(s: LevelStatistics) -> list[dict[str, str]]:
 
 def differences_fall(errors: Any) -> dict[str, Any]:
     """Whether the differences of LevelErrors (gamma/estimates.py) fall from each level to the next; ready for JSON.
-
     "violations": rises by more than two standard errors over the same held-out images, pooled (logsnr None) or at one
     noise level; for to_previous, between the differences to the level before of two levels."""
     places, checks, violations = [None, *errors.logsnr.tolist()], 0, []

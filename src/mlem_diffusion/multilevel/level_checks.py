@@ -67,7 +67,6 @@ def _deviation(a: Tensor, b: Tensor) -> float:
 @torch.no_grad()
 def check_telescope(family: Sequence[Level], x: Tensor, logsnr: float, batch: int) -> dict[str, str]:
     """Whether the multilevel estimate has mean f^K and the predicted variance, for states x [B, ...] in turn.
-
     Coins are independent, p_k = P for k >= 2. In standard errors over DRAWS draws, the finding names the largest mean
     of <estimate - f^K, Y_k> over k >= 2, and that of |estimate - f^K|^2 - sum_k (1/p_k - 1) |Y_k|^2."""
     noise_level = torch.full((len(x),), logsnr, dtype=torch.float32, device=x.device)

@@ -27,7 +27,6 @@ START, NOISE, COINS = "start", "noise", "coins"  # parts that random numbers tak
 @dataclass(frozen=True)
 class Timing:
     """parts: {name: (median seconds per image and occurrence, standard deviation of its logarithm over repetitions)}.
-
     A level's part has its name; other parts are the sampler's own work, see `measure_timing`."""
 
     parts: Mapping[str, tuple[float, float]]
@@ -171,7 +170,6 @@ def _rounds(
 
 def summarised(rounds: Mapping[str, np.ndarray]) -> Timing:
     """The timing of parts with these seconds [rounds] in each round.
-
     What slows all parts alike in a round cancels in every speed-up, so each round is first divided by its common
     factor: the median over parts of their ratios to their own medians. A spread is at least SPREAD."""
     logs = np.log(np.stack(list(rounds.values())))  # [parts, rounds]

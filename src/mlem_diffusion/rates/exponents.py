@@ -85,7 +85,6 @@ class RateSetting:
 
 def predicted_exponent(method: str, gamma: float) -> float:
     """The exponent of cost against error as the error goes to 0; at gamma = 2 without the factor log^2 of ML-EM.
-
     Below 2, ML-EM is better than Monte Carlo's -2, since it always evaluates level 1; the jump process does not."""
     return -{"em": gamma + 1, "ml_em": max(gamma, 1 + gamma / 2), "poisson": max(gamma, 2.0)}[method]
 
@@ -236,7 +235,6 @@ def slope(errors: np.ndarray, costs: np.ndarray) -> tuple[float, float]:
 
 def fit_exponent(costs: np.ndarray, squared: np.ndarray, draws: int) -> dict[str, Any]:
     """Slope of log cost [points] against log error, from squared errors [points, replicates] of fresh replicates.
-
     The interval is a percentile bootstrap over replicates (by column, since all points share their families and paths)
     and points. It does not cover the bias of a finite range against the limit of small errors."""
     rng = np.random.default_rng(0)
