@@ -1,5 +1,4 @@
 """Work shared by processes: torchrun's ranks (one per GPU), and joblib's workers on a CPU.
-
 Under torchrun every rank runs the whole program. Rank i of n takes the items i, i + n, ... of a list, and the ranks
 meet at a barrier. Batches and seeds do not depend on the number of ranks, and so neither do the results."""
 

@@ -1,5 +1,4 @@
 """Errors of samples against a reference, frontiers and convex hulls of error against cost.
-
 Errors are mean squared differences over channels and pixels, for unclipped images on the scale [-1, 1]."""
 
 from collections.abc import Iterable

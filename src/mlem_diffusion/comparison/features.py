@@ -1,5 +1,4 @@
 """Feature extractors, and Frechet distances between sets of images by their features.
-
 The Frechet distance between Gaussians fitted to features is |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))
 (Dowson & Landau 1982; Heusel et al. 2017, arXiv:1706.08500). Its value depends on n: report n and `distance_floor` with
 it. Only with `inception` is it the distance that the literature calls FID; the others have their own names."""

@@ -1,5 +1,4 @@
 """The comparison: each setting against one fine reference on the same seeds and Brownian paths.
-
 To resume, every batch of a reference and every finished setting is one npz file under a hash of all it depends on."""
 
 import hashlib
@@ -149,8 +148,7 @@ class Runner:
 
     def read(self, setting: SamplerSetting) -> Measurement:
         """A finished setting; it is measured again if its file is missing or damaged."""
-        file = self._file("setting", setting.dynamics, setting.row)
-        arrays = cached(file, _read, lambda: self.measure(setting))
+        arrays = cached(self._file("setting", setting.dynamics, setting.row), _read, lambda: self.measure(setting))
         path, grid = BrownianPath([0], self.shape, self.device), self.process.grid(setting.steps)
         work = json.loads(str(arrays["work"])) | random_work(self.build(setting), setting.rule, grid, path)
         row = setting.row | json.loads(str(arrays["costs"]))

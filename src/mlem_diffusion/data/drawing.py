@@ -1,5 +1,4 @@
 """Painting an image from signed distances, with colours and lengths from uniform numbers.
-
 Per-pixel arithmetic is limited to + - * / sqrt min max floor, which round alike everywhere."""
 
 from functools import reduce

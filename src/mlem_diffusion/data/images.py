@@ -1,5 +1,4 @@
 """Pack images into one memory-mapped uint8 array [N,3,H,W] with a manifest, which every later stage reads.
-
 A prepared folder holds images.npy, split.npy and manifest.json. The manifest is removed before the arrays are replaced,
 and written last: a failed run leaves earlier data as they were; after any stop the folder is whole or lacks it."""
 
@@ -65,7 +64,6 @@ def load(destination: Path) -> ImageData:
 
 def prepare(source: str, destination: Path, cfg: Mapping[str, Any], workers: int, progress: Progress) -> dict[str, Any]:
     """Pack the images of `source` into `destination` and return the manifest; a folder prepared alike is reused.
-
     source: "portraits" (embedded; drawn by `workers` processes), "download" (CelebA through torchvision), or the path
     of a zip, tar or folder of images. cfg: name, size, count (the first by name are used; None: all), crop, holdout,
     seed, within the bounds of experiment/checks.py. crop: "celeba" (aspect ratio 178:218 gives the centred square of

@@ -1,5 +1,4 @@
 """Procedural portraits: the embedded data set, drawn with numpy alone, so that nothing has to be downloaded.
-
 Each person is a vector of uniform numbers keyed by (seed, index). Drawing evaluates signed distances on a supersampled
 grid and averages it down. An image depends on neither machine nor batch, and shows the same person at every size."""
 

@@ -1,5 +1,4 @@
 """Image sources: a zip, tar or folder of image files, recognised by content, or CelebA by torchvision.
-
 Archives are never unpacked to disk, so the names inside are only names: files are read into memory, one at a time.
 CelebA's list_eval_partition says which images are for training, for validation and for tests."""
 

@@ -1,5 +1,4 @@
 """Random numbers keyed by the sample's seed: Brownian paths shared by all time grids, and coins from separate streams.
-
 A sample's numbers depend only on its seed and the kind of device, not on the batch size or the numbers of processes,
 levels and steps. The increments of every grid are sums over those of one base grid, so all grids share one Brownian
 path per sample (Giles 2015, section 2, over log-SNR). A bridge tree (bridge.py) draws only what a grid needs."""

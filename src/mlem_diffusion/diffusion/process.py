@@ -1,5 +1,4 @@
 """Variance-preserving diffusion in continuous time: noise schedules, log-SNR, time grids, forward noising.
-
 The process is x_t = alpha_t x_0 + sigma_t eps with alpha^2 + sigma^2 = 1. All modules express a noise level as
 logsnr = log(alpha^2 / sigma^2), so alpha^2 = sigmoid(logsnr), sigma^2 = sigmoid(-logsnr). Coefficients are float64."""
 

@@ -1,5 +1,4 @@
 """The reference that samplers are compared with: the largest level on a grid at least FINER times finer than theirs.
-
 Both dynamics use DPM-Solver++(2M), the SDE on the same Brownian path. A reference by DDPM in 8 times the steps makes
 the error of DDPM 20% too small and that of EM 17% too large, since their errors of first order in the step are
 related; by this rule both are within 2%. For the ODE, Richardson extrapolation from that grid and half of it helps

@@ -1,5 +1,4 @@
 """Estimators, and one sampling loop for all of them and all step rules (step_rules.py).
-
 An estimator combines the levels of a family into one denoised estimate for each evaluation, by a table of weights
 [n, B, K]: of each of K levels in each of n estimates, for each sample. A single level, a stitched schedule and the
 multilevel estimator (ML-EM) differ only in this table. ML-EM is no sampler, so every step rule can use it."""

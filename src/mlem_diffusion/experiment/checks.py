@@ -1,5 +1,4 @@
 """The configuration checked as a whole, before anything runs: every value is of its kind, or one sentence says so.
-
 The kind of a setting follows from its default in configs/: 16 asks for a whole number of 1 or more, 0.5 for a number of
 0 or more. `_KINDS` has those whose default says too little. A kind is written as it is read: "auto or a path"."""
 

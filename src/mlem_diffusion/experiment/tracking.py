@@ -1,5 +1,4 @@
 """What a run shows and hears: progress bars, records, and the signals that stop it.
-
 Records go to metrics.jsonl, and a copy to Weights & Biases if it is installed and not disabled. Ctrl-C, SIGTERM and
 SIGHUP set a flag; the work saves its state and stops, or is ended after a few seconds."""
 
@@ -150,14 +149,13 @@ class Lenient:
 @contextlib.contextmanager
 def lenient_streams() -> Iterator[None]:
     """Context in which no print, warning or bar can end the work."""
-    before: Any = sys.stdout, sys.stderr
-    now: Any = tuple(map(Lenient, before))
-    sys.stdout, sys.stderr = now
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stdout, sys.stderr = before
+    out: Any = Lenient(sys.stdout)
+    err: Any = Lenient(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            yield
+        finally:
+            out.flush()
 
 
 def catch_signals() -> None:

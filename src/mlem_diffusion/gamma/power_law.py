@@ -1,5 +1,4 @@
 """Error against FLOPs: the exponent gamma of a family of denoisers, with intervals.
-
 gamma is defined by cost(eps) ~ eps^-gamma, where eps is the root-mean-square error of the drift. A mean squared error
 therefore falls as T^-s with s = 2 / gamma, where T is the FLOPs of one evaluation. Only s enters the three laws
 non-linearly, so the other parameters are eliminated in closed form. The 95% intervals are for *these* trained levels:
@@ -233,8 +232,7 @@ def profile_interval(rss: RSS, grid: np.ndarray, best: float, rss_min: float, do
 
 
 def _to_gamma(s_low: float, s_high: float) -> Interval:
-    low = 0.0 if s_high >= S_EDGE else 2 / max(s_high, S_MIN)
-    return (low, None if s_low <= S_MIN else 2 / s_low)
+    return 0.0 if s_high >= S_EDGE else 2 / max(s_high, S_MIN), None if s_low <= S_MIN else 2 / s_low
 
 
 def relative_scatter(

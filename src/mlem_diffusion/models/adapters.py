@@ -31,7 +31,6 @@ def adapt(
     conditioning: Mapping[str, Any] | None = None, shape: tuple[int, ...] | None = None, flops: float | None = None,
 ) -> Level:  # fmt: skip
     """Return a level for a network that is called as network(input [B,C,H,W], time [B], **conditioning).
-
     The network returns a tensor, a tuple that starts with one, or an object with one in `.sample`; of twice the
     channels of x (learned variances), the first half is used. time: "logsnr"; "sigma", the noise's standard deviation
     in the network's coordinates; "timestep", the index into the falling alphas_cumprod [T], fractional (linear in

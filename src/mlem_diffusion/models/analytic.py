@@ -1,5 +1,4 @@
 """A family with a known answer: the exact posterior mean of a Gaussian mixture plus smooth level errors.
-
 Costs are declared, not counted: the method's claim concerns error against any given cost."""
 
 import math

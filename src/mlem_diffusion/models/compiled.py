@@ -119,7 +119,6 @@ def cover(count: int, batch: int | None = None) -> Iterator[tuple[int, int]]:
 
 class FastDenoiser:
     """A frozen copy of a denoiser (x [B,3,S,S], logsnr 0-dim or [B]) -> float32 [B,3,S,S], as fast as the device can.
-
     A third argument, the output of the Gaussian denoiser that preconditions the network, saves evaluating it again.
     precision: "float32", or "bf16" for the network's weights and activations; group-norm statistics, the noise-level
     features and the preconditioning stay float32. compile: the setting of `Compiled`. On CUDA each batch-size bucket

@@ -1,5 +1,4 @@
 """A linear Gaussian denoiser from the data's covariance: a nearly free first level.
-
 For data N(mu, C), E[x0 | x] at x = alpha x0 + sigma eps is mu + alpha C (alpha^2 C + sigma^2)^-1 (x - alpha mu), the
 best linear denoiser of any data with that mean and covariance. C = U diag(l) U^T + rho (1 - U U^T) has r principal
 directions and one variance for all others (probabilistic PCA, Tipping and Bishop 1999): two thin matrix products."""

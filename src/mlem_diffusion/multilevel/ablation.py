@@ -1,5 +1,4 @@
 """Ablation of levels: how much more the same predicted error costs without each level.
-
 Of levels that can replace each other no single one is needed, so they are also removed one by one."""
 
 import itertools

@@ -1,5 +1,4 @@
 """Multilevel estimators: random telescopes of level differences (ML-EM), and fixed quadratures of them.
-
 ML-EM (arXiv:2603.24594) is F = sum_k (B_k / p_k) (f^k - f^{k-1}) with f^0 = 0. Coin B_k is 1 ("fires") with
 probability p_k, else 0; level 1 always fires (p_1 = 1). Collecting the terms of each network gives F = sum_k w_k f^k
 with w_k = B_k / p_k - B_{k+1} / p_{k+1}. Only networks with w_k != 0 are evaluated."""
@@ -42,7 +41,6 @@ def measured_probabilities(squares: np.ndarray, flops: np.ndarray, c: float) -> 
 
 def draw_coins(p: np.ndarray, seeds: Sequence[int], coins: str) -> np.ndarray:
     """Coins in {0, 1} [n, B, K] for probabilities p [n, K] and B seeds; each coin is 1 with its probability in p.
-
     "independent": coins are independent over steps and levels.
     "systematic": a level fires at the steps where the running sum of its p, plus one random offset, crosses an integer
     (Madow 1949). Its firings are thus evenly spread over the steps. Levels are independent of each other.

@@ -1,5 +1,4 @@
 """Seconds per image of the parts of a sampler, each timed apart and repeatedly on an otherwise idle machine.
-
 The seconds of a sampler setting are the sum of (how often each part occurs) times (the seconds of that part). So all
 settings are timed under the same conditions, and the spread of each timing enters the bounds of speed-ups."""
 
@@ -19,6 +18,7 @@ from .estimators import Multilevel
 from .plan import Progress
 
 Work = Mapping[str, float]  # how often each part occurs per image
+Call = Callable[[], object]
 SPREAD = 0.01  # the least spread of a timing: none is more exact
 CALL = "call"  # the part for each network call beyond the first in an estimate
 START, NOISE, COINS = "start", "noise", "coins"  # parts that random numbers take
@@ -101,7 +101,6 @@ def measure_timing(
     device: torch.device, *, rounds: int = 7, at_least: float = 0.1, progress: Progress = lambda done, total: None,
 ) -> Timing:  # fmt: skip
     """The timing of batches of samples of this shape, by torch's present number of threads.
-
     The parts, in seconds per image: "<level>", one evaluation in a full batch (beyond a shared base, which is one of
     the levels); "few <level>", in a batch of `few`, since coins select some images; "step <rule>", one evaluation of
     the rule's program on `grid` with a network that costs nothing, without noise; "start", a starting point; "noise", a
@@ -139,9 +138,7 @@ def seconds_per_image(family: Sequence[Level], shape: tuple[int, ...], batch: in
     return [float(np.median(values)) / batch for values in found.values()]
 
 
-def _evaluations(
-    levels: Sequence[Level], shape: tuple[int, ...], batch: int, device: torch.device
-) -> dict[str, Callable[[], object]]:
+def _evaluations(levels: Sequence[Level], shape: tuple[int, ...], batch: int, device: torch.device) -> dict[str, Call]:
     x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(device)
     logsnr, base = torch.zeros((), device=device), base_of(levels)
     known = () if base is None else (base.denoise(x, logsnr),)
@@ -175,6 +172,5 @@ def summarised(rounds: Mapping[str, np.ndarray]) -> Timing:
     logs = np.log(np.stack(list(rounds.values())))  # [parts, rounds]
     logs = logs - np.median(logs - np.median(logs, axis=1, keepdims=True), axis=0)
     spreads = logs.std(axis=1, ddof=1) if logs.shape[1] > 1 else np.zeros(len(logs))
-    medians = np.exp(np.median(logs, axis=1))
-    parts = zip(medians.tolist(), np.maximum(SPREAD, spreads).tolist(), strict=True)
+    parts = zip(np.exp(np.median(logs, axis=1)).tolist(), np.maximum(SPREAD, spreads).tolist(), strict=True)
     return Timing(dict(zip(rounds, parts, strict=True)))

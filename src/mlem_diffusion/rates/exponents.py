@@ -1,5 +1,4 @@
 """Exponents of cost against error on the problem in problem.py, compared with the claimed ones: rates.json.
-
 The error is sqrt(E |X(1) - exact|^2 / d), the RMS error to the solution with the *true* drift on the same Brownian
 path. The cost is expected, in units of T_0 = 1: an evaluation of level k costs T_k = 2^(gamma k). It is counted, not
 timed, because all levels are equally cheap to simulate. Settings are chosen on other replicates than measured: EM by
