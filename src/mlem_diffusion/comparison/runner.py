@@ -90,9 +90,8 @@ class Runner:
     def references(self, dynamics: str) -> tuple[Tensor, Tensor]:
         """The reference samples, and those on half of its grid."""
         if dynamics not in self._references:
-            parts = []
-            for i, file in enumerate(self._reference_files(dynamics)):
-                parts.append(cached(file, _read, lambda i=i: self.measure_reference(dynamics, i)))
+            files = enumerate(self._reference_files(dynamics))
+            parts = [cached(file, _read, partial(self.measure_reference, dynamics, i)) for i, file in files]
             whole, half = (torch.from_numpy(np.concatenate([part[name] for part in parts])) for name in _KINDS)
             if not (whole.isfinite().all() and half.isfinite().all()):
                 raise UserError(f"The reference of the {dynamics.upper()} is not finite: train its top level longer.")

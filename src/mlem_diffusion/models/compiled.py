@@ -151,9 +151,8 @@ class FastDenoiser:
         if torch.is_grad_enabled() and x.requires_grad:
             return self.network(x, logsnr, *common).float()
         with torch.no_grad():
-            if self.graphs is None:
-                return self.run(x, logsnr, *common).float()
-            return self._replayed(x, logsnr, *common)
+            given = (x, logsnr, *common)
+            return self.run(*given).float() if self.graphs is None else self._replayed(*given)
 
     def _replayed(self, x: Tensor, logsnr: Tensor, *common: Tensor) -> Tensor:
         parts, start = [], 0
