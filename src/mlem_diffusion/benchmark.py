@@ -1,5 +1,4 @@
 """Speed of this repository on a device: networks, training, noise and the sampling loop, as rows of one table.
-
 torch.utils.benchmark repeats the calls and waits for the device. cfg: `benchmark.full` or `benchmark.small`."""
 
 import copy

@@ -68,7 +68,6 @@ def sha256_of(path: Path) -> str:
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     """Call write(temporary path), then rename the temporary file to `path`: a stop leaves the old file or the new one.
-
     Raises UserError if the disk is full or the path cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -112,9 +111,8 @@ def _explained(error: Exception, path: Path) -> Exception:
 
 
 def readable(text: str) -> str:
-    """Text that is valid Unicode: arguments and file names hold surrogates for bytes that the locale cannot decode.
-
-    What is UTF-8 is decoded as such, and U+FFFD replaces the rest."""
+    """Valid Unicode: arguments and file names hold surrogates for bytes that the locale cannot decode. What is UTF-8 is
+    decoded as such, and U+FFFD replaces the rest."""
     text = re.sub(r"[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text)  # surrogates that stand for no byte, from JSON
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
@@ -165,7 +163,6 @@ def read_arrays(path: Path, hint: str) -> dict[str, np.ndarray]:
 @contextlib.contextmanager
 def locked(folder: Path, what: str, beside: bool = False) -> Iterator[None]:
     """Hold the lock of a folder (the operating system's, so never stale); UserError if another run holds it.
-
     What killed writers left in it is removed; beside: also what they left next to it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,4 @@
 """Work shared by processes: torchrun's ranks (one per GPU), and joblib's workers on a CPU.
-
 Under torchrun every rank runs the whole program. Rank i of n takes the items i, i + n, ... of a list, and the ranks
 meet at a barrier. Batches and seeds do not depend on the number of ranks, and so neither do the results."""
 
@@ -27,9 +26,7 @@ PATIENCE = 120.0  # seconds for all ranks to meet
 
 def connect(should_stop: Callable[[], bool]) -> None:
     """Meet the other ranks, if torchrun's variables in the environment say that there are any.
-
-    Raises UserError if a variable is missing or wrong, or if not all ranks come within PATIENCE; Interrupted if
-    should_stop() is true meanwhile."""
+    UserError for a missing or wrong variable, or ranks later than PATIENCE; Interrupted if should_stop() is true."""
     ranks = _variable("WORLD_SIZE", 1, default="1")
     if ranks == 1 or dist.is_initialized():
         return
@@ -124,7 +121,6 @@ def run(
     function: Callable[[T], Any], items: Sequence[T], workers: int = 1, should_stop: Callable[[], bool] = never
 ) -> Iterator[tuple[int, Any]]:
     """Yield (index, function(item)) as they finish, from this process or from `workers` processes side by side.
-
     function must be importable; long work in it should look at `stop_requested`. The first error stops all. Raises
     Interrupted between items if should_stop() is true, UserError if a worker was killed."""
     if workers <= 1:

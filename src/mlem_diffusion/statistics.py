@@ -1,5 +1,4 @@
 """Errors of samples against a reference, frontiers and convex hulls of error against cost.
-
 Errors are mean squared differences over channels and pixels, for unclipped images on the scale [-1, 1]."""
 
 from collections.abc import Iterable
@@ -11,13 +10,11 @@ from torch import Tensor
 
 def squared_errors(samples: Tensor, reference: Tensor) -> np.ndarray:
     """Mean squared difference of each image, float64 [N], for two float stacks [N, 3, H, W] (unclipped)."""
-    difference = samples.detach().cpu().double() - reference.detach().cpu().double()
-    return difference.square().flatten(1).mean(1).numpy()
+    return (samples.detach().cpu().double() - reference.detach().cpu().double()).square().flatten(1).mean(1).numpy()
 
 
 def frontier(rows: Iterable[dict[str, Any]], cost: str, measure: str) -> list[dict[str, Any]]:
     """The lower-left frontier, cheapest first: the rows with a smaller `measure` than all rows of equal or lower cost.
-
     Rows with a missing or non-positive cost or measure are left out, such as the reference compared with itself."""
     usable = [r for r in rows if (r.get(cost) or 0) > 0 and (r.get(measure) or 0) > 0]
     best: list[dict[str, Any]] = []

@@ -20,7 +20,6 @@ def candidates(frontiers: Iterable[Measurement]) -> dict[str, list[Row]]:
 
 def choose(best: Mapping[str, Any] | None, wanted: Mapping[str, Any], largest: str) -> tuple[Row, str]:
     """The multilevel row of best.json to sample with, and sentences that say why, and what a baseline would do.
-
     wanted: "gflops", at most this cost per image; "error", at most this squared error; with neither the cheapest row
     with an error of at most GOOD_ENOUGH, or else the most accurate row; "dynamics". Without a comparison it is
     DPM-Solver++(2M) with the largest level. Raises UserError if no row fits."""
@@ -37,7 +36,8 @@ def choose(best: Mapping[str, Any] | None, wanted: Mapping[str, Any], largest: s
     if not ours:
         text = f"The comparison has no multilevel setting to sample with (sample.dynamics={dynamics}): it ran none, or "
         raise UserError(text + "they diverged or fired their top level too rarely; give a sampler={...}.")
-    costs, errors = _range(ours, "gflops_realised"), _range(ours, "error")
+    ranges = ([row[key] for row in ours] for key in ("gflops_realised", "error"))
+    costs, errors = (f"{min(values):.3g} to {max(values):.3g}" for values in ranges)
     by, limit, asked = "error", max(GOOD_ENOUGH, min(row["error"] for row in ours)), ""
     if gflops is not None:
         by, limit, asked = "gflops_realised", gflops, f"sample.gflops={gflops}"
@@ -54,11 +54,6 @@ def choose(best: Mapping[str, Any] | None, wanted: Mapping[str, Any], largest: s
     lines = [f"{_words(row)}: the {best_of} multilevel setting {within}."]
     lines += [f"The {best_of} baseline {within}: {_words(other)}." if other else f"There is no baseline {within}."]
     return row, "\n".join([*lines, f"Others: ARGS=sample.gflops=... ({costs}) or ARGS=sample.error=... ({errors})."])
-
-
-def _range(rows: Sequence[Row], key: str) -> str:
-    values = [row[key] for row in rows]
-    return f"{min(values):.3g} to {max(values):.3g}"
 
 
 def _least(rows: Sequence[Row], by: str, limit: float) -> Row | None:

@@ -1,5 +1,4 @@
 """Feature extractors, and Frechet distances between sets of images by their features.
-
 The Frechet distance between Gaussians fitted to features is |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))
 (Dowson & Landau 1982; Heusel et al. 2017, arXiv:1706.08500). Its value depends on n: report n and `distance_floor` with
 it. Only with `inception` is it the distance that the literature calls FID; the others have their own names."""
@@ -48,7 +47,6 @@ class Extractor:
 
 def custom(callable: Callable[[Tensor], Any], name: str) -> Extractor:
     """Extractor from any map of uint8 images [N, 3, H, W] to [N, D] features, with its own name.
-
     Its key is computed from the features of a few fixed images, so that changed weights never use an old cache.
     UserError for the name FID, which is Inception's."""
     name = name.strip()
@@ -69,10 +67,8 @@ _FLOOR = 0.02  # in image units [-1, 1]: below about 2.5 grey levels, detail and
 
 def light(dim: int = 64, seed: int = 0, device: str = "cpu") -> Extractor:
     """Extractor of `dim` random-convolution features: no download, the same weights on every machine.
-
     Two layers of random zero-mean 3x3 filters are rectified at three scales. A fixed random matrix projects the
-    logarithm of the mean response and the mean colour, per quadrant, to `dim` numbers. Logarithms make a relative loss
-    of fine detail (blur) as visible as a change of contrast."""
+    logarithm (blur counts like contrast) of the mean response and the mean colour, per quadrant, to `dim` numbers."""
     weights = [torch.from_numpy(array).to(device) for array in _light_weights(dim, seed)]
     return Extractor("FD-random-conv", f"random-conv-1/{dim}/{seed}", lambda images: _light_features(images, *weights))
 
@@ -110,7 +106,6 @@ def _light_features(images: Tensor, first: Tensor, second: Tensor, projection: T
 
 def inception(weights: str | None = None, device: str = "cpu") -> Extractor:
     """torch-fidelity's InceptionV3 (TF-2015 weights), 2048 pooled features: the distance is FID.
-
     `weights` is a local copy of weights-inception-2015-12-05-6726825d.pth; without it, the file is downloaded to the
     torch hub folder. UserError for a wrong file or a failed download. About 3 images per second on two CPU cores."""
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as URL
@@ -161,9 +156,7 @@ def frechet_distance(features: Any, reference: FeatureMoments) -> float:
 
 def distance_interval(features: Any, reference: FeatureMoments, replicates: int, seed: int) -> tuple[float, ...]:
     """`frechet_distance` of features [N, D], and the ends of its 95% interval at this N.
-
-    Only the standard deviation comes from bootstrap resamples of the images: a resample holds fewer different images
-    than the sample, so its distance is larger."""
+    Only the standard deviation is that of bootstrap resamples: they have fewer images, so their distance is larger."""
     x, distance = np.asarray(features, dtype=np.float64), frechet_distance(features, reference)
     counts = np.random.default_rng(seed).multinomial(len(x), np.full(len(x), 1 / len(x)), size=replicates)
     projected = x @ reference.root
@@ -173,10 +166,8 @@ def distance_interval(features: Any, reference: FeatureMoments, replicates: int,
 
 def fast_frechet(x: np.ndarray, reference: FeatureMoments, counts: np.ndarray, projected: np.ndarray) -> float:
     """Frechet distance for bootstrap replicates: features [n, D], float64, row i counted counts[i] times.
-
     With S2 the reference covariance, tr (S1 S2)^(1/2) is the sum of the singular values of the centred features times
-    S2^(1/2), divided by sqrt(n - 1): an n x n or D x D symmetric eigenvalue problem, whichever is smaller. `projected`
-    = x @ reference.root [n, D] is shared by the replicates."""
+    S2^(1/2) / sqrt(n - 1): the smaller of an n x n and a D x D problem. projected: x @ reference.root [n, D]."""
     drawn = counts > 0
     x, y, weights = x[drawn], projected[drawn], counts[drawn]
     n = weights.sum()
@@ -184,15 +175,13 @@ def fast_frechet(x: np.ndarray, reference: FeatureMoments, counts: np.ndarray, p
     square = np.sqrt(weights / (n - 1))[:, None]
     trace = float(((x - mean) ** 2 * square**2).sum())
     y = (y - weights @ y / n) * square
-    gram = y.T @ y if len(y) > y.shape[1] else y @ y.T
+    gram, shift = y.T @ y if len(y) > y.shape[1] else y @ y.T, mean - reference.mean
     singular = np.sqrt(np.clip(np.linalg.eigvalsh(gram), 0, None)).sum()
-    shift = mean - reference.mean
     return float(shift @ shift + trace + np.trace(reference.cov) - 2 * singular)
 
 
 def distance_floor(features: np.ndarray, n: int, seed: int) -> float:
     """Real against real: the mean distance of n random real images to the moments of all *other* real ones.
-
     features: [N, D]. No sampler is expected to go below it with n images. Raises UserError unless N >= n + 2."""
     if len(features) < n + 2:
         raise UserError(f"compare.num_samples={n} needs {n + 2} real images, but there are {len(features)}.")

@@ -38,8 +38,7 @@ def parse_seeds(text: str) -> list[int]:
 
 def file_names(seeds: Sequence[int]) -> list[str]:
     """The names of the pictures; sorted by name they are sorted by seed."""
-    digits = max(6, len(str(max(seeds))))
-    return [f"{seed:0{digits}d}.png" for seed in seeds]
+    return [f"{seed:0{max(6, len(str(max(seeds))))}d}.png" for seed in seeds]
 
 
 def begin(folder: Path, grid: Path, started: Path, key: str) -> None:
@@ -48,10 +47,8 @@ def begin(folder: Path, grid: Path, started: Path, key: str) -> None:
 
     grid: the last file that a run writes; it is removed too. started: the file that keeps the key."""
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    unsigned = (folder / "samples.json").is_file()  # earlier versions put it here, and did not sign their pictures
-    ours = [path for path in paths if _is_ours(path, unsigned)]
-    others = set(paths).difference(ours)
-    if foreign := sorted(path.name for path in others if not path.name.startswith(".")):
+    ours = [path for path in paths if _is_ours(path)]
+    if foreign := sorted(path.name for path in set(paths).difference(ours) if not path.name.startswith(".")):
         text = f"{folder} holds files that make sample did not write ({foreign[0]}), and tools for FID would read them"
         raise UserError(f"{text}: move them elsewhere.")
     if started.is_file() and started.read_bytes() == key.encode() and not grid.is_file():
@@ -61,11 +58,9 @@ def begin(folder: Path, grid: Path, started: Path, key: str) -> None:
     write_text(started, key)
 
 
-def _is_ours(path: Path, unsigned: bool) -> bool:
+def _is_ours(path: Path) -> bool:
     if path.suffix == ".partial":  # of a writer that was killed
         return path.name.startswith(".")
-    if unsigned and ((path.stem.isdecimal() and path.suffix == ".png") or path.name in ("grid.png", "samples.json")):
-        return True
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -77,7 +72,6 @@ def draw(
     device: torch.device, folder: Path, progress: Callable[[int, int], object],
 ) -> None:  # fmt: skip
     """Write the picture of each seed, shape [3, H, W], but for batches that are there; ranks share the batches.
-
     progress(images done, images of this rank) may raise Interrupted."""
     names, starts = file_names(seeds), parallel.mine(range(0, len(seeds), batch))
     missing = [i for i in starts if not all((folder / name).is_file() for name in names[i : i + batch])]

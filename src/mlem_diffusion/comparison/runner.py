@@ -1,7 +1,5 @@
 """The comparison: each setting against one fine reference on the same seeds and Brownian paths.
-
-Every batch of a reference and every finished setting is one npz file under a hash of all that it depends on, so a
-stopped comparison can resume."""
+To resume, every batch of a reference and every finished setting is one npz file under a hash of all it depends on."""
 
 import hashlib
 import json
@@ -92,9 +90,8 @@ class Runner:
     def references(self, dynamics: str) -> tuple[Tensor, Tensor]:
         """The reference samples, and those on half of its grid."""
         if dynamics not in self._references:
-            parts = []
-            for i, file in enumerate(self._reference_files(dynamics)):
-                parts.append(cached(file, _read, lambda i=i: self.measure_reference(dynamics, i)))
+            files = enumerate(self._reference_files(dynamics))
+            parts = [cached(file, _read, partial(self.measure_reference, dynamics, i)) for i, file in files]
             whole, half = (torch.from_numpy(np.concatenate([part[name] for part in parts])) for name in _KINDS)
             if not (whole.isfinite().all() and half.isfinite().all()):
                 raise UserError(f"The reference of the {dynamics.upper()} is not finite: train its top level longer.")
@@ -121,7 +118,7 @@ class Runner:
             "error": None if lost else float(errors.mean()),  # undefined if a sample has diverged
             "error_se": float(sem(errors)) if not lost and len(errors) > 1 else None,
             "error_to_half": None if lost else float(to_half),  # to the reference on half of its grid
-            "network_calls": total.calls_per_image,
+            "network_calls": sum(total.evaluations) / len(total.per_sample),
             "gflops_expected": estimator.expected_flops(setting.evaluations(self.process)) / 1e9,
             "gflops_realised": total.flops_per_image / 1e9,
             "top_evaluations": int(total.per_sample[: len(errors), -1].sum()),  # in the samples that the error averages
@@ -150,8 +147,7 @@ class Runner:
 
     def read(self, setting: SamplerSetting) -> Measurement:
         """A finished setting; it is measured again if its file is missing or damaged."""
-        file = self._file("setting", setting.dynamics, setting.row)
-        arrays = cached(file, _read, lambda: self.measure(setting))
+        arrays = cached(self._file("setting", setting.dynamics, setting.row), _read, lambda: self.measure(setting))
         path, grid = BrownianPath([0], self.shape, self.device), self.process.grid(setting.steps)
         work = json.loads(str(arrays["work"])) | random_work(self.build(setting), setting.rule, grid, path)
         row = setting.row | json.loads(str(arrays["costs"]))
@@ -161,8 +157,7 @@ class Runner:
     def _file(self, kind: str, dynamics: str, what: Any) -> Path:
         sizes = [self.seeds[0], len(self.seeds), self.num_reference, self.reference_steps[dynamics]]
         asked = [kind, dynamics, what, self.key, *sizes, self.gamma, self.grid_images, self.batch]
-        digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-        return self.cache / f"{kind}-{digest[:20]}.npz"
+        return self.cache / f"{kind}-{hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:20]}.npz"
 
 
 def diverged(images: Tensor) -> np.ndarray:

@@ -18,7 +18,6 @@ def verdicts(
     settings: Measurements, calibration_flops: float, seed: int = 0, unit: str = "flops", timing: Timing | None = None
 ) -> dict[str, Any]:
     """{"dynamics/rule": entry} for each dynamics and step rule for which an optimiser's plans were run.
-
     An entry compares each method ("<coins>, <probabilities> p", "quadrature", and "any" of them) with EM, DDPM and DDIM
     on any level and with all baselines of the same dynamics, and judges the optimiser's foresight. Speed-ups are those
     of `curves.compare`, in expected FLOPs, or in seconds if the plans were made for seconds (`unit`) and there is a
@@ -64,11 +63,9 @@ def _judged(found: dict[str, Any], calibration_flops: float) -> dict[str, Any]:
 
 def chosen_blindly(field: Field, theirs: Choice, unit: str = "flops") -> dict[str, Any]:
     """Whether an optimiser's choices among multilevel settings are nowhere above the frontier of `theirs`.
-
     At the cost of each frontier point, the optimiser chooses within that cost the setting with the lowest error on the
-    selection seeds ("selected_error" of its row). "ratio" is the squared error of this choice on the seeds of the
-    comparison, divided by the point's. It counts as above if the one-sided 95% lower bound exceeds 1. A point below the
-    cost of every multilevel setting has no choice."""
+    selection seeds ("selected_error" of its row), if there is one. "ratio" is the squared error of this choice on the
+    seeds of the comparison, divided by the point's; above if its one-sided 95% lower bound exceeds 1."""
     known = field.group(lambda row: is_multilevel(row) and row.get("selected_error") is not None, unit)
     base, points = field.group(theirs, unit), []
     for b in base.frontier():
@@ -78,13 +75,11 @@ def chosen_blindly(field: Field, theirs: Choice, unit: str = "flops") -> dict[st
             ratios = known.errors[min(within, key=lambda j: known.rows[j]["selected_error"])] / base.errors[b]
             points.append({_COST[unit]: cost, "ratio": float(ratios[0]), "lower95": lower(ratios) or 0.0})
     worst = max(points, key=lambda p: p["lower95"], default=None)
-    never = None if worst is None else worst["lower95"] <= 1
-    return {"never_above": never, "worst": worst, "points": len(points)}
+    return {"never_above": worst and worst["lower95"] <= 1, "worst": worst, "points": len(points)}
 
 
 def prediction(rows: Iterable[Row]) -> dict[str, Any]:
     """How far measured errors are from predicted ones: {kind of coins: {"rows", "within", "measured_over_predicted"}}.
-
     Within: the squared errors agree up to TOLERANCE and two standard errors. Ratios: least, median and largest."""
     known: dict[str, list[tuple[float, float, float]]] = {}
     for row in rows:

@@ -1,5 +1,4 @@
 """Painting an image from signed distances, with colours and lengths from uniform numbers.
-
 Per-pixel arithmetic is limited to + - * / sqrt min max floor, which round alike everywhere."""
 
 from functools import reduce
@@ -37,8 +36,7 @@ class Drawing:
         knots = np.array([list(bytes.fromhex(colour)) for colour in colours.split()]) / 255.0
         at: Any = (next(self.numbers) if place is None else place) * (len(knots) - 1)
         base = np.array([np.interp(at, np.arange(len(knots)), channel) for channel in knots.T]).reshape(3)
-        moved = base + jitter * (2 * np.array([next(self.numbers) for _ in range(3)]) - 1)
-        return rgb(np.clip(moved, 0, 1))
+        return rgb(np.clip(base + jitter * (2 * np.array([next(self.numbers) for _ in range(3)]) - 1), 0, 1))
 
     def free_colour(self, low: float, high: float, saturation: float) -> Array:
         """A colour of any hue: a grey level between low and high, moved away from grey by up to `saturation`."""

@@ -1,8 +1,6 @@
 """Pack images into one memory-mapped uint8 array [N,3,H,W] with a manifest, which every later stage reads.
-
-A prepared folder holds images.npy, split.npy and manifest.json. The manifest is removed before the arrays are
-replaced, and written last: a failed run leaves an earlier data set as it was, and after a stop at any moment the
-folder is whole or has no manifest."""
+A prepared folder holds images.npy, split.npy and manifest.json. The manifest is removed before the arrays are replaced,
+and written last: a failed run leaves earlier data as they were; after any stop the folder is whole or lacks it."""
 
 import hashlib
 import io
@@ -10,7 +8,7 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,8 +22,7 @@ from .. import parallel
 from ..errors import UserError
 from ..files import atomic_write, locked, read_json, where_possible, write_json
 from . import pixels, portraits
-from .partition import parts_of
-from .sources import Source, open_source, readable, reason
+from .sources import Source, open_source, parts_of, readable, reason
 
 _FORMAT = 2  # version of the prepared folder; part of the fingerprint, so a change prepares the data again
 _READ_AHEAD = 64  # files in memory at a time
@@ -67,7 +64,6 @@ def load(destination: Path) -> ImageData:
 
 def prepare(source: str, destination: Path, cfg: Mapping[str, Any], workers: int, progress: Progress) -> dict[str, Any]:
     """Pack the images of `source` into `destination` and return the manifest; a folder prepared alike is reused.
-
     source: "portraits" (embedded; drawn by `workers` processes), "download" (CelebA through torchvision), or the path
     of a zip, tar or folder of images. cfg: name, size, count (the first by name are used; None: all), crop, holdout,
     seed, within the bounds of experiment/checks.py. crop: "celeba" (aspect ratio 178:218 gives the centred square of
@@ -142,8 +138,7 @@ def _finished(destination: Path, manifest: dict[str, Any]) -> dict[str, Any] | N
 
 
 def _drawn(count: int, size: int, seed: int, workers: int) -> Pixels:
-    draw = partial(portraits.portrait, size=size, seed=seed)
-    for row, image in parallel.run(draw, range(count), workers):
+    for row, image in parallel.run(partial(portraits.portrait, size=size, seed=seed), range(count), workers):
         yield row, image, f"drawn at {size}x{size}"
 
 
@@ -177,17 +172,13 @@ def _pack(destination: Path, manifest: dict[str, Any], split: np.ndarray, found:
         images.flush()
         manifest["treatment"] = dict(sorted(treatment.items()))
         manifest["sha256"] = hashlib.sha256(images.data).hexdigest()
-        manifest["rms"] = _rms(images[i] for i in np.flatnonzero(split == 0))
+        # root mean square of the training images as values in [-1, 1], from exact sums
+        histogram = sum(np.bincount(images[i].ravel(), minlength=256) for i in np.flatnonzero(split == 0))
+        n, first, second = (int((histogram * np.arange(256) ** power).sum()) for power in range(3))
+        manifest["rms"] = float(np.sqrt(max(0.0, second / n / 127.5**2 - 2 * first / n / 127.5 + 1)))
         np.save(buffer := io.BytesIO(), split)  # numpy's own writing to a file hides the error of a full disk
         (destination / "manifest.json").unlink(missing_ok=True)
         atomic_write(destination / "split.npy", lambda path: path.write_bytes(buffer.getvalue()))
 
     atomic_write(destination / "images.npy", write)
     write_json(destination / "manifest.json", manifest)
-
-
-def _rms(images: Iterable[np.ndarray]) -> float:
-    """Root mean square of uint8 images as values in [-1, 1], from exact sums."""
-    histogram = sum(np.bincount(image.ravel(), minlength=256) for image in images)
-    n, first, second = (int((histogram * np.arange(256) ** power).sum()) for power in range(3))
-    return float(np.sqrt(max(0.0, second / n / 127.5**2 - 2 * first / n / 127.5 + 1)))

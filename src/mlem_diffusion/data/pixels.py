@@ -30,9 +30,8 @@ def suffixes() -> tuple[str, ...]:
 
 
 def decode(content: bytes, size: int, crop: str) -> tuple[np.ndarray, str]:
-    """An image file -> uint8 [3,size,size] and what was done to it. Damaged pixels raise almost any exception; damaged
-    texts, profiles and orientations are ignored. The format is told by content; of several pictures the first counts.
-    """
+    """An image file, of any name -> uint8 [3,size,size] and what was done to it; of several pictures the first counts.
+    Damaged pixels raise almost any exception; damaged texts, profiles and orientations are ignored."""
     try:
         image = _open(content)
     except Exception:
@@ -57,8 +56,7 @@ def _bare(content: bytes) -> bytes:
     at = 8 if png else 2 if content.startswith(b"\xff\xd8") else len(content)
     kept = [content[:at]]
     while at < len(content) and (png or content[at : at + 2] != b"\xff\xda"):
-        length = content[at : at + 4] if png else content[at + 2 : at + 4]
-        end = at + int.from_bytes(length, "big") + (12 if png else 2)
+        end = at + int.from_bytes(content[at : at + 4] if png else content[at + 2 : at + 4], "big") + (12 if png else 2)
         checksum = zlib.crc32(content[at + 4 : end - 4]).to_bytes(4, "big")
         whole = content[at + 4 : at + 8] != b"eXIf" or content[end - 4 : end] == checksum
         if whole and _NEEDED.match(content, at):

@@ -1,5 +1,4 @@
 """Procedural portraits: the embedded data set, drawn with numpy alone, so that nothing has to be downloaded.
-
 Each person is a vector of uniform numbers keyed by (seed, index). Drawing evaluates signed distances on a supersampled
 grid and averages it down. An image depends on neither machine nor batch, and shows the same person at every size."""
 
@@ -38,8 +37,7 @@ def portrait(index: int, size: int, seed: int) -> Array:
 
     hair_rgb = _hair_behind(p, c, u, v)
     _body(p, c, x, y, u, v)
-    face = _head(p, c, u, v, head, head_x, head_y)
-    _beard(p, c, fu, fv, face)
+    _beard(p, c, fu, fv, _head(p, c, u, v, head, head_x, head_y))
     _mouth(p, c, fu, fv)
     _nose(p, c, fu, fv)
     eye_gap = _eyes(p, c, fu, fv)
@@ -48,8 +46,7 @@ def portrait(index: int, size: int, seed: int) -> Array:
     _hat(p, c, u, v, head)
 
     exposure, warmth = p.traits("0.88..1.1 -0.05..0.05")
-    tint = np.stack([1 + warmth, np.ones_like(warmth), 1 - warmth])
-    image = np.clip(p.rgb * (exposure * tint), 0, 1)
+    image = np.clip(p.rgb * (exposure * np.stack([1 + warmth, np.ones_like(warmth), 1 - warmth])), 0, 1)
     total = np.float32(0)
     for row, column in np.ndindex(factor, factor):  # numpy's own mean adds in another order
         total = total + image[:, row::factor, column::factor]

@@ -1,15 +1,18 @@
 """Image sources: a zip, tar or folder of image files, recognised by content, or CelebA by torchvision.
+Archives are never unpacked to disk, so the names inside are only names: files are read into memory, one at a time.
+CelebA's list_eval_partition says which images are for training, for validation and for tests."""
 
-Archives are never unpacked to disk, so the names inside are only names: files are read into memory, one at a time."""
-
+import codecs
+import csv
 import hashlib
 import os
 import re
 import tarfile
+import unicodedata
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path, PurePosixPath
@@ -20,6 +23,7 @@ from ..files import sha256_of
 from . import pixels
 
 _PARTITIONS = ("list_eval_partition.txt", "list_eval_partition.csv")
+_PART = re.compile(r"[012](\.0*)?")  # pandas writes 0.0 for a column with gaps
 _HIDDEN = re.compile(r"(^|[/\\])((?i:__MACOSX)[/\\]|\.[^./]|(?i:thumbs\.db|desktop\.ini)$)")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
 _SPLIT = re.compile(r"\.(z?\d\d+|part\d+\.\w+)$", re.IGNORECASE)
@@ -29,7 +33,6 @@ _ELSE = "unpack it with another program and give the folder"
 @dataclass(frozen=True)
 class Source:
     """Where images come from: their names in the order of reading, and read(name), the content of a file.
-
     name: for messages and the manifest; sha256: of the whole; partition: name and content of CelebA's list inside or
     beside, else None; passed_over: the files left out, in words; plain: only .jpg, .jpeg, .png, named as stored."""
 
@@ -45,8 +48,7 @@ class Source:
 
 @contextmanager
 def open_source(source: str, downloads: Path) -> Iterator[Source]:
-    """Open the zip, tar or folder at a path; "download" fetches CelebA into `downloads`. Raises UserError if it is
-    missing or damaged, or has no image inside."""
+    """Open the zip, tar or folder at a path; "download" fetches CelebA into `downloads`. UserError without images."""
     path = download_celeba(downloads) if source == "download" else Path(source).expanduser()
     if not (path.is_dir() or path.is_file()):
         raise UserError(f"{path} does not exist: give a zip, a tar or a folder of images.")
@@ -126,8 +128,7 @@ def _open(path: Path, stack: ExitStack) -> tuple[str, dict[str, str], Callable[[
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """The names of the files in a folder and in the folders that links lead to. A folder with several paths counts
-    once, so that loops end, and under its own path if that is inside."""
+    """The names of the files in a folder and where its links lead; a folder with several paths counts once."""
 
     def fail(error: OSError) -> None:
         text = f"The folder {error.filename} cannot be read ({error.strerror}): make it readable, or move it away."
@@ -175,3 +176,51 @@ def download_celeba(folder: Path) -> Path:
         text += " http://mmlab.ie.cuhk.edu.hk/projects/CelebA.html in a browser, and run"
         raise UserError(f"{text} `make data SOURCE=path/to/{wanted[0]}` (the list beside it).") from error
     return folder / wanted[0]
+
+
+def parts_of(names: list[str], content: bytes, label: str) -> list[int]:
+    """The part (0 train, 1 valid, 2 test) of each image; empty if the list, called `label`, has none of them.
+    Names are matched without extension, from their end, and without case if need be. UserError for a list without
+    entries, or with only some of the images."""
+    exact: dict[str, int] = {}  # one bit for each part that a name has in the list
+    loose: dict[str, int] = {}
+    cure = "fetch it again, or remove it for a seeded split"
+    with suppress(csv.Error, UnicodeError):
+        for name, part in [*_entries(content)]:  # all of it can be read
+            for key in _keys(name):
+                exact[key] = exact.get(key, 0) | 1 << part
+                loose[key.casefold()] = loose.get(key.casefold(), 0) | 1 << part
+    if not exact:
+        text = f"{label} has no line with a name and a part (0 train, 1 valid, 2 test), such as `000001.jpg 0`"
+        raise UserError(f"{text}: {cure}.")
+    found = []
+    for name in names:
+        bits = next((bits for key in _keys(name) if (bits := exact.get(key) or loose.get(key.casefold()))), 0)
+        if bits not in (0, 1, 2, 4):
+            raise UserError(f"{label} gives {name!r} more than one part: list it once, with its folder.")
+        found.append(bits.bit_length() - 1)
+    if -1 not in found or max(found) == -1:
+        return [part for part in found if part >= 0]
+    text = f"{label} has only {len(names) - found.count(-1)} of {len(names)} images"
+    raise UserError(f"{text} (not {names[found.index(-1)]!r}): {cure}.")
+
+
+def _entries(content: bytes) -> Iterator[tuple[str, int]]:
+    """Name and part of each line that has both, in a list separated by spaces or in a table, with or without index."""
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = content.decode("utf-16") if utf16 else content.decode("utf-8-sig", "surrogateescape")
+    lines = text.splitlines()
+    delimiter = next((sign for sign in "\t;," if 2 * text.count(sign) >= len(lines)), " ")
+    for row in csv.reader(lines, delimiter=delimiter, skipinitialspace=True):
+        fields = [field for text in row if (field := text.strip(" \t'"))]
+        end = next((i for i in range(1, len(fields)) if _PART.fullmatch(fields[i])), 0)
+        start = int(end > 1 and re.fullmatch(r"\d+(\.0*)?", fields[0]) is not None)  # after an index
+        if end:
+            yield " ".join(fields[start:end]), int(fields[end][0])
+
+
+def _keys(name: str) -> list[str]:
+    """The name without extension: with all folders, then with fewer. Composed: macOS splits letters from accents."""
+    parts = unicodedata.normalize("NFC", name.replace("\\", "/")).split("/")
+    parts[-1] = parts[-1].rpartition(".")[0] or parts[-1]
+    return ["/".join(parts[i:]) for i in range(len(parts))]

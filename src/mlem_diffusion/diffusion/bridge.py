@@ -23,7 +23,6 @@ _NEGLIGIBLE = 1e-9  # a coefficient that float32 does not see next to a row's no
 @dataclass(frozen=True)
 class BridgeTree:
     """The tree over N base points. A node is named by the point p in 1..N-2 that splits its range; arrays have N rows.
-
     Columns number the random numbers, 2N - 2 in all: X and V of the whole range, then two for each node, the fresh
     ones. The second changes no X of the two halves, so the clock "snr" needs it only if a half is split again."""
 
@@ -36,8 +35,8 @@ class BridgeTree:
     y: np.ndarray  # [N, 2] rho and s; (1, 0) for a single base step
 
     def coefficients(self, index: np.ndarray, clock: str) -> tuple[np.ndarray, np.ndarray]:
-        """Columns [m], ascending, and float64 coefficients [n-1, m] of the n - 1 standardised increments between base
-        points index [n], ascending. Rows are orthonormal."""
+        """Ascending columns [m] and float64 coefficients [n-1, m] (orthonormal rows) of the standardised increments
+        between ascending base points index [n]."""
         points, terms = index.tolist(), {}
 
         def expand(node: int, start: int, stop: int) -> np.ndarray:
@@ -69,7 +68,6 @@ def log_span(tree: BridgeTree, clock: str, start: np.ndarray, stop: np.ndarray) 
 @lru_cache(maxsize=8)
 def bridge_tree(base_logsnr: bytes, base_time: bytes) -> BridgeTree:
     """The tree over a base grid, given by the bytes of its two float64 arrays [N]; it depends on nothing else.
-
     Points are split off in the order of `_families`, so an increment of a grid among these has few terms."""
     log_u, time = np.frombuffer(base_logsnr), np.frombuffer(base_time)
     n = len(log_u)
@@ -95,8 +93,7 @@ def bridge_tree(base_logsnr: bytes, base_time: bytes) -> BridgeTree:
 
 
 def _families(n: int) -> list[np.ndarray]:
-    """Points of n in the order of splitting: the grids of 2, 4, 8, ... points, each followed by the grid of one more
-    if that divides the base grid evenly, then all."""
+    """Points in the order of splitting: grids of 2, 4, 8, ... points, each followed by one more if it divides n - 1."""
     powers = [2**k for k in range(1, n.bit_length()) if 2**k < n]
     sizes = [size for power in powers for size in (power, power + 1) if size == power or (n - 1) % power == 0]
     return [spread(n, size) for size in [*sizes, n]]

@@ -1,9 +1,7 @@
 """Random numbers keyed by the sample's seed: Brownian paths shared by all time grids, and coins from separate streams.
-
-A sample's numbers depend only on its seed and the kind of device. The batch size and the numbers of processes, levels
-and steps do not matter. The increments of every coarse grid are sums over the increments of one base grid, so all
-grids share one Brownian path per sample (Giles 2015, section 2, applied over log-SNR). A bridge tree (bridge.py) draws
-only what a grid needs of them."""
+A sample's numbers depend only on its seed and the kind of device, not on the batch size or the numbers of processes,
+levels and steps. The increments of every grid are sums over those of one base grid, so all grids share one Brownian
+path per sample (Giles 2015, section 2, over log-SNR). A bridge tree (bridge.py) draws only what a grid needs."""
 
 import math
 import time
@@ -47,7 +45,6 @@ def coin_uniforms(seeds: Sequence[int], level: int, count: int) -> np.ndarray:
 
 class BrownianPath:
     """The randomness of one batch of samples, one stream per seed: starting points and Brownian increments.
-
     seeds: one per sample. shape: of one sample. `increment` draws _WINDOW steps at a time and keeps the last ones."""
 
     def __init__(self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device | str = "cpu"):
@@ -99,8 +96,8 @@ class BrownianPath:
 
 def _window(grid: TimeGrid, clock: str, first: int) -> tuple[bytes, bytes, bytes, str]:
     """What `_terms` needs of the steps from the first one on: the base grid, the points between them, the clock."""
-    index = grid.index[first : first + _WINDOW + 1]
-    return grid.base_logsnr.tobytes(), grid.base_time.tobytes(), index.tobytes(), clock
+    index = grid.index[first : first + _WINDOW + 1].tobytes()
+    return grid.base_logsnr.tobytes(), grid.base_time.tobytes(), index, clock
 
 
 def _block(device: torch.device) -> int:
@@ -111,10 +108,9 @@ def _block(device: torch.device) -> int:
 @lru_cache(maxsize=512)
 def _terms(base_logsnr: bytes, base_time: bytes, index: bytes, clock: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     """The blocks [m] of random numbers that these increments need, and their coefficients [n-1, m * size] in them.
-
     One generator draws a block; its numbers are the same for every grid."""
-    tree = bridge_tree(base_logsnr, base_time)
-    columns, coefficients = tree.coefficients(np.frombuffer(index, dtype=np.int64), clock)
+    points = np.frombuffer(index, dtype=np.int64)
+    columns, coefficients = bridge_tree(base_logsnr, base_time).coefficients(points, clock)
     blocks, block = np.unique(columns // size, return_inverse=True)
     table = np.zeros((len(coefficients), len(blocks) * size), dtype=np.float32)
     table[:, block * size + columns % size] = coefficients

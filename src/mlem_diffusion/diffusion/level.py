@@ -50,15 +50,12 @@ def with_base(levels: Sequence[Level]) -> list[Level]:
 
 
 def shared_costs(levels: Sequence[Level]) -> tuple[np.ndarray, float]:
-    """The costs [K] of one more evaluation of each level where the base is known, and that of the base.
-
-    The weights of an estimate add up to one, so some level runs in each, and the base runs exactly once: it costs
-    nothing more as a level. Without a base: (FLOPs of the levels, 0)."""
+    """The costs [K] of one more evaluation of each level where the base is known, and that of the base (0 without one).
+    The weights of an estimate add up to one, so some level runs and the base runs once: as a level it is free."""
     base, costs = base_of(levels), np.array([level.flops for level in levels])
     if base is None:
         return costs, 0.0
-    known = [base.flops if level.base or level.name == base.name else 0.0 for level in levels]
-    return costs - known, base.flops
+    return costs - [base.flops if level.base or level.name == base.name else 0.0 for level in levels], base.flops
 
 
 def check_family(levels: Sequence[Level]) -> None:
@@ -82,9 +79,7 @@ def flops_per_evaluation(
     network: nn.Module, shape: Sequence[int], time: Tensor | None = None, /, **conditioning: Any
 ) -> float:
     """FLOPs of network(x [1, *shape], time, **conditioning), on the meta device, where fused attention counts too.
-
-    A multiply-add counts 2; norms and activations count 0. time: by default a float [1]. conditioning: with its tensors
-    on the meta device."""
+    A multiply-add counts 2; norms and activations 0. time: by default a float [1]. conditioning: on the meta device."""
     network = getattr(network, "_orig_mod", network)  # of torch.compile
     tensors = dict(network.named_parameters()) | dict(network.named_buffers())
     meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
@@ -116,21 +111,12 @@ class Ledger:
         return self.per_sample.sum(axis=0).tolist()
 
     @property
-    def calls_per_image(self) -> float:
-        return sum(self.evaluations) / len(self.per_sample)
-
-    @property
     def flops_per_image(self) -> float:
         own = sum(n * t for n, t in zip(self.evaluations, self.flops, strict=True))
         return own / len(self.per_sample) + self.base_flops
-
-    @property
-    def seconds_per_image(self) -> float:
-        return self.seconds / len(self.per_sample)
 
 
 def joined(ledgers: Sequence[Ledger]) -> Ledger:
     """The ledger of several batches with the same levels."""
     per_sample = np.concatenate([ledger.per_sample for ledger in ledgers])
-    seconds = sum(ledger.seconds for ledger in ledgers)
-    return Ledger(ledgers[0].flops, per_sample, seconds, ledgers[0].base_flops)
+    return Ledger(ledgers[0].flops, per_sample, sum(ledger.seconds for ledger in ledgers), ledgers[0].base_flops)

@@ -1,5 +1,4 @@
 """The reference that samplers are compared with: the largest level on a grid at least FINER times finer than theirs.
-
 Both dynamics use DPM-Solver++(2M), the SDE on the same Brownian path. A reference by DDPM in 8 times the steps makes
 the error of DDPM 20% too small and that of EM 17% too large, since their errors of first order in the step are
 related; by this rule both are within 2%. For the ODE, Richardson extrapolation from that grid and half of it helps
@@ -13,7 +12,7 @@ from torch import Tensor
 from ..errors import UserError
 from .brownian import BrownianPath
 from .level import Level
-from .process import Process, TimeGrid
+from .process import Process
 from .sampler import SingleLevel, sample
 from .step_rules import REFERENCE_RULE
 
@@ -48,15 +47,11 @@ def reference_evaluations(dynamics: str, steps: int) -> int:
     return sum(_grids(dynamics, steps))
 
 
-def sample_reference(
-    level: Level, dynamics: str, process: Process, steps: int, path: BrownianPath
-) -> tuple[Tensor, Tensor]:
-    """The reference on `steps` noise levels and on half as many intervals: unclipped images [B, *shape] each."""
+def sample_reference(level: Level, dynamics: str, process: Process, steps: int, path: BrownianPath) -> list[Tensor]:
+    """The reference on `steps` noise levels, and on half as many intervals: unclipped images [B, *shape] each."""
 
-    def run(grid: TimeGrid) -> Tensor:
-        return sample(SingleLevel(level), REFERENCE_RULE[dynamics], grid, path)[0]
-
-    found = [run(process.grid(count)) for count in _grids(dynamics, steps)]
+    one, rule = SingleLevel(level), REFERENCE_RULE[dynamics]
+    found = [sample(one, rule, process.grid(count), path)[0] for count in _grids(dynamics, steps)]
     if dynamics == "ode":  # the leading error is proportional to the squared step
         found = [fine + (fine - coarse) / 3 for fine, coarse in pairwise(found)]
-    return found[0], found[1]
+    return found

@@ -1,5 +1,4 @@
 """Estimators, and one sampling loop for all of them and all step rules (step_rules.py).
-
 An estimator combines the levels of a family into one denoised estimate for each evaluation, by a table of weights
 [n, B, K]: of each of K levels in each of n estimates, for each sample. A single level, a stitched schedule and the
 multilevel estimator (ML-EM) differ only in this table. ML-EM is no sampler, so every step rule can use it."""
@@ -49,7 +48,6 @@ class SingleLevel(Estimator):
 
 class Stitched(Estimator):
     """T-Stitch (Pan et al. 2024): one level after another, from high noise to low; `order` need not rise in cost.
-
     switches: the fractions of the evaluations after which the next level takes over, ascending."""
 
     def __init__(self, order: Sequence[Level], switches: Sequence[float]):
@@ -68,7 +66,6 @@ class Stitched(Estimator):
 
 class WeightTable:
     """The estimates sum_k w_k f^k(x) of one run, for weights w [n, B, K]; `evaluations` [B, K] counts as it runs.
-
     Each network is evaluated only on the samples with a nonzero weight. The table and these selections are on the
     device before the first estimate, so the loop never waits for a transfer."""
 
@@ -119,7 +116,6 @@ class WeightTable:
 
 def _checked(level: Level, x: Tensor, logsnr: Tensor, *common: Tensor | None) -> Tensor:
     """The level's output, in the type of x; UserError if it has another shape, or if x, the sampler's own, is changed.
-
     The value of logsnr is not looked at, so the device is not waited for."""
     before = None if x.is_inference() else x._version
     output = level.denoise(x, logsnr, *common)
@@ -132,10 +128,8 @@ def _checked(level: Level, x: Tensor, logsnr: Tensor, *common: Tensor | None) ->
 
 @torch.no_grad()
 def sample(estimator: Estimator, rule: StepRule, grid: TimeGrid, path: BrownianPath) -> tuple[Tensor, Ledger]:
-    """Sample one batch: unclipped images [B, *shape] with pixels on the scale [-1, 1], and the ledger of evaluations.
-
-    path: the seeds of the samples with their starting points, Brownian increments and coins, on one device.
-    ledger.seconds is the time of the loop, with its noise."""
+    """Sample one batch: unclipped images [B, *shape] with pixels on the scale [-1, 1], and the ledger of evaluations,
+    whose seconds are those of the loop with its noise. path: seeds, starting points and increments, on one device."""
     program = rule.program(grid)
     state: list[Any] = [path.initial()] + [None] * (len(program[0].update) - 1)
     estimate = WeightTable(estimator.levels, estimator.weights(len(program), path.seeds))

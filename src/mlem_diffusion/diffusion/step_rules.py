@@ -101,10 +101,8 @@ def ddim(step: Step) -> tuple[float, float, float]:
 
 def _linear(rule: Callable[[Step], tuple], grid: TimeGrid, multistep: bool = False) -> Iterator[Evaluation]:
     """Evaluations of a rule x' = a x + b denoised + c z; the state is (x), or (x, previous estimate) if multistep.
-
-    A multistep rule extrapolates the last two estimates to the middle of the step, except in the first step. This makes
-    DPM-Solver++(2M) with data prediction (Lu et al. 2022, algorithm 2) of DDIM, and its SDE form of the ancestral rule.
-    """
+    A multistep rule extrapolates the last two estimates to the middle of each step but the first: of DDIM this makes
+    DPM-Solver++(2M) with data prediction (Lu et al. 2022, algorithm 2), of the ancestral rule its SDE form."""
     for i, step in enumerate(steps_of(grid)):
         a, b, c = rule(step)
         back = 0.0 if step.h_before is None else 0.5 * step.h / step.h_before
@@ -114,7 +112,6 @@ def _linear(rule: Callable[[Step], tuple], grid: TimeGrid, multistep: bool = Fal
 
 def heun(grid: TimeGrid) -> Iterator[Evaluation]:
     """Heun's method (Karras et al. 2022, algorithm 1): two evaluations a step.
-
     For y = x / alpha with noise rho = sigma / alpha, the flow is dy = (y - denoised) / rho drho. The state is
     (the point to evaluate, x advanced with half of the first slope), both in units of x at t."""
     for step in steps_of(grid):
@@ -127,7 +124,6 @@ def heun(grid: TimeGrid) -> Iterator[Evaluation]:
 
 def unipc(grid: TimeGrid) -> Iterator[Evaluation]:
     """UniPC of order 2 with its corrector, B(h) = e^h - 1 (bh2) and data prediction (Zhao et al. 2023).
-
     The first step has order 1. Predictor and corrector share one network evaluation, at the predicted point. The state
     is (predicted point, corrected point without the term of the estimate at the predicted point, previous estimate)."""
     share = None  # coefficient of the new estimate in the corrected point; None for the first point
@@ -140,18 +136,14 @@ def unipc(grid: TimeGrid) -> Iterator[Evaluation]:
         else:
             r = step.h_before / step.h
             slope = (new - before) / r
-            weight, old = _corrector_weights(step.h, r)
+            # weights of the two difference quotients in UniC-2, for the new point and for the previous one at -r h:
+            # weight + old = b1, weight - r old = b2 with b1 = phi_2/phi_1, b2 = 2 phi_3/phi_1 at -h
+            b1, b2 = _phi(2, -step.h) / _phi(1, -step.h), 2 * _phi(3, -step.h) / _phi(1, -step.h)
+            old = (b1 - b2) / (1 + r)
+            weight = b1 - old
             predicted, rest = new + 0.5 * slope, (1 - weight) * new + old * slope
         yield Evaluation(step.logsnr_s, np.stack([a * corrected + b * predicted, a * corrected + b * rest, new]))
         share = b * weight
-
-
-def _corrector_weights(h: float, r: float) -> tuple[float, float]:
-    """Weights (w, v) of the two difference quotients in UniC-2, for the new point and for the previous one at -r h:
-    w + v = b_1, w - r v = b_2 with b_1 = phi_2/phi_1, b_2 = 2 phi_3/phi_1 at -h."""
-    b1, b2 = _phi(2, -h) / _phi(1, -h), 2 * _phi(3, -h) / _phi(1, -h)
-    old = (b1 - b2) / (1 + r)
-    return b1 - old, old
 
 
 def _phi(k: int, z: float) -> float:

@@ -1,5 +1,4 @@
 """The configuration checked as a whole, before anything runs: every value is of its kind, or one sentence says so.
-
 The kind of a setting follows from its default in configs/: 16 asks for a whole number of 1 or more, 0.5 for a number of
 0 or more. `_KINDS` has those whose default says too little. A kind is written as it is read: "auto or a path"."""
 
@@ -93,7 +92,6 @@ def _defaults() -> dict[str, Any]:
 
 def settle(cfg: DictConfig, given: Sequence[str]) -> None:
     """Bring the configuration into its final form, in place; UserError for the first fault.
-
     given: the overrides of the command line. A group chosen there stands as in its file, with the fields given there:
     the experiment's were meant for another choice. Whole floats become int, and ~ the home folder."""
     parsed = OverridesParser.create().parse_overrides(list(given))

@@ -33,7 +33,6 @@ class Section:
 
 def render(folder: Path, title: str) -> str:
     """The page of a results folder: images and styles are inline, there are no scripts, and nothing is loaded.
-
     Raises UserError if the folder holds no results, and Damaged (one sentence) for a file that cannot be read."""
     sections = []
     for name, make in _SECTIONS.items():

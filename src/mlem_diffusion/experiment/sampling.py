@@ -14,7 +14,6 @@ _AGAIN = "run make sample-compare ARGS=force=true"
 
 def chosen(exp: Any, levels: Mapping[str, Any]) -> tuple[SamplerSetting, float, dict[str, Plan], str]:
     """The setting to sample with, the gamma of its probabilities, the plans, and sentences that say why.
-
     Raises UserError if the comparison was made with other levels, or if its plan is gone."""
     given, path = exp.plain("sampler")["sampler"], exp.results / "best.json"
     gamma, reason = 2.5, "the sampler is given."

@@ -33,7 +33,6 @@ def stage(
     trained: bool = False, folder: str | None = None,
 ) -> Callable[[Callable[[Experiment], object]], Callable[[], None]]:  # fmt: skip
     """Make main(exp) a script; its name is that of the script's file.
-
     outputs: files in the results folder. The stage is finished if they exist and were made from equal `depends`, which
     are groups of the configuration, and equal `reads`: "images", "levels", or files of earlier stages. cost(exp,
     levels): evaluations of each level by name, for a dry run. trained: there is nothing to do for a family of

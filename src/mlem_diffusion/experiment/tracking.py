@@ -1,5 +1,4 @@
 """What a run shows and hears: progress bars, records, and the signals that stop it.
-
 Records go to metrics.jsonl, and a copy to Weights & Biases if it is installed and not disabled. Ctrl-C, SIGTERM and
 SIGHUP set a flag; the work saves its state and stops, or is ended after a few seconds."""
 
@@ -28,7 +27,6 @@ _asked = False
 
 class Tracker:
     """Appends records to metrics.jsonl, and copies them to W&B from there: workers and ranks append to the same file.
-
     W&B fails at most once: then one warning is given, and the run goes on without it."""
 
     def __init__(self, folder: Path, stage: str, config: dict[str, Any], mode: str, project: str):
@@ -42,11 +40,10 @@ class Tracker:
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one record of numbers and strings, in one write; UserError if the disk is full."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        line = json.dumps({"stage": self.stage, **finite}, allow_nan=False) + "\n"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab", buffering=0) as file:
-                file.write(line.encode())
+                file.write(json.dumps({"stage": self.stage, **finite}, allow_nan=False).encode() + b"\n")
         except OSError as error:
             raise UserError(f"{self.path} cannot be written ({error.strerror or error}).") from error
         self._mirror()
@@ -152,14 +149,13 @@ class Lenient:
 @contextlib.contextmanager
 def lenient_streams() -> Iterator[None]:
     """Context in which no print, warning or bar can end the work."""
-    before: Any = sys.stdout, sys.stderr
-    now: Any = tuple(map(Lenient, before))
-    sys.stdout, sys.stderr = now
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stdout, sys.stderr = before
+    out: Any = Lenient(sys.stdout)
+    err: Any = Lenient(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            yield
+        finally:
+            out.flush()
 
 
 def catch_signals() -> None:

@@ -87,7 +87,6 @@ def save(figure: Figure | Image.Image, path: Path) -> None:
 
 def image_grid(images: Any, columns: int | None = None, pad: int = 1) -> Image.Image:
     """Tile uint8 RGB images [N, 3, H, W] row by row on white, in a nearly square grid by default.
-
     Each pixel becomes a block of pixels, so that images are at least 64 high. `pad` is the gap, around the grid too."""
     from torchvision.utils import make_grid  # it loads the compiler, which takes seconds
 

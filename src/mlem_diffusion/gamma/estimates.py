@@ -38,7 +38,6 @@ class LevelErrors:
 
 def pooled(errors: LevelErrors, seed: int, bootstrap: int, between: Mapping[str, float] | None = None) -> dict:
     """The estimates of gamma by all laws, pooled over noise levels, the answer, the pooled losses and the nestedness.
-
     Amplitudes are for T in GFLOP. between: the variances of `seed_variances`."""
     fits, between, flops = {}, between or {}, errors.flops
     scatter, loss = 0.0, errors.loss @ errors.weights  # [K, M]
@@ -62,7 +61,6 @@ def pooled(errors: LevelErrors, seed: int, bootstrap: int, between: Mapping[str,
 
 def estimate(errors: LevelErrors, seed: int, bootstrap: int, between: Mapping[str, float] | None = None) -> dict:
     """The content of `pooled`, with tables of levels and points, and the estimates at each noise level; ready for JSON.
-
     per_noise_level has no bootstrap, only profile intervals."""
     points = {form: _points(errors.flops / 1e9, form, v @ errors.weights) for form, v in errors.by_form.items()}
     per_noise_level = []
@@ -78,8 +76,7 @@ def estimate(errors: LevelErrors, seed: int, bootstrap: int, between: Mapping[st
     levels = {"name": errors.names, "width": errors.widths, "gflop": errors.flops / 1e9, "images": errors.images}
     loss = errors.loss @ errors.weights
     levels |= {"loss": loss.mean(1), "loss_se": sem(loss, axis=1)}
-    # the pooling of earlier results, so that old and new values can be compared
-    usual = alpha2_weights(errors.logsnr)
+    usual = alpha2_weights(errors.logsnr)  # the pooling of earlier results, to compare them
     levels["loss_alpha2"] = (errors.loss @ usual).mean(1)
     levels["to_largest_alpha2"] = np.append((errors.to_largest @ usual).mean(1), 0.0)
     table = pd.DataFrame(levels).to_dict("records")

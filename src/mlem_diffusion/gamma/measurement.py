@@ -32,7 +32,6 @@ def measure(
     gains: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure a family, given the metadata of its levels and of levels trained `again` from other seeds.
-
     load(metadata, snapshot) returns a level after a part of its training (snapshot -1: at the end). held_out
     [M,3,S,S] in [-1, 1]. settings: noise_levels, batch, seed, bootstrap. bar(label, total, unit) is a context whose
     value is called with (done, total). gains: by step rule, the `density` at `logsnr` of `gain_weights`."""
@@ -52,8 +51,7 @@ def measure(
             found = squared_differences(levels, pairs, held_out, logsnr, settings.seed, settings.batch, progress)
         loss, to_previous, to_largest, _ = np.split(found, [k, 2 * k - 1, 3 * k - 2])
         errors = LevelErrors(widths, names, flops, images, logsnr, weights, loss, to_previous, to_largest)
-        of_pair = dict(zip(pairs, found, strict=True))
-        by_seed = [(form, [of_pair[p] for p in own]) for form, own in groups]
+        by_seed = [(form, [found[pairs.index(p)] for p in own]) for form, own in groups]
         between = seed_variances(by_seed, weights)
         result = estimate(errors, settings.seed, settings.bootstrap, between)
         drawn = {key: result[key] for key in ("estimates", "levels", "points")}
@@ -110,7 +108,6 @@ def squared_differences(
     progress: Progress = lambda done, total: None,
 ) -> np.ndarray:  # fmt: skip
     """Per-image mean squared differences [pairs, M, S] of the levels' outputs, means over channels and pixels.
-
     images [M,C,H,W] in [-1, 1], log-SNRs [S]. Each level is evaluated once for all pairs, on the same noise."""
     m, s = len(images), len(logsnr)
     out = np.zeros((len(pairs), m, s))
@@ -132,7 +129,6 @@ def squared_differences(
 
 def seed_variances(groups: Sequence[tuple[str, Sequence[np.ndarray]]], weights: np.ndarray) -> dict[str, float]:
     """The variance of a value's logarithm between training seeds, by law; it excludes what they share (data, recipe).
-
     Each group holds one value of a law per seed, as squared errors [M, S], for a level that was trained again. Usually
     these are the cheapest levels, and their spread stands for that of all. Two separately trained levels enter a value
     of `differences`, so its variance is twice that of retraining one of them."""

@@ -1,5 +1,4 @@
 """Error against FLOPs: the exponent gamma of a family of denoisers, with intervals.
-
 gamma is defined by cost(eps) ~ eps^-gamma, where eps is the root-mean-square error of the drift. A mean squared error
 therefore falls as T^-s with s = 2 / gamma, where T is the FLOPs of one evaluation. Only s enters the three laws
 non-linearly, so the other parameters are eliminated in closed form. The 95% intervals are for *these* trained levels:
@@ -27,12 +26,11 @@ RSS = Callable[[np.ndarray], np.ndarray]  # the residual sum of squares of expon
 
 @dataclass(frozen=True)
 class Fit:
-    """One estimate of gamma; `interval` is the hull of the profile interval, which ignores the measurement errors, and
-    of the parametric bootstrap, so it is rather too wide."""
+    """One estimate of gamma; `interval` is the hull of the other two, so it is rather too wide."""
 
     gamma: float | None = None  # None if the best fit is at an edge of the law's range; `note` gives the reason
     interval: Interval = (0.0, None)
-    profile_interval: Interval = (0.0, None)
+    profile_interval: Interval = (0.0, None)  # it ignores the measurement errors
     bootstrap_interval: Interval | None = None  # None without refits or degrees of freedom
     amplitude: float | None = None  # a, for T in GFLOP
     floor: float | None = None  # L_inf; None for the laws without it
@@ -79,14 +77,12 @@ class LossLaw:
         return self.best(s, self.loss)[2]
 
     def rss_of_constant(self, loss: np.ndarray) -> float:
-        mean = (loss * self.relative**2).sum() / (self.relative**2).sum()
-        return float((((loss - mean) * self.relative) ** 2).sum())
+        return float((((loss - np.average(loss, weights=self.relative**2)) * self.relative) ** 2).sum())
 
     def refit(self, loss: np.ndarray) -> float:
         """The best s for other losses [K]; NaN if a constant fits as well, so that any s does."""
         s = grid_minimum(self.best(self.grid, loss)[2], self.grid)
-        better = self.best(np.array([s]), loss)[2][0] < self.rss_of_constant(loss) * (1 - 1e-9)
-        return s if better else float("nan")
+        return s if self.best(np.array([s]), loss)[2][0] < self.rss_of_constant(loss) * (1 - 1e-9) else float("nan")
 
     def solve(self, s: float) -> tuple[float, float | None, np.ndarray]:
         """Amplitude, L_inf and the law's values [K] at s."""
@@ -106,7 +102,6 @@ class LossLaw:
 
 class DifferencesLaw:
     """E|f^k - f^(k-1)|^2 = a (tau_(k-1)^-s - tau_k^-s), for FLOPs [K] and values [K-1], with s of either sign.
-
     Residuals are logarithms. Negative s (differences that grow) keeps the t interval valid at the boundary."""
 
     unknowns, grid = 2, s_grid(-2.0, 800)
@@ -158,7 +153,6 @@ def fit(
     bootstrap: int = 0, seed: int = 0,
 ) -> Fit:  # fmt: skip
     """Fit one of the `LAWS` to FLOPs [K] per evaluation and values [n] (n = K for loss_fit, else K - 1).
-
     covariance [n, n]: of the values over held-out images. between: the variance of each value's logarithm between
     training seeds, if measured. bootstrap: the number of refits."""
     if not np.isfinite(values).all() or (np.diff(flops) <= 0).any():
@@ -218,7 +212,6 @@ def grid_minimum(values: np.ndarray, grid: np.ndarray) -> float:
 
 def profile_interval(rss: RSS, grid: np.ndarray, best: float, rss_min: float, dof: int, between: float) -> Interval:
     """All s with RSS(s) <= RSS_min + t^2 v, converted to gamma; (0, None) without a degree of freedom.
-
     v is the variance of the residuals, RSS_min / dof, but at least `between`, the variance between training seeds."""
     if dof < 1:
         return (0.0, None)
@@ -239,8 +232,7 @@ def profile_interval(rss: RSS, grid: np.ndarray, best: float, rss_min: float, do
 
 
 def _to_gamma(s_low: float, s_high: float) -> Interval:
-    low = 0.0 if s_high >= S_EDGE else 2 / max(s_high, S_MIN)
-    return (low, None if s_low <= S_MIN else 2 / s_low)
+    return 0.0 if s_high >= S_EDGE else 2 / max(s_high, S_MIN), None if s_low <= S_MIN else 2 / s_low
 
 
 def relative_scatter(

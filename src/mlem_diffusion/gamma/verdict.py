@@ -16,7 +16,6 @@ BY_LOSS, BY_DIFFERENCES = ("loss_fit", "drops"), ("differences", "to_largest")
 
 def nestedness(names: Sequence[str], loss: np.ndarray, to_previous: np.ndarray, scatter: float) -> list[dict[str, Any]]:
     """For each pair of neighbours, E|f^k - f^(k-1)|^2 / (L_(k-1) - L_k), and whether it is at most `NESTED`.
-
     loss [K, M], to_previous [K-1, M]: per image, pooled over noise levels. scatter: the variance from training of the
     logarithm of a level's loss. "ratio" is None if the loss does not drop; "se" is over the same images."""
     k, m = loss.shape
@@ -37,7 +36,6 @@ def nestedness(names: Sequence[str], loss: np.ndarray, to_previous: np.ndarray, 
 
 def htmc_answer(fits: Mapping[str, Fit], nested: bool) -> tuple[str, str]:
     """Whether the problem is harder than Monte Carlo (gamma > 2): "yes", "no" or "undetermined", and a reason.
-
     The two fits to the loss are one law: they speak where their intervals agree. For nested levels the two laws of
     differences decide together, and the loss can veto, by intervals on the other side or by a loss that does not fall
     with FLOPs. For others the loss decides alone."""
@@ -68,14 +66,12 @@ def _common_side(fits: Mapping[str, Fit], names: Sequence[str]) -> int:
 
 
 def interval_text(interval: Interval) -> str:
-    high = "unbounded" if interval[1] is None else f"{interval[1]:.2f}"
-    return f"[{interval[0]:.2f}, {high}]"
+    return f"[{interval[0]:.2f}, {'unbounded' if interval[1] is None else f'{interval[1]:.2f}'}]"
 
 
 def mixed_architectures(family: Sequence[Mapping[str, Any]]) -> str:
     """A sentence on how the levels (metadata) differ in the network's settings, besides the width; empty if not."""
-    parameters = inspect.signature(UNet).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    defaults = {p.name: p.default for p in inspect.signature(UNet).parameters.values() if p.default is not p.empty}
     settings = {m["name"]: {**defaults, **m.get("unet", {}), "target": m.get("target")} for m in family}
     differing = []
     for key in dict.fromkeys(key for own in settings.values() for key in own):

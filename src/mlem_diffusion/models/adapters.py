@@ -31,7 +31,6 @@ def adapt(
     conditioning: Mapping[str, Any] | None = None, shape: tuple[int, ...] | None = None, flops: float | None = None,
 ) -> Level:  # fmt: skip
     """Return a level for a network that is called as network(input [B,C,H,W], time [B], **conditioning).
-
     The network returns a tensor, a tuple that starts with one, or an object with one in `.sample`; of twice the
     channels of x (learned variances), the first half is used. time: "logsnr"; "sigma", the noise's standard deviation
     in the network's coordinates; "timestep", the index into the falling alphas_cumprod [T], fractional (linear in
@@ -94,7 +93,6 @@ def _counted(name: str, network: Any, time: Any, inputs: dict[str, Any], shape: 
 
 def from_diffusers(name: str, unet: nn.Module, scheduler: Any, **options: Any) -> Level:
     """Return a level for a diffusers UNet (UNet2DModel, UNet2DConditionModel, ...) and its training scheduler.
-
     The UNet must take fractional timesteps, as all do that do not look them up in a table. The scheduler's clipping is
     not applied. options: conditioning, shape (by default the UNet's) and flops, as for `adapt`. Sample in
     Process(LinearSchedule(), *trained_range(scheduler)). Raises UserError for other schedulers."""
@@ -115,7 +113,6 @@ def from_diffusers(name: str, unet: nn.Module, scheduler: Any, **options: Any) -
 
 def guided(conditional: Level, unconditional: Level, scale: float) -> Level:
     """Return classifier-free guidance as one level: D_u + scale (D_c - D_u), at the sum of their FLOPs.
-
     See Ho and Salimans 2022, with scale = 1 + w. The second level may also be a weaker network (autoguidance)."""
 
     def denoise(x: Tensor, logsnr: Tensor) -> Tensor:
@@ -158,8 +155,7 @@ def _timestep(name: str, logsnr: Tensor, table: tuple[Tensor, int]) -> Tensor:
         raise UserError(f"{text}, the range of its training; set logsnr_min and logsnr_max of the Process within it.")
     known = table[0].to(logsnr)
     above = torch.searchsorted(known, logsnr.detach().contiguous()).clamp(1, len(known) - 1)
-    part = ((logsnr - known[above - 1]) / (known[above] - known[above - 1])).clamp(0, 1)
-    return table[1] - (above - 1 + part)
+    return table[1] - (above - 1 + ((logsnr - known[above - 1]) / (known[above] - known[above - 1])).clamp(0, 1))
 
 
 def _checked(name: str, network: nn.Module) -> Callable[..., Any]:

@@ -1,5 +1,4 @@
 """A family with a known answer: the exact posterior mean of a Gaussian mixture plus smooth level errors.
-
 Costs are declared, not counted: the method's claim concerns error against any given cost."""
 
 import math
@@ -15,9 +14,7 @@ from ..errors import UserError
 
 class GaussianMixture:
     """Data distribution: 8 equally weighted normals with means [8, D] and one isotropic standard deviation.
-
-    They overlap (distances of about 3 standard deviations in 16 dimensions). Between well separated components a small
-    error would flip a sample's component, and no method would have a rate."""
+    They overlap, 3 standard deviations apart: else a small error would flip a sample's component, without any rate."""
 
     def __init__(self, dim: int):
         means = 0.15 * torch.randn(8, dim, generator=torch.Generator().manual_seed(0))
@@ -32,8 +29,7 @@ class GaussianMixture:
         # |x - alpha mu|^2 up to a term that all components share
         products = flat @ means.T * alpha - 0.5 * alpha**2 * (means**2).sum(1)
         mean = torch.softmax(products / variance, dim=1) @ means
-        gain = alpha * self.std**2 / variance
-        return (mean + gain * (flat - alpha * mean)).reshape(x.shape)
+        return (mean + alpha * self.std**2 / variance * (flat - alpha * mean)).reshape(x.shape)
 
 
 def smooth_field(dim: int, seed: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -53,7 +49,6 @@ def smooth_field(dim: int, seed: int) -> Callable[[Tensor, Tensor], Tensor]:
 
 def analytic_family(levels: int = 7, gamma: float = 2.5, amplitude: float = 0.5) -> list[Level]:
     """Levels f^k = exact posterior mean + amplitude 2^-k c_out(t) g_k(x, t), k = 1..levels, of x [B, 1, 4, 4].
-
     Level k costs 2^(gamma k) MFLOP. The g_k are independent smooth fields of mean square 1; c_out is the residual
     standard deviation of a linear denoiser (EDM's preconditioning). So amplitude 2^-k is the error of the network's
     normalised output. The amplitude 0.5 is moderate: UNets of widths 8 and 16 differ by about 0.1 in that measure."""

@@ -1,7 +1,5 @@
 """Fast evaluation of a trained denoiser for sampling: bf16, channels_last, torch.compile, CUDA graphs."""
 
-from __future__ import annotations
-
 import atexit
 import copy
 import logging
@@ -37,7 +35,6 @@ def first_line(error: BaseException) -> str:
 
 def set_compile_caches() -> None:
     """Let torch.compile and Triton keep programs in folders that can be written, named in their variables.
-
     Each is the folder that its variable names, else ours in the user's cache folder. If it cannot be written, a
     temporary folder stands in until the process ends, with one SlowPath warning."""
     usual, blocked = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/mlem-diffusion/compile", []
@@ -60,11 +57,9 @@ def set_compile_caches() -> None:
 
 class Compiled:
     """A function or module that torch.compile compiles when it is first used; compiled programs are kept on disk.
-
     setting: "off", "on", "auto" (on CUDA), or "max", which tunes kernels and takes minutes. CUDA graphs are left to the
-    callers, who know which buffers are fixed. If only the compiled function fails at its first use, or a later
-    compilation for other shapes fails, it is eager from then on, with one SlowPath warning that begins with `what`.
-    Out-of-memory errors, and other errors after the first use, are raised."""
+    callers. If only the compiled function fails at its first use, or compilation for other shapes later, it is eager
+    from then on, with one SlowPath warning that begins with `what`. Out-of-memory and later errors are raised."""
 
     def __init__(self, function: Callable[..., Any], what: str, setting: str, device: torch.device, **options: Any):
         if setting not in SETTINGS:
@@ -96,8 +91,8 @@ class Compiled:
                 raise
             self.function = self.eager
             result = work(self.eager)  # raises the function's own errors
-            text = f"{self.what} runs eagerly: compilation failed ({first_line(error)})."
-            warnings.warn(text, SlowPath, stacklevel=3)
+            reason = first_line(error)
+            warnings.warn(f"{self.what} runs eagerly: compilation failed ({reason}).", SlowPath, stacklevel=3)
         self.decided = True
         return result
 
@@ -124,14 +119,11 @@ def cover(count: int, batch: int | None = None) -> Iterator[tuple[int, int]]:
 
 class FastDenoiser:
     """A frozen copy of a denoiser (x [B,3,S,S], logsnr 0-dim or [B]) -> float32 [B,3,S,S], as fast as the device can.
-
     A third argument, the output of the Gaussian denoiser that preconditions the network, saves evaluating it again.
-
-    precision: "float32", or "bf16" for the network's weights and activations; group-norm statistics (torch's kernels
-    accumulate them in float32), the noise-level features and the preconditioning stay float32. compile: the setting of
-    `Compiled`. On CUDA each batch-size bucket (`cover`; `batch` is an additional bucket) is captured once as a
-    CUDA graph, compiled or not. If compilation or capture fails, the network runs without it, with one SlowPath
-    warning. If derivatives with respect to x are needed, it runs eagerly."""
+    precision: "float32", or "bf16" for the network's weights and activations; group-norm statistics, the noise-level
+    features and the preconditioning stay float32. compile: the setting of `Compiled`. On CUDA each batch-size bucket
+    (`cover`; `batch` is one more) is captured once as a CUDA graph, compiled or not. If compilation or capture fails,
+    it runs without, with one SlowPath warning; if derivatives by x are needed, eagerly."""
 
     def __init__(
         self, denoiser: nn.Module, precision: str = "float32", compile: str = "auto", name: str = "the network",
@@ -159,9 +151,8 @@ class FastDenoiser:
         if torch.is_grad_enabled() and x.requires_grad:
             return self.network(x, logsnr, *common).float()
         with torch.no_grad():
-            if self.graphs is None:
-                return self.run(x, logsnr, *common).float()
-            return self._replayed(x, logsnr, *common)
+            given = (x, logsnr, *common)
+            return self.run(*given).float() if self.graphs is None else self._replayed(*given)
 
     def _replayed(self, x: Tensor, logsnr: Tensor, *common: Tensor) -> Tensor:
         parts, start = [], 0
@@ -191,7 +182,7 @@ class _Graph:
     pool: they are replayed one after another, and each result is copied at once."""
 
     pool: Any = None
-    alive: ClassVar[weakref.WeakSet[_Graph]] = weakref.WeakSet()
+    alive: ClassVar["weakref.WeakSet[_Graph]"] = weakref.WeakSet()
 
     def __init__(self, run: Callable[..., Tensor], given: list[Tensor]):
         if not _Graph.alive:  # the allocator frees a pool with its last graph

@@ -1,5 +1,4 @@
 """A linear Gaussian denoiser from the data's covariance: a nearly free first level.
-
 For data N(mu, C), E[x0 | x] at x = alpha x0 + sigma eps is mu + alpha C (alpha^2 C + sigma^2)^-1 (x - alpha mu), the
 best linear denoiser of any data with that mean and covariance. C = U diag(l) U^T + rho (1 - U U^T) has r principal
 directions and one variance for all others (probabilistic PCA, Tipping and Bishop 1999): two thin matrix products."""
@@ -27,7 +26,6 @@ HELD_OUT, JUDGED, TOLERANCE = 10, 4096, 1.005  # for the choice of the rank: eve
 
 class GaussianDenoiser(nn.Module):
     """Posterior mean under N(mean, U diag(variances) U^T + residual (1 - U U^T)); differentiable, in float32.
-
     mean: [C,H,W] in [-1, 1]; basis: U [D, r], orthonormal columns, D = C H W; variances: [r], per direction;
     residual: variance of each of the D - r other directions."""
 
@@ -56,7 +54,6 @@ class GaussianDenoiser(nn.Module):
 
     def mean_variance(self, logsnr: Tensor) -> Tensor:
         """c^2 [B] or []: the posterior variance, mean over the dimensions, for logsnr [B] or 0-dim.
-
         It is the mean squared error of this denoiser on any data with this mean and covariance: sum_i l_i sigma^2 /
         (alpha^2 l_i + sigma^2) / D, with l_i = residual for the D - r other directions."""
         d, r = self.basis.shape
@@ -93,7 +90,6 @@ def default_rank(d: int) -> int:
 
 def fit_gaussian(images: np.ndarray, rank: int | None = None) -> GaussianDenoiser:
     """Fit a Gaussian denoiser to images [N,C,H,W], uint8 or float in [-1, 1], and their mirror images, as in training.
-
     rank: number of principal directions. None: by held-out loss, for which every tenth image is left out: the fewest
     directions whose loss, mean over log-SNRs from -10 to 10, is within 0.5% of the best; at most `default_rank`.
     Up to 1024 dimensions the decomposition is exact. Above, it is randomised (Halko et al. 2011) and uses at most

@@ -82,7 +82,6 @@ class _Stage(nn.Module):
 
 class UNet(nn.Module):
     """A UNet: x [B,inputs,S,S] and logsnr [B], or 0-dim if all samples share one noise level -> [B,3,S,S].
-
     width: base channels, multiplied by `multipliers` per resolution. blocks: residual blocks per resolution.
     attention: resolutions with attention, in pixels. patch: squares of this side become channels before the first
     convolution, so the network works at size / patch. Raises UserError if the size cannot be halved often enough."""
@@ -204,14 +203,11 @@ class Denoiser(nn.Module):
         return scale * x, *((x / alpha, noise) if self.target == "epsilon" else (torch.zeros_like(x), image))
 
     def forward(self, x: Tensor, logsnr: Tensor, common: Tensor | None = None) -> Tensor:
-        """Return the denoised image [B,3,S,S] in float32 for noised x [B,3,S,S] and logsnr [B] or 0-dim.
-
-        common: gauss(x, logsnr), if it is known."""
+        """The denoised image [B,3,S,S], float32; logsnr [B] or 0-dim; common: gauss(x, logsnr), if it is known."""
         given, skip, out = self._parts(x, logsnr, common)
         return skip + out * self.unet(given, logsnr).float()
 
     def loss(self, x: Tensor, x0: Tensor, logsnr: Tensor) -> Tensor:
         """Return the mean squared error of the network's output per image [B]: the image's over out^2."""
         given, skip, out = self._parts(x, logsnr, None)
-        prediction = self.unet(given, logsnr).float()
-        return (prediction - (x0 - skip) / out).square().flatten(1).mean(1)
+        return (self.unet(given, logsnr).float() - (x0 - skip) / out).square().flatten(1).mean(1)

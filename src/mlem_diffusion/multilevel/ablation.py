@@ -1,5 +1,4 @@
 """Ablation of levels: how much more the same predicted error costs without each level.
-
 Of levels that can replace each other no single one is needed, so they are also removed one by one."""
 
 import itertools
@@ -23,7 +22,6 @@ Ratio = dict[str, Any]
 
 class Frontiers:
     """Predicted frontiers of a family and of its subsets, for one step rule.
-
     Plans are cached. A plan of a subset is also a plan of each larger set, so no cost ratio is below 1."""
 
     def __init__(self, inputs: Calibration):
@@ -53,10 +51,8 @@ class Frontiers:
         return errors, costs
 
     def cost_ratio(self, levels: Collection[int], without: int) -> Ratio:
-        """The cost ratio of the level `without` among `levels`, over errors weighted evenly in their logarithm.
-
-        The errors end at that of the largest level alone on the coarsest grid, or, if this is below their start (a
-        single grid), at that of the cheapest plan."""
+        """The cost ratio of the level `without` among `levels`, over errors weighted evenly in their logarithm, up to
+        that of the largest level alone on the coarsest grid, or, if that is too low, of the cheapest plan."""
         rest = [k for k in levels if k != without]
         self.find(rest)
         whole, part = self.hull(levels), self.hull(rest)

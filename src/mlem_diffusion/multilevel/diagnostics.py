@@ -47,17 +47,14 @@ class LevelStatistics:
 
 def violations(family: Sequence[Level], process: Process, path: BrownianPath, batch: int) -> list[dict[str, str]]:
     """Violations of the level contract (level_checks.py) at the noisy end or in the middle of the process."""
-    x = _states(path, batch)
-    return check_contract(family, x, process.logsnr_min) or check_contract(family, x, _middle(process))
+    x, middle = _state(process, path, batch)
+    return check_contract(family, x, process.logsnr_min) or check_contract(family, x, middle)
 
 
-def _states(path: BrownianPath, batch: int) -> Tensor:
-    """A few starting points [B, ...]. States in the middle are nearly standard normal too: they serve all checks."""
-    return BrownianPath(path.seeds[: min(8, batch)], path.shape, path.device).initial()
-
-
-def _middle(process: Process) -> float:
-    return float(process.logsnr_at(np.array(0.5)))
+def _state(process: Process, path: BrownianPath, batch: int) -> tuple[Tensor, float]:
+    """A few starting points [B, ...], and the log-SNR in the middle, where states are nearly standard normal too."""
+    states = BrownianPath(path.seeds[: min(8, batch)], path.shape, path.device).initial()
+    return states, float(process.logsnr_at(np.array(0.5)))
 
 
 def diagnose(
@@ -65,7 +62,6 @@ def diagnose(
     bar: Progress, effects: Effects | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Check a family's levels and telescope, and measure their differences along the largest level's trajectories.
-
     steps: number of visited noise levels. bar: called with (images done, all images), counted over noise levels.
     effects: measured ones, if known; then differences are pooled by their gains.
     Returns JSON values without NaN. Lists start at the cheapest level, whose difference is its own output; arrays have
@@ -79,7 +75,7 @@ def diagnose(
     if not any(f["severity"] == "error" for f in found):
         statistics, spent = measure(family, process, rule, path, steps, batch, bar, effects)
         out |= describe(statistics)
-        found += [*judge(statistics), check_telescope(family, _states(path, batch), _middle(process), batch)]
+        found += [*judge(statistics), check_telescope(family, *_state(process, path, batch), batch)]
     found.sort(key=lambda f: ["error", "warning", "ok"].index(f["severity"]))
     out |= {"flops_spent": spent, "findings": found}
     # arrays become lists, and NaN, which is not JSON, becomes None
@@ -91,7 +87,6 @@ def measure(
     bar: Progress, effects: Effects | None = None,
 ) -> tuple[LevelStatistics, float]:  # fmt: skip
     """Statistics of all levels on the largest level's trajectories through `steps` noise levels; and the FLOPs spent.
-
     If a step rule evaluates twice at a noise level, the later evaluation is measured."""
     grid = process.grid(steps)
     program = rule.program(grid)
@@ -136,7 +131,6 @@ def measure(
 
 def describe(s: LevelStatistics) -> dict[str, Any]:
     """Statistics per noise level and pooled over them; standard errors (se) are over samples.
-
     kurtosis: 3 E[q^2] / E[q]^2 for q = |Y|^2, about zero; nan if Y = 0. This is E[s^4] / E[s^2]^2 for the projection
     s = <u, Y> on a Gaussian direction u, averaged exactly over u. It is 3 if the differences of all samples have the
     same size, and 3 N if only one has a difference: then the mean square is unreliable."""
@@ -187,8 +181,8 @@ def _not_falling(s: LevelStatistics) -> list[dict[str, str]]:
         if share >= 0.05:
             c, b, a = s.names[k - 2 : k + 1]
             text = f"{a} differs from {b} more than {b} from {c} {_where(s, hit)} ({100 * share:.0f}% of its pooled "
-            advice = f"mean square). Train {b} and {a} longer at these noise levels, or let only one of them fire."
-            found.append(finding("warning", text + advice))
+            text += f"mean square). Train {b} and {a} longer at these noise levels, or let only one of them fire."
+            found.append(finding("warning", text))
     return found
 
 
@@ -214,7 +208,6 @@ def _growth(s: LevelStatistics) -> list[dict[str, str]]:
 
 def differences_fall(errors: Any) -> dict[str, Any]:
     """Whether the differences of LevelErrors (gamma/estimates.py) fall from each level to the next; ready for JSON.
-
     "violations": rises by more than two standard errors over the same held-out images, pooled (logsnr None) or at one
     noise level; for to_previous, between the differences to the level before of two levels."""
     places, checks, violations = [None, *errors.logsnr.tolist()], 0, []

@@ -1,5 +1,4 @@
 """Multilevel estimators: random telescopes of level differences (ML-EM), and fixed quadratures of them.
-
 ML-EM (arXiv:2603.24594) is F = sum_k (B_k / p_k) (f^k - f^{k-1}) with f^0 = 0. Coin B_k is 1 ("fires") with
 probability p_k, else 0; level 1 always fires (p_1 = 1). Collecting the terms of each network gives F = sum_k w_k f^k
 with w_k = B_k / p_k - B_{k+1} / p_{k+1}. Only networks with w_k != 0 are evaluated."""
@@ -19,7 +18,6 @@ COINS = ("independent", "systematic", "nested")
 
 def constant_probabilities(flops: Sequence[float], gamma: float, c: float, unit: float | None = None) -> np.ndarray:
     """p_k = min(1, C (T_k / T_1)^-(1/2 + 1/gamma)) [K], with p_1 = 1, for costs T_k; C trades cost against error.
-
     unit: replaces T_1, so that C means the same for a level 1 that the power law does not describe.
     This is the square-root law p_k ~ sqrt(V_k / T_k), V_k = E|f^k - f^{k-1}|^2, if the error of level k is proportional
     to T_k^(-1/gamma). Raises UserError unless gamma and c are positive and the costs increase."""
@@ -34,7 +32,6 @@ def constant_probabilities(flops: Sequence[float], gamma: float, c: float, unit:
 
 def measured_probabilities(squares: np.ndarray, flops: np.ndarray, c: float) -> np.ndarray:
     """p_k = min(1, C sqrt(V_k / T_k) / sqrt(V_2 / T_2)) [K], with p_1 = 1, from measured V_k = E|f^k - f^{k-1}|^2.
-
     squares: V [K]; V_1 is not used. Raises UserError unless c and V_2, ..., V_K are positive."""
     if not (c > 0 and np.all(squares[1:] > 0)):
         raise UserError("Measured probabilities need a positive c and differences between all neighbouring levels.")
@@ -44,7 +41,6 @@ def measured_probabilities(squares: np.ndarray, flops: np.ndarray, c: float) -> 
 
 def draw_coins(p: np.ndarray, seeds: Sequence[int], coins: str) -> np.ndarray:
     """Coins in {0, 1} [n, B, K] for probabilities p [n, K] and B seeds; each coin is 1 with its probability in p.
-
     "independent": coins are independent over steps and levels.
     "systematic": a level fires at the steps where the running sum of its p, plus one random offset, crosses an integer
     (Madow 1949). Its firings are thus evenly spread over the steps. Levels are independent of each other.
@@ -82,7 +78,6 @@ def telescope_weights(p: np.ndarray, coins: np.ndarray) -> np.ndarray:
 
 def evaluation_probabilities(p: np.ndarray, nested: bool = False) -> np.ndarray:
     """P(w_k != 0) [n, K] for nested coins, or coins that are independent between levels.
-
     Network k runs if coin k or k+1 fires, unless both fire and p_k = p_{k+1}: then the two terms of w_k cancel."""
     above = following(p)
     both = np.minimum(p, above) if nested else p * above
@@ -127,7 +122,6 @@ class _Tabled(Estimator):
 
 class Multilevel(_Tabled):
     """The ML-EM estimate sum_k (B_k / p_k) (f^k - f^{k-1}), unbiased for the largest level at every evaluation.
-
     p: [K], or [n, K] with one row per network evaluation; p_1 = 1. coins: see `draw_coins`."""
 
     def __init__(self, family: Sequence[Level], p: np.ndarray, coins: str = "independent"):
@@ -146,7 +140,6 @@ class Multilevel(_Tabled):
 
 class Quadrature(_Tabled):
     """The estimate f^1 + sum_{k>1} W_k (f^k - f^{k-1}) with a table of fixed weights W; most are zero.
-
     A difference that is evaluated at one step also stands for the neighbouring steps. The estimate is biased."""
 
     def weights(self, evaluations: int, seeds: Sequence[int]) -> np.ndarray:

@@ -11,8 +11,6 @@ baseline l(0) and the derivative through the weight B_c / p_c sum to an unbiased
 e is the error if the coin fires, d the change of the final image by its firing, and a = dX/dr the tangent. Every draw
 follows one random coin through three runs (fired, not fired, reference) and the tangent, all forward in time."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,7 +46,6 @@ def learn_probabilities(
     progress: Progress = lambda done, total: None,
 ) -> tuple[np.ndarray, float]:  # fmt: skip
     """Learned p [n, K] of independent coins with the expected cost `wanted` per image, and the FLOPs of learning.
-
     costs [K]: per evaluation, in FLOPs or seconds. start: p [K]. The log-odds of each level above the first are
     piecewise linear in log-SNR between knots. Adam follows the gradient within the surface of equal cost; then a common
     shift of all log-odds restores the cost. Every iteration follows `paths` new Brownian paths with `draws` coins each.
@@ -116,7 +113,6 @@ class LogOdds:
 
     def at_cost(self, phi: np.ndarray, wanted: float) -> np.ndarray:
         """phi plus the smallest common shift that gives the expected cost `wanted`.
-
         Several may: the cost falls again when a level becomes certain and lower levels no longer run."""
         shifts = np.linspace(_FLOOR - phi.max(), _CEILING - phi.min(), 200)
         costs = np.array([self.cost(phi + s) for s in shifts])
@@ -132,10 +128,9 @@ class LogOdds:
 
 
 def gradient_estimate(
-    networks: Networks, odds: LogOdds, phi: np.ndarray, seed: int, paths: int, draws: int
+    networks: "Networks", odds: LogOdds, phi: np.ndarray, seed: int, paths: int, draws: int
 ) -> np.ndarray:
     """An unbiased estimate of the gradient of E[L] by phi [K-1, knots], not projected on equal cost.
-
     Coins are drawn by systematic sampling, mostly in proportion to the derivative of the cost by their log-odds, to
     which the derivative of the error is proportional at the optimum."""
     normals, uniforms = torch.Generator(networks.device).manual_seed(seed), np.random.default_rng(seed)
@@ -161,11 +156,10 @@ def gradient_estimate(
 
 @torch.no_grad()
 def follow_coins(
-    networks: Networks, p: np.ndarray, step: np.ndarray, level: np.ndarray,
+    networks: "Networks", p: np.ndarray, step: np.ndarray, level: np.ndarray,
     x: Tensor, noise: Callable[[int], Tensor], coins: Callable[[int], np.ndarray],
 ) -> np.ndarray:  # fmt: skip
     """D_c [R]: run each row r with coin (step[r], level[r]) fired and not, all else equal, and its path's reference.
-
     step, level: [R]; level 0 is the first level, which has no coin. Rows are ordered by path, with equally many per
     path. x: starts [paths, ...]. noise(j): increments of evaluation j [paths, ...]. coins(j): its coins [R, K]."""
     each, levels, program = len(step) // len(x), p.shape[1], networks.program

@@ -67,10 +67,8 @@ def _deviation(a: Tensor, b: Tensor) -> float:
 @torch.no_grad()
 def check_telescope(family: Sequence[Level], x: Tensor, logsnr: float, batch: int) -> dict[str, str]:
     """Whether the multilevel estimate has mean f^K and the predicted variance, for states x [B, ...] in turn.
-
-    Independent coins with p_k = P for k >= 2 at one noise level. In standard errors over DRAWS coin draws, the finding
-    names the mean of <estimate - f^K, Y_k>, the largest over k >= 2, and that of |estimate - f^K|^2 -
-    sum_k (1/p_k - 1) |Y_k|^2."""
+    Coins are independent, p_k = P for k >= 2. In standard errors over DRAWS draws, the finding names the largest mean
+    of <estimate - f^K, Y_k> over k >= 2, and that of |estimate - f^K|^2 - sum_k (1/p_k - 1) |Y_k|^2."""
     noise_level = torch.full((len(x),), logsnr, dtype=torch.float32, device=x.device)
     outputs = torch.stack([level.denoise(x, noise_level).clone() for level in family])
     top, differences = outputs[-1].double(), (outputs[1:] - outputs[:-1]).double().flatten(2)
@@ -82,8 +80,7 @@ def check_telescope(family: Sequence[Level], x: Tensor, logsnr: float, batch: in
         estimate = WeightTable(family, estimator.weights(1, seeds))(0, x[index], logsnr)
         error, own = (estimate.double() - top[index]).flatten(1), differences[:, index]
         projections.append((error * own).mean(2).cpu().numpy())
-        expected = (1 / P - 1) * own.square().mean(2).sum(0)
-        sizes.append((error.square().mean(1) - expected).cpu().numpy())
+        sizes.append((error.square().mean(1) - (1 / P - 1) * own.square().mean(2).sum(0)).cpu().numpy())
     # float32 rounding of outputs of this size is no deviation, even if the coins leave no variance
     rms = [float(difference.square().mean().sqrt()) for difference in differences]
     floor = 1e-6 * float(top.square().mean().sqrt())

@@ -1,5 +1,4 @@
 """Seconds per image of the parts of a sampler, each timed apart and repeatedly on an otherwise idle machine.
-
 The seconds of a sampler setting are the sum of (how often each part occurs) times (the seconds of that part). So all
 settings are timed under the same conditions, and the spread of each timing enters the bounds of speed-ups."""
 
@@ -19,6 +18,7 @@ from .estimators import Multilevel
 from .plan import Progress
 
 Work = Mapping[str, float]  # how often each part occurs per image
+Call = Callable[[], object]
 SPREAD = 0.01  # the least spread of a timing: none is more exact
 CALL = "call"  # the part for each network call beyond the first in an estimate
 START, NOISE, COINS = "start", "noise", "coins"  # parts that random numbers take
@@ -27,7 +27,6 @@ START, NOISE, COINS = "start", "noise", "coins"  # parts that random numbers tak
 @dataclass(frozen=True)
 class Timing:
     """parts: {name: (median seconds per image and occurrence, standard deviation of its logarithm over repetitions)}.
-
     A level's part has its name; other parts are the sampler's own work, see `measure_timing`."""
 
     parts: Mapping[str, tuple[float, float]]
@@ -37,8 +36,7 @@ class Timing:
         return sum(count * self.parts[name][0] for name, count in work.items())
 
     def draws(self, works: list[Work], replicates: int, seed: int) -> np.ndarray:
-        """Seconds per image [S, 1 + R] of S settings: first by the medians, then by R random draws of all timings, each
-        shared by all settings."""
+        """Seconds per image [S, 1 + R] of S settings: by the medians, then by R random draws shared by all settings."""
         names = list(self.parts)
         median, spread = np.array([self.parts[name] for name in names]).T
         normal = np.random.default_rng(seed).standard_normal((len(names), replicates))
@@ -103,13 +101,11 @@ def measure_timing(
     device: torch.device, *, rounds: int = 7, at_least: float = 0.1, progress: Progress = lambda done, total: None,
 ) -> Timing:  # fmt: skip
     """The timing of batches of samples of this shape, by torch's present number of threads.
-
     The parts, in seconds per image: "<level>", one evaluation in a full batch (beyond a shared base, which is one of
     the levels); "few <level>", in a batch of `few`, since coins select some images; "step <rule>", one evaluation of
     the rule's program on `grid` with a network that costs nothing, without noise; "start", a starting point; "noise", a
-    random number per pixel of the increments; "coins", the coins of one level. "call": seconds of the sampler's own
-    work for each network call of a batch beyond the first in an estimate. at_least: seconds that each part is timed in
-    each round."""
+    random number per pixel of the increments; "coins", the coins of one level. "call": seconds per batch of the
+    sampler's own work for each network call beyond the first in an estimate. at_least: seconds a part and round."""
     levels = with_base(levels)
     free = [Level(f"free{k}", lambda x, logsnr: x, k + 1.0) for k in range(2)]
     path, ready = BrownianPath(range(batch), shape, device), BrownianPath(range(batch), shape, device)
@@ -142,12 +138,9 @@ def seconds_per_image(family: Sequence[Level], shape: tuple[int, ...], batch: in
     return [float(np.median(values)) / batch for values in found.values()]
 
 
-def _evaluations(
-    levels: Sequence[Level], shape: tuple[int, ...], batch: int, device: torch.device
-) -> dict[str, Callable[[], object]]:
+def _evaluations(levels: Sequence[Level], shape: tuple[int, ...], batch: int, device: torch.device) -> dict[str, Call]:
     x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(device)
-    logsnr = torch.zeros((), device=device)
-    base = base_of(levels)
+    logsnr, base = torch.zeros((), device=device), base_of(levels)
     known = () if base is None else (base.denoise(x, logsnr),)
     given = {level.name: (x, logsnr, *(known if level.base else ())) for level in levels}
     return {level.name: lambda level=level: level.denoise(*given[level.name]) for level in levels}
@@ -158,8 +151,7 @@ def _rounds(
     calls: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, at_least: float,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """The median seconds [rounds] of each call in each round, in turns, so that a short load slows all of them. A first
-    round warms up and does not count."""
+    """The median seconds [rounds] of each call in each round after a first; in turns, so a load slows all alike."""
     medians: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for k, (name, call) in enumerate(calls.items()):
@@ -175,12 +167,10 @@ def _rounds(
 
 def summarised(rounds: Mapping[str, np.ndarray]) -> Timing:
     """The timing of parts with these seconds [rounds] in each round.
-
     What slows all parts alike in a round cancels in every speed-up, so each round is first divided by its common
     factor: the median over parts of their ratios to their own medians. A spread is at least SPREAD."""
     logs = np.log(np.stack(list(rounds.values())))  # [parts, rounds]
     logs = logs - np.median(logs - np.median(logs, axis=1, keepdims=True), axis=0)
     spreads = logs.std(axis=1, ddof=1) if logs.shape[1] > 1 else np.zeros(len(logs))
-    medians = np.exp(np.median(logs, axis=1))
-    parts = zip(medians.tolist(), np.maximum(SPREAD, spreads).tolist(), strict=True)
+    parts = zip(np.exp(np.median(logs, axis=1)).tolist(), np.maximum(SPREAD, spreads).tolist(), strict=True)
     return Timing(dict(zip(rounds, parts, strict=True)))

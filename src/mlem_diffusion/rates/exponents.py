@@ -1,11 +1,8 @@
 """Exponents of cost against error on the problem in problem.py, compared with the claimed ones: rates.json.
-
 The error is sqrt(E |X(1) - exact|^2 / d), the RMS error to the solution with the *true* drift on the same Brownian
 path. The cost is expected, in units of T_0 = 1: an evaluation of level k costs T_k = 2^(gamma k). It is counted, not
 timed, because all levels are equally cheap to simulate. Settings are chosen on other replicates than measured: EM by
 its measured frontier, the others by an error model, squared error = features @ constants."""
-
-from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -67,8 +64,7 @@ class RateSetting:
 
     @cached_property
     def features(self) -> np.ndarray:
-        """Terms [4] of the squared error: discretisation 1 / n^2, the top level's error 4^-K, the coins' variance of
-        levels >= 2, and that of level 1 if it is random."""
+        """Terms [4] of the squared error: 1 / n^2, the top level's 4^-K, the coins' variance of levels >= 2, of 1."""
         k = np.arange(2, self.levels + 1)
         size = 4.0**-k + 4.0 ** -(k - 1)  # E |f^k - f^{k-1}|^2 for independent errors 2^-k and 2^-(k-1)
         if self.method == "poisson":
@@ -76,7 +72,7 @@ class RateSetting:
         return np.array([self.steps**-2.0, 4.0**-self.levels, size @ (1 / self.p[1:] - 1) / self.steps, 0.0])
 
     @property
-    def run(self) -> RateSetting:
+    def run(self) -> "RateSetting":
         """The setting to simulate; it has gamma = 0 for EM, which does not depend on gamma."""
         return replace(self, gamma=0.0) if self.method == "em" else self
 
@@ -88,7 +84,6 @@ class RateSetting:
 
 def predicted_exponent(method: str, gamma: float) -> float:
     """The exponent of cost against error as the error goes to 0; at gamma = 2 without the factor log^2 of ML-EM.
-
     Below 2, ML-EM is better than Monte Carlo's -2, since it always evaluates level 1; the jump process does not."""
     return -{"em": gamma + 1, "ml_em": max(gamma, 1 + gamma / 2), "poisson": max(gamma, 2.0)}[method]
 
@@ -239,7 +234,6 @@ def slope(errors: np.ndarray, costs: np.ndarray) -> tuple[float, float]:
 
 def fit_exponent(costs: np.ndarray, squared: np.ndarray, draws: int) -> dict[str, Any]:
     """Slope of log cost [points] against log error, from squared errors [points, replicates] of fresh replicates.
-
     The interval is a percentile bootstrap over replicates (by column, since all points share their families and paths)
     and points. It does not cover the bias of a finite range against the limit of small errors."""
     rng = np.random.default_rng(0)

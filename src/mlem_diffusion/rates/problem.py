@@ -43,8 +43,7 @@ def true_drift(x: np.ndarray, t: float) -> np.ndarray:
 
 
 def waves(parameters: np.ndarray, x: np.ndarray, t: Time) -> np.ndarray:
-    """g(x, t) [d, R] of random waves; parameters [2 + 2 d, FEATURES, R]: time frequency, phase, space frequencies and
-    amplitudes."""
+    """g(x, t) [d, R]; parameters [2 + 2 d, FEATURES, R]: time frequency, phase, space frequencies and amplitudes."""
     phase = parameters[0] * t
     phase += parameters[1]
     for i in range(DIMENSION):
@@ -103,7 +102,6 @@ def solve(start: np.ndarray, dw: np.ndarray, area: np.ndarray, noise: float) -> 
 
 def euler(replicates: Replicates, n: int, runs: Sequence[Run]) -> np.ndarray:
     """X(1) [S, d, P] by ML-EM with n steps (a divisor of N), for S runs on the replicates' Brownian paths.
-
     A run has probabilities p of levels 0..K with p_0 = 1; if all are 1, it is EM with level K. One step is
     X' = X + h sum_k (B_k / p_k) (f^k - f^{k-1})(X) + s dW with f^{-1} = 0 and independent coins B_k."""
     count, h = replicates.count, 1 / n
@@ -158,7 +156,6 @@ def difference(replicates: Replicates, level: np.ndarray, replicate: np.ndarray,
 
 def jump_process(replicates: Replicates, runs: Sequence[Run]) -> np.ndarray:
     """X(1) [S, d, P] of the Poisson limit of ML-EM; a run has rates lambda_k of levels 1..K.
-
     Level k fires after exponential waiting times of rate lambda_k and moves the path by (f^k - f^{k-1})(X, t) /
     lambda_k. Between events the path follows f^0 = A x and the Brownian motion, with the exact solution
     X(t) = e^(A t) V + s Y(t). V changes only at events. Y solves dY = A Y dt + dW and does not depend on the levels."""
@@ -183,13 +180,10 @@ def jump_process(replicates: Replicates, runs: Sequence[Run]) -> np.ndarray:
 
 def draw_events(rng: np.random.Generator, rate: np.ndarray, count: int) -> Arrays:
     """Waiting times, levels, 1 / rates and complex normals of the next events, each [CHUNK, P], for rates [K].
-
     One clock has the sum of the rates; its events belong to level k with probability lambda_k / sum lambda."""
     wait = rng.exponential(1 / rate.sum(), (CHUNK, count))
-    edges = np.cumsum(rate)[:-1] / rate.sum()
-    which = np.searchsorted(edges, rng.random((CHUNK, count)), side="right")
-    normal = rng.standard_normal((CHUNK, count, 2)).view(complex)[..., 0]
-    return wait, which + 1, 1 / rate[which], normal
+    which = np.searchsorted(np.cumsum(rate)[:-1] / rate.sum(), rng.random((CHUNK, count)), side="right")
+    return wait, which + 1, 1 / rate[which], rng.standard_normal((CHUNK, count, 2)).view(complex)[..., 0]
 
 
 def fire(replicates: Replicates, y_grid: np.ndarray, state: Arrays, replicate: np.ndarray, event: Arrays) -> None:
