@@ -41,7 +41,7 @@ SMALLER = (
     "train.images=640", "process.base_steps=65", "gamma.bootstrap=10", "compare.num_samples=24", "compare.batch=24",
     f"compare.baselines=[{BASELINES}]", f"compare.ml_em=[{ML_EM}]",
     "optimise.methods=[independent,quadrature]", "optimise.bases=[null]", "optimise.learned.costs=[]",
-    "optimise.calibrate_steps=8", "optimise.measured.steps=[8]", f"optimise.rules=[{RULES}]",
+    "optimise.calibrate_steps=[6,8]", "optimise.measured.steps=[8]", f"optimise.rules=[{RULES}]",
 )  # fmt: skip
 
 
