@@ -63,7 +63,7 @@ def test_format_of_compare_csv(done):
     kinds = {"single", "ml_em", "stitched", "quadrature"}
     assert set(zip(rows.dynamics, rows.estimator, strict=True)) == {(d, k) for d in ("sde", "ode") for k in kinds}
     # the Gaussian denoiser of the training images is a level, and alone a baseline
-    assert set(rows.levels[rows.estimator == "single"]) == {"gauss", "w2", "w3", "t3", "w6"}
+    assert set(rows.levels[rows.estimator == "single"]) == {"gauss", "w2", "w3", "t2", "w6"}
     for name in ("error", "error_se", "network_calls", "gflops_expected", "gflops_realised", "seconds"):
         assert (rows[name].astype(float) > 0).all(), name
     assert set(rows.distance) == set(rows.distance_high) == set(rows.distance_name) == {""}  # 24 images are too few
@@ -95,7 +95,7 @@ def test_records_of_every_stage(done):
     assert p["data"]["source"]["name"] and entry["commit"] and entry["device"] and entry["versions"]["torch"]
     lines = [json.loads(line) for line in (done[0].results / "metrics.jsonl").read_text().splitlines()]
     assert set(RECORDED) <= {r["stage"] for r in lines}
-    assert {r["level"] for r in lines if "loss" in r} == {"w2", "w3", "t3", "w6"}
+    assert {r["level"] for r in lines if "loss" in r} == {"w2", "w3", "t2", "w6"}
 
 
 # ------------------------------------------------------------------------------------------ done stays done
@@ -227,7 +227,8 @@ def test_artefacts_of_other_levels_are_refused(done, here, tmp_path):
 def test_jobs_of_a_sweep_write_to_folders_of_their_own(done, here, tmp_path):
     done[0].copy_to(tmp_path, "data")
     place = Place(tmp_path, options=())  # every override of a sweep is in its folders' names
-    run = here("train_levels", place, "-m", "train.seed=-1,0,1", "train.images=64", "family.widths=[2]", code=2)
+    single = ["family.widths=[2]", "train.teacher.widths=[]"]
+    run = here("train_levels", place, "-m", "train.seed=-1,0,1", "train.images=64", *single, code=2)
     assert "train.seed=-1 must be" in run.err and "1 of the sweep's jobs" in run.err  # the others go on
     a, b = (load_file(folder / "ema.safetensors") for folder in sorted(place.checkpoints.rglob("w2")))
     assert any((a[name] != b[name]).any() for name in a)

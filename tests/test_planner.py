@@ -154,6 +154,16 @@ def test_quadratures_are_least_squares_fits_and_tails_stitched_schedules() -> No
 # --------------------------------------------------------------------------------------------------- whole plans
 
 
+def test_quadrature_weights_of_few_noisy_effects_are_nearly_equal_masses() -> None:
+    """Effects without correlation in time: least squares on 6 rows fits their noise, equal masses do not."""
+    effects = np.random.default_rng(0).standard_normal((6, 40)) * 0.05 + 1.0
+    few = [o for o in quadrature_options(effects, [4, 8, 12], 6) if not o.certain]
+    for option in few:
+        weights = option.table[option.table != 0]
+        assert weights.sum() == pytest.approx(40, rel=0.05) and 0 < weights.min() and weights.max() < 2 * weights.mean()
+    assert all(d.added > o.added for d, o in zip(quadrature_options(effects, [4, 8, 12], 6, 0.1), few, strict=False))
+
+
 def run(estimator, steps: int | None, rule: StepRule) -> Tensor:
     return sample(estimator, rule, PROCESS.grid(steps), JUDGED)[0]
 
@@ -240,6 +250,30 @@ def test_equal_levels_and_a_wanted_cost(method: str) -> None:
         assert plan is not None and plan.cost <= wanted
         assert plan.predicted <= min(p.predicted for p in within) * 1.05  # type: ignore[operator, type-var]
     assert inputs.plan_for_cost(method, 1.0) is None
+
+
+def test_the_drift_is_what_explains_a_plan_and_spreads_firings_less() -> None:
+    inputs = replace(synthetic(3), methods=METHODS)
+    probe = inputs.probe()
+    assert probe is not None and probe.method == "systematic" and probe.cost <= 4 * inputs.unit and probe.predicted
+    drifts = [inputs.drift_of(probe, factor * probe.predicted) for factor in (0.5, 1.0, 1.2, 1e9)]
+    assert drifts[0] == drifts[1] == 0 < drifts[2] < drifts[3] == 1
+    again = replace(inputs, drift=drifts[2]).planners("systematic")[0]
+    low, high = inputs.effects.names.index(probe.levels[0]), inputs.effects.names.index(probe.levels[1])
+    for before, after in zip(
+        inputs.planners("systematic")[0].options(low, high), again.options(low, high), strict=True
+    ):
+        assert after.added > before.added
+    assert replace(inputs, methods=("independent",)).probe() is None
+
+
+def test_a_plan_uses_the_gains_of_the_next_finer_grid() -> None:
+    fine = synthetic(2, n=32)
+    inputs = replace(fine, coarser=[synthetic(2, n=8).effects, synthetic(2, n=16).effects])
+    for n, source in ((6, 8), (8, 8), (9, 16), (17, 32), (64, 32)):
+        known = {len(e.logsnr): e for e in (*inputs.coarser, inputs.effects)}[source]
+        grid = np.linspace(known.logsnr[0], known.logsnr[-1], n)
+        assert np.array_equal(inputs.effects_on(grid).values, known.on(grid).values)
 
 
 def test_candidates_of_all_levels_and_of_the_best_chain_follow_the_gains() -> None:
