@@ -6,7 +6,7 @@ from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.experiment.runs import gain_densities
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.figures.gamma import plot_gamma
-from mlem_diffusion.gamma.measurement import measure, summary
+from mlem_diffusion.gamma.measurement import measure, summary, taught_errors
 from mlem_diffusion.models.family import level_name, load_level, read_metadata
 from mlem_diffusion.training.levels import repeated
 
@@ -27,6 +27,9 @@ def main(exp: Experiment) -> None:
     family = [m for m in exp.metadata() if "teacher" not in m]  # a taught level's error says little about its size
     result = measure(family, again, load, exp.held_out(), exp.process, settings, exp.progress, gains)
     result["made_with"] = exp.identity
+    if taught := [m for m in exp.metadata() if "teacher" in m]:
+        levels = [load(m, None) for m in [*taught, family[-1]]]
+        result["taught"] = taught_errors(levels, exp.held_out(), exp.process, settings)
     exp.save("gamma.json", result)
     exp.figure("gamma.png", plot_gamma(result, exp.cfg.title))
     exp.log({f"gamma/{name}": e["gamma"] for name, e in result["estimates"].items()})

@@ -1,5 +1,4 @@
 """Levels -> gains.png, diagnostics.json, plans.json, ablation.json: measure gains, select plans, ablate levels.
-
 Calibration, selection and the comparison have sample seeds of their own."""
 
 from dataclasses import replace

@@ -1,5 +1,4 @@
 """Packed images -> checkpoints/<experiment>/<level>/, training.png: train every level of the family.
-
 On a CPU several levels are trained side by side. On GPUs all ranks train one level after another, each on its part of
 every batch: torchrun --nproc-per-node 8 scripts/train_levels.py experiment=celeba64"""
 

@@ -95,6 +95,8 @@ def test_records_of_every_stage(done):
     assert p["data"]["source"]["name"] and entry["commit"] and entry["device"] and entry["versions"]["torch"]
     lines = [json.loads(line) for line in (done[0].results / "metrics.jsonl").read_text().splitlines()]
     assert set(RECORDED) <= {r["stage"] for r in lines}
+    taught = strict(done[0].results / "gamma.json")["taught"]
+    assert [(t["name"], t["teacher"]) for t in taught] == [("t2", "w6")] and 0 < taught[0]["to_teacher"] < 1
     assert {r["level"] for r in lines if "loss" in r} == {"w2", "w3", "t2", "w6"}
 
 

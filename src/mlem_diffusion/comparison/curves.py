@@ -85,7 +85,6 @@ class Group:
 
 def compare(base: Group, ours: Group, coarsest: float = math.inf) -> dict[str, Any]:
     """{"window": `headline`, "max", "curve"} of two groups, at squared errors <= coarsest.
-
     "curve" lists {"at": squared error, "speedup", "lower95"} at the points of the baselines' frontier, coarse to fine;
     the window is found on _PARTS times as many. "max" is the curve's largest point, with the cheapest settings that
     reach it alone as "baseline" and "ours"; mixtures may cost less than these. Unreached values are None, and so are
@@ -111,7 +110,6 @@ def lower(ratios: np.ndarray) -> float | None:
 
 def window(curve: Sequence[dict[str, Any]], least: float) -> dict[str, Any] | None:
     """The widest contiguous range of errors in which the lower 95% bound of the speed-up is at least `least`.
-
     curve: as in `compare`. "factor": of the rms errors at its ends. None if no point qualifies."""
     runs = [list(run) for holds, run in groupby(curve, lambda point: (point["lower95"] or 0.0) >= least) if holds]
     ends = [(run[0]["at"], run[-1]["at"]) for run in runs]

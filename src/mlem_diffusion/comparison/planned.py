@@ -34,7 +34,6 @@ class Planned:
 
 def read_planned(path: Path, config: Any) -> Planned:
     """Planned from plans.json, if there is one and a `compare` configuration does not leave its plans out.
-
     Raises UserError if the plans were selected on sample seeds of the comparison."""
     if config.plans == "none" or not path.is_file():
         return Planned()

@@ -141,7 +141,6 @@ def telescope(levels: Mapping[str, Level]) -> dict[str, Level]:
 
 def _choose(levels: Mapping[str, Level], which: Any) -> tuple[str, ...]:
     """Level names from "all", "largest", or a list of names and of indices of the networks without a teacher.
-
     Levels that not every family has, "gauss" and those with a teacher, are left out where they are missing."""
     if which == "all":
         return tuple(levels)
@@ -158,7 +157,6 @@ def settings_of(
     config: Any, levels: Mapping[str, Level], base_steps: int, chains: Mapping[str, Sequence[str]] | None = None
 ) -> list[SamplerSetting]:
     """All settings of a `compare` configuration for these levels, cheap to expensive.
-
     chains: {rule: names of its best chain of levels}, from plans.json; for other rules that of the same dynamics. A
     family "chain" is left out if none is known or if it is that of all networks. The Gaussian level and those with a
     teacher belong to "all" of the baselines, but not to "all" of ML-EM, whose constant probabilities assume a power law

@@ -81,7 +81,6 @@ def speedups(
     taught: Collection[str] = (),
 ) -> dict:  # fmt: skip
     """The content of speedup.json: {protocol: {dynamics: {method: {against: {unit: entry}}}}}.
-
     protocol: "strict", all settings on the same seeds and paths, with their squared error to one reference; methods,
     baselines and units: METHODS, AGAINST, UNITS, seconds only with a timing. entry: `curves.compare`, without points
     coarser than the best of the cheapest level alone. The window is the headline. "max" is the largest of many

@@ -181,7 +181,6 @@ class Experiment:
 
     def cached(self, stem: str, facts: Any, read: Callable[[Path], T], make: Callable[[Path], object]) -> T:
         """read(path) of a cache file; rank 0 makes it first if it is missing or damaged.
-
         stem: such as "effects.npz". The name has a hash of `facts`, of the process and of the levels."""
         key = self.fingerprint(
             ("process", "precision"), levels=self._content_of("levels"), facts=facts, device=self.device.type
@@ -227,7 +226,6 @@ class Experiment:
 
     def is_finished(self, outputs: Sequence[str], depends: Sequence[str] = (), reads: Sequence[str] = ()) -> bool:
         """Whether this stage finished before with the same fingerprint, and its outputs exist; prints so.
-
         The fingerprint is that of the configuration groups `depends` and of what the stage `reads`. The record is in
         the cache, which is never committed, so a fresh clone recomputes the committed results."""
         self.key = self.fingerprint(depends, **{what: self._content_of(what) for what in reads}) if depends else ""

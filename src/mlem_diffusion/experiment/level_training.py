@@ -56,7 +56,6 @@ def training_of(exp: Experiment, level: dict[str, Any]) -> dict[str, Any]:
 
 def untrained(exp: Experiment, levels: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The levels that are not fully trained; rank 0 looks, and all ranks get the same answer.
-
     Raises UserError if any is left and its settings make no sense."""
     own = levels if parallel.is_main() else []
     missing = [v for v in own if not is_trained(exp.checkpoints / v["name"], fingerprint(exp, v), exp.cfg.overwrite)]
@@ -68,7 +67,6 @@ def untrained(exp: Experiment, levels: list[dict[str, Any]]) -> list[dict[str, A
 
 def train_one(task: tuple[Experiment, dict[str, Any], int]) -> None:
     """Train one level and write its metadata, in this process, on all ranks, or in a worker.
-
     task: experiment, level, line of the progress bar."""
     exp, level, line = task
     images, folder = exp.images, exp.checkpoints / level["name"]

@@ -71,7 +71,6 @@ def outlooks(
 
 def _diagnosis(exp: Any, levels: dict[str, Level], entry: Any) -> dict[str, Any]:
     """The diagnostics for one entry of optimise.rules, by gains if it has methods; UserError if a value is not finite.
-
     A family that violates the contract is reported before anything else is measured of it."""
     o, rule = exp.cfg.optimise, step_rule(entry.dynamics, entry.step_rule)
     family, path, batch = list(levels.values()), _path(exp, o.diagnose.seeds), exp.cfg.compare.batch

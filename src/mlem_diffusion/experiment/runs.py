@@ -65,7 +65,6 @@ def check_levels(exp: Any, name: str, made_with: dict[str, Any] | None, target: 
 
 def used_gamma(exp: Any) -> float:
     """gamma of the constant probabilities: the number in the configuration, or the measured value of these levels.
-
     Of the measured ones the first finite one: differences to the level before and to the largest if they apply, else
     the drops in loss, else the loss; at last those that do not apply."""
     if exp.cfg.compare.gamma != "auto":
@@ -221,7 +220,6 @@ def worker_count(exp: Any, tasks: int) -> int:
 
 def run_all(exp: Any, runner: Runner, settings: Sequence[SamplerSetting], label: str) -> list[Measurement]:
     """Run the references, then the settings that are not in the cache; the results of all settings, in order.
-
     Progress and time left are in FLOPs. Runner.read measures damaged settings again."""
     dynamics = sorted({s.dynamics for s in settings})
     references = parallel.mine([task for d in dynamics for task in runner.reference_tasks(d)])

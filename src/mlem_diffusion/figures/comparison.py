@@ -35,7 +35,6 @@ _BAR: Any = dict(label="bar: window in which all\nbaselines cost at least\nso ma
 @style.styled
 def plot_compare(frame: DataFrame, title: str = "", speedups: dict[str, Any] | None = None) -> Figure:
     """Draw `settings.for_figures`, a column of panels per dynamics: distance and error against compute, error in time.
-
     Errors have bars of two standard errors, distances their intervals. Settings that are not trusted are hollow and on
     no frontier. speedups: the content of speedup.json, whose windows over all baselines are marked at the right if
     their bound is above 1."""

@@ -79,7 +79,6 @@ def _draw_pooled(ax: Any, names: list[str], gflops: np.ndarray, pooled: dict[str
 @style.styled
 def plot_gains(all_effects: Sequence[Effects], title: str = "") -> Figure:
     """The effects of level differences on the final image against log-SNR, a panel per step rule.
-
     Effects are rates, with bands of two standard errors. The final denoising has no step and is left out."""
     figure = style.new_figure(1.5 + 4.6 * len(all_effects), 4.2, title)
     panels = figure.subplots(1, len(all_effects), squeeze=False)[0]
@@ -108,7 +107,6 @@ def _draw_effects(ax: Any, effects: Effects) -> None:
 @style.styled
 def plot_ablation(content: dict[str, Any], title: str = "") -> Figure:
     """Draw the content of ablation.json: each level's cost, and one panel of cost ratios per step rule.
-
     A bar runs from the geometric mean (marker) to the largest value. Hollow: levels that the ablation removed."""
     levels, units = content["levels"], list(content["kept"])
     rules = list(levels[0][f"cost_ratio_{units[0]}"] or {})

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..diffusion.brownian import BrownianPath
 from ..diffusion.level import Level
-from ..diffusion.process import Process, add_noise, gain_weights, uniform_weights
+from ..diffusion.process import Process, add_noise, alpha2_weights, gain_weights, uniform_weights
 from ..errors import UserError
 from ..models.family import identity_of
 from ..multilevel.diagnostics import differences_fall
@@ -75,6 +75,22 @@ def measure(
     if by_gains:
         facts["weighted_by_gains"] = by_gains
     return {**result, "differences_fall": falls, "warnings": warnings, **facts, "training_lengths": lengths}
+
+
+def taught_errors(levels: Sequence[Level], held_out: Tensor, process: Process, settings: Any) -> list[dict[str, Any]]:
+    """Losses of levels with a teacher, and their squared distances from it, on the images and noise of `measure`.
+
+    levels: these, and their teacher last. Pooled uniformly in log-SNR, with alpha^2 d(logsnr), and by noise level."""
+    logsnr, count = noise_levels(process, settings.noise_levels), len(levels) - 1
+    pairs: list[Pair] = [*((k, None) for k in range(count)), *((k, count) for k in range(count))]
+    found = squared_differences(levels, pairs, held_out, logsnr, settings.seed, settings.batch).mean(axis=1)
+    rows = []
+    for level, loss, apart in zip(levels, found[:count], found[count:], strict=False):
+        row: dict[str, Any] = {"name": level.name, "teacher": level.teacher, "gflop": level.flops / 1e9}
+        for name, weights in (("", uniform_weights(logsnr)), ("_alpha2", alpha2_weights(logsnr))):
+            row |= {f"loss{name}": float(loss @ weights), f"to_teacher{name}": float(apart @ weights)}
+        rows.append(row | {"logsnr": logsnr.tolist(), "to_teacher_by_noise_level": apart.tolist()})
+    return rows
 
 
 def family_pairs(levels: int) -> list[Pair]:
@@ -148,6 +164,9 @@ def summary(result: Mapping[str, Any]) -> str:
         lines.append(f"squared difference / drop in loss, {' to '.join(pair['names'])}: {ratio}")
     for rule, own in result.get("weighted_by_gains", {}).items():
         lines += _lines(own, f" weighted by gains of {rule}")
+    for own in result.get("taught", ()):
+        text = f"{own['name']}, taught by {own['teacher']}: loss {own['loss']:.5f}"
+        lines.append(f"{text}, mean squared distance from it {own['to_teacher']:.5f}")
     return "\n".join([*lines, *(f"warning: {text}" for text in result["warnings"])])
 
 

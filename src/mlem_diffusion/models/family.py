@@ -1,5 +1,4 @@
 """A trained family on disk: checkpoints/<experiment>/<level>/ with EMA weights, resume state and metadata.
-
 Weights are safetensors, and no pickles are read. A published family is a committed folder of the same form, with bf16
 weights, from which a clone can sample without training and without images: gauss.safetensors and statistics.npz replace
 these in later stages. family.json describes it, README.md is the model card. Training never writes into it."""
@@ -84,7 +83,6 @@ def taught_name(width: int) -> str:
 
 def at_width(settings: Mapping[str, Any], width: int) -> dict[str, Any]:
     """The settings for a level of this width; UserError for an entry of settings["narrow"] without `upto`.
-
     "narrow" lists changes for narrow levels, such as {upto: 32, images: 500000}. The entry with the smallest `upto` of
     at least the width applies."""
     entries: Any = settings.get("narrow") or ()
@@ -107,7 +105,6 @@ def check_attention(widths: Iterable[int], size: int, unet: Mapping[str, Any]) -
 
 def build_unet(width: int, size: int, unet: Mapping[str, Any], seed: int = 0) -> UNet:
     """An untrained network; its weights depend only on the seed, the width and its settings (`at_width`).
-
     precondition = "gaussian" gives it the Gaussian denoiser's output as three more inputs."""
     own = at_width(unet, width)
     kind = own.pop("precondition", "scalar")
@@ -136,7 +133,6 @@ def described_denoiser(directory: Path, facts: Mapping[str, Any], seed: int = 0)
 
 def describe(width: int, size: int, data_rms: float, unet: Mapping[str, Any], target: str) -> dict[str, Any]:
     """A level's description before training, with parameter count and FLOPs per evaluation of one image.
-
     Those of the Gaussian denoiser, which the levels share, are not in them."""
     network = build_unet(width, size, unet)
     return {
@@ -184,7 +180,6 @@ def load_level(
     folder: Path, metadata: Mapping[str, Any], device: Any = "cpu", snapshot: int | None = None, **options: Any
 ) -> Level:
     """Load one trained level for sampling; options: precision, compile and batch, as for `FastDenoiser`.
-
     Its base is the Gaussian denoiser that preconditions it, if one does."""
     denoiser, name = load_denoiser(folder, metadata, snapshot).to(device), metadata["name"]
     return level_of(denoiser, FastDenoiser(denoiser, name=name, **options), metadata)
@@ -221,7 +216,6 @@ def read_index(folder: Path) -> dict[str, Any] | None:
 
 def publish(source: Path, target: Path, levels: list[dict], repeats: list[dict], facts: dict) -> None:
     """Write the levels of the folder `source`, family.json and the model card into the folder `target`.
-
     levels, repeats: metadata, of the levels trained again too. facts: about images, training and the other files."""
     for m in [*levels, *repeats]:
         folder = target / m["name"]

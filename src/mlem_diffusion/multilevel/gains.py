@@ -1,5 +1,4 @@
 """Gains: how much a level difference at one network evaluation moves the final image.
-
 A run that uses F_j + e_j instead of the largest level's estimates F_j ends, to first order, at X + sum_j (dX/dF_j) e_j.
 Here e_j = sum_k (w_kj - 1) delta_kj, with differences delta_kj = (f^k - f^{k-1})(x_j) and weights w_kj, such as
 B_kj / p_kj. One backward sweep projects the *effects* of all j and k on a random direction v, random signs over
@@ -61,7 +60,6 @@ class Effects:
 
     def density(self) -> tuple[np.ndarray, np.ndarray]:
         """Log-SNRs [m], and the squared effect of a unit squared difference there, per unit of log-SNR squared [m].
-
         That is sum_k A_kj / sum_k E|delta_kj|^2 / h_j^2 over the levels above the first, for evaluations j with an
         interval of width h_j: the final denoising has none. Geometric means over three neighbours make it smooth; the
         ends stay, since multistep rules weight them differently. Ones if the levels never differ."""
@@ -76,7 +74,6 @@ class Effects:
 
     def on(self, logsnr: np.ndarray) -> Effects:
         """These effects on another grid with the same ends; both grids need one evaluation per interval.
-
         The effect per unit of log-SNR is interpolated; that of the final denoising does not change."""
         if len(logsnr) == len(self.logsnr) and np.allclose(logsnr, self.logsnr):
             return self
@@ -115,7 +112,6 @@ def firing_costs(costs: np.ndarray) -> np.ndarray:
 
 def best_chain(values: np.ndarray, costs: np.ndarray) -> tuple[list[int], float]:
     """The chain of levels, from the cheapest to the largest, with the smallest sum of sqrt(V c) over its steps.
-
     values: V [K, K] of f^j - f^i at [i, j], squared differences or their gains; costs [K] of the levels. With the best
     constant p, the square of the sum is variance times cost of all random differences; also returned: its ratio to that
     of all levels."""
@@ -138,7 +134,6 @@ def measure_effects(
     probes: int = 2, batch: int = 64, progress: Progress = lambda done, total: None,
 ) -> Effects:  # fmt: skip
     """Measure the effects of a family on a grid: one forward run and one backward sweep per batch of the path's seeds.
-
     probes: random directions per seed. Memory: one image per evaluation and sample of a batch. Cost per seed and
     evaluation: each level once, the largest two more times, and `probes` backward passes of it, which count as one
     evaluation each. Raises UserError if the largest level cannot be differentiated."""

@@ -35,7 +35,6 @@ def fill(density: np.ndarray, total: float) -> np.ndarray:
 
 def densities(effects: np.ndarray) -> list[np.ndarray]:
     """Candidate densities of firings [n] for the effects [R, n] of one difference, smoothed and bounded away from zero.
-
     Uniform; the rms effect (optimal for independent coins); its square root; and the square root of its rate of change
     (optimal for jittered quadrature of a smooth function). The predicted error decides."""
     gain = _smooth(np.sqrt((effects**2).mean(axis=0)))
@@ -52,7 +51,6 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 def systematic_options(effects: np.ndarray, counts: Sequence[int], drift: float = 0.0) -> list[Option]:
     """The best candidate density for each number of firings, by the error averaged over the offset of the coins.
-
     drift: the share of the error of independent coins that remains (planner.py)."""
     out, total, shapes, gain = [], effects.sum(axis=1), densities(effects), (effects**2).mean(axis=0)
     for count in counts:
@@ -73,7 +71,6 @@ def _systematic_error(effects: np.ndarray, total: np.ndarray, p: np.ndarray) -> 
 
 def quadrature_options(effects: np.ndarray, counts: Sequence[int], groups: int, drift: float = 0.0) -> list[Option]:
     """Fixed evaluations with least-squares weights, and tails: weight 1 at each evaluation from some point on.
-
     The evaluations are the midpoints of equal parts of a candidate density. The weights are shrunk towards those with
     which each stands for its part, the more the smaller the predicted error gets. The error is cross-validated over two
     halves of the seeds. groups: number of seeds; rows are ordered by seed. drift: as in `systematic_options`."""
@@ -150,7 +147,6 @@ def independent_probabilities(gains: np.ndarray, costs: np.ndarray, price: float
 
 def nested_probabilities(squares: np.ndarray, costs: np.ndarray, price: float) -> np.ndarray:
     """p [n, K] of nested coins that minimise sum_k (1/p_k - 1/p_{k-1}) D_k + price * sum_k p_k T_k, decreasing from 1.
-
     squares: D [K, n], the gain of f^K - f^{k-1}; D_1 is not used. The square-root law with isotonic regression."""
     levels, n = squares.shape
     drop = squares - np.concatenate([squares[1:], np.zeros((1, n))])

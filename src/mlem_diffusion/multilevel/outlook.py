@@ -39,7 +39,6 @@ def law(errors: Mapping[int, float]) -> tuple[float, float]:
 
 def speedup(error: np.ndarray, s: float, d: float, q: float, first: float) -> tuple[np.ndarray, np.ndarray]:
     """Predicted speed-up in cost over the largest level alone at these squared errors, and the S of a fourfold one.
-
     first: cost of the chain's first level, which runs at every step, in evaluations of the largest. The S is negative
     where the first level alone costs too much."""
     alone, left = (d / error) ** (1 / q), error[:, None] - d / _STEPS**q  # what the coins may add
@@ -50,7 +49,6 @@ def speedup(error: np.ndarray, s: float, d: float, q: float, first: float) -> tu
 
 def outlook(effects: Effects, costs: np.ndarray, base: float, errors: Mapping[int, float]) -> dict[str, Any]:
     """S, D, q, the chain, the predicted window of plain ML-EM, and the S that a fourfold speed-up there needs.
-
     costs, base: level.shared_costs, in FLOPs. errors: of the largest level alone, {steps: squared error}. The window is
     the factor of 2 in rms error, within the range of these errors, in which the least predicted speed-up is largest. It
     holds as long as single firings change little (Plan.largest_effect)."""

@@ -23,7 +23,6 @@ Progress = Callable[[int, int], object]  # called with (done, total)
 @dataclass(frozen=True)
 class Plan:
     """One way to sample with a family.
-
     predicted and largest_effect: squared error, and largest rms effect of one coin's firing on the final image;
     predictions are first order in it."""
 

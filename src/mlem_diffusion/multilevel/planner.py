@@ -75,7 +75,6 @@ class Calibration:
 
     def effects_on(self, logsnr: np.ndarray) -> Effects:
         """The effects on a grid, from the coarsest measured grid that is not coarser, else from the finest.
-
         Interpolated between coarser steps the effects of an SDE would be too smooth, and plans with few firings seem up
         to five times better than they are."""
         fitting = (e for e in (*self.coarser, self.effects) if len(e.logsnr) >= len(logsnr))
@@ -91,7 +90,6 @@ class Calibration:
 
     def plans(self, method: str, base: int | None = None, progress: Progress = lambda done, total: None) -> list[Plan]:
         """The plans on the predicted frontier of a method (see METHODS), from cheap to expensive.
-
         base: the level that runs at every evaluation; None for the best one."""
         out: list[Plan] = []
         for done, planner in enumerate(self.planners(method), 1):
@@ -102,7 +100,6 @@ class Calibration:
 
     def plan_for_cost(self, method: str, wanted: float) -> Plan | None:
         """The plan of smallest predicted error that costs at most `wanted` per image, or None.
-
         The price is found by bisection for every grid and every largest level."""
         found: list[Plan] = []
         for planner in self.planners(method):
@@ -135,7 +132,6 @@ class Calibration:
 
     def plan(self, method: str, *, cost: float | None = None, error: float | None = None) -> Plan:
         """The plan of smallest predicted error within a cost per image, or the cheapest within a squared error.
-
         Raises UserError if no plan qualifies, and unless exactly one of cost and error is given."""
         if (cost is None) == (error is None):
             raise UserError("Give either the cost or the error that a plan may have.")
@@ -156,7 +152,6 @@ def calibrate(
     calibrate_steps: Sequence[int] = (32, 128), reference_steps: int | None = None, device: torch.device | str = "cpu",
 ) -> Calibration:  # fmt: skip
     """Measure the gains of a family and the error of each level alone, for plans with one of these numbers of steps.
-
     calibrate_steps: noise levels of the grids on which gains are measured, the finest last; finer ones than the finest
     plan needs are left out. reference_steps: of the reference (diffusion/reference.py); None for as many as the finest
     plan needs. Evaluate on other seeds, and run a plan before you rely on its predicted error. Raises UserError if the
@@ -227,7 +222,6 @@ class Planner:
 
     def plan(self, top: int, price: float, base: int | None = None, among: Collection[int] | None = None) -> Plan:
         """The best plan for a price with f^top as the largest level: a shortest path over levels.
-
         base: the first level of the path; None for the best one. among: the levels to use; None for all up to `top`."""
         best: tuple[float, tuple[int, ...]] = (np.inf, (top,))
         allowed = [k for k in range(top + 1) if among is None or k in among]

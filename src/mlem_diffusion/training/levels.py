@@ -1,5 +1,4 @@
 """The levels that an experiment trains, their settings, and the folder of each: checkpoints/<experiment>/<level>/.
-
 A folder holds state.pt (to resume), ema.safetensors, ema-<images>.safetensors at the snapshots, claim.json (what is
 trained here) and, once the level is fully trained, metadata.json."""
 
@@ -74,7 +73,6 @@ def level_names(cfg: Any) -> list[str]:
 
 def planned(cfg: Any, family: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The levels to train: the described levels of the family, then those trained again from another seed.
-
     "train_seed" marks a level that is trained again. With cfg.only (names), only these; UserError for unknown names."""
     by_width = {level["width"]: level for level in family if "teacher" not in level}
     again = [{**by_width[width], "name": level_name(width, seed), "train_seed": seed} for width, seed in repeated(cfg)]

@@ -1,5 +1,4 @@
 """The training loop of one level: resumable, for one process or torchrun, with lengths in images.
-
 The random numbers of a step depend on (seed, step), are drawn for the full batch and are sliced by rank. So a resumed
 run equals an uninterrupted one, and the number of processes does not change the result."""
 
@@ -34,7 +33,6 @@ def ema_decay(config: TrainConfig, images: int) -> float:
 
 def learning_rate(config: TrainConfig, channels: int, images: int) -> float:
     """Return the learning rate: warm-up, constant, linear decay to zero; it is larger for narrower networks.
-
     channels: those of the network's first layer."""
     peak = config.lr * (config.reference_channels / channels) ** 0.5
     warm = min(1.0, images / max(config.warmup_images, 1))
@@ -44,7 +42,6 @@ def learning_rate(config: TrainConfig, channels: int, images: int) -> float:
 
 def noise_quantiles(process: Process, focus: Sequence[float] | None) -> np.ndarray:
     """The log-SNRs [4097] at equal probabilities from 0 to 1 of the noise levels in training.
-
     They are spread along the sampler's path, or half of them so and half with the normal density in log-SNR of mean and
     standard deviation `focus`, cut off at the path's ends."""
     share = np.linspace(0, 1, 4097)
@@ -60,7 +57,6 @@ def draw_batch(
     data: Tensor, config: TrainConfig, level_table: Tensor, step: int, rank: int = 0, world: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return this rank's slice of the batch of one step: x0 in [-1, 1], noise, log-SNR.
-
     level_table: `noise_quantiles`. Noise levels are stratified: batch element i falls
     in the i-th of `batch` equally probable parts."""
     device, b = level_table.device, config.batch
@@ -87,7 +83,6 @@ def train_level(
     should_stop: Callable[[], bool] = parallel.never, identity: str = "", teacher: Denoiser | None = None,
 ) -> Denoiser:  # fmt: skip
     """Train one level, or resume it from the state in its directory, and return its EMA denoiser.
-
     images: uint8 [N,3,H,W], copied to the device. directory: gets state.pt, ema-<images>.safetensors at the snapshots
     and ema.safetensors at the end. teacher: a denoiser whose outputs are the targets. identity: of the network and its
     data; a state with another identity is refused.

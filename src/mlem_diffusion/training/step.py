@@ -40,7 +40,6 @@ def should_capture(setting: str, denoiser: nn.Module, device: torch.device, worl
 
 class LossModule(nn.Module):
     """The compiled and distributed forward pass: clean batch, noise, log-SNR -> losses [B].
-
     With a teacher the target is its denoised image instead of x0: the same conditional mean, without x0's noise."""
 
     def __init__(self, denoiser: Denoiser, teacher: Denoiser | None = None):
@@ -58,7 +57,6 @@ class LossModule(nn.Module):
 
 class TrainStep:
     """A function step(batch, lr, decay) that updates the denoiser and its moving average `ema` in place, in float32.
-
     batch: this process's x0 [B,3,S,S] in [-1, 1], noise [B,3,S,S], log-SNR [B] on the device. B is the same in each
     call and a multiple of config.accumulate, the number of micro-batches whose gradients are added. lr: learning rate.
     decay: of the moving average. `running` is the sum of the steps' mean losses, on the device. With several processes,
@@ -221,7 +219,6 @@ class TrainStep:
 
 class GraphedStep:
     """A function step(batch) that runs on fixed buffers: a few calls on a side stream, then as a CUDA graph.
-
     Each call is one training step. A capture only records the step, so the graph is replayed once after it. If the
     capture fails, all steps run without a graph, with one SlowPath warning."""
 
