@@ -147,7 +147,7 @@ def _choose(levels: Mapping[str, Level], which: Any) -> tuple[str, ...]:
     networks = [name for name, level in levels.items() if name != GAUSSIAN and level.teacher is None]
     try:
         known = [i for i in ([-1] if which == "largest" else which) if not _OPTIONAL.fullmatch(str(i)) or i in levels]
-        chosen = [i if i in levels else networks[int(i)] for i in known]
+        chosen: list[Any] = [i if i in levels else networks[int(i)] for i in known]
         return tuple(dict.fromkeys(chosen))  # [0, 2, -1] of three levels names the last one twice
     except (IndexError, TypeError, ValueError) as error:
         raise UserError(f"levels = {which!r} does not fit a family of {len(networks)} levels.") from error
