@@ -240,7 +240,9 @@ def model_card(levels: list[dict], facts: dict) -> str:
     for level in levels:
         unet = ", ".join(f"{key} {value}" for key, value in level["unet"].items() if value not in ([], None))
         sizes = f"{level['parameters']:,} | {level['flops'] / 1e6:.4g} | {level['images']:,}"
-        table += f"| {level['name']} | {unet} | {sizes} | {np.mean(level['held_out']['loss']):.5f} |\n"
+        teacher = level.get("teacher", {}).get("name", "–")
+        table += f"| {level['name']} | {unet} | {sizes} | {teacher} | {np.mean(level['held_out']['loss']):.5f} |\n"
+    commits = " and ".join(dict.fromkeys(level.get("commit", training["commit"]) for level in levels))
     return f"""---
 license: {licence}
 tags: [diffusion, multilevel-euler-maruyama]
@@ -251,18 +253,18 @@ Denoising UNets of increasing size, with EMA weights rounded to bf16: the levels
 ([arXiv:2603.24594](https://arxiv.org/abs/2603.24594)). In a clone, `make sample EXPERIMENT={name}` works without
 images or training. All settings are in the JSON files.
 
-| level | UNet | parameters | MFLOP per evaluation | training images seen | held-out loss |
-| --- | --- | --- | --- | --- | --- |
+| level | UNet | parameters | MFLOP per evaluation | training images seen | teacher | held-out loss |
+| --- | --- | --- | --- | --- | --- | --- |
 {table}
 The networks take `x = alpha * image + sigma * noise`, with {m["size"]}x{m["size"]} RGB images in [-1, 1], and a log-SNR
 from {m["logsnr_range"][0]} to {m["logsnr_range"][1]}; they predict {m["target"]}{start}.
 Held-out loss: mean squared error of the denoised image, before rounding, over held-out images and noise levels along
-the sampler's path.
+the sampler's path. A level with a teacher was trained on its denoised images, and for ML-EM.
 
 {data["split"]["train"]:,} training images of `{data["source"]["name"]}` (SHA-256 {data["source"]["sha256"]}), crop
 `{data["crop"]}`; none are in this folder. Packed array: SHA-256 {data["sha256"]}. Trained with
 `make train-levels EXPERIMENT={name}`, overrides `{" ".join(training["overrides"]) or "none"}`, commit
-{training["commit"]}, finished {training["finished"]}, on {training["device"]}.
+{commits}, finished {training["finished"]}, on {training["device"]}.
 
 Intended use: research on samplers of diffusion models; not for images that pass for real persons, nor for recognising
 or judging persons. Samples are visibly imperfect, and inherit the uneven distribution of the training images. The
