@@ -110,6 +110,20 @@ def seeds_table() -> str:
     return table(rows)
 
 
+def trials_table() -> str:
+    """Losses, distances and S of the trials at 16x16; S of the best chain through the narrow level."""
+    rows: list[tuple[str, ...]] = [
+        ("trial", "variant", "loss, narrow", "loss, largest", "E\\|f - f^K\\|^2 of the narrow", "S, SDE", "S, ODE"),
+    ]
+    for name, words in (("residual", "residual levels"), ("ema", "moving average"), ("noise", "noise levels")):
+        for run in load(f"telescope/{name}.json"):
+            if "S" in run:
+                s = (f"{run['S'][rule]['three']:.4f}" for rule in ("sde/ddpm", "ode/dpmpp_2m"))
+                losses = f"{run['narrow_loss']:.5f}", f"{run['loss']:.5f}", f"{run['to_largest']:.6f}"
+                rows.append((words, run["variant"], *losses, *s))
+    return table(rows)
+
+
 def forms_table() -> str:
     """Losses and S of each form of a network that knows the Gaussian part, by training length."""
     paths = sorted((ROOT / "results" / "preconditioning").glob("train-*.json"))
@@ -262,6 +276,7 @@ TABLES = {
     (RESULTS, "levels"): levels_table,
     (RESULTS, "outlook"): outlook_table,
     (RESULTS, "seeds"): seeds_table,
+    (RESULTS, "trials"): trials_table,
     (RESULTS, "forms"): forms_table,
     (RESULTS, "local"): local_table,
     (RESULTS, "fit"): fit_table,
