@@ -1,5 +1,4 @@
 """Synthetic laws give their gamma in all forms; intervals and answers to gamma > 2 on families of a known exponent.
-
 Seven levels, each 3.5 times as expensive as the one before; L_inf is 0.008, the smallest level's excess error 1.5 times
 that. Each level has an independent error, `part` of the top level's excess error: neighbours differ by the drop in loss
 and twice that. Noise as measured on CelebA 32x32: 512 images, whose losses scatter by 0.0027 together and by 0.0006

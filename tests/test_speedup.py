@@ -42,12 +42,12 @@ def ml_em(costs: list[float], speedup: float, **row: Any) -> list[Measurement]:
 
 
 def entry_of(settings: list[Measurement], method: str = "any", against: str = "all", unit: str = "flops") -> Any:
-    return speedups(settings, EXACT)["strict"]["ode"][method][against][unit]
+    return speedups(settings, EXACT, taught=("t2",))["strict"]["ode"][method][against][unit]
 
 
 @pytest.mark.parametrize("true", [4.0, 1.0, 0.5])
 def test_known_speedup_is_found_below_one_included(true: float) -> None:
-    out = speedups(em(COSTS) + ml_em(COSTS, true), EXACT)
+    out = speedups(em(COSTS) + ml_em(COSTS, true), EXACT, taught=("t2",))
     assert json.loads(json.dumps(out, allow_nan=False)) == out
     assert list(out) == ["strict"] and list(out["strict"]) == ["ode"]
     for entry in (out["strict"]["ode"][m][a][u] for m in ("coins", "any") for a in AGAINST for u in UNITS):
@@ -90,9 +90,12 @@ def test_all_baselines_count_and_em_is_first_order() -> None:
     settings.append(setting("single", 3.0, 1 / 16, levels="w2", network_calls=30))
     settings.append(setting("single", 1.5, 1 / 16, levels="w2", network_calls=15, step_rule="heun"))
     found = {against: entry_of(settings, against=against)["max"] for against in AGAINST}
-    assert [e["speedup"] for e in found.values()] == pytest.approx([4, 0.75, 0.375])
-    assert [e["baseline"]["levels"] for e in found.values()] == ["w8", "w2", "w2"]
-    assert entry_of(settings[:-2])["max"]["baseline"]["estimator"] == "stitched"
+    assert [e["speedup"] for e in found.values()] == pytest.approx([4, 0.75, 0.375, 0.375])
+    assert [e["baseline"]["levels"] for e in found.values()] == ["w8", "w2", "w2", "w2"]
+    settings.append(setting("single", 1.0, 1 / 16, levels="t2", network_calls=10))  # taught: no rival in em_data
+    assert [entry_of(settings, against=a)["max"]["speedup"] for a in AGAINST] == pytest.approx([4, 0.25, 0.375, 0.25])
+    assert "em_data" not in speedups(settings, EXACT)["strict"]["ode"]["any"]
+    assert entry_of(settings[:-3])["max"]["baseline"]["estimator"] == "stitched"
 
 
 def test_errors_above_those_of_the_cheapest_level_are_left_out() -> None:
