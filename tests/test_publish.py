@@ -37,8 +37,8 @@ from mlem_diffusion.training.levels import claim, is_trained, level_names, plann
 
 COMMITTED = Path(__file__).resolve().parents[1] / "checkpoints" / "celeba32" / "published"
 EXPECTED = [  # mean and standard deviation of two images of each level, from the Gaussian one to w24
-    [0.18764, 0.59945], [0.17628, 0.62201], [0.16424, 0.64484], [0.18193, 0.62923], [0.17489, 0.62503], [0.18091, 0.63643],
-    [0.18064, 0.63872], [0.17828, 0.63536],
+    [0.18764, 0.59945], [0.17628, 0.62201], [0.16424, 0.64484], [0.18193, 0.62923], [0.17489, 0.62503],
+    [0.18091, 0.63643], [0.18064, 0.63872], [0.17828, 0.63536],
 ]  # fmt: skip
 GAUSS = "gauss-da7a-None.safetensors"
 DATA = {
