@@ -21,9 +21,11 @@ def plot_training(levels: Sequence[dict[str, Any]], title: str = "") -> Figure:
     for level, colour in zip(levels, style.shades(len(levels)), strict=True):
         history, held_out = level["history"], level["held_out"]
         images, losses = [point["images"] for point in history], [point["loss"] for point in history]
-        left.plot(images, losses, color=colour, marker="." if len(history) < 30 else None, label=level["name"])
-        right.plot(held_out["logsnr"], held_out["loss"], color=colour, marker="o", ms=3.5)
-    left.set(yscale="log", title="training", xlabel="images seen", ylabel="training loss")
+        looks: Any = dict(color=colour, ls="--" if "teacher" in level else "-")
+        left.plot(images, losses, marker="." if len(history) < 30 else None, label=level["name"], **looks)
+        right.plot(held_out["logsnr"], held_out["loss"], marker="o", ms=3.5, **looks)
+    title = "training" + (" (dashed: on the teacher's outputs)" if any("teacher" in v for v in levels) else "")
+    left.set(yscale="log", title=title, xlabel="images seen", ylabel="training loss")
     left.xaxis.set_major_formatter(style.THOUSANDS)
     right.set(yscale="log", title="held-out images", xlabel=style.LOGSNR, ylabel="denoising error")
     for ax in (left, right):
