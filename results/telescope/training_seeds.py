@@ -1,6 +1,6 @@
 """The chain gauss + t6 + w24 from two training seeds: how much do S and the gain of coins depend on chance in training?
 
-Writes training_seeds.json beside it. Each family is planned on 32 sample seeds and judged on 32 others, against its own
+Writes training_seeds.json beside it. Each family is planned on 16 sample seeds and judged on 32 others, against its own
 reference, as `make optimise` and `make sample-compare` do; only independent coins and DDPM. From the root, after
 
     make train-levels EXPERIMENT=celeba32 ARGS="name=seed1 train.seed=1 only=[w6,w24]"
@@ -8,7 +8,7 @@ reference, as `make optimise` and `make sample-compare` do; only independent coi
 
 (in training_seeds.json t6 of seed 1 started from the w6 of seed 0):
 
-    python results/telescope/training_seeds.py checkpoints/celeba32/published checkpoints/seed1
+    python results/telescope/training_seeds.py checkpoints/celeba32 checkpoints/seed1
 """
 
 import json
@@ -31,9 +31,9 @@ from mlem_diffusion.multilevel.planner import calibrate
 from mlem_diffusion.statistics import squared_errors
 
 PROCESS, RULE, SHAPE = Process(LinearSchedule()), step_rule("sde/ddpm"), (3, 32, 32)
-PLANNED, JUDGED = range(500000, 500032), range(1000, 1032)
-STEPS, COSTS, ALONE = (16, 32, 64), (2.0, 4.0, 8.0, 14.0), (4, 8, 12, 16, 24, 32, 48, 64)
-REFERENCE = 513  # noise levels
+PLANNED, JUDGED = range(500000, 500016), range(1000, 1032)
+STEPS, COSTS, ALONE = (16, 32), (0.7, 1.3, 2.5), (4, 8, 12, 16, 24, 32)
+REFERENCE = 257  # noise levels
 
 
 def family(folder: Path) -> list[Level]:
@@ -48,7 +48,7 @@ def judge(folder: Path) -> dict[str, Any]:
         m["name"]: float(np.mean(m["held_out"]["loss"])) for m in read_metadata(folder, ["t6", "w24"])
     }
     found = calibrate(
-        levels, PROCESS, RULE, SHAPE, steps=STEPS, seeds=PLANNED, calibrate_steps=(32, 64), reference_steps=REFERENCE
+        levels, PROCESS, RULE, SHAPE, steps=STEPS, seeds=PLANNED, calibrate_steps=(32,), reference_steps=REFERENCE
     )
     path = BrownianPath(JUDGED, SHAPE)
     fine = sample_reference(levels[-1], "sde", PROCESS, REFERENCE, path)[0]
