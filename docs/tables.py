@@ -98,15 +98,14 @@ def outlook_table() -> str:
 
 
 def seeds_table() -> str:
-    """S and the gain of coins over the largest level of two trainings of the chain."""
-    runs = load("telescope/training_seeds.json")
-    rows: list[tuple[str, ...]] = [("training seed", "loss of t6, w24", "S (steps)", *(
-        f"cost {coins['cost']:.1f}: rms error; speed-up" for coins in runs[0]["coins"]))]  # fmt: skip
-    for i, run in enumerate(runs):
-        cost = ", ".join(f"{s:.3g} ({steps})" for steps, s in run["S"].items())
-        losses = ", ".join(f"{loss:.5f}" for loss in run["held_out_loss"].values())
-        gains = (f"{coins['error'] ** 0.5:.3f}; {coins['speedup']:.1f}" for coins in run["coins"])
-        rows.append((str(i), losses, cost, *gains))
+    """Losses, distances, S and V of two trainings of the chain, pooled with alpha^2 d(logsnr)."""
+    rows: list[tuple[str, ...]] = [
+        ("training seed", "loss of t6, w24", "E\\|t6 - w24\\|^2", "SDE: S; V of t6, w24", "ODE: S; V of t6, w24"),
+    ]
+    for i, run in enumerate(load("telescope/training_seeds.json")):
+        losses = ", ".join(f"{loss:.5f}" for loss in run["loss"].values())
+        own = (f"{run[d]['S']:.4f}; {run[d]['V_t6']:.3f}, {run[d]['V_w24']:.4f}" for d in ("sde", "ode"))
+        rows.append((str(i), losses, f"{run['to_teacher']:.5f}", *own))
     return table(rows)
 
 
