@@ -11,9 +11,11 @@ from .power_law import CONFIDENCE, S_EDGE, S_MIN, DifferencesLaw, Fit, minimise,
 
 class DropsLaw:
     """L_(k-1) - L_k = a (tau_(k-1)^-s - tau_k^-s) for FLOPs [K] and losses [K], with s of either sign.
+
     Drops may be negative. Neighbouring drops share the noise of one level, so the fit is by generalised least squares:
     the covariance of the drops is D (covariance + scatter diag(L^2)) D^T, where D takes differences, `covariance`
-    [K, K] is that of the losses over images, and `scatter` a level's relative variance of the loss from training."""
+    [K, K] is that of the losses over images, and `scatter` is the variance of each level's loss, relative to its
+    square, that comes from training."""
 
     unknowns, grid = 3, DifferencesLaw.grid  # L_inf counts, since K losses give only K - 1 drops
 
@@ -27,7 +29,6 @@ class DropsLaw:
     def set_scatter(self, scatter: float) -> None:
         total = self.of_drops @ (self.covariance + scatter * np.diag(self.loss**2)) @ self.of_drops.T
         self.weights = np.linalg.inv(total)
-        self.rss_of_none = float(self.drops @ self.weights @ self.drops)  # weighted, if the loss does not fall
 
     def solve(self, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The best a s >= 0 and the weighted sum of squares, each [G]."""
@@ -35,6 +36,11 @@ class DropsLaw:
         weighted = shape @ self.weights
         slope = np.maximum(weighted @ self.drops, 0.0) / (weighted * shape).sum(-1)
         return slope, self.rss_of_none - slope**2 * (weighted * shape).sum(-1)
+
+    @property
+    def rss_of_none(self) -> float:
+        """The weighted sum of squares of the drops, if the loss does not fall."""
+        return float(self.drops @ self.weights @ self.drops)
 
     def rss(self, s: np.ndarray) -> np.ndarray:
         return self.solve(s)[1]
@@ -44,6 +50,7 @@ def fit_drops(
     flops: np.ndarray, loss: np.ndarray, covariance: np.ndarray | None = None, between: float = 0.0
 ) -> tuple[Fit, float]:
     """Fit the drops of losses [K] at FLOPs [K]: the estimate, with a profile interval, and the scatter.
+
     The scatter makes the residuals as large as expected of them, and is at least `between`, the variance of the
     logarithm of a level's loss between training seeds, where measured."""
     if (loss <= 0).any():
