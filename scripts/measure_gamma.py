@@ -23,13 +23,13 @@ def main(exp: Experiment) -> None:
     def load(metadata, snapshot):
         return load_level(exp.checkpoints / metadata["name"], metadata, exp.device, snapshot, compile="off")
 
-    settings, gains = exp.cfg.gamma, gain_densities(exp)
-    family = [m for m in exp.metadata() if "teacher" not in m]  # a taught level's error says little about its size
-    result = measure(family, again, load, exp.held_out(), exp.process, settings, exp.progress, gains)
+    settings, gains, every, held_out = exp.cfg.gamma, gain_densities(exp), exp.metadata(), exp.held_out()
+    family = [m for m in every if "teacher" not in m]  # a taught level's error says little about its size
+    result = measure(family, again, load, held_out, exp.process, settings, exp.progress, gains)
     result["made_with"] = exp.identity
-    if taught := [m for m in exp.metadata() if "teacher" in m]:
+    if taught := [m for m in every if "teacher" in m]:
         levels = [load(m, None) for m in [*taught, family[-1]]]
-        result["taught"] = taught_errors(levels, exp.held_out(), exp.process, settings)
+        result["taught"] = taught_errors(levels, held_out, exp.process, settings)
     exp.save("gamma.json", result)
     exp.figure("gamma.png", plot_gamma(result, exp.cfg.title))
     exp.log({f"gamma/{name}": e["gamma"] for name, e in result["estimates"].items()})

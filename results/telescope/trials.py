@@ -17,6 +17,7 @@ From the root, after `make data EXPERIMENT=celeba32 SOURCE=...`:
 import argparse
 import copy
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +31,6 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import norm
 from torch import Tensor, nn
 
-from mlem_diffusion.data import images as datasets
 from mlem_diffusion.data.pixels import to_float
 from mlem_diffusion.diffusion.brownian import BrownianPath
 from mlem_diffusion.diffusion.level import Level, flops_per_evaluation, shared_costs
@@ -49,6 +49,9 @@ from mlem_diffusion.training.levels import TrainConfig
 from mlem_diffusion.training.loop import train_level
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "preconditioning"))
+from forms import pictures  # noqa: E402
+
 PROCESS = Process(LinearSchedule(0.1, 20.0), -9.0, 9.0, 2049, "logsnr")
 SIZE, NARROW, LARGEST = 16, 4, 16
 RULES = {rule: step_rule(rule) for rule in ("sde/ddpm", "ode/dpmpp_2m")}
@@ -59,19 +62,6 @@ COSTS = (1.5, 2.5, 4.0, 7.0)
 HELD_OUT = 128  # images
 FULL = 45056  # images for which the half-lives below are meant; shorter runs have proportionally shorter ones
 HALFLIVES = (500, 2000, 8000, 32000)
-
-
-class Distilled(Denoiser):
-    """A network whose target is a teacher's denoised image, which has no noise in it."""
-
-    def __init__(self, unet: nn.Module, rms: float, gauss: GaussianDenoiser, teacher: Denoiser):
-        super().__init__(unet, rms, "v", gauss)
-        self.teacher = (teacher,)  # a tuple, so that it is no part of this network
-
-    def loss(self, x: Tensor, x0: Tensor, logsnr: Tensor) -> Tensor:
-        with torch.no_grad():
-            target = self.teacher[0](x, logsnr)
-        return super().loss(x, target, logsnr)
 
 
 class Residual(Denoiser):
@@ -152,7 +142,7 @@ class Data:
             torch.manual_seed(100 * self.seed + width)
             return UNet(width, SIZE, [1, 2, 2], blocks=1, attention=[8], inputs=inputs)
 
-    def trained(self, name: str, network: Denoiser, noise: Any = PROCESS) -> Denoiser:
+    def trained(self, name: str, network: Denoiser, noise: Any = PROCESS, teacher: Denoiser | None = None) -> Denoiser:
         """The moving average of the network, trained as celeba32 trains; or as it was kept under this name."""
         file = self.folder / f"{name}.safetensors"
         average, start = copy.deepcopy(network).eval().requires_grad_(False), time.process_time()
@@ -163,7 +153,7 @@ class Data:
             config = TrainConfig(images=images, batch=batch, **settings, snapshots=[1.0])
             network.requires_grad_(True)
             with tempfile.TemporaryDirectory() as scratch:
-                average = train_level(network, self.seen, noise, config, Path(scratch))
+                average = train_level(network, self.seen, noise, config, Path(scratch), teacher=teacher)
             self.keep(name, list(average.unet.parameters()))
             for halflife, weights in getattr(network, "averages", {}).items():
                 self.keep(f"{name}-{halflife:g}", weights)
@@ -189,8 +179,8 @@ class Data:
         return self.trained(f"w4 {noise}", network, NOISE[noise])
 
     def distilled(self, teacher: Denoiser, noise: str = "uniform", of: str = "") -> Denoiser:
-        unet = copy.deepcopy(self.data_trained().unet)
-        return self.trained(f"t4 {noise}{of}", Distilled(unet, self.rms, self.gauss, teacher), NOISE[noise])
+        student = Denoiser(copy.deepcopy(self.data_trained().unet), self.rms, "v", self.gauss)
+        return self.trained(f"t4 {noise}{of}", student, NOISE[noise], teacher)
 
     def largest(self) -> Averaged:
         halflives = [h * self.images / FULL for h in HALFLIVES]
@@ -223,16 +213,6 @@ def root_errors(denoiser: Denoiser, seen: np.ndarray, points: int = 19, images: 
         x = add_noise(x0, torch.randn(x0.shape, generator=generator), u.expand(len(x0)))
         errors.append((denoiser(x, u) - x0).square().mean().sqrt())
     return torch.stack(errors)
-
-
-def pictures(folder: Path) -> tuple[np.ndarray, np.ndarray, float]:
-    """Training and held-out images, uint8 [N,3,16,16], averaged down if the folder's are larger, and their rms."""
-    data = datasets.load(folder)
-    side = data.images.shape[-1] // SIZE
-    small = np.asarray(data.images).reshape(-1, 3, SIZE, side, SIZE, side).mean((3, 5))
-    small = np.round(small).astype(np.uint8)
-    train = small[data.train()]
-    return train, small[data.held_out()], float(np.sqrt(np.mean((train[:4096] / 127.5 - 1) ** 2)))
 
 
 def losses(data: Data, largest: Level, narrow: Sequence[Level]) -> dict[str, Any]:
@@ -460,7 +440,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=HERE)
     given = parser.parse_args()
     torch.set_flush_denormal(True)
-    seen, unseen, rms = pictures(given.folder)
+    seen, unseen, rms = pictures(given.folder, SIZE)
     narrow_images = given.narrow_images or given.images
     folder = given.keep / f"{given.images}-{narrow_images}-seed{given.seed}"
     folder.mkdir(parents=True, exist_ok=True)

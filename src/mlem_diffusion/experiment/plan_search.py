@@ -103,7 +103,7 @@ def effects(exp: Any, levels: dict[str, Level], rule: StepRule) -> list[Effects]
             )
 
     finest = max(step for r in o.rules if (r.dynamics, r.step_rule) == (rule.dynamics, rule.name) for step in r.steps)
-    counts = [n for n in sorted(o.calibrate_steps) if n < 2 * finest] or [min(o.calibrate_steps)]
+    counts = planner.gain_grids(o.calibrate_steps, finest)
     facts = ["bridge", o.seed, o.calibrate, o.probes, list(levels), rule.key]
     return [exp.cached("effects.npz", [*facts, n], Effects.load, partial(make, n)) for n in counts]
 
@@ -136,6 +136,12 @@ class Searched:
         return setting_of(plan, self.rule.dynamics, self.rule.name)
 
 
+def _error(exp: Any, runner: Runner, rule: StepRule, plan: Plan) -> float | None:
+    """The squared error of a plan on the runner's seeds; None if it diverged."""
+    setting = setting_of(plan, rule.dynamics, rule.name)
+    return runs.run_all(exp, replace(runner, plans={plan.id: plan}), [setting], "drift")[0].row["error"]
+
+
 def search(exp: Any, runner: Runner, alone: dict[Any, float], seconds: dict[str, float]) -> list[Searched]:
     """Candidate plans for every rule with methods. runner: of the calibration; alone: `errors_alone`; seconds: of one
     evaluation of each level."""
@@ -152,10 +158,7 @@ def search(exp: Any, runner: Runner, alone: dict[Any, float], seconds: dict[str,
         grids = {n: exp.process.grid(n).logsnr for n in r.steps}
         *coarser, finest = effects(exp, levels, rule)
         inputs = planner.Calibration(finest, grids, own, costs.astype(np.float64), methods, base, coarser)
-        if (probe := inputs.probe()) is not None:
-            setting = setting_of(probe, rule.dynamics, rule.name)
-            found = runs.run_all(exp, replace(runner, plans={probe.id: probe}), [setting], "drift")[0].row["error"]
-            inputs = replace(inputs, drift=0.0 if found is None else inputs.drift_of(probe, found))
+        inputs = inputs.with_drift(partial(_error, exp, runner, rule))
         learned = partial(learn, exp, levels, rule, inputs, spent) if r.get("learn", False) else None
         with exp.progress(f"plan {rule.key}", None, "grid") as progress:
             found = candidates(inputs, exp.process, o, learned, progress)
@@ -240,7 +243,7 @@ def cost(exp: Any, levels: dict[str, Level]) -> Counter[str]:
         counts[largest] += reference_evaluations(dynamics, steps) * (o.calibrate + o.num_select)
     for rule in o.rules:
         methods = rule.get("methods", o.methods)
-        points = o.calibrate * sum(n for n in o.calibrate_steps if n < 2 * max(rule.steps)) if methods else 0
+        points = o.calibrate * sum(planner.gain_grids(o.calibrate_steps, max(rule.steps))) if methods else 0
         tried = len(methods) * len(o.bases) * o.plans * rule.steps[len(rule.steps) // 2] // 4
         counts.update(dict.fromkeys(levels, points + sum(rule.steps) * o.calibrate))
         counts[largest] += points * (2 + o.probes) + tried * o.num_select

@@ -18,7 +18,7 @@ as the best estimate of f^b - f^a."""
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import pairwise
@@ -130,6 +130,12 @@ class Calibration:
             loose += float(((effects.difference(low, high) ** 2).mean(axis=0) * (1 / p - 1)).sum())
         return float(np.clip((error - (probe.predicted or 0.0)) / max(loose, 1e-300), 0.0, 1.0))
 
+    def with_drift(self, run: Callable[[Plan], float | None]) -> Calibration:
+        """This calibration with its drift, measured by run(plan): a plan's squared error, or None if it diverges."""
+        probe = self.probe()
+        error = None if probe is None else run(probe)
+        return self if probe is None or error is None else replace(self, drift=self.drift_of(probe, error))
+
     def plan(self, method: str, *, cost: float | None = None, error: float | None = None) -> Plan:
         """The plan of smallest predicted error within a cost per image, or the cheapest within a squared error.
         Raises UserError if no plan qualifies, and unless exactly one of cost and error is given."""
@@ -146,24 +152,29 @@ class Calibration:
         return min(within, key=lambda plan: getattr(plan, wanted))
 
 
+def gain_grids(calibrate_steps: Sequence[int], finest: int) -> list[int]:
+    """The numbers of steps, ascending, on which gains are measured: without those of twice `finest`, the most steps of
+    a plan, or more, unless none is left."""
+    return [n for n in sorted(calibrate_steps) if n < 2 * finest] or [min(calibrate_steps)]
+
+
 def calibrate(
     family: Sequence[Level], process: Process, rule: StepRule, shape: tuple[int, ...], *,
     steps: Sequence[int] = (8, 16, 32, 64, 128), seeds: Sequence[int] = range(10**6, 10**6 + 32),
     calibrate_steps: Sequence[int] = (32, 128), reference_steps: int | None = None, device: torch.device | str = "cpu",
 ) -> Calibration:  # fmt: skip
     """Measure the gains of a family and the error of each level alone, for plans with one of these numbers of steps.
-    calibrate_steps: noise levels of the grids on which gains are measured, the finest last; finer ones than the finest
-    plan needs are left out. reference_steps: of the reference (diffusion/reference.py); None for as many as the finest
-    plan needs. Evaluate on other seeds, and run a plan before you rely on its predicted error. Raises UserError if the
-    family is not ordered by cost, if the largest level cannot be differentiated, or if the reference is not fine enough
-    for the plans."""
+    calibrate_steps: noise levels of the grids on which gains are measured (`gain_grids`). reference_steps: of the
+    reference (diffusion/reference.py); None for as many as the finest plan needs. Evaluate on other seeds, and run a
+    plan before you rely on its predicted error. Raises UserError if the family is not ordered by cost, if the largest
+    level cannot be differentiated, or if the reference is not fine enough for the plans."""
     if reference_steps is None:
         reference_steps = reference.reference_steps(process, steps)
     reference.check_reference(reference_steps, steps, "reference_steps")
     if len(seeds) < 2:
         raise UserError("calibrate: at least two seeds are needed, better 32 or more.")
     path = BrownianPath(seeds, shape, device)
-    counts = [n for n in calibrate_steps if n < 2 * max(steps)] or list(calibrate_steps[:1])
+    counts = gain_grids(calibrate_steps, max(steps))
     *coarser, effects = (measure_effects(family, rule, process.grid(n), path) for n in counts)
     fine, own = reference.sample_reference(family[-1], rule.dynamics, process, reference_steps, path)[0], {}
     for k, level in enumerate(family):
@@ -172,11 +183,12 @@ def calibrate(
             own[k, count] = float(squared_errors(images, fine).mean())
     grids = {count: process.grid(count).logsnr for count in sorted(steps)}
     costs, base = shared_costs(family)
-    first = Calibration(effects, grids, own, costs, base=base, coarser=coarser)
-    if (probe := first.probe()) is None:
-        return first
-    images = sample(probe.build(family), rule, process.grid(probe.steps), path)[0]
-    return replace(first, drift=first.drift_of(probe, float(squared_errors(images, fine).mean())))
+
+    def error(plan: Plan) -> float:
+        images = sample(plan.build(family), rule, process.grid(plan.steps), path)[0]
+        return float(squared_errors(images, fine).mean())
+
+    return Calibration(effects, grids, own, costs, base=base, coarser=coarser).with_drift(error)
 
 
 class Planner:
