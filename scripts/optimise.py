@@ -6,7 +6,8 @@ from dataclasses import replace
 from mlem_diffusion import parallel
 from mlem_diffusion.comparison.settings import telescope
 from mlem_diffusion.experiment import plan_search
-from mlem_diffusion.experiment.runs import make_runner, run_all, sample_seeds
+from mlem_diffusion.experiment.runs import make_runner, run_all
+from mlem_diffusion.experiment.seeds import sample_seeds
 from mlem_diffusion.experiment.stage import Experiment, stage
 from mlem_diffusion.figures.levels import plot_ablation, plot_diagnostics, plot_gains
 from mlem_diffusion.multilevel import ablation, diagnostics
@@ -20,7 +21,7 @@ OUTPUTS = ["plans.json", "plans.npz", "gains.json", "gains.png", "diagnostics.js
 def main(exp: Experiment) -> None:
     selecting = make_runner(exp)
     levels, seeds = telescope(selecting.levels), list(sample_seeds(exp.cfg).calibration[: exp.cfg.optimise.calibrate])
-    runner = replace(selecting, levels=levels, seeds=seeds, num_reference=len(seeds))  # of the calibration
+    runner = replace(selecting, levels=levels, seeds=seeds)  # of the calibration
     timing = plan_search.timing(exp, selecting.levels)  # before workers use the machine
     diagnosed = plan_search.diagnostics(exp, levels)
     alone = plan_search.errors_alone(exp, runner)

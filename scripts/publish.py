@@ -19,7 +19,7 @@ def statistics(exp: Experiment, path: Path) -> dict[str, Any] | None:
     if extractor is None or real is None:
         return None
     save_moments(path, real.moments)
-    floor = {"num_samples": exp.cfg.compare.num_samples, "seed": exp.cfg.compare.seed, "distance": real.floor}
+    floor = {"num_samples": exp.cfg.compare.num_distance, "seed": exp.cfg.compare.seed, "distance": real.floor}
     return {"file": path.name, "name": extractor.name, "identity": extractor.key, "floor": floor}
 
 

@@ -27,7 +27,7 @@ def main(exp: Experiment) -> None:
         raise UserError(f"Samples of shape {list(exp.shape)} are not pictures in RGB, so there are no PNGs to write.")
     seeds, levels, folder, last = parse_seeds(exp.cfg.seeds), exp.levels(), exp.results / "samples", "samples.png"
     setting, gamma, plans, reason = chosen(exp, levels)
-    estimator, grid = setting.build(levels, gamma, plans), exp.process.grid(setting.steps)
+    estimator, grid = setting.build(levels, gamma, plans), setting.grid(exp.process)
     exp.print(f"sample: {reason}")
     if parallel.is_main():
         begin(folder, exp.results / last, exp.results / "cache" / "samples.key", exp.key)

@@ -34,13 +34,25 @@ _DESCRIBED += ("gflops_realised", "seconds")
 
 
 def errors_of(settings: Measurements, replicates: int, seed: int) -> np.ndarray:
-    """Mean squared errors [S, 1 + R]: first on all seeds, then on each paired bootstrap resample; R = 0 with one."""
+    """Mean squared errors [S, 1 + R]: first on all seeds, then on each paired bootstrap resample; R = 0 with one.
+    Of several shared patterns the mean; the resamples draw anew from them, too."""
     if not settings:
         return np.zeros((0, 1))
-    n = len(settings[0].errors)
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=replicates if n > 1 else 0).T
-    counts = np.concatenate([np.ones((n, 1)), drawn.astype(np.float64)], axis=1)
-    return np.stack([m.errors for m in settings]) @ counts / n
+    rng, patterns = np.random.default_rng(seed), np.random.default_rng(seed + 2)
+    n = max(m.errors.shape[-1] for m in settings)
+    count = replicates if n > 1 else 0
+    counts, found = _resamples(rng, n, count), []
+    for m in settings:
+        own = counts[: m.errors.shape[-1]]  # shared patterns may run on the first seeds only
+        means = np.atleast_2d(m.errors) @ own / np.maximum(own.sum(axis=0), 1)
+        found.append((means * _resamples(patterns, len(means), count)).mean(axis=0) if len(means) > 1 else means[0])
+    return np.stack(found)
+
+
+def _resamples(rng: np.random.Generator, n: int, replicates: int) -> np.ndarray:
+    """How often each of n things is drawn [n, 1 + R]: first once each, then with replacement."""
+    drawn = rng.multinomial(n, np.full(n, 1 / n), size=replicates).T
+    return np.concatenate([np.ones((n, 1)), drawn.astype(np.float64)], axis=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +63,11 @@ class Group:
     rows: list[Row]
     costs: np.ndarray
     errors: np.ndarray
+
+    @property
+    def turned(self) -> "Group":
+        """The same settings with costs and errors exchanged: `compare` then finds ratios of errors at equal cost."""
+        return Group(self.rows, self.errors, self.costs)
 
     def frontier(self) -> list[int]:
         """Indices of the settings whose error no cheaper or equally cheap setting reaches, cheap to expensive."""

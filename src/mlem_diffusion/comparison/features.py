@@ -23,6 +23,7 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 Progress = Callable[[int, int], object]
 BATCH = 64  # images per call
 MIN_IMAGES = 1000  # with fewer, a distance says more about their number than about the sampler
+_SUBSETS = 100  # of MIN_IMAGES images each, whose mean is the kernel distance
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,8 @@ def inception(weights: str | None = None, device: str = "cpu") -> Extractor:
             # to a temporary file, which is renamed if its hash is right
             torch.hub.download_url_to_file(URL, str(path), INCEPTION_SHA256, progress=False)
         except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
-            raise UserError(f"Download {URL} and give its path as metrics.weights, for it failed: {error}.") from error
+            text = "give its path as metrics.weights, or leave distances out with metrics=none"
+            raise UserError(f"{URL} could not be downloaded ({error}): {text}.") from error
     if not path.is_file() or sha256_of(path) != INCEPTION_SHA256:
         raise UserError(f"The Inception weights {path} do not exist, or their SHA-256 is not {INCEPTION_SHA256}.")
     network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
@@ -154,6 +156,17 @@ def frechet_distance(features: Any, reference: FeatureMoments) -> float:
     return float(fid_statistics_to_metric(*stats, verbose=False)[KEY_METRIC_FID])
 
 
+def kernel_distance(features: Any, real: Any) -> float:
+    """The mean unbiased squared MMD with a cubic kernel over subsets, by torch-fidelity (Binkowski et al. 2018); of
+    Inception's features it is KID. features, real: [N, D], N >= MIN_IMAGES. Unlike a Frechet distance it has no bias by
+    N, and is 0 on average for real images."""
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric  # slow import
+
+    both = (torch.as_tensor(np.asarray(part, dtype=np.float32)) for part in (features, real))
+    options: dict[str, Any] = dict(kid_subsets=_SUBSETS, kid_subset_size=MIN_IMAGES, rng_seed=0, verbose=False)
+    return float(kid_features_to_metric(*both, **options)[KEY_METRIC_KID_MEAN])
+
+
 def distance_interval(features: Any, reference: FeatureMoments, replicates: int, seed: int) -> tuple[float, ...]:
     """`frechet_distance` of features [N, D], and the ends of its 95% interval at this N.
     Only the standard deviation is that of bootstrap resamples: they have fewer images, so their distance is larger."""
@@ -184,18 +197,20 @@ def distance_floor(features: np.ndarray, n: int, seed: int) -> float:
     """Real against real: the mean distance of n random real images to the moments of all *other* real ones.
     features: [N, D]. No sampler is expected to go below it with n images. Raises UserError unless N >= n + 2."""
     if len(features) < n + 2:
-        raise UserError(f"compare.num_samples={n} needs {n + 2} real images, but there are {len(features)}.")
+        raise UserError(f"compare.num_distance={n} needs {n + 2} real images, but there are {len(features)}.")
     rng = np.random.default_rng(seed)
     orders = [rng.permutation(len(features)) for _ in range(3)]
     return float(np.mean([frechet_distance(features[o[:n]], feature_moments(features[o[n:]])) for o in orders]))
 
 
 class RealImages(NamedTuple):
-    """What samples are compared with: the name of the distance, moments of real images, and `distance_floor`."""
+    """What samples are compared with: the name of the distance, moments of real images, `distance_floor`, and some of
+    their features [N, D] if the images are there."""
 
     name: str
     moments: FeatureMoments
     floor: float | None
+    features: np.ndarray | None = None
 
 
 def write_features(path: Path, extractor: Extractor, images: np.ndarray, rows: np.ndarray, progress: Progress) -> None:

@@ -1,22 +1,25 @@
 """The optimiser's plans in the comparison: settings that run them, and what plans add to the rows of compare.csv."""
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..data.pixels import to_uint8
 from ..diffusion.level import Level
 from ..diffusion.process import Process
-from ..diffusion.reference import reference_evaluations, reference_steps
+from ..diffusion.reference import reference_steps
 from ..errors import UserError
 from ..files import expect_content
 from ..multilevel.plan import Plan, load_plans
 from ..statistics import frontier
-from .features import RealImages, distance_interval
+from .features import RealImages, distance_interval, kernel_distance
 from .runner import Runner
 from .settings import Measurement, Row, SamplerSetting, describe, is_multilevel, setting_of, settings_of, trusted
+
+DISTANCES = ("distance", "distance_low", "distance_high", "kid", "num_distance")
 
 
 @dataclass(frozen=True)
@@ -69,43 +72,45 @@ def references_for(settings: Iterable[SamplerSetting], process: Process) -> dict
     return {dynamics: reference_steps(process, counts) for dynamics, counts in sorted(steps.items())}
 
 
-def expected_evaluations(config: Any, levels: Mapping[str, Level], process: Process, planned: Planned) -> Counter[str]:
-    """The evaluations of each level in a comparison: of its settings and their references."""
-    gamma, count = 2.5 if config["gamma"] == "auto" else float(config["gamma"]), config["num_samples"]
-    settings, total = all_settings(config, levels, process.base_steps, planned), Counter()
-    for setting in settings:
-        for name, number in setting.expected_evaluations(levels, gamma, planned.plans, process).items():
-            total[name] += number * count
-    for dynamics, steps in references_for(settings, process).items():
-        total[list(levels)[-1]] += reference_evaluations(dynamics, steps) * min(config["num_reference"], count)
-    return total
-
-
 def complete(
-    settings: Sequence[SamplerSetting], measured: Sequence[Measurement], seeds: Sequence[int],
-    real: RealImages | None, planned: Planned, replicates: int = 20,
-) -> list[Measurement]:  # fmt: skip
-    """The measurements with whole rows: seeds, what plans add, and, for settings on a frontier of error against FLOPs,
-    the distance to real images with its interval from this many bootstrap replicates."""
-    columns = ("distance", "distance_low", "distance_high")
-    shared = {"seed": seeds[0], "num_samples": len(seeds), **dict.fromkeys(columns)}
-    shared |= {"distance_name": real.name if real else "", "distance_floor": real.floor if real else None}
-    pairs = zip(settings, measured, strict=True)
-    out = [replace(m, row=m.row | shared | planned.facts.get(setting, {})) for setting, m in pairs]
-    if real is not None:
-        for m in on_frontiers(out):
-            found = distance_interval(m.features, real.moments, replicates, seeds[0])
-            m.row.update(zip(columns, found, strict=True))
+    measured: Iterable[tuple[SamplerSetting, Measurement]], seeds: Sequence[int], planned: Planned
+) -> list[tuple[SamplerSetting, Measurement]]:
+    """The settings with whole rows but for distances: protocol, seeds, and what plans add."""
+    out = []
+    for setting, m in measured:
+        shared = {"protocol": setting.protocol, "seed": seeds[0], "num_samples": m.errors.shape[-1]}
+        out.append((setting, replace(m, row=m.row | shared | planned.facts.get(setting, {}))))
     return out
 
 
-def on_frontiers(measured: Sequence[Measurement]) -> list[Measurement]:
-    """The settings on the frontiers of error against FLOPs of each dynamics: of its baselines, and of the others."""
+def for_distances(rows: Sequence[Row], config: Any, unit: float) -> list[int]:
+    """The places of the rows whose distance is measured, by a `compare.distances` configuration: so many of each
+    protocol's frontiers of error against FLOPs, evenly spread over it in order of cost, with both ends. Those that cost
+    more than `evaluations` of the largest level (unit: its GFLOPs) are left out."""
+    found: list[int] = []
+    for (protocol, *_), own in frontiers(rows).items():
+        cheap = [i for i in own if rows[i]["gflops_realised"] <= config.evaluations * unit * 1.01]
+        places = np.linspace(0, len(cheap) - 1, min(config[protocol], len(cheap)))
+        found += [cheap[i] for i in places.round().astype(int)]
+    return found
+
+
+def distances(features: np.ndarray, real: RealImages, replicates: int, seed: int) -> Row:
+    """The columns of DISTANCES for features [N, D], with an interval from this many bootstrap replicates."""
+    kid = None if real.features is None else kernel_distance(features, real.features)
+    values = (*distance_interval(features, real.moments, replicates, seed), kid, len(features))
+    return dict(zip(DISTANCES, values, strict=True))
+
+
+def frontiers(rows: Sequence[Row]) -> dict[tuple[str, str, bool], list[int]]:
+    """{(protocol, dynamics, is multilevel): places of the rows on a frontier of error against FLOPs}, cheap first."""
     groups: dict[Any, list[Row]] = {}
-    for i, m in enumerate(measured):
-        if trusted(m.row):
-            groups.setdefault((m.row["dynamics"], is_multilevel(m.row)), []).append(m.row | {"index": i})
-    return [measured[row["index"]] for rows in groups.values() for row in frontier(rows, "gflops_realised", "error")]
+    for i, row in enumerate(rows):
+        if trusted(row) and "diverged" not in row and row["coins"] != "shared":  # those are many samplers
+            key = (row["protocol"], row["dynamics"], is_multilevel(row))
+            groups.setdefault(key, []).append(row | {"index": i})
+    best = {key: frontier(own, "gflops_realised", "error") for key, own in groups.items()}
+    return {key: [row["index"] for row in own] for key, own in best.items()}
 
 
 def examples(measured: Iterable[Measurement], dynamics: str, runner: Runner) -> list[tuple[str, Any]]:

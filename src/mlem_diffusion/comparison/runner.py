@@ -3,7 +3,7 @@ To resume, every batch of a reference and every finished setting is one npz file
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import parallel
 from ..data.pixels import to_uint8
 from ..diffusion.brownian import BrownianPath
-from ..diffusion.level import Level, joined
+from ..diffusion.level import Ledger, Level, joined
 from ..diffusion.process import Process
 from ..diffusion.reference import reference_evaluations, sample_reference
 from ..diffusion.sampler import Estimator, sample
@@ -43,12 +43,13 @@ class Runner:
     gamma: float
     shape: tuple[int, ...]
     seeds: list[int]
-    num_reference: int
     batch: int
     device: torch.device
     extractor: Extractor | None  # None: no distances
+    distance_seeds: Sequence[int]  # those of distances
+    num_shared: int  # the first of the seeds, on which each of several shared patterns runs
     cache: Path
-    key: str  # hash of the weights, process and extractor
+    key: str  # hash of the weights and process
     grid_images: int = 12
     plans: dict[str, Plan] = field(default_factory=dict)
     reference_steps: Mapping[str, int] = field(default_factory=dict)  # {dynamics: noise levels of its reference}
@@ -60,16 +61,19 @@ class Runner:
 
     def expected_flops(self, setting: SamplerSetting) -> float:
         """Expected FLOPs of a setting over all samples."""
-        return self.build(setting).expected_flops(setting.evaluations(self.process)) * len(self.seeds)
+        return self.build(setting).expected_flops(setting.evaluations(self.process)) * len(self.seeds_of(setting))
+
+    def seeds_of(self, setting: SamplerSetting) -> list[int]:
+        return self.seeds[: self.num_shared] if setting.coins == "shared" else self.seeds
 
     def reference_flops(self, dynamics: str) -> float:
         """FLOPs of a reference over all its samples."""
         evaluations = reference_evaluations(dynamics, self.reference_steps[dynamics])
-        return list(self.levels.values())[-1].flops * evaluations * self.num_reference
+        return list(self.levels.values())[-1].flops * evaluations * len(self.seeds)
 
     def _reference_files(self, dynamics: str) -> list[Path]:
-        file = self._file("reference", dynamics, None)
-        return [file.with_stem(f"{file.stem}-{i}") for i in range(-(-self.num_reference // self.batch))]
+        file = self._file("reference", dynamics, len(self.seeds))
+        return [file.with_stem(f"{file.stem}-{i}") for i in range(-(-len(self.seeds) // self.batch))]
 
     def reference_tasks(self, dynamics: str) -> list[tuple[str, int]]:
         """(dynamics, batch number) of each batch of a reference that is not done."""
@@ -77,14 +81,14 @@ class Runner:
 
     def measure_reference(self, dynamics: str, i: int) -> None:
         """Sample a batch of a reference and of its check on half of the grid."""
-        seeds = self.seeds[: self.num_reference][i * self.batch : (i + 1) * self.batch]
+        seeds = self.seeds[i * self.batch : (i + 1) * self.batch]
         top, path = list(self.levels.values())[-1], BrownianPath(seeds, self.shape, self.device)
         found = sample_reference(top, dynamics, self.process, self.reference_steps[dynamics], path)
         arrays = (part.cpu().numpy() for part in found)
         write_arrays(self._reference_files(dynamics)[i], dict(zip(_KINDS, arrays, strict=True)))
 
     def reference(self, dynamics: str) -> Tensor:
-        """The reference samples [num_reference, *shape], float32 on the CPU; UserError if they are not finite."""
+        """The reference samples [n, *shape], float32 on the CPU; UserError if they are not finite."""
         return self.references(dynamics)[0]
 
     def references(self, dynamics: str) -> tuple[Tensor, Tensor]:
@@ -99,17 +103,13 @@ class Runner:
         return self._references[dynamics]
 
     def is_done(self, setting: SamplerSetting) -> bool:
-        return self._file("setting", setting.dynamics, setting.row).is_file()
+        return self._setting_file(setting).is_file()
 
     def measure(self, setting: SamplerSetting, should_stop: Callable[[], bool] = parallel.never) -> None:
         """Run all batches of a setting and write its file; raises Interrupted between batches."""
         estimator, parts, ledgers = self.build(setting), [], []
-        for start in range(0, len(self.seeds), self.batch):
-            if should_stop():
-                raise Interrupted("stopped; finished settings are saved")
-            path = BrownianPath(self.seeds[start : start + self.batch], self.shape, self.device)
-            images, ledger = sample(estimator, setting.rule, self.process.grid(setting.steps), path)
-            parts.append(self._compared(images.cpu(), setting.dynamics, start))
+        for start, images, ledger in self._batches(setting, self.seeds_of(setting), should_stop):
+            parts.append(self._compared(images, setting.dynamics, start))
             ledgers.append(ledger)
         total = joined(ledgers)
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -121,43 +121,86 @@ class Runner:
             "network_calls": sum(total.evaluations) / len(total.per_sample),
             "gflops_expected": estimator.expected_flops(setting.evaluations(self.process)) / 1e9,
             "gflops_realised": total.flops_per_image / 1e9,
-            "top_evaluations": int(total.per_sample[: len(errors), -1].sum()),  # in the samples that the error averages
+            "top_evaluations": int(total.per_sample[:, -1].sum()),
         }
         costs |= {"diverged": lost} if lost else {}
         texts = {"costs": json.dumps(costs), "work": json.dumps(self.work(setting))}
-        write_arrays(self._file("setting", setting.dynamics, setting.row), {**texts, **arrays})
+        write_arrays(self._setting_file(setting), {**texts, **arrays})
+
+    def _batches(
+        self, setting: SamplerSetting, seeds: Sequence[int], should_stop: Callable[[], bool]
+    ) -> Iterator[tuple[int, Tensor, Ledger]]:
+        """The number of its first sample, images on the CPU and ledger of every batch of a setting."""
+        estimator = self.build(setting)
+        for start in range(0, len(seeds), self.batch):
+            if should_stop():
+                raise Interrupted("stopped; finished settings are saved")
+            path = BrownianPath(seeds[start : start + self.batch], self.shape, self.device)
+            images, ledger = sample(estimator, setting.rule, setting.grid(self.process), path)
+            yield start, images.cpu(), ledger
+
+    def measure_features(self, setting: SamplerSetting, should_stop: Callable[[], bool] = parallel.never) -> None:
+        """Write the samples of a setting for a distance, uint8 [N, 3, H, W], and their features, float32 [N, D].
+        The samples are kept, so that another extractor needs no new ones."""
+        assert self.extractor is not None
+
+        def draw() -> None:
+            parts = [to_uint8(part.nan_to_num()) for _, part, _ in self._batches(setting, seeds, should_stop)]
+            write_arrays(file, {"images": torch.cat(parts).numpy()})
+
+        seeds, file = self.distance_seeds, self._file_of_samples("samples", setting)
+        images = cached(file, _read, draw)["images"]
+        found = self.extractor.features(images).numpy()
+        write_arrays(self.features_file(setting), {"features": found}, compress=False)
+
+    def _file_of_samples(self, kind: str, setting: SamplerSetting, *facts: str) -> Path:
+        seeds = self.distance_seeds
+        return self._hashed(kind, [setting.row, self.key, self.gamma, seeds[0], len(seeds), self.batch, *facts])
+
+    def features_file(self, setting: SamplerSetting) -> Path:
+        assert self.extractor is not None
+        return self._file_of_samples("features", setting, self.extractor.key)
+
+    def features(self, setting: SamplerSetting) -> np.ndarray:
+        """The features of a setting's samples [N, D], which are made if their file is missing or damaged."""
+        return cached(self.features_file(setting), _read, lambda: self.measure_features(setting))["features"]
 
     def work(self, setting: SamplerSetting) -> dict[str, float]:
         """How often each part of the sampler's work occurs per image, for `Timing.seconds`."""
         estimator, evaluations = self.build(setting), setting.evaluations(self.process)
-        batches = [self.seeds[start : start + self.batch] for start in range(0, len(self.seeds), self.batch)]
+        seeds = self.seeds_of(setting)
+        batches = [seeds[start : start + self.batch] for start in range(0, len(seeds), self.batch)]
         weights = [estimator.weights(evaluations, seeds) for seeds in batches]
         return work_of(weights, estimator.levels, setting.rule, len(batches[0]))
 
     def _compared(self, images: Tensor, dynamics: str, start: int) -> dict[str, np.ndarray]:
-        """What is kept of a batch: errors to the reference, features, and the first images."""
+        """What is kept of a batch: errors to the reference, and the first images."""
         whole, half = (part[start : start + len(images)] for part in self.references(dynamics))
-        out = {"diverged": diverged(images), "errors": squared_errors(images[: len(whole)], whole)}
-        out["to_half"] = squared_errors(images[: len(half)], half)
-        if self.extractor is not None:
-            out["features"] = self.extractor.features(to_uint8(images.nan_to_num())).numpy()
+        out = {"diverged": diverged(images), "errors": squared_errors(images, whole)}
+        out["to_half"] = squared_errors(images, half)
         if self.shape[0] == 3:  # pictures, and not functions
             out["images"] = to_uint8(images[: max(0, self.grid_images - start)].nan_to_num()).numpy()
         return out
 
     def read(self, setting: SamplerSetting) -> Measurement:
         """A finished setting; it is measured again if its file is missing or damaged."""
-        arrays = cached(self._file("setting", setting.dynamics, setting.row), _read, lambda: self.measure(setting))
-        path, grid = BrownianPath([0], self.shape, self.device), self.process.grid(setting.steps)
+        arrays = cached(self._setting_file(setting), _read, lambda: self.measure(setting))
+        path, grid = BrownianPath([0], self.shape, self.device), setting.grid(self.process)
         work = json.loads(str(arrays["work"])) | random_work(self.build(setting), setting.rule, grid, path)
         row = setting.row | json.loads(str(arrays["costs"]))
         row["seconds"] = None if self.timing is None else self.timing.seconds(work)
-        return Measurement(row, arrays["errors"], arrays.get("features"), arrays.get("images"), work)
+        return Measurement(row, arrays["errors"], arrays.get("images"), work)
 
-    def _file(self, kind: str, dynamics: str, what: Any) -> Path:
-        sizes = [self.seeds[0], len(self.seeds), self.num_reference, self.reference_steps[dynamics]]
-        asked = [kind, dynamics, what, self.key, *sizes, self.gamma, self.grid_images, self.batch]
-        return self.cache / f"{kind}-{hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:20]}.npz"
+    def _setting_file(self, setting: SamplerSetting) -> Path:
+        return self._file("setting", setting.dynamics, len(self.seeds_of(setting)), setting.row)
+
+    def _file(self, kind: str, dynamics: str, count: int, what: Any = None) -> Path:
+        facts = [self.key, self.seeds[0], count, self.reference_steps[dynamics]]
+        return self._hashed(kind, [dynamics, what, *facts, self.gamma, self.grid_images, self.batch])
+
+    def _hashed(self, kind: str, facts: list[Any]) -> Path:
+        text = json.dumps([kind, *facts], sort_keys=True)
+        return self.cache / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:20]}.npz"
 
 
 def diverged(images: Tensor) -> np.ndarray:

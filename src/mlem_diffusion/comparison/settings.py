@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..diffusion.level import Level
-from ..diffusion.process import Process
+from ..diffusion.process import Process, TimeGrid
 from ..diffusion.sampler import Estimator, SingleLevel, Stitched
 from ..diffusion.step_rules import STEP_RULE_NAMES, StepRule, step_rule
 from ..errors import UserError
@@ -22,13 +22,15 @@ GAUSSIAN = "gauss"  # name of the linear Gaussian denoiser among the levels
 _OPTIONAL = re.compile(rf"{GAUSSIAN}|t\d+")  # names of levels that not every family has
 Row = dict[str, Any]  # one row of compare.csv
 COLUMNS = [
-    "dynamics", "step_rule", "estimator", "probabilities", "coins", "c", "switch", "levels", "steps", "seed",
-    "error", "error_se", "distance", "distance_low", "distance_high", "distance_name", "distance_floor",
-    "num_samples", "network_calls", "gflops_expected", "gflops_realised", "seconds",
-    "top_evaluations", "plan", "predicted", "largest_effect", "selected_error", "diverged",  # the last five if known
+    "protocol", "dynamics", "step_rule", "estimator", "probabilities", "coins", "c", "switch", "levels", "steps",
+    "seed", "error", "error_se", "distance", "distance_low", "distance_high", "distance_name", "distance_floor", "kid",
+    "num_samples", "num_distance", "network_calls", "gflops_expected", "gflops_realised", "seconds",
+    # if known; error_spread: standard deviation over shared patterns
+    "top_evaluations", "plan", "predicted", "largest_effect", "selected_error", "pattern", "error_spread", "diverged",
 ]  # fmt: skip
 _TEXT = ["dynamics", "step_rule", "estimator", "probabilities", "coins", "switch", "levels", "distance_name", "plan"]
-_WHOLE = ["steps", "seed", "num_samples", "top_evaluations", "diverged"]
+_TEXT += ["protocol"]
+_WHOLE = ["steps", "seed", "num_samples", "num_distance", "top_evaluations", "diverged", "pattern"]
 BASELINES = ("single", "stitched")
 MIN_FIRES = 100  # with fewer evaluations of the top level in a run, the error and its standard error are not reliable
 
@@ -43,10 +45,12 @@ class SamplerSetting:
     levels: tuple[str, ...]  # cheap to expensive; of stitched: in order of use
     steps: int  # noise levels of the grid
     probabilities: str = ""  # of ml_em: "constant", or the kind that its plan uses
-    coins: str = ""  # kind of coins
+    coins: str = ""  # kind of coins; of one pattern for all samples: "shared", or "best of 15"
     c: float | None = None  # of ml_em: C of the constant probabilities
     switch: tuple[float, ...] = ()  # of stitched: the fractions of evaluations after which the next level takes over
     plan: str = ""  # id of the plan that holds the table of probabilities or weights
+    pattern: int | None = None  # number of the pattern of independent coins that all samples share
+    protocol: str = "strict"  # "paper": the grid is even in t
 
     @property
     def rule(self) -> StepRule:
@@ -55,14 +59,18 @@ class SamplerSetting:
     @property
     def row(self) -> Row:
         row = asdict(self) | {"levels": "+".join(self.levels), "switch": "+".join(f"{s:g}" for s in self.switch)}
-        return row if self.plan else {key: value for key, value in row.items() if key != "plan"}
+        usual = {"plan": "", "pattern": None, "protocol": "strict"}  # left out, so that earlier caches stay valid
+        return {key: value for key, value in row.items() if key not in usual or value != usual[key]}
+
+    def grid(self, process: Process) -> TimeGrid:
+        return process.grid(self.steps, even_in_time=self.protocol == "paper")
 
     def build(self, levels: Mapping[str, Level], gamma: float, plans: Mapping[str, Plan]) -> Estimator:
         """The estimator of this setting. Raises UserError for unknown levels, kinds or plans."""
         if self.plan:
             if self.plan not in plans:
                 raise UserError(f"There is no plan {self.plan}: run make optimise and make sample-compare again.")
-            return plans[self.plan].build(levels.values())
+            return plans[self.plan].build(levels.values(), self.pattern)
         missing = [name for name in self.levels if name not in levels]
         if missing:
             raise UserError(f"There is no level {missing[0]}; the family has {', '.join(levels)}.")
@@ -72,15 +80,13 @@ class SamplerSetting:
         if self.estimator == "stitched":
             return Stitched(family, self.switch)
         if self.estimator == "ml_em" and self.c is not None:
-            # C is relative to the cheapest network: beside the Gaussian level it would have no useful size
-            unit = min(level.flops for name, level in levels.items() if name != GAUSSIAN)
-            p = constant_probabilities([level.flops for level in family], gamma, self.c, unit)
-            return Multilevel(family, p, self.coins)
+            p = probabilities_of(family, levels, gamma, self.c)
+            return Multilevel(family, p, self.coins if self.pattern is None else "independent", self.pattern)
         raise UserError(f"The estimator {self.estimator!r} with c = {self.c} is unknown.")
 
     def evaluations(self, process: Process) -> int:
         """Network evaluations that the step rule makes on a grid of `steps` noise levels."""
-        return len(self.rule.program(process.grid(self.steps)))
+        return len(self.rule.program(self.grid(process)))
 
     def expected_evaluations(
         self, levels: Mapping[str, Level], gamma: float, plans: Mapping[str, Plan], process: Process
@@ -93,14 +99,19 @@ class SamplerSetting:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured of a setting, with the same seeds in all settings; no features without distances, and no images
-    of functions."""
+    """What was measured of a setting, with the same seeds in all settings; no images of functions."""
 
     row: Row  # of compare.csv, costs per image
-    errors: np.ndarray  # squared error of each seed [n]
-    features: np.ndarray | None = None  # [N, D]
+    errors: np.ndarray  # squared error of each seed [n]; of several shared patterns [P, m], m <= n
     images: np.ndarray | None = None  # of the first samples, uint8 [M, 3, H, W]
     work: Mapping[str, float] = field(default_factory=dict)  # how often each part of a `Timing` occurs per image
+
+
+def probabilities_of(family: Sequence[Level], levels: Mapping[str, Level], gamma: float, c: float) -> np.ndarray:
+    """The constant probabilities of a family of these levels, with C relative to the cheapest network: beside the
+    Gaussian level it would have no useful size."""
+    unit = min(level.flops for name, level in levels.items() if name != GAUSSIAN)
+    return constant_probabilities([level.flops for level in family], gamma, c, unit)
 
 
 def setting_of(plan: Plan, dynamics: str, step_rule: str) -> SamplerSetting:
@@ -153,6 +164,12 @@ def _choose(levels: Mapping[str, Level], which: Any) -> tuple[str, ...]:
         raise UserError(f"levels = {which!r} does not fit a family of {len(networks)} levels.") from error
 
 
+def chosen_levels(levels: Mapping[str, Level], family: Any) -> tuple[str, ...]:
+    """The names of a family of ML-EM; "all" are the networks without a teacher."""
+    data = tuple(name for name, level in levels.items() if level.teacher is None and name != GAUSSIAN)
+    return data if family == "all" else _choose(levels, family)
+
+
 def settings_of(
     config: Any, levels: Mapping[str, Level], base_steps: int, chains: Mapping[str, Sequence[str]] | None = None
 ) -> list[SamplerSetting]:
@@ -173,14 +190,12 @@ def settings_of(
             if len(order) == len(sequence) == len(switch) + 1:  # else the family lacks a level, or names one twice
                 out.append(SamplerSetting(*rule, "stitched", order, steps, switch=tuple(map(float, switch))))
     for sweep in config["ml_em"]:
-        rule, data = (sweep["dynamics"], sweep["step_rule"]), {n: v for n, v in levels.items() if v.teacher is None}
-        known = [name for name in data if name != GAUSSIAN]
+        rule, known = (sweep["dynamics"], sweep["step_rule"]), list(chosen_levels(levels, "all"))
         alike = [chain for key, chain in (chains or {}).items() if key.startswith(f"{sweep['dynamics']}/")]
         chain = (chains or {}).get("/".join(rule), alike[0] if alike else known)
         wanted = [family for family in sweep["families"] if family != "chain" or list(chain) != known]
         families: list[Any] = [
-            tuple(chain) if family == "chain" else tuple(known) if family == "all" else _choose(levels, family)
-            for family in wanted
+            tuple(chain) if family == "chain" else chosen_levels(levels, family) for family in wanted
         ]
         for names, steps, coins, c in product(families, sweep["steps"], sweep["coins"], sweep["c"]):
             out.append(SamplerSetting(*rule, "ml_em", names, steps, "constant", coins, float(c)))
@@ -222,10 +237,12 @@ def is_multilevel(row: Mapping[str, Any]) -> bool:
 
 
 def method_of(row: Mapping[str, Any]) -> str:
-    """The method of a row: the baselines "single" and "stitched", "coins" (independent coins, any p) or "other"."""
+    """The method of a row: the baselines "single" and "stitched", "coins" (independent coins, any p), "shared" (one
+    pattern of them for all samples), "pattern" (the best of several patterns) or "other"."""
     if not is_multilevel(row):
         return row["estimator"]
-    return "coins" if row["coins"] == "independent" else "other"
+    known = {"independent": "coins", "shared": "shared"}
+    return "pattern" if row["coins"].startswith("best of") else known.get(row["coins"], "other")
 
 
 def trusted(row: Mapping[str, Any]) -> bool:
@@ -240,7 +257,7 @@ def describe(row: Mapping[str, Any]) -> str:
     rule, steps = STEP_RULE_NAMES[row["step_rule"]], f"{row['steps']} steps"
     parts = [rule, levels, steps] if kind == "single" else [f"{kind} {levels}", rule, steps]
     if row["coins"]:
-        parts.append(f"{row['coins']} coins")
+        parts.append(f"{row['coins']} {'pattern' if method_of(row) in ('shared', 'pattern') else 'coins'}")
     if row["probabilities"] not in ("", "constant"):
         parts.append(f"{row['probabilities']} probabilities")
     if pd.notna(row["c"]):

@@ -16,13 +16,20 @@ from .curves import Group, Measurements, compare, errors_of
 from .settings import Row, is_multilevel, method_of, trusted
 
 FIRST_ORDER = ("em", "ddpm", "ddim")
-METHODS = {"coins": "independent coins", "any": "any multilevel"}
+METHODS = {
+    "coins": "independent coins", "shared": "one shared pattern, at random", "pattern": "best shared pattern",
+    "any": "any multilevel",
+}  # fmt: skip
 # em_data: what one has without levels made for ML-EM; without levels that have a teacher it is not reported
 AGAINST = {
     "em_largest": "EM, largest level", "em_any": "EM, any level", "em_data": "levels trained on data alone",
     "all": "all baselines",
 }  # fmt: skip
 UNITS = {"flops": "FLOPs", "seconds": "seconds"}
+PROTOCOLS = {  # the methods and baselines that each has
+    "paper": (("coins", "shared", "pattern", "any"), ("em_largest", "em_any", "em_data")),
+    "strict": (("coins", "any"), tuple(AGAINST)),
+}
 Choice = Callable[[Row], bool]
 _TITLES = ("protocol", "dynamics", "method", "against", "counted in")
 
@@ -81,20 +88,47 @@ def speedups(
     taught: Collection[str] = (),
 ) -> dict:  # fmt: skip
     """The content of speedup.json: {protocol: {dynamics: {method: {against: {unit: entry}}}}}.
-    protocol: "strict", all settings on the same seeds and paths, with their squared error to one reference; methods,
-    baselines and units: METHODS, AGAINST, UNITS, seconds only with a timing. entry: `curves.compare`, without points
-    coarser than the best of the cheapest level alone. The window is the headline. "max" is the largest of many
-    noisy ratios, and so no headline. taught: the levels that were trained on another's outputs."""
-    found, rivals = {}, [name for name in AGAINST if taught or name != "em_data"]
+    protocol: "paper" (comparison/paper.py), "paper_data", the same without levels trained on another's outputs, and
+    "strict", this repository's own, with every solver as a rival. All settings are on the same seeds and paths, with
+    their squared error to one reference. Methods, baselines and units: METHODS, AGAINST, UNITS, seconds only with a
+    timing. entry: `curves.compare`, without points coarser than the best of the cheapest level alone. The window is
+    the headline. "max" is the largest of many noisy ratios, and so no headline. Under the paper's protocol
+    "equal_cost" has the ratio of squared errors at equal cost. taught: the levels trained on another's outputs."""
+    out: dict[str, Any] = {}
+    for name, (methods, rivals) in PROTOCOLS.items():
+        own = [m for m in settings if m.row.get("protocol", "strict") == name]
+        data = [m for m in own if not set(m.row["levels"].split("+")) & set(taught)]
+        parts = {name: own} | ({"paper_data": data} if name == "paper" and taught else {})
+        for key, part in parts.items():
+            known = [against for against in rivals if taught or against != "em_data"]
+            found = _speedups(part, timing, replicates, seed, taught, methods, known, name == "paper")
+            out |= {key: found} if found else {}
+    return out
+
+
+def _speedups(
+    settings: Measurements, timing: Timing | None, replicates: int, seed: int, taught: Collection[str],
+    methods: Collection[str], rivals: Collection[str], both_ways: bool,
+) -> dict[str, Any]:  # fmt: skip
+    found: dict[str, Any] = {}
     for dynamics in dict.fromkeys(m.row["dynamics"] for m in settings):
         field = Field.of(settings, dynamics, replicates, seed, timing, "gflops_realised", taught)
-        found[dynamics] = {method: {against: {} for against in rivals} for method in METHODS}
+        found[dynamics] = {method: {against: {} for against in rivals} for method in methods}
         for unit in field.costs:
             base = {name: field.group(field.against(name), unit) for name in rivals}
-            ours = {name: field.group(is_method(name), unit) for name in METHODS}
-            for method, against in product(METHODS, rivals):
-                found[dynamics][method][against][unit] = compare(base[against], ours[method], field.coarsest)
-    return {"strict": found}
+            ours = {name: field.group(is_method(name), unit) for name in methods}
+            for method, against in product(methods, rivals):
+                entry = compare(base[against], ours[method], field.coarsest)
+                if both_ways and unit == "flops":
+                    entry["equal_cost"] = error_ratio(base[against], ours[method])
+                found[dynamics][method][against][unit] = entry
+    return found
+
+
+def error_ratio(base: Group, ours: Group) -> dict[str, Any] | None:
+    """The baselines' squared error over ours at equal cost, where it is largest: {"gflop", "ratio", "lower95"}."""
+    best = compare(base.turned, ours.turned)["max"]
+    return best and {"gflop": best["at"], "ratio": best["speedup"], "lower95": best["lower95"]}
 
 
 def table(result: dict[str, Any]) -> list[dict[str, str]]:
@@ -102,7 +136,7 @@ def table(result: dict[str, Any]) -> list[dict[str, str]]:
     rows: list[dict[str, str]] = []
     for protocol, found in result.items():
         for dynamics, method, against, unit in product(found, METHODS, AGAINST, UNITS):
-            entry = found[dynamics][method].get(against, {}).get(unit)
+            entry = found[dynamics].get(method, {}).get(against, {}).get(unit)
             if entry is not None:
                 wide, best = entry["window"], entry["max"]
                 names = (protocol, dynamics, METHODS[method], AGAINST[against], UNITS[unit])

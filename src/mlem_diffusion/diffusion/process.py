@@ -99,14 +99,19 @@ class Process:
         # the round trip through t is inexact at both ends
         return np.clip(self.schedule.logsnr(first + (last - first) * s), self.logsnr_min, self.logsnr_max)
 
-    def grid(self, steps: int | None = None) -> TimeGrid:
-        """The base grid, or `steps` points spread evenly over it, with both ends; UserError if it has too few."""
+    def grid(self, steps: int | None = None, even_in_time: bool = False) -> TimeGrid:
+        """The base grid, or `steps` points spread evenly over it, with both ends; UserError if it has too few.
+        even_in_time: the points are spread evenly over t instead, each at the nearest point of the base grid."""
         steps = self.base_steps if steps is None else steps
         if not 2 <= steps <= self.base_steps:
             raise UserError(f"steps = {steps} is outside 2..{self.base_steps} (process.base_steps).")
         base_logsnr = self.logsnr_at(np.linspace(0.0, 1.0, self.base_steps))
         base_time = self.schedule.time(base_logsnr)
         index = spread(self.base_steps, steps)
+        if even_in_time:
+            index = np.abs(base_time[:, None] - np.linspace(base_time[0], base_time[-1], steps)).argmin(axis=0)
+            if np.any(np.diff(index) < 1):
+                raise UserError(f"{steps} steps even in t need a finer base grid than {self.base_steps} points.")
         time = base_time[index]
         return TimeGrid(base_logsnr[index], time, self.schedule.beta(time), index, base_logsnr, base_time)
 

@@ -25,7 +25,7 @@ from ..multilevel.gains import Effects, measure_effects
 from ..multilevel.learned import learn_probabilities
 from ..multilevel.plan import Plan
 from . import runs
-from .runs import sample_seeds
+from .seeds import sample_seeds
 
 
 def _cached(exp: Any, stem: str, facts: Any, compute: Callable[[], Any]) -> Any:

@@ -3,16 +3,17 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from .. import parallel
-from ..comparison import features, planned
+from ..comparison import features, paper, planned
 from ..comparison.features import Extractor
 from ..comparison.planned import Planned
 from ..comparison.runner import Runner
@@ -26,6 +27,7 @@ from ..models.gaussian import GaussianDenoiser, default_rank
 from ..multilevel.timing import Timing, measure_timing, seconds_per_image
 from . import config
 from .config import device_model
+from .seeds import sample_seeds
 from .tracking import bar
 
 
@@ -40,7 +42,8 @@ def make_extractor(exp: Any) -> Extractor | None:
 
 def real_images(exp: Any, extractor: Extractor) -> features.RealImages | None:
     """Feature moments of the training images; without images the published ones."""
-    n, seed, images = exp.cfg.compare.num_samples, exp.cfg.compare.seed, exp.images_if_needed()
+    n, seed, images = exp.cfg.compare.num_distance, exp.cfg.compare.seed, exp.images_if_needed()
+    n = n or min(features.MIN_IMAGES, (0 if images is None else len(images.train())) // 2)  # for published moments
     if images is None:
         return features.published_images(exp.published, exp.checkpoints, extractor, n, seed)
     rows = images.train()
@@ -51,7 +54,8 @@ def real_images(exp: Any, extractor: Extractor) -> features.RealImages | None:
             lambda path: features.write_features(path, extractor, images.images, rows, progress),
         )  # fmt: skip
     moments, floor = features.feature_moments(found), features.distance_floor(found, n, seed)
-    return features.RealImages(extractor.name, moments, floor)
+    some = np.random.default_rng(seed).permutation(len(found))[:n]
+    return features.RealImages(extractor.name, moments, floor, found[np.sort(some)])
 
 
 def check_levels(exp: Any, name: str, made_with: dict[str, Any] | None, target: str) -> None:
@@ -61,6 +65,15 @@ def check_levels(exp: Any, name: str, made_with: dict[str, Any] | None, target: 
         names = [level for level, sha256 in exp.identity["levels"].items() if known.get(level) != sha256]
         what = f"other levels than the current ones ({', '.join(names)} differ)" if names else "other images"
         raise UserError(f"{name} was made with {what}: run {target} EXPERIMENT={exp.cfg.name} again.")
+
+
+def own_plans(exp: Any) -> Planned:
+    """The plans of make optimise for these levels; those of other levels are left out, which is printed."""
+    plans = planned.read_planned(exp.results / "plans.json", exp.cfg.compare)
+    if plans.settings and exp.identity is not None and plans.made_with != exp.identity:
+        exp.print("plans.json was made with other levels, so its plans are left out; make optimise makes new ones.")
+        return Planned()
+    return plans
 
 
 def used_gamma(exp: Any) -> float:
@@ -93,54 +106,29 @@ def gain_densities(exp: Any) -> Mapping[str, Any] | None:
         return content["rules"] if content["made_with"] == exp.identity else None
 
 
-@dataclass(frozen=True)
-class Seeds:
-    """Sample seeds that measure gains and single levels, that select plans, and of the comparison; none is in two."""
-
-    calibration: range
-    selection: range
-    judgement: range
-
-
-def sample_seeds(cfg: Any) -> Seeds:
-    """The seeds of a configuration; UserError if those of the comparison meet the others."""
-    o, c = cfg.optimise, cfg.compare
-    calibration = range(o.seed, o.seed + max(o.calibrate, o.diagnose.seeds))
-    selection = range(calibration.stop, calibration.stop + o.num_select)
-    judgement = range(c.seed, c.seed + c.num_samples)
-    if judgement.start < selection.stop and calibration.start < judgement.stop:
-        text = f"The comparison's sample seeds, {c.seed} to {judgement.stop - 1}, meet those that make and select plans"
-        raise UserError(f"{text}, {o.seed} to {selection.stop - 1}: change compare.seed or optimise.seed.")
-    return Seeds(calibration, selection, judgement)
-
-
 def make_runner(exp: Any, plans: Planned | None = None) -> Runner:
-    """The data that settings share: on the seeds of the comparison, with these plans; or (None) on those that select
-    plans. Distances need the seeds of the comparison, and features.MIN_IMAGES of them."""
+    """The data that settings share: on the seeds of the comparison, with these plans, for both protocols; or (None) on
+    those that select plans."""
     c, levels, seeds = exp.cfg.compare, exp.levels(), sample_seeds(exp.cfg)
     settings, select = planned_steps(exp.cfg.optimise), plans is None
     if plans is not None:
         settings = planned.all_settings(c, levels, exp.process.base_steps, plans)
-    extractor = None if select or c.num_samples < features.MIN_IMAGES else make_extractor(exp)
+        settings += paper.fresh_settings(c.paper, levels, exp.process.base_steps)
+    if 0 < c.num_distance < features.MIN_IMAGES:
+        text = "say more about their number than about the sampler"
+        raise UserError(f"compare.num_distance={c.num_distance}: distances of fewer than {features.MIN_IMAGES} {text}.")
+    extractor = None if select or c.num_distance == 0 else make_extractor(exp)
     if extractor is not None and exp.images_if_needed() is None:  # for functions there is nothing to compare with
         moments = (exp.published or {}).get("statistics") or {}
         extractor = extractor if moments.get("name") == extractor.name else None
-    if extractor is not None:
-        dimensions = extractor.features(torch.zeros(1, *exp.shape, dtype=torch.uint8)).shape[1]
-        if c.num_samples <= dimensions:
-            raise UserError(
-                f"compare.num_samples={c.num_samples} images are too few for {extractor.name}: the covariance of its "
-                f"features would be singular. Set compare.num_samples={dimensions + 1} or more, or metrics=none."
-            )
     costs = {name: level.flops for name, level in levels.items()}  # that of the Gaussian level depends on its rank
     facts = {"levels": exp.identity or exp.plain("family"), "costs": costs, "device": exp.device.type}
-    key = exp.fingerprint(("process", "precision"), **facts, extractor=extractor and extractor.key)
     return Runner(
-        levels=levels, process=exp.process, shape=exp.shape, seeds=list(seeds.selection if select else seeds.judgement),
+        levels=levels, process=exp.process, shape=exp.shape, seeds=list(seeds.selection if select else seeds.errors),
         gamma=2.5 if select else used_gamma(exp),  # the selection runs no setting with constant probabilities
-        num_reference=len(seeds.selection) if select else min(c.num_reference, c.num_samples), batch=c.batch,
-        device=exp.device,
-        extractor=extractor, cache=exp.results / "cache", key=key, grid_images=c.grid_images,
+        num_shared=c.paper.patterns.judge, distance_seeds=seeds.distances, batch=c.batch, device=exp.device,
+        extractor=extractor, cache=exp.results / "cache", key=exp.fingerprint(("process", "precision"), **facts),
+        grid_images=c.grid_images,
         plans={} if plans is None else dict(plans.plans), reference_steps=planned.references_for(settings, exp.process),
         timing=timing(exp, levels, [setting.rule for setting in settings]),
     )  # fmt: skip
@@ -178,7 +166,8 @@ def timing(exp: Any, levels: Mapping[str, Level], rules: Iterable[StepRule] = ()
     """The seconds of all parts of sampling for these rules and those of the optimiser and the comparison, so that both
     use one timing; measured once, before workers use the machine, and then read from the cache."""
     kinds = ("baselines", "stitched", "ml_em")
-    asked = [*exp.cfg.optimise.rules, *(sweep for kind in kinds for sweep in exp.cfg.compare[kind])]
+    own, c = exp.cfg.optimise.rules, exp.cfg.compare
+    asked = [*own, *(s for kind in kinds for s in c[kind]), *c.paper.baselines, *c.paper.ml_em, *c.paper.learned]
     chosen = sorted({*rules, *(step_rule(r.dynamics, r.step_rule) for r in asked)}, key=lambda rule: rule.key)
     where, options = timed_where(exp), exp.plain("timing")["timing"]
 
@@ -218,37 +207,43 @@ def worker_count(exp: Any, tasks: int) -> int:
     return 1 if exp.device.type != "cpu" else max(1, min(tasks, torch.get_num_threads()))
 
 
-def run_all(exp: Any, runner: Runner, settings: Sequence[SamplerSetting], label: str) -> list[Measurement]:
-    """Run the references, then the settings that are not in the cache; the results of all settings, in order.
+def run_all(
+    exp: Any, runner: Runner, settings: Sequence[SamplerSetting], label: str, distances: bool = False
+) -> list[Measurement]:
+    """Run the references, then the settings that are not in the cache; the results of all settings, in order. With
+    distances, make the features of their samples instead, and no results.
     Progress and time left are in FLOPs. Runner.read measures damaged settings again."""
-    dynamics = sorted({s.dynamics for s in settings})
+    dynamics = [] if distances else sorted({s.dynamics for s in settings})
     references = parallel.mine([task for d in dynamics for task in runner.reference_tasks(d)])
-    missing = [s for s in dict.fromkeys(settings) if not runner.is_done(s)]  # neighbours share noise
+    is_done = (lambda s: runner.features_file(s).is_file()) if distances else runner.is_done
+    missing = [s for s in dict.fromkeys(settings) if not is_done(s)]  # neighbours share noise
     if worker_count(exp, len(missing)) > 1 or parallel.world() > 1:  # for an even end
         missing.sort(key=lambda s: -runner.expected_flops(s))
     missing = parallel.mine(missing)
     parallel.barrier()  # all ranks have looked, from the same files, before one of them writes
-    share = min(1.0, runner.batch / runner.num_reference)  # a task is one batch of a reference
+    share = min(1.0, runner.batch / len(runner.seeds))  # a task is one batch of a reference
     gflops = {task: runner.reference_flops(task[0]) * share / 1e9 for task in references}
-    gflops |= {setting: runner.expected_flops(setting) / 1e9 for setting in missing}
+    more = len(runner.distance_seeds) / len(runner.seeds) if distances else 1
+    gflops |= {setting: runner.expected_flops(setting) * more / 1e9 for setting in missing}
     done, total = 0.0, int(sum(gflops.values()))
     small = replace(runner, levels={}, extractor=None)  # workers load these themselves
     with bar(label, total, unit="GFLOP") as progress:
         for tasks in (references, missing):
             workers = worker_count(exp, len(tasks))
-            items = [(exp, small if workers > 1 else runner, task, runner.extractor is not None) for task in tasks]
+            items = [(exp, small if workers > 1 else runner, task, distances) for task in tasks]
             for index, _ in parallel.run(run_task, items, workers, exp.should_stop):
                 done += gflops[tasks[index]]
                 progress(int(done), total)
             parallel.barrier()
-    return [runner.read(setting) for setting in settings]
+    return [] if distances else [runner.read(setting) for setting in settings]
 
 
 def run_task(item: tuple[Any, Runner, Any, bool]) -> None:
-    """Measure one setting, or one batch of a reference given as (dynamics, number); with or without distances."""
+    """Measure one setting, its errors or the features for its distance, or one batch of a reference given as
+    (dynamics, number)."""
     exp, runner, task, distances = item
     if not runner.levels:  # in a worker
-        key = (exp.results, exp.name, runner.key, *runner.seeds)
+        key = (exp.results, exp.name, runner.key, distances, *runner.seeds)
         if key not in _in_worker:
             _in_worker.clear()
             extractor = make_extractor(exp) if distances else None
@@ -256,7 +251,7 @@ def run_task(item: tuple[Any, Runner, Any, bool]) -> None:
         _in_worker[key].plans.update(runner.plans)
         runner = _in_worker[key]
     if isinstance(task, SamplerSetting):
-        runner.measure(task, exp.should_stop)
+        (runner.measure_features if distances else runner.measure)(task, exp.should_stop)
     else:
         runner.measure_reference(*task)
 

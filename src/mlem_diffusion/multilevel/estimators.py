@@ -14,6 +14,7 @@ from ..diffusion.sampler import Estimator
 from ..errors import UserError
 
 COINS = ("independent", "systematic", "nested")
+_PATTERNS = 1 << 63  # first seed of shared patterns, beyond those of samples
 
 
 def constant_probabilities(flops: Sequence[float], gamma: float, c: float, unit: float | None = None) -> np.ndarray:
@@ -122,19 +123,27 @@ class _Tabled(Estimator):
 
 class Multilevel(_Tabled):
     """The ML-EM estimate sum_k (B_k / p_k) (f^k - f^{k-1}), unbiased for the largest level at every evaluation.
-    p: [K], or [n, K] with one row per network evaluation; p_1 = 1. coins: see `draw_coins`."""
+    p: [K], or [n, K] with one row per network evaluation; p_1 = 1. coins: see `draw_coins`.
+    pattern: number of one draw of coins that all samples share; then the estimate is random only between patterns."""
 
-    def __init__(self, family: Sequence[Level], p: np.ndarray, coins: str = "independent"):
+    def __init__(
+        self, family: Sequence[Level], p: np.ndarray, coins: str = "independent", pattern: int | None = None
+    ):  # fmt: skip
         super().__init__(family, p)
-        self.p, self.coins = self.table, coins
+        self.p, self.coins, self.pattern = self.table, coins, pattern
         if not np.all((self.p > 0) & (self.p <= 1)):
             raise UserError("Inclusion probabilities must lie in (0, 1].")
 
     def weights(self, evaluations: int, seeds: Sequence[int]) -> np.ndarray:
         p = self.rows(evaluations)
-        return telescope_weights(p, draw_coins(p, seeds, self.coins))
+        if self.pattern is None:
+            return telescope_weights(p, draw_coins(p, seeds, self.coins))
+        shared = telescope_weights(p, draw_coins(p, [_PATTERNS + self.pattern], self.coins))
+        return np.broadcast_to(shared, (evaluations, len(seeds), p.shape[1]))
 
     def expected_evaluations(self, evaluations: int) -> np.ndarray:
+        if self.pattern is not None:
+            return super().expected_evaluations(evaluations)
         return evaluation_probabilities(self.rows(evaluations), nested=self.coins == "nested").sum(axis=0)
 
 

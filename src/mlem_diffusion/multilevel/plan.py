@@ -56,8 +56,8 @@ class Plan:
         """Whether this is a single level or a stitched schedule."""
         return self.stages is not None
 
-    def build(self, family: Iterable[Level]) -> Estimator:
-        """The estimator of this plan; UserError if the family lacks one of its levels."""
+    def build(self, family: Iterable[Level], pattern: int | None = None) -> Estimator:
+        """The estimator of this plan; UserError if the family lacks one of its levels. pattern: see `Multilevel`."""
         known = {level.name: level for level in family}
         if missing := [name for name in self.levels if name not in known]:
             raise UserError(f"A plan needs the level {missing[0]}; the family has {', '.join(known)}.")
@@ -66,7 +66,7 @@ class Plan:
             return SingleLevel(used[0])
         if self.method == "quadrature":
             return Quadrature(used, self.table)
-        return Multilevel(used, self.table, self.method)
+        return Multilevel(used, self.table, self.method, pattern)
 
 
 _READABLE = [field.name for field in fields(Plan) if field.name != "table"]  # what plans.json holds
