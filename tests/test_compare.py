@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from mlem_diffusion.comparison import paper, planned
 from mlem_diffusion.comparison import settings as table
 from mlem_diffusion.comparison.bias import reference_bias
 from mlem_diffusion.comparison.features import Extractor, RealImages, distance_interval, feature_moments
-from mlem_diffusion.comparison.planned import Planned, complete, examples, expected_evaluations, read_planned
+from mlem_diffusion.comparison.planned import complete, examples, read_planned
 from mlem_diffusion.comparison.runner import Runner, diverged
 from mlem_diffusion.comparison.settings import SamplerSetting, setting_from, setting_of, settings_of, telescope
 from mlem_diffusion.diffusion.level import Level
@@ -142,7 +143,7 @@ def test_a_setting_builds_the_estimator_of_its_plan():
 def test_the_table_keeps_six_digits_whole_numbers_and_gaps():
     rows = [full_row(SETTINGS[0], error=None), full_row(SETTINGS[3], plan="0a1e5", predicted=1e-12)]
     lines = table.to_text(table.frame_of(rows)).splitlines()
-    assert lines[0] == ",".join(table.COLUMNS[:-3])
+    assert lines[0].split(",") == [name for name in table.COLUMNS if name in {**rows[0], **rows[1]}]
     assert lines[1] == "sde,ddpm,single,,,,,w8,16,0,,0.5,1.5,1.4,1.6,FD,,8,0.5,0.5,0.5,0.333333,12345678,,"
     assert lines[2].endswith("12345678,0a1e5,1e-12")
 
@@ -179,7 +180,8 @@ class Make:
         extractor = Extractor("FD-mean", "k", lambda images: images.float().mean((2, 3)))
         given: dict[str, Any] = {
             "levels": {level.name: level for level in levels}, "process": Process(LinearSchedule(), base_steps=16),
-            "gamma": 2.5, "shape": (3, 4, 4), "seeds": list(range(100, 110)), "num_reference": 6, "batch": 4,
+            "gamma": 2.5, "shape": (3, 4, 4), "seeds": list(range(100, 110)), "batch": 4,
+            "distance_seeds": range(100, 113), "num_shared": 6,
             "device": torch.device("cpu"), "extractor": extractor, "cache": self.folder / "cache", "key": "a",
             "grid_images": 5, "plans": PLANS, "reference_steps": {"sde": 16, "ode": 16},
         }  # fmt: skip
@@ -195,8 +197,8 @@ def make(tmp_path: Path) -> Make:
 def test_costs_are_counted_and_a_finished_setting_is_not_evaluated_again(make, setting):
     runner = make()
     reference = runner.reference(setting.dynamics)
-    spent = 6 * (16 + 8 if setting.dynamics == "sde" else 16 + 8 + 4)  # whole, half, and for the ODE a quarter
-    assert reference.shape == (6, 3, 4, 4) and make.images == spent
+    spent = 10 * (16 + 8 if setting.dynamics == "sde" else 16 + 8 + 4)  # whole, half, and for the ODE a quarter
+    assert reference.shape == (10, 3, 4, 4) and make.images == spent
     assert runner.reference_flops(setting.dynamics) == spent * 16e9
     assert torch.equal(make().reference(setting.dynamics), reference) and make.images == spent
     assert not runner.is_done(setting)
@@ -208,9 +210,9 @@ def test_costs_are_counted_and_a_finished_setting_is_not_evaluated_again(make, s
     assert make.images == calls + spent and first.row["seconds"] is None
     assert again.row == first.row | {"seconds": timing.seconds(first.work)} and again.row["seconds"] > 0
     assert first.work[f"step {setting.rule.key}"] == evaluations
-    for part in ("errors", "features", "images"):
+    for part in ("errors", "images"):
         assert np.array_equal(getattr(again, part), getattr(first, part))
-    assert first.errors.shape == (6,) and first.features.shape == (10, 3) and first.images.shape == (5, 3, 4, 4)
+    assert first.errors.shape == (10,) and first.images.shape == (5, 3, 4, 4)
     assert first.row["error"] == pytest.approx(first.errors.mean())
     # the weights of the batches say which networks were evaluated, and how often the top one in the compared samples
     estimator = runner.build(setting)
@@ -219,19 +221,19 @@ def test_costs_are_counted_and_a_finished_setting_is_not_evaluated_again(make, s
     flops = (used.sum((0, 1)) * [level.flops for level in estimator.levels]).sum()
     assert first.row["gflops_realised"] == pytest.approx(flops / 10 / 1e9)
     assert first.row["gflops_expected"] == pytest.approx(runner.expected_flops(setting) / 10 / 1e9)
-    assert first.row["top_evaluations"] == used[:, :6, -1].sum()
+    assert first.row["top_evaluations"] == used[:, :, -1].sum()
 
 
 @pytest.mark.parametrize(
     "change",
     [{"key": "b"}, {"gamma": 3.0}, {"seeds": list(range(200, 210))}, {"seeds": list(range(100, 109))},
-     {"num_reference": 5}, {"batch": 5}, {"grid_images": 4}, {"reference_steps": {"ode": 8}}],
+     {"batch": 5}, {"grid_images": 4}, {"reference_steps": {"ode": 8}}],
     ids=lambda change: next(iter(change)),
 )  # fmt: skip
 def test_every_input_of_the_result_is_in_the_key(make, change):
     make().read(SETTINGS[3])
     assert make().is_done(SETTINGS[3]) and not make(**change).is_done(SETTINGS[3])
-    assert not make().reference_tasks("ode") and len(make(**change).reference_tasks("ode")) == 2
+    assert not make().reference_tasks("ode") and len(make(**change).reference_tasks("ode")) in (2, 3)
 
 
 def test_errors_are_those_on_the_same_paths(make):
@@ -285,33 +287,96 @@ def test_plans_add_their_settings_and_columns(make, tmp_path):
     content = {"seeds": seeds, "calibration": {"flops": 3e9}, "cost_unit": "seconds"}
     save_plans(tmp_path / "plans.json", [(plan, facts) for plan in PLANS.values()], **content)
     config = SimpleNamespace(plans="auto", seed=100, num_samples=10)
-    planned = read_planned(tmp_path / "plans.json", config)
-    assert (planned.flops, planned.unit, len(planned.settings)) == (3e9, "seconds", 4)
+    content = read_planned(tmp_path / "plans.json", config)
+    assert (content.flops, content.unit, len(content.settings)) == (3e9, "seconds", 4)
     for config.seed, part in ((8, "selection: 7 to 8"), (-4, "calibration: 5 to 6")):
         with pytest.raises(UserError, match=rf"sample seeds of this comparison \({part}\)"):
             read_planned(tmp_path / "plans.json", config)
 
-    runner, settings = make(), [*planned.settings, replace(SETTINGS[0], steps=8)]
+    runner, settings = make(), [*content.settings, replace(SETTINGS[0], steps=8)]
     moments = feature_moments(np.random.default_rng(0).normal(128, 10, (50, 3)))
     found = [runner.read(setting) for setting in settings]
     for m in found[:3]:
         m.row["top_evaluations"] = 100  # can be trusted
-    measured = complete(settings, found, runner.seeds, RealImages("FD-mean", moments, 0.1), planned, 30)
+    measured = [m for _, m in complete(zip(settings, found, strict=True), runner.seeds, content)]
     assert [m.row.get("predicted") for m in measured] == [0.2] * 4 + [None]
     assert [m.row.get("selected_error") for m in measured] == [0.15] * 4 + [None]
+    assert {(m.row["protocol"], m.row["num_samples"]) for m in measured} == {("strict", 10)}
     # distances only on the frontiers of error against FLOPs: of the plans, and of the one baseline
-    best = min(measured[:4], key=lambda m: m.row["error"])
-    assert best.row["distance"] is not None and 1 < sum(m.row["distance"] is not None for m in measured) < 5
+    rows = [m.row for m in measured]
+    chosen = planned.for_distances(rows, Limits(strict=2, evaluations=1e3), 16.0)
+    best = min(range(4), key=lambda i: rows[i]["error"])
+    assert best in chosen and 4 in chosen and 2 <= len(chosen) <= 3
+    assert planned.for_distances(rows, Limits(strict=2, evaluations=0), 16.0) == []
+    features = runner.features(settings[4])
+    found = planned.distances(features, RealImages("FD-mean", moments, 0.1), 30, 100)
     names = ("distance", "distance_low", "distance_high")
-    expected = distance_interval(measured[-1].features, moments, 30, 100)
-    assert tuple(measured[-1].row[name] for name in names) == expected and sorted(expected)[1] == expected[0]
-    assert table.frame_of(m.row for m in measured).num_samples.tolist() == [10] * 5
+    assert tuple(found[name] for name in names) == distance_interval(features, moments, 30, 100)
+    assert found["num_distance"] == len(features) == 13 and found["kid"] is None
     _, (_, images), *others = examples(measured, "sde", runner)
     assert measured[-1].images is not None and np.array_equal(images, measured[-1].images)
     assert len(others) == 1 and "w2+w8" in others[0][0]  # the best plan that costs no more
 
 
-def test_costs_of_a_comparison(make):
-    levels, process = make().levels, Process(LinearSchedule(), base_steps=113)
-    config = EMPTY | {"baselines": [BASELINE], "gamma": "auto", "num_samples": 10, "num_reference": 6}
-    assert expected_evaluations(config, levels, process, Planned()) == {"w2": 80, "w4": 80, "w8": 80 + 6 * (57 + 29)}
+class Limits(SimpleNamespace):
+    def __getitem__(self, key: str) -> int:
+        return getattr(self, key)
+
+
+def test_samples_of_a_distance_are_kept_for_another_extractor(make):
+    runner = make()
+    first = runner.features(SETTINGS[3])
+    spent, calls = make.images, []
+
+    def spread(images: Tensor) -> Tensor:
+        calls.append(len(images))
+        return images.float().std((2, 3))
+
+    again = make(extractor=Extractor("FD-sd", "s", spread)).features(SETTINGS[3])
+    assert first.shape == again.shape == (13, 3) and not np.array_equal(first, again)
+    assert sum(calls) == 13 and make.images == spent
+    assert np.array_equal(make().features(SETTINGS[3]), first) and make.images == spent
+
+
+# ------------------------------------------------------------------------------------------ the paper's protocol
+PAPER: dict[str, Any] = {"baselines": [BASELINE], "ml_em": [{**ML_EM, "coins": [], "c": [1], "families": ["all"]}]}
+
+
+def test_the_papers_settings_have_grids_even_in_t_and_fresh_coins(make):
+    found = paper.fresh_settings(PAPER, {name: LEVELS[name] for name in ("w2", "w4", "w8")}, 50)
+    assert [(s.estimator, s.coins) for s in found] == [("single", "")] * 3 + [("ml_em", "independent")]
+    assert {s.protocol for s in found} == {"paper"} and found[0].row["protocol"] == "paper"
+    process = Process(LinearSchedule())
+    grid = replace(found[0], steps=100).grid(process)
+    steps = -np.diff(grid.time)
+    assert steps.max() / steps.min() < 1.2 and set(grid.index) <= set(process.grid().index)
+    with pytest.raises(UserError, match="even in t need a finer base grid"):
+        replace(found[0], steps=60).grid(Process(LinearSchedule(), base_steps=64))
+
+
+def test_shared_patterns_are_pooled_and_the_best_is_chosen_on_other_samples(make):
+    fresh = replace(SETTINGS[3], protocol="paper", steps=6)
+    trials = paper.trials_of(fresh, 4)
+    selecting, runner = make(seeds=list(range(200, 206))), make()
+    select = {trial: selecting.read(trial) for trial in trials}
+    chosen = paper.choose(trials, select)
+    least = min(range(4), key=lambda i: select[trials[i]].row["error"])
+    assert chosen.best == replace(trials[least], coins="best of 4") and chosen.best.row["pattern"] == least
+    found = {trial: runner.read(trial) for trial in trials}
+    setting, pooled = chosen.pooled(found)
+    assert pooled.errors.shape == (4, 6) and setting.coins == "shared" and setting.pattern is None
+    means = pooled.errors.mean(axis=1)
+    assert pooled.row["error"] == pytest.approx(means.mean()) and "pattern" not in pooled.row
+    assert pooled.row["error_spread"] == pytest.approx(means.std(ddof=1)) and pooled.row["error_spread"] > 0
+    assert pooled.row["gflops_realised"] == pytest.approx(np.mean([m.row["gflops_realised"] for m in found.values()]))
+    # one pattern for all samples, of a fixed cost, and the same in another run and on other samples
+    weights = runner.build(chosen.best).weights(6, [1, 2, 3])
+    assert (weights == weights[:, :1]).all() and np.array_equal(
+        selecting.build(trials[least]).weights(6, [9, 8, 7]), weights
+    )
+    row = runner.read(chosen.best).row
+    assert row["gflops_expected"] == row["gflops_realised"]
+    assert table.method_of(row) == "pattern" and table.method_of(pooled.row | {"coins": "shared"}) == "shared"
+    diverged = found | {trials[0]: replace(found[trials[0]], row=found[trials[0]].row | {"error": None, "diverged": 2})}
+    lost = chosen.pooled(diverged)[1].row
+    assert lost["error"] is None and lost["diverged"] == 2

@@ -132,7 +132,7 @@ def test_unreached_errors_and_empty_sides_give_null() -> None:
         entry = entry_of(some)
         assert entry["max"] is None and all(p["speedup"] is None for p in entry["curve"])
         assert entry["window"] is None and summary(speedups(some)).count("–") >= 6
-    assert speedups([]) == {"strict": {}}
+    assert speedups([]) == {}
 
 
 def test_methods_and_dynamics_are_separate_and_rarely_fired_rows_left_out() -> None:
@@ -303,3 +303,37 @@ def test_predictions_are_judged_by_kind_of_coins() -> None:
         # two standard errors of 0.9e-4 are 1.8% of the prediction, which is not enough
         within = [prediction([predicted(ratio, error_se=se)])["independent"]["within"] for se in (0, 0.9e-4, 2e-4)]
         assert within == [agrees, agrees, True]
+
+
+# ------------------------------------------------------------------------------------------ the paper's protocol
+def test_the_papers_protocol_has_its_methods_and_the_error_ratio_at_equal_cost() -> None:
+    kinds = {"independent": 2.0, "shared": 1.0, "best of 15": 4.0}
+    ours = [m for coins, true in kinds.items() for m in ml_em(COSTS, true, coins=coins)]
+    taught = ml_em(COSTS, 8.0, levels="t2+w8")
+    for m in (paper := [*em(COSTS), *ours, *taught]):
+        m.row["protocol"] = "paper"
+    out = speedups([*paper, *em(COSTS), *ml_em(COSTS, 3.0)], EXACT, taught=("t2",))
+    assert list(out) == ["paper", "paper_data", "strict"]
+    found = {method: out["paper_data"]["ode"][method]["em_largest"]["flops"] for method in out["paper"]["ode"]}
+    expected = {"coins": 2, "shared": 1, "pattern": 4, "any": 4}
+    assert {method: entry["window"]["lower95"] for method, entry in found.items()} == pytest.approx(expected)
+    assert out["paper"]["ode"]["any"]["em_any"]["flops"]["window"]["lower95"] == pytest.approx(8)  # with t2
+    assert out["strict"]["ode"]["any"]["all"]["flops"]["window"]["lower95"] == pytest.approx(3)
+    # errors fall as 1 / cost, so at equal cost they differ by the speed-up, where both have settings
+    assert found["pattern"]["equal_cost"]["ratio"] == pytest.approx(4, rel=0.2)
+    assert found["pattern"]["equal_cost"]["lower95"] == pytest.approx(found["pattern"]["equal_cost"]["ratio"], rel=0.1)
+    assert "equal_cost" not in out["strict"]["ode"]["any"]["all"]["flops"]
+    words = " ".join(summary(out).split())
+    assert "paper_data ode best shared pattern EM, largest level FLOPs 4 1 to 0.25" in words
+
+
+def test_shared_patterns_count_as_clusters() -> None:
+    """The error of 15 patterns: its spread over replicates is that of the patterns' mean, not of the images."""
+    rng, alone = np.random.default_rng(1), setting("ml_em", 4.0, 0.5)
+    patterns = 0.5 + 0.1 * rng.standard_normal(15)
+    shared = replace(alone, errors=patterns[:, None] + np.zeros(100))
+    errors = errors_of([alone, shared], 4000, 0)
+    assert errors[1, 0] == pytest.approx(patterns.mean())
+    assert errors[1, 1:].std() == pytest.approx(patterns.std() / math.sqrt(15), rel=0.05)
+    again = errors_of([alone], 4000, 0)
+    assert np.array_equal(errors[0], again[0])  # other settings keep their replicates

@@ -44,7 +44,7 @@ OPTIONS = (
     "process.base_steps=129", "timing={rounds:1,at_least:0}", "optimise.measured.steps=[9]", "metrics._target_=null",
     "compare.plans=none", "compare.gamma=2.5",
     "+family.callable.broken=1", "family.callable.levels=4", "family.callable._target_=test_divergence.broken_family",
-    "compare.num_samples=12", "compare.num_reference=8", "compare.batch=6", "compare.bootstrap=20",
+    "compare.num_samples=12", "compare.batch=6", "compare.bootstrap=20",
     "compare.baselines=[{dynamics:sde,step_rule:ddpm,levels:all,steps:[9]}]",
     "compare.stitched=[{dynamics:sde,step_rule:ddpm,sequences:[[1,3],[3,0]],switch:[[0.5]],steps:[17]}]",
     "compare.ml_em=[{dynamics:sde,step_rule:ddpm,families:[all,[0,2,3]],coins:[systematic],c:[4],steps:[17]}]",
