@@ -3,7 +3,7 @@
 import copy
 import functools
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
+from mlem_diffusion.comparison.paper import fresh_settings
 from mlem_diffusion.comparison.planned import references_for
 from mlem_diffusion.comparison.settings import settings_of
 from mlem_diffusion.diffusion.level import Level
@@ -84,7 +85,7 @@ def test_every_experiment_instantiates(cfg):
     assert cfg.name in EXPERIMENTS and cfg.paths.results == f"results/{cfg.name}"
     assert isinstance(config.build(cfg.process), Process)
     widths, unet = list(cfg.family.widths), plain(cfg.unet)
-    assert widths == sorted(set(widths)) and cfg.compare.num_reference <= cfg.compare.num_samples
+    assert widths == sorted(set(widths))
     for width in widths:
         train = config.build(level_settings(plain(cfg.train), {"width": width}))
         assert isinstance(train, TrainConfig) and max(train.snapshots) == 1.0 and len(train.snapshots) >= 3
@@ -105,6 +106,13 @@ def test_every_experiment_compares_the_multilevel_method_with_baselines(cfg):
     levels = {level.name: level for level in found}
     names = list(levels)
     settings = settings_of(plain(cfg.compare), levels, cfg.process.base_steps)
+    papers = fresh_settings(plain(cfg.compare.paper), levels, cfg.process.base_steps)
+    assert {(s.rule.key, s.estimator) for s in papers} >= set(product(("sde/ddpm", "ode/ddim"), ("single", "ml_em")))
+    for setting in papers:  # they share the references
+        assert setting.grid(config.build(cfg.process)).index[-1] == cfg.process.base_steps - 1
+    assert references_for([*settings, *papers], config.build(cfg.process)) == references_for(
+        settings, config.build(cfg.process)
+    )
     assert references_for(settings, config.build(cfg.process)).keys() == {"sde", "ode"}  # UserError if too coarse
     kinds = {(s.dynamics, s.estimator) for s in settings}
     assert {("sde", "single"), ("ode", "single"), ("sde", "ml_em")} <= kinds
@@ -125,9 +133,14 @@ def test_every_experiment_has_separate_seeds_and_fine_references(cfg):
         # learned probabilities start from measured ones at those steps
         assert not rule.get("learn", False) or (o.measured.costs and o.learned.steps in o.measured.steps)
     assert references_for(planned_steps(o), config.build(cfg.process)).keys() == {"sde", "ode"}
-    parts, sizes = vars(sample_seeds(cfg)).values(), (max(o.calibrate, o.diagnose.seeds), o.num_select)
-    assert len(set().union(*parts)) == sum(map(len, parts)) == sum(sizes) + cfg.compare.num_samples
-    for first in (o.seed + sum(sizes) - 1, o.seed + 1 - cfg.compare.num_samples):  # at either end
+    seeds, sizes = sample_seeds(cfg), (max(o.calibrate, o.diagnose.seeds), o.num_select)
+    parts, judged = (seeds.calibration, seeds.selection, seeds.judgement), len(seeds.judgement)
+    assert judged == max(cfg.compare.num_samples, cfg.compare.num_distance)
+    assert len(set().union(*parts)) == sum(map(len, parts)) == sum(sizes) + judged
+    # the best pattern is chosen on other samples than those that judge it
+    assert len(seeds.patterns) == cfg.compare.paper.patterns.select and not set(seeds.patterns) & set(seeds.judgement)
+    assert cfg.compare.paper.patterns.judge <= cfg.compare.num_samples and seeds.errors.start == seeds.distances.start
+    for first in (o.seed + sum(sizes) - 1, o.seed + 1 - judged):  # at either end
         cfg.compare.seed = first
         with pytest.raises(UserError, match=r"change compare.seed or optimise.seed"):
             sample_seeds(cfg)

@@ -8,11 +8,13 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
+import pytest
 
 from mlem_diffusion.figures import style
 from mlem_diffusion.figures.comparison import plot_compare
 from mlem_diffusion.figures.gamma import plot_gamma
 from mlem_diffusion.figures.levels import plot_ablation, plot_diagnostics, plot_gains, plot_training
+from mlem_diffusion.figures.paper import plot_paper
 from mlem_diffusion.figures.rates import plot_rates
 from mlem_diffusion.figures.style import comparison_grid, image_grid
 
@@ -46,7 +48,7 @@ def frame_of(**changes: Any) -> pd.DataFrame:
     defaults = {"method": "single", "trusted": True, "levels": "w8", "coins": "", "estimator": "single", "steps": 8}
     facts = {"step_rule": "em", "num_samples": 64, "network_calls": 4, "gflops_expected": 1.0, "error_se": 1e-3}
     facts |= {"distance": 2.0, "distance_low": 1.5, "distance_high": 3.0, "distance_name": "Frechet"}
-    facts |= {"distance_floor": 1.0, "seconds": 0.1}
+    facts |= {"distance_floor": 1.0, "seconds": 0.1, "num_distance": 1000}
     return pd.DataFrame(rows).fillna(defaults).assign(**facts | changes)
 
 
@@ -78,6 +80,21 @@ def test_comparison_without_some_numbers() -> None:
     frame.loc[frame.dynamics == "ode", "error"] = 0.0  # a log axis cannot show it
     figure = plot_compare(frame)
     assert texts(figure).count("not computed") == 3
+
+
+def test_the_papers_figure_has_an_arrow_at_equal_error() -> None:
+    curve = [{"at": 1 / n, "speedup": 4.0, "lower95": 3.5} for n in (4, 16, 64)]
+    entry = {"window": {"lower95": 3.5, "rms_error": [0.5, 0.125]}, "curve": curve}
+    frame = frame_of().replace({"method": {"other": "pattern"}})
+    figure = plot_paper(frame, "demo", {"sde": {"pattern": {"em_largest": {"flops": entry}}}})
+    errors, distances = figure.axes[0], figure.axes[2]
+    arrow, text = errors.texts
+    assert text.get_text() == "4.0×  (≥ 3.5×)" and not figure.axes[1].texts
+    assert arrow.xy == pytest.approx((4, 1 / 16)) and arrow.xyann == pytest.approx((16, 1 / 16))
+    assert distances.get_ylabel() == "Frechet  (n = 1000)"
+    labels = errors.get_legend_handles_labels()[1]
+    assert labels[0] == "EM, largest network (w8)" and len(labels) == 3
+    assert len(plot_paper(frame.assign(distance=np.nan)).axes) == 2
 
 
 def test_gamma_shows_fits_intervals_and_training_lengths() -> None:

@@ -227,7 +227,9 @@ def ledger(
     for runner, settings in ((calibrating, alone), (selecting, tried)):
         spent += sum(map(runner.expected_flops, settings))
         spent += sum(map(runner.reference_flops, {s.dynamics for s in settings}))
-    seeds = {part: [own.start, own.stop - 1] for part, own in vars(sample_seeds(exp.cfg)).items()}  # first and last
+    own = sample_seeds(exp.cfg)
+    parts = {"calibration": own.calibration, "selection": own.selection, "judgement": own.judgement}
+    seeds = {part: [found.start, found.stop - 1] for part, found in parts.items()}  # first and last
     found: dict[str, Any] = {"calibration": {"flops": float(spent)}, "seeds": seeds}
     found["drift"] = {s.rule.key: s.inputs.drift for s in searched}
     found["chains"] = {s.rule.key: [s.inputs.effects.names[k] for k in s.inputs.chain] for s in searched}

@@ -46,10 +46,12 @@ def real_images(exp: Any, extractor: Extractor) -> features.RealImages | None:
     n = n or min(features.MIN_IMAGES, (0 if images is None else len(images.train())) // 2)  # for published moments
     if images is None:
         return features.published_images(exp.published, exp.checkpoints, extractor, n, seed)
-    rows = images.train()
+    rows, most = images.train(), exp.cfg.compare.num_real
+    rows = rows if most is None else np.sort(np.random.default_rng(seed).permutation(rows)[:most])
+    facts = [images.manifest["sha256"], extractor.key, *([] if most is None else [most, seed])]
     with exp.progress("features of the real images", len(rows)) as progress:
         found = exp.cached(
-            "real.npz", [images.manifest["sha256"], extractor.key],
+            "real.npz", facts,
             lambda path: read_arrays(path, "run make sample-compare again")["features"],
             lambda path: features.write_features(path, extractor, images.images, rows, progress),
         )  # fmt: skip

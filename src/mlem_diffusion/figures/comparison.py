@@ -41,7 +41,7 @@ def plot_compare(frame: DataFrame, title: str = "", speedups: dict[str, Any] | N
     panels = [("distance", "gflops_realised"), ("error", "gflops_realised"), ("error", "seconds")]
     if frame.distance.isna().all():
         panels = panels[1:]  # a family without images, or few samples
-    distance = f"{frame.distance_name.iloc[0]}  (n = {frame.num_samples.iloc[0]})"
+    distance = style.distance_label(frame)
     labels = {"distance": distance, "error": "error (MSE to the reference)"}
     dynamics = [name for name in DYNAMICS_NAMES if (frame.dynamics == name).any()]
     singles = frame[frame.method == "single"]

@@ -15,7 +15,6 @@ _ML_EM: dict[str, dict[str, Any]] = {
 }
 _EM = "#23395b"
 _NAMES = {"sde": "DDPM (SDE)", "ode": "DDIM (ODE)"}
-_LABELS = {"error": "error (MSE to the fine sample)", "distance": "distance to real images"}
 
 
 @style.styled
@@ -31,11 +30,7 @@ def plot_paper(frame: DataFrame, title: str = "", speedups: dict[str, Any] | Non
             _draw_panel(ax, frame[(frame.dynamics == name) & (frame[measure] > 0)], measure)
             if measure == "error" and speedups:
                 _draw_arrow(ax, frame[frame.dynamics == name], speedups.get(name, {}))
-        label = _LABELS[measure]
-        if measure == "distance":
-            first = frame[frame.distance.notna()].iloc[0]
-            label = f"{first.distance_name}, n = {first.num_distance:.0f}"
-        line[0].set_ylabel(label)
+        line[0].set_ylabel(style.distance_label(frame) if measure == "distance" else "error (MSE to the fine sample)")
     for ax, name in zip(axes[0], dynamics, strict=True):
         ax.set_title(_NAMES[name], fontsize=14)
     for ax in axes[-1]:

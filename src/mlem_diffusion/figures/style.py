@@ -51,6 +51,12 @@ def rule_title(dynamics: str, step_rule: str) -> str:
     return f"{STEP_RULE_NAMES[step_rule]}, {DYNAMICS_NAMES[dynamics]}"
 
 
+def distance_label(frame: Any) -> str:
+    """The name of a table's distance and its number of images, for an axis."""
+    known = frame[frame.distance.notna()]
+    return "" if known.empty else f"{known.distance_name.iloc[0]}  (n = {known.num_distance.iloc[0]:.0f})"
+
+
 def error_bars(values: np.ndarray, errors: np.ndarray) -> np.ndarray:
     """Bars [2, N] of two standard errors; the lower end stays above zero, since a log axis cannot show it."""
     return np.stack([np.minimum(2 * errors, 0.95 * values), 2 * errors])
