@@ -27,7 +27,7 @@ def table(place: Place) -> pd.DataFrame:
 def test_all_artefacts_exist(done):
     place, printed = done
     expected = [
-        "gamma.json", "gamma.png", "compare.csv", "compare.png", "speedup.json", "best.json", "provenance.json",
+        "gamma.json", "gamma.png", "gamma_details.png", "compare.csv", "compare.png", "speedup.json", "best.json", "provenance.json",
         "plans.json", "plans.npz", "gains.json", "gains.png", "diagnostics.json", "ablation.json", "ablation.png",
         "diagnostics-sde.png", "diagnostics-ode.png", "verdicts.json", "metrics.jsonl", "report.html",
         "timing.json", "reference.json", "training.png", "grids/sde.png", "grids/ode.png", "config.yaml",
