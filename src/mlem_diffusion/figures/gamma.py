@@ -28,18 +28,16 @@ def plot_gamma(result: dict[str, Any], title: str = "") -> Figure:
     estimates, lengths = result["estimates"], result["training_lengths"]
     name = "differences" if estimates["differences"].get("applicable", True) else "loss_fit"
     figure = style.new_figure(12, 6, title)
-    errors, by_length = figure.subplots(1, 2, width_ratios=(2.6, 1))
-    _draw_errors(errors, result, name)
-    gamma = f"{_gamma(estimates[name], 1)}   95% {_interval(estimates[name], 1)}"
-    errors.set_title(gamma, loc="left", fontsize=27, pad=11, color=_ESTIMATES[name][0])
-    own = [{"estimates": {name: entry["estimates"][name]}} for entry in lengths]
-    _draw_gammas(by_length, range(len(lengths)), own, {name: _looks(estimates)[name]})
-    labels = [f"{100 * e['fraction']:.0f}%\n{_gamma(e['estimates'][name], 1, 'no γ')}" for e in lengths]
+    main, by_length = figure.subplots(1, 2, width_ratios=(2.6, 1))
+    _draw_errors(main, result, name)
+    main.set_title("  95% ".join(_texts(estimates[name], 1)), loc="left", fontsize=27, pad=9, color=_ESTIMATES[name][0])
+    _draw_gammas(by_length, range(len(lengths)), lengths, {name: _looks(estimates)[name]})
+    labels = [f"{e['fraction']:.0%}\n{_texts(e['estimates'][name], 1)[0].replace(' finite', '')}" for e in lengths]
     by_length.set_xticks(range(len(lengths)), labels)
     by_length.set(xlabel="share of training", ylabel="γ, 95% interval", xlim=(-0.6, len(lengths) - 0.4))
     by_length.set_title(f"harder than Monte Carlo?\n{result['htmc']}", fontsize=16)
     by_length.locator_params(axis="y", nbins=6, integer=True)
-    for ax in (errors, by_length):
+    for ax in (main, by_length):
         ax.tick_params(labelsize=13)  # also of ticks that are made later
     return figure
 
@@ -53,7 +51,7 @@ def _draw_errors(ax: Any, result: dict[str, Any], name: str) -> None:
     note = f", above $L_\\infty$ = {floor:.4f}" if floor and law else ""
     ax.errorbar(x, y, yerr=bars, fmt="o", color=colour, label=f"levels, ±2 s.e.{note}")
     cost, values = law or (x, squares)
-    paper = np.sqrt(values[0]) * (cost / cost[0]) ** (-1 / PAPER_GAMMA)
+    paper = values[0] ** 0.5 * (cost / cost[0]) ** (-1 / PAPER_GAMMA)
     ax.plot(cost, paper, ":", color="0.25", lw=1.5, label=f"slope of the paper's γ = {PAPER_GAMMA}")
     if law:
         ax.plot(cost, np.sqrt(values), color=colour, label="law: error ∝ cost$^{-1/γ}$")
@@ -61,7 +59,7 @@ def _draw_errors(ax: Any, result: dict[str, Any], name: str) -> None:
     style.more_room(ax, below=0.3)
     style.plain_ticks(ax.xaxis, many_below=4)
     style.plain_ticks(ax.yaxis)
-    ax.legend(loc="lower left", reverse=True, title=None if law else "no law: γ is not finite")
+    ax.legend(loc="lower left", reverse=True, frameon=False, title=None if law else "no law: γ is not finite")
 
 
 @style.styled
@@ -100,7 +98,7 @@ def _draw_fits(ax: Any, result: dict[str, Any]) -> None:
     for name, (colour, marker, filling, label) in _looks(result["estimates"]).items():
         x, y, bars, law = _measured(result, name)
         lowest = min([lowest, *y])
-        label += f":  {_gamma(result['estimates'][name])} {_interval(result['estimates'][name])}"
+        label += ":  " + " ".join(_texts(result["estimates"][name]))
         ax.errorbar(x, y, yerr=bars, fmt=marker, color=colour, mfc=filling, lw=1, label=label)
         if law:
             ax.plot(*law, color=colour)
@@ -132,13 +130,10 @@ def _measured(result: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndarray
     return x[show], y[show], style.error_bars(y, _contrasts(points))[:, show], law
 
 
-def _gamma(fit: dict[str, Any], places: int = 2, none: str = "no finite γ") -> str:
-    return none if fit["gamma"] is None else f"γ = {fit['gamma']:.{places}f}"
-
-
-def _interval(fit: dict[str, Any], places: int = 2) -> str:
-    low, high = fit["interval"]
-    return f"[{low:.{places}f}, {'∞' if high is None else f'{high:.{places}f}'}]"
+def _texts(fit: dict[str, Any], places: int = 2) -> tuple[str, str]:
+    """Gamma and its interval."""
+    gamma, low, high = ("∞" if v is None else f"{v:.{places}f}" for v in (fit["gamma"], *fit["interval"]))
+    return "no finite γ" if fit["gamma"] is None else f"γ = {gamma}", f"[{low}, {high}]"
 
 
 def _law(fit: dict[str, Any], gflops: Any) -> Any:
@@ -152,10 +147,10 @@ def _contrasts(points: list[dict[str, Any]]) -> np.ndarray:
 
 def _draw_gammas(ax: Any, x: Sequence[float], entries: list[dict[str, Any]], looks: dict[str, Any]) -> None:
     """Gamma with intervals at every x by every estimate; an interval that exceeds the axis ends in an arrow."""
-    finite = [e["gamma"] for entry in entries for e in entry["estimates"].values() if e["gamma"] is not None]
-    typical = float(np.quantile(finite, 0.9)) if finite else PAPER_GAMMA
+    found = [entry["estimates"][name]["gamma"] for entry in entries for name in looks]
+    typical = float(np.quantile([g for g in found if g is not None] or PAPER_GAMMA, 0.9))
     top = float(np.clip(1.6 * typical, 5.0, 20.0))  # above most points; wide intervals may exceed it
-    edge, shift = 0.97 * top, 0.18 * min(np.diff(sorted(x)), default=1.0)
+    edge, shift, small = 0.97 * top, 0.18 * min(np.diff(sorted(x)), default=1.0), 0.85 * rcParams["font.size"]
     for i, (name, (colour, marker, filling, label)) in enumerate(looks.items()):
         rows = [(e["gamma"], *e["interval"]) for e in (entry["estimates"][name] for entry in entries)]
         gamma, low, high = np.array(rows, dtype=float).T  # nan: not finite
@@ -165,15 +160,7 @@ def _draw_gammas(ax: Any, x: Sequence[float], entries: list[dict[str, Any]], loo
         ax.plot(places, np.where(gamma <= edge, gamma, np.nan), marker, color=colour, mfc=filling, label=label)
     for value, line, text, va in ((2.0, "-", "HTMC\nabove 2", "top"), (PAPER_GAMMA, ":", "paper 2.5", "bottom")):
         ax.axhline(value, color="0.25", lw=1, ls=line, zorder=0)
-        ax.text(
-            1.01,
-            value,
-            text,
-            transform=ax.get_yaxis_transform(),
-            va=va,
-            color="0.25",
-            fontsize=0.85 * rcParams["font.size"],
-        )
+        ax.text(1.01, value, text, transform=ax.get_yaxis_transform(), va=va, fontsize=small, color="0.25")
     ax.set(ylim=(0, top), ylabel="exponent γ  (cost ∝ error$^{-γ}$)")
 
 

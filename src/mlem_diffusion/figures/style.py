@@ -32,9 +32,7 @@ styled = context(["default", {
     "legend.fontsize": 9,
 }])  # fmt: skip
 # inside it, for a figure on a slide
-large = context({
-    "font.size": 15, "legend.fontsize": 13, "legend.frameon": False, "lines.linewidth": 2.5, "lines.markersize": 9,
-})  # fmt: skip
+large = context({"font.size": 15, "legend.fontsize": 13, "lines.linewidth": 2.5, "lines.markersize": 9})
 
 
 def new_figure(width: float, height: float, title: str = "") -> Figure:
