@@ -77,7 +77,7 @@ data: setup  ## images -> packed array: make data SOURCE=path/to/img_align_celeb
 train-levels: setup  ## train every level of the family
 	@$(call SEVERAL,train_levels)
 
-measure-gamma: setup  ## error against FLOPs -> gamma.json, gamma.png
+measure-gamma: setup  ## error against FLOPs -> gamma.json, gamma.png, gamma_details.png
 	@$(call RUN,measure_gamma)
 
 optimise: setup  ## gains, diagnostics and the best plans -> plans.json, for sample-compare

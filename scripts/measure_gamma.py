@@ -1,14 +1,16 @@
-"""Trained levels -> gamma.json, gamma.png: error against FLOPs, and the exponent."""
+"""Trained levels -> gamma.json, gamma.png, gamma_details.png: error against FLOPs, and the exponent."""
 
 from collections import Counter
 
 from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.experiment.runs import gain_densities
 from mlem_diffusion.experiment.stage import Experiment, stage
-from mlem_diffusion.figures.gamma import plot_gamma
+from mlem_diffusion.figures.gamma import plot_gamma, plot_gamma_details
 from mlem_diffusion.gamma.measurement import measure, summary, taught_errors
 from mlem_diffusion.models.family import level_name, load_level, read_metadata
 from mlem_diffusion.training.levels import repeated
+
+OUTPUTS = ["gamma.json", "gamma.png", "gamma_details.png"]
 
 
 def cost(exp: Experiment, levels: dict[str, Level]) -> Counter[str]:
@@ -16,7 +18,7 @@ def cost(exp: Experiment, levels: dict[str, Level]) -> Counter[str]:
     return Counter(dict.fromkeys(levels, evaluations))
 
 
-@stage(["gamma.json", "gamma.png"], ["process", "gamma"], ["levels", "images", "gains.json"], cost, trained=True)
+@stage(OUTPUTS, ["process", "gamma"], ["levels", "images", "gains.json"], cost, trained=True)
 def main(exp: Experiment) -> None:
     again = read_metadata(exp.checkpoints, [level_name(*level) for level in repeated(exp.cfg)])
 
@@ -32,6 +34,7 @@ def main(exp: Experiment) -> None:
         result["taught"] = taught_errors(levels, held_out, exp.process, settings)
     exp.save("gamma.json", result)
     exp.figure("gamma.png", plot_gamma(result, exp.cfg.title))
+    exp.figure("gamma_details.png", plot_gamma_details(result, exp.cfg.title))
     exp.log({f"gamma/{name}": e["gamma"] for name, e in result["estimates"].items()})
     exp.print(summary(result))
 

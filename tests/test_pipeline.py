@@ -27,11 +27,11 @@ def table(place: Place) -> pd.DataFrame:
 def test_all_artefacts_exist(done):
     place, printed = done
     expected = [
-        "gamma.json", "gamma.png", "compare.csv", "compare.png", "speedup.json", "best.json", "provenance.json",
+        "gamma.json", "gamma.png", "gamma_details.png", "compare.csv", "compare.png", "speedup.json", "best.json",
         "plans.json", "plans.npz", "gains.json", "gains.png", "diagnostics.json", "ablation.json", "ablation.png",
         "diagnostics-sde.png", "diagnostics-ode.png", "verdicts.json", "metrics.jsonl", "report.html",
         "timing.json", "reference.json", "training.png", "grids/sde.png", "grids/ode.png", "config.yaml",
-        *(f"samples/{seed:06d}.png" for seed in (0, 1, 2, 5)), "samples.png", "samples.json",
+        *(f"samples/{seed:06d}.png" for seed in (0, 1, 2, 5)), "samples.png", "samples.json", "provenance.json",
     ]  # fmt: skip
     assert [name for name in expected if not (place.results / name).is_file()] == []
     for width in (2, 3, 6):

@@ -12,7 +12,7 @@ import pytest
 
 from mlem_diffusion.figures import style
 from mlem_diffusion.figures.comparison import plot_compare
-from mlem_diffusion.figures.gamma import plot_gamma
+from mlem_diffusion.figures.gamma import plot_gamma, plot_gamma_details
 from mlem_diffusion.figures.levels import plot_ablation, plot_diagnostics, plot_gains, plot_training
 from mlem_diffusion.figures.paper import plot_paper
 from mlem_diffusion.figures.rates import plot_rates
@@ -99,9 +99,14 @@ def test_the_papers_figure_has_an_arrow_at_equal_error() -> None:
 
 def test_gamma_shows_fits_intervals_and_training_lengths() -> None:
     result = content("celeba32/gamma.json")
-    fits, per_noise_level, lengths, _ = plot_gamma(result, "demo").axes
+    fits, per_noise_level, lengths, _ = plot_gamma_details(result, "demo").axes
     measured, fit = result["points"]["loss_fit"], result["estimates"]["loss_fit"]
-    above_floor = [[p["gflop"], p["value"] - fit["floor"]] for p in measured]
+    above_floor = np.array([[p["gflop"], p["value"] - fit["floor"]] for p in measured])
+    errors, answer = plot_gamma(result, "demo").axes  # one law, of root-mean-square errors
+    (law,) = points(errors, linestyle="-")
+    assert np.allclose(points(errors, marker="o")[0], above_floor ** (1, 0.5))
+    assert np.allclose(np.diff(np.log(law[:, 1])), np.diff(np.log(law[:, 0])) / -fit["gamma"])
+    assert result["htmc"] in answer.get_title() and f"γ = {fit['gamma']:.1f}" in errors.get_title(loc="left")
     assert any(np.allclose(line, above_floor) for line in points(fits) if len(line) == len(measured))
     labels = fits.get_legend_handles_labels()[1]
     low, high = fit["interval"]
@@ -128,7 +133,11 @@ def test_gamma_without_a_finite_value() -> None:
     result["nestedness"] = [{"names": ["a", "b"], "ratio": ratio, "se": 0.1} for ratio in (1.234, None, 20.0)]
     for entry in [*result["per_noise_level"], *result["training_lengths"]]:
         entry["estimates"]["drops"] = drops
-    figure = plot_gamma(result)
+    for entry in (result, *result["training_lengths"]):  # differences that do not apply: the figure is of the loss
+        entry["estimates"]["differences"]["applicable"] = False
+    errors = plot_gamma(result).axes[0]
+    assert errors.get_title(loc="left").startswith("no finite γ") and not points(errors, linestyle="-")
+    figure = plot_gamma_details(result)
     labels = figure.axes[0].get_legend_handles_labels()[1]
     assert labels[1].startswith("drop in loss:  γ = 3.00") and "not applicable:  no finite γ" in labels[2]
     assert {"×1.23", "no drop", "×20"} <= set(texts(figure))

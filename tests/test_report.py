@@ -43,7 +43,7 @@ def change(path: Path, **values: Any) -> None:
 def test_page_is_self_contained_and_complete(results: Path) -> None:
     page = render(results, "A <title>")
     images = re.findall(r'<img src="(.{22})', page)
-    assert len(images) == 9 and set(images) == {"data:image/png;base64,"}
+    assert len(images) == 10 and set(images) == {"data:image/png;base64,"}
     assert not re.search(r"(src|href)=.http|url\(|@import|<script|<link", page)
     page = text_of(page)
     assert "A <title>" in page and "Warning" not in page

@@ -97,7 +97,7 @@ def _diagnostics(content: dict[str, Any]) -> Section:
 
 _SECTIONS = {
     "speedup.json": _speedups,
-    "gamma.json": lambda content: Section("Scaling exponent γ", measurement.summary(content), ("gamma.png",)),
+    "gamma.json": lambda content: Section("Scaling exponent γ", measurement.summary(content), ("gamma*.png",)),
     "ablation.json": lambda content: Section("Levels and ablation", ablation.table(content), ("ablation.png",)),
     "diagnostics.json": _diagnostics,
     "compare.csv": _comparison,

@@ -1,9 +1,10 @@
-"""The figure for gamma.json: error against FLOPs, and gamma per noise level and training length."""
+"""The figures for gamma.json: error against FLOPs by one law, for a slide, and all estimates in detail."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import rcParams
 from matplotlib.figure import Figure
 
 from . import style
@@ -20,8 +21,50 @@ _NOTE = "Arrow: the interval goes on. No marker: no finite γ, or beyond the axi
 
 
 @style.styled
+@style.large
 def plot_gamma(result: dict[str, Any], title: str = "") -> Figure:
-    """Draw the content of gamma.json."""
+    """Root-mean-square error against FLOPs with one law, the answer to gamma > 2, and gamma by training length.
+    The law is that of neighbouring levels' differences where it applies, else that of the loss."""
+    estimates, lengths = result["estimates"], result["training_lengths"]
+    name = "differences" if estimates["differences"].get("applicable", True) else "loss_fit"
+    figure = style.new_figure(12, 6, title)
+    main, by_length = figure.subplots(1, 2, width_ratios=(2.6, 1))
+    _draw_errors(main, result, name)
+    main.set_title("  95% ".join(_texts(estimates[name], 1)), loc="left", fontsize=27, pad=9, color=_ESTIMATES[name][0])
+    _draw_gammas(by_length, range(len(lengths)), lengths, {name: _looks(estimates)[name]})
+    labels = [f"{e['fraction']:.0%}\n{_texts(e['estimates'][name], 1)[0].replace(' finite', '')}" for e in lengths]
+    by_length.set_xticks(range(len(lengths)), labels)
+    by_length.set(xlabel="share of training", ylabel="γ, 95% interval", xlim=(-0.6, len(lengths) - 0.4))
+    by_length.set_title(f"harder than Monte Carlo?\n{result['htmc']}", fontsize=16)
+    by_length.locator_params(axis="y", nbins=6, integer=True)
+    for ax in (main, by_length):
+        ax.tick_params(labelsize=13)  # also of ticks that are made later
+    return figure
+
+
+def _draw_errors(ax: Any, result: dict[str, Any], name: str) -> None:
+    """Root-mean-square errors with bars, the law if there is one, and the slope of the paper's gamma."""
+    x, squares, bars, law = _measured(result, name)
+    y, colour, floor = np.sqrt(squares), _ESTIMATES[name][0], result["estimates"][name]["floor"]
+    bars = np.abs(np.sqrt(squares + [[-1], [1]] * bars) - y)
+    what = r"\sqrt{L - L_\infty}" if floor and law else r"\sqrt{L}" if name == "loss_fit" else r"|f^k-f^{k-1}|"
+    note = f", above $L_\\infty$ = {floor:.4f}" if floor and law else ""
+    ax.errorbar(x, y, yerr=bars, fmt="o", color=colour, label=f"levels, ±2 s.e.{note}")
+    cost, values = law or (x, squares)
+    paper = values[0] ** 0.5 * (cost / cost[0]) ** (-1 / PAPER_GAMMA)
+    ax.plot(cost, paper, ":", color="0.25", lw=1.5, label=f"slope of the paper's γ = {PAPER_GAMMA}")
+    if law:
+        ax.plot(cost, np.sqrt(values), color=colour, label="law: error ∝ cost$^{-1/γ}$")
+    ax.set(xscale="log", yscale="log", xlabel=style.GFLOP, ylabel=f"root-mean-square error  ${what}$")
+    style.more_room(ax, below=0.3)
+    style.plain_ticks(ax.xaxis, many_below=4)
+    style.plain_ticks(ax.yaxis)
+    ax.legend(loc="lower left", reverse=True, frameon=False, title=None if law else "no law: γ is not finite")
+
+
+@style.styled
+def plot_gamma_details(result: dict[str, Any], title: str = "") -> Figure:
+    """Draw the content of gamma.json, with all estimates."""
     lengths = result["training_lengths"]
     figure = style.new_figure(13, 9.5, title)
     fits, per_noise_level, by_length, losses = figure.subplots(2, 2).flat
@@ -53,21 +96,12 @@ def _draw_fits(ax: Any, result: dict[str, Any]) -> None:
     """Measured errors with bars, and the fitted laws."""
     lowest = np.inf
     for name, (colour, marker, filling, label) in _looks(result["estimates"]).items():
-        fit, points = result["estimates"][name], result["points"][name]
-        floor = fit["floor"] or 0.0 if fit["amplitude"] else 0.0
-        x = np.array([point["gflop"] for point in points])
-        y = np.array([point["value"] for point in points]) - floor
-        show = y > 0
-        lowest = min([lowest, *y[show]])
-        low, high = fit["interval"]
-        gamma = "no finite γ" if fit["gamma"] is None else f"γ = {fit['gamma']:.2f}"
-        label += f":  {gamma} [{low:.2f}, {'∞' if high is None else f'{high:.2f}'}]"
-        bars = style.error_bars(y, _contrasts(points))[:, show]
-        ax.errorbar(x[show], y[show], yerr=bars, fmt=marker, color=colour, mfc=filling, lw=1, label=label)
-        if fit["amplitude"]:  # the law at the points, less the law of the level that they are differences to
-            start = np.array([point.get("gflop_previous", point["gflop"]) for point in points])
-            end = {"loss_fit": np.inf, "to_largest": result["levels"][-1]["gflop"]}.get(name, x)
-            ax.plot(x, _law(fit, start) - _law(fit, end), color=colour)
+        x, y, bars, law = _measured(result, name)
+        lowest = min([lowest, *y])
+        label += ":  " + " ".join(_texts(result["estimates"][name]))
+        ax.errorbar(x, y, yerr=bars, fmt=marker, color=colour, mfc=filling, lw=1, label=label)
+        if law:
+            ax.plot(*law, color=colour)
     for pair, point in zip(result.get("nestedness", ()), result["points"]["differences"], strict=False):
         text = "no drop" if pair["ratio"] is None else f"×{pair['ratio']:.{2 if pair['ratio'] < 10 else 0}f}"
         ax.text(point["gflop"], 0.96, text, transform=ax.get_xaxis_transform(), ha="center", fontsize=8.5)
@@ -82,6 +116,26 @@ def _draw_fits(ax: Any, result: dict[str, Any]) -> None:
     ax.legend(loc="lower left", title=title)
 
 
+def _measured(result: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, Any]:
+    """FLOPs and squared errors [N] above the floor, where positive, their bars [2, N], and FLOPs and values of the law:
+    that of the points, less that of the level that they are differences to; or None."""
+    fit, points = result["estimates"][name], result["points"][name]
+    x, y = np.array([(point["gflop"], point["value"]) for point in points]).T
+    y = y - (fit["floor"] or 0.0 if fit["amplitude"] else 0.0)
+    show, law = y > 0, None
+    if fit["amplitude"]:
+        start = np.array([point.get("gflop_previous", point["gflop"]) for point in points])
+        end = {"loss_fit": np.inf, "to_largest": result["levels"][-1]["gflop"]}.get(name, x)
+        law = x, _law(fit, start) - _law(fit, end)
+    return x[show], y[show], style.error_bars(y, _contrasts(points))[:, show], law
+
+
+def _texts(fit: dict[str, Any], places: int = 2) -> tuple[str, str]:
+    """Gamma and its interval."""
+    gamma, low, high = ("∞" if v is None else f"{v:.{places}f}" for v in (fit["gamma"], *fit["interval"]))
+    return "no finite γ" if fit["gamma"] is None else f"γ = {gamma}", f"[{low}, {high}]"
+
+
 def _law(fit: dict[str, Any], gflops: Any) -> Any:
     return fit["amplitude"] * gflops ** (-2 / fit["gamma"])
 
@@ -93,10 +147,10 @@ def _contrasts(points: list[dict[str, Any]]) -> np.ndarray:
 
 def _draw_gammas(ax: Any, x: Sequence[float], entries: list[dict[str, Any]], looks: dict[str, Any]) -> None:
     """Gamma with intervals at every x by every estimate; an interval that exceeds the axis ends in an arrow."""
-    finite = [e["gamma"] for entry in entries for e in entry["estimates"].values() if e["gamma"] is not None]
-    typical = float(np.quantile(finite, 0.9)) if finite else PAPER_GAMMA
+    found = [entry["estimates"][name]["gamma"] for entry in entries for name in looks]
+    typical = float(np.quantile([g for g in found if g is not None] or PAPER_GAMMA, 0.9))
     top = float(np.clip(1.6 * typical, 5.0, 20.0))  # above most points; wide intervals may exceed it
-    edge, shift = 0.97 * top, 0.18 * min(np.diff(sorted(x)), default=1.0)
+    edge, shift, small = 0.97 * top, 0.18 * min(np.diff(sorted(x)), default=1.0), 0.85 * rcParams["font.size"]
     for i, (name, (colour, marker, filling, label)) in enumerate(looks.items()):
         rows = [(e["gamma"], *e["interval"]) for e in (entry["estimates"][name] for entry in entries)]
         gamma, low, high = np.array(rows, dtype=float).T  # nan: not finite
@@ -106,7 +160,7 @@ def _draw_gammas(ax: Any, x: Sequence[float], entries: list[dict[str, Any]], loo
         ax.plot(places, np.where(gamma <= edge, gamma, np.nan), marker, color=colour, mfc=filling, label=label)
     for value, line, text, va in ((2.0, "-", "HTMC\nabove 2", "top"), (PAPER_GAMMA, ":", "paper 2.5", "bottom")):
         ax.axhline(value, color="0.25", lw=1, ls=line, zorder=0)
-        ax.text(1.01, value, text, transform=ax.get_yaxis_transform(), va=va, fontsize=8.5, color="0.25")
+        ax.text(1.01, value, text, transform=ax.get_yaxis_transform(), va=va, fontsize=small, color="0.25")
     ax.set(ylim=(0, top), ylabel="exponent γ  (cost ∝ error$^{-γ}$)")
 
 

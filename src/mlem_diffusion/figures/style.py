@@ -31,6 +31,8 @@ styled = context(["default", {
     "figure.dpi": 130, "axes.grid": True, "axes.spines.top": False, "axes.spines.right": False, "grid.color": "#e3e6ea",
     "legend.fontsize": 9,
 }])  # fmt: skip
+# inside it, for a figure on a slide
+large = context({"font.size": 15, "legend.fontsize": 13, "lines.linewidth": 2.5, "lines.markersize": 9})
 
 
 def new_figure(width: float, height: float, title: str = "") -> Figure:
@@ -62,11 +64,11 @@ def error_bars(values: np.ndarray, errors: np.ndarray) -> np.ndarray:
     return np.stack([np.minimum(2 * errors, 0.95 * values), 2 * errors])
 
 
-def plain_ticks(axis: Any) -> None:
-    """Plain numbers on a log axis, at more places the fewer decades it spans."""
+def plain_ticks(axis: Any, many_below: float = 12.0) -> None:
+    """Plain numbers on a log axis, at more places the less it spans: at many below this factor."""
     low, high = axis.get_view_interval()
     places = (1.0,) if high > 200 * low else (1.0, 2.0, 5.0)
-    if high < 12 * low:
+    if high < many_below * low:
         places = (1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
     axis.set_major_locator(LogLocator(subs=places))
     axis.set_major_formatter(lambda value, _: f"{value:g}" if 1e-4 < value < 1e5 else f"1e{np.log10(value):.0f}")
