@@ -2,8 +2,9 @@
 
 import copy
 import functools
+import re
 from collections.abc import Iterator
-from itertools import pairwise, product
+from itertools import chain, pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
+from packaging.specifiers import SpecifierSet
 
 from mlem_diffusion.comparison.paper import fresh_settings
 from mlem_diffusion.comparison.planned import references_for
@@ -30,7 +32,8 @@ from mlem_diffusion.multilevel.planner import METHODS
 from mlem_diffusion.training.levels import TrainConfig, level_names
 from mlem_diffusion.training.levels import settings as level_settings
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs"
 EXPERIMENTS = sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml"))
 GROUPS = sorted(f"{p.parent.name}={p.stem}" for p in CONFIGS.glob("*/*.yaml") if p.parent.name != "experiment")
 
@@ -274,3 +277,18 @@ def test_home_stands_for_the_home_folder(monkeypatch):
 def test_folders_of_jobs_have_short_and_distinct_names():
     names = [config.job_folder(text) for text in ("a=1", "a=x/y", "é" * 200, "é" * 201)]
     assert names[:2] == ["a=1", "a=x_y"] and len(set(names)) == 4 and all(len(n.encode()) <= 200 for n in names)
+
+
+def test_conda_installs_this_package_with_a_python_that_it_takes():
+    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    environment = plain(OmegaConf.load(ROOT / "environment.yml"))
+    *conda, last = environment["dependencies"]
+    assert environment["name"] == project["name"] and "pip" in conda and list(last) == ["pip"]
+    package, *more = last["pip"]
+    extras = re.fullmatch(r"-e \.(?:\[(.+)\])?", package)  # of the folder of environment.yml
+    assert extras and set((extras[1] or "test").split(",")) <= set(project["optional-dependencies"])
+    named, bounds = (project["dependencies"], *project["optional-dependencies"].values()), {}
+    for text in chain(conda, more, *named):
+        name, bound = re.findall(r"^([\w.-]+)(?:\[.+\])?\s*(.*)$", text.lower())[0]
+        assert bounds.setdefault(name, bound) == bound
+    assert SpecifierSet(project["requires-python"]).contains(bounds["python"].lstrip("="))

@@ -219,7 +219,8 @@ def test_the_centred_square_is_kept_and_resized(crop: str, width: int, height: i
     left, top = (width - side) // 2, (height - side) // 2
     square = picture if crop == "none" else picture.crop((left, top, left + side, top + side))
     for size in (16, side):
-        result, _ = pixels.decode(encode(picture), size, crop)
+        result, done = pixels.decode(encode(picture), size, crop)
+        assert ("178:218" in done) == ((width, height, side) in CELEBA)
         expected = np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
         assert np.array_equal(result.transpose(1, 2, 0), expected)
 

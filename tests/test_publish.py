@@ -120,6 +120,7 @@ def test_a_published_family_is_the_trained_one_rounded(trained: Path):
     card = (folder / "README.md").read_text()
     for word in (f"{metadata[0]['parameters']:,}", "0.15000", "da7a", "c0ffee", "train.lr=0.1", "non-commercial"):
         assert word in card
+    assert "already 8x8; none" in card
 
 
 def test_published_levels_are_used_where_none_are_trained(trained: Path):

@@ -261,8 +261,8 @@ from {m["logsnr_range"][0]} to {m["logsnr_range"][1]}; they predict {m["target"]
 Held-out loss: mean squared error of the denoised image, before rounding, over held-out images and noise levels along
 the sampler's path. A level with a teacher was trained on its denoised images, and for ML-EM.
 
-{data["split"]["train"]:,} training images of `{data["source"]["name"]}` (SHA-256 {data["source"]["sha256"]}), crop
-`{data["crop"]}`; none are in this folder. Packed array: SHA-256 {data["sha256"]}. Trained with
+{data["split"]["train"]:,} training images of `{data["source"]["name"]}` (SHA-256 {data["source"]["sha256"]}),
+{"; ".join(data["treatment"])}; none are in this folder. Packed array: SHA-256 {data["sha256"]}. Trained with
 `make train-levels EXPERIMENT={name}`, overrides `{" ".join(training["overrides"]) or "none"}`, commit
 {commits}, finished {training["finished"]}, on {training["device"]}.
 
