@@ -29,7 +29,7 @@ from mlem_diffusion.experiment import checks, config
 from mlem_diffusion.experiment.runs import make_extractor, planned_steps, sample_seeds
 from mlem_diffusion.models.family import build_denoiser, check_attention, describe, level_name
 from mlem_diffusion.multilevel.planner import METHODS
-from mlem_diffusion.training.levels import TrainConfig, level_names
+from mlem_diffusion.training.levels import TrainConfig, level_names, taught_widths
 from mlem_diffusion.training.levels import settings as level_settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -168,6 +168,25 @@ def test_every_option_of_every_group_composes(option):
         narrow = [e["upto"] for e in unet.get("narrow", ())]
         widths = sorted({4, *narrow, *(w + 8 for w in narrow or [4])})
         assert all(b > a for a, b in pairwise(describe(w, size, 0.5, unet, "v")["flops"] for w in widths))
+
+
+def test_the_families_of_celeba64():
+    """One architecture without patches, whose FLOPs grow by nearly equal factors, and the same widths for ML-EM."""
+    paper, telescope = configuration("experiment=celeba64"), configuration("experiment=celeba64", "family=telescope")
+    assert configuration("experiment=celeba64", "family=paper") == paper and not paper.family.gaussian
+    unet, widths = plain(paper.unet), list(paper.family.widths)
+    assert not {"narrow", "patch"} & set(unet) and unet["precondition"] == "scalar" and len(widths) >= 7
+    flops = [describe(width, 64, 0.5, unet, "v")["flops"] for width in widths]
+    factors = [b / a for a, b in pairwise(flops)]
+    assert max(factors) < 1.25 * min(factors)
+    again = ["experiment=celeba64", "family=telescope", "unet=adm"]
+    other = configuration(*again)
+    checks.settle(other, again)
+    assert unchanged(telescope) and other.unet == telescope.unet == paper.unet | {"precondition": "gaussian"}
+    assert telescope.family == {**paper.family, "gaussian": True} and taught_widths(telescope)
+    fast = configuration("experiment=celeba64", "family=fast")
+    assert unchanged(fast) and "narrow" in fast.unet
+    assert [c.name for c in (paper, telescope, fast)] == ["celeba64", "celeba64_telescope", "celeba64_fast"]
 
 
 def extractor_of(*overrides: str) -> Any:

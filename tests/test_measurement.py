@@ -94,6 +94,8 @@ def test_a_measurement_holds_every_length_the_repeats_and_the_poolings():
     family[0]["unet"] = {"blocks": 2}
     mixed = measurement.measure(family, [], load, held_out, process(), settings, bar)
     assert (mixed["htmc"], "blocks 2 in a, 1 in b+c+d" in mixed["htmc_reason"]) == ("no verdict", True)
+    lengths = [mixed, *mixed["training_lengths"]]
+    assert not any(own["applicable"] for entry in lengths for own in entry["estimates"].values())
     assert "weighted_by_gains" not in mixed
 
 
@@ -202,8 +204,8 @@ def test_levels_of_several_architectures_are_named():
 
 
 def test_the_gamma_that_probabilities_use(tmp_path):
-    made_with, settings = {"levels": {}}, SimpleNamespace(compare=SimpleNamespace(gamma="auto"))
-    exp = SimpleNamespace(results=tmp_path, cfg=settings, identity=made_with)
+    made_with, settings, said = {"levels": {}}, SimpleNamespace(compare=SimpleNamespace(gamma="auto")), []
+    exp = SimpleNamespace(results=tmp_path, cfg=settings, identity=made_with, print=said.append)
 
     def used(nested, *gammas):
         estimates = dict(zip(("differences", "to_largest", "drops", "loss_fit"), gammas, strict=True))
@@ -212,7 +214,8 @@ def test_the_gamma_that_probabilities_use(tmp_path):
         return used_gamma(exp)
 
     assert (used(True, 5, 4, 3, 2), used(True, None, 4, 3, 2), used(False, 5, 4, 3, 2)) == (5, 4, 3)
-    assert (used(False, 5, 4, None, 2), used(False, None, 4, None, None)) == (2, 4)
+    assert (used(False, 5, 4, None, 2), said) == (2, [])
+    assert used(False, None, 4, None, None) == 4 and "4.00 is from a law that does not apply" in said[0]
     assert gain_densities(exp) is None
     (tmp_path / "gains.json").write_text(json.dumps({"made_with": made_with, "rules": {"a": 1}}))
     assert gain_densities(exp) == {"a": 1}

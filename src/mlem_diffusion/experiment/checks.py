@@ -102,7 +102,8 @@ def settle(cfg: DictConfig, given: Sequence[str]) -> None:
     the experiment's were meant for another choice. Whole floats become int, and ~ the home folder."""
     parsed = OverridesParser.create().parse_overrides(list(given))
     chosen = {o.key_or_group for o in parsed if o.key_or_group in _GROUPS and isinstance(o.value(), str)}
-    own = [str(o.input_line) for o in parsed if o.key_or_group.split(".")[0] in chosen or _SEARCH in o.key_or_group]
+    ours = {*chosen, "family"}  # a family's file may set fields of the groups
+    own = [str(o.input_line) for o in parsed if o.key_or_group.split(".")[0] in ours or _SEARCH in o.key_or_group]
     fresh = compose("config", own) if chosen else {}  # without the experiment
     for group in chosen:
         cfg[group] = fresh[group]

@@ -92,10 +92,12 @@ def used_gamma(exp: Any) -> float:
         order = ("differences", "to_largest", "drops", "loss_fit")  # earlier results have no drops
         estimates = [content["estimates"][name] for name in order if name in content["estimates"]]
         estimates.sort(key=lambda own: not own.get("applicable", True))
-        finite = [float(own["gamma"]) for own in estimates if own["gamma"] is not None]
+        finite = [(float(own["gamma"]), own.get("applicable", True)) for own in estimates if own["gamma"] is not None]
     if not finite:
         raise UserError("No estimate in gamma.json is finite; set compare.gamma to a number.")
-    return finite[0]
+    if not finite[0][1]:
+        exp.print(f"gamma = {finite[0][0]:.2f} is from a law that does not apply to these levels: see gamma.json.")
+    return finite[0][0]
 
 
 def gain_densities(exp: Any) -> Mapping[str, Any] | None:

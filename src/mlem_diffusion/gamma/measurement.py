@@ -64,6 +64,8 @@ def measure(
     if mixture:
         for entry in [result, *by_gains.values()]:
             entry |= {"htmc": "no verdict", "htmc_reason": mixture}
+        for own in (e for entry in [result, *by_gains.values(), *lengths] for e in entry["estimates"].values()):
+            own["applicable"] = False
     falls, warnings = differences_fall(errors), hierarchy_warnings(errors)
     if falls["violations"]:
         count = f"{len(falls['violations'])} of {falls['checks']} checks"
