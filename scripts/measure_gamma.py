@@ -32,7 +32,9 @@ def main(exp: Experiment) -> None:
         result["taught"] = taught_errors(levels, held_out, exp.process, settings)
     exp.save("gamma.json", result)
     exp.figure("gamma.png", plot_gamma(result, exp.cfg.title))
-    exp.log({f"gamma/{name}": e["gamma"] for name, e in result["estimates"].items()})
+    for name, e in result["estimates"].items():
+        low, high = e["interval"]
+        exp.log({f"gamma/{name}": e["gamma"], f"gamma/{name}/low95": low, f"gamma/{name}/high95": high})
     exp.print(summary(result))
 
 

@@ -115,5 +115,12 @@ def table(result: dict[str, Any]) -> list[dict[str, str]]:
     return rows
 
 
+def lower_bounds(found: dict[str, Any], name: str = "speedup") -> dict[str, float | None]:
+    """The lower bound of every window of speedup.json, by keys such as speedup/strict/sde/coins/em_any/flops."""
+    if "window" in found:
+        return {name: found["window"] and found["window"]["lower95"]}
+    return {k: bound for key, part in found.items() for k, bound in lower_bounds(part, f"{name}/{key}").items()}
+
+
 def summary(result: dict[str, Any]) -> str:
     return pd.DataFrame(table(result)).to_string(index=False)

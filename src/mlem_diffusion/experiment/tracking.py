@@ -3,6 +3,7 @@ Records go to metrics.jsonl, and a copy to Weights & Biases if it is installed a
 SIGHUP set a flag; the work saves its state and stops, or is ended after a few seconds."""
 
 import contextlib
+import copy
 import io
 import json
 import math
@@ -15,27 +16,39 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from tqdm import tqdm
 
 from .. import parallel
 from ..errors import Interrupted, SlowPath, UserError
+from ..files import read_json, write_json
+from .config import fingerprint
 
 TIMEOUT, PATIENCE = 20.0, 60.0  # seconds for W&B to begin a run, and to finish it
 GRACE = 5.0  # seconds to save and stop
+# settings with which a stopped stage may continue
+_FREE = ("max_minutes", "overwrite", "force", "workers", "threads", "device", "tracking", "title")
 _asked = False
 
 
 class Tracker:
     """Appends records to metrics.jsonl, and copies them to W&B from there: workers and ranks append to the same file.
-    W&B fails at most once: then one warning is given, and the run goes on without it."""
+    A value that names a PNG or CSV file of the folder is sent as a picture or table. W&B has one run for each stage; a
+    file in the cache has the id of one that was stopped. W&B fails at most once: then one warning is given, and the
+    run goes on without it."""
 
     def __init__(self, folder: Path, stage: str, config: dict[str, Any], mode: str, project: str):
         self.folder, self.stage, self.config, self.project = folder, stage, config, project
         self.path, self.run = folder / "metrics.jsonl", None
         off = os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes")
         self.mode: Any = "disabled" if off else (mode or "offline").strip().lower()
-        # what earlier runs of a stage have logged stays in their own W&B runs
-        self.sent = self.path.stat().st_size if self.path.is_file() else 0
+        key = fingerprint(copy.deepcopy({k: v for k, v in config.items() if k not in _FREE}), {})[:16]
+        self.state = folder / "cache" / f"wandb-{stage}-{key}.json"
+        # what finished runs of a stage have logged stays in their own W&B runs
+        self.id, self.sent = os.urandom(6).hex(), self.path.stat().st_size if self.path.is_file() else 0
+        with contextlib.suppress(UserError, LookupError, TypeError, ValueError):
+            state = read_json(self.state, "")
+            self.id, self.sent = str(state["id"]), min(self.sent, int(state["sent"]))
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one record of numbers and strings, in one write; UserError if the disk is full."""
@@ -48,9 +61,6 @@ class Tracker:
             raise UserError(f"{self.path} cannot be written ({error.strerror or error}).") from error
         self._mirror()
 
-    def image(self, key: str, path: Path) -> None:
-        self._try(lambda wandb, run: run.log({key: wandb.Image(str(path))}))
-
     def finish(self) -> None:
         """Let W&B finish; it may take PATIENCE seconds, for instance to upload."""
         self._mirror()
@@ -61,6 +71,8 @@ class Tracker:
             if ending.is_alive():
                 text = f"W&B did not finish within {PATIENCE:g} s; metrics.jsonl is complete."
                 warnings.warn(text, SlowPath, stacklevel=2)
+        with contextlib.suppress(OSError):
+            self.state.unlink(missing_ok=True)
 
     def _mirror(self) -> None:
         """Send the records that metrics.jsonl has gained."""
@@ -70,8 +82,18 @@ class Tracker:
             file.seek(self.sent)
             lines = [line for line in file.readlines() if line.endswith(b"\n")]
         self.sent += sum(map(len, lines))
-        for line in lines:
-            self._try(lambda wandb, run, line=line: run.log(json.loads(line)))
+        for record in map(json.loads, lines):
+            if record.pop("stage") == self.stage:
+                self._try(lambda wandb, run, new=record: run.log({k: self._shown(wandb, v) for k, v in new.items()}))
+        if lines:
+            self._try(lambda wandb, run: write_json(self.state, {"id": self.id, "sent": self.sent}))
+
+    def _shown(self, wandb: Any, value: Any) -> Any:
+        suffix = Path(value).suffix if isinstance(value, str) else ""
+        if suffix == ".csv":
+            frame = pd.read_csv(self.folder / value).astype(object)
+            return wandb.Table(dataframe=frame.where(frame.notna(), None))
+        return wandb.Image(str(self.folder / value)) if suffix == ".png" else value
 
     def _try(self, action: Any) -> None:
         if self.mode == "disabled":
@@ -83,11 +105,13 @@ class Tracker:
                 if "WANDB_MODE" in os.environ:  # W&B refuses what we understand: empty or upper case
                     os.environ["WANDB_MODE"] = self.mode
                 settings = wandb.Settings(silent=True, init_timeout=TIMEOUT, console="off")
-                name = f"{self.config.get('name', self.folder.name)}-{self.stage}"
+                group = str(self.config.get("name", self.folder.name))
                 self.run = wandb.init(
-                    project=self.project, name=name, job_type=self.stage, config=self.config, mode=self.mode,
-                    dir=str(self.folder), settings=settings, reinit="create_new",
+                    project=self.project, group=group, name=f"{group}-{self.stage}", job_type=self.stage, id=self.id,
+                    resume="allow", config=self.config, mode=self.mode, dir=str(self.folder), settings=settings,
+                    reinit="create_new",
                 )  # fmt: skip
+                self.run.define_metric("train/*", step_metric="train/images_seen")
             action(wandb, self.run)
         except (Exception, SystemExit) as error:
             self.mode = "disabled"
