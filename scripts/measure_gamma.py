@@ -32,9 +32,8 @@ def main(exp: Experiment) -> None:
         result["taught"] = taught_errors(levels, held_out, exp.process, settings)
     exp.save("gamma.json", result)
     exp.figure("gamma.png", plot_gamma(result, exp.cfg.title))
-    for name, e in result["estimates"].items():
-        low, high = e["interval"]
-        exp.log({f"gamma/{name}": e["gamma"], f"gamma/{name}/low95": low, f"gamma/{name}/high95": high})
+    for n, e in result["estimates"].items():
+        exp.log({f"gamma/{n}": e["gamma"], f"gamma/{n}/low95": e["interval"][0], f"gamma/{n}/high95": e["interval"][1]})
     exp.print(summary(result))
 
 

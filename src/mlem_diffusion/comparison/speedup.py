@@ -115,11 +115,10 @@ def table(result: dict[str, Any]) -> list[dict[str, str]]:
     return rows
 
 
-def lower_bounds(found: dict[str, Any], name: str = "speedup") -> dict[str, float | None]:
-    """The lower bound of every window of speedup.json, by keys such as speedup/strict/sde/coins/em_any/flops."""
-    if "window" in found:
-        return {name: found["window"] and found["window"]["lower95"]}
-    return {k: bound for key, part in found.items() for k, bound in lower_bounds(part, f"{name}/{key}").items()}
+def lower_bounds(result: dict[str, Any]) -> dict[str, float]:
+    """The lower bounds of the windows in speedup.json, by keys such as speedup/strict/sde/coins/em_any/flops."""
+    found, end = pd.json_normalize({"speedup": result}, sep="/").iloc[0].to_dict(), "/window/lower95"
+    return {key.removesuffix(end): bound for key, bound in found.items() if key.endswith(end)}
 
 
 def summary(result: dict[str, Any]) -> str:

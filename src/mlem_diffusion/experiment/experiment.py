@@ -204,8 +204,7 @@ class Experiment:
     def save(self, name: str, value: Any) -> None:
         """Write a result as JSON if its name ends so, else as text, and send a table to W&B; rank 0 only."""
         if parallel.is_main():
-            write = files.write_json if name.endswith(".json") else files.write_text
-            write(self.results / name, value)
+            (files.write_json if name.endswith(".json") else files.write_text)(self.results / name, value)
             self.note(name)
             if name.endswith(".csv"):
                 self.log({f"table/{Path(name).stem}": name})
