@@ -29,7 +29,7 @@ SEVERAL = $(BIN)/python $(RANKS) scripts/$(1).py $(SWEEP) $(call OVERRIDES,$(2))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help setup demo data train-levels measure-gamma optimise sample-compare report sample publish \
-        verify-rates benchmark test lint format clean
+        wandb-sync verify-rates benchmark test lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets and their variables
@@ -94,6 +94,9 @@ sample: setup  ## PNGs and a grid with the best sampler of the comparison: make 
 
 publish: setup  ## trained levels -> checkpoints/EXPERIMENT/published: bf16 weights and model card, to commit
 	@$(call RUN,publish)
+
+wandb-sync: setup  ## upload the offline W&B runs of the experiment
+	@$(BIN)/wandb sync results/$(EXPERIMENT)/wandb
 
 test: $(VENV)/.installed-test  ## the tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -35,7 +35,8 @@ def main(exp: Experiment) -> None:
     exp.save("gamma.json", result)
     exp.figure("gamma.png", plot_gamma(result, exp.cfg.title))
     exp.figure("gamma_details.png", plot_gamma_details(result, exp.cfg.title))
-    exp.log({f"gamma/{name}": e["gamma"] for name, e in result["estimates"].items()})
+    for n, e in result["estimates"].items():
+        exp.log({f"gamma/{n}": e["gamma"], f"gamma/{n}/low95": e["interval"][0], f"gamma/{n}/high95": e["interval"][1]})
     exp.print(summary(result))
 
 

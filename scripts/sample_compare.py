@@ -47,7 +47,7 @@ def main(exp: Experiment) -> None:
         exp.save("best.json", chosen | {"gamma": runner.gamma, "made_with": exp.identity})
         for name in result["strict"]:
             exp.figure(f"grids/{name}.png", comparison_grid(planned.examples(strict, name, runner)))
-    exp.log({"settings": len(measured), "diverged": len(measured) - len(sound)})
+    exp.log({"settings": len(measured), "diverged": len(measured) - len(sound), **speedup.lower_bounds(result)})
     lost = [f"{describe(m.row)}: {m.row['diverged']} samples diverged." for m in measured if "diverged" in m.row]
     exp.print("\n".join([*lost, bias_text(bias), speedup.summary(result)]))
 

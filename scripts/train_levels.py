@@ -47,7 +47,7 @@ def main(exp: Experiment) -> None:
         metadata = read_metadata(exp.checkpoints, level_names(exp.cfg))
         for m in metadata:
             loss, (own, teacher) = float(np.mean(m["held_out"]["loss"])), training_flops(m, m["images"])
-            exp.log({"level": m["name"], "held_out_loss": loss, "images": m["images"]})
+            exp.log({"level": m["name"], "train/images_seen": m["images"], f"held_out/loss/{m['name']}": loss})
             of = f"{own / 1e12:.3g} TFLOP" + (f" and {teacher / 1e12:.3g} of {m['teacher']['name']}" if teacher else "")
             exp.print(f"{m['name']}: {m['images']:,} images, {of}; held-out loss {loss:.5f}")
         exp.figure("training.png", plot_training(metadata, exp.cfg.title))

@@ -97,7 +97,7 @@ def test_records_of_every_stage(done):
     assert set(RECORDED) <= {r["stage"] for r in lines}
     taught = strict(done[0].results / "gamma.json")["taught"]
     assert [(t["name"], t["teacher"]) for t in taught] == [("t2", "w6")] and 0 < taught[0]["to_teacher"] < 1
-    assert {r["level"] for r in lines if "loss" in r} == {"w2", "w3", "t2", "w6"}
+    assert {r["level"] for r in lines if f"train/loss/{r.get('level')}" in r} == {"w2", "w3", "t2", "w6"}
 
 
 # ------------------------------------------------------------------------------------------ done stays done

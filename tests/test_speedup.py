@@ -11,7 +11,7 @@ import pytest
 
 from mlem_diffusion.comparison.curves import Group, compare, errors_of, headline, window
 from mlem_diffusion.comparison.settings import Measurement
-from mlem_diffusion.comparison.speedup import AGAINST, UNITS, Field, is_method, speedups, summary
+from mlem_diffusion.comparison.speedup import AGAINST, UNITS, Field, is_method, lower_bounds, speedups, summary
 from mlem_diffusion.comparison.verdicts import chosen_blindly, prediction, verdicts
 from mlem_diffusion.multilevel.timing import Timing
 
@@ -57,6 +57,9 @@ def test_known_speedup_is_found_below_one_included(true: float) -> None:
         best = entry["max"]
         assert (best["speedup"], best["lower95"], best["at"]) == pytest.approx((true, true, best["baseline"]["error"]))
         assert best["baseline"]["gflops_realised"] / best["ours"]["gflops_realised"] == pytest.approx(true)
+    bounds = lower_bounds(out | {"free": out["strict"]})  # of any protocol
+    assert len(bounds) == 4 * len(AGAINST) * len(UNITS) and [*bounds.values()] == pytest.approx([true] * len(bounds))
+    assert {"speedup/strict/ode/coins/em_any/flops", "speedup/free/ode/any/all/seconds"} <= bounds.keys()
     words = f"ode independent coins EM, any level seconds {true:.3g} 1 to 0.25 {true:.3g} (at least {true:.3g})"
     assert words in " ".join(summary(out).split())
     assert "seconds" not in speedups(em(COSTS) + ml_em(COSTS, true))["strict"]["ode"]["any"]["all"]
@@ -132,7 +135,7 @@ def test_unreached_errors_and_empty_sides_give_null() -> None:
         entry = entry_of(some)
         assert entry["max"] is None and all(p["speedup"] is None for p in entry["curve"])
         assert entry["window"] is None and summary(speedups(some)).count("–") >= 6
-    assert speedups([]) == {}
+    assert speedups([]) == {} and lower_bounds(speedups([])) == lower_bounds(speedups(em(COSTS))) == {}
 
 
 def test_methods_and_dynamics_are_separate_and_rarely_fired_rows_left_out() -> None:

@@ -140,6 +140,7 @@ class Fake:
     """A stand-in for the module wandb that remembers what it gets."""
 
     Image, Settings = staticmethod(lambda path: ("image", path)), SimpleNamespace
+    Table = staticmethod(lambda dataframe: ("table", dataframe.to_numpy().tolist()))
 
     def __init__(self) -> None:
         self.got: list[Any] = []
@@ -151,6 +152,9 @@ class Fake:
     def log(self, record: dict[str, Any]) -> None:
         self.got.append(record)
 
+    def define_metric(self, name: str, step_metric: str) -> None:
+        self.axis = (name, step_metric)
+
     def finish(self) -> None:
         self.got.append("finished")
 
@@ -159,8 +163,8 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def tracker(folder: Path, mode: str = "offline") -> Tracker:
-    return Tracker(folder, "train", {"name": "demo"}, mode, "mlem")
+def tracker(folder: Path, mode: str = "offline", **config: Any) -> Tracker:
+    return Tracker(folder, "train", {"name": "demo", **config}, mode, "mlem")
 
 
 def test_wandb_gets_what_the_file_gains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -170,12 +174,30 @@ def test_wandb_gets_what_the_file_gains(tmp_path: Path, monkeypatch: pytest.Monk
     run.log({"loss": 0.5})
     tracker(tmp_path / "new", "disabled").log({"loss": 0.25})  # of a worker
     assert [[*r.values()] for r in records(tmp_path / "new")] == [["train", None], ["train", 0.5], ["train", 0.25]]
-    Image.new("RGB", (2, 2)).save(tmp_path / "grid.png")
-    run.image("grid", tmp_path / "grid.png")
+    (tmp_path / "new" / "t.csv").write_text("name,error\na,0.5\n,\n")
+    run.log({"grid": "grids/sde.png", "table": "t.csv"})
     run.finish()
-    picture = {"grid": ("image", str(tmp_path / "grid.png"))}
-    assert fake.got == [{"stage": "train", "loss": 0.5}, picture, {"stage": "train", "loss": 0.25}, "finished"]
-    assert fake.options["name"] == "demo-train" and fake.options["mode"] == "offline"
+    files = {"grid": ("image", str(tmp_path / "new/grids/sde.png")), "table": ("table", [["a", 0.5], [None, None]])}
+    assert fake.got == [{"loss": 0.5}, {"loss": 0.25}, files, "finished"]
+    wanted = {"name": "demo-train", "mode": "offline", "group": "demo", "job_type": "train"}
+    assert fake.options.items() >= wanted.items() and fake.options["settings"].resume == "allow"
+    assert fake.axis == ("train/*", "train/images_seen")
+
+
+def test_a_stopped_stage_continues_its_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "wandb", fake := Fake())
+    tracker(tmp_path, seed=1, max_minutes=9).log({"loss": 0.5})  # then it is killed, and so are its workers:
+    tracker(tmp_path, "disabled", seed=1).log({"loss": 0.25})
+    Tracker(tmp_path, "another", {}, "disabled", "mlem").log({"other": 1})
+    first = fake.options["id"]
+    tracker(tmp_path, seed=1).log({"loss": 0.125})
+    assert fake.options["id"] == first and [r["loss"] for r in fake.got] == [0.5, 0.25, 0.125]
+    tracker(tmp_path, seed=2).log({"loss": 1.0})  # another run
+    for damaged in ("{", "[]", "{}", json.dumps({tracker(tmp_path, seed=2).key: 3})):
+        next((tmp_path / "cache").iterdir()).write_text(damaged)
+        tracker(tmp_path, seed=2).log({"loss": 2.0})
+        assert fake.got[-1] == {"loss": 2.0} and fake.options["id"] != first
+    assert len(fake.got) == 8
 
 
 @pytest.mark.parametrize("error", [OSError("down"), SystemExit(1), KeyError()])
@@ -202,12 +224,15 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path):
 
 def test_offline_wandb_makes_a_run_folder(tmp_path: Path):
     pytest.importorskip("wandb")
+    (tmp_path / "t.csv").write_text("name,error\na,0.5\n,\n")
+    Image.new("RGB", (2, 2)).save(tmp_path / "grid.png")
     run = tracker(tmp_path)
-    run.log({"loss": 1.0})
     with warnings.catch_warnings():
         warnings.simplefilter("error", SlowPath)
+        run.log({"loss": 1.0, "table": "t.csv", "grid": "grid.png"})
         run.finish()
-    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert list((tmp_path / "wandb").glob(f"offline-run-*-{run.id}/*.wandb"))  # as wandb sync expects
+    assert len(list((tmp_path / "wandb").glob("offline-run-*/files/media/*/*"))) == 2
 
 
 @pytest.mark.parametrize(("name", "value", "used"), [

@@ -149,5 +149,11 @@ def table(result: dict[str, Any]) -> list[dict[str, str]]:
     return rows
 
 
+def lower_bounds(result: dict[str, Any]) -> dict[str, float]:
+    """The lower bounds of the windows in speedup.json, by keys such as speedup/strict/sde/coins/em_any/flops."""
+    found, end = pd.json_normalize({"speedup": result}, sep="/").iloc[0].to_dict(), "/window/lower95"
+    return {key.removesuffix(end): bound for key, bound in found.items() if key.endswith(end)}
+
+
 def summary(result: dict[str, Any]) -> str:
     return pd.DataFrame(table(result)).to_string(index=False)

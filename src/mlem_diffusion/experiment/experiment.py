@@ -202,11 +202,12 @@ class Experiment:
             print(text)
 
     def save(self, name: str, value: Any) -> None:
-        """Write a result as JSON if its name ends so, else as text; rank 0 only."""
+        """Write a result as JSON if its name ends so, else as text, and send a table to W&B; rank 0 only."""
         if parallel.is_main():
-            write = files.write_json if name.endswith(".json") else files.write_text
-            write(self.results / name, value)
+            (files.write_json if name.endswith(".json") else files.write_text)(self.results / name, value)
             self.note(name)
+            if name.endswith(".csv"):
+                self.log({f"table/{Path(name).stem}": name})
 
     def note(self, *names: str) -> None:
         """Count files that were written by other means among this stage's outputs."""
@@ -217,7 +218,7 @@ class Experiment:
         if parallel.is_main():
             style.save(figure, self.results / name)
             self.note(name)
-            self.tracker.image(Path(name).stem, self.results / name)
+            self.log({f"figure/{Path(name).with_suffix('')}": name})
 
     def log(self, values: Mapping[str, Any]) -> None:
         """Append a record to metrics.jsonl and send it to W&B; workers send nothing, and other ranks do nothing."""

@@ -84,7 +84,8 @@ def train_one(task: tuple[Experiment, dict[str, Any], int]) -> None:
         def report(record: dict[str, Any]) -> None:
             progress(record["images"], train["images"])
             progress.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
-            exp.log({"level": level["name"], **record})
+            own = {f"train/{key}/{level['name']}": record[key] for key in ("loss", "lr")}
+            exp.log({"level": level["name"], "train/images_seen": record["images"], **own})
 
         ema = train_level(
             denoiser, images.images[images.train()], exp.process, config.build(train), folder,
@@ -105,9 +106,9 @@ def preview(exp: Experiment, level: dict[str, Any], seen: int, ema: Any) -> None
     path = BrownianPath(range(16), exp.shape, exp.device)
     grid = exp.process.grid(min(25, exp.process.base_steps))
     pictures = sample(estimator, step_rule("ode/ddim"), grid, path)[0]
-    file = exp.results / "training" / f"{level['name']}-{seen:010d}-ema.png"
-    style.save(style.image_grid(to_uint8(pictures.cpu())), file)
-    exp.tracker.image(f"{level['name']}/samples-ema", file)
+    file = f"training/{level['name']}-{seen:010d}-ema.png"
+    style.save(style.image_grid(to_uint8(pictures.cpu())), exp.results / file)
+    exp.log({"level": level["name"], "train/images_seen": seen, f"train/samples/{level['name']}": file})
 
 
 def measured(exp: Experiment, level: dict[str, Any], ema: Any, folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@ Records go to metrics.jsonl, and a copy to Weights & Biases if it is installed a
 SIGHUP set a flag; the work saves its state and stops, or is ended after a few seconds."""
 
 import contextlib
+import hashlib
 import io
 import json
 import math
@@ -15,27 +16,37 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from tqdm import tqdm
 
 from .. import parallel
 from ..errors import Interrupted, SlowPath, UserError
+from ..files import read_json, write_json
 
 TIMEOUT, PATIENCE = 20.0, 60.0  # seconds for W&B to begin a run, and to finish it
 GRACE = 5.0  # seconds to save and stop
+_FREE = ("max_minutes", "overwrite", "force", "workers", "threads", "tracking")  # may change in a W&B run
 _asked = False
 
 
 class Tracker:
     """Appends records to metrics.jsonl, and copies them to W&B from there: workers and ranks append to the same file.
-    W&B fails at most once: then one warning is given, and the run goes on without it."""
+    The name of a PNG or CSV file in the folder is sent as a picture or table. A stage with the same settings continues
+    its W&B run, whose id is in the cache. W&B fails at most once: then one warning is given, and the run goes on."""
 
     def __init__(self, folder: Path, stage: str, config: dict[str, Any], mode: str, project: str):
         self.folder, self.stage, self.config, self.project = folder, stage, config, project
         self.path, self.run = folder / "metrics.jsonl", None
         off = os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes")
         self.mode: Any = "disabled" if off else (mode or "offline").strip().lower()
-        # what earlier runs of a stage have logged stays in their own W&B runs
-        self.sent = self.path.stat().st_size if self.path.is_file() else 0
+        same = repr(sorted((k, v) for k, v in config.items() if k not in _FREE))
+        self.key = hashlib.sha256(same.encode()).hexdigest()
+        self.state = folder / "cache" / f"wandb-{stage}-{config.get('only') or 'all'}.json"
+        # what a stage has logged with other settings stays in its own W&B run
+        self.id, self.sent = os.urandom(6).hex(), self.path.stat().st_size if self.path.is_file() else 0
+        with contextlib.suppress(UserError, LookupError, TypeError, ValueError):
+            self.id, sent = read_json(self.state, "")[self.key]
+            self.sent = min(self.sent, int(sent))
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one record of numbers and strings, in one write; UserError if the disk is full."""
@@ -48,9 +59,6 @@ class Tracker:
             raise UserError(f"{self.path} cannot be written ({error.strerror or error}).") from error
         self._mirror()
 
-    def image(self, key: str, path: Path) -> None:
-        self._try(lambda wandb, run: run.log({key: wandb.Image(str(path))}))
-
     def finish(self) -> None:
         """Let W&B finish; it may take PATIENCE seconds, for instance to upload."""
         self._mirror()
@@ -59,8 +67,7 @@ class Tracker:
             ending.start()
             ending.join(PATIENCE)
             if ending.is_alive():
-                text = f"W&B did not finish within {PATIENCE:g} s; metrics.jsonl is complete."
-                warnings.warn(text, SlowPath, stacklevel=2)
+                warnings.warn(f"W&B did not end in {PATIENCE:g} s; metrics.jsonl is complete.", SlowPath, stacklevel=2)
 
     def _mirror(self) -> None:
         """Send the records that metrics.jsonl has gained."""
@@ -70,8 +77,16 @@ class Tracker:
             file.seek(self.sent)
             lines = [line for line in file.readlines() if line.endswith(b"\n")]
         self.sent += sum(map(len, lines))
-        for line in lines:
-            self._try(lambda wandb, run, line=line: run.log(json.loads(line)))
+        for record in map(json.loads, lines):
+            if record.pop("stage") == self.stage:
+                self._try(lambda wandb, run, new=record: run.log({k: self._shown(wandb, v) for k, v in new.items()}))
+        if lines:
+            self._try(lambda wandb, run: write_json(self.state, {self.key: [self.id, self.sent]}))
+
+    def _shown(self, wandb: Any, value: Any) -> Any:
+        if (path := self.folder / str(value)).suffix == ".csv":
+            return wandb.Table(dataframe=pd.read_csv(path).replace({float("nan"): None}))
+        return wandb.Image(str(path)) if path.suffix == ".png" else value
 
     def _try(self, action: Any) -> None:
         if self.mode == "disabled":
@@ -82,12 +97,13 @@ class Tracker:
             if self.run is None:
                 if "WANDB_MODE" in os.environ:  # W&B refuses what we understand: empty or upper case
                     os.environ["WANDB_MODE"] = self.mode
-                settings = wandb.Settings(silent=True, init_timeout=TIMEOUT, console="off")
-                name = f"{self.config.get('name', self.folder.name)}-{self.stage}"
+                settings = wandb.Settings(silent=True, init_timeout=TIMEOUT, console="off", resume="allow")
+                group = str(self.config.get("name", self.folder.name))
                 self.run = wandb.init(
-                    project=self.project, name=name, job_type=self.stage, config=self.config, mode=self.mode,
-                    dir=str(self.folder), settings=settings, reinit="create_new",
+                    project=self.project, group=group, name=f"{group}-{self.stage}", job_type=self.stage, id=self.id,
+                    config=self.config, mode=self.mode, dir=str(self.folder), settings=settings, reinit="create_new",
                 )  # fmt: skip
+                self.run.define_metric("train/*", step_metric="train/images_seen")
             action(wandb, self.run)
         except (Exception, SystemExit) as error:
             self.mode = "disabled"
