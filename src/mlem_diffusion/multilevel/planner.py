@@ -26,10 +26,10 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from ..diffusion import reference
 from ..diffusion.brownian import BrownianPath
 from ..diffusion.level import Level, shared_costs
 from ..diffusion.process import Process
+from ..diffusion.reference import reference_steps, sample_reference
 from ..diffusion.sampler import Estimator, SingleLevel, sample
 from ..diffusion.step_rules import StepRule
 from ..errors import UserError
@@ -161,22 +161,19 @@ def gain_grids(calibrate_steps: Sequence[int], finest: int) -> list[int]:
 def calibrate(
     family: Sequence[Level], process: Process, rule: StepRule, shape: tuple[int, ...], *,
     steps: Sequence[int] = (8, 16, 32, 64, 128), seeds: Sequence[int] = range(10**6, 10**6 + 32),
-    calibrate_steps: Sequence[int] = (32, 128), reference_steps: int | None = None, device: torch.device | str = "cpu",
+    calibrate_steps: Sequence[int] = (32, 128), device: torch.device | str = "cpu",
 ) -> Calibration:  # fmt: skip
     """Measure the gains of a family and the error of each level alone, for plans with one of these numbers of steps.
-    calibrate_steps: noise levels of the grids on which gains are measured (`gain_grids`). reference_steps: of the
-    reference (diffusion/reference.py); None for as many as the finest plan needs. Evaluate on other seeds, and run a
-    plan before you rely on its predicted error. Raises UserError if the family is not ordered by cost, if the largest
-    level cannot be differentiated, or if the reference is not fine enough for the plans."""
-    if reference_steps is None:
-        reference_steps = reference.reference_steps(process, steps)
-    reference.check_reference(reference_steps, steps, "reference_steps")
+    calibrate_steps: noise levels of the grids on which gains are measured (`gain_grids`). Evaluate on other seeds, and
+    run a plan before you rely on its predicted error. Raises UserError if the family is not ordered by cost, if the
+    largest level cannot be differentiated, or if the process is too coarse for a reference (diffusion/reference.py)."""
+    finest = reference_steps(process, steps)
     if len(seeds) < 2:
         raise UserError("calibrate: at least two seeds are needed, better 32 or more.")
     path = BrownianPath(seeds, shape, device)
     counts = gain_grids(calibrate_steps, max(steps))
     *coarser, effects = (measure_effects(family, rule, process.grid(n), path) for n in counts)
-    fine = reference.sample_reference(family[-1], rule.dynamics, process, reference_steps, path)[0]
+    fine = sample_reference(family[-1], rule.dynamics, process, finest, path)[0]
 
     def error(estimator: Estimator, count: int) -> float:
         images = sample(estimator, rule, process.grid(count), path)[0]
