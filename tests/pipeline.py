@@ -96,14 +96,14 @@ class Run:
 
 BLANK = Image.new("RGB", (9, 9))
 RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+ENVIRONMENT = {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+ENVIRONMENT |= {"MPLBACKEND": "module://of_a_notebook", "PYTHONSAFEPATH": "1"}
 
 
 def python(*arguments: str, **environment: str) -> Run:
     """Run Python in the repository's root, in a process of its own."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
-    env |= {"MPLBACKEND": "module://of_a_notebook", "PYTHONSAFEPATH": "1"}
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=env | environment, capture_output=True, text=True, timeout=600)
+    command, env = [sys.executable, *arguments], {**os.environ, **ENVIRONMENT, **environment}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     return Run(done.returncode, done.stdout, done.stderr)
 
 

@@ -164,8 +164,8 @@ def test_impossible_targets_and_calibrations_without_information_are_refused(cal
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             calibration.plan("independent", **target)
-    with pytest.raises(UserError, match=r"needs reference_steps = 257 or more, .* not 256"):
-        calibrate(FOUR, FINE, RULE, SHAPE, steps=(9, 33), reference_steps=256)
+    with pytest.raises(UserError, match=r"needs process\.base_steps = 513 or more, .* not 257"):
+        calibrate(FOUR, FINE, RULE, SHAPE, steps=(9, 65))
     with pytest.raises(UserError, match="two seeds"):
         calibrate(FOUR, FINE, RULE, SHAPE, steps=STEPS, seeds=range(1))
 
@@ -179,12 +179,10 @@ def test_the_outlook_is_what_the_best_coins_add_and_names_what_fourfold_needs() 
     levels, unit = [list(inputs.effects.names).index(name) for name in found["chain"]], inputs.costs[-1] + inputs.base
     for cost in (1.5, 2.0):
         planner = inputs.planners("independent")[0]
-        plan = min(
-            (planner.plan(2, price, levels[0], levels) for price in planner.prices(1.1)),
-            key=lambda p: abs(p.cost - cost),
-        )
+        plans = [planner.plan(2, price, levels[0], levels) for price in planner.prices(1.1)]
+        plan = min(plans, key=lambda p: abs(p.cost - cost))
         assert plan.predicted is not None and len(plan.levels) == len(levels) and plan.table[:, 1:].max() < 1
-        certain = sum((inputs.effects.difference(a, b) ** 2).mean(axis=0).sum() for a, b in pairwise(levels))
+        certain = sum(inputs.effects.gain(a, b).sum() for a, b in pairwise(levels))
         added = plan.predicted - inputs.own_errors[2, 64] + certain
         spent = plan.cost - 64 * (inputs.costs[levels[0]] + inputs.base)
         assert added * spent / unit == pytest.approx(found["S"], rel=0.02)

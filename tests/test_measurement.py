@@ -118,20 +118,6 @@ def test_errors_do_not_depend_on_the_batch_size():
     assert not np.allclose(other[0], runs[-1][0], rtol=1e-3)
 
 
-def test_differences_follow_their_definitions():
-    """The differences of constant denoisers, whose errors are known."""
-    values = [0.1, 0.4, -0.2, 0.3]
-    levels = [Level(str(v), lambda x, logsnr, v=v: torch.full_like(x, v), 1.0) for v in values]
-    loss, previous, largest = denoising_errors(levels, IMAGES, LOGSNR)
-    assert loss.shape == (4, 10, 4) and previous.shape == largest.shape == (3, 10, 4)
-    for k, value in enumerate(values):
-        expected = (IMAGES - value).square().mean((1, 2, 3)).numpy()
-        np.testing.assert_allclose(loss[k], np.repeat(expected[:, None], 4, 1), rtol=1e-5)
-    for k in range(3):
-        np.testing.assert_allclose(previous[k], (values[k + 1] - values[k]) ** 2, rtol=1e-4)
-        np.testing.assert_allclose(largest[k], (values[k] - values[-1]) ** 2, rtol=1e-4)
-
-
 def test_noise_is_common_to_the_levels_and_fresh_elsewhere():
     seen: dict[str, list[torch.Tensor]] = {"a": [], "b": []}
     recorders = [Level(name, lambda x, u, own=own: own.append(x) or x, 1.0) for name, own in seen.items()]

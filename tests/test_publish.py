@@ -19,18 +19,7 @@ from mlem_diffusion.diffusion.step_rules import STEP_RULES
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.files import read_json, sha256_of, write_json
 from mlem_diffusion.models import family
-from mlem_diffusion.models.family import (
-    at_width,
-    build_denoiser,
-    describe,
-    identity_of,
-    load_family,
-    load_state,
-    load_weights,
-    read_metadata,
-    save_state,
-    save_weights,
-)
+from mlem_diffusion.models.family import at_width, build_denoiser, describe, load_family, read_metadata, save_weights
 from mlem_diffusion.models.gaussian import fit_gaussian
 from mlem_diffusion.models.unet import Denoiser
 from mlem_diffusion.training.levels import claim, is_trained, level_names, planned, settings, training_flops
@@ -107,7 +96,7 @@ def test_a_family_is_loaded_as_it_was_saved(written: tuple[Path, list[Denoiser]]
 def test_a_published_family_is_the_trained_one_rounded(trained: Path):
     folder = trained / "published"
     metadata = read_metadata(folder, ["w2", "w3"])
-    assert identity_of(metadata) == identity_of(read_metadata(trained, ["w2", "w3"]))
+    assert family.identity_of(metadata) == family.identity_of(read_metadata(trained, ["w2", "w3"]))
     x, logsnr = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(0.0)
     for a, b in zip(load_family(folder, ["w2", "w3"]), load_family(trained, ["w2", "w3"]), strict=True):
         assert (a.flops, a.name) == (b.flops, b.name)
@@ -176,18 +165,18 @@ def test_bad_weights_give_one_sentence(tmp_path: Path, fault: str):
         path.write_bytes(b"<html>")
         sha256 = sha256_of(path)
     with pytest.raises(UserError) as error:
-        load_weights(path, net(), sha256)
+        family.load_weights(path, net(), sha256)
     assert in_one_sentence(error, str(path), "make train-levels")
 
 
 def test_one_wrong_bit_of_a_state_is_one_sentence(tmp_path: Path):
     path = tmp_path / "state.pt"
-    save_state(path, {"model": torch.arange(1000.0)})
+    torch.save({"model": torch.arange(1000.0)}, path)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1  # in the tensor's data
     path.write_bytes(content)
     with pytest.raises(UserError) as error:
-        load_state(path)
+        family.load_state(path)
     assert in_one_sentence(error, str(path), "delete it")
 
 
@@ -269,7 +258,7 @@ def folder(tmp_path: Path) -> Path:
     files = [f"ema-{n:010d}.safetensors" for n in (10, 20)]
     torch.manual_seed(0)
     hashes = {name: save_weights(tmp_path / name, torch.nn.Linear(2, 2)) for name in [*files, "ema.safetensors"]}
-    save_state(tmp_path / "state.pt", {"snapshots": {name: hashes[name] for name in files}})
+    torch.save({"snapshots": {name: hashes[name] for name in files}}, tmp_path / "state.pt")
     snapshots = [{"file": name, "sha256": hashes[name]} for name in files]
     metadata = {"fingerprint": "mine", "weights_sha256": hashes["ema.safetensors"], "snapshots": snapshots}
     write_json(tmp_path / "metadata.json", metadata)

@@ -11,7 +11,7 @@ import pytest
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.multilevel.estimators import draw_coins, evaluation_probabilities, telescope_weights
 from mlem_diffusion.rates import exponents, problem
-from mlem_diffusion.rates.exponents import RateSetting, exponent_entry, fit_exponent, slope
+from mlem_diffusion.rates.exponents import RateSetting, exponent_entry, fit_exponent
 from mlem_diffusion.rates.problem import fire, jump_process, linear_response
 
 GRID = 768
@@ -60,13 +60,6 @@ def test_certain_coins_are_euler_maruyama(replicates):
     for i in range(n):
         x = x + level_drift(replicates, k, x, i / n) / n + replicates.noise * dw[i]
     assert np.allclose(problem.euler(replicates, n, [((1.0,) * (k + 1), ())])[0], x, atol=1e-12)
-
-
-def test_em_is_of_first_order(replicates):
-    counts = [48, 96, 192, 384]
-    found = exponents.squared_errors(replicates, settings := [RateSetting("em", 1, 10, n) for n in counts])
-    rms = np.sqrt([found[s].mean() for s in settings])
-    assert slope(np.array(counts, float), rms)[0] == pytest.approx(-1, abs=0.1)
 
 
 @pytest.mark.parametrize("p", [(1.0, 1.0, 0.4, 0.1), (1.0, 0.5, 0.3, 0.3)], ids=["first level certain", "all random"])

@@ -11,7 +11,7 @@ from toys import SHAPE, gaussian_level, gaussian_variance, grid_of, nonlinear_de
 from mlem_diffusion.diffusion.brownian import BrownianPath
 from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.diffusion.process import TimeGrid, alpha_sigma
-from mlem_diffusion.diffusion.sampler import SingleLevel, Stitched, sample
+from mlem_diffusion.diffusion.sampler import SingleLevel, sample
 from mlem_diffusion.diffusion.step_rules import REFERENCE_RULE, STEP_RULES, Evaluation, StepRule, step_rule, steps_of
 from mlem_diffusion.errors import UserError
 from mlem_diffusion.multilevel.estimators import COINS, Multilevel
@@ -81,16 +81,6 @@ def test_certain_coins_equal_sampling_with_the_top_level(rule: StepRule, coins: 
     assert ledger.evaluations == [0, 0, *single_ledger.evaluations] == [0, 0, 3 * n]
     assert ledger.flops_per_image == single_ledger.flops_per_image == multilevel.expected_flops(n) == n * 16.0
     assert single_ledger.seconds > 0
-
-
-@pytest.mark.parametrize("rule", ["ddim", "dpmpp_2m", "heun", "unipc"])
-def test_ode_rules_are_exact_for_a_constant_image(rule: str) -> None:
-    """With denoised = c the flow preserves (x - alpha c) / sigma, in one step as in ten."""
-    logsnr, x0 = np.linspace(-6, 6, 11), np.array([1.7])
-    alpha, sigma = alpha_sigma(logsnr)
-    end = run(STEP_RULES[f"ode/{rule}"].program(grid_of(logsnr)), x0, lambda x, logsnr: np.full_like(x, 0.3))[-2]
-    expected = alpha[-1] * 0.3 + sigma[-1] / sigma[0] * (x0 - alpha[0] * 0.3)
-    np.testing.assert_allclose(end, expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("rule", ["ddpm", "dpmpp_2m"])
@@ -262,9 +252,3 @@ def test_defaults_of_torch_do_not_change_the_samples() -> None:
 def test_a_level_that_breaks_the_sampler_is_one_sentence(denoise, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         samples(Level("net", denoise, 1.0))
-
-
-def test_a_level_whose_cost_is_no_number_is_refused() -> None:
-    a, b, _ = toy_family()
-    with pytest.raises(UserError, match="ordered by cost"):
-        Stitched([a, Level("b", b.denoise, float("nan"))], [0.5])

@@ -80,18 +80,19 @@ def whole(images: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("change", "dropout", "calls"), [({}, 0.3, (1, 3)), ({"precision": "bf16", "accumulate": 2}, 0.0, (2,))]
-)
-def test_interrupted_training_equals_uninterrupted(images, tmp_path, change, dropout, calls):
+@pytest.mark.parametrize(("change", "dropout", "taught", "calls"), [
+    ({}, 0.3, False, (1, 3)), ({"precision": "bf16", "accumulate": 2}, 0.0, False, (2,)), ({}, 0.0, True, (2,)),
+])  # fmt: skip
+def test_interrupted_training_equals_uninterrupted(images, tmp_path, change, dropout, taught, calls):
     config, unet = replace(CONFIG, images=16 * 4, snapshots=[0.5, 1.0], **change), {**UNET, "dropout": dropout}
-    train(images, tmp_path / "a", config, unet)
+    teacher = build_denoiser(WIDTH, SIZE, RMS, UNET, "v", 1) if taught else None
+    train(images, tmp_path / "a", config, unet, teacher=teacher)
     should_stop = stop_at(*calls)
     for stops in range(len(calls)):  # each time like a new process
         torch.manual_seed(1000 + stops)  # the global generator must not matter
         with pytest.raises(Interrupted):
-            train(images, tmp_path / "b", config, unet, should_stop=should_stop)
-    train(images, tmp_path / "b", config, unet)
+            train(images, tmp_path / "b", config, unet, teacher=teacher, should_stop=should_stop)
+    train(images, tmp_path / "b", config, unet, teacher=teacher)
     assert_same_folder(tmp_path / "a", tmp_path / "b")
 
 
@@ -269,15 +270,6 @@ def test_a_taught_level_comes_closer_to_its_teacher_than_to_the_images(images, t
     with torch.no_grad():
         assert distance(taught) < 0.5 * min(apart, distance(alone))
     assert all(torch.equal(a, b) for a, b in zip(before, teacher.parameters(), strict=True))
-
-
-def test_a_taught_level_resumes_to_the_same_weights(images, tmp_path):
-    teacher = build_denoiser(WIDTH, SIZE, RMS, UNET, "v", 1)
-    train(images, tmp_path / "whole", teacher=teacher)
-    with pytest.raises(Interrupted):
-        train(images, tmp_path / "parts", teacher=teacher, should_stop=stop_at(5))
-    train(images, tmp_path / "parts", teacher=teacher)
-    assert_same_folder(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.mark.parametrize("spacing", ["time", "logsnr"])

@@ -188,10 +188,7 @@ def test_every_call_of_a_graphed_step_is_one_step(images, monkeypatch, works):
     assert_same(untouched, drawn)  # it has buffers of its own
 
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-@needs_cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize(
     ("precision", "compile", "tolerance"),
@@ -215,23 +212,6 @@ def test_captured_training_equals_training_step_by_step(
         assert {float(moments["step"]) for moments in state_of(folder)["optimiser"]["state"].values()} == {8}
     assert distance(*trained) < tolerance
     assert losses[1] == pytest.approx(losses[0], rel=tolerance)
-
-
-@needs_cuda
-@pytest.mark.parametrize("graph", ["off", "on"])
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_no_step_waits_for_the_device(images, precision, graph):
-    device = torch.device("cuda")
-    data, levels = torch.as_tensor(images).to(device), table(PROCESS).to(device)
-    step = stepped(batches(images, 5, device), precision=precision, graph=graph)  # tuning and capture are finished
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for i in range(5, 8):
-            run(step, [draw_batch(data, SHORT, levels, i)], first=i)
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-    assert torch.isfinite(step.running)
 
 
 class NoReads(TorchDispatchMode):

@@ -1,15 +1,59 @@
 """A stage that was killed or stopped ends with the files of an undisturbed one when it is run again."""
 
+import json
+import os
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forked import Forked, descendants, is_alive
-from pipeline import Place, outputs
+from pipeline import ENVIRONMENT, ROOT, Place, outputs
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="processes are read from /proc")
 SOON = 10.0  # seconds within which a run must end after a stop signal
+
+
+class Started:
+    """A running script; kill_at: just before which touch of a file (driver.py)."""
+
+    def __init__(self, script: str, place: Place, *more: str, kill_at: int = 0):
+        self.log, work = place.folder / "log", json.dumps([[script, place.overrides(*more)]])
+        command = [sys.executable, str(ROOT / "tests" / "driver.py"), work, str(kill_at), str(place.folder)]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=log, stderr=log)
+
+    def wait(self) -> int:
+        """The exit status; minus the signal if it was killed."""
+        return self.process.wait(120)
+
+    def signal_when(self, ready: Callable[[], bool], number: signal.Signals) -> None:
+        """Send a signal as soon as ready() is true, unless the script has ended."""
+        until = time.monotonic() + 120
+        while self.process.poll() is None and not ready() and time.monotonic() < until:
+            time.sleep(0.02)
+        self.process.send_signal(number)
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def descendants(pid: int) -> list[int]:
+    try:
+        own = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+    return [*own, *(grandchild for child in own for grandchild in descendants(child))]
 
 
 def before(done: Place, stage: str, folder: Path) -> Place:
@@ -26,7 +70,7 @@ def before(done: Place, stage: str, folder: Path) -> Place:
 @pytest.mark.parametrize(("stage", "event"), [("train_levels", 16), ("sample_compare", 33)])
 def test_killed_just_before_a_file_is_touched(done, here, tmp_path, stage, event):
     place = before(done[0], stage, tmp_path)
-    run = Forked(stage, place.overrides("workers=1"), tmp_path, kill_at=event)
+    run = Started(stage, place, "workers=1", kill_at=event)
     assert run.wait() == -signal.SIGKILL, run.text()
     here(stage, place, "workers=1")
     assert outputs(place, stage) == outputs(done[0], stage)
@@ -39,11 +83,11 @@ def test_killed_just_before_a_file_is_touched(done, here, tmp_path, stage, event
 def test_stopped_by_a_signal(done, here, tmp_path, stage, number, begun, workers):
     place = before(done[0], stage, tmp_path)
     watched = place.checkpoints if stage == "train_levels" else place.results / "cache"
-    run = Forked(stage, place.overrides(f"workers={workers}"), tmp_path)
+    run = Started(stage, place, f"workers={workers}")
     run.signal_when(lambda: any(watched.rglob(begun)), number)
-    started = time.monotonic()
+    since = time.monotonic()
     code = run.wait()
-    assert time.monotonic() - started < SOON and code in (0, 75), run.text()
+    assert time.monotonic() - since < SOON and code in (0, 75), run.text()
     assert code == 0 or "run the same command again" in run.text()
     here(stage, place)
     assert outputs(place, stage) == outputs(done[0], stage)
@@ -51,7 +95,7 @@ def test_stopped_by_a_signal(done, here, tmp_path, stage, number, begun, workers
 
 def test_workers_end_with_their_parent(done, tmp_path):
     place = before(done[0], "train_levels", tmp_path)
-    run = Forked("train_levels", place.overrides("workers=2", "train.images=64000"), tmp_path)
+    run = Started("train_levels", place, "workers=2", "train.images=64000")
     workers: list[int] = []
 
     def have_begun() -> bool:

@@ -19,20 +19,15 @@ from .step_rules import REFERENCE_RULE
 FINER = 8  # intervals of the reference over those of the finest grid compared, at least
 
 
-def check_reference(points: int, steps: Iterable[int], name: str) -> None:
-    """Raise UserError unless a grid of `points` noise levels is FINER times finer than the finest of `steps`."""
-    needed = FINER * ((finest := max(steps, default=2)) - 1) + 1
-    if points < needed:
-        text = f"The reference of a grid of {finest} steps needs {name} = {needed} or more, {FINER} times as many "
-        raise UserError(f"{text}intervals, not {points}.")
-
-
 def reference_steps(process: Process, steps: Iterable[int]) -> int:
     """Noise levels of the reference for grids with these numbers of steps: the base grid, or every second, fourth, ...
-    of its points if they are enough. UserError if the base grid is too coarse."""
-    steps, intervals = list(steps), process.base_steps - 1
-    check_reference(process.base_steps, steps, "process.base_steps")
-    while intervals % 2 == 0 and intervals // 2 >= FINER * (max(steps, default=2) - 1):
+    of its points if they are enough: FINER times as many intervals as the finest has. UserError if none is."""
+    finest, intervals = max(steps, default=2), process.base_steps - 1
+    needed = FINER * (finest - 1)
+    if intervals < needed:
+        text = f"The reference of a grid of {finest} steps needs process.base_steps = {needed + 1} or more, {FINER} "
+        raise UserError(f"{text}times as many intervals, not {process.base_steps}.")
+    while intervals % 2 == 0 and intervals // 2 >= needed:
         intervals //= 2
     return intervals + 1
 
@@ -49,7 +44,6 @@ def reference_evaluations(dynamics: str, steps: int) -> int:
 
 def sample_reference(level: Level, dynamics: str, process: Process, steps: int, path: BrownianPath) -> list[Tensor]:
     """The reference on `steps` noise levels, and on half as many intervals: unclipped images [B, *shape] each."""
-
     one, rule = SingleLevel(level), REFERENCE_RULE[dynamics]
     found = [sample(one, rule, process.grid(count), path)[0] for count in _grids(dynamics, steps)]
     if dynamics == "ode":  # the leading error is proportional to the squared step

@@ -14,16 +14,8 @@ from ..diffusion.step_rules import step_rule
 from ..figures import style
 from ..files import locked, sha256_of, write_json
 from ..gamma.measurement import noise_levels, squared_differences
+from ..models import family
 from ..models.compiled import FastDenoiser
-from ..models.family import (
-    check_attention,
-    described_denoiser,
-    level_name,
-    levels_folder,
-    load_denoiser,
-    load_state,
-    read_metadata,
-)
 from ..training.levels import CLAIM, METADATA, STATE, claim, is_trained, level_names, settings
 from ..training.loop import train_level
 from . import config
@@ -44,9 +36,9 @@ def tutors(exp: Experiment, level: dict[str, Any]) -> list[tuple[Path, dict[str,
     """Folder and metadata of a level's teacher, and of the level that it starts from, if it does; trained already, here
     or in a published folder."""
     warm, out = training_of(exp, level)["warm_start"], []
-    for name in [level["teacher"]["name"], *([level_name(level["width"])] if warm else [])]:
-        folder = levels_folder(exp.checkpoints, [name])
-        out.append((folder / name, read_metadata(folder, [name])[0]))
+    for name in [level["teacher"]["name"], *([family.level_name(level["width"])] if warm else [])]:
+        folder = family.levels_folder(exp.checkpoints, [name])
+        out.append((folder / name, family.read_metadata(folder, [name])[0]))
     return out
 
 
@@ -61,7 +53,7 @@ def untrained(exp: Experiment, levels: list[dict[str, Any]]) -> list[dict[str, A
     missing = [v for v in own if not is_trained(exp.checkpoints / v["name"], fingerprint(exp, v), exp.cfg.overwrite)]
     missing = parallel.gather({parallel.rank(): missing})[0]
     if missing:
-        check_attention(exp.cfg.family.widths, exp.cfg.data.size, exp.plain("unet")["unet"])
+        family.check_attention(exp.cfg.family.widths, exp.cfg.data.size, exp.plain("unet")["unet"])
     return missing
 
 
@@ -71,9 +63,9 @@ def train_one(task: tuple[Experiment, dict[str, Any], int]) -> None:
     exp, level, line = task
     images, folder = exp.images, exp.checkpoints / level["name"]
     identity, train = fingerprint(exp, level), training_of(exp, level)
-    denoiser, teacher = described_denoiser(exp.checkpoints, level, train["seed"]), None
+    denoiser, teacher = family.described_denoiser(exp.checkpoints, level, train["seed"]), None
     if "teacher" in level:
-        teacher, *start = (load_denoiser(*tutor) for tutor in tutors(exp, level))
+        teacher, *start = (family.load_denoiser(*tutor) for tutor in tutors(exp, level))
         denoiser.load_state_dict(start[0].state_dict() if start else denoiser.state_dict())
     alone = locked(folder, f"training of {level['name']}") if parallel.is_main() else nullcontext()
     with alone, bar(level["name"], train["images"], position=line) as progress:
@@ -114,7 +106,7 @@ def preview(exp: Experiment, level: dict[str, Any], seen: int, ema: Any) -> None
 def measured(exp: Experiment, level: dict[str, Any], ema: Any, folder: Path) -> dict[str, Any]:
     """The part of a trained level's metadata that its files and the held-out images give."""
     held_out, process = exp.held_out(), exp.process
-    state: Any = load_state(folder / STATE)
+    state: Any = family.load_state(folder / STATE)
     logsnr = noise_levels(process, exp.cfg.gamma.noise_levels)
     trained = Level(level["name"], FastDenoiser(ema, exp.cfg.precision, "off"), level["flops"])
     loss = squared_differences([trained], [(0, None)], held_out, logsnr, seed=1)
@@ -133,6 +125,6 @@ def measured(exp: Experiment, level: dict[str, Any], ema: Any, folder: Path) -> 
 
 def are_published(exp: Experiment) -> bool:
     """Whether the family is published in the experiment's folder, and no training of it has begun here."""
-    folder = levels_folder(exp.checkpoints, level_names(exp.cfg))
+    folder = family.levels_folder(exp.checkpoints, level_names(exp.cfg))
     begun = any((path / CLAIM).is_file() for path in exp.checkpoints.glob("[wt]*"))
     return folder != exp.checkpoints and not begun and not exp.cfg.overwrite

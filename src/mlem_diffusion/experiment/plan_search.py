@@ -96,11 +96,10 @@ def effects(exp: Any, levels: dict[str, Level], rule: StepRule) -> list[Effects]
     o = exp.cfg.optimise
 
     def make(steps: int, path: Path) -> None:
+        family, seeds, batch = list(levels.values()), _path(exp, o.calibrate), exp.cfg.compare.batch
         with exp.progress(f"gains {rule.key}, {steps} steps", o.calibrate) as progress:
-            part, batch = _path(exp, o.calibrate), exp.cfg.compare.batch
-            measure_effects(list(levels.values()), rule, exp.process.grid(steps), part, o.probes, batch, progress).save(
-                path
-            )
+            found = measure_effects(family, rule, exp.process.grid(steps), seeds, o.probes, batch, progress)
+        found.save(path)
 
     finest = max(step for r in o.rules if (r.dynamics, r.step_rule) == (rule.dynamics, rule.name) for step in r.steps)
     counts = planner.gain_grids(o.calibrate_steps, finest)
@@ -209,11 +208,10 @@ def densities(exp: Any, searched: list[Searched]) -> dict[str, Any]:
 
 def described(s: Searched, plans: list[Plan], errors: dict[str, Any], runner: Runner) -> list[tuple[Plan, dict]]:
     """Selected plans with their FLOPs as cost, and what plans.json says of each. errors: measured, by plan."""
-    facts = {"dynamics": s.rule.dynamics, "step_rule": s.rule.name}
-    out = []
+    out, family = [], runner.levels.values()
     for plan in plans:
-        flops = plan.build(runner.levels.values()).expected_flops(len(plan.table))
-        out.append((replace(plan, cost=flops), {**facts, "selected_error": errors[plan.id]}))
+        facts = {"dynamics": s.rule.dynamics, "step_rule": s.rule.name, "selected_error": errors[plan.id]}
+        out.append((replace(plan, cost=plan.build(family).expected_flops(len(plan.table))), facts))
     return out
 
 

@@ -53,11 +53,6 @@ def load_weights(path: Path, module: nn.Module, sha256: str, hint: str = AGAIN) 
         raise unreadable(error, path, f"does not fit the configured network: {hint}") from error
 
 
-def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write a resume state of tensors, numbers, text, lists and dicts."""
-    atomic_write(path, lambda p: torch.save(state, p))
-
-
 def load_state(path: Path) -> dict[str, Any] | None:
     """The resume state, or None without a file; Damaged if it cannot be read. No code in the file can run."""
     if not path.is_file():

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..diffusion.process import Process
 from .estimators import evaluation_probabilities, measured_for_cost
+from .options import uncancelled
 from .plan import Plan, Progress, frontier
 from .planner import Calibration
 
@@ -61,13 +62,13 @@ def spread(found: list[Plan], most: int) -> list[Plan]:
 def _plan(source: str, inputs: Calibration, levels: Sequence[int], logsnr: np.ndarray, p: np.ndarray) -> Plan:
     """A plan for independent coins on some levels; its error is predicted if the largest level's is known."""
     names, effects = tuple(inputs.effects.names[k] for k in levels), inputs.effects_on(logsnr)
-    gains = np.stack([(effects.difference(a, b) ** 2).mean(axis=0) for a, b in pairwise(levels)], axis=1)
+    gains = np.stack([effects.gain(a, b) for a, b in pairwise(levels)], axis=1)
     table = np.broadcast_to(p, (len(logsnr), len(names))).astype(np.float32)
     exact = table.astype(np.float64)
-    ratio, each = 1 / exact[:, 1:], evaluation_probabilities(exact) @ inputs.costs[list(levels)] + inputs.base
-    added, effect = float((gains * (ratio - 1)).sum()), float((ratio * np.sqrt(gains)).max(initial=0.0))
+    each = evaluation_probabilities(exact) @ inputs.costs[list(levels)] + inputs.base
+    effect = float((1 / exact[:, 1:] * np.sqrt(gains)).max(initial=0.0))
     own = inputs.own_errors.get((levels[-1], len(logsnr)))
-    predicted = None if own is None else own + added
+    predicted = None if own is None else own + uncancelled(gains, exact[:, 1:])
     return Plan("independent", source, names, len(logsnr), table, float(each.sum()), predicted, effect)
 
 

@@ -51,11 +51,15 @@ class Effects:
         merged = self.values[:, :, low + 1 : high + 1].sum(axis=2, dtype=np.float64)
         return merged.reshape(-1, merged.shape[-1])
 
+    def gain(self, low: int, high: int) -> np.ndarray:
+        """The gain [n] of f^high - f^low at each evaluation; levels as in `difference`."""
+        return (self.difference(low, high) ** 2).mean(axis=0)
+
     def between(self) -> np.ndarray:
         """The gains of f^j - f^i, summed over the evaluations, at [i, j] for i < j [K, K], 0 elsewhere."""
         out = np.zeros((len(self.names),) * 2)
         for low, high in itertools.combinations(range(len(out)), 2):
-            out[low, high] = (self.difference(low, high) ** 2).mean(axis=0).sum()
+            out[low, high] = self.gain(low, high).sum()
         return out
 
     def density(self) -> tuple[np.ndarray, np.ndarray]:

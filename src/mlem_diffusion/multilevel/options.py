@@ -22,6 +22,11 @@ class Option:
     certain: bool = False  # weight 1 at every firing, so that a lower level that is the base does not run
 
 
+def uncancelled(gain: np.ndarray, p: np.ndarray) -> float:
+    """The error sum A (1/p - 1) that independent coins of these probabilities add, for gains A of the same shape."""
+    return float((gain * (1 / p - 1)).sum())
+
+
 def fill(density: np.ndarray, total: float) -> np.ndarray:
     """p = min(1, c density) [n] with c such that sum(p) = total, for a positive density."""
     sorted_ = density[np.argsort(-density)]
@@ -55,7 +60,7 @@ def systematic_options(effects: np.ndarray, counts: Sequence[int], drift: float 
     out, total, shapes, gain = [], effects.sum(axis=1), densities(effects), (effects**2).mean(axis=0)
     for count in counts:
         tables = [fill(shape, count) for shape in shapes]
-        added = [_systematic_error(effects, total, p) + drift * float((gain * (1 / p - 1)).sum()) for p in tables]
+        added = [_systematic_error(effects, total, p) + drift * uncancelled(gain, p) for p in tables]
         best = int(np.argmin(added))
         out.append(Option(tables[best], float(tables[best].sum()), added[best]))
     return out

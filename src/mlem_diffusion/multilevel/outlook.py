@@ -24,7 +24,7 @@ def variance_cost(effects: Effects, costs: np.ndarray, unit: float) -> tuple[flo
     """S, and the chain of levels for which it is smallest; unit: cost of one evaluation of the largest level."""
     values = np.zeros((len(costs),) * 2)
     for low, high in itertools.combinations(range(len(costs)), 2):
-        values[low, high] = np.sqrt((effects.difference(low, high) ** 2).mean(axis=0)).sum() ** 2
+        values[low, high] = np.sqrt(effects.gain(low, high)).sum() ** 2
     chain, _ = best_chain(values, costs)
     roots = np.sqrt(values * firing_costs(costs) / unit)
     return float(sum(roots[a, b] for a, b in itertools.pairwise(chain)) ** 2), chain

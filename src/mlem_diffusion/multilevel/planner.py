@@ -26,11 +26,11 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from ..diffusion import reference
 from ..diffusion.brownian import BrownianPath
 from ..diffusion.level import Level, shared_costs
 from ..diffusion.process import Process
-from ..diffusion.sampler import SingleLevel, sample
+from ..diffusion.reference import reference_steps, sample_reference
+from ..diffusion.sampler import Estimator, SingleLevel, sample
 from ..diffusion.step_rules import StepRule
 from ..errors import UserError
 from ..statistics import squared_errors
@@ -125,9 +125,9 @@ class Calibration:
     def drift_of(self, probe: Plan, error: float) -> float:
         """The drift in [0, 1] that explains the probe's measured squared error."""
         effects, names = self.effects_on(self.grids[probe.steps]), self.effects.names
-        levels, loose, table = [names.index(name) for name in probe.levels], 0.0, probe.table.astype(np.float64)
-        for (low, high), p in zip(pairwise(levels), table.T[1:], strict=True):
-            loose += float(((effects.difference(low, high) ** 2).mean(axis=0) * (1 / p - 1)).sum())
+        gains = [effects.gain(low, high) for low, high in pairwise(map(names.index, probe.levels))]
+        coins = probe.table.astype(np.float64).T[1:]
+        loose = sum(ways.uncancelled(gain, p) for gain, p in zip(gains, coins, strict=True))
         return float(np.clip((error - (probe.predicted or 0.0)) / max(loose, 1e-300), 0.0, 1.0))
 
     def with_drift(self, run: Callable[[Plan], float | None]) -> Calibration:
@@ -161,34 +161,29 @@ def gain_grids(calibrate_steps: Sequence[int], finest: int) -> list[int]:
 def calibrate(
     family: Sequence[Level], process: Process, rule: StepRule, shape: tuple[int, ...], *,
     steps: Sequence[int] = (8, 16, 32, 64, 128), seeds: Sequence[int] = range(10**6, 10**6 + 32),
-    calibrate_steps: Sequence[int] = (32, 128), reference_steps: int | None = None, device: torch.device | str = "cpu",
+    calibrate_steps: Sequence[int] = (32, 128), device: torch.device | str = "cpu",
 ) -> Calibration:  # fmt: skip
     """Measure the gains of a family and the error of each level alone, for plans with one of these numbers of steps.
-    calibrate_steps: noise levels of the grids on which gains are measured (`gain_grids`). reference_steps: of the
-    reference (diffusion/reference.py); None for as many as the finest plan needs. Evaluate on other seeds, and run a
-    plan before you rely on its predicted error. Raises UserError if the family is not ordered by cost, if the largest
-    level cannot be differentiated, or if the reference is not fine enough for the plans."""
-    if reference_steps is None:
-        reference_steps = reference.reference_steps(process, steps)
-    reference.check_reference(reference_steps, steps, "reference_steps")
+    calibrate_steps: noise levels of the grids on which gains are measured (`gain_grids`). Evaluate on other seeds, and
+    run a plan before you rely on its predicted error. Raises UserError if the family is not ordered by cost, if the
+    largest level cannot be differentiated, or if the process is too coarse for a reference (diffusion/reference.py)."""
+    finest = reference_steps(process, steps)
     if len(seeds) < 2:
         raise UserError("calibrate: at least two seeds are needed, better 32 or more.")
     path = BrownianPath(seeds, shape, device)
     counts = gain_grids(calibrate_steps, max(steps))
     *coarser, effects = (measure_effects(family, rule, process.grid(n), path) for n in counts)
-    fine, own = reference.sample_reference(family[-1], rule.dynamics, process, reference_steps, path)[0], {}
-    for k, level in enumerate(family):
-        for count in steps:
-            images = sample(SingleLevel(level), rule, process.grid(count), path)[0]
-            own[k, count] = float(squared_errors(images, fine).mean())
-    grids = {count: process.grid(count).logsnr for count in sorted(steps)}
-    costs, base = shared_costs(family)
+    fine = sample_reference(family[-1], rule.dynamics, process, finest, path)[0]
 
-    def error(plan: Plan) -> float:
-        images = sample(plan.build(family), rule, process.grid(plan.steps), path)[0]
+    def error(estimator: Estimator, count: int) -> float:
+        images = sample(estimator, rule, process.grid(count), path)[0]
         return float(squared_errors(images, fine).mean())
 
-    return Calibration(effects, grids, own, costs, base=base, coarser=coarser).with_drift(error)
+    own = {(k, count): error(SingleLevel(level), count) for k, level in enumerate(family) for count in steps}
+    grids = {count: process.grid(count).logsnr for count in sorted(steps)}
+    costs, base = shared_costs(family)
+    found = Calibration(effects, grids, own, costs, base=base, coarser=coarser)
+    return found.with_drift(lambda plan: error(plan.build(family), plan.steps))
 
 
 class Planner:
@@ -200,7 +195,7 @@ class Planner:
         self.base = self.n * inputs.base  # per image, whatever else runs
         self.own = {k: error for (k, n), error in inputs.own_errors.items() if n == steps}
         self.tops = sorted(self.own)  # the levels that can be the largest of a plan
-        self.gain, self.options = cache(self._gain), cache(self._options)
+        self.gain, self.options = cache(self.effects.gain), cache(self._options)
         self.edge, self.finish = cache(self._edge), cache(self._finish)
 
     def prices(self, ratio: float = 4.0) -> list[float]:
@@ -209,9 +204,6 @@ class Planner:
         scale = self.effects.gains()[0][1:].sum() * self.n / (self.costs[-1] * self.n)
         count = round(17 * math.log(4.0) / math.log(ratio)) + 1
         return (scale * 4.0**3 * ratio ** -np.arange(count, dtype=np.float64)).tolist()
-
-    def _gain(self, low: int, high: int) -> np.ndarray:
-        return (self.effects.difference(low, high) ** 2).mean(axis=0)
 
     def _options(self, low: int, high: int) -> list[ways.Option]:
         difference, counts = self.effects.difference(low, high), [c for c in _COUNTS if c <= self.n // 2]
@@ -254,7 +246,7 @@ class Planner:
             return np.ones((self.n, 1)), 0.0, np.ones((self.n, 1))
         if self.method == "independent":
             table = ways.independent_probabilities(gains, costs, price)
-            return table, float((gains.T * (1 / table - 1)).sum()), evaluation_probabilities(table)
+            return table, ways.uncancelled(gains.T, table), evaluation_probabilities(table)
         if self.method == "nested":
             to_top = np.stack([np.zeros(self.n)] + [self.gain(a, levels[-1]) for a in levels[:-1]])
             table = ways.nested_probabilities(to_top, costs, price)

@@ -18,8 +18,8 @@ from .. import parallel
 from ..diffusion.brownian import training_generator
 from ..diffusion.process import Process
 from ..errors import Interrupted, UserError
-from ..files import Damaged
-from ..models.family import load_state, save_state, save_weights
+from ..files import Damaged, atomic_write
+from ..models.family import load_state, save_weights
 from ..models.unet import Denoiser
 from .levels import STATE, TrainConfig
 from .step import TrainStep, has_dropout
@@ -164,7 +164,8 @@ class _Run:
         self.check()
         if self.rank == 0:
             progress = {"images": self.seen, "history": self.history, "snapshots": self.snapshots}
-            save_state(self.state, {**self.step.state_dict(), **progress, "identity": self.identity})
+            state = {**self.step.state_dict(), **progress, "identity": self.identity}
+            atomic_write(self.state, lambda path: torch.save(state, path))
 
     def take_snapshot(self, snapshot: Callable[[int, Denoiser], None]) -> None:
         self.check()
