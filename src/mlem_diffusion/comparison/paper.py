@@ -43,7 +43,8 @@ class Patterns:
         spread, over_samples = float(errors.mean(axis=1).std(ddof=1)), float(sem(errors.mean(axis=0)))
         row["error_spread"] = spread if sound else None
         row["error_se"] = float(np.hypot(spread / np.sqrt(len(parts)), over_samples)) if sound else None
-        work = {key: float(np.mean([part.work[key] for part in parts])) for key in parts[0].work}
+        keys = dict.fromkeys(key for part in parts for key in part.work)  # in some patterns a level never fires
+        work = {key: float(np.mean([part.work.get(key, 0.0) for part in parts])) for key in keys}
         return replace(self.trials[0], pattern=None), Measurement(row, errors, parts[0].images, work)
 
 
