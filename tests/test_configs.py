@@ -182,7 +182,7 @@ def test_the_families_of_celeba64():
     again = ["experiment=celeba64", "family=telescope", "unet=adm"]
     other = configuration(*again)
     checks.settle(other, again)
-    assert unchanged(telescope) and other.unet == telescope.unet == paper.unet | {"precondition": "gaussian"}
+    assert unchanged(telescope) and other.unet == telescope.unet == {**unet, "precondition": "gaussian"}
     assert telescope.family == {**paper.family, "gaussian": True} and taught_widths(telescope)
     fast = configuration("experiment=celeba64", "family=fast")
     assert unchanged(fast) and "narrow" in fast.unet
