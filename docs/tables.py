@@ -305,7 +305,7 @@ def paper_table() -> str:
 def strict_table() -> str:
     """Speed-ups over stronger rivals than the paper's, from this repository's own protocol."""
     faces, demo = (load(f"{name}/speedup.json")["strict"] for name in ("celeba32", "demo"))
-    rows = [("lower bound of the speed-up in FLOPs", "CelebA 32x32", "demo")]
+    rows: list[tuple[str, ...]] = [("lower bound of the speed-up in FLOPs", "CelebA 32x32", "demo")]
     for words, method, against in (
         ("fresh coins over EM with the largest level", "coins", "em_largest"),
         ("fresh coins over every solver on any level", "coins", "all"),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from mlem_diffusion.comparison import paper, planned
@@ -304,10 +305,10 @@ def test_plans_add_their_settings_and_columns(make, tmp_path):
     assert {(m.row["protocol"], m.row["num_samples"]) for m in measured} == {("strict", 10)}
     # distances only on the frontiers of error against FLOPs: of the plans, and of the one baseline
     rows = [m.row for m in measured]
-    chosen = planned.for_distances(rows, Limits(strict=2, evaluations=1e3), 16.0)
+    chosen = planned.for_distances(rows, OmegaConf.create({"strict": 2, "evaluations": 1e3}), 16.0)
     best = min(range(4), key=lambda i: rows[i]["error"])
     assert best in chosen and 4 in chosen and 2 <= len(chosen) <= 3
-    assert planned.for_distances(rows, Limits(strict=2, evaluations=0), 16.0) == []
+    assert planned.for_distances(rows, OmegaConf.create({"strict": 2, "evaluations": 0}), 16.0) == []
     features = runner.features(settings[4])
     found = planned.distances(features, RealImages("FD-mean", moments, 0.1), 30, 100)
     names = ("distance", "distance_low", "distance_high")
@@ -316,11 +317,6 @@ def test_plans_add_their_settings_and_columns(make, tmp_path):
     _, (_, images), *others = examples(measured, "sde", runner)
     assert measured[-1].images is not None and np.array_equal(images, measured[-1].images)
     assert len(others) == 1 and "w2+w8" in others[0][0]  # the best plan that costs no more
-
-
-class Limits(SimpleNamespace):
-    def __getitem__(self, key: str) -> int:
-        return getattr(self, key)
 
 
 def test_samples_of_a_distance_are_kept_for_another_extractor(make):

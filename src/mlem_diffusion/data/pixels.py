@@ -1,8 +1,6 @@
 """From the bytes of an image file to pixels of one size, and from 8-bit pixels to numbers in [-1, 1] and back."""
 
 import io
-import re
-import zlib
 from functools import cache
 
 import numpy as np
@@ -16,8 +14,6 @@ from ..errors import UserError
 # starts Ghostscript) or needs one, video, icons and textures, and formats without a signature, as which Pillow could
 # take a damaged file (TGA, PCX).
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "AVIF", "PPM", "QOI")
-# The chunks of a PNG and the segments of a JPEG that its pixels need
-_NEEDED = re.compile(rb"....(IHDR|PLTE|tRNS|IDAT|IEND|eXIf)|\xff([^\xe0-\xef]|\xe1..Exif|\xee\0[\x0e-\xff]Adobe)", re.S)
 _UPRIGHT = dict(enumerate((0, 3, 1, 5, 4, 6, 2), 2))  # EXIF's orientation -> Image.Transpose
 
 
@@ -31,12 +27,8 @@ def suffixes() -> tuple[str, ...]:
 
 def decode(content: bytes, size: int, crop: str) -> tuple[np.ndarray, str]:
     """An image file, of any name -> uint8 [3,size,size] and what was done to it; of several pictures the first counts.
-    Damaged pixels raise almost any exception; damaged texts, profiles and orientations are ignored."""
-    try:
-        image = _open(content)
-    except Exception:
-        image = _open(_bare(content))
-    treated, done = _treat(_to_rgb(image), size, crop)
+    Damaged files raise almost any exception; a damaged orientation is ignored."""
+    treated, done = _treat(_to_rgb(_open(content)), size, crop)
     return np.asarray(treated).transpose(2, 0, 1), done
 
 
@@ -48,21 +40,6 @@ def _open(content: bytes) -> Image.Image:
         raise ValueError(f"its content is no image that can be read: {content[:24]!r}...") from None
     image.load()
     return image
-
-
-def _bare(content: bytes) -> bytes:
-    """A PNG or JPEG without what its pixels do not need, but with EXIF data if they are whole; other files as is."""
-    png = content.startswith(b"\x89PNG")
-    at = 8 if png else 2 if content.startswith(b"\xff\xd8") else len(content)
-    kept = [content[:at]]
-    while at < len(content) and (png or content[at : at + 2] != b"\xff\xda"):
-        end = at + int.from_bytes(content[at : at + 4] if png else content[at + 2 : at + 4], "big") + (12 if png else 2)
-        checksum = zlib.crc32(content[at + 4 : end - 4]).to_bytes(4, "big")
-        whole = content[at + 4 : at + 8] != b"eXIf" or content[end - 4 : end] == checksum
-        if whole and _NEEDED.match(content, at):
-            kept.append(content[at:end])
-        at = end
-    return b"".join([*kept, content[at:]])
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

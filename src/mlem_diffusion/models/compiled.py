@@ -1,15 +1,11 @@
 """Fast evaluation of a trained denoiser for sampling: bf16, channels_last, torch.compile, CUDA graphs."""
 
-import atexit
 import copy
 import logging
 import os
-import shutil
-import tempfile
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -24,7 +20,6 @@ T = TypeVar("T")
 
 SETTINGS = ("auto", "on", "off", "max")
 _PROGRAMS = 256  # programs that dynamo may cache per function: each level of a family needs its own
-_PROBE = 1 << 20  # bytes written to see whether a folder's disk is full
 _SMALLEST, _WASTE = 8, 0.25  # smallest bucket; largest padding as a fraction of the samples
 
 
@@ -34,25 +29,12 @@ def first_line(error: BaseException) -> str:
 
 
 def set_compile_caches() -> None:
-    """Let torch.compile and Triton keep programs in folders that can be written, named in their variables.
-    Each is the folder that its variable names, else ours in the user's cache folder. If it cannot be written, a
-    temporary folder stands in until the process ends, with one SlowPath warning."""
-    usual, blocked = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/mlem-diffusion/compile", []
+    """Let torch.compile and Triton keep programs in the folders that their variables name, else in the user's cache.
+    Where these cannot be written, compilation fails, and `Compiled` goes on without it."""
+    usual = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/mlem-diffusion/compile"
     for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
-        wanted = os.environ.get(variable) or usual
-        try:
-            folder = Path(wanted).expanduser().absolute()
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder) as file:
-                file.write(bytes(_PROBE))
-        except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: no home folder
-            reason = getattr(error, "strerror", None) or first_line(error)
-            blocked.append(f"{wanted} cannot be written ({reason}); set {variable} to another folder")
-            folder = Path(tempfile.mkdtemp(prefix="mlem-diffusion-"))
-            atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        os.environ[variable], usual = str(folder), f"{folder}/triton"
-    if blocked:
-        warnings.warn(f"Compiled programs are kept for this run only: {blocked[0]}.", SlowPath, stacklevel=4)
+        folder = os.path.abspath(os.path.expanduser(os.environ.get(variable) or usual))
+        os.environ[variable], usual = folder, f"{folder}/triton"
 
 
 class Compiled:
