@@ -305,10 +305,10 @@ def test_plans_add_their_settings_and_columns(make, tmp_path):
     assert {(m.row["protocol"], m.row["num_samples"]) for m in measured} == {("strict", 10)}
     # distances only on the frontiers of error against FLOPs: of the plans, and of the one baseline
     rows = [m.row for m in measured]
-    chosen = planned.for_distances(rows, OmegaConf.create({"strict": 2, "evaluations": 1e3}), 16.0)
+    chosen = planned.for_distances(rows, OmegaConf.create({"strict": 2, "evaluations": 1e15}), LEVELS["w8"])
     best = min(range(4), key=lambda i: rows[i]["error"])
     assert best in chosen and 4 in chosen and 2 <= len(chosen) <= 3
-    assert planned.for_distances(rows, OmegaConf.create({"strict": 2, "evaluations": 0}), 16.0) == []
+    assert planned.for_distances(rows, OmegaConf.create({"strict": 2, "evaluations": 0}), LEVELS["w8"]) == []
     features = runner.features(settings[4])
     found = planned.distances(features, RealImages("FD-mean", moments, 0.1), 30, 100)
     names = ("distance", "distance_low", "distance_high")

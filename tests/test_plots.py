@@ -89,7 +89,7 @@ def test_the_papers_figure_has_an_arrow_at_equal_error() -> None:
     figure = plot_paper(frame, "demo", {"sde": {"pattern": {"em_largest": {"flops": entry}}}})
     errors, distances = figure.axes[0], figure.axes[2]
     arrow, text = errors.texts
-    assert text.get_text() == "4.0×  (≥ 3.5×)" and not figure.axes[1].texts
+    assert text.get_text() == "4.0×\n(≥ 3.5×)" and not figure.axes[1].texts
     assert arrow.xy == pytest.approx((4, 1 / 16)) and arrow.xyann == pytest.approx((16, 1 / 16))
     assert distances.get_ylabel() == "Frechet  (n = 1000)"
     labels = errors.get_legend_handles_labels()[1]

@@ -1,6 +1,6 @@
 """The optimiser's plans in the comparison: settings that run them, and what plans add to the rows of compare.csv."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -83,13 +83,17 @@ def complete(
     return out
 
 
-def for_distances(rows: Sequence[Row], config: Any, unit: float) -> list[int]:
+def for_distances(rows: Sequence[Row], config: Any, largest: Level) -> list[int]:
     """The places of the rows whose distance is measured, by a `compare.distances` configuration: so many of each
-    protocol's frontiers of error against FLOPs, evenly spread over it in order of cost, with both ends. Those that cost
-    more than `evaluations` of the largest level (unit: its GFLOPs) are left out."""
+    protocol's frontiers of error against FLOPs, evenly spread over it in order of cost, with both ends; in the paper's,
+    EM with the largest level has one of its own. Those that cost more than `evaluations` of that level are left out."""
+
+    def kind(row: Row) -> Any:
+        return is_multilevel(row) or (row["protocol"] == "paper" and row["levels"] == largest.name and "largest")
+
     found: list[int] = []
-    for (protocol, *_), own in frontiers(rows).items():
-        cheap = [i for i in own if rows[i]["gflops_realised"] <= config.evaluations * unit * 1.01]
+    for (protocol, *_), own in frontiers(rows, kind).items():
+        cheap = [i for i in own if rows[i]["gflops_realised"] <= config.evaluations * largest.flops * 1.01e-9]
         places = np.linspace(0, len(cheap) - 1, min(config[protocol], len(cheap)))
         found += [cheap[i] for i in places.round().astype(int)]
     return found
@@ -102,12 +106,12 @@ def distances(features: np.ndarray, real: RealImages, replicates: int, seed: int
     return dict(zip(DISTANCES, values, strict=True))
 
 
-def frontiers(rows: Sequence[Row]) -> dict[tuple[str, str, bool], list[int]]:
-    """{(protocol, dynamics, is multilevel): places of the rows on a frontier of error against FLOPs}, cheap first."""
+def frontiers(rows: Sequence[Row], kind: Callable[[Row], Any] = is_multilevel) -> dict[tuple[str, str, Any], list[int]]:
+    """{(protocol, dynamics, kind): places of the rows on a frontier of error against FLOPs}, cheap first."""
     groups: dict[Any, list[Row]] = {}
     for i, row in enumerate(rows):
         if trusted(row) and "diverged" not in row and row["coins"] != "shared":  # those are many samplers
-            key = (row["protocol"], row["dynamics"], is_multilevel(row))
+            key = (row["protocol"], row["dynamics"], kind(row))
             groups.setdefault(key, []).append(row | {"index": i})
     best = {key: frontier(own, "gflops_realised", "error") for key, own in groups.items()}
     return {key: [row["index"] for row in own] for key, own in best.items()}

@@ -103,7 +103,7 @@ def add_distances(
     if real is None:
         return
     *_, largest = runner.levels.values()
-    chosen = planned.for_distances(rows, config.distances, largest.flops / 1e9)
+    chosen = planned.for_distances(rows, config.distances, largest)
     run_all(exp, runner, [measured[i][0] for i in chosen], "distances", distances=True)
     for i in chosen:
         features = runner.features(measured[i][0])
@@ -135,7 +135,7 @@ def cost(exp: Any, levels: dict[str, Level]) -> Counter[str]:
                 more = judged + patterns.count * (patterns.select + patterns.judge)
             for name, number in setting.expected_evaluations(levels, gamma, plans.plans, exp.process).items():
                 add(f"{protocol}, {len(settings[protocol])} settings", name, number * (judged + more))
-        frontiers = 2 * len({setting.dynamics for setting in settings[protocol]})
+        frontiers = (3 if protocol == "paper" else 2) * len({setting.dynamics for setting in settings[protocol]})
         middle = 0.5 * config.distances.evaluations  # an assumption: their costs are spread evenly
         add("distances", largest, frontiers * config.distances[protocol] * middle * config.num_distance)
     for sweep in config.paper.learned if "paper" in asked else ():

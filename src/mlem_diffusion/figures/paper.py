@@ -27,9 +27,12 @@ def plot_paper(frame: DataFrame, title: str = "", speedups: dict[str, Any] | Non
     axes = figure.subplots(len(measures), len(dynamics), squeeze=False, sharey="row")
     for line, measure in zip(axes, measures, strict=True):
         for ax, name in zip(line, dynamics, strict=True):
-            _draw_panel(ax, frame[(frame.dynamics == name) & (frame[measure] > 0)], measure)
+            own = frame[frame.dynamics == name]
+            singles = own[own.method == "single"]
+            largest = str(singles.levels[(singles.gflops_expected / singles.network_calls).idxmax()])
+            _draw_panel(ax, own[own[measure] > 0], measure, largest)
             if measure == "error" and speedups:
-                _draw_arrow(ax, frame[frame.dynamics == name], speedups.get(name, {}))
+                _draw_arrow(ax, singles[singles.levels == largest], speedups.get(name, {}))
         line[0].set_ylabel(style.distance_label(frame) if measure == "distance" else "error (MSE to the fine sample)")
     for ax, name in zip(axes[0], dynamics, strict=True):
         ax.set_title(_NAMES[name], fontsize=14)
@@ -39,8 +42,7 @@ def plot_paper(frame: DataFrame, title: str = "", speedups: dict[str, Any] | Non
     return figure
 
 
-def _draw_panel(ax: Any, frame: Any, measure: str) -> None:
-    largest = _largest(frame)
+def _draw_panel(ax: Any, frame: Any, measure: str, largest: str) -> None:
     for level, rows in frame[frame.method == "single"].sort_values("gflops_realised").groupby("levels"):
         looks = dict(color=_EM, lw=2.2, ms=6, marker="s", zorder=4, label=f"EM, largest network ({level})")
         if level != largest:
@@ -63,12 +65,7 @@ def _draw_panel(ax: Any, frame: Any, measure: str) -> None:
     style.plain_ticks(ax.yaxis)
 
 
-def _largest(frame: Any) -> str:
-    singles = frame[frame.method == "single"]
-    return singles.levels[(singles.gflops_expected / singles.network_calls).idxmax()]
-
-
-def _draw_arrow(ax: Any, frame: Any, found: dict[str, Any]) -> None:
+def _draw_arrow(ax: Any, rows: Any, found: dict[str, Any]) -> None:
     """An arrow from EM with the largest level to ML-EM at equal error, with the factor and its lower bound."""
     for method in reversed(_ML_EM):
         entry = found.get(method, {}).get("em_largest", {}).get("flops", {})
@@ -77,13 +74,11 @@ def _draw_arrow(ax: Any, frame: Any, found: dict[str, Any]) -> None:
             continue
         middle = np.log(entry["window"]["rms_error"]).mean()
         point = min(points, key=lambda point: abs(np.log(point["at"]) / 2 - middle))
-        rows = frame[(frame.method == "single") & (frame.levels == _largest(frame))]
         start = rows.gflops_realised[(rows.error - point["at"]).abs().idxmin()]
         end, colour = start / point["speedup"], _ML_EM[method]["color"]
         arrow: Any = dict(arrowstyle="-|>", color=colour, lw=2.2, shrinkA=4, shrinkB=0, mutation_scale=18)
         ax.annotate("", (end, point["at"]), (start, point["at"]), arrowprops=arrow, zorder=7)
-        text, where = f"{point['speedup']:.1f}×  (≥ {point['lower95']:.1f}×)", (np.sqrt(start * end), point["at"])
-        box: Any = dict(boxstyle="round,pad=0.15", fc="white", ec="none", alpha=0.8)
-        ax.annotate(text, where, (0, 6), textcoords="offset points", ha="center", va="bottom", color=colour,
-                    fontsize=13, fontweight="bold", bbox=box, zorder=8)  # fmt: skip
+        text = f"{point['speedup']:.1f}×\n(≥ {point['lower95']:.1f}×)"
+        looks: Any = dict(color=colour, fontsize=14, fontweight="bold", va="center")
+        ax.annotate(text, (start, point["at"]), (9, 0), textcoords="offset points", **looks)
         return
