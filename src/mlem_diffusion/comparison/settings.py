@@ -222,8 +222,9 @@ def to_text(frame: pd.DataFrame) -> str:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """The frame of a compare.csv; ValueError if it is damaged."""
-    return frame_of(pd.read_csv(path, dtype=dict.fromkeys(_TEXT, str)))
+    """The frame of a compare.csv; ValueError if it is damaged. Earlier tables know one protocol only."""
+    found = frame_of(pd.read_csv(path, dtype=dict.fromkeys(_TEXT, str)))
+    return found.assign(protocol=found.get("protocol", "strict"))
 
 
 def for_figures(frame: pd.DataFrame) -> pd.DataFrame:

@@ -81,13 +81,13 @@ def _speedups(content: dict[str, Any]) -> Section:
 def _comparison(frame: pd.DataFrame) -> Section:
     rows, tables = for_figures(frame), {}
     columns = ["setting", "gflops_realised", "seconds", "error", "error_se", "distance"]
-    for dynamics, words in DYNAMICS_NAMES.items():
-        own: Any = rows[(rows.dynamics == dynamics) & rows.trusted]
+    groups: Any = rows[rows.trusted].groupby(["protocol", "dynamics"])
+    for (protocol, dynamics), own in groups:
         best = [{"setting": describe(r), **r} for r in frontier(own.to_dict("records"), "gflops_realised", "error")]
-        tables[f"Frontier of error against FLOPs, {words}"] = _table(best, columns)
+        tables[f"Frontier of error against FLOPs, {DYNAMICS_NAMES[dynamics]}, {protocol}"] = _table(best, columns)
     text = "Errors are mean squared errors to the reference, images in [−1, 1]; costs are per image. "
     text += f"In {(~rows.trusted).sum()} settings the top level fired too rarely: they are on no frontier."
-    return Section("Comparison", text, ("compare.png",), {**tables, "All settings": _table(frame)})
+    return Section("Comparison", text, ("paper.png", "compare.png"), {**tables, "All settings": _table(frame)})
 
 
 def _diagnostics(content: dict[str, Any]) -> Section:

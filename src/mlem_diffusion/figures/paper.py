@@ -27,7 +27,7 @@ def plot_paper(frame: DataFrame, title: str = "", speedups: dict[str, Any] | Non
     axes = figure.subplots(len(measures), len(dynamics), squeeze=False, sharey="row")
     for line, measure in zip(axes, measures, strict=True):
         for ax, name in zip(line, dynamics, strict=True):
-            own = frame[frame.dynamics == name]
+            own: Any = frame[frame.dynamics == name]
             singles = own[own.method == "single"]
             largest = str(singles.levels[(singles.gflops_expected / singles.network_calls).idxmax()])
             _draw_panel(ax, own[own[measure] > 0], measure, largest)
