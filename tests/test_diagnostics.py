@@ -167,7 +167,7 @@ def test_gains_are_measured_before_diagnostics_but_after_the_contract(tmp_path: 
     numbers = {"seed": 0, "calibrate": 4, "calibrate_steps": [6], "probes": 1, "diagnose": {"seeds": 4, "steps": 6},
                "num_select": 4}  # fmt: skip
     exp: Any = SimpleNamespace(process=process(), shape=SHAPE, device="cpu", progress=lambda *a: nullcontext(max))
-    compare = {"batch": 8, "seed": 90, "num_samples": 4}
+    compare = {"batch": 8, "seed": 90, "num_samples": 4, "num_distance": 0, "paper": {"patterns": {"select": 2}}}
     exp.cfg = OmegaConf.create({"optimise": numbers | {"rules": rules, "methods": []}, "compare": compare})
     exp.cached = lambda stem, facts, read, make: (make(tmp_path / stem), read(tmp_path / stem))[1]
     found = plan_search.diagnostics(exp, {level.name: level for level in toy_family()}).values()

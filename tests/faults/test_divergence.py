@@ -42,7 +42,7 @@ def broken_family(broken: int = -1, above: float = 0.0, **settings: float) -> li
 
 OPTIONS = (
     "process.base_steps=129", "timing={rounds:1,at_least:0}", "optimise.measured.steps=[9]", "metrics._target_=null",
-    "compare.plans=none", "compare.gamma=2.5",
+    "compare.plans=none", "compare.gamma=2.5", "protocol=strict",
     "+family.callable.broken=1", "family.callable.levels=4", "family.callable._target_=test_divergence.broken_family",
     "compare.num_samples=12", "compare.batch=6", "compare.bootstrap=20",
     "compare.baselines=[{dynamics:sde,step_rule:ddpm,levels:all,steps:[9]}]",

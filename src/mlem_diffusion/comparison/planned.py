@@ -16,6 +16,7 @@ from ..files import expect_content
 from ..multilevel.plan import Plan, load_plans
 from ..statistics import frontier
 from .features import RealImages, distance_interval, kernel_distance
+from .paper import fresh_settings
 from .runner import Runner
 from .settings import Measurement, Row, SamplerSetting, describe, is_multilevel, setting_of, settings_of, trusted
 
@@ -62,6 +63,18 @@ def all_settings(config: Any, levels: Mapping[str, Level], base_steps: int, plan
     """The configured settings and the plans; those that share noise increments are neighbours."""
     settings = dict.fromkeys([*settings_of(config, levels, base_steps, planned.chains), *planned.settings])
     return sorted(settings, key=lambda s: (s.dynamics, s.rule.clock or "", s.steps))
+
+
+def by_protocol(
+    asked: str, config: Any, levels: Mapping[str, Level], base_steps: int, plans: Planned
+) -> dict[str, list[SamplerSetting]]:
+    """{protocol: its settings, without learned probabilities and shared patterns}; asked: "both", or one of them."""
+    found = {}
+    if asked != "paper":
+        found["strict"] = all_settings(config, levels, base_steps, plans)
+    if asked != "strict":
+        found["paper"] = fresh_settings(config.paper, levels, base_steps)
+    return found
 
 
 def references_for(settings: Iterable[SamplerSetting], process: Process) -> dict[str, int]:

@@ -22,25 +22,19 @@ from ..multilevel.plan import Plan
 from .runs import run_all
 from .seeds import sample_seeds
 
-PROTOCOLS = {"both": ("strict", "paper"), "strict": ("strict",), "paper": ("paper",)}
-
 
 def run_protocols(exp: Any, runner: Runner, plans: Planned) -> list[tuple[SamplerSetting, Measurement]]:
     """All settings of the protocols asked for, measured, with rows that lack distances only. The settings of shared
     patterns at random stand for all their patterns."""
-    asked, config = PROTOCOLS[exp.cfg.protocol], exp.cfg.compare
-    settings: list[SamplerSetting] = []
-    if "strict" in asked:
-        settings += planned.all_settings(config, runner.levels, exp.process.base_steps, plans)
-    shared: list[paper.Patterns] = []
-    if "paper" in asked:
-        fresh = paper.fresh_settings(config.paper, runner.levels, exp.process.base_steps)
-        fresh += learned(exp, runner)
+    found = planned.by_protocol(exp.cfg.protocol, exp.cfg.compare, runner.levels, exp.process.base_steps, plans)
+    settings, shared = list(found.get("strict", ())), list[paper.Patterns]()
+    if "paper" in found:
+        fresh = [*found["paper"], *learned(exp, runner)]
         shared = choose_patterns(exp, runner, [setting for setting in fresh if setting.estimator == "ml_em"])
         settings += [*fresh, *(own.best for own in shared)]
     every = [*settings, *(trial for own in shared for trial in own.trials)]
-    found = dict(zip(every, run_all(exp, runner, every, "compare"), strict=True))
-    pairs = [(setting, found[setting]) for setting in settings] + [own.pooled(found) for own in shared]
+    measured = dict(zip(every, run_all(exp, runner, every, "compare"), strict=True))
+    pairs = [(setting, measured[setting]) for setting in settings] + [own.pooled(measured) for own in shared]
     return planned.complete(pairs, runner.seeds, plans)
 
 
@@ -112,12 +106,11 @@ def add_distances(
 
 def cost(exp: Any, levels: dict[str, Level]) -> Counter[str]:
     """Evaluations of each level in a comparison, whose parts are printed."""
-    config, asked = exp.cfg.compare, PROTOCOLS[exp.cfg.protocol]
+    config = exp.cfg.compare
     gamma, largest = 2.5 if config.gamma == "auto" else float(config.gamma), list(levels)[-1]
     plans = planned.read_planned(exp.results / "plans.json", config)
-    settings = {"strict": planned.all_settings(config, levels, exp.process.base_steps, plans)}
-    settings["paper"] = paper.fresh_settings(config.paper, levels, exp.process.base_steps)
-    references = planned.references_for([*settings["strict"], *settings["paper"]], exp.process)
+    settings = planned.by_protocol(exp.cfg.protocol, config, levels, exp.process.base_steps, plans)
+    references = planned.references_for([s for own in settings.values() for s in own], exp.process)
     patterns, training = config.paper.patterns, config.paper.training
     judged = len(sample_seeds(exp.cfg).errors)
     parts: dict[str, Any] = {}
@@ -127,18 +120,18 @@ def cost(exp: Any, levels: dict[str, Level]) -> Counter[str]:
 
     for dynamics, steps in references.items():
         evaluations = reference_evaluations(dynamics, steps)
-        add("references", largest, evaluations * (judged + (patterns.select if "paper" in asked else 0)))
-    for protocol in asked:
-        for setting in settings[protocol]:
+        add("references", largest, evaluations * (judged + (patterns.select if "paper" in settings else 0)))
+    for protocol, own in settings.items():
+        for setting in own:
             more = 0
             if protocol == "paper" and setting.estimator == "ml_em":
                 more = judged + patterns.count * (patterns.select + patterns.judge)
             for name, number in setting.expected_evaluations(levels, gamma, plans.plans, exp.process).items():
-                add(f"{protocol}, {len(settings[protocol])} settings", name, number * (judged + more))
-        frontiers = (3 if protocol == "paper" else 2) * len({setting.dynamics for setting in settings[protocol]})
+                add(f"{protocol}, {len(own)} settings", name, number * (judged + more))
+        frontiers = (3 if protocol == "paper" else 2) * len({setting.dynamics for setting in own})
         middle = 0.5 * config.distances.evaluations  # an assumption: their costs are spread evenly
         add("distances", largest, frontiers * config.distances[protocol] * middle * config.num_distance)
-    for sweep in config.paper.learned if "paper" in asked else ():
+    for sweep in config.paper.learned if "paper" in settings else ():
         for wanted in (c for c in sweep.costs for _ in sweep.families):
             runs = judged * 2 + patterns.count * (patterns.select + patterns.judge)
             # three runs and a tangent for each draw, and a reference for each path

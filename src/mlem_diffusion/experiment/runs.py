@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from .. import parallel
-from ..comparison import features, paper, planned
+from ..comparison import features, planned
 from ..comparison.features import Extractor
 from ..comparison.planned import Planned
 from ..comparison.runner import Runner
@@ -116,8 +116,8 @@ def make_runner(exp: Any, plans: Planned | None = None) -> Runner:
     c, levels, seeds = exp.cfg.compare, exp.levels(), sample_seeds(exp.cfg)
     settings, select = planned_steps(exp.cfg.optimise), plans is None
     if plans is not None:
-        settings = planned.all_settings(c, levels, exp.process.base_steps, plans)
-        settings += paper.fresh_settings(c.paper, levels, exp.process.base_steps)
+        found = planned.by_protocol(exp.cfg.protocol, c, levels, exp.process.base_steps, plans)
+        settings = [setting for own in found.values() for setting in own]
     if 0 < c.num_distance < features.MIN_IMAGES:
         text = "say more about their number than about the sampler"
         raise UserError(f"compare.num_distance={c.num_distance}: distances of fewer than {features.MIN_IMAGES} {text}.")
