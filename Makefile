@@ -62,7 +62,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@$(PIP) -e ".[test]"
 	@touch $@
 
-demo: setup  ## the full experiment on procedural portraits; about 10 minutes on two CPU cores
+demo: setup  ## the full experiment on procedural portraits; about 12 minutes on two CPU cores
 	@$(call RUN,prepare_data)
 	@$(call SEVERAL,train_levels)
 	@$(call SEVERAL,optimise)
