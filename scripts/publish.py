@@ -16,10 +16,10 @@ def statistics(exp: Experiment, path: Path) -> dict[str, Any] | None:
     """Write the moments of the training images' features; None if the experiment has no distances."""
     extractor = runs.make_extractor(exp) if exp.cfg.publish.statistics else None
     real = extractor and runs.real_images(exp, extractor)
-    if extractor is None or real is None:
+    if extractor is None or real is None or real.features is None:
         return None
     save_moments(path, real.moments)
-    floor = {"num_samples": exp.cfg.compare.num_distance, "seed": exp.cfg.compare.seed, "distance": real.floor}
+    floor = {"num_samples": len(real.features), "seed": exp.cfg.compare.seed, "distance": real.floor}
     return {"file": path.name, "name": extractor.name, "identity": extractor.key, "floor": floor}
 
 

@@ -287,7 +287,7 @@ def test_plans_add_their_settings_and_columns(make, tmp_path):
     seeds = {"calibration": [5, 6], "selection": [7, 8]}
     content = {"seeds": seeds, "calibration": {"flops": 3e9}, "cost_unit": "seconds"}
     save_plans(tmp_path / "plans.json", [(plan, facts) for plan in PLANS.values()], **content)
-    config = SimpleNamespace(plans="auto", seed=100, num_samples=10)
+    config = SimpleNamespace(plans="auto", seed=100, num_samples=10, num_distance=0)
     content = read_planned(tmp_path / "plans.json", config)
     assert (content.flops, content.unit, len(content.settings)) == (3e9, "seconds", 4)
     for config.seed, part in ((8, "selection: 7 to 8"), (-4, "calibration: 5 to 6")):

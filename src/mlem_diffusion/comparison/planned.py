@@ -52,7 +52,7 @@ def read_planned(path: Path, config: Any) -> Planned:
             settings.append(setting)
         for part in ("calibration", "selection"):
             first, last = content["seeds"][part]
-            if first < config.seed + config.num_samples and config.seed <= last:
+            if first < config.seed + max(config.num_samples, config.num_distance) and config.seed <= last:
                 text = f"The plans were made with sample seeds of this comparison ({part}: {first} to {last})"
                 raise UserError(f"{text}: change compare.seed.")
         spent, made_with = content["calibration"]["flops"], content.get("made_with")

@@ -28,8 +28,10 @@ COLUMNS = [
     # if known; error_spread: standard deviation over shared patterns
     "top_evaluations", "plan", "predicted", "largest_effect", "selected_error", "pattern", "error_spread", "diverged",
 ]  # fmt: skip
-_TEXT = ["dynamics", "step_rule", "estimator", "probabilities", "coins", "switch", "levels", "distance_name", "plan"]
-_TEXT += ["protocol"]
+_TEXT = [
+    "protocol", "dynamics", "step_rule", "estimator", "probabilities", "coins", "switch", "levels", "distance_name",
+    "plan",
+]  # fmt: skip
 _WHOLE = ["steps", "seed", "num_samples", "num_distance", "top_evaluations", "diverged", "pattern"]
 BASELINES = ("single", "stitched")
 MIN_FIRES = 100  # with fewer evaluations of the top level in a run, the error and its standard error are not reliable

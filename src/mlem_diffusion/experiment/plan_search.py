@@ -14,6 +14,7 @@ from ..comparison.runner import Runner
 from ..comparison.settings import SamplerSetting, setting_of, telescope
 from ..diffusion.brownian import BrownianPath
 from ..diffusion.level import Level, base_of, shared_costs, with_base
+from ..diffusion.process import TimeGrid
 from ..diffusion.reference import reference_evaluations
 from ..diffusion.step_rules import StepRule, step_rule
 from ..errors import UserError
@@ -30,7 +31,7 @@ from .seeds import sample_seeds
 
 def _cached(exp: Any, stem: str, facts: Any, compute: Callable[[], Any]) -> Any:
     """The value of compute(), kept as JSON."""
-    read = partial(read_json, hint="run make optimise again")
+    read = partial(read_json, hint="run the same command again")
     return exp.cached(f"{stem}.json", facts, read, lambda path: write_json(path, compute()))
 
 
@@ -165,6 +166,26 @@ def search(exp: Any, runner: Runner, alone: dict[Any, float], seconds: dict[str,
     return out
 
 
+def learned_table(
+    exp: Any, family: list[Level], rule: StepRule, grid: TimeGrid, options: dict[str, Any], facts: list[Any],
+    costs: np.ndarray, wanted: float, start: np.ndarray,
+) -> tuple[np.ndarray, float]:  # fmt: skip
+    """`learn_probabilities`, cached under `facts`. options: iterations, paths and draws, among others."""
+    numbers = {key: options[key] for key in ("iterations", "paths", "draws")}
+
+    def compute() -> dict[str, Any]:
+        label = f"learn {rule.key}, {'+'.join(level.name for level in family)}"
+        with exp.progress(label, numbers["iterations"], "iteration") as progress:
+            p, flops = learn_probabilities(
+                family, rule, grid, exp.shape, exp.device, costs=costs, wanted=wanted, start=start, progress=progress,
+                **numbers,
+            )  # fmt: skip
+        return {"p": p.tolist(), "flops": flops}
+
+    content = _cached(exp, "learned", facts, compute)
+    return np.array(content["p"]), content["flops"]
+
+
 def learn(
     exp: Any, levels: dict[str, Level], rule: StepRule, inputs: planner.Calibration, spent: list[float], cost: float,
     start: Plan,
@@ -173,19 +194,11 @@ def learn(
     options = exp.plain("optimise")["optimise"]["learned"]
     family, costs = [levels[name] for name in start.levels], inputs.costs[[list(levels).index(n) for n in start.levels]]
     wanted = cost * inputs.unit - options["steps"] * inputs.base
-    grid, numbers = exp.process.grid(options["steps"]), {k: options[k] for k in ("iterations", "paths", "draws")}
-
-    def compute() -> dict[str, Any]:
-        with exp.progress(f"learn {rule.key}, cost {cost:g}", options["iterations"], "iteration") as progress:
-            p, flops = learn_probabilities(
-                family, rule, grid, exp.shape, exp.device, costs=costs, wanted=wanted,
-                start=start.table[0].astype(np.float64), progress=progress, **numbers,
-            )  # fmt: skip
-        return {"p": p.tolist(), "flops": flops}
-
-    content = _cached(exp, "learned", [options, rule.key, cost, start.id, costs.tolist()], compute)
-    spent.append(content["flops"])
-    return np.array(content["p"])
+    grid, facts = exp.process.grid(options["steps"]), [options, rule.key, cost, start.id, costs.tolist()]
+    first = start.table[0].astype(np.float64)
+    p, flops = learned_table(exp, family, rule, grid, options, facts, costs, wanted, first)
+    spent.append(flops)
+    return p
 
 
 def ablate(exp: Any, levels: dict[str, Level], searched: list[Searched], seconds: dict[str, float]) -> dict[str, Any]:

@@ -1,12 +1,9 @@
 """The settings of both protocols of a comparison, and their runs: learned probabilities, shared patterns, distances."""
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
+from itertools import product
 from typing import Any
-
-import numpy as np
 
 from ..comparison import paper, planned
 from ..comparison.features import RealImages
@@ -15,10 +12,8 @@ from ..comparison.runner import Runner
 from ..comparison.settings import Measurement, SamplerSetting, chosen_levels, probabilities_of
 from ..diffusion.level import Level, shared_costs
 from ..diffusion.reference import reference_evaluations
-from ..diffusion.step_rules import step_rule
-from ..files import read_json, write_json
-from ..multilevel.learned import learn_probabilities
 from ..multilevel.plan import Plan
+from .plan_search import learned_table
 from .runs import run_all
 from .seeds import sample_seeds
 
@@ -50,40 +45,24 @@ def choose_patterns(exp: Any, runner: Runner, settings: list[SamplerSetting]) ->
 
 
 def learned(exp: Any, runner: Runner) -> list[SamplerSetting]:
-    """Settings with probabilities learned by SGD, begun at constant ones; the runner gets their plans."""
+    """Settings with probabilities learned by SGD, begun at constant ones; the runner gets their plans. Their costs are
+    in evaluations of the largest level."""
     out, training = [], exp.plain("compare")["compare"]["paper"]["training"]
     for sweep in exp.cfg.compare.paper.learned:
-        rule = step_rule(sweep.dynamics, sweep.step_rule)
-        for family, cost in ((family, cost) for family in sweep.families for cost in sweep.costs):
-            names = chosen_levels(runner.levels, family)
-            own = [runner.levels[name] for name in names]
-            kinds = ("learned", "independent")
-            setting = SamplerSetting(rule.dynamics, rule.name, "ml_em", names, training["steps"], *kinds)
-            setting = replace(setting, protocol="paper")
-            make = partial(_learn, exp, setting, own, runner, cost, training)
-            facts = [training, rule.key, cost, names, runner.gamma, "even in t"]
-            read = partial(read_json, hint="run make sample-compare again")
-            content = exp.cached("learned.json", facts, read, lambda path, make=make: write_json(path, make()))
-            plan = Plan("independent", "learned", names, setting.steps, np.array(content["p"]), cost, None, None)
+        for family, cost in product(sweep.families, sweep.costs):
+            names, kinds = chosen_levels(runner.levels, family), ("learned", "independent")
+            setting = SamplerSetting(sweep.dynamics, sweep.step_rule, "ml_em", names, training["steps"], *kinds)
+            setting, own = replace(setting, protocol="paper"), [runner.levels[name] for name in names]
+            flops, base = shared_costs(own)
+            wanted = cost * (flops[-1] + base) - setting.evaluations(exp.process) * base
+            start = probabilities_of(own, runner.levels, runner.gamma, 1.0)
+            facts = [training, setting.rule.key, cost, names, runner.gamma, "even in t"]
+            grid = setting.grid(exp.process)
+            p, _ = learned_table(exp, own, setting.rule, grid, training, facts, flops.astype(float), wanted, start)
+            plan = Plan("independent", "learned", names, setting.steps, p, cost, None, None)
             runner.plans[plan.id] = plan
             out.append(replace(setting, plan=plan.id))
     return out
-
-
-def _learn(
-    exp: Any, setting: SamplerSetting, family: list[Level], runner: Runner, cost: float, training: Mapping[str, Any]
-) -> dict[str, Any]:
-    """{"p": [n, K], "flops": of learning} at an expected cost of so many evaluations of the largest level."""
-    flops, base = shared_costs(family)
-    start = probabilities_of(family, runner.levels, runner.gamma, 1.0)
-    numbers = {key: training[key] for key in ("iterations", "paths", "draws")}
-    with exp.progress(f"learn {setting.rule.key}, {'+'.join(setting.levels)}", numbers["iterations"], "it") as progress:
-        p, spent = learn_probabilities(
-            family, setting.rule, setting.grid(exp.process), exp.shape, exp.device, costs=flops.astype(np.float64),
-            wanted=cost * (flops[-1] + base) - setting.evaluations(exp.process) * base, start=start, progress=progress,
-            **numbers,
-        )  # fmt: skip
-    return {"p": p.tolist(), "flops": spent}
 
 
 def add_distances(
@@ -111,8 +90,8 @@ def cost(exp: Any, levels: dict[str, Level]) -> Counter[str]:
     plans = planned.read_planned(exp.results / "plans.json", config)
     settings = planned.by_protocol(exp.cfg.protocol, config, levels, exp.process.base_steps, plans)
     references = planned.references_for([s for own in settings.values() for s in own], exp.process)
-    patterns, training = config.paper.patterns, config.paper.training
-    judged = len(sample_seeds(exp.cfg).errors)
+    patterns, training, judged = config.paper.patterns, config.paper.training, config.num_samples
+    shared = judged + patterns.count * (patterns.select + patterns.judge)  # the best pattern, and all of them
     parts: dict[str, Any] = {}
 
     def add(part: str, name: str, count: float) -> None:
@@ -123,20 +102,17 @@ def cost(exp: Any, levels: dict[str, Level]) -> Counter[str]:
         add("references", largest, evaluations * (judged + (patterns.select if "paper" in settings else 0)))
     for protocol, own in settings.items():
         for setting in own:
-            more = 0
-            if protocol == "paper" and setting.estimator == "ml_em":
-                more = judged + patterns.count * (patterns.select + patterns.judge)
+            more = shared if protocol == "paper" and setting.estimator == "ml_em" else 0
             for name, number in setting.expected_evaluations(levels, gamma, plans.plans, exp.process).items():
                 add(f"{protocol}, {len(own)} settings", name, number * (judged + more))
         frontiers = (3 if protocol == "paper" else 2) * len({setting.dynamics for setting in own})
         middle = 0.5 * config.distances.evaluations  # an assumption: their costs are spread evenly
         add("distances", largest, frontiers * config.distances[protocol] * middle * config.num_distance)
     for sweep in config.paper.learned if "paper" in settings else ():
-        for wanted in (c for c in sweep.costs for _ in sweep.families):
-            runs = judged * 2 + patterns.count * (patterns.select + patterns.judge)
+        for wanted, _ in product(sweep.costs, sweep.families):
             # three runs and a tangent for each draw, and a reference for each path
             steps = training.iterations * training.paths * (training.steps + 5 * wanted * training.draws)
-            add("learned probabilities", largest, wanted * runs + steps)
+            add("learned probabilities", largest, wanted * (judged + shared) + steps)
     for part, counts in parts.items():
         flops = sum(levels[name].flops * number for name, number in counts.items())
         exp.print(f"{part}: {flops / 1e12:,.3f} TFLOP")

@@ -17,18 +17,18 @@ _RULES["ddpm"] = _RULES["ddim"] = dict(ls=(0, (5, 1.5)), marker="s")
 _OTHER_RULE = dict(ls="-.", marker="v")
 _METHODS: dict[str, Any] = {
     "stitched": dict(label="stitched", color="#1a9a8a", marker="D", ms=4.5, ls="none"),
-    "coins": dict(label="ML-EM, independent coins", color="#ef8a00", marker="o", ms=5.1, ls="none"),
-    "other": dict(label="other coins, quadrature", color="#b4005a", marker="*", ms=7.7, ls="none"),
+    "coins": dict(label="ML-EM, independent coins", color=style.COINS, marker="o", ms=5.1, ls="none"),
+    "other": dict(label="other coins, quadrature", color=style.MULTILEVEL, marker="*", ms=7.7, ls="none"),
 }
 _HOLLOW: Any = dict(label="hollow: top level\nfired too rarely", ls="none", marker="o", mfc="none", color="0.5", ms=5)
 _FRONTIERS = {  # methods, colour, zorder; drawn if the last method has a row
-    "baselines": (("stitched", "single"), "#23395b", 2.0),
-    "independent coins": (("coins",), "#ef8a00", 4.0),
-    "any multilevel": (("coins", "other"), "#b4005a", 3.5),
+    "baselines": (("stitched", "single"), style.BASELINE, 2.0),
+    "independent coins": (("coins",), style.COINS, 4.0),
+    "any multilevel": (("coins", "other"), style.MULTILEVEL, 3.5),
 }
 _FLOOR: dict[str, Any] = dict(color="#555555", ls="--")
 _THICK: dict[str, Any] = dict(lw=3.2, alpha=0.55)
-_WINDOWS: Any = {"any": (0.985, "#b4005a"), "coins": (0.925, "#ef8a00")}  # place across the panel, colour
+_WINDOWS: Any = {"any": (0.985, style.MULTILEVEL), "coins": (0.925, style.COINS)}  # place across the panel, colour
 _BAR: Any = dict(label="bar: window in which all\nbaselines cost at least\nso many times as much", color="0.4", lw=4)
 
 

@@ -10,10 +10,9 @@ from ..statistics import frontier
 from . import style
 
 _ML_EM: dict[str, dict[str, Any]] = {
-    "coins": dict(label="ML-EM, fresh coins for each image", color="#ef8a00", marker="o"),
-    "pattern": dict(label="ML-EM, best of several shared patterns", color="#b4005a", marker="D"),
+    "coins": dict(label="ML-EM, fresh coins for each image", color=style.COINS, marker="o"),
+    "pattern": dict(label="ML-EM, best of several shared patterns", color=style.MULTILEVEL, marker="D"),
 }
-_EM = "#23395b"
 _NAMES = {"sde": "DDPM (SDE)", "ode": "DDIM (ODE)"}
 
 
@@ -44,7 +43,7 @@ def plot_paper(frame: DataFrame, title: str = "", speedups: dict[str, Any] | Non
 
 def _draw_panel(ax: Any, frame: Any, measure: str, largest: str) -> None:
     for level, rows in frame[frame.method == "single"].sort_values("gflops_realised").groupby("levels"):
-        looks = dict(color=_EM, lw=2.2, ms=6, marker="s", zorder=4, label=f"EM, largest network ({level})")
+        looks = dict(color=style.BASELINE, lw=2.2, ms=6, marker="s", zorder=4, label=f"EM, largest network ({level})")
         if level != largest:
             looks |= dict(lw=1, ms=3, alpha=0.35, zorder=2, label="EM, each smaller network")
         if looks["label"] in ax.get_legend_handles_labels()[1]:

@@ -21,6 +21,7 @@ from ..files import atomic_write
 # Okabe-Ito colours are distinct for colour-blind readers; each series also has its own marker.
 BLUE, ORANGE, PURPLE, YELLOW, GREEN, SKY = "#0072B2", "#D55E00", "#CC79A7", "#E69F00", "#009E73", "#56B4E9"
 COLOURS = (BLUE, ORANGE, PURPLE, YELLOW, GREEN, SKY)
+BASELINE, COINS, MULTILEVEL = "#23395b", "#ef8a00", "#b4005a"  # of methods, in all comparisons
 MARKERS = "os^Dv<P>"
 GFLOP = "GFLOP per evaluation of one image ($T_k$)"
 THOUSANDS = EngFormatter(places=1, sep="")  # 61.4k
