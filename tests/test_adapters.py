@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.diffusion.process import expand
 from mlem_diffusion.errors import UserError
-from mlem_diffusion.models.adapters import adapt, from_diffusers, guided, trained_range
+from mlem_diffusion.models.adapters import adapt
+from mlem_diffusion.models.diffusers import from_diffusers, trained_range
+from mlem_diffusion.models.guidance import guided
 
 SHAPE = (3, 4, 4)
 ALPHAS_CUMPROD = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .bridge import bridge_tree
+from .conditions import ConditionsOf, conditions_of, rows_of
 from .process import TimeGrid
 
 _INITIAL, _PATH, _COIN, _TRAIN = 0, 1, 2, 3
@@ -45,12 +46,22 @@ def coin_uniforms(seeds: Sequence[int], level: int, count: int) -> np.ndarray:
 
 class BrownianPath:
     """The randomness of one batch of samples, one stream per seed: starting points and Brownian increments.
-    seeds: one per sample. shape: of one sample. `increment` draws _WINDOW steps at a time and keeps the last ones."""
+    seeds: one per sample. shape: of one sample. conditions: of these samples, such as labels, or a function that gives
+    them for seeds (conditions.py). `increment` draws _WINDOW steps at a time and keeps the last ones."""
 
-    def __init__(self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device | str = "cpu"):
+    def __init__(
+        self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device | str = "cpu",
+        conditions: ConditionsOf = None,
+    ):  # fmt: skip
         self.seeds, self.shape, self.device = list(seeds), tuple(shape), torch.device(device)
+        self.conditions = conditions_of(conditions, self.seeds, self.device)
         self._window = torch.empty(0)
         self._drawn: tuple | None = None  # which window
+
+    def part(self, first: int, last: int) -> "BrownianPath":
+        """The path of the samples first, ..., last - 1 of the batch."""
+        own = slice(first, last)
+        return BrownianPath(self.seeds[own], self.shape, self.device, rows_of(self.conditions, own))
 
     def initial(self) -> Tensor:
         """Standard normal starting points [B, *shape]."""

@@ -25,13 +25,24 @@ class Level:
     base: a cheap level from whose output this one starts. `denoise` then takes that output as a third argument too, so
     that levels which run on the same estimate share it; without it, it evaluates the base itself. flops includes it.
 
-    teacher: the name of the level on whose outputs this one was trained, if it was not trained on data alone."""
+    teacher: the name of the level on whose outputs this one was trained, if it was not trained on data alone.
+
+    conditions: the names of the sample's conditions that `denoise` takes as keyword arguments, with one row a sample
+    (conditions.py), such as labels; it is never given others.
+
+    guidance: intervals (lowest log-SNR, highest, scale) of the guidance that is part of this level (models/guidance.py).
+    A base then is the guide, which runs only within them: elsewhere `denoise` gets None for its output.
+
+    space: the shape [C,H,W] and the scaling of the latents that it denoises, where they are known."""
 
     name: str
     denoise: Callable[..., Tensor]
     flops: float
     base: "Level | None" = None
     teacher: str | None = None
+    conditions: tuple[str, ...] = ()
+    guidance: tuple[tuple[float, float, float], ...] = ()
+    space: Any = None
 
 
 def base_of(levels: Sequence[Level]) -> Level | None:
@@ -40,6 +51,12 @@ def base_of(levels: Sequence[Level]) -> Level | None:
     if len(bases) > 1:
         raise UserError(f"Levels can share one base, not {', '.join(bases)}.")
     return next(iter(bases.values()), None)
+
+
+def runs_base(levels: Sequence[Level], logsnr: float) -> bool:
+    """Whether the base that the levels share runs at this log-SNR: a guide does within the intervals of guidance."""
+    intervals = next((level.guidance for level in levels if level.base is not None), ())
+    return not intervals or any(low <= logsnr <= high for low, high, _ in intervals)
 
 
 def with_base(levels: Sequence[Level]) -> list[Level]:
@@ -59,7 +76,8 @@ def shared_costs(levels: Sequence[Level]) -> tuple[np.ndarray, float]:
 
 
 def check_family(levels: Sequence[Level]) -> None:
-    """Raise UserError unless the levels have distinct names and strictly increasing, positive cost."""
+    """Raise UserError unless the levels have distinct names, strictly increasing, positive cost, one guidance and one
+    space of images or latents."""
     if not levels:
         raise UserError("A family needs at least one level.")
     if len({level.name for level in levels}) < len(levels):
@@ -67,6 +85,18 @@ def check_family(levels: Sequence[Level]) -> None:
     costs = [level.flops for level in levels]
     if not costs[0] > 0 or not all(b > a for a, b in pairwise(costs)):  # NaN is refused too
         raise UserError("The levels of a family must be ordered by cost, from cheap to expensive, all above zero.")
+    base = base_of(levels)
+    own = [level for level in levels if base is None or level.name != base.name]
+    for level in own[1:]:
+        if level.guidance != own[0].guidance or (level.guidance and (level.base is None) != (own[0].base is None)):
+            raise UserError(f"{own[0].name} and {level.name} are guided differently: a family has one guidance.")
+    if base is not None and len(own) < len(levels) and not runs_base(levels, -np.inf):
+        raise UserError(f"{base.name} guides the other levels at some noise levels only, so it cannot be a level too.")
+    known = [level for level in levels if level.space is not None]
+    for level in known[1:]:
+        if level.space != known[0].space:
+            pair = f"{known[0].name} {known[0].space} and {level.name} {level.space}"
+            raise UserError(f"The levels denoise different images or latents, {pair}: a family has one kind.")
 
 
 def weight_type(network: Any) -> torch.dtype | None:

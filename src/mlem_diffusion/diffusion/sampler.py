@@ -4,7 +4,7 @@ An estimator combines the levels of a family into one denoised estimate for each
 multilevel estimator (ML-EM) differ only in this table. ML-EM is no sampler, so every step rule can use it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from .brownian import BrownianPath, now
-from .level import Ledger, Level, base_of, check_family, shared_costs
+from .conditions import Conditions, check_taken, taken
+from .level import Ledger, Level, base_of, check_family, runs_base, shared_costs
 from .process import TimeGrid, expand
 from .step_rules import Evaluation, StepRule
 
@@ -32,6 +33,7 @@ class Estimator(ABC):
         return np.count_nonzero(self.weights(evaluations, [0])[:, 0], axis=0).astype(np.float64)
 
     def expected_flops(self, evaluations: int) -> float:
+        """FLOPs per image; a guide counts in every estimate, though it may rest at some noise levels."""
         flops, base = shared_costs(self.levels)
         return float(self.expected_evaluations(evaluations) @ flops) + evaluations * base
 
@@ -65,12 +67,15 @@ class Stitched(Estimator):
 
 
 class WeightTable:
-    """The estimates sum_k w_k f^k(x) of one run, for weights w [n, B, K]; `evaluations` [B, K] counts as it runs.
+    """The estimates sum_k w_k f^k(x) of one run, for weights w [n, B, K] and the samples' conditions; `evaluations`
+    [B, K] and `base_runs`, those of the base that the levels share, count as it runs.
     Each network is evaluated only on the samples with a nonzero weight. The table and these selections are on the
     device before the first estimate, so the loop never waits for a transfer."""
 
-    def __init__(self, levels: Sequence[Level], weights: np.ndarray):
+    def __init__(self, levels: Sequence[Level], weights: np.ndarray, conditions: Conditions | None = None):
         self.levels, self.evaluations = levels, np.zeros(weights.shape[1:], dtype=np.int64)
+        self.conditions, self.base_runs = conditions or {}, 0
+        check_taken(levels, self.conditions)
         self.weights = np.ascontiguousarray(np.moveaxis(weights, 2, 1))  # [n, K, B]
         used = self.weights != 0
         self.counts = used.sum(axis=2)
@@ -89,36 +94,41 @@ class WeightTable:
             self.on_device = table, torch.from_numpy(self.positions).to(x.device)
         table, positions = self.on_device
         estimate, noise_level = None, torch.full((), logsnr, dtype=torch.float32, device=x.device)
-        common = None if self.base is None else _checked(self.base, x, noise_level)
+        common = None
+        if self.base is not None and runs_base(self.levels, logsnr):
+            common, self.base_runs = self._run(self.base, x, noise_level, None), self.base_runs + 1
         for k, level in enumerate(self.levels):
             count = int(self.counts[j, k])
             if count == 0:
                 continue
             self.evaluations[:, k] += self.weights[j, k] != 0
             if count == len(x):
-                output = self._output(level, x, noise_level, common)
+                output = self._output(level, x, noise_level, common, None)
                 w = float(self.weights[j, k, 0]) if self.same[j, k] else expand(table[j, k], x)
                 estimate = w * output if estimate is None else estimate.add_(w * output)
             else:
                 first = self.start[j * len(self.levels) + k]
                 rows = positions[first : first + count]
-                output = self._output(level, x[rows], noise_level, None if common is None else common[rows])
+                output = self._output(level, x[rows], noise_level, None if common is None else common[rows], rows)
                 estimate = torch.zeros_like(x) if estimate is None else estimate
                 estimate.index_add_(0, rows, expand(table[j, k][rows], x) * output)
         return torch.zeros_like(x) if estimate is None else estimate
 
-    def _output(self, level: Level, x: Tensor, logsnr: Tensor, common: Tensor | None) -> Tensor:
-        """The level's output; common: the base's, which may be the level itself."""
+    def _output(self, level: Level, x: Tensor, logsnr: Tensor, common: Tensor | None, rows: Tensor | None) -> Tensor:
+        """The level's output on these rows of the batch (None: all); common: the base's, which may be the level."""
         if self.base is not None and level.name == self.base.name and common is not None:
             return common
-        return _checked(level, x, logsnr, *([] if level.base is None else [common]))
+        return self._run(level, x, logsnr, rows, *([] if level.base is None else [common]))
+
+    def _run(self, level: Level, x: Tensor, logsnr: Tensor, rows: Tensor | None, *common: Tensor | None) -> Tensor:
+        return _checked(level, x, logsnr, *common, **taken(level, self.conditions, rows))
 
 
-def _checked(level: Level, x: Tensor, logsnr: Tensor, *common: Tensor | None) -> Tensor:
+def _checked(level: Level, x: Tensor, logsnr: Tensor, *common: Tensor | None, **conditions: Any) -> Tensor:
     """The level's output, in the type of x; UserError if it has another shape, or if x, the sampler's own, is changed.
     The value of logsnr is not looked at, so the device is not waited for."""
     before = None if x.is_inference() else x._version
-    output = level.denoise(x, logsnr, *common)
+    output = level.denoise(x, logsnr, *common, **conditions)
     if before is not None and x._version != before:
         raise UserError(f"{level.name} writes into its input: give the network a copy (x.clone()).")
     if output.shape != x.shape:
@@ -127,12 +137,16 @@ def _checked(level: Level, x: Tensor, logsnr: Tensor, *common: Tensor | None) ->
 
 
 @torch.no_grad()
-def sample(estimator: Estimator, rule: StepRule, grid: TimeGrid, path: BrownianPath) -> tuple[Tensor, Ledger]:
+def sample(
+    estimator: Estimator, rule: StepRule, grid: TimeGrid, path: BrownianPath,
+    decode: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Ledger]:  # fmt: skip
     """Sample one batch: unclipped images [B, *shape] with pixels on the scale [-1, 1], and the ledger of evaluations,
-    whose seconds are those of the loop with its noise. path: seeds, starting points and increments, on one device."""
+    whose seconds are those of the loop with its noise. path: seeds, conditions, starting points and increments, on one
+    device. decode: turns latents into images (models/latents.py); without it latents are returned."""
     program = rule.program(grid)
     state: list[Any] = [path.initial()] + [None] * (len(program[0].update) - 1)
-    estimate = WeightTable(estimator.levels, estimator.weights(len(program), path.seeds))
+    estimate = WeightTable(estimator.levels, estimator.weights(len(program), path.seeds), path.conditions)
     start = now(path.device)
     for j, evaluation in enumerate(program):
         denoised, z = estimate(j, state[0], evaluation.logsnr), None
@@ -141,7 +155,8 @@ def sample(estimator: Estimator, rule: StepRule, grid: TimeGrid, path: BrownianP
         state = advance(evaluation, state, denoised, z)
     seconds = now(path.device) - start
     flops, base = shared_costs(estimator.levels)
-    return state[0], Ledger(flops.tolist(), estimate.evaluations, seconds, len(program) * base)
+    ledger = Ledger(flops.tolist(), estimate.evaluations, seconds, estimate.base_runs * base)
+    return state[0] if decode is None else decode(state[0]), ledger
 
 
 def advance(

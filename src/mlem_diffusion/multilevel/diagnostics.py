@@ -15,6 +15,7 @@ from scipy.stats import sem
 from torch import Tensor
 
 from ..diffusion.brownian import BrownianPath
+from ..diffusion.conditions import Conditions, bound
 from ..diffusion.level import Level, check_family, shared_costs
 from ..diffusion.process import Process, gain_weights, uniform_weights
 from ..diffusion.sampler import SingleLevel, sample
@@ -47,14 +48,16 @@ class LevelStatistics:
 
 def violations(family: Sequence[Level], process: Process, path: BrownianPath, batch: int) -> list[dict[str, str]]:
     """Violations of the level contract (level_checks.py) at the noisy end or in the middle of the process."""
-    x, middle = _state(process, path, batch)
-    return check_contract(family, x, process.logsnr_min) or check_contract(family, x, middle)
+    x, middle, conditions = _state(process, path, batch)
+    ends = check_contract(family, x, process.logsnr_min, conditions)
+    return ends or check_contract(family, x, middle, conditions)
 
 
-def _state(process: Process, path: BrownianPath, batch: int) -> tuple[Tensor, float]:
-    """A few starting points [B, ...], and the log-SNR in the middle, where states are nearly standard normal too."""
-    states = BrownianPath(path.seeds[: min(8, batch)], path.shape, path.device).initial()
-    return states, float(process.logsnr_at(np.array(0.5)))
+def _state(process: Process, path: BrownianPath, batch: int) -> tuple[Tensor, float, Conditions]:
+    """A few starting points [B, ...], the log-SNR in the middle, where states are nearly standard normal too, and the
+    samples' conditions."""
+    few = path.part(0, min(8, batch))
+    return few.initial(), float(process.logsnr_at(np.array(0.5))), few.conditions
 
 
 def diagnose(
@@ -75,7 +78,8 @@ def diagnose(
     if not any(f["severity"] == "error" for f in found):
         statistics, spent = measure(family, process, rule, path, steps, batch, bar, effects)
         out |= describe(statistics)
-        found += [*judge(statistics), check_telescope(family, *_state(process, path, batch), batch)]
+        x, middle, conditions = _state(process, path, batch)
+        found += [*judge(statistics), check_telescope(family, x, middle, batch, conditions)]
     found.sort(key=lambda f: ["error", "warning", "ok"].index(f["severity"]))
     out |= {"flops_spent": spent, "findings": found}
     # arrays become lists, and NaN, which is not JSON, becomes None
@@ -101,10 +105,10 @@ def measure(
         nonlocal done
         j, noise_level = next(calls), at.repeat(len(x))
         if j not in slots:
-            return family[-1].denoise(x, noise_level)
+            return levels[-1].denoise(x, noise_level)
         slot, part = slots[j], slice(first, first + len(x))
         output, outputs = x, [torch.zeros_like(x, dtype=torch.float64)]  # f^0
-        for level in family:
+        for level in levels:
             output = level.denoise(x, noise_level)
             outputs.append(output.double())
         for i, y in enumerate([*(b - a for a, b in pairwise(outputs)), outputs[-1]]):
@@ -116,9 +120,10 @@ def measure(
         bar(done, n * s)
         return output
 
-    largest = SingleLevel(replace(family[-1], denoise=visit, base=None))
     for first in range(0, n, batch):
-        sample(largest, rule, grid, BrownianPath(path.seeds[first : first + batch], path.shape, path.device))
+        own = path.part(first, first + batch)
+        levels, own.conditions = bound(family, own.conditions), {}
+        sample(SingleLevel(replace(levels[-1], denoise=visit, base=None)), rule, grid, own)
     of_mean = total.flatten(1).div(n).square().mean(1).cpu().numpy()
     spread = (square[-1].mean(0) - of_mean).clip(min=0) * (n / (n - 1))
     names, flops = [level.name for level in family], np.array([level.flops for level in family])

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.brownian import BrownianPath, stream_seed
+from ..diffusion.conditions import bound
 from ..diffusion.level import Level, check_family
 from ..diffusion.process import TimeGrid
 from ..diffusion.sampler import SingleLevel, combine, sample
@@ -146,15 +147,13 @@ def measure_effects(
     squares = np.zeros((len(family), len(program)))
     points: list[Tensor] = []  # [n] states [B, ...] of one batch at which the largest level is evaluated
 
-    def visit(x: Tensor, logsnr: Tensor) -> Tensor:
-        points.append(x)
-        return family[-1].denoise(x, logsnr)
-
     for start in range(0, len(path.seeds), batch):
-        part = BrownianPath(path.seeds[start : start + batch], path.shape, path.device)
+        part = path.part(start, start + batch)
+        levels = bound(family, part.conditions)
+        part.conditions = {}
         points.clear()
-        sample(SingleLevel(replace(family[-1], denoise=visit, base=None)), rule, grid, part)
-        value, square = _sweep(family, program, points, part.seeds, probes)
+        sample(SingleLevel(_visiting(levels[-1], points)), rule, grid, part)
+        value, square = _sweep(levels, program, points, part.seeds, probes)
         values.append(value)
         squares += square * len(part.seeds) / len(path.seeds)
         progress(start + len(part.seeds), len(path.seeds))
@@ -162,6 +161,16 @@ def measure_effects(
     spent = len(path.seeds) * len(program) * (flops.sum() + (2 + probes) * flops[-1])
     names, logsnr = tuple(level.name for level in family), np.array([e.logsnr for e in program])
     return Effects(names, flops, rule.dynamics, rule.name, logsnr, np.concatenate(values), squares, float(spent))
+
+
+def _visiting(level: Level, points: list[Tensor]) -> Level:
+    """The level, which notes each x at which it is evaluated."""
+
+    def visit(x: Tensor, logsnr: Tensor) -> Tensor:
+        points.append(x)
+        return level.denoise(x, logsnr)
+
+    return replace(level, denoise=visit, base=None)
 
 
 def _sweep(

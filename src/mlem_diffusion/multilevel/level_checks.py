@@ -7,6 +7,7 @@ import torch
 from scipy.stats import sem
 from torch import Tensor
 
+from ..diffusion.conditions import Conditions, bound, rows_of, taken
 from ..diffusion.level import Level
 from ..diffusion.sampler import WeightTable
 from .estimators import Multilevel
@@ -22,17 +23,24 @@ def finding(severity: str, text: str) -> dict[str, str]:
 
 
 @torch.no_grad()
-def check_contract(family: Sequence[Level], x: Tensor, logsnr: float) -> list[dict[str, str]]:
-    """Violations of the level contract on states x [B, ...] at one noise level; at most one finding per level."""
+def check_contract(
+    family: Sequence[Level], x: Tensor, logsnr: float, conditions: Conditions | None = None
+) -> list[dict[str, str]]:
+    """Violations of the level contract on states x [B, ...], with these conditions, at one noise level; at most one
+    finding per level."""
     noise_level = torch.full((len(x),), logsnr, dtype=torch.float32, device=x.device)
-    found = [(level.name, _violation(level, x, noise_level)) for level in family]
+    found = [(level.name, _violation(level, x, noise_level, conditions or {})) for level in family]
     return [finding(violation[0], f"{name} {violation[1]}") for name, violation in found if violation]
 
 
-def _violation(level: Level, x: Tensor, logsnr: Tensor) -> tuple[str, str] | None:
+def _violation(level: Level, x: Tensor, logsnr: Tensor, conditions: Conditions) -> tuple[str, str] | None:
     """Severity and what the level does wrong, or None."""
+
+    def denoise(x: Tensor, rows: slice = slice(None)) -> Tensor:
+        return level.denoise(x, logsnr[rows], **taken(level, conditions, rows))
+
     given, where = x.clone(), f"at log-SNR {float(logsnr[0]):.1f}"
-    first = level.denoise(given, logsnr)
+    first = denoise(given)
     if getattr(first, "shape", None) != x.shape:
         shape = list(getattr(first, "shape", [])) or type(first).__name__
         return "error", f"returns {shape} for images {list(x.shape)}: it must keep their shape."
@@ -43,11 +51,11 @@ def _violation(level: Level, x: Tensor, logsnr: Tensor) -> tuple[str, str] | Non
     if not torch.equal(given, x):
         return "error", "changes its input images: let it work on a copy."
     first = first.clone()  # a captured graph returns the same memory at every call
-    again = _deviation(level.denoise(given, logsnr), first)
+    again = _deviation(denoise(given), first)
     if again > REPEAT_TOLERANCE:
         text = f"gives different outputs for the same input {where} (relative difference {again:.1e}): "
         return "error", text + "put the network in eval mode and remove random numbers from it."
-    parts = [level.denoise(x[rows].clone(), logsnr[rows]).clone() for rows in (slice(0, 1), slice(1, None))[: len(x)]]
+    parts = [denoise(x[rows].clone(), rows).clone() for rows in (slice(0, 1), slice(1, None))[: len(x)]]
     apart = _deviation(torch.cat(parts), first)
     text = f"gives a sample a different output in another batch {where} (relative difference {apart:.1e}): "
     if apart > 1e-2:
@@ -65,19 +73,23 @@ def _deviation(a: Tensor, b: Tensor) -> float:
 
 
 @torch.no_grad()
-def check_telescope(family: Sequence[Level], x: Tensor, logsnr: float, batch: int) -> dict[str, str]:
+def check_telescope(
+    family: Sequence[Level], x: Tensor, logsnr: float, batch: int, conditions: Conditions | None = None
+) -> dict[str, str]:
     """Whether the multilevel estimate has mean f^K and the predicted variance, for states x [B, ...] in turn.
     Coins are independent, p_k = P for k >= 2. In standard errors over DRAWS draws, the finding names the largest mean
     of <estimate - f^K, Y_k> over k >= 2, and that of |estimate - f^K|^2 - sum_k (1/p_k - 1) |Y_k|^2."""
+    given = conditions or {}
     noise_level = torch.full((len(x),), logsnr, dtype=torch.float32, device=x.device)
-    outputs = torch.stack([level.denoise(x, noise_level).clone() for level in family])
+    outputs = torch.stack([level.denoise(x, noise_level).clone() for level in bound(family, given)])
     top, differences = outputs[-1].double(), (outputs[1:] - outputs[:-1]).double().flatten(2)
     estimator = Multilevel(family, np.array([1.0] + [P] * (len(family) - 1)))
     projections, sizes = [], []
     for start in range(0, DRAWS, batch):
         seeds = range(start, min(start + batch, DRAWS))
         index = torch.tensor(seeds, device=x.device) % len(x)
-        estimate = WeightTable(family, estimator.weights(1, seeds))(0, x[index], logsnr)
+        table = WeightTable(family, estimator.weights(1, seeds), rows_of(given, index))
+        estimate = table(0, x[index], logsnr)
         error, own = (estimate.double() - top[index]).flatten(1), differences[:, index]
         projections.append((error * own).mean(2).cpu().numpy())
         sizes.append((error.square().mean(1) - (1 / P - 1) * own.square().mean(2).sum(0)).cpu().numpy())

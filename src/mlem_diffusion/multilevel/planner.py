@@ -20,14 +20,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 
 import numpy as np
 import torch
 
 from ..diffusion.brownian import BrownianPath
-from ..diffusion.level import Level, shared_costs
+from ..diffusion.conditions import ConditionsOf
+from ..diffusion.level import Level, runs_base, shared_costs
 from ..diffusion.process import Process
 from ..diffusion.reference import reference_steps, sample_reference
 from ..diffusion.sampler import Estimator, SingleLevel, sample
@@ -54,7 +55,8 @@ class Calibration:
     # [K] of one more evaluation of each level (level.shared_costs), in FLOPs or seconds, as the costs of plans
     costs: np.ndarray
     methods: Sequence[str] = METHODS
-    base: float = 0.0  # the cost of the base that the levels share, once in every estimate
+    base: float = 0.0  # the cost of the base that the levels share, once in every estimate in which it runs
+    base_runs: Callable[[float], bool] = lambda logsnr: True  # whether it runs at a log-SNR: a guide may rest
     coarser: Sequence[Effects] = ()  # on coarser grids: a coarse grid's steps propagate less than its length says
     drift: float = 0.0  # the share of the error without cancellation that stays
     made: dict[str, list[Planner]] = field(default_factory=dict, init=False, repr=False)
@@ -161,16 +163,18 @@ def gain_grids(calibrate_steps: Sequence[int], finest: int) -> list[int]:
 def calibrate(
     family: Sequence[Level], process: Process, rule: StepRule, shape: tuple[int, ...], *,
     steps: Sequence[int] = (8, 16, 32, 64, 128), seeds: Sequence[int] = range(10**6, 10**6 + 32),
-    calibrate_steps: Sequence[int] = (32, 128), device: torch.device | str = "cpu",
+    calibrate_steps: Sequence[int] = (32, 128), device: torch.device | str = "cpu", conditions: ConditionsOf = None,
 ) -> Calibration:  # fmt: skip
     """Measure the gains of a family and the error of each level alone, for plans with one of these numbers of steps.
-    calibrate_steps: noise levels of the grids on which gains are measured (`gain_grids`). Evaluate on other seeds, and
+    calibrate_steps: noise levels of the grids on which gains are measured (`gain_grids`). conditions: those of these
+    seeds, or a function of seeds. The differences of guided levels are measured as they are, so a plan knows that a
+    guide's scale w multiplies the variance of coins by w^2, and counts the guide once in every estimate. Evaluate on other seeds, and
     run a plan before you rely on its predicted error. Raises UserError if the family is not ordered by cost, if the
     largest level cannot be differentiated, or if the process is too coarse for a reference (diffusion/reference.py)."""
     finest = reference_steps(process, steps)
     if len(seeds) < 2:
         raise UserError("calibrate: at least two seeds are needed, better 32 or more.")
-    path = BrownianPath(seeds, shape, device)
+    path = BrownianPath(seeds, shape, device, conditions)
     counts = gain_grids(calibrate_steps, max(steps))
     *coarser, effects = (measure_effects(family, rule, process.grid(n), path) for n in counts)
     fine = sample_reference(family[-1], rule.dynamics, process, finest, path)[0]
@@ -182,7 +186,7 @@ def calibrate(
     own = {(k, count): error(SingleLevel(level), count) for k, level in enumerate(family) for count in steps}
     grids = {count: process.grid(count).logsnr for count in sorted(steps)}
     costs, base = shared_costs(family)
-    found = Calibration(effects, grids, own, costs, base=base, coarser=coarser)
+    found = Calibration(effects, grids, own, costs, base=base, base_runs=partial(runs_base, family), coarser=coarser)
     return found.with_drift(lambda plan: error(plan.build(family), plan.steps))
 
 
@@ -192,7 +196,7 @@ class Planner:
     def __init__(self, inputs: Calibration, method: str, steps: int):
         self.effects, self.costs, self.drift = inputs.effects_on(inputs.grids[steps]), inputs.costs, inputs.drift
         self.method, self.n = method, len(self.effects.logsnr)
-        self.base = self.n * inputs.base  # per image, whatever else runs
+        self.base = sum(map(inputs.base_runs, self.effects.logsnr.tolist())) * inputs.base  # per image, in any plan
         self.own = {k: error for (k, n), error in inputs.own_errors.items() if n == steps}
         self.tops = sorted(self.own)  # the levels that can be the largest of a plan
         self.gain, self.options = cache(self.effects.gain), cache(self._options)

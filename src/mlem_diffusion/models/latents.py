@@ -1,0 +1,68 @@
+"""Latents: what the levels denoise if it is not images, and how they become images."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..diffusion.level import weight_type
+from ..errors import UserError, is_out_of_memory
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Latents z = (raw - shift) * scale of an autoencoder's raw ones [B,C,h,w].
+    decoder: raw latents -> images [B,3,H,W] on the scale [-1, 1]. scale, shift: one number, or one for each channel.
+    batch: images that are decoded at a time; half as many at a time if they do not fit in memory."""
+
+    decoder: Callable[[Tensor], Any]
+    scale: float | Sequence[float] = 1.0
+    shift: float | Sequence[float] = 0.0
+    batch: int = 8
+
+    @property
+    def scaling(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Scale and shift, for comparisons."""
+        return tuple(torch.tensor(self.scale).reshape(-1).tolist()), tuple(torch.tensor(self.shift).reshape(-1).tolist())
+
+    def _columns(self, like: Tensor) -> list[Tensor]:
+        """Scale and shift [1 or C, 1, 1]."""
+        found = [torch.tensor(v, dtype=like.dtype, device=like.device).reshape(-1, 1, 1) for v in (self.scale, self.shift)]
+        for values in found:
+            if len(values) not in (1, like.shape[1]):
+                raise UserError(f"Latents of {like.shape[1]} channels cannot be scaled by {len(values)} numbers.")
+        return found
+
+    def encode(self, raw: Tensor) -> Tensor:
+        """The latents of an autoencoder's raw ones."""
+        scale, shift = self._columns(raw)
+        return (raw - shift) * scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B,3,H,W] of latents, float32 on the same device."""
+        scale, shift = self._columns(latents)
+        raw, done, batch = latents / scale + shift, [], self.batch
+        raw = raw.to(weight_type(getattr(self.decoder, "__self__", self.decoder)) or raw.dtype)
+        while sum(map(len, done)) < len(raw):
+            first = sum(map(len, done))
+            try:
+                found = self.decoder(raw[first : first + batch])
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or batch == 1:
+                    raise
+                batch = max(1, batch // 2)
+                continue
+            done.append(getattr(found, "sample", found).float())
+        return torch.cat(done)
+
+
+def latents_of(vae: Any, batch: int = 8) -> Latents:
+    """The latents of a diffusers autoencoder: `decode`, scaling_factor and shift_factor of AutoencoderKL, AutoencoderDC."""
+    config = vae.config
+    if getattr(config, "latents_mean", None) is not None:
+        mean, std = torch.tensor(config.latents_mean), torch.tensor(config.latents_std)
+        return Latents(vae.decode, (config.scaling_factor / std).tolist(), mean.tolist(), batch)
+    return Latents(vae.decode, config.scaling_factor, getattr(config, "shift_factor", None) or 0.0, batch)
