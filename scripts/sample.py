@@ -23,8 +23,8 @@ def cost(exp: Experiment, levels: dict[str, Level]) -> dict[str, float]:
     reads=["levels", "best.json", "plans.npz"], cost=cost,
 )  # fmt: skip
 def main(exp: Experiment) -> None:
-    if exp.shape[0] != 3:
-        raise UserError(f"Samples of shape {list(exp.shape)} are not pictures in RGB, so there are no PNGs to write.")
+    if exp.shape[0] != 3 and exp.decode is None:
+        raise UserError(f"Samples of shape {list(exp.shape)} are not pictures in RGB, and there is no family.decoder.")
     seeds, levels, folder, last = parse_seeds(exp.cfg.seeds), exp.levels(), exp.results / "samples", "samples.png"
     setting, gamma, plans, reason = chosen(exp, levels)
     estimator, grid = setting.build(levels, gamma, plans), setting.grid(exp.process)
@@ -33,7 +33,7 @@ def main(exp: Experiment) -> None:
         begin(folder, exp.results / last, exp.results / "cache" / "samples.key", exp.key)
     parallel.barrier()
     with exp.progress("sample", len(seeds)) as progress:
-        draw(estimator, setting.rule, grid, seeds, exp.cfg.compare.batch, exp.shape, exp.device, folder, progress)
+        draw(estimator, setting.rule, grid, seeds, exp.cfg.compare.batch, exp.path, exp.decode, folder, progress)
     parallel.barrier()
     names = file_names(seeds)
     exp.note(*(f"samples/{name}" for name in names))

@@ -198,7 +198,7 @@ def test_schedulers_that_clamp_zero_terminal_snr_have_the_range_of_those_that_do
 
 
 @pytest.mark.parametrize(("config", "scheduler", "sentence"), [
-    ({"prediction_type": "flow_prediction"}, {}, "'flow_prediction' of SimpleNamespace is not supported yet"),
+    ({"prediction_type": "other"}, {}, "prediction type other of SimpleNamespace is not supported"),
     ({"prediction_type": "epsilon"}, {}, "time='sigma'"),  # EDM's have no alphas_cumprod
     ({"prediction_type": "sample", "sample_size": None}, ALPHAS, "give flops, or shape"),
     ({"prediction_type": "sample", "num_class_embeds": 9}, ALPHAS, "'class_labels'"),

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -166,7 +167,8 @@ def test_gains_are_measured_before_diagnostics_but_after_the_contract(tmp_path: 
         ("sde", "em", []), ("sde", "ddpm", ["nested"]), ("ode", "ddim", []))]  # fmt: skip
     numbers = {"seed": 0, "calibrate": 4, "calibrate_steps": [6], "probes": 1, "diagnose": {"seeds": 4, "steps": 6},
                "num_select": 4}  # fmt: skip
-    exp: Any = SimpleNamespace(process=process(), shape=SHAPE, device="cpu", progress=lambda *a: nullcontext(max))
+    path, bar = partial(BrownianPath, shape=SHAPE), lambda *a: nullcontext(max)
+    exp: Any = SimpleNamespace(process=process(), shape=SHAPE, device="cpu", progress=bar, path=path)
     compare = {"batch": 8, "seed": 90, "num_samples": 4, "num_distance": 0, "paper": {"patterns": {"select": 2}}}
     exp.cfg = OmegaConf.create({"optimise": numbers | {"rules": rules, "methods": []}, "compare": compare})
     exp.cached = lambda stem, facts, read, make: (make(tmp_path / stem), read(tmp_path / stem))[1]

@@ -1,5 +1,6 @@
 """What make sample chooses from a comparison, and the folder of pictures that it writes."""
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from mlem_diffusion.comparison.choice import candidates, choose
 from mlem_diffusion.comparison.pictures import begin, draw, file_names, parse_seeds, read_pictures
 from mlem_diffusion.comparison.planned import frontiers
 from mlem_diffusion.comparison.settings import Measurement, SamplerSetting
+from mlem_diffusion.diffusion.brownian import BrownianPath
 from mlem_diffusion.diffusion.level import Level
 from mlem_diffusion.diffusion.process import LinearSchedule, Process
 from mlem_diffusion.errors import Interrupted, UserError
@@ -97,7 +99,7 @@ def place(tmp_path: Path) -> Any:
 
         seeds = parse_seeds(text)
         begin(folder, grid, tmp_path / "cache" / "key", key or text)
-        shared = (batch, (3, 4, 4), torch.device("cpu"), folder, progress)
+        shared = (batch, partial(BrownianPath, shape=(3, 4, 4)), None, folder, progress)
         draw(setting.build({"f": level}, 2.5, {}), setting.rule, process.grid(8), seeds, *shared)
         Image.fromarray(read_pictures([folder / name for name in file_names(seeds)])[0][0]).save(grid)
         return sorted(path.name for path in folder.iterdir())

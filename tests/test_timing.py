@@ -1,10 +1,10 @@
 """What samplers cost: FLOPs against counts by hand, and seconds of parts that are timed apart."""
 
 import time
+from functools import partial
 
 import numpy as np
 import pytest
-import torch
 from torch import Tensor, nn
 from toys import SHAPE, process
 
@@ -26,8 +26,8 @@ def sleeper(name: str, seconds: float) -> Level:
 
 def test_parts_are_timed_apart() -> None:
     """Calls that sleep take as long for few images (2) as for many (16)."""
-    family, where = [sleeper("quick", 0.005), sleeper("slow", 0.05)], (process().grid(9), SHAPE, 16)
-    timing = measure_timing(family, [RULE], *where, torch.device("cpu"), rounds=2, at_least=0.0)
+    family, path_of = [sleeper("quick", 0.005), sleeper("slow", 0.05)], partial(BrownianPath, shape=SHAPE)
+    timing = measure_timing(family, [RULE], process().grid(9), path_of, 16, rounds=2, at_least=0.0)
     seconds = {name: median for name, (median, _) in timing.parts.items()}
     drawn, levels = {"start", "noise", "coins"}, {"quick", "slow", "few quick", "few slow"}
     assert set(seconds) == levels | drawn | {"step sde/ddpm", "call"}

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
 from .. import parallel
 from ..data.pixels import to_uint8
@@ -68,16 +68,18 @@ def _is_ours(path: Path) -> bool:
 
 
 def draw(
-    estimator: Estimator, rule: StepRule, grid: TimeGrid, seeds: Sequence[int], batch: int, shape: tuple[int, ...],
-    device: torch.device, folder: Path, progress: Callable[[int, int], object],
+    estimator: Estimator, rule: StepRule, grid: TimeGrid, seeds: Sequence[int], batch: int,
+    path_of: Callable[[Sequence[int]], BrownianPath], decode: Callable[[Tensor], Tensor] | None,
+    folder: Path, progress: Callable[[int, int], object],
 ) -> None:  # fmt: skip
-    """Write the picture of each seed, shape [3, H, W], but for batches that are there; ranks share the batches.
+    """Write the picture of each seed, [3, H, W], but for batches that are there; ranks share the batches. path_of: the
+    paths of seeds. decode: as for `sample`.
     progress(images done, images of this rank) may raise Interrupted."""
     names, starts = file_names(seeds), parallel.mine(range(0, len(seeds), batch))
     missing = [i for i in starts if not all((folder / name).is_file() for name in names[i : i + batch])]
     for done, start in enumerate(missing, len(starts) - len(missing) + 1):
         own = slice(start, start + batch)
-        pixels = to_uint8(sample(estimator, rule, grid, BrownianPath(seeds[own], shape, device))[0].cpu())
+        pixels = to_uint8(sample(estimator, rule, grid, path_of(seeds[own]), decode)[0].cpu())
         for name, image in zip(names[own], pixels, strict=True):
             picture = Image.fromarray(image.permute(1, 2, 0).numpy())
             atomic_write(folder / name, lambda path, p=picture: p.save(path, format="PNG", pnginfo=_SIGNATURE))

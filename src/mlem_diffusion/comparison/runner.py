@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import parallel
 from ..data.pixels import to_uint8
 from ..diffusion.brownian import BrownianPath
+from ..diffusion.conditions import ConditionsOf
 from ..diffusion.level import Ledger, Level, joined
 from ..diffusion.process import Process
 from ..diffusion.reference import reference_evaluations, sample_reference
@@ -54,7 +55,12 @@ class Runner:
     plans: dict[str, Plan] = field(default_factory=dict)
     reference_steps: Mapping[str, int] = field(default_factory=dict)  # {dynamics: noise levels of its reference}
     timing: Timing | None = None  # without it, rows have no seconds
+    conditions: ConditionsOf = None  # of the samples, by seeds
+    decode: Callable[[Tensor], Tensor] | None = None  # latents to images, for grids and distances
     _references: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
+
+    def path(self, seeds: Sequence[int]) -> BrownianPath:
+        return BrownianPath(seeds, self.shape, self.device, self.conditions)
 
     def build(self, setting: SamplerSetting) -> Estimator:
         return setting.build(self.levels, self.gamma, self.plans)
@@ -82,8 +88,8 @@ class Runner:
     def measure_reference(self, dynamics: str, i: int) -> None:
         """Sample a batch of a reference and of its check on half of the grid."""
         seeds = self.seeds[i * self.batch : (i + 1) * self.batch]
-        top, path = list(self.levels.values())[-1], BrownianPath(seeds, self.shape, self.device)
-        found = sample_reference(top, dynamics, self.process, self.reference_steps[dynamics], path)
+        top, steps = list(self.levels.values())[-1], self.reference_steps[dynamics]
+        found = sample_reference(top, dynamics, self.process, steps, self.path(seeds))
         arrays = (part.cpu().numpy() for part in found)
         write_arrays(self._reference_files(dynamics)[i], dict(zip(_KINDS, arrays, strict=True)))
 
@@ -135,7 +141,7 @@ class Runner:
         for start in range(0, len(seeds), self.batch):
             if should_stop():
                 raise Interrupted("stopped; finished settings are saved")
-            path = BrownianPath(seeds[start : start + self.batch], self.shape, self.device)
+            path = self.path(seeds[start : start + self.batch])
             images, ledger = sample(estimator, setting.rule, setting.grid(self.process), path)
             yield start, images.cpu(), ledger
 
@@ -145,7 +151,7 @@ class Runner:
         assert self.extractor is not None
 
         def draw() -> None:
-            parts = [to_uint8(part.nan_to_num()) for _, part, _ in self._batches(setting, seeds, should_stop)]
+            parts = [self._pictures(part) for _, part, _ in self._batches(setting, seeds, should_stop)]
             write_arrays(file, {"images": torch.cat(parts).numpy()})
 
         seeds, file = self.distance_seeds, self._file_of_samples("samples", setting)
@@ -178,14 +184,21 @@ class Runner:
         whole, half = (part[start : start + len(images)] for part in self.references(dynamics))
         out = {"diverged": diverged(images), "errors": squared_errors(images, whole)}
         out["to_half"] = squared_errors(images, half)
-        if self.shape[0] == 3:  # pictures, and not functions
-            out["images"] = to_uint8(images[: max(0, self.grid_images - start)].nan_to_num()).numpy()
+        count = min(len(images), max(0, self.grid_images - start))
+        if self.decode or self.shape[0] == 3:  # pictures, and not functions; without any, one tells their size
+            out["images"] = self._pictures(images[: max(1, count)])[:count].numpy()
         return out
+
+    def _pictures(self, samples: Tensor) -> Tensor:
+        """Samples [n, *shape] on the CPU as uint8 pictures [n, 3, H, W]."""
+        if self.decode is not None:
+            samples = self.decode(samples.to(self.device)).cpu()
+        return to_uint8(samples.nan_to_num())
 
     def read(self, setting: SamplerSetting) -> Measurement:
         """A finished setting; it is measured again if its file is missing or damaged."""
         arrays = cached(self._setting_file(setting), _read, lambda: self.measure(setting))
-        path, grid = BrownianPath([0], self.shape, self.device), setting.grid(self.process)
+        path, grid = self.path([0]), setting.grid(self.process)
         work = json.loads(str(arrays["work"])) | random_work(self.build(setting), setting.rule, grid, path)
         row = setting.row | json.loads(str(arrays["costs"]))
         row["seconds"] = None if self.timing is None else self.timing.seconds(work)

@@ -30,8 +30,8 @@ class Level:
     conditions: the names of the sample's conditions that `denoise` takes as keyword arguments, with one row a sample
     (conditions.py), such as labels; it is never given others.
 
-    guidance: intervals (lowest log-SNR, highest, scale) of the guidance that is part of this level (models/guidance.py).
-    A base then is the guide, which runs only within them: elsewhere `denoise` gets None for its output.
+    guidance: intervals (lowest log-SNR, highest, scale) of the guidance in this level (models/guidance.py). A base then
+    is the guide, which runs only within them: elsewhere `denoise` gets None for its output.
 
     space: the shape [C,H,W] and the scaling of the latents that it denoises, where they are known."""
 

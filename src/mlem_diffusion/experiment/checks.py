@@ -47,6 +47,7 @@ _KINDS = {
     "focus": f"null|{_FULL}{_ANY}", "train.teacher.widths": _RISING, "train.teacher.precision": f"auto|{_TRAINING}",
     "family.widths": _RISING, "family.target": "v|epsilon|x0",
     "family.gaussian_rank": f"null|{_COUNT}", "family.callable": f"null|{_GROUP}",
+    "family.conditions": f"null|{_GROUP}", "family.decoder": f"null|{_GROUP}",
     "family.shape": f"null|{_FULL}{_COUNT}", "threads": f"null|{_COUNT}", "workers": f"auto|{_COUNT}",
     "max_minutes": f"null|{_AMOUNT}", "only": f"null|{_FULL}text", "data.size": "a whole number of 4 or more",
     "data.crop": "celeba|square|none", "data.count": f"null|{_TWO}", "process.logsnr_min": _ANY,

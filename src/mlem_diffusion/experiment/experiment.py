@@ -15,6 +15,7 @@ from .. import files, parallel
 from ..comparison.settings import GAUSSIAN
 from ..data import images as datasets
 from ..data.pixels import to_float
+from ..diffusion.brownian import BrownianPath
 from ..diffusion.level import Level, base_of
 from ..diffusion.process import Process
 from ..errors import UserError
@@ -54,9 +55,10 @@ class Experiment:
         self.tracker = Tracker(self.results, name, self.plain(), mode, cfg.tracking.project)
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state for a worker, which logs to metrics.jsonl only; the images stay here."""
+        """The state for a worker, which logs to metrics.jsonl only; images and decoder stay here."""
         worker = Tracker(self.results, self.name, {}, mode="disabled", project="")
-        return {k: v for k, v in self.__dict__.items() if k != "images"} | {"tracker": worker}
+        left = ("images", "conditions", "decode")
+        return {k: v for k, v in self.__dict__.items() if k not in left} | {"tracker": worker}
 
     def plain(self, *keys: str) -> dict[str, Any]:
         """The resolved configuration (only these keys if given), without absolute or parent paths."""
@@ -75,9 +77,10 @@ class Experiment:
         return datasets.load(self.data_dir)
 
     def images_if_needed(self) -> datasets.ImageData | None:
-        """As `images`, but None for functions, and if no images are prepared and published levels need none."""
-        prepared = (self.data_dir / "manifest.json").is_file()
-        if self.cfg.family.callable is not None or (self.published is not None and not prepared):
+        """As `images`, but None if no images are prepared and the levels, published ones or functions, need none;
+        functions are compared with prepared images if there is a metric."""
+        prepared, own = (self.data_dir / "manifest.json").is_file(), self.cfg.family.callable is not None
+        if (own and self.cfg.metrics.get("_target_") is None) or ((own or self.published is not None) and not prepared):
             return None
         return self.images
 
@@ -99,6 +102,23 @@ class Experiment:
         """The shape of one sample, [C, H, W]."""
         size = self.cfg.data.size
         return tuple(self.cfg.family.shape) if self.cfg.family.callable is not None else (3, size, size)
+
+    @functools.cached_property
+    def conditions(self) -> Any:
+        """The function that gives the conditions of the samples with given seeds; None without conditions."""
+        target = self.cfg.family.conditions
+        return None if target is None else config.build(target)
+
+    @functools.cached_property
+    def decode(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """The function from latents to images; None if the levels denoise images."""
+        target = self.cfg.family.decoder
+        found = None if target is None else config.build(target)
+        return getattr(found, "decode", found)
+
+    def path(self, seeds: Sequence[int]) -> BrownianPath:
+        """The path of samples with these seeds, and their conditions."""
+        return BrownianPath(seeds, self.shape, self.device, self.conditions)
 
     @functools.cached_property
     def published(self) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from ..comparison import planned
 from ..comparison.runner import Runner
 from ..comparison.settings import SamplerSetting, setting_of, telescope
 from ..diffusion.brownian import BrownianPath
-from ..diffusion.level import Level, base_of, shared_costs, with_base
+from ..diffusion.level import Level, base_of, runs_base, shared_costs, with_base
 from ..diffusion.process import TimeGrid
 from ..diffusion.reference import reference_evaluations
 from ..diffusion.step_rules import StepRule, step_rule
@@ -37,7 +37,7 @@ def _cached(exp: Any, stem: str, facts: Any, compute: Callable[[], Any]) -> Any:
 
 def _path(exp: Any, count: int) -> BrownianPath:
     """The paths of the first seeds of the calibration."""
-    return BrownianPath(sample_seeds(exp.cfg).calibration[:count], exp.shape, exp.device)
+    return exp.path(sample_seeds(exp.cfg).calibration[:count])
 
 
 def timing(exp: Any, levels: dict[str, Level]) -> dict[str, Any]:
@@ -158,6 +158,7 @@ def search(exp: Any, runner: Runner, alone: dict[Any, float], seconds: dict[str,
         grids = {n: exp.process.grid(n).logsnr for n in r.steps}
         *coarser, finest = effects(exp, levels, rule)
         inputs = planner.Calibration(finest, grids, own, costs.astype(np.float64), methods, base, coarser)
+        inputs = replace(inputs, base_runs=partial(runs_base, list(levels.values())))
         inputs = inputs.with_drift(partial(_error, exp, runner, rule))
         learned = partial(learn, exp, levels, rule, inputs, spent) if r.get("learn", False) else None
         with exp.progress(f"plan {rule.key}", None, "grid") as progress:
@@ -178,7 +179,7 @@ def learned_table(
         with exp.progress(label, numbers["iterations"], "iteration") as progress:
             p, flops = learn_probabilities(
                 family, rule, grid, exp.shape, exp.device, costs=costs, wanted=wanted, start=start, progress=progress,
-                **numbers,
+                conditions=exp.conditions, **numbers,
             )  # fmt: skip
         return {"p": p.tolist(), "flops": flops}
 

@@ -132,7 +132,7 @@ def make_runner(exp: Any, plans: Planned | None = None) -> Runner:
         gamma=2.5 if select else used_gamma(exp),  # the selection runs no setting with constant probabilities
         num_shared=c.paper.patterns.judge, distance_seeds=seeds.distances, batch=c.batch, device=exp.device,
         extractor=extractor, cache=exp.results / "cache", key=exp.fingerprint(("process", "precision"), **facts),
-        grid_images=c.grid_images,
+        grid_images=c.grid_images, conditions=exp.conditions, decode=exp.decode,
         plans={} if plans is None else dict(plans.plans), reference_steps=planned.references_for(settings, exp.process),
         timing=timing(exp, levels, [setting.rule for setting in settings]),
     )  # fmt: skip
@@ -178,9 +178,7 @@ def timing(exp: Any, levels: Mapping[str, Level], rules: Iterable[StepRule] = ()
     def make(path: Path) -> None:
         family, grid = list(levels.values()), exp.process.grid(min(33, exp.process.base_steps))
         with exp.progress("timing", None, "part") as progress, sampling_threads(exp):
-            found = measure_timing(
-                family, chosen, grid, exp.shape, where["batch"], exp.device, **options, progress=progress
-            )
+            found = measure_timing(family, chosen, grid, exp.path, where["batch"], **options, progress=progress)
         write_json(path, {name: list(values) for name, values in found.parts.items()})
 
     def read(path: Path) -> Timing:
@@ -230,7 +228,7 @@ def run_all(
     more = len(runner.distance_seeds) / len(runner.seeds) if distances else 1
     gflops |= {setting: runner.expected_flops(setting) * more / 1e9 for setting in missing}
     done, total = 0.0, int(sum(gflops.values()))
-    small = replace(runner, levels={}, extractor=None)  # workers load these themselves
+    small = replace(runner, levels={}, extractor=None, conditions=None, decode=None)  # workers load these themselves
     with bar(label, total, unit="GFLOP") as progress:
         for tasks in (references, missing):
             workers = worker_count(exp, len(tasks))
@@ -251,7 +249,8 @@ def run_task(item: tuple[Any, Runner, Any, bool]) -> None:
         if key not in _in_worker:
             _in_worker.clear()
             extractor = make_extractor(exp) if distances else None
-            _in_worker[key] = replace(runner, levels=exp.levels(), extractor=extractor, plans={})
+            own = {"conditions": exp.conditions, "decode": exp.decode}
+            _in_worker[key] = replace(runner, levels=exp.levels(), extractor=extractor, plans={}, **own)
         _in_worker[key].plans.update(runner.plans)
         runner = _in_worker[key]
     if isinstance(task, SamplerSetting):
@@ -272,7 +271,7 @@ def estimate(exp: Any, cost: Cost | None) -> str:
     counts, family = cost(exp, levels), list(levels.values())
     # on a CPU few images: seconds per image hardly depend on their number, and many would take long
     batch = 16 if exp.device.type != "cpu" else max(1, min(16, int(20e9 / family[-1].flops)))
-    seconds = seconds_per_image(family, exp.shape, batch, exp.device)
+    seconds = seconds_per_image(family, exp.path(range(batch)))
     total = sum(level.flops * counts.get(level.name, 0) for level in family)
     time = sum(each * counts.get(level.name, 0) for level, each in zip(family, seconds, strict=True))
     return f"{text} {total / 1e12:.3f} TFLOP, about {tqdm.format_interval(time)} on {device_model(exp.device)}"

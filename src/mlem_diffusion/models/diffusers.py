@@ -66,7 +66,9 @@ def process_of(scheduler: Any, shift: float | None = None, base_steps: int = 204
         return Process(LinearSchedule(), *trained_range(scheduler), base_steps)
     config = scheduler.config
     if getattr(config, "use_dynamic_shifting", False) and shift is None:
-        raise UserError(f"{type(scheduler).__name__} shifts by the size of the image: give shift, exp(mu) of its pipeline.")
+        raise UserError(
+            f"{type(scheduler).__name__} shifts by the size of the image: give shift, exp(mu) of its pipeline."
+        )
     own = getattr(config, "flow_shift", None) or getattr(config, "shift", None) or 1.0
     schedule = FlowSchedule(float(own if shift is None else shift))
     return Process(schedule, FLOW_START, float(schedule.logsnr(np.array(_least(scheduler)))), base_steps, "time")
@@ -98,7 +100,9 @@ def _prediction(name: str, scheduler: Any) -> str:
     predicts = str(getattr(config, "prediction_type", None))
     if _is_flow(scheduler):
         if getattr(config, "invert_sigmas", False) or getattr(config, "use_flow_sigmas", True) is False:
-            raise UserError(f"{name}: {kind} with these sigmas is of no rectified flow (invert_sigmas, use_flow_sigmas).")
+            raise UserError(
+                f"{name}: {kind} with these sigmas is of no rectified flow (invert_sigmas, use_flow_sigmas)."
+            )
         return "velocity"
     known = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
     if predicts not in known:

@@ -26,9 +26,10 @@ def guided(level: Level, guide: Level, scale: Scale, *, common: bool = False) ->
     common: all levels of the family have this guide. It runs once in every estimate within the intervals, and is free
     as a level. Else the guide is this level's own: both run on every sample, at the sum of their FLOPs.
     Raises UserError for a guide that does not fit."""
-    intervals = ((-math.inf, math.inf, float(scale)),) if isinstance(scale, int | float) else tuple(map(tuple, scale))
-    if any(len(interval) != 3 or not interval[0] < interval[1] for interval in intervals):
+    given = [(-math.inf, math.inf, scale)] if isinstance(scale, int | float) else scale
+    if any(len(interval) != 3 or not interval[0] < interval[1] for interval in given):
         raise UserError("guided: scale is a number, or intervals (lowest log-SNR, highest, scale).")
+    intervals = tuple((float(low), float(high), float(w)) for low, high, w in given)
     if guide.guidance:
         raise UserError(f"{guide.name} is guided itself: the guide of {level.name} is the level before guidance.")
     if level.guidance:
@@ -42,12 +43,13 @@ def guided(level: Level, guide: Level, scale: Scale, *, common: bool = False) ->
 
     def denoise(x: Tensor, logsnr: Tensor, *shared: Tensor | None, **given: Any) -> Tensor:
         own = level.denoise(x, logsnr, **_named(level, given))
-        if shared == (None,):  # the guide rests at this noise level
-            return own
         other = shared[0] if shared else guide.denoise(x, logsnr, **_named(guide, given))
-        w = scale if isinstance(scale, int | float) else expand(_scale_at(intervals, logsnr), x)
-        found = other + w * (own - other)
-        return found if isinstance(scale, int | float) else torch.where(w == 1, own, found)
+        if other is None:  # the guide rests at this noise level
+            return own
+        if isinstance(scale, int | float):
+            return other + scale * (own - other)
+        w = expand(_scale_at(intervals, logsnr), x)
+        return torch.where(w == 1, own, other + w * (own - other))
 
     names = tuple(dict.fromkeys((*level.conditions, *guide.conditions)))
     out = Level(level.name, denoise, level.flops + guide.flops, conditions=names, space=level.space)

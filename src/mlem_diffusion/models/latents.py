@@ -25,11 +25,15 @@ class Latents:
     @property
     def scaling(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Scale and shift, for comparisons."""
-        return tuple(torch.tensor(self.scale).reshape(-1).tolist()), tuple(torch.tensor(self.shift).reshape(-1).tolist())
+        return tuple(torch.tensor(self.scale).reshape(-1).tolist()), tuple(
+            torch.tensor(self.shift).reshape(-1).tolist()
+        )
 
     def _columns(self, like: Tensor) -> list[Tensor]:
         """Scale and shift [1 or C, 1, 1]."""
-        found = [torch.tensor(v, dtype=like.dtype, device=like.device).reshape(-1, 1, 1) for v in (self.scale, self.shift)]
+        found = [
+            torch.tensor(v, dtype=like.dtype, device=like.device).reshape(-1, 1, 1) for v in (self.scale, self.shift)
+        ]
         for values in found:
             if len(values) not in (1, like.shape[1]):
                 raise UserError(f"Latents of {like.shape[1]} channels cannot be scaled by {len(values)} numbers.")
@@ -60,7 +64,7 @@ class Latents:
 
 
 def latents_of(vae: Any, batch: int = 8) -> Latents:
-    """The latents of a diffusers autoencoder: `decode`, scaling_factor and shift_factor of AutoencoderKL, AutoencoderDC."""
+    """The latents of a diffusers autoencoder, such as AutoencoderKL or AutoencoderDC: its decoder, scale and shift."""
     config = vae.config
     if getattr(config, "latents_mean", None) is not None:
         mean, std = torch.tensor(config.latents_mean), torch.tensor(config.latents_std)

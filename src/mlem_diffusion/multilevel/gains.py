@@ -79,19 +79,19 @@ class Effects:
 
     def on(self, logsnr: np.ndarray) -> Effects:
         """These effects on another grid with the same ends; both grids need one evaluation per interval.
-        The effect per unit of log-SNR is interpolated; that of the final denoising does not change."""
+        The effect per unit of length (`_lengths`) is interpolated; that of the final denoising does not change."""
         if len(logsnr) == len(self.logsnr) and np.allclose(logsnr, self.logsnr):
             return self
         if np.any(np.diff(self.logsnr) <= 0) or np.any(np.diff(logsnr) <= 0):
             raise UserError("Gains carry over to other grids only for step rules with one evaluation per interval.")
         if min(len(logsnr), len(self.logsnr)) < 5:
             raise UserError("Gains carry over only between grids of at least 5 noise levels.")
-        density = self.values[..., :-1] / np.diff(self.logsnr)
+        density = self.values[..., :-1] / _lengths(self.logsnr)
         # multistep rules weight the first and the last step differently: copy these two, interpolate the others
         left, weight = _interpolation(self.logsnr[1:-2], logsnr[1:-2])
         inner = density[..., left + 1] * (1 - weight) + density[..., left + 2] * weight
         density = np.concatenate([density[..., :1], inner, density[..., -1:]], axis=-1)
-        values = np.concatenate([density * np.diff(logsnr), self.values[..., -1:]], axis=-1).astype(np.float32)
+        values = np.concatenate([density * _lengths(logsnr), self.values[..., -1:]], axis=-1).astype(np.float32)
         left, weight = _interpolation(self.logsnr, logsnr)
         squares = self.squares[:, left] * (1 - weight) + self.squares[:, left + 1] * weight
         return replace(self, logsnr=logsnr, values=values, squares=squares)
@@ -108,6 +108,13 @@ class Effects:
         with expect_content(path, "measure the gains again"):
             facts: dict[str, Any] = json.loads(str(arrays.pop("facts")))
             return Effects(**facts | {"names": tuple(facts["names"])}, **arrays)
+
+
+def _lengths(logsnr: np.ndarray) -> np.ndarray:
+    """The lengths of the intervals [n - 1] in log-SNR; below -9, where an estimate enters with alpha, a unit counts
+    as e^((logsnr + 9) / 2), so that the first interval of a flow, from nearly minus infinity, has a length, too."""
+    low = np.minimum(logsnr + 9, 0.0)
+    return np.diff(np.maximum(logsnr, -9) + 2 * np.expm1(0.5 * low))
 
 
 def firing_costs(costs: np.ndarray) -> np.ndarray:

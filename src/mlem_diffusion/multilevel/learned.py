@@ -13,7 +13,7 @@ follows one random coin through three runs (fired, not fired, reference) and the
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..diffusion.brownian import stream_seed
+from ..diffusion.conditions import Conditions, ConditionsOf, bound, conditions_of, rows_of
 from ..diffusion.level import Level, shared_costs
 from ..diffusion.process import TimeGrid, expand
 from ..diffusion.sampler import WeightTable, advance
@@ -43,15 +44,16 @@ _EXPLORE = 0.2  # share of the draws that is uniform over all coins
 def learn_probabilities(
     family: Sequence[Level], rule: StepRule, grid: TimeGrid, shape: tuple[int, ...], device: torch.device, *,
     costs: np.ndarray, wanted: float, start: np.ndarray, iterations: int, paths: int, draws: int,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = lambda done, total: None, conditions: ConditionsOf = None,
 ) -> tuple[np.ndarray, float]:  # fmt: skip
     """Learned p [n, K] of independent coins with the expected cost `wanted` per image, and the FLOPs of learning.
     costs [K]: per evaluation, in FLOPs or seconds. start: p [K]. The log-odds of each level above the first are
     piecewise linear in log-SNR between knots. Adam follows the gradient within the surface of equal cost; then a common
     shift of all log-odds restores the cost. Every iteration follows `paths` new Brownian paths with `draws` coins each.
+    conditions: of the paths, by their numbers 0, 1, ...
     Raises UserError if no probabilities have this cost, or if a level has no forward derivative."""
     program = rule.program(grid)
-    for level in family:
+    for level in bound(family, conditions_of(conditions, [0, 1], device)):
         _check_forward_mode(level, shape, device)
     odds, networks = LogOdds([e.logsnr for e in program], costs, _KNOTS), Networks(family, program, shape, device)
     phi = odds.at_cost(odds.fit(start), wanted)
@@ -59,6 +61,7 @@ def learn_probabilities(
     optimiser = torch.optim.Adam([parameter], lr=0.2, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.1, total_iters=max(1, iterations))
     for i in range(iterations):
+        networks.conditions = conditions_of(conditions, list(range(i * paths, (i + 1) * paths)), device)
         gradient = gradient_estimate(networks, odds, phi, stream_seed(_LEARN, 0, i), paths, draws)
         parameter.grad = torch.as_tensor(odds.direction(phi, gradient))
         optimiser.step()
@@ -168,6 +171,7 @@ def follow_coins(
     fired: list[Any] = [x.repeat_interleave(each, 0), *empty]
     unfired: list[Any] = list(fired)
     tangent: list[Any] = [torch.zeros_like(fired[0]), *empty]
+    path = np.arange(len(step)) // each  # of every row
     chance = expand(torch.as_tensor(p[step, level], dtype=x.dtype, device=x.device), x)
     top = np.eye(levels)[-1:].repeat(len(x), axis=0)
     own = np.eye(levels)[level] - np.eye(levels)[level - 1]  # weights of the coin's level difference
@@ -179,14 +183,16 @@ def follow_coins(
         # both runs agree before the coin's step; at it, their estimates differ by r * difference with r = 1 / p
         weights = np.concatenate([w[until], w[after], own[at], top])
         states = [fired[0][until], unfired[0][after], fired[0][at], reference[0]]
-        plain = networks.estimate(weights, torch.cat(states), s)
+        of_path = np.concatenate([path[until], path[after], path[at], np.arange(len(x))])
+        plain = networks.estimate(weights, torch.cat(states), s, of_path)
         both, other, difference, best = plain.split([len(state) for state in states])
         if_fired, if_not, slope = (torch.zeros_like(fired[0]) for _ in range(3))
         if_fired[until], if_not[until], if_not[after] = both, both, other
         if_not[at] -= difference / chance[at]
         slope[at] = difference
         if len(after):
-            if_fired[after], slope[after] = networks.derivative(w[after], fired[0][after], tangent[0][after], s)
+            moved = networks.derivative(w[after], fired[0][after], tangent[0][after], s, path[after])
+            if_fired[after], slope[after] = moved
         z = None if evaluation.noise is None else noise(j)
         zs = None if z is None else z.repeat_interleave(each, 0)
         reference = advance(evaluation, reference, best, z)
@@ -200,29 +206,34 @@ def follow_coins(
 
 @dataclass
 class Networks:
-    """A family's weighted estimates in a program, and their forward-mode derivatives; counts the FLOPs spent."""
+    """A family's weighted estimates in a program, and their forward-mode derivatives; counts the FLOPs spent.
+    conditions: of the paths; each row of an estimate is of one path."""
 
     family: Sequence[Level]
     program: Sequence[Evaluation]
     shape: tuple[int, ...]
     device: torch.device
     flops: float = 0.0
+    conditions: Conditions = field(default_factory=dict)
 
     def _count(self, weights: np.ndarray) -> None:
         flops, base = shared_costs(self.family)
         self.flops += float((weights != 0).sum(axis=0) @ flops) + len(weights) * base
 
-    def estimate(self, weights: np.ndarray, x: Tensor, logsnr: float) -> Tensor:
-        """sum_k w_k f^k(x) for weights [B, K]."""
+    def estimate(self, weights: np.ndarray, x: Tensor, logsnr: float, path: np.ndarray) -> Tensor:
+        """sum_k w_k f^k(x) for weights [B, K], path [B]."""
         self._count(weights)
-        return WeightTable(self.family, weights[None])(0, x, logsnr)
+        own = rows_of(self.conditions, torch.from_numpy(path).to(x.device))
+        return WeightTable(self.family, weights[None], own)(0, x, logsnr)
 
-    def derivative(self, weights: np.ndarray, x: Tensor, v: Tensor, logsnr: float) -> tuple[Tensor, Tensor]:
+    def derivative(
+        self, weights: np.ndarray, x: Tensor, v: Tensor, logsnr: float, path: np.ndarray
+    ) -> tuple[Tensor, Tensor]:
         """The estimate and its derivative along v [B, ...], for each row; it costs two estimates."""
         self._count(weights)
         # the fused attention kernels have no forward derivative
         with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
-            dual = forward_ad.unpack_dual(self.estimate(weights, forward_ad.make_dual(x, v), logsnr))
+            dual = forward_ad.unpack_dual(self.estimate(weights, forward_ad.make_dual(x, v), logsnr, path))
         return dual.primal, torch.zeros_like(x) if dual.tangent is None else dual.tangent
 
 
@@ -232,7 +243,7 @@ def _check_forward_mode(level: Level, shape: tuple[int, ...], device: torch.devi
     x, v = torch.randn(2, 2, *shape, generator=torch.Generator(device).manual_seed(0), device=device)
     u, found = torch.zeros((), device=device), torch.zeros_like(x)
     with contextlib.suppress(NotImplementedError, RuntimeError):
-        found = Networks([level], [], shape, device).derivative(np.ones((2, 1)), x, v, 0.0)[1]
+        found = Networks([level], [], shape, device).derivative(np.ones((2, 1)), x, v, 0.0, np.arange(2))[1]
     expected = (level.denoise(x + 0.01 * v, u) - level.denoise(x - 0.01 * v, u)) / 0.02
     if not (found - expected).norm() <= 0.1 * expected.norm():
         raise UserError(f"{level.name} has no forward derivative by x (does it leave torch, or run under no_grad?).")

@@ -56,9 +56,9 @@ class Calibration:
     costs: np.ndarray
     methods: Sequence[str] = METHODS
     base: float = 0.0  # the cost of the base that the levels share, once in every estimate in which it runs
-    base_runs: Callable[[float], bool] = lambda logsnr: True  # whether it runs at a log-SNR: a guide may rest
     coarser: Sequence[Effects] = ()  # on coarser grids: a coarse grid's steps propagate less than its length says
     drift: float = 0.0  # the share of the error without cancellation that stays
+    base_runs: Callable[[float], bool] = lambda logsnr: True  # whether the base runs at a log-SNR: a guide may rest
     made: dict[str, list[Planner]] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -167,9 +167,9 @@ def calibrate(
 ) -> Calibration:  # fmt: skip
     """Measure the gains of a family and the error of each level alone, for plans with one of these numbers of steps.
     calibrate_steps: noise levels of the grids on which gains are measured (`gain_grids`). conditions: those of these
-    seeds, or a function of seeds. The differences of guided levels are measured as they are, so a plan knows that a
-    guide's scale w multiplies the variance of coins by w^2, and counts the guide once in every estimate. Evaluate on other seeds, and
-    run a plan before you rely on its predicted error. Raises UserError if the family is not ordered by cost, if the
+    seeds, or a function of seeds. Guided levels are measured as they are, so plans know that a guide's scale w
+    multiplies the variance of coins by w^2; they count a common guide once in every estimate. Evaluate on other seeds,
+    and run a plan before you rely on its predicted error. Raises UserError if the family is not ordered by cost, if the
     largest level cannot be differentiated, or if the process is too coarse for a reference (diffusion/reference.py)."""
     finest = reference_steps(process, steps)
     if len(seeds) < 2:
@@ -186,7 +186,7 @@ def calibrate(
     own = {(k, count): error(SingleLevel(level), count) for k, level in enumerate(family) for count in steps}
     grids = {count: process.grid(count).logsnr for count in sorted(steps)}
     costs, base = shared_costs(family)
-    found = Calibration(effects, grids, own, costs, base=base, base_runs=partial(runs_base, family), coarser=coarser)
+    found = Calibration(effects, grids, own, costs, base=base, coarser=coarser, base_runs=partial(runs_base, family))
     return found.with_drift(lambda plan: error(plan.build(family), plan.steps))
 
 

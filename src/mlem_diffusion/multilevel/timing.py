@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..diffusion.brownian import BrownianPath, now
+from ..diffusion.conditions import bound
 from ..diffusion.level import Level, base_of, with_base
 from ..diffusion.process import TimeGrid
 from ..diffusion.sampler import Estimator, SingleLevel, sample
@@ -97,10 +98,11 @@ class _Halves(Estimator):
 
 @torch.no_grad()
 def measure_timing(
-    levels: Sequence[Level], rules: Sequence[StepRule], grid: TimeGrid, shape: tuple[int, ...], batch: int,
-    device: torch.device, *, rounds: int = 7, at_least: float = 0.1, progress: Progress = lambda done, total: None,
+    levels: Sequence[Level], rules: Sequence[StepRule], grid: TimeGrid,
+    path_of: Callable[[Sequence[int]], BrownianPath], batch: int, *, rounds: int = 7, at_least: float = 0.1,
+    progress: Progress = lambda done, total: None,
 ) -> Timing:  # fmt: skip
-    """The timing of batches of samples of this shape, by torch's present number of threads.
+    """The timing of batches of samples with paths path_of(seeds), by torch's present number of threads.
     The parts, in seconds per image: "<level>", one evaluation in a full batch (beyond a shared base, which is one of
     the levels); "few <level>", in a batch of `few`, since coins select some images; "step <rule>", one evaluation of
     the rule's program on `grid` with a network that costs nothing, without noise; "start", a starting point; "noise", a
@@ -108,18 +110,18 @@ def measure_timing(
     sampler's own work for each network call beyond the first in an estimate. at_least: seconds a part and round."""
     levels = with_base(levels)
     free = [Level(f"free{k}", lambda x, logsnr: x, k + 1.0) for k in range(2)]
-    path, ready = BrownianPath(range(batch), shape, device), BrownianPath(range(batch), shape, device)
-    start = path.initial()
+    path, ready, few_paths = path_of(range(batch)), path_of(range(batch)), path_of(range(few(batch)))
+    start, device, ready.conditions = path.initial(), path.device, {}  # the free levels take none
     ready.initial, ready.increment = lambda: start, lambda grid, clock, step: start  # draws nothing
     tossed = Multilevel(free, np.array([1.0, 0.5]))
 
     def run(estimator: Estimator, rule: StepRule) -> Callable[[], object]:
         return lambda: sample(estimator, rule, grid, ready)
 
-    plain, small = step_rule("ode/ddim"), few(batch)
+    plain = step_rule("ode/ddim")
     programs = {f"step {rule.key}": len(rule.program(grid)) for rule in rules}
-    calls = _evaluations(levels, shape, batch, device)
-    calls |= {f"few {name}": call for name, call in _evaluations(levels, shape, small, device).items()}
+    calls = _evaluations(levels, path)
+    calls |= {f"few {name}": call for name, call in _evaluations(levels, few_paths).items()}
     calls |= {f"step {rule.key}": run(SingleLevel(free[0]), rule) for rule in rules}
     calls |= {START: path.initial, NOISE: lambda: path.increments(grid, "snr")}
     calls |= {COINS: lambda: tossed.weights(len(grid.index), range(batch))}
@@ -127,20 +129,21 @@ def measure_timing(
     found = _rounds(calls, device, rounds, at_least, progress)
     alone = found.pop("plain")
     found[CALL] = np.maximum(found[CALL] - alone, SPREAD * alone) / len(plain.program(grid))  # never negative
-    images = dict.fromkeys(found, batch) | {f"few {level.name}": small for level in levels} | {CALL: 1}
+    images = dict.fromkeys(found, batch) | {f"few {level.name}": few(batch) for level in levels} | {CALL: 1}
     images |= {name: batch * count for name, count in programs.items()} | {NOISE: batch * path.numbers(grid, "snr")}
     return summarised({name: values / images[name] for name, values in found.items()})
 
 
-def seconds_per_image(family: Sequence[Level], shape: tuple[int, ...], batch: int, device: torch.device) -> list[float]:
-    """A quick look: seconds per image of one evaluation of each level on `batch` images of this shape."""
-    found = _rounds(_evaluations(family, shape, batch, device), device, rounds=3, at_least=0.0)
-    return [float(np.median(values)) / batch for values in found.values()]
+def seconds_per_image(family: Sequence[Level], path: BrownianPath) -> list[float]:
+    """A quick look: seconds per image of one evaluation of each level on these samples."""
+    found = _rounds(_evaluations(family, path), path.device, rounds=3, at_least=0.0)
+    return [float(np.median(values)) / len(path.seeds) for values in found.values()]
 
 
-def _evaluations(levels: Sequence[Level], shape: tuple[int, ...], batch: int, device: torch.device) -> dict[str, Call]:
-    x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(device)
-    logsnr, base = torch.zeros((), device=device), base_of(levels)
+def _evaluations(levels: Sequence[Level], path: BrownianPath) -> dict[str, Call]:
+    x = torch.randn(len(path.seeds), *path.shape, generator=torch.Generator().manual_seed(0)).to(path.device)
+    logsnr, levels = torch.zeros((), device=path.device), bound(levels, path.conditions)
+    base = base_of(levels)
     known = () if base is None else (base.denoise(x, logsnr),)
     given = {level.name: (x, logsnr, *(known if level.base else ())) for level in levels}
     return {level.name: lambda level=level: level.denoise(*given[level.name]) for level in levels}
