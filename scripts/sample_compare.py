@@ -41,7 +41,7 @@ def main(exp: Experiment) -> None:
         exp.figure("compare.png", plot_compare(rows[rows.protocol == "strict"], exp.cfg.title, result))
     if strict and plans.settings:
         exp.save("verdicts.json", verdicts.verdicts(strict, plans.flops, cfg.seed, plans.unit, runner.timing))
-    if strict and runner.shape[0] == 3:  # pictures, and not functions
+    if strict and runner.has_pictures:
         best = planned.frontiers([m.row for m in strict]).values()
         chosen = choice.candidates([strict[i] for own in best for i in own])
         exp.save("best.json", chosen | {"gamma": runner.gamma, "made_with": exp.identity})

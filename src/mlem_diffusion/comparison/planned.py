@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from ..data.pixels import to_uint8
 from ..diffusion.level import Level
 from ..diffusion.process import Process
 from ..diffusion.reference import reference_steps
@@ -141,5 +140,5 @@ def examples(measured: Iterable[Measurement], dynamics: str, runner: Runner) -> 
         for row in (base[i], *sorted(ours, key=lambda row: row["error"])[:1]):
             label = f"{describe(row)}\n{row['gflops_realised']:.3g} GFLOP, error {row['error']:.2g}"
             found.append((label, row["images"]))
-    reference = to_uint8(runner.reference(dynamics)[: runner.grid_images])
+    reference = runner.pictures(runner.reference(dynamics)[: runner.grid_images])
     return [("reference: largest level, finest grid", reference), *found]

@@ -151,7 +151,7 @@ class Runner:
         assert self.extractor is not None
 
         def draw() -> None:
-            parts = [self._pictures(part) for _, part, _ in self._batches(setting, seeds, should_stop)]
+            parts = [self.pictures(part) for _, part, _ in self._batches(setting, seeds, should_stop)]
             write_arrays(file, {"images": torch.cat(parts).numpy()})
 
         seeds, file = self.distance_seeds, self._file_of_samples("samples", setting)
@@ -185,11 +185,16 @@ class Runner:
         out = {"diverged": diverged(images), "errors": squared_errors(images, whole)}
         out["to_half"] = squared_errors(images, half)
         count = min(len(images), max(0, self.grid_images - start))
-        if self.decode or self.shape[0] == 3:  # pictures, and not functions; without any, one tells their size
-            out["images"] = self._pictures(images[: max(1, count)])[:count].numpy()
+        if self.has_pictures:  # without any, one tells their size
+            out["images"] = self.pictures(images[: max(1, count)])[:count].numpy()
         return out
 
-    def _pictures(self, samples: Tensor) -> Tensor:
+    @property
+    def has_pictures(self) -> bool:
+        """Whether samples are pictures, or latents that become pictures, and not functions."""
+        return self.decode is not None or self.shape[0] == 3
+
+    def pictures(self, samples: Tensor) -> Tensor:
         """Samples [n, *shape] on the CPU as uint8 pictures [n, 3, H, W]."""
         if self.decode is not None:
             samples = self.decode(samples.to(self.device)).cpu()
