@@ -215,7 +215,9 @@ OPTIONS = (
 
 def test_an_experiment_with_labels_a_guide_and_a_decoder(here: Any, tmp_path: Any) -> None:
     place = Place(tmp_path, "smoke", OPTIONS)
-    for stage, more in (("optimise", ()), ("sample_compare", ()), ("sample", ("seeds=0-4",))):
+    sampler = "sampler={dynamics: ode, step_rule: ddim, estimator: ml_em, levels: s8+s16+s32, steps: 9, c: 4, "
+    sampler += "probabilities: constant, coins: independent}"
+    for stage, more in (("optimise", ()), ("sample_compare", ()), ("sample", ("seeds=0-4", sampler))):
         here(stage, place, *more)
     rows = pd.read_csv(place.results / "compare.csv")
     assert set(rows.estimator) >= {"single", "ml_em"} and rows.error.notna().all()

@@ -106,14 +106,12 @@ class Experiment:
     @functools.cached_property
     def conditions(self) -> Any:
         """The function that gives the conditions of the samples with given seeds; None without conditions."""
-        target = self.cfg.family.conditions
-        return None if target is None else config.build(target)
+        return self.cfg.family.conditions and config.build(self.cfg.family.conditions)
 
     @functools.cached_property
     def decode(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """The function from latents to images; None if the levels denoise images."""
-        target = self.cfg.family.decoder
-        found = None if target is None else config.build(target)
+        found = self.cfg.family.decoder and config.build(self.cfg.family.decoder)
         return getattr(found, "decode", found)
 
     def path(self, seeds: Sequence[int]) -> BrownianPath:
@@ -155,17 +153,16 @@ class Experiment:
         found = read_metadata(self.checkpoints, level_names(self.cfg))
         images, wanted = self.images_if_needed(), (self.cfg.process.logsnr_min, self.cfg.process.logsnr_max)
         if images is not None and any(m["data_sha256"] != images.manifest["sha256"] for m in found):
-            raise UserError(
-                f"{shown(self.data_dir)} is not the data set that the levels in {shown(self.checkpoints)} were trained "
-                "on: prepare that one (make data), or train again (make train-levels ARGS=overwrite=true)."
+            text = (
+                f"{shown(self.data_dir)} is not the data set that the levels in {shown(self.checkpoints)} were trained"
             )
+            again = "prepare that one (make data), or train again (make train-levels ARGS=overwrite=true)"
+            raise UserError(f"{text} on: {again}.")
         for m in found:
             low, high = map(float, m["logsnr_range"])
             if wanted[0] < low or wanted[1] > high:
-                raise UserError(
-                    f"{m['name']} was trained for log-SNR {low:g} to {high:g}: set process.logsnr_min and "
-                    "process.logsnr_max within this range, or train it again."
-                )
+                text = "set process.logsnr_min and process.logsnr_max within this range, or train it again"
+                raise UserError(f"{m['name']} was trained for log-SNR {low:g} to {high:g}: {text}.")
         return found
 
     @functools.cached_property
