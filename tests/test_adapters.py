@@ -149,6 +149,10 @@ def test_conditioning_and_guidance() -> None:
     assert half.dtype == torch.float32 and 0 < (half - (expected - 0.5)).abs().max() < 0.05
 
 
+class LabelDropout(nn.Module):
+    dropout_prob = 0.1
+
+
 class Habits(nn.Module):
     """It takes times [B,1], keeps a tensor of its first call, writes into its input, and cannot be copied."""
 
@@ -179,6 +183,7 @@ def test_a_network_with_habits_becomes_a_level() -> None:
     ({"network": lambda x, t: ()}, "returned a NoneType"),
     ({"network": nn.Sequential(nn.Dropout(0.1))}, "is in training mode: call the network's .eval"),
     ({"network": nn.Sequential(nn.BatchNorm2d(3))}, "is in training mode"),
+    ({"network": nn.Sequential(LabelDropout())}, "is in training mode"),
     ({"network": Habits().to("meta"), **COLUMN}, "the network is on meta, the images are on cpu"),
     ({"network": Habits(), "flops": None, "shape": SHAPE}, "FLOPs could not be counted"),
 ])  # fmt: skip

@@ -319,6 +319,17 @@ def test_plans_add_their_settings_and_columns(make, tmp_path):
     assert len(others) == 1 and "w2+w8" in others[0][0]  # the best plan that costs no more
 
 
+def test_latents_are_compared_as_they_are_and_pictured_as_images(make):
+    """Errors are those of latents; grids and features are of the decoded samples, here twice as large and half grey."""
+    plain, decoded = make(), make(decode=lambda z: (0.5 * z).repeat_interleave(2, -1), cache=make.folder / "other")
+    one, other = plain.read(SETTINGS[3]), decoded.read(SETTINGS[3])
+    assert one.row["error"] == other.row["error"] and one.images.shape == (5, 3, 4, 4)
+    assert other.images.shape == (5, 3, 4, 8) and decoded.pictures(torch.ones(1, 3, 4, 4)).unique().tolist() == [191]
+    inside = (one.images > 0) & (one.images < 255)
+    assert np.abs(0.5 * (one.images.astype(float) - 127.5) + 127.5 - other.images[..., ::2])[inside].max() < 1
+    assert decoded.features(SETTINGS[3]).std() < plain.features(SETTINGS[3]).std()
+
+
 def test_samples_of_a_distance_are_kept_for_another_extractor(make):
     runner = make()
     first = runner.features(SETTINGS[3])

@@ -187,8 +187,9 @@ def _counted(name: str, network: Any, time: Any, inputs: dict[str, Any], shape: 
 def _checked(name: str, network: nn.Module) -> Callable[..., Any]:
     """The network's call, with UserError in a training mode that changes its output, and for x on another device."""
     kinds = nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, nn.MultiheadAttention
-    # p and dropout: probabilities
+    # p, dropout, and dropout_prob of label embeddings (DiT, SiT): probabilities
     varying = [m for m in network.modules() if isinstance(m, kinds) and getattr(m, "p", getattr(m, "dropout", 1)) > 0]
+    varying += [m for m in network.modules() if isinstance(p := getattr(m, "dropout_prob", 0), float) and p > 0]
 
     def call(x: Tensor, time: Tensor, **conditioning: Any) -> Any:
         if any(module.training for module in varying):
