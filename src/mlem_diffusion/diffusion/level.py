@@ -33,7 +33,7 @@ class Level:
     guidance: intervals (lowest log-SNR, highest, scale) of the guidance in this level (models/guidance.py). A base then
     is the guide, which runs only within them: elsewhere `denoise` gets None for its output.
 
-    space: the shape [C,H,W] and the scaling of the latents that it denoises, where they are known."""
+    space: what it denoises, such as "4x32x32, scale 0.18215, shift 0"; empty if that is not known."""
 
     name: str
     denoise: Callable[..., Tensor]
@@ -42,7 +42,7 @@ class Level:
     teacher: str | None = None
     conditions: tuple[str, ...] = ()
     guidance: tuple[tuple[float, float, float], ...] = ()
-    space: Any = None
+    space: str = ""
 
 
 def base_of(levels: Sequence[Level]) -> Level | None:
@@ -92,11 +92,11 @@ def check_family(levels: Sequence[Level]) -> None:
             raise UserError(f"{own[0].name} and {level.name} are guided differently: a family has one guidance.")
     if base is not None and len(own) < len(levels) and not runs_base(levels, -np.inf):
         raise UserError(f"{base.name} guides the other levels at some noise levels only, so it cannot be a level too.")
-    known = [level for level in levels if level.space is not None]
+    known = [level for level in levels if level.space]
     for level in known[1:]:
         if level.space != known[0].space:
-            pair = f"{known[0].name} {known[0].space} and {level.name} {level.space}"
-            raise UserError(f"The levels denoise different images or latents, {pair}: a family has one kind.")
+            pair = f"{known[0].name} denoises {known[0].space}, and {level.name} {level.space}"
+            raise UserError(f"{pair}: the levels of a family denoise the same images or latents.")
 
 
 def weight_type(network: Any) -> torch.dtype | None:

@@ -90,8 +90,8 @@ def adapt(
 
     examples = dict(conditions) if isinstance(conditions, Mapping) else {}
     counted = _counted(name, network, time, fixed | examples, shape) if flops is None else float(flops)
-    space = None if shape is None and latents is None else (shape, latents and latents.scaling)
-    return Level(name, denoise, counted, conditions=own, space=space)
+    space = ["x".join(map(str, shape or ())), latents.scaling if latents else ""]
+    return Level(name, denoise, counted, conditions=own, space=", ".join(filter(None, space)))
 
 
 @dataclass(frozen=True)

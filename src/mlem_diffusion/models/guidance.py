@@ -34,7 +34,7 @@ def guided(level: Level, guide: Level, scale: Scale, *, common: bool = False) ->
         raise UserError(f"{guide.name} is guided itself: the guide of {level.name} is the level before guidance.")
     if level.guidance:
         raise UserError(f"{level.name} is guided already: guide the level before guidance.")
-    if None not in (level.space, guide.space) and level.space != guide.space:
+    if level.space and guide.space and level.space != guide.space:
         raise UserError(f"{guide.name} denoises {guide.space}, so it cannot guide {level.name}, of {level.space}.")
     if common and guide.name == level.name:
         return level  # guided by itself it is itself
