@@ -72,6 +72,11 @@ def guide(width: int = 4, **options: Any) -> Level:
                  conditioning={"y": torch.tensor([CLASSES])}, flops=16.0, **options)  # fmt: skip
 
 
+def guided_by(levels: list[Level], scale: Any) -> list[Level]:
+    one = guide()
+    return [guided(level, one, scale, common=True) for level in levels]
+
+
 def labels(seeds: list[int]) -> dict[str, Any]:
     return {"y": torch.tensor(seeds) * 7 % CLASSES}
 
@@ -82,7 +87,7 @@ COINS = np.array([1.0, 0.6, 0.4])
 
 def test_all_coins_certain_is_the_largest_level_bit_for_bit() -> None:
     levels, path = family(), BrownianPath(range(6), SHAPE, conditions=labels)
-    guides = [guided(level, guide(), 2.0, common=True) for level in levels]
+    guides = guided_by(levels, 2.0)
     for own in (levels, guides):
         for rule in (DDIM, step_rule("sde/ddpm"), step_rule("ode/dpmpp_2m")):
             alone = sample(SingleLevel(own[-1]), rule, PROCESS.grid(9), path)[0]
@@ -91,7 +96,7 @@ def test_all_coins_certain_is_the_largest_level_bit_for_bit() -> None:
 
 def test_a_batch_of_mixed_conditions_equals_one_by_one() -> None:
     """To 1e-5, with coins of its own for each sample; the ledgers are equal, and count the guide once a step."""
-    own = [guided(level, guide(), 1.5, common=True) for level in family("extra")]
+    own = guided_by(family("extra"), 1.5)
     estimator, rule, grid = Multilevel(own, COINS), step_rule("sde/ddpm"), PROCESS.grid(9)
     given = {**labels([0, 1, 2, 3, 4, 5]), "extra": NESTED}
     whole = BrownianPath(range(6), SHAPE, conditions=given)
@@ -136,17 +141,17 @@ def test_missing_unknown_and_short_conditions_are_one_sentence() -> None:
 
 def test_guides_and_latents_that_do_not_fit_are_one_sentence() -> None:
     levels, scaled = family(), family(latents=Latents(nn.Identity(), 0.18))
-    guides = [guided(level, guide(), 2.0, common=True) for level in levels]
+    guides = guided_by(levels, 2.0)
     cases: list[tuple[Any, str]] = [
         (lambda: guided(levels[0], guides[1], 2.0), "is guided itself"),
         (lambda: guided(guides[0], levels[1], 2.0), "is guided already"),
         (lambda: guided(scaled[0], levels[1], 2.0), "so it cannot guide"),
         (lambda: guided(levels[0], guide(), [(3, -3, 2.0)]), "scale is a number, or intervals"),
         (lambda: Multilevel([levels[0], *guides[1:]], COINS), "are guided differently: a family has one guidance"),
-        (lambda: Multilevel([*guides[:2], guided(levels[2], guide(), 3.0, common=True)], COINS), "guided differently"),
-        (lambda: Multilevel([guide(), *(guided(level, guide(), [(-3, 3, 2.0)], common=True) for level in levels[1:])],
-                            COINS), "guides the other levels at some noise levels only"),
-        (lambda: Multilevel([*levels[:2], scaled[2]], COINS), "denoise different images or latents"),
+        (lambda: Multilevel([*guides[:2], guided(levels[2], guides[0].base, 3.0, common=True)], COINS), "differently"),
+        (lambda: Multilevel([*guides[:2], *guided_by(levels[2:], 2.0)], COINS), "s8 and s32 are guided differently"),
+        (lambda: Multilevel([guide(), *guided_by(levels[1:], [(-3, 3, 2.0)])], COINS), "guides the other levels at some noise levels only"),
+        (lambda: Multilevel([*levels[:2], scaled[2]], COINS), "s8 denoises 4x8x8, and s32 4x8x8, scale 0.18, shift 0.0: the"),
         (lambda: guided(Level("a", lambda *x: x[0], 9.0, base=levels[0]), guide(), 2.0, common=True),
          "cannot have a common guide: s8 is a base already"),
         (lambda: Latents(nn.Identity(), (1.0, 2.0)).decode(torch.zeros(1, 4, 2, 2)), "cannot be scaled by 2 numbers"),
@@ -189,7 +194,7 @@ def test_latents_of_a_diffusers_autoencoder() -> None:
 
 # ------------------------------------------------------------------------------------------------ experiments
 def guided_family() -> list[Level]:
-    return [guided(level, guide(), 1.5, common=True) for level in family()]
+    return guided_by(family(), 1.5)
 
 
 def labels_of_seeds() -> Any:

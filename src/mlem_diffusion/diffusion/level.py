@@ -88,7 +88,8 @@ def check_family(levels: Sequence[Level]) -> None:
     base = base_of(levels)
     own = [level for level in levels if base is None or level.name != base.name]
     for level in own[1:]:
-        if level.guidance != own[0].guidance or (level.guidance and (level.base is None) != (own[0].base is None)):
+        guided = level.guidance or own[0].guidance
+        if guided and (level.guidance, level.base) != (own[0].guidance, own[0].base):  # of other networks, too
             raise UserError(f"{own[0].name} and {level.name} are guided differently: a family has one guidance.")
     if base is not None and len(own) < len(levels) and not runs_base(levels, -np.inf):
         raise UserError(f"{base.name} guides the other levels at some noise levels only, so it cannot be a level too.")

@@ -23,11 +23,9 @@ class Latents:
     batch: int = 8
 
     @property
-    def scaling(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Scale and shift, for comparisons."""
-        return tuple(torch.tensor(self.scale).reshape(-1).tolist()), tuple(
-            torch.tensor(self.shift).reshape(-1).tolist()
-        )
+    def scaling(self) -> str:
+        """Scale and shift in words, by which latents are compared."""
+        return f"scale {self.scale}, shift {self.shift}"
 
     def _columns(self, like: Tensor) -> list[Tensor]:
         """Scale and shift [1 or C, 1, 1]."""
