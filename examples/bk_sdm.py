@@ -1,0 +1,78 @@
+"""BK-SDM tiny, small and base with Stable Diffusion 1.4, whose blocks they lack, as the levels of one family.
+
+Weights: nota-ai/bk-sdm-tiny, -small, -base and CompVis/stable-diffusion-v1-4 of the Hugging Face hub, or folders with
+copies; CreativeML OpenRAIL-M. Only safetensors are read. VAE and text encoder are those of the last. Not run here.
+Memory: 0.33 + 0.49 + 0.58 + 0.86 B parameters in float16, and 0.2 B of VAE and text encoder: 4.9 GB, plus activations.
+Needs diffusers and transformers. The costs are close, 486, 511, 523 and 803 GFLOPs (counted with fvcore's rule, two for
+a multiply-add, from these configurations), so no plan can cost less than 0.6 of the largest level in as many steps.
+
+    python examples/bk_sdm.py --out bk_sdm.png --weights nota-ai/bk-sdm-tiny nota-ai/bk-sdm-small nota-ai/bk-sdm-base \\
+        CompVis/stable-diffusion-v1-4
+    python examples/bk_sdm.py --random"""
+
+from argparse import Namespace
+from typing import Any
+
+import common
+import torch
+from torch import Tensor
+
+from mlem_diffusion import from_diffusers, guided, latents_of, process_of
+
+GUIDANCE = 7.5
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def random_parts() -> tuple[dict[str, Any], Any, Any, Tensor, Tensor]:
+    """What `loaded_parts` returns, small and random: the levels are UNets with 1, 4 and 12 blocks at each size."""
+    diffusers = common.package("diffusers", "pip install diffusers")
+    small = {"block_out_channels": (16, 16), "norm_num_groups": 4, "sample_size": 8, "attention_head_dim": 4}
+    small |= {"cross_attention_dim": 16, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
+    small |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+    sizes = {f"depth {n}": {**small, "layers_per_block": n} for n in (1, 4, 12)}
+    unets = common.relatives(diffusers.UNet2DConditionModel, sizes)
+    vae = diffusers.AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)  # fmt: skip
+    texts = torch.randn(len(common.PROMPTS), 8, 16)
+    return unets, vae, diffusers.DDIMScheduler(**BETAS), texts, torch.zeros(1, 8, 16)
+
+
+@torch.no_grad()
+def loaded_parts(args: Namespace) -> tuple[dict[str, Any], Any, Any, Tensor, Tensor]:
+    """UNets {name: UNet}, cheap to expensive, VAE, scheduler, embedded prompts [P,77,768] and empty prompt [1,77,768].
+    """
+    options = {"use_safetensors": True, "torch_dtype": torch.float32 if args.device == "cpu" else torch.float16}
+    common.package("transformers", "pip install transformers")
+    last = args.weights[-1]
+    unets = {
+        repo.rstrip("/").split("/")[-1]: common.pretrained("UNet2DConditionModel", repo, subfolder="unet", **options)
+        for repo in args.weights
+    }
+    pipeline = common.pretrained("StableDiffusionPipeline", last, unet=None, safety_checker=None, **options)
+    pipeline.to(args.device)
+    texts, empty = pipeline.encode_prompt(list(common.PROMPTS), args.device, 1, True)
+    return unets, pipeline.vae, pipeline.scheduler, texts, empty[:1]
+
+
+def recipe(args: Namespace) -> None:
+    unets, vae, scheduler, texts, empty = random_parts() if args.random else loaded_parts(args)
+    latents = latents_of(common.ready(vae, args))
+
+    def level(name: str, unet: Any) -> Any:
+        """Classifier-free guidance by the UNet itself: two evaluations of it."""
+        common.ready(unet, args)
+        example = {"encoder_hidden_states": texts[:1]}  # of one sample, to count FLOPs
+        with_text = from_diffusers(name, unet, scheduler, conditions=example, latents=latents)
+        without = from_diffusers(name, unet, scheduler, conditioning={"encoder_hidden_states": empty}, latents=latents)
+        return guided(with_text, without, GUIDANCE)
+
+    family = [level(name, unet) for name, unet in unets.items()]
+    config = next(iter(unets.values())).config
+    shape = (config.in_channels, config.sample_size, config.sample_size)
+    prompts = common.by_seed({"encoder_hidden_states": texts})
+    # an SDE: fresh noise in each step, and coins that are independent between steps
+    common.draw(args, family, process_of(scheduler), "sde/dpmpp_2m", shape, latents, prompts, "independent")
+
+
+if __name__ == "__main__":
+    common.main(recipe, __doc__)
