@@ -23,13 +23,13 @@ def main(recipe: Callable[[argparse.Namespace], None], doc: str | None) -> None:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", nargs="+", metavar="WHERE", help="where the networks are, as above")
     parser.add_argument("--random", action="store_true", help="small random networks, offline: a check of the recipe")
-    parser.add_argument("--steps", type=int, help="budget: the cost of so many steps of the largest level")
+    parser.add_argument("--steps", type=int, help="budget: the cost of so many steps of the largest level (16; 5)")
     parser.add_argument("--samples", type=int, default=8, help="images to sample")
-    parser.add_argument("--calibration", type=int, help="images to calibrate with (32; random networks: 4)")
+    parser.add_argument("--calibration", type=int, help="images to calibrate with (32; 4)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="the PNG to write")
     args = parser.parse_args()
-    args.steps = args.steps or (8 if args.random else 16)
+    args.steps = args.steps or (5 if args.random else 16)
     args.calibration = args.calibration or (4 if args.random else 32)
     try:
         _check(args)
@@ -135,7 +135,9 @@ def draw(
     latents: Latents, conditions: Callable[[Sequence[int]], Mapping[str, Any]], method: str = "systematic",
 ) -> None:  # fmt: skip
     """Measure the family, plan for the budget, sample, decode, write the grid of images and say what it cost."""
-    rule, counts = step_rule(rule_key), (args.steps, 2 * args.steps, 4 * args.steps)
+    rule = step_rule(rule_key)
+    # the budget's steps, and grids of twice and four times as many intervals, for plans that save at each evaluation
+    counts = [(args.steps - 1) * finer + 1 for finer in ((1, 2) if args.random else (1, 2, 4))]
     seeds = range(10**6, 10**6 + args.calibration)  # others than those of the images
     measured = calibrate(
         family, process, rule, shape, steps=counts, seeds=seeds, calibrate_steps=counts[1:], device=args.device,
