@@ -3,14 +3,15 @@
 Weights: nota-ai/bk-sdm-tiny, -small, -base and CompVis/stable-diffusion-v1-4 of the Hugging Face hub, or folders with
 copies; CreativeML OpenRAIL-M. Only safetensors are read. VAE and text encoder are those of the last. Not run here.
 Memory: 0.33 + 0.49 + 0.58 + 0.86 B parameters in float16, and 0.2 B of VAE and text encoder: 4.9 GB, plus activations.
-Needs diffusers and transformers. The costs are close, 486, 511, 523 and 803 GFLOPs (counted with fvcore's rule, two for
-a multiply-add, from these configurations), so no plan can cost less than 0.6 of the largest level in as many steps.
+Needs diffusers and transformers. The costs are close, by the configurations 486, 511, 523 and 803 GFLOPs: in as many
+steps no plan can cost less than 0.6 of Stable Diffusion alone.
 
     python examples/bk_sdm.py --out bk_sdm.png --weights nota-ai/bk-sdm-tiny nota-ai/bk-sdm-small nota-ai/bk-sdm-base \\
         CompVis/stable-diffusion-v1-4
     python examples/bk_sdm.py --random"""
 
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import common
@@ -38,15 +39,11 @@ def random_parts() -> tuple[dict[str, Any], Any, Any, Tensor, Tensor]:
 
 @torch.no_grad()
 def loaded_parts(args: Namespace) -> tuple[dict[str, Any], Any, Any, Tensor, Tensor]:
-    """UNets {name: UNet}, cheap to expensive, VAE, scheduler, embedded prompts [P,77,768] and empty prompt [1,77,768].
-    """
+    """{name: UNet}, cheap to expensive, VAE, scheduler, embedded prompts [P,77,768] and empty prompt [1,77,768]."""
     options = {"use_safetensors": True, "torch_dtype": torch.float32 if args.device == "cpu" else torch.float16}
     common.package("transformers", "pip install transformers")
-    last = args.weights[-1]
-    unets = {
-        repo.rstrip("/").split("/")[-1]: common.pretrained("UNet2DConditionModel", repo, subfolder="unet", **options)
-        for repo in args.weights
-    }
+    kind, last = "UNet2DConditionModel", args.weights[-1]
+    unets = {Path(r).name: common.pretrained(kind, r, subfolder="unet", **options) for r in args.weights}
     pipeline = common.pretrained("StableDiffusionPipeline", last, unet=None, safety_checker=None, **options)
     pipeline.to(args.device)
     texts, empty = pipeline.encode_prompt(list(common.PROMPTS), args.device, 1, True)
@@ -60,9 +57,9 @@ def recipe(args: Namespace) -> None:
     def level(name: str, unet: Any) -> Any:
         """Classifier-free guidance by the UNet itself: two evaluations of it."""
         common.ready(unet, args)
-        example = {"encoder_hidden_states": texts[:1]}  # of one sample, to count FLOPs
-        with_text = from_diffusers(name, unet, scheduler, conditions=example, latents=latents)
-        without = from_diffusers(name, unet, scheduler, conditioning={"encoder_hidden_states": empty}, latents=latents)
+        given = {"conditions": {"encoder_hidden_states": texts[:1]}}  # an example of one sample, to count FLOPs
+        with_text = from_diffusers(name, unet, scheduler, latents=latents, **given)
+        without = from_diffusers(name, unet, scheduler, latents=latents, conditioning={"encoder_hidden_states": empty})
         return guided(with_text, without, GUIDANCE)
 
     family = [level(name, unet) for name, unet in unets.items()]

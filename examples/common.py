@@ -3,7 +3,7 @@
 import argparse
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ def main(recipe: Callable[[argparse.Namespace], None], doc: str | None) -> None:
     """Run a recipe with the options of the command line; bad input is one sentence and exit status 2."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", nargs="+", metavar="WHERE", help="where the networks are, as above")
-    parser.add_argument("--random", action="store_true", help="small random networks, offline: a check of the recipe")
+    parser.add_argument("--random", action="store_true", help="small random networks: a check, offline")
     parser.add_argument("--steps", type=int, help="budget: the cost of so many steps of the largest level (16; 5)")
     parser.add_argument("--samples", type=int, default=8, help="images to sample")
     parser.add_argument("--calibration", type=int, help="images to calibrate with (32; 4)")
@@ -33,6 +33,7 @@ def main(recipe: Callable[[argparse.Namespace], None], doc: str | None) -> None:
     args.calibration = args.calibration or (4 if args.random else 32)
     try:
         _check(args)
+        torch.manual_seed(0)  # of random networks
         recipe(args)
     except UserError as error:
         print(error, file=sys.stderr)
@@ -64,9 +65,8 @@ def present(args: argparse.Namespace, files: Mapping[str, str]) -> dict[str, Pat
     """The files {level: path} that are in the one folder of --weights, at least two."""
     folder = Path(args.weights[0])
     found = {name: folder / file for name, file in files.items() if (folder / file).is_file()}
-    if len(args.weights) > 1 or len(found) < 2:
-        wanted = ", ".join(files.values())
-        raise UserError(f"--weights is one folder with at least two of {wanted}; {folder} has {len(found)}.")
+    if len(found) < 2:
+        raise UserError(f"{folder} has {len(found)} of {', '.join(files.values())}: at least two are needed.")
     return found
 
 
@@ -75,8 +75,7 @@ def load(network: nn.Module, path: Path) -> nn.Module:
     try:
         network.load_state_dict(load_file(path))
     except (OSError, RuntimeError, SafetensorError) as error:
-        text = str(error).splitlines()[-1].strip()
-        raise UserError(f"{path} is no file of weights for {type(network).__name__}: {text}") from error
+        raise UserError(f"{path} is no file of weights for {type(network).__name__}.") from error
     return network
 
 
@@ -95,13 +94,11 @@ def ready(network: nn.Module, args: argparse.Namespace) -> Any:
 def relatives(kind: Callable[..., nn.Module], sizes: Mapping[str, Mapping[str, Any]]) -> dict[str, nn.Module]:
     """Random networks of growing size that differ little, as trained ones do: weights of the same name are the same,
     and those that only the larger ones have are small."""
-    torch.manual_seed(0)
     networks = {name: kind(**options) for name, options in sizes.items()}
     first, *others = networks.values()
-    common = first.state_dict()
+    shared = first.state_dict()
     for network in others:
-        own = {name: common.get(name, 0.02 * tensor) for name, tensor in network.state_dict().items()}
-        network.load_state_dict(own)
+        network.load_state_dict({name: shared.get(name, 0.02 * own) for name, own in network.state_dict().items()})
     return networks
 
 
@@ -121,8 +118,12 @@ class StandIn(nn.Module):
         return self.last(hidden)
 
 
-def tiny_decoder() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(4, 3, 1), nn.Upsample(scale_factor=8), nn.Tanh())
+def decoder(args: argparse.Namespace, repo: str) -> Callable[[Tensor], Tensor]:
+    """From raw latents to images by an autoencoder of Stable Diffusion, or by a tiny random one."""
+    if args.random:
+        return ready(nn.Sequential(nn.Conv2d(4, 3, 1), nn.Upsample(scale_factor=8), nn.Tanh()), args)
+    vae = ready(pretrained("AutoencoderKL", repo, use_safetensors=True), args)
+    return lambda raw: vae.decode(raw).sample
 
 
 def by_seed(values: Mapping[str, Tensor]) -> Callable[[Sequence[int]], dict[str, Tensor]]:
@@ -139,10 +140,8 @@ def draw(
     # the budget's steps, and grids of twice and four times as many intervals, for plans that save at each evaluation
     counts = [(args.steps - 1) * finer + 1 for finer in ((1, 2) if args.random else (1, 2, 4))]
     seeds = range(10**6, 10**6 + args.calibration)  # others than those of the images
-    measured = calibrate(
-        family, process, rule, shape, steps=counts, seeds=seeds, calibrate_steps=counts[1:], device=args.device,
-        conditions=conditions, batch=8,
-    )  # fmt: skip
+    given: dict[str, Any] = {"device": args.device, "conditions": conditions, "batch": 8}
+    measured = calibrate(family, process, rule, shape, steps=counts, seeds=seeds, calibrate_steps=counts[1:], **given)
 
     def alone(steps: int) -> float:  # the cost of the largest level; a guide may rest at some noise levels
         return float(sum(measured.costs[-1] + measured.base * measured.base_runs(u) for u in measured.grids[steps]))
@@ -155,13 +154,9 @@ def draw(
     error = measured.own_errors[len(family) - 1, args.steps]
     print(f"Plan: {method}, {plan.steps} steps of {rule.label}, predicted squared error {plan.predicted:.3g}")
     print(f"{family[-1].name} alone at the same cost, in {args.steps} steps: {error:.3g}")
-    for name, flops, own in _rows(plan.levels, ledger, measured.base):
-        print(f"  {name:<12}{flops / 1e9:10.4g} GFLOPs, {own:6.2f} evaluations per image")
+    rows = [*zip(plan.levels, ledger.flops, ledger.per_sample.mean(axis=0), strict=True)]
+    rows += [("guide", measured.base, ledger.base_flops / measured.base)] if measured.base else []
+    for name, flops, own in rows:
+        print(f"  {name:<20}{flops / 1e9:10.4g} GFLOPs, {own:6.2f} evaluations per image")
     share = ledger.flops_per_image / alone(plan.steps)
     print(f"Cost: {share:.3f} of {family[-1].name} alone in these {plan.steps} steps. Images: {args.out}")
-
-
-def _rows(names: Sequence[str], ledger: Any, base: float) -> Iterator[tuple[str, float, float]]:
-    yield from zip(names, ledger.flops, ledger.per_sample.mean(axis=0), strict=True)
-    if base:
-        yield "guide", base, ledger.base_flops / base

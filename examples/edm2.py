@@ -50,24 +50,17 @@ def networks(args: Namespace) -> tuple[dict[str, nn.Module], nn.Module]:
     if args.random:
         found = common.relatives(StandIn, {f"depth {n}": {"depth": n} for n in (1, 3, 8)})
         return found, found["depth 1"]
-    paths, guide = common.present(args, {n: f"{n}.safetensors" for n in CHANNELS}), Path(args.weights[0], "uncond")
-    if not guide.with_suffix(".safetensors").is_file():
-        raise UserError(f"{guide}.safetensors is missing: the guide, see --help.")
+    paths = common.present(args, {n: f"{n}.safetensors" for n in CHANNELS})
+    guide = Path(args.weights[0], "uncond.safetensors")
+    if not guide.is_file():
+        raise UserError(f"{guide} is missing: the guide, see --help.")
     kind = common.package("training.networks_edm2", "a clone of github.com/NVlabs/edm2 on PYTHONPATH").Precond
 
     def network(path: Path, channels: int, classes: int) -> nn.Module:
         return common.load(kind(64, 4, classes, model_channels=channels, sigma_data=SIGMA_DATA), path)
 
     found = {name: network(path, CHANNELS[name], CLASSES) for name, path in paths.items()}
-    return found, network(guide.with_suffix(".safetensors"), CHANNELS["xs"], 0)
-
-
-def decoder(args: Namespace) -> Any:
-    if args.random:
-        return common.ready(common.tiny_decoder(), args)
-    vae = common.pretrained("AutoencoderKL", "stabilityai/sd-vae-ft-mse", use_safetensors=True)
-    vae = common.ready(vae, args)
-    return lambda raw: 2 * vae.decode(raw).sample - 1  # EDM2 applies it to images in [0, 1]
+    return found, network(guide, CHANNELS["xs"], 0)
 
 
 def labels(seeds: Any) -> dict[str, Tensor]:
@@ -79,7 +72,8 @@ def labels(seeds: Any) -> dict[str, Tensor]:
 def recipe(args: Namespace) -> None:
     found, unconditional = networks(args)
     shape = (4, 8, 8) if args.random else (4, 64, 64)
-    latents = Latents(decoder(args), scale=[SIGMA_DATA / std for std in STD], shift=MEAN)
+    decode = common.decoder(args, "stabilityai/sd-vae-ft-mse")  # which EDM2 applies to images in [0, 1]
+    latents = Latents(lambda raw: 2 * decode(raw) - 1, scale=[SIGMA_DATA / std for std in STD], shift=MEAN)
 
     # D(y, sigma) is the denoised image, for y = image + sigma * noise
     convention: dict[str, Any] = {"prediction": "x0", "coordinates": "ve", "time": "sigma"}

@@ -12,6 +12,7 @@ TFLOPs for each evaluation.
     python examples/sana.py --random"""
 
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import common
@@ -31,43 +32,36 @@ def random_parts() -> tuple[dict[str, Any], Any, Any, Texts, Texts]:
     small |= {"num_attention_heads": 4, "attention_head_dim": 8}
     small |= {"num_cross_attention_heads": 4, "cross_attention_head_dim": 8}
     sizes = {f"depth {n}": {**small, "num_layers": n} for n in (1, 3, 8)}
-    vae = diffusers.AutoencoderDC(latent_channels=4, attention_head_dim=4, scaling_factor=0.41407,
-        encoder_block_out_channels=(8, 8), encoder_layers_per_block=(1, 1), encoder_qkv_multiscales=((), ()),
-        decoder_block_out_channels=(8, 8), decoder_layers_per_block=(1, 1), decoder_qkv_multiscales=((), ()))  # fmt: skip
-    scheduler = diffusers.DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-    )
-    transformers = common.relatives(diffusers.SanaTransformer2DModel, sizes)
+    tiny = {"block_out_channels": (8, 8), "layers_per_block": (1, 1), "qkv_multiscales": ((), ())}
+    tiny = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in tiny.items()}
+    vae = diffusers.AutoencoderDC(latent_channels=4, scaling_factor=0.41407, **tiny)
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
     texts = {"encoder_hidden_states": torch.randn(len(common.PROMPTS), 6, 16)}
     texts["encoder_attention_mask"] = torch.tensor([[1, 1, 1, 1, 0, 0]]).expand(len(common.PROMPTS), 6)
-    return transformers, vae, scheduler, texts, {name: rows[:1] * 0 + 1 for name, rows in texts.items()}
+    empty = {name: torch.ones_like(rows[:1]) for name, rows in texts.items()}
+    transformers = common.relatives(diffusers.SanaTransformer2DModel, sizes)
+    return transformers, vae, diffusers.DPMSolverMultistepScheduler(**flow), texts, empty
 
 
 @torch.no_grad()
 def loaded_parts(args: Namespace) -> tuple[dict[str, Any], Any, Any, Texts, Texts]:
-    """Transformers {name: transformer}, cheap to expensive, VAE, scheduler, embedded prompts and the empty prompt."""
+    """{name: transformer}, cheap to expensive, VAE, scheduler, embedded prompts and the empty prompt."""
     common.package("transformers", "pip install transformers")
     half, wide = (torch.float32,) * 2 if args.device == "cpu" else (torch.float16, torch.bfloat16)
-    last, options = args.weights[-1], {"use_safetensors": True}
-    pipeline = common.pretrained(
-        "SanaPipeline", last, transformer=None, vae=None, variant="fp16", torch_dtype=wide, **options
-    )
+    last, options = args.weights[-1], {"use_safetensors": True, "variant": "fp16"}
+    no = {"transformer": None, "vae": None}
+    pipeline = common.pretrained("SanaPipeline", last, torch_dtype=wide, **no, **options)
     pipeline.text_encoder.to(args.device)
     # without the long instruction that the pipeline puts before a prompt
     found = pipeline.encode_prompt(list(common.PROMPTS), device=args.device)
-    texts, empty = (
-        {"encoder_hidden_states": embedded, "encoder_attention_mask": mask}
-        for embedded, mask in (found[:2], [tensor[:1] for tensor in found[2:]])
-    )
+    texts, empty = ({"encoder_hidden_states": e, "encoder_attention_mask": mask} for e, mask in (found[:2], found[2:]))
     scheduler = pipeline.scheduler
     del pipeline  # frees the text encoder
-    options |= {"torch_dtype": half, "variant": "fp16", "subfolder": "transformer"}
-    transformers = {
-        repo.rstrip("/").split("/")[-1]: common.pretrained("SanaTransformer2DModel", repo, **options)
-        for repo in args.weights
-    }
+    options |= {"torch_dtype": half, "subfolder": "transformer"}
+    kind = "SanaTransformer2DModel"
+    transformers = {Path(repo).name: common.pretrained(kind, repo, **options) for repo in args.weights}
     vae = common.pretrained("AutoencoderDC", last, subfolder="vae", use_safetensors=True, torch_dtype=wide)
-    return transformers, vae, scheduler, texts, empty
+    return transformers, vae, scheduler, texts, {name: rows[:1] for name, rows in empty.items()}
 
 
 def recipe(args: Namespace) -> None:
