@@ -18,13 +18,14 @@ import common
 import torch
 from torch import Tensor
 
-from mlem_diffusion import from_diffusers, guided, latents_of, process_of
+from mlem_diffusion import latents_of, process_of
 
 GUIDANCE = 7.5
+Texts = dict[str, Tensor]
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-def random_parts() -> tuple[dict[str, Any], Any, Any, Tensor, Tensor]:
+def random_parts() -> tuple[dict[str, Any], Any, Any, Texts, Texts]:
     """What `loaded_parts` returns, small and random: three UNets, with text in the middle block."""
     diffusers = common.package("diffusers", "pip install diffusers")
     small = {"sample_size": 8, "norm_num_groups": 4, "attention_head_dim": 8, "cross_attention_dim": 16}
@@ -33,12 +34,13 @@ def random_parts() -> tuple[dict[str, Any], Any, Any, Tensor, Tensor]:
     unets = common.relatives(diffusers.UNet2DConditionModel, sizes)
     vae = diffusers.AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)  # fmt: skip
-    texts = torch.randn(len(common.PROMPTS), 8, 16)
-    return unets, vae, diffusers.DDIMScheduler(**BETAS), texts, torch.zeros(1, 8, 16)
+    texts = {"encoder_hidden_states": torch.randn(len(common.PROMPTS), 8, 16)}
+    empty = {"encoder_hidden_states": torch.zeros(1, 8, 16)}
+    return unets, vae, diffusers.DDIMScheduler(**BETAS), texts, empty
 
 
 @torch.no_grad()
-def loaded_parts(args: Namespace) -> tuple[dict[str, Any], Any, Any, Tensor, Tensor]:
+def loaded_parts(args: Namespace) -> tuple[dict[str, Any], Any, Any, Texts, Texts]:
     """{name: UNet}, cheap to expensive, VAE, scheduler, embedded prompts [P,77,768] and empty prompt [1,77,768]."""
     options = {"use_safetensors": True, "torch_dtype": torch.float32 if args.device == "cpu" else torch.float16}
     common.package("transformers", "pip install transformers")
@@ -47,27 +49,16 @@ def loaded_parts(args: Namespace) -> tuple[dict[str, Any], Any, Any, Tensor, Ten
     pipeline = common.pretrained("StableDiffusionPipeline", last, unet=None, safety_checker=None, **options)
     pipeline.to(args.device)
     texts, empty = pipeline.encode_prompt(list(common.PROMPTS), args.device, 1, True)
-    return unets, pipeline.vae, pipeline.scheduler, texts, empty[:1]
+    texts, empty = ({"encoder_hidden_states": rows} for rows in (texts, empty[:1]))
+    return unets, pipeline.vae, pipeline.scheduler, texts, empty
 
 
 def recipe(args: Namespace) -> None:
     unets, vae, scheduler, texts, empty = random_parts() if args.random else loaded_parts(args)
     latents = latents_of(common.ready(vae, args))
-
-    def level(name: str, unet: Any) -> Any:
-        """Classifier-free guidance by the UNet itself: two evaluations of it."""
-        common.ready(unet, args)
-        given = {"conditions": {"encoder_hidden_states": texts[:1]}}  # an example of one sample, to count FLOPs
-        with_text = from_diffusers(name, unet, scheduler, latents=latents, **given)
-        without = from_diffusers(name, unet, scheduler, latents=latents, conditioning={"encoder_hidden_states": empty})
-        return guided(with_text, without, GUIDANCE)
-
-    family = [level(name, unet) for name, unet in unets.items()]
-    config = next(iter(unets.values())).config
-    shape = (config.in_channels, config.sample_size, config.sample_size)
-    prompts = common.by_seed({"encoder_hidden_states": texts})
-    # an SDE: fresh noise in each step, and coins that are independent between steps
-    common.draw(args, family, process_of(scheduler), "sde/dpmpp_2m", shape, latents, prompts, "independent")
+    family = common.text_family(args, unets, scheduler, latents, texts, empty, GUIDANCE)
+    # an SDE, with coins that are independent between steps
+    common.draw(args, family, process_of(scheduler), "sde/dpmpp_2m", latents, common.by_seed(texts), "independent")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
-from mlem_diffusion import BrownianPath, Latents, Level, Process, UserError, calibrate, sample, step_rule
+import mlem_diffusion as mlem
+from mlem_diffusion import UserError
 
 PROMPTS = ("a lighthouse in a storm", "a bowl of oranges", "a red bicycle by a wall", "a fox in the snow")
 
@@ -47,10 +48,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--steps is between 5 and 64, --samples at least 1, --calibration at least 2.")
     if args.out.suffix.lower() != ".png" or not args.out.absolute().parent.is_dir():
         raise UserError(f"--out {args.out}: name a PNG in a folder that exists.")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {args.device} is not available here.") from error
+    if args.device != "cpu" and not torch.cuda.is_available():
+        raise UserError(f"--device {args.device} is not available here.")
 
 
 def package(name: str, source: str) -> Any:
@@ -126,34 +125,49 @@ def decoder(args: argparse.Namespace, repo: str) -> Callable[[Tensor], Tensor]:
     return lambda raw: vae.decode(raw).sample
 
 
+def text_family(args: Any, networks: Any, scheduler: Any, latents: Any, texts: Any, empty: Any, scale: float) -> list:
+    """Levels of diffusers networks {name: network} with classifier-free guidance by the network itself: two evaluations
+    of it. texts: {condition: rows [P, ...]}, of the prompts; empty: {condition: [1, ...]}."""
+    options = {"scheduler": scheduler, "latents": latents}
+    example = {key: rows[:1] for key, rows in texts.items()}  # of one sample, to count FLOPs
+    out = []
+    for name, network in networks.items():
+        with_text = mlem.from_diffusers(name, ready(network, args), conditions=example, **options)
+        without = mlem.from_diffusers(name, network, conditioning=empty, **options)
+        out.append(mlem.guided(with_text, without, scale))
+    return out
+
+
 def by_seed(values: Mapping[str, Tensor]) -> Callable[[Sequence[int]], dict[str, Tensor]]:
     """Conditions of seeds: the rows of these tensors [P, ...] in turn."""
     return lambda seeds: {name: rows[[seed % len(rows) for seed in seeds]] for name, rows in values.items()}
 
 
 def draw(
-    args: argparse.Namespace, family: Sequence[Level], process: Process, rule_key: str, shape: tuple[int, ...],
-    latents: Latents, conditions: Callable[[Sequence[int]], Mapping[str, Any]], method: str = "systematic",
+    args: Any, family: Sequence[mlem.Level], process: mlem.Process, rule_key: str, latents: mlem.Latents,
+    conditions: Callable[[Sequence[int]], Mapping[str, Any]], method: str = "systematic",
 ) -> None:  # fmt: skip
     """Measure the family, plan for the budget, sample, decode, write the grid of images and say what it cost."""
-    rule = step_rule(rule_key)
+    rule, shape = mlem.step_rule(rule_key), family[0].space[0]
     # the budget's steps, and grids of twice and four times as many intervals, for plans that save at each evaluation
     counts = [(args.steps - 1) * finer + 1 for finer in ((1, 2) if args.random else (1, 2, 4))]
     seeds = range(10**6, 10**6 + args.calibration)  # others than those of the images
     given: dict[str, Any] = {"device": args.device, "conditions": conditions, "batch": 8}
-    measured = calibrate(family, process, rule, shape, steps=counts, seeds=seeds, calibrate_steps=counts[1:], **given)
+    measured = mlem.calibrate(
+        family, process, rule, shape, steps=counts, seeds=seeds, calibrate_steps=counts[1:], **given
+    )
 
     def alone(steps: int) -> float:  # the cost of the largest level; a guide may rest at some noise levels
         return float(sum(measured.costs[-1] + measured.base * measured.base_runs(u) for u in measured.grids[steps]))
 
     plan = measured.plan(method, cost=alone(args.steps))
-    path = BrownianPath(range(args.samples), shape, args.device, conditions)
-    images, ledger = sample(plan.build(family), rule, process.grid(plan.steps), path, latents.decode)
+    path = mlem.BrownianPath(range(args.samples), shape, args.device, conditions)
+    images, ledger = mlem.sample(plan.build(family), rule, process.grid(plan.steps), path, latents.decode)
     save_image(images.clamp(-1, 1) / 2 + 0.5, args.out, nrow=4)
 
     error = measured.own_errors[len(family) - 1, args.steps]
     print(f"Plan: {method}, {plan.steps} steps of {rule.label}, predicted squared error {plan.predicted:.3g}")
-    print(f"{family[-1].name} alone at the same cost, in {args.steps} steps: {error:.3g}")
+    print(f"{family[-1].name} alone at the budget's cost, in {args.steps} steps: {error:.3g}")
     rows = [*zip(plan.levels, ledger.flops, ledger.per_sample.mean(axis=0), strict=True)]
     rows += [("guide", measured.base, ledger.base_flops / measured.base)] if measured.base else []
     for name, flops, own in rows:

@@ -76,15 +76,14 @@ def recipe(args: Namespace) -> None:
     latents = Latents(lambda raw: 2 * decode(raw) - 1, scale=[SIGMA_DATA / std for std in STD], shift=MEAN)
 
     # D(y, sigma) is the denoised image, for y = image + sigma * noise
-    convention: dict[str, Any] = {"prediction": "x0", "coordinates": "ve", "time": "sigma"}
-    convention |= {"latents": latents, "shape": shape}
+    convention: Any = {"prediction": "x0", "coordinates": "ve", "time": "sigma", "latents": latents, "shape": shape}
     levels = [adapt(n, common.ready(net, args), conditions=labels([0]), **convention) for n, net in found.items()]
     guide = adapt("guide", common.ready(unconditional, args), **convention)
     family = [guided(level, guide, GUIDANCE, common=True) for level in levels]
 
     # sigma from 80 to 0.002, in even steps of log sigma
     process = Process(LinearSchedule(), -2 * math.log(80), -2 * math.log(0.002))
-    common.draw(args, family, process, "ode/dpmpp_2m", shape, latents, labels)
+    common.draw(args, family, process, "ode/dpmpp_2m", latents, labels)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import common
 import torch
 from torch import Tensor
 
-from mlem_diffusion import from_diffusers, guided, latents_of, process_of
+from mlem_diffusion import latents_of, process_of
 
 GUIDANCE = 4.5
 Texts = dict[str, Tensor]
@@ -67,20 +67,9 @@ def loaded_parts(args: Namespace) -> tuple[dict[str, Any], Any, Any, Texts, Text
 def recipe(args: Namespace) -> None:
     transformers, vae, scheduler, texts, empty = random_parts() if args.random else loaded_parts(args)
     latents = latents_of(common.ready(vae, args))
-
-    def level(name: str, transformer: Any) -> Any:
-        """Classifier-free guidance by the transformer itself: two evaluations of it."""
-        common.ready(transformer, args)
-        example = {key: rows[:1] for key, rows in texts.items()}  # of one sample, to count FLOPs
-        with_text = from_diffusers(name, transformer, scheduler, conditions=example, latents=latents)
-        without = from_diffusers(name, transformer, scheduler, conditioning=empty, latents=latents)
-        return guided(with_text, without, GUIDANCE)
-
-    family = [level(name, transformer) for name, transformer in transformers.items()]
-    config = next(iter(transformers.values())).config
-    shape = (config.in_channels, config.sample_size, config.sample_size)
+    family = common.text_family(args, transformers, scheduler, latents, texts, empty, GUIDANCE)
     # process_of: the scheduler's flow, with its shift of 3
-    common.draw(args, family, process_of(scheduler), "ode/dpmpp_2m", shape, latents, common.by_seed(texts))
+    common.draw(args, family, process_of(scheduler), "ode/dpmpp_2m", latents, common.by_seed(texts))
 
 
 if __name__ == "__main__":
