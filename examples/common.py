@@ -91,8 +91,7 @@ def ready(network: nn.Module, args: argparse.Namespace) -> Any:
 
 
 def relatives(kind: Callable[..., nn.Module], sizes: Mapping[str, Mapping[str, Any]]) -> dict[str, nn.Module]:
-    """Random networks of growing size that differ little, as trained ones do: weights of the same name are the same,
-    and those that only the larger ones have are small."""
+    """Random networks that differ little, as trained ones do: larger ones add small weights to those of the first."""
     networks = {name: kind(**options) for name, options in sizes.items()}
     first, *others = networks.values()
     shared = first.state_dict()
@@ -126,11 +125,10 @@ def decoder(args: argparse.Namespace, repo: str) -> Callable[[Tensor], Tensor]:
 
 
 def text_family(args: Any, networks: Any, scheduler: Any, latents: Any, texts: Any, empty: Any, scale: float) -> list:
-    """Levels of diffusers networks {name: network} with classifier-free guidance by the network itself: two evaluations
-    of it. texts: {condition: rows [P, ...]}, of the prompts; empty: {condition: [1, ...]}."""
-    options = {"scheduler": scheduler, "latents": latents}
+    """Levels of diffusers networks {name: network} with classifier-free guidance by the network itself, twice as costly.
+    texts, empty: {condition: rows}, of the prompts and of the empty one."""
+    options, out = {"scheduler": scheduler, "latents": latents}, []
     example = {key: rows[:1] for key, rows in texts.items()}  # of one sample, to count FLOPs
-    out = []
     for name, network in networks.items():
         with_text = mlem.from_diffusers(name, ready(network, args), conditions=example, **options)
         without = mlem.from_diffusers(name, network, conditioning=empty, **options)
@@ -143,19 +141,14 @@ def by_seed(values: Mapping[str, Tensor]) -> Callable[[Sequence[int]], dict[str,
     return lambda seeds: {name: rows[[seed % len(rows) for seed in seeds]] for name, rows in values.items()}
 
 
-def draw(
-    args: Any, family: Sequence[mlem.Level], process: mlem.Process, rule_key: str, latents: mlem.Latents,
-    conditions: Callable[[Sequence[int]], Mapping[str, Any]], method: str = "systematic",
-) -> None:  # fmt: skip
+def draw(args: Any, family: Any, process: Any, rule_key: str, latents: Any, conditions: Any, method: str) -> None:
     """Measure the family, plan for the budget, sample, decode, write the grid of images and say what it cost."""
     rule, shape = mlem.step_rule(rule_key), family[0].space[0]
     # the budget's steps, and grids of twice and four times as many intervals, for plans that save at each evaluation
     counts = [(args.steps - 1) * finer + 1 for finer in ((1, 2) if args.random else (1, 2, 4))]
-    seeds = range(10**6, 10**6 + args.calibration)  # others than those of the images
-    given: dict[str, Any] = {"device": args.device, "conditions": conditions, "batch": 8}
-    measured = mlem.calibrate(
-        family, process, rule, shape, steps=counts, seeds=seeds, calibrate_steps=counts[1:], **given
-    )
+    given: dict[str, Any] = {"steps": counts, "calibrate_steps": counts[1:], "device": args.device, "batch": 8}
+    given |= {"conditions": conditions, "seeds": range(10**6, 10**6 + args.calibration)}  # not those of the images
+    measured = mlem.calibrate(family, process, rule, shape, **given)
 
     def alone(steps: int) -> float:  # the cost of the largest level; a guide may rest at some noise levels
         return float(sum(measured.costs[-1] + measured.base * measured.base_runs(u) for u in measured.grids[steps]))
@@ -164,13 +157,12 @@ def draw(
     path = mlem.BrownianPath(range(args.samples), shape, args.device, conditions)
     images, ledger = mlem.sample(plan.build(family), rule, process.grid(plan.steps), path, latents.decode)
     save_image(images.clamp(-1, 1) / 2 + 0.5, args.out, nrow=4)
-
-    error = measured.own_errors[len(family) - 1, args.steps]
     print(f"Plan: {method}, {plan.steps} steps of {rule.label}, predicted squared error {plan.predicted:.3g}")
+    error = measured.own_errors[len(family) - 1, args.steps]
     print(f"{family[-1].name} alone at the budget's cost, in {args.steps} steps: {error:.3g}")
-    rows = [*zip(plan.levels, ledger.flops, ledger.per_sample.mean(axis=0), strict=True)]
-    rows += [("guide", measured.base, ledger.base_flops / measured.base)] if measured.base else []
-    for name, flops, own in rows:
+    for name, flops, own in zip(plan.levels, ledger.flops, ledger.per_sample.mean(axis=0), strict=True):
         print(f"  {name:<20}{flops / 1e9:10.4g} GFLOPs, {own:6.2f} evaluations per image")
+    if measured.base:
+        print(f"  {'guide':<20}{measured.base / 1e9:10.4g} GFLOPs, {ledger.base_flops / measured.base:6.2f} of them")
     share = ledger.flops_per_image / alone(plan.steps)
     print(f"Cost: {share:.3f} of {family[-1].name} alone in these {plan.steps} steps. Images: {args.out}")

@@ -2,11 +2,10 @@
 
 Weights: nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions, CC BY-NC-SA 4.0. They are pickles, which run code when
 they are opened, so this recipe reads safetensors only. Convert each file once, in a container without your data and
-keys, with github.com/NVlabs/edm2 on PYTHONPATH: pickle.load(file)["ema"].state_dict(), written by
-safetensors.torch.save_file to xs.safetensors, ..., xxl.safetensors; two or more are enough. EDM2's choice for guidance:
-edm2-img512-{xs-2147483-0.045, s-2147483-0.025, m-2147483-0.030, l-1879048-0.015, xl-1342177-0.020,
-xxl-0939524-0.015}.pkl, and as the guide, uncond.safetensors, edm2-img512-xs-uncond-2147483-0.015.pkl.
-Network: training/networks_edm2.py of that repository. VAE: stabilityai/sd-vae-ft-mse. None of this was run here.
+keys, with github.com/NVlabs/edm2 on PYTHONPATH: pickle.load(file)["ema"].state_dict(), by safetensors.torch.save_file,
+to xs.safetensors, ..., xxl.safetensors (two or more) and uncond.safetensors, the guide. EDM2's choice for guidance:
+edm2-img512-{xs-2147483-0.045, s-2147483-0.025, m-2147483-0.030, l-1879048-0.015, xl-1342177-0.020, xxl-0939524-0.015,
+xs-uncond-2147483-0.015}.pkl. Network: that repository's. VAE: stabilityai/sd-vae-ft-mse. None of this was run here.
 Memory: 0.12 + 0.28 + 0.50 + 0.78 + 1.12 + 1.52 B parameters and 0.12 B of the guide, kept in float32: 18 GB, plus
 activations in float16.
 
@@ -30,19 +29,13 @@ GUIDANCE = 1.2  # EDM2's for M and larger; 1.4 for XS and S
 MEAN, STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)  # of the raw latents
 
 
-class StandIn(nn.Module):
-    """D(x, sigma) as EDM2's Precond, of a small network."""
-
-    def __init__(self, depth: int):
-        super().__init__()
-        self.network = common.StandIn(depth)
+class StandIn(common.StandIn):
+    """A small network with the call of EDM2's Precond: D(x, sigma)."""
 
     def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        none = torch.full((len(x),), CLASSES, device=x.device)
-        label = none if class_labels is None else class_labels.argmax(dim=1)
-        s, size = sigma[:, None, None, None], (sigma**2 + SIGMA_DATA**2).sqrt()[:, None, None, None]
-        inner = self.network(x / size, sigma.log() / 4, label)
-        return (SIGMA_DATA / size) ** 2 * x + s * SIGMA_DATA / size * inner
+        label = torch.full((len(x),), CLASSES, device=x.device) if class_labels is None else class_labels.argmax(dim=1)
+        s = sigma[:, None, None, None]
+        return (x + s * super().forward(x / (1 + s**2).sqrt(), sigma.log() / 4, label)) / (1 + s**2)
 
 
 def networks(args: Namespace) -> tuple[dict[str, nn.Module], nn.Module]:
@@ -74,16 +67,14 @@ def recipe(args: Namespace) -> None:
     shape = (4, 8, 8) if args.random else (4, 64, 64)
     decode = common.decoder(args, "stabilityai/sd-vae-ft-mse")  # which EDM2 applies to images in [0, 1]
     latents = Latents(lambda raw: 2 * decode(raw) - 1, scale=[SIGMA_DATA / std for std in STD], shift=MEAN)
-
     # D(y, sigma) is the denoised image, for y = image + sigma * noise
     convention: Any = {"prediction": "x0", "coordinates": "ve", "time": "sigma", "latents": latents, "shape": shape}
     levels = [adapt(n, common.ready(net, args), conditions=labels([0]), **convention) for n, net in found.items()]
     guide = adapt("guide", common.ready(unconditional, args), **convention)
     family = [guided(level, guide, GUIDANCE, common=True) for level in levels]
-
     # sigma from 80 to 0.002, in even steps of log sigma
     process = Process(LinearSchedule(), -2 * math.log(80), -2 * math.log(0.002))
-    common.draw(args, family, process, "ode/dpmpp_2m", latents, labels)
+    common.draw(args, family, process, "ode/dpmpp_2m", latents, labels, "systematic")
 
 
 if __name__ == "__main__":

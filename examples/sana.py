@@ -29,9 +29,8 @@ def random_parts() -> tuple[dict[str, Any], Any, Any, Texts, Texts]:
     """What `loaded_parts` returns, small and random; here the levels are three."""
     diffusers = common.package("diffusers", "pip install diffusers")
     small = {"in_channels": 4, "out_channels": 4, "sample_size": 8, "caption_channels": 16, "cross_attention_dim": 32}
-    small |= {"num_attention_heads": 4, "attention_head_dim": 8}
-    small |= {"num_cross_attention_heads": 4, "cross_attention_head_dim": 8}
-    sizes = {f"depth {n}": {**small, "num_layers": n} for n in (1, 3, 8)}
+    small |= {"attention_head_dim": 8, "cross_attention_head_dim": 8, "num_cross_attention_heads": 4}
+    sizes = {f"depth {n}": {**small, "num_attention_heads": 4, "num_layers": n} for n in (1, 3, 8)}
     tiny = {"block_out_channels": (8, 8), "layers_per_block": (1, 1), "qkv_multiscales": ((), ())}
     tiny = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in tiny.items()}
     vae = diffusers.AutoencoderDC(latent_channels=4, scaling_factor=0.41407, **tiny)
@@ -49,16 +48,14 @@ def loaded_parts(args: Namespace) -> tuple[dict[str, Any], Any, Any, Texts, Text
     common.package("transformers", "pip install transformers")
     half, wide = (torch.float32,) * 2 if args.device == "cpu" else (torch.float16, torch.bfloat16)
     last, options = args.weights[-1], {"use_safetensors": True, "variant": "fp16"}
-    no = {"transformer": None, "vae": None}
-    pipeline = common.pretrained("SanaPipeline", last, torch_dtype=wide, **no, **options)
+    pipeline = common.pretrained("SanaPipeline", last, transformer=None, vae=None, torch_dtype=wide, **options)
     pipeline.text_encoder.to(args.device)
     # without the long instruction that the pipeline puts before a prompt
     found = pipeline.encode_prompt(list(common.PROMPTS), device=args.device)
     texts, empty = ({"encoder_hidden_states": e, "encoder_attention_mask": mask} for e, mask in (found[:2], found[2:]))
     scheduler = pipeline.scheduler
     del pipeline  # frees the text encoder
-    options |= {"torch_dtype": half, "subfolder": "transformer"}
-    kind = "SanaTransformer2DModel"
+    kind, options = "SanaTransformer2DModel", {**options, "torch_dtype": half, "subfolder": "transformer"}
     transformers = {Path(repo).name: common.pretrained(kind, repo, **options) for repo in args.weights}
     vae = common.pretrained("AutoencoderDC", last, subfolder="vae", use_safetensors=True, torch_dtype=wide)
     return transformers, vae, scheduler, texts, {name: rows[:1] for name, rows in empty.items()}
@@ -69,7 +66,7 @@ def recipe(args: Namespace) -> None:
     latents = latents_of(common.ready(vae, args))
     family = common.text_family(args, transformers, scheduler, latents, texts, empty, GUIDANCE)
     # process_of: the scheduler's flow, with its shift of 3
-    common.draw(args, family, process_of(scheduler), "ode/dpmpp_2m", latents, common.by_seed(texts))
+    common.draw(args, family, process_of(scheduler), "ode/dpmpp_2m", latents, common.by_seed(texts), "systematic")
 
 
 if __name__ == "__main__":

@@ -44,21 +44,18 @@ def recipe(args: Namespace) -> None:
     found = {name: common.ready(network, args) for name, network in networks(args).items()}
     shape = (4, 8, 8) if args.random else (4, 32, 32)
     latents = Latents(common.decoder(args, "stabilityai/sd-vae-ft-ema"), scale=0.18215)
-
     # the velocity x0 - eps of the line t x0 + (1 - t) eps
-    convention: dict[str, Any] = {"prediction": "velocity", "coordinates": flow(data_at=1), "time": "t"}
+    convention: Any = {"prediction": "velocity", "coordinates": flow(data_at=1), "time": "t"}
     convention |= {"latents": latents, "shape": shape}
     example = {"y": torch.tensor([0])}  # of one sample, to count FLOPs
     levels = [adapt(name, network, conditions=example, **convention) for name, network in found.items()]
-
     # one guide for all levels: the smallest network without a class
     smallest = next(iter(found.values()))
     guide = adapt("guide", smallest, conditioning={"y": torch.tensor([NULL])}, **convention)
     family = [guided(level, guide, GUIDANCE, common=True) for level in levels]
-
     # from log-SNR -40, where t is 0 to eight digits, to 13.8, where it is 0.999, in even steps of t
     process = Process(FlowSchedule(), -40.0, 13.8, spacing="time")
-    common.draw(args, family, process, "ode/ddim", latents, labels)
+    common.draw(args, family, process, "ode/ddim", latents, labels, "systematic")
 
 
 if __name__ == "__main__":
