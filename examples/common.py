@@ -125,7 +125,7 @@ def decoder(args: argparse.Namespace, repo: str) -> Callable[[Tensor], Tensor]:
 
 
 def text_family(args: Any, networks: Any, scheduler: Any, latents: Any, texts: Any, empty: Any, scale: float) -> list:
-    """Levels of diffusers networks {name: network} with classifier-free guidance by the network itself, twice as costly.
+    """Levels of diffusers networks {name: network} with classifier-free guidance by the network itself, at double cost.
     texts, empty: {condition: rows}, of the prompts and of the empty one."""
     options, out = {"scheduler": scheduler, "latents": latents}, []
     example = {key: rows[:1] for key, rows in texts.items()}  # of one sample, to count FLOPs
