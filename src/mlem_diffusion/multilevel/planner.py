@@ -164,19 +164,21 @@ def calibrate(
     family: Sequence[Level], process: Process, rule: StepRule, shape: tuple[int, ...], *,
     steps: Sequence[int] = (8, 16, 32, 64, 128), seeds: Sequence[int] = range(10**6, 10**6 + 32),
     calibrate_steps: Sequence[int] = (32, 128), device: torch.device | str = "cpu", conditions: ConditionsOf = None,
+    batch: int = 64,
 ) -> Calibration:  # fmt: skip
     """Measure the gains of a family and the error of each level alone, for plans with one of these numbers of steps.
     calibrate_steps: noise levels of the grids on which gains are measured (`gain_grids`). conditions: those of these
-    seeds, or a function of seeds. Guided levels are measured as they are, so plans know that a guide's scale w
-    multiplies the variance of coins by w^2; they count a common guide once in every estimate. Evaluate on other seeds,
-    and run a plan before you rely on its predicted error. Raises UserError if the family is not ordered by cost, if the
-    largest level cannot be differentiated, or if the process is too coarse for a reference (diffusion/reference.py)."""
+    seeds, or a function of seeds. batch: images whose gains are measured at a time: derivatives of the largest level
+    take most of the memory. Guided levels are measured as they are, so plans know that a guide's scale w multiplies the
+    variance of coins by w^2; they count a common guide once in every estimate. Evaluate on other seeds, and run a plan
+    before you rely on its predicted error. Raises UserError if the family is not ordered by cost, if the largest level
+    cannot be differentiated, or if the process is too coarse for a reference (diffusion/reference.py)."""
     finest = reference_steps(process, steps)
     if len(seeds) < 2:
         raise UserError("calibrate: at least two seeds are needed, better 32 or more.")
     path = BrownianPath(seeds, shape, device, conditions)
     counts = gain_grids(calibrate_steps, max(steps))
-    *coarser, effects = (measure_effects(family, rule, process.grid(n), path) for n in counts)
+    *coarser, effects = (measure_effects(family, rule, process.grid(n), path, batch=batch) for n in counts)
     fine = sample_reference(family[-1], rule.dynamics, process, finest, path)[0]
 
     def error(estimator: Estimator, count: int) -> float:
