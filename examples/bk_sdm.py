@@ -58,7 +58,8 @@ def recipe(args: Namespace) -> None:
     latents = latents_of(common.ready(vae, args))
     family = common.text_family(args, unets, scheduler, latents, texts, empty, GUIDANCE)
     # an SDE, with coins that are independent between steps
-    common.draw(args, family, process_of(scheduler), "sde/dpmpp_2m", latents, common.by_seed(texts), "independent")
+    process, shape = process_of(scheduler), common.shape_of(unets)
+    common.draw(args, family, process, "sde/dpmpp_2m", shape, latents, common.by_seed(texts), "independent")
 
 
 if __name__ == "__main__":

@@ -141,9 +141,17 @@ def by_seed(values: Mapping[str, Tensor]) -> Callable[[Sequence[int]], dict[str,
     return lambda seeds: {name: rows[[seed % len(rows) for seed in seeds]] for name, rows in values.items()}
 
 
-def draw(args: Any, family: Any, process: Any, rule_key: str, latents: Any, conditions: Any, method: str) -> None:
+def shape_of(networks: Mapping[str, Any]) -> tuple[int, int, int]:
+    """The shape of the latents of diffusers networks."""
+    config = next(iter(networks.values())).config
+    return config.in_channels, config.sample_size, config.sample_size
+
+
+def draw(
+    args: Any, family: Any, process: Any, rule_key: str, shape: Any, latents: Any, conditions: Any, method: str
+) -> None:
     """Measure the family, plan for the budget, sample, decode, write the grid of images and say what it cost."""
-    rule, shape = mlem.step_rule(rule_key), family[0].space[0]
+    rule = mlem.step_rule(rule_key)
     # the budget's steps, and grids of twice and four times as many intervals, for plans that save at each evaluation
     counts = [(args.steps - 1) * finer + 1 for finer in ((1, 2) if args.random else (1, 2, 4))]
     given: dict[str, Any] = {"steps": counts, "calibrate_steps": counts[1:], "device": args.device, "batch": 8}

@@ -66,7 +66,8 @@ def recipe(args: Namespace) -> None:
     latents = latents_of(common.ready(vae, args))
     family = common.text_family(args, transformers, scheduler, latents, texts, empty, GUIDANCE)
     # process_of: the scheduler's flow, with its shift of 3
-    common.draw(args, family, process_of(scheduler), "ode/dpmpp_2m", latents, common.by_seed(texts), "systematic")
+    process, shape = process_of(scheduler), common.shape_of(transformers)
+    common.draw(args, family, process, "ode/dpmpp_2m", shape, latents, common.by_seed(texts), "systematic")
 
 
 if __name__ == "__main__":
