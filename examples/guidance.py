@@ -1,9 +1,8 @@
-"""What guidance costs the multilevel estimator, with a guide for all levels or one per level, on a toy and on two small
-networks trained here -> results/guidance/: guidance.json, guidance.csv, guidance.png, portraits.png (docs/guidance.md)."""
+"""What guidance costs the multilevel estimator, with a guide for all levels or one per level: on a toy, and on two
+small networks trained here -> guidance.json, .csv, .png and portraits.png in results/guidance/ (docs/guidance.md)."""
 
 import argparse
 from functools import cache, partial
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +28,7 @@ from mlem_diffusion.multilevel.planner import Calibration
 from mlem_diffusion.statistics import squared_errors
 
 NULL, LABELS, SIZE = 4, "class_labels", 16  # the label of no class; the classes are 0 to 3
-BUDGET = 0.6  # of plans, over the cost of the largest network at every step without a guide
+SHARES = {"few": 0.15, "many": 0.5}  # evaluations of the largest network per step that plans add to the small level
 Pair = tuple[list[Level], list[Level], tuple[int, ...]]  # D_1, D_2; the same without a class, U_1, U_2; shape
 
 
@@ -38,8 +37,7 @@ class Setting(NamedTuple):
     widths: tuple[int, ...] = (12, 32)
     training: tuple[int, int] = (1200, 8192)  # steps, images
     steps: int = 33  # noise levels of the sampler
-    seeds: tuple[int, int] = (24, 64)  # of gains and of errors of the trained pair
-    toy_seeds: tuple[int, int] = (128, 256)
+    seeds: tuple[int, int, int, int] = (24, 64, 128, 256)  # of gains and of errors, of the trained pair and of a toy
     rules: tuple[str, ...] = ("sde/ddpm", "ode/ddim")
     problems: tuple[str, ...] = ("toy, 0", "toy, 0.5", "toy, 0.9", "portraits")  # with rho of a toy
     scales: tuple[Any, ...] = (1.0, 1.5, 2.0, 3.0, 4.0, [(-3.0, 3.0, 2.0)])
@@ -47,8 +45,7 @@ class Setting(NamedTuple):
 
 @cache
 def data(count: int) -> tuple[Tensor, Tensor]:
-    """Portraits [N, 3, 16, 16] on the scale [-1, 1] and their classes [N], by two traits that one can see: whether the
-    middle (the face) is brighter than the median, and whether the border is warmer, red over blue."""
+    """Portraits [N, 3, 16, 16] in [-1, 1], and classes [N]: bright or dark middle (the face), warm or cool border."""
     images = torch.from_numpy(np.stack([portrait(i, SIZE, 0) for i in range(count)])).float() / 127.5 - 1
     (border := torch.ones(SIZE, SIZE, dtype=torch.bool))[2:, 2:-2] = False  # sides and top: the bottom shows clothes
     middle, around = images[:, :, 5:11, 5:11].mean(dim=(1, 2, 3)), images[:, :, border].mean(dim=2)
@@ -66,18 +63,16 @@ def trained(width: int, steps: int, count: int, folder: Path) -> UNet2DModel:
     if not path.is_file():
         (x0, labels), optimiser, average = data(count), torch.optim.Adam(net.parameters()), mean.state_dict()
         for step in range(steps):
-            falling = 0.5 * (1 + np.cos(np.pi * step / steps))  # after 100 steps of warming up
-            optimiser.param_groups[0]["lr"] = 1.5e-3 * min(1, (step + 1) / 100) * falling
-            chosen = torch.randint(len(x0), (64,))
-            clean, noise = x0[chosen], torch.randn(64, 3, SIZE, SIZE)
+            warm, falling = min(1, (step + 1) / 100), 0.5 * (1 + np.cos(np.pi * step / steps))
+            optimiser.param_groups[0]["lr"] = 1.5e-3 * warm * falling
+            clean, noise = x0[chosen := torch.randint(len(x0), (64,))], torch.randn(64, 3, SIZE, SIZE)
             clean = torch.where(torch.rand(64, 1, 1, 1) < 0.5, clean, clean.flip(3))  # both traits are symmetric
             logsnr = 18 * (torch.arange(64) + torch.rand(64)) / 64 - 9
             label = torch.where(torch.rand(64) < 0.1, NULL, labels[chosen])  # 10% without a class, for the guide
             alpha, sigma = (expand(torch.sigmoid(u).sqrt(), noise) for u in (logsnr, -logsnr))
             found = net(add_noise(clean, noise, logsnr), 50 * logsnr, class_labels=label).sample
-            loss = (found - alpha * noise + sigma * clean).square().mean()
             optimiser.zero_grad()
-            loss.backward()
+            (found - alpha * noise + sigma * clean).square().mean().backward()
             optimiser.step()
             for name, value in net.state_dict().items():
                 average[name].lerp_(value, 1 - min(0.998, (1 + step) / (10 + step)))
@@ -105,10 +100,9 @@ def toy(rho: float) -> Pair:
     def level(k: int, name: str, share: float, names: tuple[str, ...] = ()) -> Level:
         shared, own = smooth_field(16, 2 * k), smooth_field(16, 2 * k + 1)
 
-        def denoise(x: Tensor, logsnr: Tensor, class_labels: Tensor | None = None) -> Tensor:
-            flat, at, exact = x.flatten(1), logsnr.expand(len(x)), whole.denoise(x, logsnr)
-            if class_labels is not None:
-                exact = torch.stack([one.denoise(x, logsnr) for one in classes])[class_labels, torch.arange(len(x))]
+        def denoise(x: Tensor, logsnr: Tensor, class_labels: Tensor | int = NULL) -> Tensor:
+            flat, at = x.flatten(1), logsnr.expand(len(x))
+            exact = torch.stack([one.denoise(x, logsnr) for one in (*classes, whole)])[class_labels, range(len(x))]
             error = share * shared(flat, at) + (1 - share**2) ** 0.5 * own(flat, at)
             return exact + 0.1 * 4.0**-k * rms * torch.sigmoid(-logsnr).sqrt() * error.reshape(x.shape)
 
@@ -149,28 +143,30 @@ def measure(pair: Pair, key: str, scale: Any, common: bool, steps: int, seeds: t
     growth = w**2 if common else w**2 - 2 * w * (w - 1) * ratio * cosine + ((w - 1) * ratio) ** 2
     runs, own = partial(runs_base, family), {(1, steps): 0.0}  # the largest level is the target, so its own error is 0
     known = Calibration(effects, {steps: effects.logsnr}, own, costs, base=base, base_runs=runs)
-    plan: Any = known.plan_for_cost("independent", BUDGET * steps * one)
-    images, whole = sample(SingleLevel(family[-1]), rule, grid, fresh)
-    found, ledger = sample(plan.build(family), rule, grid, fresh)
-    errors, spent = squared_errors(found, images), ledger.flops_per_image / one / steps
-    return {
+    images, ledger = sample(SingleLevel(family[-1]), rule, grid, fresh)
+    row = {
         "rule": key, "guide": "common" if common else "per level", "w": w, "everywhere": scale == w,
         "gain": per_seed.mean(), "gain_se": per_seed.std(ddof=1) / seeds[0] ** 0.5, "growth_theory": growth,
         "cosine": cosine, "size_ratio": ratio, "firing_cost": fire, "s": s, "s_relative": s * one / (costs[-1] + base),
-        "largest_cost": whole.flops_per_image / one / steps, "firings": float(plan.table[:, -1].sum()), "cost": spent,
-        "guide_cost": ledger.base_flops / one / steps if common else 0.5 * spent, "predicted": plan.predicted,
-        "error": errors.mean(), "error_se": errors.std(ddof=1) / seeds[1] ** 0.5,
-    }, images  # fmt: skip
+        "largest_cost": ledger.flops_per_image / one / steps,
+    }  # fmt: skip
+    for name, share in SHARES.items():  # the small level with its guide costs the same in both kinds
+        plan: Any = known.plan_for_cost("independent", steps * (family[0].flops + share * one))
+        found, ledger = sample(plan.build(family), rule, grid, fresh)
+        errors, cost = squared_errors(found, images), ledger.flops_per_image / one / steps
+        row |= {f"{name}_firings": float(plan.table[:, -1].sum()), f"{name}_cost": cost, f"{name}_error": errors.mean(),
+                f"{name}_error_se": errors.std(ddof=1) / seeds[1] ** 0.5, f"{name}_predicted": plan.predicted,
+                f"{name}_guide_cost": ledger.base_flops / one / steps if common else 0.5 * cost}  # fmt: skip
+    return row, images
 
 
 def sweep(problem: str, key: str, setting: Setting) -> Any:
     """All rows of a problem and a step rule, and some images of the guided largest levels."""
-    is_toy, rows, images = problem != "portraits", [], []
-    pair, seeds = (toy(float(problem[4:])), setting.toy_seeds) if is_toy else (portraits(setting), setting.seeds)
+    rows, images, own = [], [], problem == "portraits"
+    pair, seeds = (portraits(setting), setting.seeds[:2]) if own else (toy(float(problem[4:])), setting.seeds[2:])
     for scale in setting.scales:
         (first, ours), (second, theirs) = (measure(pair, key, scale, c, setting.steps, seeds) for c in (True, False))
-        both = {"problem": problem, "apart": squared_errors(ours, theirs).mean()}  # of the two kinds' largest levels
-        rows += [both | first, both | second]
+        rows += [{"problem": problem, "apart": squared_errors(ours, theirs).mean()} | row for row in (first, second)]
         images += [(f"common guide,\nw = {scale}", ours[:12]), (f"guide per level,\nw = {scale}", theirs[:12])]
     return rows, images
 
@@ -181,20 +177,20 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=Path("checkpoints/guidance"), help="trained networks")
     parser.add_argument("--quick", action="store_true", help="a test of the script in seconds, with tiny training")
     args = parser.parse_args()
-    small: Any = ((4, 8), (2, 64), 9, (2, 4), (2, 4), ("sde/ddpm",), ("toy, 0.5", "portraits"), (1.0,))
+    small: Any = ((4, 8), (2, 64), 9, (2, 4, 2, 4), ("sde/ddpm",), ("toy, 0.5", "portraits"), (1.0,))
     setting = Setting(args.weights, *(small if args.quick else ()))
     portraits(setting)  # before the workers need it
-    jobs = (delayed(sweep)(problem, key, setting) for problem, key in product(setting.problems, setting.rules))
+    jobs = (delayed(sweep)(problem, key, setting) for problem in setting.problems for key in setting.rules)
     found: Any = Parallel(n_jobs=1 if args.quick else 2)(jobs)
     frame = pd.DataFrame([row for rows, _ in found for row in rows])
     frame.insert(5, "growth", frame.gain / frame.groupby(["problem", "rule", "guide"]).gain.transform("first"))
     save(plot_guidance(frame), args.out / "guidance.png")
     atomic_write(args.out / "guidance.csv", lambda p: frame.to_csv(p, index=False, float_format="%.5g"))
-    facts = setting._asdict() | {"weights": args.weights.name, "budget": BUDGET, "rows": frame.to_dict("records")}
+    facts = setting._asdict() | {"weights": args.weights.name, "shares": SHARES, "rows": frame.to_dict("records")}
     write_json(args.out / "guidance.json", facts)
     grid = comparison_grid([(label, ((x.clip(-1, 1) + 1) * 127.5).round().byte()) for label, x in found[-1][1]])
     save(grid, args.out / "portraits.png")
-    print(frame[["problem", "rule", "guide", "w", "everywhere", "growth", "cosine", "s", "error"]].to_string())
+    print(frame.filter(regex="problem|rule|guide$|^w$|growth$|cosine|^s$|error$").to_string())
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from .style import COLOURS, MARKERS, new_figure, styled
 @styled
 def plot_guidance(frame: pd.DataFrame) -> Figure:
     """Rows of guidance.csv: the toy by the correlation of its errors, the trained pair by step rule."""
-    figure = new_figure(11, 7.5, "Guidance: one guide for all levels (dashed), or a guide per level")
-    for (top, low), name in zip(figure.subplots(2, 2, sharex=True).T, ("toy", "portraits"), strict=True):
+    figure = new_figure(10, 10, "Guidance: one guide for all levels (dashed), or a guide per level")
+    for (top, *errors), name in zip(figure.subplots(3, 2, sharex=True).T, ("toy", "portraits"), strict=True):
         shown = frame.everywhere & ((frame.rule == "sde/ddpm") | (name != "toy"))
         own = frame[frame.problem.str.startswith(name) & shown]
         groups: Any = own.groupby(["guide", "problem", "rule"])
@@ -20,9 +20,11 @@ def plot_guidance(frame: pd.DataFrame) -> Figure:
             label = f"{guide}, {rule if name == 'portraits' else problem.replace('toy,', 'rho =')}"
             look: Any = {"color": COLOURS[i], "marker": MARKERS[i], "ls": "--" if guide == "common" else "-"}
             top.plot(rows.w, rows.growth, label=label, **look)
-            low.errorbar(rows.w, rows.error, 2 * rows.error_se, **look)
+            for ax, budget in zip(errors, ("few", "many"), strict=True):
+                ax.errorbar(rows.w, rows[f"{budget}_error"], 2 * rows[f"{budget}_error_se"], **look)
+                ax.set(yscale="log", ylabel=f"squared error at equal cost, {budget} firings")
         top.plot(rows.w, rows.w**2, ":", color="black", label="$w^2$")
         top.set(yscale="log", ylabel="gain V over that of w = 1", title=f"{name}: {', '.join(own.rule.unique())}")
-        low.set(yscale="log", ylabel="squared error at equal cost", xlabel="guidance scale w")
+        errors[-1].set_xlabel("guidance scale w")
         top.legend(fontsize=8)
     return figure
