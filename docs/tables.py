@@ -348,9 +348,12 @@ def guidance_table() -> str:
         ("problem", "w", "V / V(w = 1), common", "per level", "cosine", "S, common", "per level",
          "error, few firings, common", "per level", "error, many firings, common", "per level", "apart"),
     ]  # fmt: skip
-    found = load("guidance/guidance.json")["rows"]
+    columns = load("guidance/guidance.json")["columns"]
+    found = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     for one, other in zip(found[::2], found[1::2], strict=True):
-        if one["problem"].startswith("toy") and (one["rule"] != "sde/ddpm" or one["w"] not in (2, 4)):
+        if one["problem"] != "portraits" and (
+            one["rule"] != "sde/ddpm" or not one["everywhere"] or one["w"] not in (2, 4)
+        ):
             continue
         both = one, other
         rows.append((

@@ -167,7 +167,7 @@ def sweep(problem: str, key: str, setting: Setting) -> Any:
     for scale in setting.scales:
         (first, ours), (second, theirs) = (measure(pair, key, scale, c, setting.steps, seeds) for c in (True, False))
         rows += [{"problem": problem, "apart": squared_errors(ours, theirs).mean()} | row for row in (first, second)]
-        images += [(f"common guide,\nw = {scale}", ours[:12]), (f"guide per level,\nw = {scale}", theirs[:12])]
+        images += [(f"common guide,\nw = {scale}", ours[:8]), (f"guide per level,\nw = {scale}", theirs[:8])]
     return rows, images
 
 
@@ -184,11 +184,13 @@ def main() -> None:
     found: Any = Parallel(n_jobs=1 if args.quick else 2)(jobs)
     frame = pd.DataFrame([row for rows, _ in found for row in rows])
     frame.insert(5, "growth", frame.gain / frame.groupby(["problem", "rule", "guide"]).gain.transform("first"))
+    frame = frame.map(lambda x: float(f"{x:.5g}") if isinstance(x, float) else x)
     save(plot_guidance(frame), args.out / "guidance.png")
-    atomic_write(args.out / "guidance.csv", lambda p: frame.to_csv(p, index=False, float_format="%.5g"))
-    facts = setting._asdict() | {"weights": args.weights.name, "shares": SHARES, "rows": frame.to_dict("records")}
+    atomic_write(args.out / "guidance.csv", lambda p: frame.to_csv(p, index=False))
+    facts = setting._asdict() | {"weights": args.weights.name, "shares": SHARES, "columns": frame.to_dict("list")}
     write_json(args.out / "guidance.json", facts)
-    grid = comparison_grid([(label, ((x.clip(-1, 1) + 1) * 127.5).round().byte()) for label, x in found[-1][1]])
+    shown = found[-1][1][::4] + found[-1][1][5::4]  # of the last problem, at w = 1, 2, 4
+    grid = comparison_grid([(label, ((x[:8].clip(-1, 1) + 1) * 127.5).round().byte()) for label, x in shown])
     save(grid, args.out / "portraits.png")
     print(frame.filter(regex="problem|rule|guide$|^w$|growth$|cosine|^s$|error$").to_string())
 

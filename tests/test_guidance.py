@@ -40,8 +40,7 @@ def test_the_guide_runs_once_per_step_and_only_inside_its_interval() -> None:
     for scale, expected in ((2.0, GRID.logsnr), (INSIDE, GRID.logsnr[abs(GRID.logsnr) <= 3]), (AWAY, [])):
         seen.clear()
         ledger = sample(Multilevel(family(scale, guide), [1.0, 0.5, 0.5]), RULE, GRID, PATH)[1]
-        assert seen == pytest.approx(expected, rel=1e-6)
-        assert ledger.base_flops == len(expected) * GUIDE.flops and ledger.flops == [1.0, 4.0, 16.0]
+        assert seen == pytest.approx(expected, rel=1e-6) and ledger.base_flops == len(expected) * GUIDE.flops
         assert torch.equal(alone(family(scale)), alone(family(scale, common=False)))  # one image, whosever the guide is
     assert torch.equal(alone(family(AWAY)), alone(toy_family()))
 
