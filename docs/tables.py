@@ -343,7 +343,7 @@ def strict_table() -> str:
 
 
 def guidance_table() -> str:
-    """One guide for all levels against a guide per level, by problem, step rule and scale; toys at two scales only."""
+    """One guide for all levels against a guide per level, by problem, step rule and scale; toys at one scale only."""
     rows: list[tuple[str, ...]] = [
         ("problem", "w", "V / V(w = 1), common", "per level", "cosine", "S, common", "per level",
          "error, few firings, common", "per level", "error, many firings, common", "per level", "apart"),
@@ -351,9 +351,7 @@ def guidance_table() -> str:
     columns = load("guidance/guidance.json")["columns"]
     found = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     for one, other in zip(found[::2], found[1::2], strict=True):
-        if one["problem"] != "portraits" and (
-            one["rule"] != "sde/ddpm" or not one["everywhere"] or one["w"] not in (2, 4)
-        ):
+        if one["problem"] != "portraits" and (one["rule"] != "sde/ddpm" or one["w"] != 4):
             continue
         both = one, other
         rows.append((
