@@ -1,4 +1,4 @@
-"""Writes the tables of numbers in README.md, docs/results.md and docs/speed.md, from the committed runs in results/."""
+"""Writes the tables of numbers in README.md and docs/, from the committed runs in results/."""
 
 import json
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from mlem_diffusion.comparison.speedup import AGAINST, METHODS, UNITS
 
 ROOT = Path(__file__).resolve().parents[1]
 README, RESULTS, SPEED = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "speed.md"
-PAPER = ROOT / "docs" / "paper-and-ours.md"
+PAPER, GUIDANCE = ROOT / "docs" / "paper-and-ours.md", ROOT / "docs" / "guidance.md"
 
 
 def load(name: str) -> Any:
@@ -342,6 +342,28 @@ def strict_table() -> str:
     return table(rows)
 
 
+def guidance_table() -> str:
+    """One guide for all levels against a guide per level, by problem, step rule and scale; toys at one scale only."""
+    rows: list[tuple[str, ...]] = [
+        ("problem", "w", "V / V(w = 1), common", "per level", "cosine", "S, common", "per level",
+         "error, few firings, common", "per level", "error, many firings, common", "per level", "apart"),
+    ]  # fmt: skip
+    columns = load("guidance/guidance.json")["columns"]
+    found = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    for one, other in zip(found[::2], found[1::2], strict=True):
+        if one["problem"] != "portraits" and (one["rule"] != "sde/ddpm" or one["w"] != 4):
+            continue
+        both = one, other
+        rows.append((
+            f"{one['problem']}, {STEP[one['rule'][:3]]}",
+            f"{one['w']:g}" + ("" if one["everywhere"] else ", inside"),
+            *(f"{r['growth']:.3g}" for r in both), f"{other['cosine']:.2f}", *(f"{r['s']:.2g}" for r in both),
+            *(f"{r[f'{n}_error']:.2g} ± {r[f'{n}_error_se']:.1g}" for n in ("few", "many") for r in both),
+            f"{one['apart']:.2g}",
+        ))  # fmt: skip
+    return table(rows)
+
+
 def benchmark_tables() -> str:
     paths = sorted((ROOT / "results" / "benchmark").glob("*.json"))
     return "\n\n".join(report(json.loads(path.read_text())) for path in paths)
@@ -363,6 +385,7 @@ TABLES = {
     (RESULTS, "fit"): fit_table,
     (RESULTS, "speedups"): speedup_table,
     (RESULTS, "estimators"): estimator_table,
+    (GUIDANCE, "guidance"): guidance_table,
     (SPEED, "benchmark"): benchmark_tables,
 }
 
