@@ -121,7 +121,7 @@ def decoder(args: argparse.Namespace, repo: str) -> Callable[[Tensor], Tensor]:
     if args.random:
         return ready(nn.Sequential(nn.Conv2d(4, 3, 1), nn.Upsample(scale_factor=8), nn.Tanh()), args)
     vae = ready(pretrained("AutoencoderKL", repo, use_safetensors=True), args)
-    return lambda raw: vae.decode(raw).sample
+    return lambda raw: vae.decode(raw).sample  # in float32
 
 
 def text_family(args: Any, networks: Any, scheduler: Any, latents: Any, texts: Any, empty: Any, scale: float) -> list:

@@ -67,7 +67,7 @@ def recipe(args: Namespace) -> None:
     family = common.text_family(args, transformers, scheduler, latents, texts, empty, GUIDANCE)
     # process_of: the scheduler's flow, with its shift of 3
     process, shape = process_of(scheduler), common.shape_of(transformers)
-    common.draw(args, family, process, "ode/dpmpp_2m", shape, latents, common.by_seed(texts), "systematic")
+    common.draw(args, family, process, "ode/ddim", shape, latents, common.by_seed(texts), "systematic")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Conditions per sample, a guide that all levels share, and latents: in samplers, plans, checks and experiments."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -132,26 +133,47 @@ def test_missing_unknown_and_short_conditions_are_one_sentence() -> None:
     levels, grid = family(), PROCESS.grid(5)
     with pytest.raises(UserError, match="s32 needs the condition y of each sample"):
         sample(SingleLevel(levels[-1]), DDIM, grid, BrownianPath([0], SHAPE))
-    given = labels([0]) | {"text": torch.zeros(1)}
+    given = labels([0, 1]) | {"text": torch.zeros(2)}
     with pytest.raises(UserError, match="No level takes the condition text; they take y"):
-        sample(SingleLevel(levels[-1]), DDIM, grid, BrownianPath([0], SHAPE, conditions=given))
-    with pytest.raises(UserError, match="The condition y has 1 rows for 2 samples"):
-        BrownianPath([0, 1], SHAPE, conditions=labels([0]))
+        calibrate(levels, PROCESS, DDIM, SHAPE, steps=(5,), seeds=[0, 1], conditions=given)
+    wrong: list[tuple[Any, str]] = [
+        (labels([0]), "The condition y has 1 rows for 2 samples"), ({"y": [1, 2]}, "The condition y has no tensor"),
+        (torch.zeros(2), "a mapping from names to tensors, not a Tensor"), ({"y": torch.tensor(1)}, "y has no rows"),
+    ]  # fmt: skip
+    for conditions, sentence in wrong:
+        with pytest.raises(UserError, match=sentence):
+            BrownianPath([0, 1], SHAPE, conditions=conditions)
+    with pytest.raises(UserError, match="conditions are a list of names"):
+        adapt("net", Sit(4, 1), prediction="x0", conditions="y", flops=1.0)
+
+
+def test_a_network_that_writes_into_its_condition_gets_a_copy() -> None:
+    given = torch.ones(2)
+    level = adapt(
+        "net", lambda x, t, c: x * c.mul_(0.5)[:, None, None, None], prediction="x0", conditions=["c"], flops=1
+    )
+    sample(SingleLevel(level), DDIM, PROCESS.grid(5), BrownianPath([0, 1], SHAPE, conditions={"c": given}))
+    assert given.tolist() == [1, 1]
 
 
 def test_guides_and_latents_that_do_not_fit_are_one_sentence() -> None:
-    levels, scaled = family(), family(latents=Latents(nn.Identity(), 0.18))
+    levels, (scaled, other) = family(), (family(latents=Latents(nn.Identity(), scale)) for scale in (0.18, 0.2))
     guides = guided_by(levels, 2.0)
     cases: list[tuple[Any, str]] = [
         (lambda: guided(levels[0], guides[1], 2.0), "is guided itself"),
         (lambda: guided(guides[0], levels[1], 2.0), "is guided already"),
-        (lambda: guided(scaled[0], levels[1], 2.0), "so it cannot guide"),
-        (lambda: guided(levels[0], guide(), [(3, -3, 2.0)]), "scale is a number, or intervals"),
+        (lambda: guided(scaled[0], other[1], 2.0), "so one cannot guide the other"),
+        (lambda: guided(levels[0], guide(), [(3, -3, 2.0)]), "scale is a finite number, or a list of intervals"),
+        (lambda: guided(levels[0], guide(), float("nan")), "scale is a finite number"),
+        (lambda: guided(levels[0], guide(), (-1.0, 1.0, 2.0)), "scale is a finite number"),  # type: ignore[arg-type]
+        (lambda: guided(levels[0], replace(guide(), name="s8"), 2.0, common=True), "rename the guide"),
+        (lambda: Latents(nn.Identity(), batch=0), "is not an image or more"),
+        (lambda: Latents(lambda z: z[:1]).decode(torch.zeros(2, 4, 2, 2)), "returned 1 images for 2 latents"),
         (lambda: Multilevel([levels[0], *guides[1:]], COINS), "are guided differently: a family has one guidance"),
         (lambda: Multilevel([*guides[:2], guided(levels[2], guides[0].base, 3.0, common=True)], COINS), "differently"),
         (lambda: Multilevel([*guides[:2], *guided_by(levels[2:], 2.0)], COINS), "s8 and s32 are guided differently"),
         (lambda: Multilevel([guide(), *guided_by(levels[1:], [(-3, 3, 2.0)])], COINS), "at some noise levels only"),
-        (lambda: Multilevel([*levels[:2], scaled[2]], COINS), "s32 4x8x8, scale 0.18, shift 0.0: the"),
+        (lambda: Multilevel([*other[:2], scaled[2]], COINS), "denoises scale .0.2., shift .0.0., and s32 scale .0.18."),
         (lambda: guided(Level("a", lambda *x: x[0], 9.0, base=levels[0]), guide(), 2.0, common=True),
          "cannot have a common guide: s8 is a base already"),
         (lambda: Latents(nn.Identity(), (1.0, 2.0)).decode(torch.zeros(1, 4, 2, 2)), "cannot be scaled by 2 numbers"),

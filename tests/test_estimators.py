@@ -97,7 +97,7 @@ def test_a_base_that_levels_share_runs_once_per_estimate_and_counts_once() -> No
         assert ledger.flops_per_image == pytest.approx(12 * 0.5 + float((ledger.per_sample @ own).mean()))
         expected = estimator.expected_evaluations(12) @ own + 12 * 0.5
         assert estimator.expected_flops(12) == pytest.approx(float(expected))
-        work = work_of([estimator.weights(12, path.seeds)], estimator.levels, DDPM, 40)
+        work = work_of([estimator.weights(12, path.seeds)], estimator.levels, DDPM, 40, [0.0] * 12)
         assert work["base"] == 12 and "few base" not in work
     plan = Plan("independent", "optimal", ("base", "w1", "w2"), 12, np.tile(p, (12, 1)), 0.0, None, None)
     assert plan.build(shared).expected_flops(12) == pytest.approx(12 * (0.5 + 3.5 * 0.6 + 15.5 * 0.2))

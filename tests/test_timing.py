@@ -64,7 +64,7 @@ def test_work_gives_the_time_of_calls_on_any_number_of_images() -> None:
         table[j, 16 - r :, 1] = -2.5
     parts = {f"{few}w{k}": ((a[k] + n * b[k]) / n, 0.1) for k in (0, 1) for few, n in (("", 16), ("few ", 2))}
     timing = Timing(parts | {"step sde/ddpm": (0.25, 0.1), "call": (7.0, 0.1)})
-    work = work_of([table, table], [sleeper("w0", 1.0), sleeper("w1", 2.0)], RULE, 16)
+    work = work_of([table, table], [sleeper("w0", 1.0), sleeper("w1", 2.0)], RULE, 16, [0.0] * len(table))
     calls = 5 * (a[0] + 16 * b[0]) + sum(a[1] + max(r, 2) * b[1] for r in sizes if r) + 7.0 * 4
     assert timing.seconds(work) == pytest.approx(calls / 16 + 0.25 * 5)
     assert work["w0"] == work["step sde/ddpm"] == 5 and work["call"] == 8 / 32 and "few w0" not in work

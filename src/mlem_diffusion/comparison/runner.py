@@ -67,7 +67,17 @@ class Runner:
 
     def expected_flops(self, setting: SamplerSetting) -> float:
         """Expected FLOPs of a setting over all samples."""
-        return self.build(setting).expected_flops(setting.evaluations(self.process)) * len(self.seeds_of(setting))
+        return self._flops(self.build(setting), setting) * len(self.seeds_of(setting))
+
+    def _flops(self, estimator: Estimator, setting: SamplerSetting) -> float:
+        """Expected FLOPs per image."""
+        return estimator.expected_flops(setting.evaluations(self.process), self._visits(setting))
+
+    def _visits(self, setting: SamplerSetting) -> list[float]:
+        """The log-SNRs of a setting's evaluations; only a guide depends on them, and there are many settings."""
+        if not any(level.guidance for level in self.levels.values()):
+            return [0.0] * setting.evaluations(self.process)
+        return [evaluation.logsnr for evaluation in setting.rule.program(setting.grid(self.process))]
 
     def seeds_of(self, setting: SamplerSetting) -> list[int]:
         return self.seeds[: self.num_shared] if setting.coins == "shared" else self.seeds
@@ -125,7 +135,7 @@ class Runner:
             "error_se": float(sem(errors)) if not lost and len(errors) > 1 else None,
             "error_to_half": None if lost else float(to_half),  # to the reference on half of its grid
             "network_calls": sum(total.evaluations) / len(total.per_sample),
-            "gflops_expected": estimator.expected_flops(setting.evaluations(self.process)) / 1e9,
+            "gflops_expected": self._flops(estimator, setting) / 1e9,
             "gflops_realised": total.flops_per_image / 1e9,
             "top_evaluations": int(total.per_sample[:, -1].sum()),
         }
@@ -177,7 +187,7 @@ class Runner:
         seeds = self.seeds_of(setting)
         batches = [seeds[start : start + self.batch] for start in range(0, len(seeds), self.batch)]
         weights = [estimator.weights(evaluations, seeds) for seeds in batches]
-        return work_of(weights, estimator.levels, setting.rule, len(batches[0]))
+        return work_of(weights, estimator.levels, setting.rule, len(batches[0]), self._visits(setting))
 
     def _compared(self, images: Tensor, dynamics: str, start: int) -> dict[str, np.ndarray]:
         """What is kept of a batch: errors to the reference, and the first images."""

@@ -19,9 +19,15 @@ ConditionsOf = Conditions | Callable[[list[int]], Conditions] | None  # of given
 
 def conditions_of(given: ConditionsOf, seeds: list[int], device: torch.device) -> dict[str, Any]:
     """The conditions of the samples with these seeds, on the device; UserError unless all have one row a sample."""
-    found = dict((given(seeds) if callable(given) else given) or {})
+    given = given(seeds) if callable(given) else {} if given is None else given
+    if not isinstance(given, Mapping):
+        raise UserError(f"Conditions are a mapping from names to tensors, not a {type(given).__name__}.")
+    found = dict(given)
     for name, value in found.items():
-        for tensor in (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)):
+        tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+        if not tensors:
+            raise UserError(f"The condition {name} has no tensor: give it as a tensor with one row a sample.")
+        for tensor in tensors:
             if tensor.shape[:1] != (len(seeds),):
                 rows = f"{len(tensor)} rows" if tensor.ndim else "no rows"
                 raise UserError(f"The condition {name} has {rows} for {len(seeds)} samples: give it one row a sample.")
@@ -56,7 +62,7 @@ def bound(levels: Sequence[Level], conditions: Conditions) -> list[Level]:
 
 
 def check_taken(levels: Sequence[Level], conditions: Conditions) -> None:
-    """UserError for a condition that no level takes."""
+    """UserError for a condition that no level of a family takes."""
     known = {name for level in levels for name in (*level.conditions, *(level.base.conditions if level.base else ()))}
     if unknown := [name for name in conditions if name not in known]:
         raise UserError(f"No level takes the condition {unknown[0]}; they take {', '.join(sorted(known)) or 'none'}.")

@@ -1,6 +1,6 @@
 """Levels: denoisers of increasing accuracy and cost. The FLOPs of a network, and the ledger of what a run has cost."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -33,7 +33,8 @@ class Level:
     guidance: intervals (lowest log-SNR, highest, scale) of the guidance in this level (models/guidance.py). A base then
     is the guide, which runs only within them: elsewhere `denoise` gets None for its output.
 
-    space: what it denoises, such as "4x32x32, scale 0.18215, shift 0"; empty if that is not known."""
+    space: the shape of what it denoises and the scaling of latents, such as ("4x32x32", "scale 0.18215, shift 0"); each
+    is empty if it is not known."""
 
     name: str
     denoise: Callable[..., Tensor]
@@ -42,7 +43,7 @@ class Level:
     teacher: str | None = None
     conditions: tuple[str, ...] = ()
     guidance: tuple[tuple[float, float, float], ...] = ()
-    space: str = ""
+    space: tuple[str, str] = ("", "")
 
 
 def base_of(levels: Sequence[Level]) -> Level | None:
@@ -56,7 +57,13 @@ def base_of(levels: Sequence[Level]) -> Level | None:
 def runs_base(levels: Sequence[Level], logsnr: float) -> bool:
     """Whether the base that the levels share runs at this log-SNR: a guide does within the intervals of guidance."""
     intervals = next((level.guidance for level in levels if level.base is not None), ())
-    return not intervals or any(low <= logsnr <= high for low, high, _ in intervals)
+    at = np.float32(logsnr)  # as levels are given it
+    return not intervals or any(low <= at <= high for low, high, _ in intervals)
+
+
+def base_evaluations(levels: Sequence[Level], logsnr: Iterable[float]) -> int:
+    """How often the shared base runs in the estimates at these log-SNRs."""
+    return sum(runs_base(levels, float(value)) for value in logsnr)
 
 
 def with_base(levels: Sequence[Level]) -> list[Level]:
@@ -90,14 +97,19 @@ def check_family(levels: Sequence[Level]) -> None:
     for level in own[1:]:
         guided = level.guidance or own[0].guidance
         if guided and (level.guidance, level.base) != (own[0].guidance, own[0].base):  # of other networks, too
-            raise UserError(f"{own[0].name} and {level.name} are guided differently: a family has one guidance.")
+            text = "a family has one guidance, and with common=True one guide, the same object for all"
+            raise UserError(f"{own[0].name} and {level.name} are guided differently: {text}.")
     if base is not None and len(own) < len(levels) and not runs_base(levels, -np.inf):
         raise UserError(f"{base.name} guides the other levels at some noise levels only, so it cannot be a level too.")
-    known = [level for level in levels if level.space]
-    for level in known[1:]:
-        if level.space != known[0].space:
-            pair = f"{known[0].name} denoises {known[0].space}, and {level.name} {level.space}"
-            raise UserError(f"{pair}: the levels of a family denoise the same images or latents.")
+    for level in levels[1:]:
+        check_space(levels[0], level, "the levels of a family denoise the same images or latents")
+
+
+def check_space(one: Level, other: Level, why: str) -> None:
+    """UserError if it is known that two levels denoise different images or latents."""
+    for own, its in zip(one.space, other.space, strict=True):
+        if own and its and own != its:
+            raise UserError(f"{one.name} denoises {own}, and {other.name} {its}: {why}.")
 
 
 def weight_type(network: Any) -> torch.dtype | None:

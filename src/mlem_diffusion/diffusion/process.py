@@ -67,6 +67,10 @@ class FlowSchedule:
 
     shift: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not self.shift > 0:
+            raise UserError(f"The shift of a flow is positive, not {self.shift}.")
+
     def beta(self, t: np.ndarray) -> np.ndarray:
         """-d log alpha^2 / dt, per unit of time; it diverges at t = 1."""
         return 2 * alpha_sigma(self.logsnr(t))[1] ** 2 / (t * (1 - t))

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from .brownian import BrownianPath, now
-from .conditions import Conditions, check_taken, taken
-from .level import Ledger, Level, base_of, check_family, runs_base, shared_costs
+from .conditions import Conditions, taken
+from .level import Ledger, Level, base_evaluations, base_of, check_family, runs_base, shared_costs
 from .process import TimeGrid, expand
 from .step_rules import Evaluation, StepRule
 
@@ -32,10 +32,11 @@ class Estimator(ABC):
         """Expected evaluations of each level [K] per image, exact; here for weights that are equal for all seeds."""
         return np.count_nonzero(self.weights(evaluations, [0])[:, 0], axis=0).astype(np.float64)
 
-    def expected_flops(self, evaluations: int) -> float:
-        """FLOPs per image; a guide counts in every estimate, though it may rest at some noise levels."""
+    def expected_flops(self, evaluations: int, logsnr: Sequence[float] | None = None) -> float:
+        """FLOPs per image. logsnr [n] of the evaluations: without them a guide counts in all, though it may rest."""
         flops, base = shared_costs(self.levels)
-        return float(self.expected_evaluations(evaluations) @ flops) + evaluations * base
+        runs = evaluations if logsnr is None else base_evaluations(self.levels, logsnr)
+        return float(self.expected_evaluations(evaluations) @ flops) + runs * base
 
 
 class SingleLevel(Estimator):
@@ -75,7 +76,6 @@ class WeightTable:
     def __init__(self, levels: Sequence[Level], weights: np.ndarray, conditions: Conditions | None = None):
         self.levels, self.evaluations = levels, np.zeros(weights.shape[1:], dtype=np.int64)
         self.conditions, self.base_runs = conditions or {}, 0
-        check_taken(levels, self.conditions)
         self.weights = np.ascontiguousarray(np.moveaxis(weights, 2, 1))  # [n, K, B]
         used = self.weights != 0
         self.counts = used.sum(axis=2)

@@ -35,13 +35,18 @@ class StepRule:
     label: str  # the name in the literature
     evaluations: Callable[[TimeGrid], Iterable[Evaluation]]
     clock: str | None  # "time" or "snr"; None without noise
+    lowest: float = -math.inf  # the log-SNR that it can start at: from nearly pure noise some leave the data
 
     @property
     def key(self) -> str:  # such as "sde/ddpm"
         return f"{self.dynamics}/{self.name}"
 
     def program(self, grid: TimeGrid) -> list[Evaluation]:
-        """All evaluations of a run; the last is the final denoising, which puts the estimate in state 0."""
+        """All evaluations of a run; the last is the final denoising, which puts the estimate in state 0. UserError for
+        a grid that starts below `lowest`."""
+        if grid.logsnr[0] < self.lowest:
+            text = f"{self.key} cannot start at a log-SNR of {grid.logsnr[0]:.4g}, only from {self.lowest:g}"
+            raise UserError(f"{text}: set process.logsnr_min, or take another rule.")
         steps = list(self.evaluations(grid))
         final = np.zeros_like(steps[0].update)
         final[0, -2] = 1
@@ -99,13 +104,16 @@ def ddim(step: Step) -> tuple[float, float, float]:
     return step.sigma_t / step.sigma_s, -step.alpha_t * math.expm1(-step.h), 0.0
 
 
-def _linear(rule: Callable[[Step], tuple], grid: TimeGrid, multistep: bool = False) -> Iterator[Evaluation]:
+def _linear(
+    rule: Callable[[Step], tuple], grid: TimeGrid, multistep: bool = False, longest: float = math.inf
+) -> Iterator[Evaluation]:
     """Evaluations of a rule x' = a x + b denoised + c z; the state is (x), or (x, previous estimate) if multistep.
     A multistep rule extrapolates the last two estimates to the middle of each step but the first: of DDIM this makes
-    DPM-Solver++(2M) with data prediction (Lu et al. 2022, algorithm 2), of the ancestral rule its SDE form."""
+    DPM-Solver++(2M) with data prediction (Lu et al. 2022, algorithm 2), of the ancestral rule its SDE form.
+    longest: a step longer than this, in units of the one before, is extrapolated as if it were so long."""
     for i, step in enumerate(steps_of(grid)):
         a, b, c = rule(step)
-        back = 0.0 if step.h_before is None else 0.5 * step.h / step.h_before
+        back = 0.0 if step.h_before is None else 0.5 * min(step.h / step.h_before, longest)
         update = [[a, -b * back, b * (1 + back), c], [0, 0, 1, 0]] if multistep else [[a, b, c]]
         yield Evaluation(step.logsnr_s, np.array(update), i if c else None)
 
@@ -154,18 +162,23 @@ def _phi(k: int, z: float) -> float:
 
 
 _RULES = [
-    StepRule("sde", "em", "EM", partial(_linear, em_sde), "time"),
+    StepRule("sde", "em", "EM", partial(_linear, em_sde), "time", -20.0),
     StepRule("sde", "ddpm", "DDPM ancestral", partial(_linear, ddpm), "snr"),
     StepRule("sde", "dpmpp_2m", "DPM-Solver++(2M)", partial(_linear, ddpm, multistep=True), "snr"),
     StepRule("ode", "em", "EM", partial(_linear, em_ode), None),
     StepRule("ode", "ddim", "DDIM", partial(_linear, ddim), None),
     StepRule("ode", "dpmpp_2m", "DPM-Solver++(2M)", partial(_linear, ddim, multistep=True), None),
-    StepRule("ode", "heun", "Heun", heun, None),
+    StepRule("ode", "heun", "Heun", heun, None, -20.0),
     StepRule("ode", "unipc", "UniPC", unipc, None),
 ]
 STEP_RULES = {rule.key: rule for rule in _RULES}
-# its smooth errors are of second order, those from the noise nearly uncorrelated with a coarser grid's
-REFERENCE_RULE = {dynamics: STEP_RULES[f"{dynamics}/dpmpp_2m"] for dynamics in ("sde", "ode")}
+# DPM-Solver++(2M): its smooth errors are of second order, those from the noise nearly uncorrelated with a coarser
+# grid's. Grids even in a flow's t end with ever longer steps in log-SNR, where it would extrapolate too far
+_REFERENCE = partial(_linear, multistep=True, longest=1 + 1e-6)
+REFERENCE_RULE = {
+    "sde": StepRule("sde", "dpmpp_2m", "DPM-Solver++(2M)", lambda grid: _REFERENCE(ddpm, grid), "snr"),
+    "ode": StepRule("ode", "dpmpp_2m", "DPM-Solver++(2M)", lambda grid: _REFERENCE(ddim, grid), None),
+}
 STEP_RULE_NAMES = {rule.name: rule.label for rule in _RULES}
 DYNAMICS_NAMES = {"sde": "stochastic (SDE)", "ode": "deterministic (ODE)"}
 

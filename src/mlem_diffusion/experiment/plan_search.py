@@ -194,8 +194,8 @@ def learn(
     """Learned p [n, K] of a plan's levels at a cost, begun with its p; appends the FLOPs of learning to `spent`."""
     options = exp.plain("optimise")["optimise"]["learned"]
     family, costs = [levels[name] for name in start.levels], inputs.costs[[list(levels).index(n) for n in start.levels]]
-    wanted = cost * inputs.unit - options["steps"] * inputs.base
     grid, facts = exp.process.grid(options["steps"]), [options, rule.key, cost, start.id, costs.tolist()]
+    wanted = cost * inputs.unit - inputs.base_cost(grid.logsnr)
     first = start.table[0].astype(np.float64)
     p, flops = learned_table(exp, family, rule, grid, options, facts, costs, wanted, first)
     spent.append(flops)
@@ -225,7 +225,8 @@ def described(s: Searched, plans: list[Plan], errors: dict[str, Any], runner: Ru
     out, family = [], runner.levels.values()
     for plan in plans:
         facts = {"dynamics": s.rule.dynamics, "step_rule": s.rule.name, "selected_error": errors[plan.id]}
-        out.append((replace(plan, cost=plan.build(family).expected_flops(len(plan.table))), facts))
+        flops = plan.build(family).expected_flops(len(plan.table), runner.process.grid(plan.steps).logsnr.tolist())
+        out.append((replace(plan, cost=flops), facts))
     return out
 
 

@@ -64,6 +64,8 @@ def adapt(
         raise UserError(f"{name}: time='timestep' and the alphas_cumprod of the network's training belong together.")
     table = None if alphas_cumprod is None else timestep_table(alphas_cumprod)
     convention = Convention(name, prediction, coordinates, time, time_scale, table, round_timesteps, clamp)
+    if isinstance(conditions, str):
+        raise UserError(f"{name}: conditions are a list of names, or a mapping with examples, not {conditions!r}.")
     fixed, own = dict(conditioning or {}), tuple(conditions)
     if any(tensor.shape[:1] != (1,) for tensor in tree_leaves(fixed) if isinstance(tensor, Tensor)):
         text = "has one row, for all samples; what differs between samples is named in `conditions`"
@@ -80,18 +82,18 @@ def adapt(
             when = when.to(torch.promote_types(weights, torch.float32))
 
         def rows(tensor: Tensor) -> Tensor:
-            tensor = tensor.to(x.device).expand(len(x), *tensor.shape[1:])
-            return tensor.to(weights) if weights is not None and tensor.is_floating_point() else tensor
+            kind = weights if weights is not None and tensor.is_floating_point() else tensor.dtype
+            return tensor.expand(len(x), *tensor.shape[1:]).to(x.device, kind, copy=True)
 
-        # a copy: the network may write into its input
+        # copies: the network may write into its inputs
         entering = (wide * convention.stretch(logsnr, x)).to(weights or x.dtype, copy=True)
         output = _tensor(name, call(entering, when, **tree_map_only(Tensor, rows, fixed | given)), x)
         return convention.image(wide, logsnr, output.to(wide.dtype)).to(x.dtype)
 
     examples = dict(conditions) if isinstance(conditions, Mapping) else {}
     counted = _counted(name, network, time, fixed | examples, shape) if flops is None else float(flops)
-    space = ["x".join(map(str, shape or ())), latents.scaling if latents else ""]
-    return Level(name, denoise, counted, conditions=own, space=", ".join(filter(None, space)))
+    space = "x".join(map(str, shape or ())), latents.scaling if latents else ""
+    return Level(name, denoise, counted, conditions=own, space=space)
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,9 @@ def _counted(name: str, network: Any, time: Any, inputs: dict[str, Any], shape: 
         return flops_per_evaluation(network, shape, when, **tree_map_only(Tensor, meta, inputs))
     except Exception as error:  # of the network's own code
         text = f"{name}: FLOPs could not be counted ({first_line(error)})"
-        raise UserError(f"{text}; give flops, or in `conditioning` what the network needs.") from error
+        raise UserError(
+            f"{text}; give flops, or in `conditioning` or `conditions` an example of what it needs."
+        ) from error
 
 
 def _checked(name: str, network: nn.Module) -> Callable[..., Any]:
@@ -191,7 +195,7 @@ def _checked(name: str, network: nn.Module) -> Callable[..., Any]:
     varying = [m for m in network.modules() if isinstance(m, kinds) and getattr(m, "p", getattr(m, "dropout", 1)) > 0]
     varying += [m for m in network.modules() if isinstance(p := getattr(m, "dropout_prob", 0), float) and p > 0]
 
-    def call(x: Tensor, time: Tensor, **conditioning: Any) -> Any:
+    def call(x: Tensor, time: Tensor, /, **conditioning: Any) -> Any:
         if any(module.training for module in varying):
             raise UserError(f"{name}: dropout or batch norm is in training mode: call the network's .eval() first.")
         try:

@@ -61,7 +61,9 @@ def from_diffusers(name: str, network: nn.Module, scheduler: Any, **options: Any
 
 def process_of(scheduler: Any, shift: float | None = None, base_steps: int = 2049) -> Process:
     """The process of a diffusers scheduler: its trained noise levels, and for a flow its grid with its `shift`.
-    shift: of a flow, where the scheduler's depends on the size of the image (use_dynamic_shifting: exp(mu))."""
+    shift: of a flow, where the scheduler's depends on the size of the image (use_dynamic_shifting: exp(mu)). Other
+    grids (Karras, exponential, beta, shift_terminal) are not taken over. On a flow's grid, which ends in long steps of
+    log-SNR, dpmpp_2m and unipc are worse than ddim in few steps; Process(FlowSchedule(), -12, 9) suits them."""
     if _prediction("process_of", scheduler) != "velocity":
         return Process(LinearSchedule(), *trained_range(scheduler), base_steps)
     config = scheduler.config
@@ -69,6 +71,8 @@ def process_of(scheduler: Any, shift: float | None = None, base_steps: int = 204
         raise UserError(
             f"{type(scheduler).__name__} shifts by the size of the image: give shift, exp(mu) of its pipeline."
         )
+    if shift is not None and not shift > 0:
+        raise UserError(f"process_of: the shift of a flow is positive, not {shift}.")
     own = getattr(config, "flow_shift", None) or getattr(config, "shift", None) or 1.0
     schedule = FlowSchedule(float(own if shift is None else shift))
     return Process(schedule, FLOW_START, float(schedule.logsnr(np.array(_least(scheduler)))), base_steps, "time")
@@ -98,6 +102,8 @@ def _prediction(name: str, scheduler: Any) -> str:
     """What a network of this scheduler predicts; UserError for schedulers that are not supported."""
     kind, config = type(scheduler).__name__, getattr(scheduler, "config", None)
     predicts = str(getattr(config, "prediction_type", None))
+    if getattr(config, "timestep_type", None) == "continuous":
+        raise UserError(f"{name}: {kind} with timestep_type='continuous' is not supported; use adapt().")
     if _is_flow(scheduler):
         if getattr(config, "invert_sigmas", False) or getattr(config, "use_flow_sigmas", True) is False:
             raise UserError(

@@ -9,12 +9,14 @@ because the weights of an estimate add up to one."""
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..diffusion.level import Level
+from ..diffusion.level import Level, check_space
 from ..diffusion.process import expand
 from ..errors import UserError
 
@@ -23,21 +25,26 @@ Scale = float | Sequence[tuple[float, float, float]]
 
 def guided(level: Level, guide: Level, scale: Scale, *, common: bool = False) -> Level:
     """Return a level with guidance. scale: w, or intervals (lowest log-SNR, highest, w), with w = 1 elsewhere.
+    Where intervals overlap, the last one counts.
     common: all levels of the family have this guide. It runs once in every estimate within the intervals, and is free
-    as a level. Else the guide is this level's own: both run on every sample, at the sum of their FLOPs.
-    Raises UserError for a guide that does not fit."""
-    given = [(-math.inf, math.inf, scale)] if isinstance(scale, int | float) else scale
-    if any(len(interval) != 3 or not interval[0] < interval[1] for interval in given):
-        raise UserError("guided: scale is a number, or intervals (lowest log-SNR, highest, scale).")
-    intervals = tuple((float(low), float(high), float(w)) for low, high, w in given)
+    as a level. Else the guide is this level's own: both run on every sample, at the sum of their FLOPs, everywhere.
+    A condition that both take has the same rows for both. Raises UserError for a guide that does not fit."""
+    try:
+        given = [(-math.inf, math.inf, scale)] if isinstance(scale, Real) else scale
+        intervals = tuple((_single(low), _single(high), float(w)) for low, high, w in given)  # type: ignore[union-attr]
+    except (TypeError, ValueError):
+        intervals = ((0.0, 0.0, 0.0),)
+    if not all(low < high and math.isfinite(w) for low, high, w in intervals):
+        raise UserError("guided: scale is a finite number, or a list of intervals (lowest log-SNR, highest, scale).")
     if guide.guidance:
         raise UserError(f"{guide.name} is guided itself: the guide of {level.name} is the level before guidance.")
     if level.guidance:
         raise UserError(f"{level.name} is guided already: guide the level before guidance.")
-    if level.space and guide.space and level.space != guide.space:
-        raise UserError(f"{guide.name} denoises {guide.space}, so it cannot guide {level.name}, of {level.space}.")
-    if common and guide.name == level.name:
+    check_space(level, guide, "so one cannot guide the other")
+    if common and guide == level:
         return level  # guided by itself it is itself
+    if common and guide.name == level.name:
+        raise UserError(f"{level.name} is the name of the level and of another network, its guide: rename the guide.")
     if common and (base := level.base or guide.base) is not None:
         raise UserError(f"{level.name} cannot have a common guide: {base.name} is a base already.")
 
@@ -46,14 +53,19 @@ def guided(level: Level, guide: Level, scale: Scale, *, common: bool = False) ->
         other = shared[0] if shared else guide.denoise(x, logsnr, **_named(guide, given))
         if other is None:  # the guide rests at this noise level
             return own
-        if isinstance(scale, int | float):
-            return other + scale * (own - other)
+        if isinstance(scale, Real):
+            return other + float(scale) * (own - other)
         w = expand(_scale_at(intervals, logsnr), x)
         return torch.where(w == 1, own, other + w * (own - other))
 
     names = tuple(dict.fromkeys((*level.conditions, *guide.conditions)))
     out = Level(level.name, denoise, level.flops + guide.flops, conditions=names, space=level.space)
     return replace(out, guidance=intervals, base=guide if common else None)
+
+
+def _single(value: float) -> float:
+    """A number as levels know it, in single precision."""
+    return float(np.float32(value))
 
 
 def _named(level: Level, given: dict[str, Any]) -> dict[str, Any]:

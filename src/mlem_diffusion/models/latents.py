@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,10 +23,15 @@ class Latents:
     shift: float | Sequence[float] = 0.0
     batch: int = 8
 
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise UserError(f"Latents: batch={self.batch} is not an image or more at a time.")
+
     @property
     def scaling(self) -> str:
         """Scale and shift in words, by which latents are compared."""
-        return f"scale {self.scale}, shift {self.shift}"
+        scale, shift = (np.ravel(values).astype(float).tolist() for values in (self.scale, self.shift))
+        return f"scale {scale}, shift {shift}"
 
     def _columns(self, like: Tensor) -> list[Tensor]:
         """Scale and shift [1 or C, 1, 1]."""
@@ -47,18 +53,24 @@ class Latents:
         """Images [B,3,H,W] of latents, float32 on the same device."""
         scale, shift = self._columns(latents)
         raw, done, batch = latents / scale + shift, [], self.batch
-        raw = raw.to(weight_type(getattr(self.decoder, "__self__", self.decoder)) or raw.dtype)
-        while sum(map(len, done)) < len(raw):
-            first = sum(map(len, done))
+        raw, first = raw.to(weight_type(getattr(self.decoder, "__self__", self.decoder)) or raw.dtype), 0
+        while first < len(raw):
+            part = raw[first : first + batch]
             try:
-                found = self.decoder(raw[first : first + batch])
+                found = self.decoder(part)
             except RuntimeError as error:
                 if not is_out_of_memory(error) or batch == 1:
                     raise
                 batch = max(1, batch // 2)
                 continue
-            done.append(getattr(found, "sample", found).float())
+            found = found[0] if isinstance(found, tuple) else getattr(found, "sample", found)
+            if len(found) != len(part):
+                raise UserError(f"The decoder returned {len(found)} images for {len(part)} latents.")
+            done.append(found.float())
+            first += len(part)
         return torch.cat(done)
+
+    __call__ = decode
 
 
 def latents_of(vae: Any, batch: int = 8) -> Latents:

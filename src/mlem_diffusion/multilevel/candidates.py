@@ -40,9 +40,10 @@ def candidates(
     for levels in dict.fromkeys([tuple(range(len(costs))), inputs.chain]):
         gains, own, plans = np.array([0.0, *(between[a, b] for a, b in pairwise(levels))]), costs[list(levels)], []
         for steps, cost in product(options.measured.steps, options.measured.costs):
-            p = measured_for_cost(gains, own, steps, cost * inputs.unit - steps * inputs.base)
+            logsnr = process.grid(steps).logsnr
+            p = measured_for_cost(gains, own, steps, cost * inputs.unit - inputs.base_cost(logsnr))
             if p is not None:
-                plans.append(_plan("measured", inputs, levels, process.grid(steps).logsnr, p))
+                plans.append(_plan("measured", inputs, levels, logsnr, p))
         measured += plans
         for cost in options.learned.costs if plans else ():
             if learn is None:
@@ -65,11 +66,11 @@ def _plan(source: str, inputs: Calibration, levels: Sequence[int], logsnr: np.nd
     gains = np.stack([effects.gain(a, b) for a, b in pairwise(levels)], axis=1)
     table = np.broadcast_to(p, (len(logsnr), len(names))).astype(np.float32)
     exact = table.astype(np.float64)
-    each = evaluation_probabilities(exact) @ inputs.costs[list(levels)] + inputs.base
+    cost = float((evaluation_probabilities(exact) @ inputs.costs[list(levels)]).sum()) + inputs.base_cost(logsnr)
     effect = float((1 / exact[:, 1:] * np.sqrt(gains)).max(initial=0.0))
     own = inputs.own_errors.get((levels[-1], len(logsnr)))
     predicted = None if own is None else own + uncancelled(gains, exact[:, 1:])
-    return Plan("independent", source, names, len(logsnr), table, float(each.sum()), predicted, effect)
+    return Plan("independent", source, names, len(logsnr), table, cost, predicted, effect)
 
 
 def select(groups: Sequence[Sequence[Plan]], errors: Mapping[str, float | None]) -> list[Plan]:

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..diffusion.brownian import stream_seed
 from ..diffusion.conditions import Conditions, ConditionsOf, bound, conditions_of, rows_of
-from ..diffusion.level import Level, shared_costs
+from ..diffusion.level import Level, runs_base, shared_costs
 from ..diffusion.process import TimeGrid, expand
 from ..diffusion.sampler import WeightTable, advance
 from ..diffusion.step_rules import Evaluation, StepRule
@@ -216,13 +216,13 @@ class Networks:
     flops: float = 0.0
     conditions: Conditions = field(default_factory=dict)
 
-    def _count(self, weights: np.ndarray) -> None:
+    def _count(self, weights: np.ndarray, logsnr: float) -> None:
         flops, base = shared_costs(self.family)
-        self.flops += float((weights != 0).sum(axis=0) @ flops) + len(weights) * base
+        self.flops += float((weights != 0).sum(axis=0) @ flops) + len(weights) * base * runs_base(self.family, logsnr)
 
     def estimate(self, weights: np.ndarray, x: Tensor, logsnr: float, path: np.ndarray) -> Tensor:
         """sum_k w_k f^k(x) for weights [B, K], path [B]."""
-        self._count(weights)
+        self._count(weights, logsnr)
         own = rows_of(self.conditions, torch.from_numpy(path).to(x.device))
         return WeightTable(self.family, weights[None], own)(0, x, logsnr)
 
@@ -230,7 +230,7 @@ class Networks:
         self, weights: np.ndarray, x: Tensor, v: Tensor, logsnr: float, path: np.ndarray
     ) -> tuple[Tensor, Tensor]:
         """The estimate and its derivative along v [B, ...], for each row; it costs two estimates."""
-        self._count(weights)
+        self._count(weights, logsnr)
         # the fused attention kernels have no forward derivative
         with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
             dual = forward_ad.unpack_dual(self.estimate(weights, forward_ad.make_dual(x, v), logsnr, path))

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from ..diffusion.brownian import BrownianPath
-from ..diffusion.conditions import ConditionsOf
+from ..diffusion.conditions import ConditionsOf, check_taken
 from ..diffusion.level import Level, runs_base, shared_costs
 from ..diffusion.process import Process
 from ..diffusion.reference import reference_steps, sample_reference
@@ -65,6 +65,10 @@ class Calibration:
     def unit(self) -> float:
         """The cost of one evaluation of the largest level alone."""
         return float(self.costs[-1]) + self.base
+
+    def base_cost(self, logsnr: np.ndarray) -> float:
+        """The cost of the base in all estimates at these log-SNRs, per image."""
+        return self.base * sum(map(self.base_runs, logsnr.tolist()))
 
     @property
     def rule(self) -> str:
@@ -177,6 +181,7 @@ def calibrate(
     if len(seeds) < 2:
         raise UserError("calibrate: at least two seeds are needed, better 32 or more.")
     path = BrownianPath(seeds, shape, device, conditions)
+    check_taken(family, path.conditions)
     counts = gain_grids(calibrate_steps, max(steps))
     *coarser, effects = (measure_effects(family, rule, process.grid(n), path, batch=batch) for n in counts)
     fine = sample_reference(family[-1], rule.dynamics, process, finest, path)[0]
@@ -198,7 +203,7 @@ class Planner:
     def __init__(self, inputs: Calibration, method: str, steps: int):
         self.effects, self.costs, self.drift = inputs.effects_on(inputs.grids[steps]), inputs.costs, inputs.drift
         self.method, self.n = method, len(self.effects.logsnr)
-        self.base = sum(map(inputs.base_runs, self.effects.logsnr.tolist())) * inputs.base  # per image, in any plan
+        self.base = inputs.base_cost(self.effects.logsnr)  # per image, in any plan
         self.own = {k: error for (k, n), error in inputs.own_errors.items() if n == steps}
         self.tops = sorted(self.own)  # the levels that can be the largest of a plan
         self.gain, self.options = cache(self.effects.gain), cache(self._options)

@@ -10,7 +10,7 @@ import torch
 
 from ..diffusion.brownian import BrownianPath, now
 from ..diffusion.conditions import bound
-from ..diffusion.level import Level, base_of, with_base
+from ..diffusion.level import Level, base_of, runs_base, with_base
 from ..diffusion.process import TimeGrid
 from ..diffusion.sampler import Estimator, SingleLevel, sample
 from ..diffusion.step_rules import StepRule, step_rule
@@ -53,9 +53,11 @@ def few(batch: int) -> int:
     return max(1, batch // 8)
 
 
-def work_of(weights: Sequence[np.ndarray], levels: Sequence[Level], rule: StepRule, batch: int) -> dict[str, float]:
-    """How often each part occurs per image in batches with these weights [n, B, K] of the levels. A base that they
-    share runs once on all samples in every estimate.
+def work_of(
+    weights: Sequence[np.ndarray], levels: Sequence[Level], rule: StepRule, batch: int, logsnr: Sequence[float]
+) -> dict[str, float]:
+    """How often each part occurs per image in batches with these weights [n, B, K] of the levels, at log-SNRs [n]. A
+    base that they share runs once on all samples in every estimate; a guide does so where there is guidance.
 
     batch: that of the timing. The time of a call on r images is taken as affine in r from `few` to `batch` images, and
     as constant below: so it counts as some images of a full batch, under the level's name, and some of `few`."""
@@ -64,10 +66,11 @@ def work_of(weights: Sequence[np.ndarray], levels: Sequence[Level], rule: StepRu
     own = [k for k, level in enumerate(levels) if level.name in names]
     names += [] if base is None else [base.name]
     out, further = dict.fromkeys([part for name in names for part in (name, f"few {name}")], 0.0), 0
+    runs = np.array([runs_base(levels, value) for value in logsnr])
     for table in weights:
         rows = np.count_nonzero(table[:, :, own], axis=1)  # [n, K]
         if base is not None:
-            rows = np.concatenate([rows, np.full((len(rows), 1), table.shape[1])], axis=1)
+            rows = np.concatenate([rows, table.shape[1] * runs[:, None]], axis=1)
         full = np.clip((rows - small) / max(batch - small, 1), 0.0, None)
         least = np.where(rows > 0, 1.0 - full, 0.0)
         for k, name in enumerate(names):
