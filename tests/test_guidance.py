@@ -56,5 +56,5 @@ def test_plans_count_the_guide_inside_its_interval() -> None:
 def test_the_example_runs(tmp_path, monkeypatch, request) -> None:
     pytest.importorskip("diffusers")
     monkeypatch.setattr("sys.argv", ["-", "--quick", "--out", str(tmp_path), "--weights", str(tmp_path)])
-    runpy.run_path(str(request.config.rootpath / "examples" / "guidance.py"), run_name="__main__")
+    runpy.run_path(str(request.config.rootpath / "docs" / "guidance.py"), run_name="__main__")
     assert {path.name for path in tmp_path.iterdir()} >= {"guidance.json", "guidance.csv", "guidance.png"}

@@ -27,7 +27,7 @@ from . import config, runs
 from .config import ROOT, shown
 from .tracking import Tracker, bar, stop_asked
 
-T = TypeVar("T")
+T, _HEAVY = TypeVar("T"), ("images", "conditions", "decode")
 
 
 class Experiment:
@@ -57,8 +57,7 @@ class Experiment:
     def __getstate__(self) -> dict[str, Any]:
         """The state for a worker, which logs to metrics.jsonl only; images and decoder stay here."""
         worker = Tracker(self.results, self.name, {}, mode="disabled", project="")
-        left = ("images", "conditions", "decode")
-        return {k: v for k, v in self.__dict__.items() if k not in left} | {"tracker": worker}
+        return {k: v for k, v in self.__dict__.items() if k not in _HEAVY} | {"tracker": worker}
 
     def plain(self, *keys: str) -> dict[str, Any]:
         """The resolved configuration (only these keys if given), without absolute or parent paths."""

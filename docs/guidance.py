@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from joblib import Parallel, delayed
+from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,8 +20,8 @@ from mlem_diffusion.data.portraits import portrait
 from mlem_diffusion.diffusion.conditions import bound
 from mlem_diffusion.diffusion.level import runs_base, shared_costs
 from mlem_diffusion.diffusion.process import add_noise, expand
-from mlem_diffusion.figures.guidance import plot_guidance
-from mlem_diffusion.figures.style import comparison_grid, save
+from mlem_diffusion.figures import style
+from mlem_diffusion.figures.style import COLOURS, MARKERS, comparison_grid, save
 from mlem_diffusion.files import atomic_write, write_json
 from mlem_diffusion.models.analytic import GaussianMixture, smooth_field
 from mlem_diffusion.multilevel.gains import firing_costs, measure_effects
@@ -169,6 +170,29 @@ def sweep(problem: str, key: str, setting: Setting) -> Any:
         rows += [{"problem": problem, "apart": squared_errors(ours, theirs).mean()} | row for row in (first, second)]
         images += [(f"common guide,\nw = {scale}", ours[:8]), (f"guide per level,\nw = {scale}", theirs[:8])]
     return rows, images
+
+
+@style.styled
+def plot_guidance(frame: pd.DataFrame) -> Figure:
+    """Growth of gains with the scale, and errors at equal cost: the toy by the correlation of its errors, the trained pair by step rule."""
+    figure = style.new_figure(8.5, 8.5, "Guidance: one guide for all levels (dashed), or a guide per level")
+    for (top, *errors), name in zip(figure.subplots(3, 2, sharex=True).T, ("toy", "portraits"), strict=True):
+        shown = frame.everywhere & ((frame.rule == "sde/ddpm") | (name != "toy"))
+        own = frame[frame.problem.str.startswith(name) & shown]
+        groups: Any = own.groupby(["guide", "problem", "rule"])
+        for i, ((guide, problem, rule), rows) in enumerate(groups):
+            label = f"{guide}, {rule if name == 'portraits' else problem.replace('toy,', 'rho =')}"
+            look: Any = {"color": COLOURS[i], "marker": MARKERS[i], "ls": "--" if guide == "common" else "-"}
+            top.plot(rows.w, rows.growth, label=label, **look)
+            for ax, budget in zip(errors, ("few", "many"), strict=True):
+                values = rows[f"{budget}_error"].to_numpy()
+                ax.errorbar(rows.w, values, style.error_bars(values, rows[f"{budget}_error_se"].to_numpy()), **look)
+                ax.set(yscale="log", ylabel=f"squared error, {budget} firings")
+        top.plot(rows.w, rows.w**2, ":", color="black", label="$w^2$")
+        top.set(yscale="log", ylabel="gain V over that of w = 1", title=f"{name}: {', '.join(own.rule.unique())}")
+        errors[-1].set_xlabel("guidance scale w")
+        top.legend(fontsize=7)
+    return figure
 
 
 def main() -> None:
