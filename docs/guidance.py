@@ -174,7 +174,7 @@ def sweep(problem: str, key: str, setting: Setting) -> Any:
 
 @style.styled
 def plot_guidance(frame: pd.DataFrame) -> Figure:
-    """Growth of gains with the scale, and errors at equal cost: the toy by the correlation of its errors, the trained pair by step rule."""
+    """Gains and errors at equal cost: the toy by the correlation of its errors, the trained pair by step rule."""
     figure = style.new_figure(8.5, 8.5, "Guidance: one guide for all levels (dashed), or a guide per level")
     for (top, *errors), name in zip(figure.subplots(3, 2, sharex=True).T, ("toy", "portraits"), strict=True):
         shown = frame.everywhere & ((frame.rule == "sde/ddpm") | (name != "toy"))

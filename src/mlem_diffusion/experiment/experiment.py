@@ -27,7 +27,7 @@ from . import config, runs
 from .config import ROOT, shown
 from .tracking import Tracker, bar, stop_asked
 
-T, _HEAVY = TypeVar("T"), ("images", "conditions", "decode")
+T = TypeVar("T")
 
 
 class Experiment:
@@ -56,8 +56,8 @@ class Experiment:
 
     def __getstate__(self) -> dict[str, Any]:
         """The state for a worker, which logs to metrics.jsonl only; images and decoder stay here."""
-        worker = Tracker(self.results, self.name, {}, mode="disabled", project="")
-        return {k: v for k, v in self.__dict__.items() if k not in _HEAVY} | {"tracker": worker}
+        own = {"tracker": Tracker(self.results, self.name, {}, mode="disabled", project="")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("images", "conditions", "decode")} | own
 
     def plain(self, *keys: str) -> dict[str, Any]:
         """The resolved configuration (only these keys if given), without absolute or parent paths."""
