@@ -172,11 +172,11 @@ def calibrate(
 ) -> Calibration:  # fmt: skip
     """Measure the gains of a family and the error of each level alone, for plans with one of these numbers of steps.
     calibrate_steps: noise levels of the grids on which gains are measured (`gain_grids`). conditions: those of these
-    seeds, or a function of seeds. batch: images whose gains are measured at a time: derivatives of the largest level
-    take most of the memory. Guided levels are measured as they are, so plans know that a guide's scale w multiplies the
-    variance of coins by w^2; they count a common guide once in every estimate. Evaluate on other seeds, and run a plan
-    before you rely on its predicted error. Raises UserError if the family is not ordered by cost, if the largest level
-    cannot be differentiated, or if the process is too coarse for a reference (diffusion/reference.py)."""
+    seeds, or a function of seeds. batch: images at a time; derivatives of the largest level take most of the memory.
+    Guided levels are measured as they are, so plans know that a guide's scale w multiplies the variance of coins by
+    w^2; they count a common guide once in every estimate. Evaluate on other seeds, and run a plan before you rely on
+    its predicted error. Raises UserError if the family is not ordered by cost, if the largest level cannot be
+    differentiated, or if the process is too coarse for a reference (diffusion/reference.py)."""
     finest = reference_steps(process, steps)
     if len(seeds) < 2:
         raise UserError("calibrate: at least two seeds are needed, better 32 or more.")
@@ -184,11 +184,12 @@ def calibrate(
     check_taken(family, path.conditions)
     counts = gain_grids(calibrate_steps, max(steps))
     *coarser, effects = (measure_effects(family, rule, process.grid(n), path, batch=batch) for n in counts)
-    fine = sample_reference(family[-1], rule.dynamics, process, finest, path)[0]
+    parts = [path.part(first, first + batch) for first in range(0, len(seeds), batch)]
+    fine = [sample_reference(family[-1], rule.dynamics, process, finest, part)[0] for part in parts]
 
     def error(estimator: Estimator, count: int) -> float:
-        images = sample(estimator, rule, process.grid(count), path)[0]
-        return float(squared_errors(images, fine).mean())
+        images = (sample(estimator, rule, process.grid(count), part)[0] for part in parts)
+        return float(np.concatenate([squared_errors(*pair) for pair in zip(images, fine, strict=True)]).mean())
 
     own = {(k, count): error(SingleLevel(level), count) for k, level in enumerate(family) for count in steps}
     grids = {count: process.grid(count).logsnr for count in sorted(steps)}
