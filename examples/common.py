@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.utils import save_image
+from tqdm import tqdm
 
 import mlem_diffusion as mlem
 from mlem_diffusion import UserError
@@ -156,10 +157,16 @@ def draw(
     counts = [(args.steps - 1) * finer + 1 for finer in ((1, 2) if args.random else (1, 2, 4))]
     given: dict[str, Any] = {"steps": counts, "calibrate_steps": counts[1:], "device": args.device, "batch": 8}
     given |= {"conditions": conditions, "seeds": range(10**6, 10**6 + args.calibration)}  # not those of the images
-    measured = mlem.calibrate(family, process, rule, shape, **given)
+    with tqdm(desc="calibrate", unit="GFLOP", leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        measured = mlem.calibrate(family, process, rule, shape, **given, progress=progress)
 
     def alone(steps: int) -> float:  # the cost of the largest level; a guide may rest at some noise levels
-        return float(sum(measured.costs[-1] + measured.base * measured.base_runs(u) for u in measured.grids[steps]))
+        return float(steps * measured.costs[-1] + measured.base_cost(measured.grids[steps]))
 
     plan = measured.plan(method, cost=alone(args.steps))
     path = mlem.BrownianPath(range(args.samples), shape, args.device, conditions)

@@ -30,7 +30,7 @@ from ..diffusion.brownian import BrownianPath
 from ..diffusion.conditions import ConditionsOf, check_taken
 from ..diffusion.level import Level, runs_base, shared_costs
 from ..diffusion.process import Process
-from ..diffusion.reference import reference_steps, sample_reference
+from ..diffusion.reference import reference_evaluations, reference_steps, sample_reference
 from ..diffusion.sampler import Estimator, SingleLevel, sample
 from ..diffusion.step_rules import StepRule
 from ..errors import UserError
@@ -168,26 +168,40 @@ def calibrate(
     family: Sequence[Level], process: Process, rule: StepRule, shape: tuple[int, ...], *,
     steps: Sequence[int] = (8, 16, 32, 64, 128), seeds: Sequence[int] = range(10**6, 10**6 + 32),
     calibrate_steps: Sequence[int] = (32, 128), device: torch.device | str = "cpu", conditions: ConditionsOf = None,
-    batch: int = 64,
+    batch: int = 64, progress: Progress = lambda done, total: None,
 ) -> Calibration:  # fmt: skip
     """Measure the gains of a family and the error of each level alone, for plans with one of these numbers of steps.
     calibrate_steps: noise levels of the grids on which gains are measured (`gain_grids`). conditions: those of these
-    seeds, or a function of seeds. batch: images at a time; derivatives of the largest level take most of the memory.
-    Guided levels are measured as they are, so plans know that a guide's scale w multiplies the variance of coins by
-    w^2; they count a common guide once in every estimate. Evaluate on other seeds, and run a plan before you rely on
-    its predicted error. Raises UserError if the family is not ordered by cost, if the largest level cannot be
-    differentiated, or if the process is too coarse for a reference (diffusion/reference.py)."""
+    seeds, or a function of seeds. batch: images at a time. progress: called with (GFLOPs done, all). Guided levels are
+    measured as they are, so plans know that a guide's scale w multiplies the variance of coins by w^2; they count a
+    common guide once in every estimate. Evaluate on other seeds, and run a plan before you rely on its predicted error.
+    Raises UserError for a family not ordered by cost or without derivatives, and a process too coarse for a reference."""
     finest = reference_steps(process, steps)
     if len(seeds) < 2:
         raise UserError("calibrate: at least two seeds are needed, better 32 or more.")
     path = BrownianPath(seeds, shape, device, conditions)
     check_taken(family, path.conditions)
-    counts = gain_grids(calibrate_steps, max(steps))
-    *coarser, effects = (measure_effects(family, rule, process.grid(n), path, batch=batch) for n in counts)
+    counts, top = gain_grids(calibrate_steps, max(steps)), family[-1].flops
+    flops, exact, done = sum(level.flops for level in family), reference_evaluations(rule.dynamics, finest) * top, 0.0
+    total = sum(counts) * (flops + 4 * top) + exact + sum(steps) * flops  # gains: as in `measure_effects`
+
     parts = [path.part(first, first + batch) for first in range(0, len(seeds), batch)]
+
+    def spend(cost: float) -> None:
+        nonlocal done
+        done = min(total, done + cost)
+        progress(int(done * len(seeds) / 1e9), int(total * len(seeds) / 1e9))
+
+    def gains(n: int) -> Effects:
+        cost = n * (flops + 4 * top) / len(parts)  # of a batch
+        return measure_effects(family, rule, process.grid(n), path, batch=batch, progress=lambda *_: spend(cost))
+
+    *coarser, effects = map(gains, counts)
     fine = [sample_reference(family[-1], rule.dynamics, process, finest, part)[0] for part in parts]
+    spend(exact)
 
     def error(estimator: Estimator, count: int) -> float:
+        spend(count * estimator.levels[-1].flops)
         images = (sample(estimator, rule, process.grid(count), part)[0] for part in parts)
         return float(np.concatenate([squared_errors(*pair) for pair in zip(images, fine, strict=True)]).mean())
 
@@ -212,10 +226,9 @@ class Planner:
 
     def prices(self, ratio: float = 4.0) -> list[float]:
         """Prices, a factor `ratio` apart, that lead to anything from almost no firings to one at every evaluation."""
-        # the sum of all gains per cost of the largest level
-        scale = self.effects.gains()[0][1:].sum() * self.n / (self.costs[-1] * self.n)
+        gain_per_cost = self.effects.gains()[0][1:].sum() * self.n / (self.costs[-1] * self.n)
         count = round(17 * math.log(4.0) / math.log(ratio)) + 1
-        return (scale * 4.0**3 * ratio ** -np.arange(count, dtype=np.float64)).tolist()
+        return (gain_per_cost * 4.0**3 * ratio ** -np.arange(count, dtype=np.float64)).tolist()
 
     def _options(self, low: int, high: int) -> list[ways.Option]:
         difference, counts = self.effects.difference(low, high), [c for c in _COUNTS if c <= self.n // 2]
