@@ -48,9 +48,9 @@ def from_diffusers(name: str, network: nn.Module, scheduler: Any, **options: Any
     if missing := [need for need in needs if need not in given]:
         text = f"name it in conditions, or give conditioning={{'{missing[0]}': a tensor [1, ...]}}"
         raise UserError(f"{name}: {kind} needs {missing[0]}: {text}.")
-    size = getattr(config, "sample_size", None)
-    if size is not None:
-        options = {"shape": (config.in_channels, *((size, size) if isinstance(size, int) else size)), **options}  # type: ignore
+    if (size := getattr(config, "sample_size", None)) is not None:
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        options = {"shape": (config.in_channels, *sides), **options}  # type: ignore[union-attr]
     call = _Call(network, kind)
     if prediction != "velocity":
         return adapt(name, call, prediction=prediction, time="timestep", alphas_cumprod=scheduler, **options)

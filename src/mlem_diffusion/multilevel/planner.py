@@ -175,7 +175,7 @@ def calibrate(
     seeds, or a function of seeds. batch: images at a time. progress: called with (GFLOPs done, all). Guided levels are
     measured as they are, so plans know that a guide's scale w multiplies the variance of coins by w^2; they count a
     common guide once in every estimate. Evaluate on other seeds, and run a plan before you rely on its predicted error.
-    Raises UserError for a family not ordered by cost or without derivatives, and a process too coarse for a reference."""
+    Raises UserError for a family out of order or without derivatives, and a process too coarse for a reference."""
     finest = reference_steps(process, steps)
     if len(seeds) < 2:
         raise UserError("calibrate: at least two seeds are needed, better 32 or more.")
