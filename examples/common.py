@@ -31,6 +31,7 @@ def main(recipe: Callable[[argparse.Namespace], None], doc: str | None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="the PNG to write")
     args = parser.parse_args()
+    torch.manual_seed(0)  # random networks are the same in every run
     args.steps = args.steps or (5 if args.random else 16)
     args.calibration = args.calibration or (4 if args.random else 32)
     try:
