@@ -18,8 +18,6 @@ import common
 import torch
 from torch import Tensor
 
-from mlem_diffusion import latents_of, process_of
-
 GUIDANCE = 7.5
 Texts = dict[str, Tensor]
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -54,12 +52,9 @@ def loaded_parts(args: Namespace) -> tuple[dict[str, Any], Any, Any, Texts, Text
 
 
 def recipe(args: Namespace) -> None:
-    unets, vae, scheduler, texts, empty = random_parts() if args.random else loaded_parts(args)
-    latents = latents_of(common.ready(vae, args))
-    family = common.text_family(args, unets, scheduler, latents, texts, empty, GUIDANCE)
+    parts = random_parts() if args.random else loaded_parts(args)
     # an SDE, with coins that are independent between steps
-    process, shape = process_of(scheduler), common.shape_of(unets)
-    common.draw(args, family, process, "sde/dpmpp_2m", shape, latents, common.by_seed(texts), "independent")
+    common.draw(args, "sde/dpmpp_2m", "independent", *common.text_family(args, *parts, GUIDANCE))
 
 
 if __name__ == "__main__":

@@ -126,31 +126,27 @@ def decoder(args: argparse.Namespace, repo: str) -> Callable[[Tensor], Tensor]:
     return lambda raw: vae.decode(raw).sample  # in float32
 
 
-def text_family(args: Any, networks: Any, scheduler: Any, latents: Any, texts: Any, empty: Any, scale: float) -> list:
-    """Levels of diffusers networks {name: network} with classifier-free guidance by the network itself, at double cost.
+def text_family(args: Any, networks: Any, vae: Any, scheduler: Any, texts: Any, empty: Any, scale: float) -> tuple:
+    """What `draw` takes of diffusers networks {name: network}: the levels, with classifier-free guidance by the network
+    itself, at double cost; the scheduler's process; shape, latents, and conditions by seed: the prompts in turn.
     texts, empty: {condition: rows}, of the prompts and of the empty one."""
-    options, out = {"scheduler": scheduler, "latents": latents}, []
-    example = {key: rows[:1] for key, rows in texts.items()}  # of one sample, to count FLOPs
+    latents, family, config = mlem.latents_of(ready(vae, args)), [], next(iter(networks.values())).config
+    options, example = {"scheduler": scheduler, "latents": latents}, {key: rows[:1] for key, rows in texts.items()}
     for name, network in networks.items():
+        # the example of one sample serves to count FLOPs
         with_text = mlem.from_diffusers(name, ready(network, args), conditions=example, **options)
         without = mlem.from_diffusers(name, network, conditioning=empty, **options)
-        out.append(mlem.guided(with_text, without, scale))
-    return out
+        family.append(mlem.guided(with_text, without, scale))
 
+    def conditions(seeds: Sequence[int]) -> dict[str, Tensor]:
+        return {key: rows[[seed % len(rows) for seed in seeds]] for key, rows in texts.items()}
 
-def by_seed(values: Mapping[str, Tensor]) -> Callable[[Sequence[int]], dict[str, Tensor]]:
-    """Conditions of seeds: the rows of these tensors [P, ...] in turn."""
-    return lambda seeds: {name: rows[[seed % len(rows) for seed in seeds]] for name, rows in values.items()}
-
-
-def shape_of(networks: Mapping[str, Any]) -> tuple[int, int, int]:
-    """The shape of the latents of diffusers networks."""
-    config = next(iter(networks.values())).config
-    return config.in_channels, config.sample_size, config.sample_size
+    shape = config.in_channels, config.sample_size, config.sample_size
+    return family, mlem.process_of(scheduler), shape, latents, conditions
 
 
 def draw(
-    args: Any, family: Any, process: Any, rule_key: str, shape: Any, latents: Any, conditions: Any, method: str
+    args: Any, rule_key: str, method: str, family: Any, process: Any, shape: Any, latents: Any, conditions: Any
 ) -> None:
     """Measure the family, plan for the budget, sample, decode, write the grid of images and say what it cost."""
     rule = mlem.step_rule(rule_key)

@@ -74,7 +74,7 @@ def recipe(args: Namespace) -> None:
     family = [guided(level, guide, GUIDANCE, common=True) for level in levels]
     # sigma from 80 to 0.002, in even steps of log sigma
     process = Process(LinearSchedule(), -2 * math.log(80), -2 * math.log(0.002))
-    common.draw(args, family, process, "ode/dpmpp_2m", shape, latents, labels, "systematic")
+    common.draw(args, "ode/dpmpp_2m", "systematic", family, process, shape, latents, labels)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,6 @@ import common
 import torch
 from torch import Tensor
 
-from mlem_diffusion import latents_of, process_of
-
 GUIDANCE = 4.5
 Texts = dict[str, Tensor]
 
@@ -62,12 +60,9 @@ def loaded_parts(args: Namespace) -> tuple[dict[str, Any], Any, Any, Texts, Text
 
 
 def recipe(args: Namespace) -> None:
-    transformers, vae, scheduler, texts, empty = random_parts() if args.random else loaded_parts(args)
-    latents = latents_of(common.ready(vae, args))
-    family = common.text_family(args, transformers, scheduler, latents, texts, empty, GUIDANCE)
-    # process_of: the scheduler's flow, with its shift of 3
-    process, shape = process_of(scheduler), common.shape_of(transformers)
-    common.draw(args, family, process, "ode/ddim", shape, latents, common.by_seed(texts), "systematic")
+    parts = random_parts() if args.random else loaded_parts(args)
+    # its process is the scheduler's flow, with its shift of 3
+    common.draw(args, "ode/ddim", "systematic", *common.text_family(args, *parts, GUIDANCE))
 
 
 if __name__ == "__main__":

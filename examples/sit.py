@@ -55,7 +55,7 @@ def recipe(args: Namespace) -> None:
     family = [guided(level, guide, GUIDANCE, common=True) for level in levels]
     # from log-SNR -40, where t is 0 to eight digits, to 13.8, where it is 0.999, in even steps of t
     process = Process(FlowSchedule(), -40.0, 13.8, spacing="time")
-    common.draw(args, family, process, "ode/ddim", shape, latents, labels, "systematic")
+    common.draw(args, "ode/ddim", "systematic", family, process, shape, latents, labels)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ def main(exp: Experiment) -> None:
     exp.note(*(f"samples/{name}" for name in names))
     exp.save("samples.json", {"seeds": str(exp.cfg.seeds), "setting": setting.row, "gamma": gamma})
     exp.figure(last, image_grid(read_pictures([folder / name for name in names[:GRID]])))
-    gflops = estimator.expected_flops(setting.evaluations(exp.process)) / 1e9
+    visits = setting.visits(exp.process)
+    gflops = estimator.expected_flops(len(visits), visits) / 1e9
     exp.print(f"sample: {len(seeds)} images with {describe(setting.row)}, {gflops:.3g} GFLOP per image.")
 
 

@@ -71,13 +71,8 @@ class Runner:
 
     def _flops(self, estimator: Estimator, setting: SamplerSetting) -> float:
         """Expected FLOPs per image."""
-        return estimator.expected_flops(setting.evaluations(self.process), self._visits(setting))
-
-    def _visits(self, setting: SamplerSetting) -> list[float]:
-        """The log-SNRs of a setting's evaluations; only a guide depends on them, and there are many settings."""
-        if not any(level.guidance for level in self.levels.values()):
-            return [0.0] * setting.evaluations(self.process)
-        return [evaluation.logsnr for evaluation in setting.rule.program(setting.grid(self.process))]
+        visits = setting.visits(self.process)
+        return estimator.expected_flops(len(visits), visits)
 
     def seeds_of(self, setting: SamplerSetting) -> list[int]:
         return self.seeds[: self.num_shared] if setting.coins == "shared" else self.seeds
@@ -183,11 +178,11 @@ class Runner:
 
     def work(self, setting: SamplerSetting) -> dict[str, float]:
         """How often each part of the sampler's work occurs per image, for `Timing.seconds`."""
-        estimator, evaluations = self.build(setting), setting.evaluations(self.process)
+        estimator, visits = self.build(setting), setting.visits(self.process)
         seeds = self.seeds_of(setting)
         batches = [seeds[start : start + self.batch] for start in range(0, len(seeds), self.batch)]
-        weights = [estimator.weights(evaluations, seeds) for seeds in batches]
-        return work_of(weights, estimator.levels, setting.rule, len(batches[0]), self._visits(setting))
+        weights = [estimator.weights(len(visits), seeds) for seeds in batches]
+        return work_of(weights, estimator.levels, setting.rule, len(batches[0]), visits)
 
     def _compared(self, images: Tensor, dynamics: str, start: int) -> dict[str, np.ndarray]:
         """What is kept of a batch: errors to the reference, and the first images."""

@@ -86,9 +86,13 @@ class SamplerSetting:
             return Multilevel(family, p, self.coins if self.pattern is None else "independent", self.pattern)
         raise UserError(f"The estimator {self.estimator!r} with c = {self.c} is unknown.")
 
+    def visits(self, process: Process) -> list[float]:
+        """The log-SNRs of the network evaluations that the step rule makes on a grid of `steps` noise levels."""
+        return [evaluation.logsnr for evaluation in self.rule.program(self.grid(process))]
+
     def evaluations(self, process: Process) -> int:
-        """Network evaluations that the step rule makes on a grid of `steps` noise levels."""
-        return len(self.rule.program(self.grid(process)))
+        """The number of these network evaluations."""
+        return len(self.visits(process))
 
     def expected_evaluations(
         self, levels: Mapping[str, Level], gamma: float, plans: Mapping[str, Plan], process: Process

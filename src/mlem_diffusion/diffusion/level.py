@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -101,8 +101,8 @@ def check_family(levels: Sequence[Level]) -> None:
             raise UserError(f"{own[0].name} and {level.name} are guided differently: {text}.")
     if base is not None and len(own) < len(levels) and not runs_base(levels, -np.inf):
         raise UserError(f"{base.name} guides the other levels at some noise levels only, so it cannot be a level too.")
-    for level in levels[1:]:
-        check_space(levels[0], level, "the levels of a family denoise the same images or latents")
+    for one, other in combinations(levels, 2):
+        check_space(one, other, "the levels of a family denoise the same images or latents")
 
 
 def check_space(one: Level, other: Level, why: str) -> None:

@@ -8,7 +8,7 @@ Notation: a step leads from noise level s to t, h = (logsnr_t - logsnr_s) / 2 > 
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -174,10 +174,11 @@ _RULES = [
 STEP_RULES = {rule.key: rule for rule in _RULES}
 # DPM-Solver++(2M): its smooth errors are of second order, those from the noise nearly uncorrelated with a coarser
 # grid's. Grids even in a flow's t end with ever longer steps in log-SNR, where it would extrapolate too far
-_REFERENCE = partial(_linear, multistep=True, longest=1 + 1e-6)
 REFERENCE_RULE = {
-    "sde": StepRule("sde", "dpmpp_2m", "DPM-Solver++(2M)", lambda grid: _REFERENCE(ddpm, grid), "snr"),
-    "ode": StepRule("ode", "dpmpp_2m", "DPM-Solver++(2M)", lambda grid: _REFERENCE(ddim, grid), None),
+    dynamics: replace(
+        STEP_RULES[f"{dynamics}/dpmpp_2m"], evaluations=partial(_linear, rule, multistep=True, longest=1 + 1e-6)
+    )
+    for dynamics, rule in (("sde", ddpm), ("ode", ddim))
 }
 STEP_RULE_NAMES = {rule.name: rule.label for rule in _RULES}
 DYNAMICS_NAMES = {"sde": "stochastic (SDE)", "ode": "deterministic (ODE)"}

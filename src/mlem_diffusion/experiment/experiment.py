@@ -110,8 +110,7 @@ class Experiment:
     @functools.cached_property
     def decode(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """The function from latents to images; None if the levels denoise images."""
-        found = self.cfg.family.decoder and config.build(self.cfg.family.decoder)
-        return getattr(found, "decode", found)
+        return self.cfg.family.decoder and config.build(self.cfg.family.decoder)
 
     def path(self, seeds: Sequence[int]) -> BrownianPath:
         """The path of samples with these seeds, and their conditions."""

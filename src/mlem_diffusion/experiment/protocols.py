@@ -10,7 +10,7 @@ from ..comparison.features import RealImages
 from ..comparison.planned import Planned
 from ..comparison.runner import Runner
 from ..comparison.settings import Measurement, SamplerSetting, chosen_levels, probabilities_of
-from ..diffusion.level import Level, shared_costs
+from ..diffusion.level import Level, base_evaluations, shared_costs
 from ..diffusion.reference import reference_evaluations
 from ..multilevel.plan import Plan
 from .plan_search import learned_table
@@ -54,7 +54,7 @@ def learned(exp: Any, runner: Runner) -> list[SamplerSetting]:
             setting = SamplerSetting(sweep.dynamics, sweep.step_rule, "ml_em", names, training["steps"], *kinds)
             setting, own = replace(setting, protocol="paper"), [runner.levels[name] for name in names]
             flops, base = shared_costs(own)
-            wanted = cost * (flops[-1] + base) - setting.evaluations(exp.process) * base
+            wanted = cost * (flops[-1] + base) - base_evaluations(own, setting.visits(exp.process)) * base
             start = probabilities_of(own, runner.levels, runner.gamma, 1.0)
             facts = [training, setting.rule.key, cost, names, runner.gamma, "even in t"]
             grid = setting.grid(exp.process)

@@ -86,9 +86,10 @@ def adapt(
             return tensor.expand(len(x), *tensor.shape[1:]).to(x.device, kind, copy=True)
 
         # copies: the network may write into its inputs
-        entering = (wide * convention.stretch(logsnr, x)).to(weights or x.dtype, copy=True)
+        stretch = convention.stretch(logsnr, x)
+        entering = (wide if stretch is None else wide * stretch).to(weights or x.dtype, copy=True)
         output = _tensor(name, call(entering, when, **tree_map_only(Tensor, rows, fixed | given)), x)
-        return convention.image(wide, logsnr, output.to(wide.dtype)).to(x.dtype)
+        return convention.image(wide, stretch, logsnr, output.to(wide.dtype)).to(x.dtype)
 
     examples = dict(conditions) if isinstance(conditions, Mapping) else {}
     counted = _counted(name, network, time, fixed | examples, shape) if flops is None else float(flops)
@@ -125,12 +126,12 @@ class Convention:
     def path(self) -> Interpolant | None:
         return _FLOW if self.coordinates == "flow" else None if isinstance(self.coordinates, str) else self.coordinates
 
-    def stretch(self, logsnr: Tensor, like: Tensor) -> Tensor | float:
-        """The network's image over x [B,1,...]."""
+    def stretch(self, logsnr: Tensor, like: Tensor) -> Tensor | None:
+        """The network's image over x [B,1,...]; None for x itself."""
         if self.path is not None:
             a, b = self.path.at(self.path.time(logsnr))
             return expand((a**2 + b**2).sqrt(), like)
-        return 1.0 if self.coordinates == "vp" else 1 / expand(torch.sigmoid(logsnr).sqrt(), like)
+        return None if self.coordinates == "vp" else 1 / expand(torch.sigmoid(logsnr).sqrt(), like)
 
     def time_of(self, logsnr: Tensor) -> Tensor:
         """The time [B] that the network is given."""
@@ -148,18 +149,23 @@ class Convention:
             when = torch.sigmoid(-logsnr).sqrt() if self.coordinates == "vp" else torch.exp(-0.5 * logsnr)
         return when if self.time_scale == 1 else when * self.time_scale
 
-    def image(self, x: Tensor, logsnr: Tensor, output: Tensor) -> Tensor:
-        """The denoised image for a network's output at x [B, ...], logsnr [B]."""
+    def image(self, x: Tensor, stretch: Tensor | None, logsnr: Tensor, output: Tensor) -> Tensor:
+        """The denoised image for a network's output at x [B, ...], seen with this stretch, logsnr [B]."""
+        if self.prediction == "velocity" or self.clamp:
+            return self._of_flow(x * stretch, expand(self.path.time(logsnr), x), output)  # type: ignore
+        if self.prediction == "x0":
+            return output
         alpha, sigma = (expand(torch.sigmoid(u).sqrt(), x) for u in (logsnr, -logsnr))
         if self.prediction == "v":
             return alpha * x - sigma * output
         if self.prediction == "epsilon":
             return (x - sigma * output) / alpha
-        if self.prediction == "score":  # in the network's coordinates
-            return (x + sigma**2 * self.stretch(logsnr, x) * output) / alpha
-        if self.path is None or not (self.prediction == "velocity" or self.clamp):
-            return output
-        t, seen = expand(self.path.time(logsnr), x), x * self.stretch(logsnr, x)
+        # of the score in the network's coordinates
+        return (x + sigma**2 * (1 if stretch is None else stretch) * output) / alpha
+
+    def _of_flow(self, seen: Tensor, t: Tensor, output: Tensor) -> Tensor:
+        """The denoised image for a velocity, or a clamped x0, at the network's image, for t [B,1,...]."""
+        assert self.path is not None
         if self.prediction == "velocity":
             return self.path.image(seen, output, t)
         near = (1 - self.path.at(t)[0]) / self.clamp

@@ -71,8 +71,6 @@ def process_of(scheduler: Any, shift: float | None = None, base_steps: int = 204
         raise UserError(
             f"{type(scheduler).__name__} shifts by the size of the image: give shift, exp(mu) of its pipeline."
         )
-    if shift is not None and not shift > 0:
-        raise UserError(f"process_of: the shift of a flow is positive, not {shift}.")
     own = getattr(config, "flow_shift", None) or getattr(config, "shift", None) or 1.0
     schedule = FlowSchedule(float(own if shift is None else shift))
     return Process(schedule, FLOW_START, float(schedule.logsnr(np.array(_least(scheduler)))), base_steps, "time")

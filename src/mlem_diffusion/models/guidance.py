@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..diffusion.conditions import taken
 from ..diffusion.level import Level, check_space
 from ..diffusion.process import expand
 from ..errors import UserError
@@ -49,8 +50,8 @@ def guided(level: Level, guide: Level, scale: Scale, *, common: bool = False) ->
         raise UserError(f"{level.name} cannot have a common guide: {base.name} is a base already.")
 
     def denoise(x: Tensor, logsnr: Tensor, *shared: Tensor | None, **given: Any) -> Tensor:
-        own = level.denoise(x, logsnr, **_named(level, given))
-        other = shared[0] if shared else guide.denoise(x, logsnr, **_named(guide, given))
+        own = level.denoise(x, logsnr, **taken(level, given))
+        other = shared[0] if shared else guide.denoise(x, logsnr, **taken(guide, given))
         if other is None:  # the guide rests at this noise level
             return own
         if isinstance(scale, Real):
@@ -66,10 +67,6 @@ def guided(level: Level, guide: Level, scale: Scale, *, common: bool = False) ->
 def _single(value: float) -> float:
     """A number as levels know it, in single precision."""
     return float(np.float32(value))
-
-
-def _named(level: Level, given: dict[str, Any]) -> dict[str, Any]:
-    return {name: given[name] for name in level.conditions}
 
 
 def _scale_at(intervals: Sequence[tuple[float, float, float]], logsnr: Tensor) -> Tensor:

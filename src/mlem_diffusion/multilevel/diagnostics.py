@@ -122,7 +122,7 @@ def measure(
 
     for first in range(0, n, batch):
         own = path.part(first, first + batch)
-        levels, own.conditions = bound(family, own.conditions), {}
+        levels = bound(family, own.conditions)
         sample(SingleLevel(replace(levels[-1], denoise=visit, base=None)), rule, grid, own)
     of_mean = total.flatten(1).div(n).square().mean(1).cpu().numpy()
     spread = (square[-1].mean(0) - of_mean).clip(min=0) * (n / (n - 1))

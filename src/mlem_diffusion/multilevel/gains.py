@@ -157,7 +157,6 @@ def measure_effects(
     for start in range(0, len(path.seeds), batch):
         part = path.part(start, start + batch)
         levels = bound(family, part.conditions)
-        part.conditions = {}
         points.clear()
         sample(SingleLevel(_visiting(levels[-1], points)), rule, grid, part)
         value, square = _sweep(levels, program, points, part.seeds, probes)
@@ -165,9 +164,14 @@ def measure_effects(
         squares += square * len(part.seeds) / len(path.seeds)
         progress(start + len(part.seeds), len(path.seeds))
     flops = np.array([level.flops for level in family], dtype=np.float64)
-    spent = len(path.seeds) * len(program) * (flops.sum() + (2 + probes) * flops[-1])
+    spent = len(path.seeds) * sweep_flops(family, len(program), probes)
     names, logsnr = tuple(level.name for level in family), np.array([e.logsnr for e in program])
-    return Effects(names, flops, rule.dynamics, rule.name, logsnr, np.concatenate(values), squares, float(spent))
+    return Effects(names, flops, rule.dynamics, rule.name, logsnr, np.concatenate(values), squares, spent)
+
+
+def sweep_flops(family: Sequence[Level], evaluations: int, probes: int = 2) -> float:
+    """FLOPs per seed of `measure_effects`."""
+    return evaluations * float(sum(level.flops for level in family) + (2 + probes) * family[-1].flops)
 
 
 def _visiting(level: Level, points: list[Tensor]) -> Level:

@@ -223,7 +223,8 @@ class Networks:
     def estimate(self, weights: np.ndarray, x: Tensor, logsnr: float, path: np.ndarray) -> Tensor:
         """sum_k w_k f^k(x) for weights [B, K], path [B]."""
         self._count(weights, logsnr)
-        own = rows_of(self.conditions, torch.from_numpy(path).to(x.device))
+        # without conditions nothing is moved to the device
+        own = rows_of(self.conditions, torch.from_numpy(path).to(x.device)) if self.conditions else {}
         return WeightTable(self.family, weights[None], own)(0, x, logsnr)
 
     def derivative(

@@ -37,7 +37,7 @@ from ..errors import UserError
 from ..statistics import squared_errors
 from . import options as ways
 from .estimators import evaluation_probabilities, following
-from .gains import Effects, best_chain, measure_effects
+from .gains import Effects, best_chain, measure_effects, sweep_flops
 from .plan import Plan, Progress, frontier
 
 METHODS = ("independent", "nested", "systematic", "quadrature")
@@ -181,10 +181,9 @@ def calibrate(
         raise UserError("calibrate: at least two seeds are needed, better 32 or more.")
     path = BrownianPath(seeds, shape, device, conditions)
     check_taken(family, path.conditions)
-    counts, top = gain_grids(calibrate_steps, max(steps)), family[-1].flops
-    flops, exact, done = sum(level.flops for level in family), reference_evaluations(rule.dynamics, finest) * top, 0.0
-    total = sum(counts) * (flops + 4 * top) + exact + sum(steps) * flops  # gains: as in `measure_effects`
-
+    counts, done = gain_grids(calibrate_steps, max(steps)), 0.0
+    exact = reference_evaluations(rule.dynamics, finest) * family[-1].flops
+    total = sweep_flops(family, sum(counts)) + exact + sum(steps) * sum(level.flops for level in family)
     parts = [path.part(first, first + batch) for first in range(0, len(seeds), batch)]
 
     def spend(cost: float) -> None:
@@ -193,7 +192,7 @@ def calibrate(
         progress(int(done * len(seeds) / 1e9), int(total * len(seeds) / 1e9))
 
     def gains(n: int) -> Effects:
-        cost = n * (flops + 4 * top) / len(parts)  # of a batch
+        cost = sweep_flops(family, n) / len(parts)  # of a batch
         return measure_effects(family, rule, process.grid(n), path, batch=batch, progress=lambda *_: spend(cost))
 
     *coarser, effects = map(gains, counts)

@@ -114,7 +114,7 @@ def measure_timing(
     levels = with_base(levels)
     free = [Level(f"free{k}", lambda x, logsnr: x, k + 1.0) for k in range(2)]
     path, ready, few_paths = path_of(range(batch)), path_of(range(batch)), path_of(range(few(batch)))
-    start, device, ready.conditions = path.initial(), path.device, {}  # the free levels take none
+    start, device = path.initial(), path.device
     ready.initial, ready.increment = lambda: start, lambda grid, clock, step: start  # draws nothing
     tossed = Multilevel(free, np.array([1.0, 0.5]))
 
